@@ -1,0 +1,35 @@
+.PHONY: help demo test lint clean
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+BIN := .venv/bin
+
+help:
+	@echo "make demo   attention over real handwriting on a large canvas; figure in out/"
+	@echo "make test   the tests"
+	@echo "make lint   ruff and mypy"
+	@echo "make clean  remove the environment and what was built"
+	@echo "All of them first create .venv, with what constraints.txt pins."
+
+demo: .venv/ready
+	$(BIN)/python -m examples.handwriting
+
+test: .venv/ready
+	$(BIN)/python -m pytest -n auto
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# torch comes first: building the kernel needs its headers, and any other package that asks for
+# torch would fetch the build with CUDA.
+.venv/ready: pyproject.toml setup.py constraints.txt $(wildcard src/vicinal/kernels/cpu*)
+	@echo "Setting up .venv: a virtual environment with torch, the tools and vicinal itself"
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch setuptools
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		--no-build-isolation --editable ".[demo,dev]"
+	touch $@
+
+clean:
+	rm -rf .venv build dist out src/*.egg-info src/vicinal/kernels/_cpu*.so

@@ -1,0 +1,58 @@
+"""Builds the CPU kernel; everything else is in pyproject.toml."""
+
+import os
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+KERNELS = "src/vicinal/kernels"
+
+
+def cpu_kernel() -> list[Extension]:
+    """The kernel, if torch's headers are at hand. It is no Python module: torch loads it."""
+    try:
+        import torch
+    except ImportError:
+        print("vicinal: torch is not installed, building without the CPU kernel", file=sys.stderr)
+        return []
+    if os.name == "nt":
+        print("vicinal: the CPU kernel needs GCC or Clang, building without", file=sys.stderr)
+        return []
+    root = Path(torch.__file__).parent
+    return [
+        Extension(
+            "vicinal.kernels._cpu",
+            sources=[f"{KERNELS}/cpu.cpp"],
+            depends=[f"{KERNELS}/cpu_problem.h", f"{KERNELS}/cpu_tiles.h"],
+            include_dirs=[str(root / "include")],
+            library_dirs=[str(root / "lib")],
+            libraries=["torch_cpu"],
+            # The stable ABI of torch 2.10: one binary for it and all later versions.
+            define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],
+            extra_compile_args=[
+                "-std=c++20",
+                "-O3",
+                "-g0",
+                "-fvisibility=hidden",
+                "-Wno-psabi",
+                "-Wno-ignored-attributes",
+            ],
+            language="c++",
+            py_limited_api=True,
+            optional=True,  # without a compiler vicinal runs on its reference back end
+        )
+    ]
+
+
+class BuildKernel(build_ext):
+    def get_export_symbols(self, ext: Extension) -> list[str]:
+        return []
+
+
+setup(
+    ext_modules=cpu_kernel(),
+    cmdclass={"build_ext": BuildKernel},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)

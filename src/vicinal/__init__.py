@@ -1,0 +1,29 @@
+"""Multi-level sparse neighborhood attention for PyTorch."""
+
+from ._version import __version__
+from .attention import (
+    Background,
+    NeighborhoodWeights,
+    neighborhood_attention,
+    neighborhood_attention_weights,
+)
+from .block import SparseNeighborhoodAttentionBlock
+from .neighborhoods import get_multilevel_neighborhoods
+from .plan import NeighborhoodPlan, NeighborSlices, plan_neighborhoods
+from .pyramid import FeaturePyramid
+from .rotary import RotaryEncoding
+
+__all__ = [
+    "Background",
+    "FeaturePyramid",
+    "NeighborSlices",
+    "NeighborhoodPlan",
+    "NeighborhoodWeights",
+    "RotaryEncoding",
+    "SparseNeighborhoodAttentionBlock",
+    "__version__",
+    "get_multilevel_neighborhoods",
+    "neighborhood_attention",
+    "neighborhood_attention_weights",
+    "plan_neighborhoods",
+]

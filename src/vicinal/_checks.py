@@ -1,0 +1,110 @@
+"""Argument checks. Every refusal names the argument, what was expected and what came."""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+LevelShapes = tuple[tuple[int, ...], ...]
+
+
+def describe(value: Any) -> str:
+    """A short account of ``value`` for an error message."""
+    if not isinstance(value, Tensor):
+        return f"{type(value).__name__} {value!r}"
+    layout = "" if value.layout == torch.strided else f"{value.layout} "
+    return f"{layout}{value.dtype} tensor of shape {list(value.shape)} on {value.device}"
+
+
+def refuse(argument: str, expected: str, got: Any) -> NoReturn:
+    came = got if isinstance(got, str) else describe(got)
+    raise ValueError(f"{argument}: expected {expected}, got {came}")
+
+
+def check_tensor(
+    argument: str,
+    value: Any,
+    shape: Sequence[int | str],
+    *,
+    kind: str = "any",
+    device: torch.device | None = None,
+) -> None:
+    """Refuses all but a dense tensor of ``shape`` (names stand for free sizes), kind and device."""
+    kinds = {
+        "any": lambda dtype: True,
+        "floating": lambda dtype: dtype.is_floating_point,
+        "integer": _is_integer,
+        "bool": lambda dtype: dtype == torch.bool,
+    }
+    noun = "" if kind == "any" else f"{kind} "
+    expected = f"a {noun}tensor of shape [{', '.join(map(str, shape))}]"
+    if not isinstance(value, Tensor) or value.layout != torch.strided:
+        refuse(argument, expected, value)
+    matches = value.dim() == len(shape) and all(
+        isinstance(want, str) or want == size for want, size in zip(shape, value.shape, strict=True)
+    )
+    if not matches or not kinds[kind](value.dtype):
+        refuse(argument, expected, value)
+    if device is not None and value.device != device:
+        refuse(argument, f"{expected} on {device}", value)
+
+
+def _is_integer(dtype: torch.dtype) -> bool:
+    return not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
+
+
+def as_level_shapes(
+    level_spatial_shapes: Tensor | Sequence[Sequence[int]], argument: str = "level_spatial_shapes"
+) -> LevelShapes:
+    """``[L, P]`` sizes as tuples of ints. Reads a tensor's contents: keep it off the GPU."""
+    if isinstance(level_spatial_shapes, Tensor):
+        check_tensor(argument, level_spatial_shapes, ("L", "P"), kind="integer")
+        rows = level_spatial_shapes.tolist()
+    else:
+        rows = [list(row) for row in level_spatial_shapes]
+    if not rows or not rows[0] or any(len(row) != len(rows[0]) for row in rows):
+        refuse(argument, "[L, P] sizes with L and P at least 1", level_spatial_shapes)
+    if any(not isinstance(size, int) or size < 1 for row in rows for size in row):
+        refuse(argument, "positive integers", str(rows))
+    return tuple(tuple(row) for row in rows)
+
+
+def check_neighborhood_sizes(neighborhood_sizes: Sequence[int], n_levels: int) -> tuple[int, ...]:
+    sizes = tuple(neighborhood_sizes)
+    if len(sizes) != n_levels:
+        refuse("neighborhood_sizes", f"one window width per level ({n_levels})", str(list(sizes)))
+    if any(not isinstance(size, int) or size < 1 or size % 2 == 0 for size in sizes):
+        refuse("neighborhood_sizes", "odd neighborhood_sizes, at least 1", str(list(sizes)))
+    return sizes
+
+
+def check_dropout(argument: str, rate: float) -> None:
+    if not 0.0 <= rate < 1.0:
+        refuse(argument, "a rate in [0, 1)", rate)
+
+
+def reads_contents(check_contents: bool | None, device: torch.device) -> bool:
+    """Whether to run checks that read tensor contents: by default not where they stall a GPU."""
+    return device.type == "cpu" if check_contents is None else check_contents
+
+
+def check_finite(argument: str, value: Tensor) -> None:
+    finite = torch.isfinite(value).reshape(len(value), -1).all(1)
+    if not finite.all():
+        row = int(finite.logical_not().nonzero()[0])
+        refuse(argument, "finite numbers", f"{value[row].tolist()} in row {row}")
+
+
+def check_offsets(argument: str, offsets: Tensor, total: int) -> None:
+    values = offsets.tolist()
+    rising = all(a <= b for a, b in itertools.pairwise(values))
+    if values[0] != 0 or values[-1] != total or not rising:
+        refuse(argument, f"offsets that rise from 0 to {total}", str(values))
+
+
+def check_range(argument: str, indices: Tensor, stop: int) -> None:
+    if indices.numel() and (int(indices.min()) < 0 or int(indices.max()) >= stop):
+        span = f"indices from {int(indices.min())} to {int(indices.max())}"
+        refuse(argument, f"indices in [0, {stop})", span)

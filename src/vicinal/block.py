@@ -1,0 +1,314 @@
+"""The module: norm, project, rotate, attend, project, residual."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._checks import (
+    as_level_shapes,
+    check_dropout,
+    check_neighborhood_sizes,
+    check_range,
+    check_tensor,
+    reads_contents,
+    refuse,
+)
+from .attention import Background, check_backend, neighborhood_attention
+from .neighborhoods import (
+    coordinate_dtype,
+    finest_level,
+    level_scales,
+    window_centers,
+    window_offsets,
+)
+from .plan import NeighborhoodPlan, plan_neighborhoods
+from .pyramid import FeaturePyramid
+from .rotary import RotaryEncoding, rotate
+
+
+class SparseNeighborhoodAttentionBlock(nn.Module):
+    """Queries attend to all points of a sparse feature pyramid near them, one window per level.
+
+    ``out = query + W_o attention(R(W_q x), R(W_k e), W_v e)`` with ``x`` the layer-normed query,
+    ``e`` the points' embeddings and R a rotary encoding of position and level.
+
+    Args:
+        embed_dim: width of queries, points and output, E; a multiple of ``n_heads`` with an even
+            quotient.
+        n_heads: number of heads, H.
+        n_levels: number of levels, L.
+        neighborhood_sizes: odd window width of each level, in cells of that level.
+        position_dim: number of spatial dimensions, P.
+        dropout: rate on the softmax weights and again on the output projection, in training.
+        bias: whether the projections have biases.
+        norm_first: layer norm on the query before the projection, else after the residual.
+        rope_spatial_base_theta, rope_level_base_theta, rope_share_heads, rope_freq_group_pattern,
+            rope_enforce_freq_groups_equal: see `RotaryEncoding`.
+        backend: of the attention, see `neighborhood_attention`.
+
+    Checkpoints of the implementation this one replaces load with ``strict=True``.
+
+    Raises:
+        ValueError: sizes that do not divide, an odd head width, a number of windows other than
+            ``n_levels``, windows that are not odd, a dropout outside [0, 1), unknown names.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        n_heads: int,
+        n_levels: int = 4,
+        neighborhood_sizes: Sequence[int] = (3, 5, 7, 9),
+        position_dim: int = 2,
+        dropout: float = 0.0,
+        bias: bool = False,
+        norm_first: bool = True,
+        rope_spatial_base_theta: float = 100.0,
+        rope_level_base_theta: float = 10.0,
+        rope_share_heads: bool = False,
+        rope_freq_group_pattern: str = "single",
+        rope_enforce_freq_groups_equal: bool = True,
+        *,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        for name, size in {
+            "embed_dim": embed_dim,
+            "n_heads": n_heads,
+            "n_levels": n_levels,
+            "position_dim": position_dim,
+        }.items():
+            if not isinstance(size, int) or size < 1:
+                refuse(name, "an integer of at least 1", size)
+        if embed_dim % n_heads:
+            refuse("embed_dim", f"a multiple of n_heads ({n_heads})", embed_dim)
+        if embed_dim // n_heads % 2:
+            width = embed_dim // n_heads
+            refuse(
+                "embed_dim", f"an even head width, embed_dim / {n_heads}", f"{embed_dim} ({width})"
+            )
+        check_dropout("dropout", dropout)
+        check_backend(backend)
+        self.embed_dim, self.n_heads, self.n_levels = embed_dim, n_heads, n_levels
+        self.neighborhood_sizes = check_neighborhood_sizes(neighborhood_sizes, n_levels)
+        self.position_dim, self.norm_first, self.backend = position_dim, norm_first, backend
+
+        self.norm = nn.LayerNorm(embed_dim)
+        self.q_in_proj = nn.Linear(embed_dim, embed_dim, bias=bias)
+        self.kv_proj = nn.Linear(embed_dim, 2 * embed_dim, bias=bias)
+        self.pos_encoding = RotaryEncoding(
+            embed_dim // n_heads,
+            n_heads,
+            position_dim,
+            spatial_base_theta=rope_spatial_base_theta,
+            level_base_theta=rope_level_base_theta,
+            share_heads=rope_share_heads,
+            freq_group_pattern=rope_freq_group_pattern,
+            enforce_freq_groups_equal=rope_enforce_freq_groups_equal,
+        )
+        self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias)
+        self.dropout = nn.Dropout(dropout)
+        self.register_load_state_dict_pre_hook(_rename_earlier_keys)
+
+    def reset_parameters(self) -> None:
+        """Draws all parameters anew."""
+        for part in (self.norm, self.q_in_proj, self.kv_proj, self.pos_encoding, self.out_proj):
+            part.reset_parameters()
+
+    def forward(
+        self,
+        query: Tensor,
+        query_spatial_positions: Tensor,
+        query_batch_offsets: Tensor,
+        stacked_feature_maps: Tensor | FeaturePyramid,
+        level_spatial_shapes: Tensor | Sequence[Sequence[int]] | None = None,
+        background_embedding: Tensor | None = None,
+        query_level_indices: Tensor | None = None,
+        query_mask: Tensor | None = None,
+        *,
+        plan: NeighborhoodPlan | None = None,
+    ) -> Tensor:
+        """Attends, projects and adds the residual.
+
+        Args:
+            query: ``[N, E]``, all images' queries, one after another.
+            query_spatial_positions: floating ``[N, P]``, in cells of the full shape (the largest
+                size of each axis over the levels).
+            query_batch_offsets: integer ``[B + 1]``: image ``b`` owns the queries
+                ``offsets[b]:offsets[b + 1]``.
+            stacked_feature_maps: sparse COO ``[B, *full_shape, L, E]`` with one dense dimension,
+                coalesced or not, or a `FeaturePyramid`.
+            level_spatial_shapes: integer ``[L, P]``; may be None beside a pyramid.
+            background_embedding: ``[B, L, E]``, what empty cells hold, also those beyond the map;
+                None: they take no part.
+            query_level_indices: integer ``[N]``, the level a query lives on; None: the level with
+                the most cells.
+            query_mask: bool ``[N]``, True: this query takes no part.
+            plan: from `plan_neighborhoods` for the same queries, points and windows; None: built
+                here. Layers that share cells and queries share a plan.
+
+        Returns:
+            ``[N, E]``.
+
+        Raises:
+            ValueError: any argument of the wrong shape, dtype or device, and on the CPU contents
+                that cannot be right; names the argument, what was expected and what came.
+        """
+        self._check_queries(
+            query, query_spatial_positions, background_embedding, query_level_indices, query_mask
+        )
+        pyramid = self._pyramid(stacked_feature_maps, level_spatial_shapes, query)
+        plan = self._plan(
+            plan, query_spatial_positions, query_batch_offsets, pyramid, background_embedding
+        )
+        dtype = coordinate_dtype(query_spatial_positions.dtype)
+        heads = (self.n_heads, self.embed_dim // self.n_heads)
+
+        x = self.norm(query) if self.norm_first else query
+        q = self.q_in_proj(x).unflatten(-1, heads)
+        level = (
+            finest_level(pyramid.level_shapes)
+            if query_level_indices is None
+            else query_level_indices
+        )
+        q = self.pos_encoding(q, _with_level(query_spatial_positions.to(dtype), level))
+        k, v = self.kv_proj(pyramid.values).unflatten(-1, (2, *heads)).unbind(1)
+        k = self.pos_encoding(k, _with_level(pyramid.positions(dtype), pyramid.levels))
+        background = None
+        if background_embedding is not None:
+            centers = window_centers(query_spatial_positions, pyramid.level_shapes)
+            background = self._background(background_embedding, q, centers, plan, pyramid)
+        attended = neighborhood_attention(
+            q,
+            k,
+            v,
+            plan,
+            dropout_p=self.dropout.p if self.training else 0.0,
+            background=background,
+            query_mask=query_mask,
+            backend=self.backend,
+        )
+        out: Tensor = query + self.dropout(self.out_proj(attended.flatten(1)))
+        return out if self.norm_first else self.norm(out)
+
+    def _background(
+        self,
+        embedding: Tensor,
+        q: Tensor,
+        centers: Tensor,
+        plan: NeighborhoodPlan,
+        pyramid: FeaturePyramid,
+    ) -> Background:
+        """What the empty cells hold, from ``embedding`` ``[B, L, E]``, q and ``centers`` [L, N, P].
+
+        A cell's rotation is that of its window's centre times that of its offset from there. The
+        first goes into the query with the level's one unrotated key, the second, shared by all
+        queries, into the cell's key: both as pairs of channels, a complex number each.
+        """
+        kv = self.kv_proj(embedding).unflatten(-1, (2, self.n_heads, -1))
+        key, value = kv.unbind(2)
+        scales = level_scales(pyramid.level_shapes, centers)
+        image = plan.query_batch.long()
+        queries, offsets = [], []
+        for level, scale in enumerate(scales):
+            position = _with_level((centers[level] + 0.5) / scale, level)
+            at_center = self.pos_encoding(key[:, level][image], position)
+            queries.append(rotate(q, at_center[..., ::2], -at_center[..., 1::2]))
+            window = window_offsets(self.neighborhood_sizes[level : level + 1], self.position_dim)[
+                0
+            ]
+            offsets.append(_with_level(window.to(scale) / scale, 0))
+        ones = q.new_tensor([1.0, 0.0]).repeat(plan.window_slots, self.n_heads, q.shape[-1] // 2)
+        cell_keys = self.pos_encoding(ones, torch.cat(offsets))
+        return Background(torch.stack(queries, 1), cell_keys, value)
+
+    def _check_queries(
+        self,
+        query: Tensor,
+        positions: Tensor,
+        background: Tensor | None,
+        levels: Tensor | None,
+        mask: Tensor | None,
+    ) -> None:
+        check_tensor("query", query, ("N", self.embed_dim), kind="floating")
+        n, device = len(query), query.device
+        where = (n, self.position_dim)
+        check_tensor("query_spatial_positions", positions, where, kind="floating", device=device)
+        if background is not None:
+            cells = ("B", self.n_levels, self.embed_dim)
+            check_tensor("background_embedding", background, cells, kind="floating", device=device)
+        if levels is not None:
+            check_tensor("query_level_indices", levels, (n,), kind="integer", device=device)
+            if reads_contents(None, device):
+                check_range("query_level_indices", levels, self.n_levels)
+        if mask is not None:
+            check_tensor("query_mask", mask, (n,), kind="bool", device=device)
+
+    def _pyramid(
+        self,
+        maps: Tensor | FeaturePyramid,
+        level_spatial_shapes: Tensor | Sequence[Sequence[int]] | None,
+        query: Tensor,
+    ) -> FeaturePyramid:
+        shapes = None if level_spatial_shapes is None else as_level_shapes(level_spatial_shapes)
+        if isinstance(maps, FeaturePyramid):
+            if shapes not in (None, maps.level_shapes):
+                refuse("level_spatial_shapes", f"the pyramid's {maps.level_shapes}", str(shapes))
+            shapes = maps.level_shapes
+        elif shapes is None:
+            refuse("level_spatial_shapes", "[L, P] sizes beside a sparse tensor", None)
+        if (len(shapes), len(shapes[0])) != (self.n_levels, self.position_dim):
+            expected = f"{self.n_levels} levels of {self.position_dim} sizes"
+            refuse("level_spatial_shapes", expected, str(shapes))
+        pyramid = (
+            maps if isinstance(maps, FeaturePyramid) else FeaturePyramid.from_coo(maps, shapes)
+        )
+        values = pyramid.values
+        if values.shape[1] != self.embed_dim or values.device != query.device:
+            expected = f"embeddings of width {self.embed_dim} on {query.device}"
+            refuse("stacked_feature_maps", expected, values)
+        if values.dtype != query.dtype and not torch.is_autocast_enabled(query.device.type):
+            refuse("stacked_feature_maps", f"the dtype of query, {query.dtype}", values)
+        return pyramid
+
+    def _plan(
+        self,
+        plan: NeighborhoodPlan | None,
+        positions: Tensor,
+        offsets: Tensor,
+        pyramid: FeaturePyramid,
+        background: Tensor | None,
+    ) -> NeighborhoodPlan:
+        if background is not None and len(background) != pyramid.batch_size:
+            refuse("background_embedding", f"{pyramid.batch_size} images", background)
+        if plan is None:
+            return plan_neighborhoods(positions, offsets, pyramid, self.neighborhood_sizes)
+        check_tensor("query_batch_offsets", offsets, (pyramid.batch_size + 1,), kind="integer")
+        made_for = (plan.n_queries, plan.n_points, plan.neighborhood_sizes, plan.position_dim)
+        if made_for != (len(positions), len(pyramid), self.neighborhood_sizes, self.position_dim):
+            expected = (
+                f"a plan of {len(positions)} queries and {len(pyramid)} points, neighborhood_sizes="
+                f"{list(self.neighborhood_sizes)}, position_dim={self.position_dim}"
+            )
+            refuse("plan", expected, repr(plan))
+        return plan
+
+
+def _with_level(positions: Tensor, level: Tensor | int) -> Tensor:
+    """``[n, P + 1]``: positions ``[n, P]`` with the level as one more coordinate."""
+    column = torch.as_tensor(level, device=positions.device).to(positions.dtype)
+    return torch.cat((positions, column.expand(len(positions))[:, None]), 1)
+
+
+def _rename_earlier_keys(
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any
+) -> None:
+    """The earlier implementation called the projection otherwise and saved two constants."""
+    for name in ("weight", "bias"):
+        if f"{prefix}subset_attn.kv_proj.{name}" in state_dict:
+            moved = state_dict.pop(f"{prefix}subset_attn.kv_proj.{name}")
+            state_dict[f"{prefix}kv_proj.{name}"] = moved
+    for name in ("rope_spatial_base_theta", "rope_level_base_theta"):
+        state_dict.pop(f"{prefix}{name}", None)

@@ -1,0 +1,294 @@
+// The torch side of the CPU back end: reads the op's arguments, picks the kernels built for this
+// processor, and shares the tiles out over torch's threads. PyTorch's stable ABI, 2.10 on.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <limits>
+#include <new>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "cpu_problem.h"
+
+#define VICINAL_ISA baseline
+#define VICINAL_BYTES 16
+#include "cpu_tiles.h"
+#undef VICINAL_ISA
+#undef VICINAL_BYTES
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define VICINAL_X86 1
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#define VICINAL_ISA avx2
+#define VICINAL_BYTES 32
+#include "cpu_tiles.h"
+#undef VICINAL_ISA
+#undef VICINAL_BYTES
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,f16c")
+#define VICINAL_ISA avx512
+#define VICINAL_BYTES 64
+#include "cpu_tiles.h"
+#undef VICINAL_ISA
+#undef VICINAL_BYTES
+#pragma GCC pop_options
+#endif
+
+namespace vicinal {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Tensors = std::vector<Tensor>;
+
+struct Kernels {
+  int64_t (*tile_rows)(Storage);
+  void (*run)(Pass, Storage, const Problem&, Work&);
+};
+
+// The widest the processor has, or what ATen's own ATEN_CPU_CAPABILITY asks for.
+const Kernels& kernels() {
+  static const Kernels chosen = [] {
+#ifdef VICINAL_X86
+    const char* wish = std::getenv("ATEN_CPU_CAPABILITY");
+    const std::string capability = wish ? wish : "avx512";
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+    if (avx512 && capability == "avx512") return Kernels{avx512::tile_rows, avx512::run};
+    if (avx2 && capability != "default") return Kernels{avx2::tile_rows, avx2::run};
+#endif
+    return Kernels{baseline::tile_rows, baseline::run};
+  }();
+  return chosen;
+}
+
+Storage storage_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return Storage::float32;
+    case ScalarType::Double: return Storage::float64;
+    case ScalarType::Half: return Storage::float16;
+    case ScalarType::BFloat16: return Storage::bfloat16;
+    default: STD_TORCH_CHECK(false, "vicinal: q has a dtype the kernel does not know"); 
+  }
+}
+
+ScalarType sum_type(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// A contiguous tensor's rows, or a view's whose channels stand side by side; others are copied.
+Tensor side_by_side(const Tensor& x) {
+  return x.size(2) <= 1 || x.stride(2) == 1 ? x : torch::stable::contiguous(x);
+}
+
+Rows rows_of(const Tensor& x) {
+  STD_TORCH_CHECK(x.dim() == 3, "vicinal: expected a tensor of 3 dimensions");
+  return {x.data_ptr(), x.stride(0), x.stride(1), x.size(2)};
+}
+
+// A contiguous tensor of more dimensions as [rows, heads, width].
+Rows folded_rows(const Tensor& x) {
+  const int64_t heads = x.size(x.dim() - 2), width = x.size(x.dim() - 1);
+  return {x.data_ptr(), heads * width, width, width};
+}
+
+const int32_t* indices(const Tensor& x, int64_t numel) {
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Int && x.is_contiguous() && x.numel() == numel,
+                  "vicinal: the plan's tensors must be contiguous int32 of the sizes it was made with");
+  return x.const_data_ptr<int32_t>();
+}
+
+Slices slices_of(const Tensors& plan, size_t at, int64_t rows, int64_t length, int64_t targets) {
+  const int64_t slices = plan[at + 1].size(1);
+  return {indices(plan[at], rows), indices(plan[at + 1], rows * slices),
+          indices(plan[at + 2], rows * slices), indices(plan[at + 3], length),
+          rows, slices, length, targets};
+}
+
+// The arguments of both ops, checked, with what must outlive the problem made of them.
+class Arguments {
+ public:
+  Arguments(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& query_mask,
+            const std::optional<Tensor>& seed, const Tensors& background, const Tensors& plan,
+            const std::vector<int64_t>& windows, int64_t position_dim, double scale, double dropout_p)
+      : q(side_by_side(q)), k(side_by_side(k)), v(side_by_side(v)), plan_(plan), windows_(windows) {
+    const int64_t n = q.size(0), points = k.size(0), levels = windows.size();
+    STD_TORCH_CHECK(plan.size() == 11, "vicinal: a plan has 11 tensors");
+    STD_TORCH_CHECK(q.size(1) == k.size(1) && q.size(1) == v.size(1) && q.size(2) == k.size(2) &&
+                        v.size(0) == points && q.scalar_type() == k.scalar_type() &&
+                        q.scalar_type() == v.scalar_type(),
+                    "vicinal: q, k and v do not fit each other");
+    problem.heads = q.size(1);
+    problem.scale = scale;
+    problem.q = rows_of(this->q);
+    problem.k = rows_of(this->k);
+    problem.v = rows_of(this->v);
+    problem.queries = slices_of(plan, 0, n, points, points);
+    problem.points = slices_of(plan, 4, points, levels * n, n);
+    if (query_mask) {
+      mask_ = torch::stable::contiguous(*query_mask);
+      STD_TORCH_CHECK(mask_.scalar_type() == ScalarType::Bool && mask_.numel() == n,
+                      "vicinal: query_mask must be bool [N]");
+      problem.query_mask = static_cast<const bool*>(mask_.data_ptr());
+    }
+    if (seed) set_dropout(*seed, dropout_p);
+    if (!background.empty()) set_background(background, position_dim);
+  }
+
+  // Runs a pass over all tiles; items is how many pieces the tiles come in, 0 for one each.
+  void run(Pass pass, int64_t items = 0) const {
+    const Storage storage = storage_of(q);
+    const int64_t rows = pass == Pass::backward_points ? problem.points.rows : problem.queries.rows;
+    const int64_t tile_rows = kernels().tile_rows(storage);
+    Work work;
+    work.tiles = (rows + tile_rows - 1) / tile_rows;
+    if (items) work.tiles_per_item = std::max<int64_t>((work.tiles + items - 1) / items, 1);
+    const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), work.items());
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t thread = begin; thread < end; ++thread)
+        kernels().run(pass, storage, problem, work);
+    });
+  }
+
+  Problem problem;
+  const Tensor q, k, v;
+  Tensors background;  // query, key, value, contiguous; or none
+
+ private:
+  void set_dropout(const Tensor& seed, double rate) {
+    STD_TORCH_CHECK(seed.scalar_type() == ScalarType::Long && seed.numel() == 1,
+                    "vicinal: seed must be one int64");
+    const uint64_t bits = *seed.const_data_ptr<int64_t>();
+    problem.dropout.active = true;
+    problem.dropout.key = baseline::mix(baseline::mix(uint32_t(bits)) ^ uint32_t(bits >> 32));
+    problem.dropout.threshold = uint32_t(rate * 4294967296.0);
+    problem.dropout.keep_scale = 1 / (1 - rate);
+  }
+
+  void set_background(const Tensors& given, int64_t position_dim) {
+    Background& b = problem.background;
+    for (const Tensor& x : given) background.push_back(torch::stable::contiguous(x));
+    b.active = true;
+    b.levels = windows_.size();
+    for (int64_t window : windows_) {
+      int64_t rows = 1;
+      for (int64_t axis = 1; axis < position_dim; ++axis) rows *= window;
+      level_rows_.push_back(rows);
+      b.slots += rows * window;
+    }
+    const int64_t n = q.size(0), points = k.size(0), heads = problem.heads;
+    b.images = background[2].size(0);
+    STD_TORCH_CHECK(background.size() == 3 &&
+                        background[0].numel() == n * b.levels * heads * q.size(2) &&
+                        background[1].numel() == b.slots * heads * q.size(2) &&
+                        background[2].numel() == b.images * b.levels * heads * v.size(2),
+                    "vicinal: the background does not fit q, v and the windows");
+    b.query = folded_rows(background[0]);
+    b.key = folded_rows(background[1]);
+    b.value = folded_rows(background[2]);
+    b.windows = windows_.data();
+    b.level_rows = level_rows_.data();
+    b.query_batch = indices(plan_[8], n);
+    b.center_columns = indices(plan_[9], n * b.levels);
+    b.point_columns = indices(plan_[10], points);
+  }
+
+  const Tensors plan_;
+  const std::vector<int64_t> windows_;
+  std::vector<int64_t> level_rows_;
+  Tensor mask_;
+};
+
+std::tuple<Tensor, Tensor> forward(
+    Tensor q, Tensor k, Tensor v, std::optional<Tensor> query_mask, std::optional<Tensor> seed,
+    Tensors background, Tensors plan, std::vector<int64_t> windows, int64_t position_dim,
+    double scale, double dropout_p) {
+  Arguments arguments(q, k, v, query_mask, seed, background, plan, windows, position_dim, scale,
+                      dropout_p);
+  Tensor out = torch::stable::new_empty(q, {q.size(0), q.size(1), v.size(2)});
+  Tensor lse = torch::stable::new_empty(q, {q.size(0), q.size(1)}, sum_type(q));
+  arguments.problem.out = rows_of(out);
+  arguments.problem.lse = lse.data_ptr();
+  arguments.run(Pass::forward);
+  return {out, lse};
+}
+
+// Zeros like x, once for each of the items, in the type of the sums.
+Tensor zero_parts(const Tensor& x, int64_t items) {
+  std::vector<int64_t> sizes{items};
+  for (int64_t axis = 0; axis < x.dim(); ++axis) sizes.push_back(x.size(axis));
+  return torch::stable::new_zeros(x, sizes, sum_type(x));
+}
+
+// The sum over the items, in the type of the background.
+Tensor total(const Tensor& parts, const Tensor& like) {
+  const int64_t axis = 0;
+  return torch::stable::to(torch::stable::sum(parts, torch::headeronly::IntHeaderOnlyArrayRef(&axis, 1)),
+                           like.scalar_type());
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensors> backward(
+    Tensor grad_out, Tensor grad_lse, Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v,
+    std::optional<Tensor> query_mask, std::optional<Tensor> seed, Tensors background, Tensors plan,
+    std::vector<int64_t> windows, int64_t position_dim, double scale, double dropout_p) {
+  Arguments arguments(q, k, v, query_mask, seed, background, plan, windows, position_dim, scale,
+                      dropout_p);
+  Problem& p = arguments.problem;
+  grad_out = side_by_side(grad_out);
+  grad_lse = torch::stable::contiguous(grad_lse);
+  STD_TORCH_CHECK(out.is_contiguous() && lse.is_contiguous(), "vicinal: out and lse are the op's own");
+  Tensor grad_q = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)});
+  Tensor grad_k = torch::stable::new_empty(k, {k.size(0), k.size(1), k.size(2)});
+  Tensor grad_v = torch::stable::new_empty(v, {v.size(0), v.size(1), v.size(2)});
+  Tensor delta = torch::stable::new_empty(lse, {lse.size(0), lse.size(1)});
+  p.out = rows_of(out);
+  p.grad_out = rows_of(grad_out);
+  p.lse = lse.data_ptr();
+  p.grad_lse = grad_lse.data_ptr();
+  p.delta = delta.data_ptr();
+  p.grad_q = rows_of(grad_q);
+  p.grad_k = rows_of(grad_k);
+  p.grad_v = rows_of(grad_v);
+
+  Tensors grads;
+  if (!p.background.active) {
+    arguments.run(Pass::backward_queries);
+  } else {
+    // The items, and so the order of the sums, must not depend on the number of threads.
+    const Tensors& given = arguments.background;
+    const int64_t items = std::clamp<int64_t>((1 << 24) / (given[1].numel() + 1), 4, 32);
+    Tensor query = torch::stable::empty_like(given[0]);
+    Tensor key = zero_parts(given[1], items), value = zero_parts(given[2], items);
+    p.background.grad_query = folded_rows(query);
+    p.background.grad_key_parts = key.data_ptr();
+    p.background.grad_value_parts = value.data_ptr();
+    arguments.run(Pass::backward_queries, items);
+    grads = {query, total(key, given[1]), total(value, given[2])};
+  }
+  arguments.run(Pass::backward_points);
+  return {grad_q, grad_k, grad_v, grads};
+}
+
+}  // namespace
+}  // namespace vicinal
+
+STABLE_TORCH_LIBRARY_IMPL(vicinal, CPU, m) {
+  m.impl("neighborhood_attention", TORCH_BOX(&vicinal::forward));
+  m.impl("neighborhood_attention_backward", TORCH_BOX(&vicinal::backward));
+}

@@ -1,0 +1,90 @@
+"""The specification in code: plain PyTorch on any device, differentiable twice.
+
+Every other back end is held against this one. It takes a few queries at a time and computes
+each of these chunks anew in the backward pass, so no more than a chunk's pairs is ever stored.
+"""
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ..plan import NeighborhoodPlan
+
+CHUNK = 1024  # queries
+_LOW_32_BITS = 0xFFFFFFFF
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, plan: NeighborhoodPlan, background: tuple[Tensor, ...],
+    query_mask: Tensor | None, seed: Tensor | None, scale: float, dropout_p: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The attended values ``[N, H, dv]`` and, in float32 or float64, the log-sum-exp ``[N, H]``."""
+
+    def chunk(queries: Tensor) -> tuple[Tensor, Tensor]:
+        row, column, logits, values = pairs(queries, q, k, v, plan, background, query_mask, scale)
+        weights, lse = softmax(logits, row, len(queries))
+        if seed is not None:
+            kept = keep_mask(seed, queries[row], column, q.shape[1], dropout_p)
+            weights = weights * kept / (1 - dropout_p)
+        attended = values.new_zeros(len(queries), *values.shape[1:])
+        return attended.index_add(0, row, weights[..., None] * values).to(q.dtype), lse
+
+    chunks = torch.arange(len(q), device=q.device).split(CHUNK)
+    parts = [checkpoint(chunk, queries, use_reentrant=False) for queries in chunks]
+    out, lse = zip(*parts, strict=True)
+    return torch.cat(out), torch.cat(lse)
+
+
+def pairs(
+    queries: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: NeighborhoodPlan,
+    background: tuple[Tensor, ...], query_mask: Tensor | None, scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """A row per pair: its place in ``queries``, its column (the point, or nnz + the slot of an
+    empty cell), its logits ``[M, H]``, its value ``[M, H, dv]``. Masked queries have none.
+    """
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    seeing = (
+        torch.ones_like(queries, dtype=torch.bool) if query_mask is None else ~query_mask[queries]
+    )
+    row, column, slot = plan.pairs_and_slots(queries)
+    row, column, slot = (part[seeing[row]] for part in (row, column, slot))
+    logits = (q[queries[row]].to(dtype) * k[column].to(dtype)).sum(-1)
+    values = v[column].to(dtype)
+    if background:
+        empty = seeing[:, None].repeat(1, plan.window_slots)
+        empty[row, slot] = False
+        bg_row, bg_slot = empty.nonzero(as_tuple=True)
+        query, level = queries[bg_row], plan.slot_levels()[bg_slot]
+        bg_query, bg_key, bg_value = (part.to(dtype) for part in background)
+        row, column = torch.cat((row, bg_row)), torch.cat((column, plan.n_points + bg_slot))
+        logits = torch.cat((logits, (bg_query[query, level] * bg_key[bg_slot]).sum(-1)))
+        values = torch.cat((values, bg_value[plan.query_batch[query].long(), level]))
+    return row, column, logits * scale, values
+
+
+def softmax(logits: Tensor, row: Tensor, n_rows: int) -> tuple[Tensor, Tensor]:
+    """Softmax of ``logits`` ``[M, H]`` within each row, and the rows' log-sum-exp ``[n, H]``."""
+    lowest = logits.new_full((n_rows, logits.shape[1]), -torch.inf)
+    top = lowest.scatter_reduce(0, row[:, None].expand_as(logits), logits.detach(), "amax")
+    top = torch.where(top.isfinite(), top, 0)
+    exponentials = (logits - top[row]).exp()
+    total = torch.zeros_like(top).index_add(0, row, exponentials)
+    nonempty = torch.where(total > 0, total, 1)
+    lse = torch.where(total > 0, nonempty.log() + top, -torch.inf)
+    return exponentials / nonempty[row], lse
+
+
+def keep_mask(seed: Tensor, query: Tensor, column: Tensor, n_heads: int, rate: float) -> Tensor:
+    """Which weights ``[M, H]`` dropout keeps: a hash of seed, head, query and column, so that any
+    back end and any pass can tell without storing it (finaliser of A. Appleby's MurmurHash3).
+    """
+
+    def mix(x: Tensor) -> Tensor:
+        x = (x ^ (x >> 16)) * 0x85EBCA6B & _LOW_32_BITS
+        x = (x ^ (x >> 13)) * 0xC2B2AE35 & _LOW_32_BITS
+        return x ^ (x >> 16)
+
+    head = torch.arange(n_heads, device=query.device)
+    key = mix(mix(seed & _LOW_32_BITS) ^ (seed >> 32 & _LOW_32_BITS))
+    key = mix(mix(mix(key ^ head) ^ query[:, None]) ^ column[:, None])
+    return key >= int(rate * 2**32)
