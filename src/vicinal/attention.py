@@ -1,16 +1,15 @@
-"""The functional op: checks its arguments, picks a back end, and knows all of them."""
+"""The functional op: checks its arguments and hands them to a back end."""
 
-from collections.abc import Callable
 from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from ._checks import check_dropout, check_tensor, refuse
-from .kernels import cpu, reference
+from .backends import choose_backend
+from .kernels import reference
 from .plan import NeighborhoodPlan
 
-_BACKENDS = ("reference", "cpu")
 _CELLS = ("background.query", "background.key", "background.value")
 
 
@@ -123,7 +122,7 @@ def neighborhood_attention(
         refuse("background.value", f"the width of v, {v.shape[-1]}", background.value)
     q, k, v, *cells = _autocast(q, k, v, *(background or ()))
     _check_dtypes(q, k=k, v=v, **dict(zip(_CELLS, cells, strict=False)))
-    attend = _pick(backend, q)
+    attend = choose_backend(backend, q.device).attend
     seed = torch.randint(2**62, (), device=q.device) if dropout_p > 0 else None
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     out, lse = attend(q, k, v, plan, tuple(cells), query_mask, seed, scale, dropout_p)
@@ -167,24 +166,6 @@ def neighborhood_attention_weights(
         empty = weights.new_zeros(len(queries), plan.n_levels, q.shape[1])
         empty = empty.index_put((row[n_pairs:], level), weights[n_pairs:], accumulate=True)
     return NeighborhoodWeights(offsets, column[:n_pairs], weights[:n_pairs], empty)
-
-
-def check_backend(backend: str | None) -> None:
-    if backend is not None and backend not in _BACKENDS:
-        refuse("backend", f"None or one of {list(_BACKENDS)}", backend)
-
-
-def _pick(backend: str | None, q: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
-    check_backend(backend)
-    if backend == "reference":
-        return reference.attend
-    if backend == "cpu":
-        problem = cpu.unavailable(q)
-        if problem:
-            refuse("backend", "one that can run here", f"'cpu': {problem}")
-        return cpu.attend
-    runs_natively = q.device.type == "cpu" and cpu.unavailable(q) is None
-    return cpu.attend if runs_natively else reference.attend
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

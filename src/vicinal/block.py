@@ -15,7 +15,9 @@ from ._checks import (
     reads_contents,
     refuse,
 )
-from .attention import Background, check_backend, neighborhood_attention
+from .attention import Background, neighborhood_attention
+from .backends import check_backend
+from .kernels.reference import turn
 from .neighborhoods import (
     coordinate_dtype,
     finest_level,
@@ -25,7 +27,7 @@ from .neighborhoods import (
 )
 from .plan import NeighborhoodPlan, plan_neighborhoods
 from .pyramid import FeaturePyramid
-from .rotary import RotaryEncoding, rotate
+from .rotary import RotaryEncoding
 
 
 class SparseNeighborhoodAttentionBlock(nn.Module):
@@ -107,6 +109,7 @@ class SparseNeighborhoodAttentionBlock(nn.Module):
             share_heads=rope_share_heads,
             freq_group_pattern=rope_freq_group_pattern,
             enforce_freq_groups_equal=rope_enforce_freq_groups_equal,
+            backend=backend,
         )
         self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias)
         self.dropout = nn.Dropout(dropout)
@@ -215,7 +218,7 @@ class SparseNeighborhoodAttentionBlock(nn.Module):
         for level, scale in enumerate(scales):
             position = _with_level((centers[level] + 0.5) / scale, level)
             at_center = self.pos_encoding(key[:, level][image], position)
-            queries.append(rotate(q, at_center[..., ::2], -at_center[..., 1::2]))
+            queries.append(turn(q, at_center[..., ::2], -at_center[..., 1::2]))
             window = window_offsets(self.neighborhood_sizes[level : level + 1], self.position_dim)[
                 0
             ]

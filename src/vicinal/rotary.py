@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ._checks import check_tensor, refuse
+from .backends import check_backend, choose_backend
 from .neighborhoods import coordinate_dtype
 
 _PATTERNS = ("single", "partition", "closure")
@@ -28,6 +29,7 @@ class RotaryEncoding(nn.Module):
             all; ``"partition"``: one sees space, one the level; ``"closure"``: space, level, all.
         enforce_freq_groups_equal: refuse groups of unequal size. Otherwise the first groups get
             one pair more.
+        backend: see `neighborhood_attention`.
 
     ``freqs[g]`` is group g's parameter, ``[its coordinates, H or 1, its pairs]``.
 
@@ -46,13 +48,16 @@ class RotaryEncoding(nn.Module):
         share_heads: bool = False,
         freq_group_pattern: str = "single",
         enforce_freq_groups_equal: bool = True,
+        backend: str | None = None,
     ) -> None:
         super().__init__()
         if head_dim < 2 or head_dim % 2:
             refuse("head_dim", "an even number of channels per head", head_dim)
         if freq_group_pattern not in _PATTERNS:
             refuse("freq_group_pattern", f"one of {list(_PATTERNS)}", freq_group_pattern)
+        check_backend(backend)
         self.head_dim, self.n_heads, self.position_dim = head_dim, n_heads, position_dim
+        self.backend = backend
         self.thetas = [spatial_base_theta] * position_dim + [level_base_theta]
         space, level = list(range(position_dim)), [position_dim]
         self.groups = {
@@ -96,19 +101,8 @@ class RotaryEncoding(nn.Module):
         check_tensor("x", x, ("n", self.n_heads, self.head_dim), kind="floating")
         shape = (len(x), self.position_dim + 1)
         check_tensor("coordinates", coordinates, shape, kind="floating", device=x.device)
-        angles = self.angles(coordinates.to(coordinate_dtype(coordinates.dtype)))
-        return rotate(x, angles.cos(), angles.sin())
-
-    def angles(self, coordinates: Tensor) -> Tensor:
-        """``[n, H or 1, d / 2]`` in radians. Sums products one by one: a matrix product would
-        follow autocast and TF32, in which cell 300 is cell 301.
-        """
-        table = self.frequencies().to(coordinates.dtype)
-        columns = coordinates[:, :, None, None].unbind(1)
-        angles = columns[0] * table[0]
-        for column, row in zip(columns[1:], table[1:], strict=True):
-            angles = torch.addcmul(angles, column, row)
-        return angles
+        coordinates = coordinates.to(coordinate_dtype(coordinates.dtype))
+        return choose_backend(self.backend, x.device).rotate(x, coordinates, self.frequencies())
 
     def frequencies(self) -> Tensor:
         """``[P + 1, H or 1, d / 2]``: all pairs' frequencies, zero where a pair does not see."""
@@ -120,13 +114,6 @@ class RotaryEncoding(nn.Module):
 
     def extra_repr(self) -> str:
         return f"head_dim={self.head_dim}, n_heads={self.n_heads}, position_dim={self.position_dim}"
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """``x`` ``[..., d]``, its channel pairs rotated; cosine and sine are ``[..., d / 2]``."""
-    even, odd = x.unflatten(-1, (-1, 2)).to(torch.promote_types(x.dtype, cos.dtype)).unbind(-1)
-    rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1)
-    return rotated.flatten(-2).to(x.dtype)
 
 
 def _drop_constant_buffers(

@@ -23,7 +23,9 @@
 
 #define VICINAL_ISA baseline
 #define VICINAL_BYTES 16
+#include "cpu_vectors.h"
 #include "cpu_tiles.h"
+#include "cpu_rotation.h"
 #undef VICINAL_ISA
 #undef VICINAL_BYTES
 
@@ -34,7 +36,9 @@
 #pragma GCC target("avx2,fma,f16c")
 #define VICINAL_ISA avx2
 #define VICINAL_BYTES 32
+#include "cpu_vectors.h"
 #include "cpu_tiles.h"
+#include "cpu_rotation.h"
 #undef VICINAL_ISA
 #undef VICINAL_BYTES
 #pragma GCC pop_options
@@ -43,7 +47,9 @@
 #pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,f16c")
 #define VICINAL_ISA avx512
 #define VICINAL_BYTES 64
+#include "cpu_vectors.h"
 #include "cpu_tiles.h"
+#include "cpu_rotation.h"
 #undef VICINAL_ISA
 #undef VICINAL_BYTES
 #pragma GCC pop_options
@@ -59,6 +65,7 @@ using Tensors = std::vector<Tensor>;
 struct Kernels {
   int64_t (*tile_rows)(Storage);
   void (*run)(Pass, Storage, const Problem&, Work&);
+  void (*rotate)(Storage, const Rotation&, Work&, bool forward);
 };
 
 // The widest the processor has, or what ATen's own ATEN_CPU_CAPABILITY asks for.
@@ -70,10 +77,10 @@ const Kernels& kernels() {
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
-    if (avx512 && capability == "avx512") return Kernels{avx512::tile_rows, avx512::run};
-    if (avx2 && capability != "default") return Kernels{avx2::tile_rows, avx2::run};
+    if (avx512 && capability == "avx512") return Kernels{avx512::tile_rows, avx512::run, avx512::rotate};
+    if (avx2 && capability != "default") return Kernels{avx2::tile_rows, avx2::run, avx2::rotate};
 #endif
-    return Kernels{baseline::tile_rows, baseline::run};
+    return Kernels{baseline::tile_rows, baseline::run, baseline::rotate};
   }();
   return chosen;
 }
@@ -121,6 +128,17 @@ Slices slices_of(const Tensors& plan, size_t at, int64_t rows, int64_t length, i
           rows, slices, length, targets};
 }
 
+// Calls body(work) on each of torch's threads; the work is taken as the threads come to it, which
+// evens out items of different cost.
+template <typename Body>
+void share_out(int64_t tiles, int64_t tiles_per_item, const Body& body) {
+  Work work(tiles, tiles_per_item);
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), work.items());
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t thread = begin; thread < end; ++thread) body(work);
+  });
+}
+
 // The arguments of both ops, checked, with what must outlive the problem made of them.
 class Arguments {
  public:
@@ -156,14 +174,9 @@ class Arguments {
     const Storage storage = storage_of(q);
     const int64_t rows = pass == Pass::backward_points ? problem.points.rows : problem.queries.rows;
     const int64_t tile_rows = kernels().tile_rows(storage);
-    Work work;
-    work.tiles = (rows + tile_rows - 1) / tile_rows;
-    if (items) work.tiles_per_item = std::max<int64_t>((work.tiles + items - 1) / items, 1);
-    const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), work.items());
-    torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t thread = begin; thread < end; ++thread)
-        kernels().run(pass, storage, problem, work);
-    });
+    const int64_t tiles = (rows + tile_rows - 1) / tile_rows;
+    share_out(tiles, items ? (tiles + items - 1) / items : 1,
+              [&](Work& work) { kernels().run(pass, storage, problem, work); });
   }
 
   Problem problem;
@@ -285,10 +298,66 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> backward(
   return {grad_q, grad_k, grad_v, grads};
 }
 
+constexpr int64_t kRowsPerItem = 512;  // of a rotation; its sums over rows run item by item
+
+struct RotationArguments {
+  RotationArguments(const Tensor& shape, const Tensor& coordinates, const Tensor& frequencies) {
+    rotation.heads = shape.size(1);
+    rotation.pairs = shape.size(1) * (shape.size(2) / 2);
+    rotation.coordinates_per_row = coordinates.size(1);
+    STD_TORCH_CHECK(shape.dim() == 3 && coordinates.is_contiguous() && frequencies.is_contiguous() &&
+                        coordinates.size(0) == shape.size(0) && coordinates.size(1) >= 1 &&
+                        frequencies.numel() == coordinates.size(1) * rotation.pairs &&
+                        coordinates.scalar_type() == sum_type(shape) &&
+                        frequencies.scalar_type() == sum_type(shape),
+                    "vicinal: x, coordinates and frequencies do not fit each other");
+    rotation.coordinates = coordinates.data_ptr();
+    rotation.frequencies = frequencies.data_ptr();
+  }
+
+  void run(const Tensor& x, bool forward) const {
+    share_out(x.size(0), kRowsPerItem, [&](Work& work) {
+      kernels().rotate(storage_of(x), rotation, work, forward);
+    });
+  }
+
+  Rotation rotation;
+};
+
+Tensor rotate(Tensor x, Tensor coordinates, Tensor frequencies) {
+  RotationArguments arguments(x, coordinates, frequencies);
+  const Tensor in = side_by_side(x);
+  Tensor out = torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2)});
+  arguments.rotation.x = rows_of(in);
+  arguments.rotation.out = rows_of(out);
+  arguments.run(in, true);
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> rotate_backward(Tensor grad_out, Tensor out, Tensor coordinates,
+                                                   Tensor frequencies) {
+  RotationArguments arguments(out, coordinates, frequencies);
+  Rotation& r = arguments.rotation;
+  const Tensor grad = side_by_side(grad_out);
+  const int64_t items = (out.size(0) + kRowsPerItem - 1) / kRowsPerItem;
+  Tensor grad_x = torch::stable::new_empty(out, {out.size(0), out.size(1), out.size(2)});
+  Tensor grad_coordinates = torch::stable::empty_like(coordinates);
+  Tensor parts = zero_parts(frequencies, items);
+  r.out = rows_of(out);
+  r.grad_out = rows_of(grad);
+  r.grad_x = rows_of(grad_x);
+  r.grad_coordinates = grad_coordinates.data_ptr();
+  r.grad_frequency_parts = parts.data_ptr();
+  arguments.run(out, false);
+  return {grad_x, grad_coordinates, total(parts, frequencies)};
+}
+
 }  // namespace
 }  // namespace vicinal
 
 STABLE_TORCH_LIBRARY_IMPL(vicinal, CPU, m) {
   m.impl("neighborhood_attention", TORCH_BOX(&vicinal::forward));
   m.impl("neighborhood_attention_backward", TORCH_BOX(&vicinal::backward));
+  m.impl("rotate", TORCH_BOX(&vicinal::rotate));
+  m.impl("rotate_backward", TORCH_BOX(&vicinal::rotate_backward));
 }

@@ -5,18 +5,15 @@ import warnings
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from .library import attend
+from .library import attend, rotate
 
-__all__ = ["attend", "unavailable"]
+__all__ = ["attend", "problem", "rotate"]
 
 
-def unavailable(q: Tensor) -> str | None:
-    """Why this back end cannot run on ``q``, or None if it can."""
-    if q.device.type != "cpu":
-        return f"it runs on the CPU and q is on {q.device}"
-    return _load()
+def problem(device: torch.device) -> str | None:
+    """Why this back end cannot run on ``device``, or None if it can."""
+    return _load() if device.type == "cpu" else "it runs on the CPU alone"
 
 
 @functools.cache
@@ -24,17 +21,17 @@ def _load() -> str | None:
     """Loads the compiled kernel once. Returns, and warns of, what is in the way."""
     libraries = sorted(Path(__file__).parent.glob("_cpu*.so"))
     if not libraries:
-        problem = "its kernel was not built when vicinal was installed (is there a C++ compiler?)"
+        reason = "its kernel was not built when vicinal was installed (is there a C++ compiler?)"
     else:
         try:
             torch.ops.load_library(str(libraries[0]))
             return None
         except OSError as error:
-            problem = f"its kernel does not load: {error}"
+            reason = f"its kernel does not load: {error}"
     warnings.warn(
-        f"vicinal: backend 'cpu' is missing, {problem}; attention falls back on the slower "
+        f"vicinal: backend 'cpu' is missing, {reason}; attention falls back on the slower "
         "backend 'reference'",
         RuntimeWarning,
         stacklevel=2,
     )
-    return problem
+    return reason

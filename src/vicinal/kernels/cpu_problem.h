@@ -53,12 +53,25 @@ struct Problem {
   Rows grad_out, grad_q, grad_k, grad_v;
 };
 
+// Rows turned by angles coordinates @ frequencies; coordinates and frequencies are in the type of
+// the sums, and so are the gradients of both.
+struct Rotation {
+  int64_t heads = 0, pairs = 0, coordinates_per_row = 0;  // pairs in all heads together
+  const void *coordinates = nullptr, *frequencies = nullptr;  // [n, C], [C, pairs]
+  Rows x, out;
+  Rows grad_out, grad_x;
+  void *grad_coordinates = nullptr, *grad_frequency_parts = nullptr;  // [n, C], [items, C, pairs]
+};
+
 enum class Pass { forward, backward_queries, backward_points };
 enum class Storage { float32, float64, float16, bfloat16 };
 
-// Threads take items one by one until none is left; an item is a run of tiles.
+// Threads take items one by one until none is left; an item is a run of tiles (or of rows).
 struct Work {
-  int64_t tiles = 0, tiles_per_item = 1;
+  Work(int64_t tiles, int64_t tiles_per_item)
+      : tiles(tiles), tiles_per_item(tiles_per_item < 1 ? 1 : tiles_per_item) {}
+
+  const int64_t tiles, tiles_per_item;
   int64_t next = 0;
 
   int64_t items() const { return (tiles + tiles_per_item - 1) / tiles_per_item; }

@@ -1,5 +1,4 @@
-// The CPU kernels, for one instruction set. cpu.cpp includes this file once for each of them, with
-// VICINAL_ISA naming the namespace and VICINAL_BYTES the width of a vector register; hence no guard.
+// Attention, for one instruction set: see cpu_vectors.h.
 //
 // A tile is as many rows as a vector has lanes: queries (forward, and backward to the queries) or
 // points (backward to keys and values). Rows of a tile are neighbors in space and so share most of
@@ -10,91 +9,10 @@
 
 namespace vicinal::VICINAL_ISA {
 
-template <typename Real>
-struct Lanes;
-template <>
-struct Lanes<float> {
-  typedef float Vector __attribute__((vector_size(VICINAL_BYTES)));
-  typedef uint32_t Bits __attribute__((vector_size(VICINAL_BYTES)));
-  static constexpr int mantissa = 23, exp_terms = 7;
-  static constexpr float round_magic = 12582912.0f, exp_lowest = -87.0f;
-  static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
-};
-template <>
-struct Lanes<double> {
-  typedef double Vector __attribute__((vector_size(VICINAL_BYTES)));
-  typedef uint64_t Bits __attribute__((vector_size(VICINAL_BYTES)));
-  static constexpr int mantissa = 52, exp_terms = 13;
-  static constexpr double round_magic = 6755399441055744.0, exp_lowest = -708.0;
-  static constexpr double ln2_high = 0.693147180369123816490, ln2_low = 1.90821492927058770002e-10;
-};
-template <typename Real>
-using Vector = typename Lanes<Real>::Vector;
-template <typename Real>
-using Bits = typename Lanes<Real>::Bits;
-template <typename Real>
-constexpr int n_lanes = VICINAL_BYTES / sizeof(Real);
-
-template <typename T>
-struct SumType {
-  typedef float type;
-};
-template <>
-struct SumType<double> {
-  typedef double type;
-};
-
 constexpr int kUnroll = 8;    // rows or channels that the inner loops keep in registers
 constexpr int kBlock = 128;   // neighbors whose logits are held at a time; a multiple of kUnroll
 
 inline int64_t padded(int64_t count) { return (count + kUnroll - 1) / kUnroll * kUnroll; }
-
-// Uninitialised memory that grows.
-template <typename T>
-class Buffer {
- public:
-  Buffer() = default;
-  explicit Buffer(int64_t count) { reserve(count); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  ~Buffer() { ::operator delete(data_, std::align_val_t(64)); }
-  void reserve(int64_t count) {
-    if (count <= capacity_) return;
-    void* grown = ::operator new(2 * count * sizeof(T), std::align_val_t(64));
-    ::operator delete(data_, std::align_val_t(64));
-    data_ = static_cast<T*>(grown);
-    capacity_ = 2 * count;
-  }
-  T* get() { return data_; }
-  T& operator[](int64_t index) { return data_[index]; }
-
- private:
-  T* data_ = nullptr;
-  int64_t capacity_ = 0;
-};
-
-// exp(x) for x of at most about 80: a power of two times the Taylor series of what remains, which
-// its last term bounds by less than a rounding error.
-template <typename Real>
-inline Vector<Real> exponential(Vector<Real> x) {
-  using L = Lanes<Real>;
-  x = x > L::exp_lowest ? x : Vector<Real>{} + L::exp_lowest;
-  const Vector<Real> shifted = x * Real(1.44269504088896340736) + L::round_magic;
-  const Vector<Real> power = shifted - L::round_magic;
-  const Vector<Real> rest = (x - power * L::ln2_high) - power * L::ln2_low;
-  Vector<Real> sum = Vector<Real>{} + Real(1);
-#pragma GCC unroll 13
-  for (int term = L::exp_terms; term > 0; --term) sum = sum * rest * (Real(1) / term) + Real(1);
-  return (Vector<Real>)((Bits<Real>)sum + ((Bits<Real>)shifted << L::mantissa));
-}
-
-// The finaliser of A. Appleby's MurmurHash3 on 32 bits, whatever the width of the lanes.
-template <typename Unsigned>
-inline Unsigned mix(Unsigned x) {
-  x = ((x ^ (x >> 16)) * 0x85EBCA6Bu) & 0xFFFFFFFFu;
-  x = ((x ^ (x >> 13)) * 0xC2B2AE35u) & 0xFFFFFFFFu;
-  return x ^ (x >> 16);
-}
 
 template <typename Real>
 inline Vector<Real> kept_weight(const Dropout& dropout, Bits<Real> key) {
@@ -515,7 +433,7 @@ class Tile {
   void load_columns(const Rows& rows, int64_t head, const int64_t* ids, V* columns, double scale) {
     Real* out = reinterpret_cast<Real*>(columns);
     for (int lane = 0; lane < kLanes; ++lane, ++out) {
-      const T* row = row_of(rows, ids[lane], head);
+      const T* row = row_of<T>(rows, std::max<int64_t>(ids[lane], 0), head);
       for (int64_t c = 0; c < rows.width; ++c)
         out[c * kLanes] = ids[lane] < 0 ? Real(0) : Real(row[c]) * Real(scale);
     }
@@ -525,7 +443,7 @@ class Tile {
                      const int64_t* ids) {
     const Real* in = reinterpret_cast<const Real*>(columns);
     for (int lane = 0; lane < kLanes; ++lane, ++in) {
-      T* row = row_of(rows, ids[lane], head);
+      T* row = row_of<T>(rows, std::max<int64_t>(ids[lane], 0), head);
       for (int64_t c = 0; c < rows.width && ids[lane] >= 0; ++c)
         row[c] = T(in[c * kLanes] * Real(scale));
     }
@@ -536,14 +454,10 @@ class Tile {
   void load_rows(const Rows& rows, int64_t head, const Id* ids, int64_t count, Real* out,
                  int64_t stride) {
     for (int64_t u = 0; u < count; ++u, out += stride) {
-      const T* row = row_of(rows, ids[u], head);
+      const T* row = row_of<T>(rows, std::max<int64_t>(ids[u], 0), head);
       for (int64_t c = 0; c < rows.width; ++c) out[c] = ids[u] < 0 ? Real(0) : Real(row[c]);
       for (int64_t c = rows.width; c < stride; ++c) out[c] = 0;
     }
-  }
-
-  static T* row_of(const Rows& rows, int64_t id, int64_t head) {
-    return static_cast<T*>(rows.data) + (id < 0 ? 0 : id) * rows.row_stride + head * rows.head_stride;
   }
 
   const Problem& p_;
@@ -587,12 +501,7 @@ inline int64_t tile_rows(Storage storage) {
 
 // One thread's share of the work.
 inline void run(Pass pass, Storage storage, const Problem& problem, Work& work) {
-  switch (storage) {
-    case Storage::float32: return run_tiles<float>(pass, problem, work);
-    case Storage::float64: return run_tiles<double>(pass, problem, work);
-    case Storage::float16: return run_tiles<torch::headeronly::Half>(pass, problem, work);
-    case Storage::bfloat16: return run_tiles<torch::headeronly::BFloat16>(pass, problem, work);
-  }
+  with_storage(storage, [&](auto type) { run_tiles<decltype(type)>(pass, problem, work); });
 }
 
 }  // namespace vicinal::VICINAL_ISA

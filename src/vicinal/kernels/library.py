@@ -1,7 +1,6 @@
-"""The attention op as torch sees it: schema, shapes, gradient. Compiled kernels implement it.
+"""The compiled ops as torch sees them: schema, shapes, gradient. Kernels register for a device.
 
-`torch.compile`, `torch.export`, saved-tensor hooks and `opcheck` work with whatever kernel is
-registered for a device.
+`torch.compile`, `torch.export`, saved-tensor hooks and `opcheck` work with whatever kernel that is.
 """
 
 from typing import Any
@@ -17,12 +16,20 @@ _ARGUMENTS = (
 )
 _FORWARD = "vicinal::neighborhood_attention"
 _BACKWARD = "vicinal::neighborhood_attention_backward"
+_ROTATE = "vicinal::rotate"
+_ROTATE_BACKWARD = "vicinal::rotate_backward"
 
 torch.library.define(_FORWARD, f"({_ARGUMENTS}) -> (Tensor, Tensor)")
 torch.library.define(
     _BACKWARD,
     f"(Tensor grad_out, Tensor grad_lse, Tensor out, Tensor lse, {_ARGUMENTS}) "
     "-> (Tensor, Tensor, Tensor, Tensor[])",
+)
+torch.library.define(_ROTATE, "(Tensor x, Tensor coordinates, Tensor frequencies) -> Tensor")
+torch.library.define(
+    _ROTATE_BACKWARD,
+    "(Tensor grad_out, Tensor out, Tensor coordinates, Tensor frequencies) "
+    "-> (Tensor, Tensor, Tensor)",
 )
 
 
@@ -38,6 +45,18 @@ def attend(
         list(plan.neighborhood_sizes), plan.position_dim, scale, dropout_p,
     )  # fmt: skip
     return result
+
+
+def rotate(x: Tensor, coordinates: Tensor, frequencies: Tensor) -> Tensor:
+    """``x`` ``[n, H, d]``, its channel pairs turned by ``coordinates @ frequencies``, which are
+    ``[n, C]`` and ``[C, H or 1, d / 2]``.
+    """
+    sums = torch.promote_types(x.dtype, coordinates.dtype)
+    storage = torch.float64 if sums == torch.float64 else x.dtype
+    coordinates, frequencies = (y.to(sums).contiguous() for y in (coordinates, frequencies))
+    table = frequencies.expand(-1, x.shape[1], -1).contiguous()
+    turned: Tensor = torch.ops.vicinal.rotate(x.to(storage), coordinates, table)
+    return turned.to(x.dtype)
 
 
 @torch.library.register_fake(_FORWARD)
@@ -74,6 +93,33 @@ def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
 torch.library.register_autograd(_FORWARD, _backward, setup_context=_setup_context)
 
 
+@torch.library.register_fake(_ROTATE)
+def _(x: Tensor, coordinates: Tensor, frequencies: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake(_ROTATE_BACKWARD)
+def _(
+    grad_out: Tensor, out: Tensor, coordinates: Tensor, frequencies: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return out.new_empty(out.shape), torch.empty_like(coordinates), torch.empty_like(frequencies)
+
+
+def _setup_rotate(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    # The result instead of the input: turned by a right angle it is the slope in the angles.
+    ctx.save_for_backward(output, *inputs[1:])
+
+
+def _backward_rotate(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    grads: tuple[Tensor, Tensor, Tensor] = torch.ops.vicinal.rotate_backward(
+        grad_out, *ctx.saved_tensors
+    )
+    return grads
+
+
+torch.library.register_autograd(_ROTATE, _backward_rotate, setup_context=_setup_rotate)
+
+
 def _refuse_double_backward(ctx: Any, *_: Any) -> None:
     raise NotImplementedError(
         "the compiled kernels are differentiable once; use backend='reference' for higher orders"
@@ -81,3 +127,4 @@ def _refuse_double_backward(ctx: Any, *_: Any) -> None:
 
 
 torch.library.register_autograd(_BACKWARD, _refuse_double_backward)
+torch.library.register_autograd(_ROTATE_BACKWARD, _refuse_double_backward)

@@ -88,3 +88,23 @@ def keep_mask(seed: Tensor, query: Tensor, column: Tensor, n_heads: int, rate: f
     key = mix(mix(seed & _LOW_32_BITS) ^ (seed >> 32 & _LOW_32_BITS))
     key = mix(mix(mix(key ^ head) ^ query[:, None]) ^ column[:, None])
     return key >= int(rate * 2**32)
+
+
+def rotate(x: Tensor, coordinates: Tensor, frequencies: Tensor) -> Tensor:
+    """Turns the channel pairs of ``x`` ``[n, H, d]`` by ``coordinates @ frequencies``, which are
+    ``[n, C]`` and ``[C, H or 1, d / 2]``. Sums products one by one: a matrix product would follow
+    autocast and TF32, in which cell 300 is cell 301.
+    """
+    table = frequencies.to(torch.promote_types(coordinates.dtype, torch.float32))
+    columns = coordinates.to(table.dtype)[:, :, None, None].unbind(1)
+    angles = columns[0] * table[0]
+    for column, row in zip(columns[1:], table[1:], strict=True):
+        angles = torch.addcmul(angles, column, row)
+    return turn(x, angles.cos(), angles.sin())
+
+
+def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """``x`` ``[..., d]``, its channel pairs turned; cosine and sine are ``[..., d / 2]``."""
+    even, odd = x.unflatten(-1, (-1, 2)).to(torch.promote_types(x.dtype, cos.dtype)).unbind(-1)
+    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1)
+    return turned.flatten(-2).to(x.dtype)

@@ -1,0 +1,47 @@
+"""The back ends: the only place that knows which exist, and which of them runs."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._checks import refuse
+from .kernels import cpu, reference
+
+
+class Backend(NamedTuple):
+    """A way to compute the two ops; see `kernels.reference` for what they do."""
+
+    attend: Callable[..., tuple[Tensor, Tensor]]
+    rotate: Callable[[Tensor, Tensor, Tensor], Tensor]
+    problem: Callable[[torch.device], str | None]
+    """Why it cannot run on a device, or None."""
+
+
+_BACKENDS = {
+    "reference": Backend(reference.attend, reference.rotate, lambda device: None),
+    "cpu": Backend(cpu.attend, cpu.rotate, cpu.problem),
+}
+
+
+def check_backend(backend: str | None) -> None:
+    """Refuses unknown names."""
+    if backend is not None and backend not in _BACKENDS:
+        refuse("backend", f"None or one of {list(_BACKENDS)}", backend)
+
+
+def choose_backend(backend: str | None, device: torch.device) -> Backend:
+    """The back end of that name, or if None the best for the device.
+
+    Raises:
+        ValueError: an unknown back end, or one that cannot run on the device (says why).
+    """
+    check_backend(backend)
+    if backend is None:
+        native = device.type == "cpu" and cpu.problem(device) is None
+        return _BACKENDS["cpu" if native else "reference"]
+    problem = _BACKENDS[backend].problem(device)
+    if problem is not None:
+        refuse("backend", f"one that can run on {device}", f"{backend!r}: {problem}")
+    return _BACKENDS[backend]

@@ -1,0 +1,145 @@
+// Vectors and their functions, for one instruction set. cpu.cpp includes this file, and the kernels
+// that build on it, once for each set, with VICINAL_ISA naming the namespace and VICINAL_BYTES the
+// width of a vector register; hence no guards.
+
+namespace vicinal::VICINAL_ISA {
+
+template <typename Real>
+struct Lanes;
+template <>
+struct Lanes<float> {
+  typedef float Vector __attribute__((vector_size(VICINAL_BYTES)));
+  typedef uint32_t Bits __attribute__((vector_size(VICINAL_BYTES)));
+  static constexpr int mantissa = 23, exp_terms = 7, sincos_terms = 5;
+  static constexpr float round_magic = 12582912.0f, exp_lowest = -87.0f;
+  static constexpr float half_pi[] = {1.5703125f, 4.837512969970703e-4f, 7.549790126404332e-8f};
+  static constexpr float largest_angle = 8192;
+  static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
+};
+template <>
+struct Lanes<double> {
+  typedef double Vector __attribute__((vector_size(VICINAL_BYTES)));
+  typedef uint64_t Bits __attribute__((vector_size(VICINAL_BYTES)));
+  static constexpr int mantissa = 52, exp_terms = 13, sincos_terms = 8;
+  static constexpr double round_magic = 6755399441055744.0, exp_lowest = -708.0;
+  static constexpr double half_pi[] = {1.570796325802803, 9.920935774287987e-10,
+                                       2.2517417741562176e-18};
+  static constexpr double largest_angle = 8388608;
+  static constexpr double ln2_high = 0.693147180369123816490, ln2_low = 1.90821492927058770002e-10;
+};
+template <typename Real>
+using Vector = typename Lanes<Real>::Vector;
+template <typename Real>
+using Bits = typename Lanes<Real>::Bits;
+template <typename Real>
+constexpr int n_lanes = VICINAL_BYTES / sizeof(Real);
+
+template <typename T>
+struct SumType {
+  typedef float type;
+};
+template <>
+struct SumType<double> {
+  typedef double type;
+};
+
+// Uninitialised memory that grows.
+template <typename T>
+class Buffer {
+ public:
+  Buffer() = default;
+  explicit Buffer(int64_t count) { reserve(count); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  ~Buffer() { ::operator delete(data_, std::align_val_t(64)); }
+  void reserve(int64_t count) {
+    if (count <= capacity_) return;
+    void* grown = ::operator new(2 * count * sizeof(T), std::align_val_t(64));
+    ::operator delete(data_, std::align_val_t(64));
+    data_ = static_cast<T*>(grown);
+    capacity_ = 2 * count;
+  }
+  T* get() { return data_; }
+  T& operator[](int64_t index) { return data_[index]; }
+
+ private:
+  T* data_ = nullptr;
+  int64_t capacity_ = 0;
+};
+
+template <typename T>
+inline T* row_of(const Rows& rows, int64_t id, int64_t head) {
+  return static_cast<T*>(rows.data) + id * rows.row_stride + head * rows.head_stride;
+}
+
+// Calls body with a value of the type in which rows are stored.
+template <typename Body>
+inline void with_storage(Storage storage, const Body& body) {
+  switch (storage) {
+    case Storage::float32: return body(float());
+    case Storage::float64: return body(double());
+    case Storage::float16: return body(torch::headeronly::Half());
+    case Storage::bfloat16: return body(torch::headeronly::BFloat16());
+  }
+}
+
+// exp(x) for x of at most about 80: a power of two times the Taylor series of what remains, which
+// its last term bounds by less than a rounding error.
+template <typename Real>
+inline Vector<Real> exponential(Vector<Real> x) {
+  using L = Lanes<Real>;
+  x = x > L::exp_lowest ? x : Vector<Real>{} + L::exp_lowest;
+  const Vector<Real> shifted = x * Real(1.44269504088896340736) + L::round_magic;
+  const Vector<Real> power = shifted - L::round_magic;
+  const Vector<Real> rest = (x - power * L::ln2_high) - power * L::ln2_low;
+  Vector<Real> sum = Vector<Real>{} + Real(1);
+#pragma GCC unroll 13
+  for (int term = L::exp_terms; term > 0; --term) sum = sum * rest * (Real(1) / term) + Real(1);
+  return (Vector<Real>)((Bits<Real>)sum + ((Bits<Real>)shifted << L::mantissa));
+}
+
+// The finaliser of A. Appleby's MurmurHash3 on 32 bits, whatever the width of the lanes.
+template <typename Unsigned>
+inline Unsigned mix(Unsigned x) {
+  x = ((x ^ (x >> 16)) * 0x85EBCA6Bu) & 0xFFFFFFFFu;
+  x = ((x ^ (x >> 13)) * 0xC2B2AE35u) & 0xFFFFFFFFu;
+  return x ^ (x >> 16);
+}
+
+// Cosine and sine of x: reduced to a quarter turn in three steps, each exact, then Taylor series.
+// Angles too large for that go to the C library, one by one.
+template <typename Real>
+inline void cosine_and_sine(Vector<Real> x, Vector<Real>& cosine, Vector<Real>& sine) {
+  using L = Lanes<Real>;
+  using V = Vector<Real>;
+  using B = Bits<Real>;
+  bool reducible = true;
+  for (int lane = 0; lane < n_lanes<Real>; ++lane)
+    reducible &= x[lane] < L::largest_angle && x[lane] > -L::largest_angle;
+  if (!reducible) {
+    for (int lane = 0; lane < n_lanes<Real>; ++lane) {
+      cosine[lane] = std::cos(x[lane]);
+      sine[lane] = std::sin(x[lane]);
+    }
+    return;
+  }
+  const V shifted = x * Real(0.63661977236758134308) + L::round_magic;
+  const V turns = shifted - L::round_magic;
+  V rest = x;
+  for (Real part : L::half_pi) rest -= turns * part;
+  const V square = rest * rest;
+  V even = V{} + Real(1), odd = V{} + Real(1);
+#pragma GCC unroll 8
+  for (int term = L::sincos_terms; term > 0; --term) {
+    even = Real(1) - even * square * (Real(1) / ((2 * term - 1) * (2 * term)));
+    odd = Real(1) - odd * square * (Real(1) / ((2 * term) * (2 * term + 1)));
+  }
+  odd *= rest;
+  const B quarter = (B)shifted;
+  const auto swapped = (quarter & 1) != 0;
+  const V c = swapped ? odd : even, s = swapped ? even : odd;
+  cosine = ((quarter + 1) & 2) != 0 ? -c : c;
+  sine = (quarter & 2) != 0 ? -s : s;
+}
+
+}  // namespace vicinal::VICINAL_ISA
