@@ -17,6 +17,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "cpu_problem.h"
@@ -63,8 +64,9 @@ using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
 
 struct Kernels {
-  int64_t (*tile_rows)(Storage);
-  void (*run)(Pass, Storage, const Problem&, Work&);
+  int64_t (*tile_queries)(Storage);
+  void (*attend)(Storage, const Problem&, Work&);
+  void (*attend_backward)(Storage, const Problem&, Schedule&);
   void (*rotate)(Storage, const Rotation&, Work&, bool forward);
 };
 
@@ -77,10 +79,10 @@ const Kernels& kernels() {
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
-    if (avx512 && capability == "avx512") return Kernels{avx512::tile_rows, avx512::run, avx512::rotate};
-    if (avx2 && capability != "default") return Kernels{avx2::tile_rows, avx2::run, avx2::rotate};
+    if (avx512 && capability == "avx512") return Kernels{avx512::tile_queries, avx512::attend, avx512::attend_backward, avx512::rotate};
+    if (avx2 && capability != "default") return Kernels{avx2::tile_queries, avx2::attend, avx2::attend_backward, avx2::rotate};
 #endif
-    return Kernels{baseline::tile_rows, baseline::run, baseline::rotate};
+    return Kernels{baseline::tile_queries, baseline::attend, baseline::attend_backward, baseline::rotate};
   }();
   return chosen;
 }
@@ -121,22 +123,30 @@ const int32_t* indices(const Tensor& x, int64_t numel) {
   return x.const_data_ptr<int32_t>();
 }
 
-Slices slices_of(const Tensors& plan, size_t at, int64_t rows, int64_t length, int64_t targets) {
-  const int64_t slices = plan[at + 1].size(1);
-  return {indices(plan[at], rows), indices(plan[at + 1], rows * slices),
-          indices(plan[at + 2], rows * slices), indices(plan[at + 3], length),
-          rows, slices, length, targets};
+Slices slices_of(const Tensors& plan, int64_t queries, int64_t points) {
+  const int64_t slices = plan[1].size(1);
+  return {indices(plan[0], queries), indices(plan[1], queries * slices),
+          indices(plan[2], queries * slices), indices(plan[3], points),
+          queries, slices, points, points};
 }
 
-// Calls body(work) on each of torch's threads; the work is taken as the threads come to it, which
-// evens out items of different cost.
+constexpr int64_t kTilesPerChunk = 32;
+
+// Calls body on each of torch's threads, or on fewer if there are only so many items.
+template <typename Body>
+void on_threads(int64_t items, const Body& body) {
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), items);
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t thread = begin; thread < end; ++thread) body();
+  });
+}
+
+// Calls body(work) on each thread; work is taken as the threads come to it, which evens out items
+// of different cost.
 template <typename Body>
 void share_out(int64_t tiles, int64_t tiles_per_item, const Body& body) {
   Work work(tiles, tiles_per_item);
-  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), work.items());
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t thread = begin; thread < end; ++thread) body(work);
-  });
+  on_threads(work.items(), [&] { body(work); });
 }
 
 // The arguments of both ops, checked, with what must outlive the problem made of them.
@@ -146,7 +156,7 @@ class Arguments {
             const std::optional<Tensor>& seed, const Tensors& background, const Tensors& plan,
             const std::vector<int64_t>& windows, int64_t position_dim, double scale, double dropout_p)
       : q(side_by_side(q)), k(side_by_side(k)), v(side_by_side(v)), plan_(plan), windows_(windows) {
-    const int64_t n = q.size(0), points = k.size(0), levels = windows.size();
+    const int64_t n = q.size(0), points = k.size(0);
     STD_TORCH_CHECK(plan.size() == 11, "vicinal: a plan has 11 tensors");
     STD_TORCH_CHECK(q.size(1) == k.size(1) && q.size(1) == v.size(1) && q.size(2) == k.size(2) &&
                         v.size(0) == points && q.scalar_type() == k.scalar_type() &&
@@ -157,8 +167,7 @@ class Arguments {
     problem.q = rows_of(this->q);
     problem.k = rows_of(this->k);
     problem.v = rows_of(this->v);
-    problem.queries = slices_of(plan, 0, n, points, points);
-    problem.points = slices_of(plan, 4, points, levels * n, n);
+    problem.queries = slices_of(plan, n, points);
     if (query_mask) {
       mask_ = torch::stable::contiguous(*query_mask);
       STD_TORCH_CHECK(mask_.scalar_type() == ScalarType::Bool && mask_.numel() == n,
@@ -169,14 +178,23 @@ class Arguments {
     if (!background.empty()) set_background(background, position_dim);
   }
 
-  // Runs a pass over all tiles; items is how many pieces the tiles come in, 0 for one each.
-  void run(Pass pass, int64_t items = 0) const {
+  void attend() const {
     const Storage storage = storage_of(q);
-    const int64_t rows = pass == Pass::backward_points ? problem.points.rows : problem.queries.rows;
-    const int64_t tile_rows = kernels().tile_rows(storage);
-    const int64_t tiles = (rows + tile_rows - 1) / tile_rows;
-    share_out(tiles, items ? (tiles + items - 1) / items : 1,
-              [&](Work& work) { kernels().run(pass, storage, problem, work); });
+    const int64_t tile_queries = kernels().tile_queries(storage);
+    share_out((problem.queries.rows + tile_queries - 1) / tile_queries, 1,
+              [&](Work& work) { kernels().attend(storage, problem, work); });
+  }
+
+  Schedule schedule(int64_t most_chunks) const {
+    const int64_t tile_queries = kernels().tile_queries(storage_of(q));
+    const int64_t tiles = (problem.queries.rows + tile_queries - 1) / tile_queries;
+    const int64_t least_tiles = (tiles + most_chunks - 1) / most_chunks;
+    return Schedule(problem.queries, tile_queries, std::max(kTilesPerChunk, least_tiles));
+  }
+
+  void attend_backward(Schedule& schedule) const {
+    on_threads(schedule.chunks,
+               [&] { kernels().attend_backward(storage_of(q), problem, schedule); });
   }
 
   Problem problem;
@@ -238,8 +256,12 @@ std::tuple<Tensor, Tensor> forward(
   Tensor lse = torch::stable::new_empty(q, {q.size(0), q.size(1)}, sum_type(q));
   arguments.problem.out = rows_of(out);
   arguments.problem.lse = lse.data_ptr();
-  arguments.run(Pass::forward);
+  arguments.attend();
   return {out, lse};
+}
+
+Tensor zeros_like_sums(const Tensor& x) {
+  return torch::stable::new_zeros(x, {x.size(0), x.size(1), x.size(2)}, sum_type(x));
 }
 
 // Zeros like x, once for each of the items, in the type of the sums.
@@ -267,35 +289,34 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> backward(
   grad_lse = torch::stable::contiguous(grad_lse);
   STD_TORCH_CHECK(out.is_contiguous() && lse.is_contiguous(), "vicinal: out and lse are the op's own");
   Tensor grad_q = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)});
-  Tensor grad_k = torch::stable::new_empty(k, {k.size(0), k.size(1), k.size(2)});
-  Tensor grad_v = torch::stable::new_empty(v, {v.size(0), v.size(1), v.size(2)});
-  Tensor delta = torch::stable::new_empty(lse, {lse.size(0), lse.size(1)});
+  // Points collect their shares from many tiles, and do so in the type of the sums.
+  Tensor grad_k = zeros_like_sums(k), grad_v = zeros_like_sums(v);
   p.out = rows_of(out);
   p.grad_out = rows_of(grad_out);
   p.lse = lse.data_ptr();
   p.grad_lse = grad_lse.data_ptr();
-  p.delta = delta.data_ptr();
   p.grad_q = rows_of(grad_q);
   p.grad_k = rows_of(grad_k);
   p.grad_v = rows_of(grad_v);
 
   Tensors grads;
   if (!p.background.active) {
-    arguments.run(Pass::backward_queries);
+    Schedule schedule = arguments.schedule(std::numeric_limits<int32_t>::max());
+    arguments.attend_backward(schedule);
   } else {
-    // The items, and so the order of the sums, must not depend on the number of threads.
     const Tensors& given = arguments.background;
-    const int64_t items = std::clamp<int64_t>((1 << 24) / (given[1].numel() + 1), 4, 32);
+    Schedule schedule = arguments.schedule(std::clamp<int64_t>((1 << 24) / (given[1].numel() + 1), 4, 32));
     Tensor query = torch::stable::empty_like(given[0]);
-    Tensor key = zero_parts(given[1], items), value = zero_parts(given[2], items);
+    Tensor key = zero_parts(given[1], schedule.chunks);
+    Tensor value = zero_parts(given[2], schedule.chunks);
     p.background.grad_query = folded_rows(query);
     p.background.grad_key_parts = key.data_ptr();
     p.background.grad_value_parts = value.data_ptr();
-    arguments.run(Pass::backward_queries, items);
+    arguments.attend_backward(schedule);
     grads = {query, total(key, given[1]), total(value, given[2])};
   }
-  arguments.run(Pass::backward_points);
-  return {grad_q, grad_k, grad_v, grads};
+  return {grad_q, torch::stable::to(grad_k, k.scalar_type()),
+          torch::stable::to(grad_v, v.scalar_type()), grads};
 }
 
 constexpr int64_t kRowsPerItem = 512;  // of a rotation; its sums over rows run item by item

@@ -1,12 +1,16 @@
 // What the torch side of the CPU back end (cpu.cpp) and its kernels (cpu_tiles.h) share.
 #pragma once
 
-#include <cstddef>
+#include <algorithm>
 #include <cstdint>
+#include <numeric>
+#include <thread>
+#include <utility>
+#include <vector>
 
 namespace vicinal {
 
-// One direction of a plan: row i sees order[starts[i, r]:stops[i, r]] for every r < slices.
+// Which points a query sees: row i sees order[starts[i, r]:stops[i, r]] for every r < slices.
 struct Slices {
   const int32_t *visits, *starts, *stops, *order;
   int64_t rows, slices, length;
@@ -35,22 +39,23 @@ struct Background {
   const int64_t* windows = nullptr;      // [L], widths
   const int64_t* level_rows = nullptr;   // [L], window rows, w ** (P - 1)
   const int32_t *query_batch = nullptr, *center_columns = nullptr, *point_columns = nullptr;
-  // Backward only. Partial sums are per work item, so that threads share none of them.
+  // Backward only. Partial sums are per chunk of tiles, so that threads share none of them.
   Rows grad_query;                                            // like query
-  void *grad_key_parts = nullptr, *grad_value_parts = nullptr;  // [items, K | B * L, H, d | dv]
+  void *grad_key_parts = nullptr, *grad_value_parts = nullptr;  // [chunks, K | B * L, H, d | dv]
 };
 
 struct Problem {
   int64_t heads = 0;
   double scale = 1;
-  Slices queries, points;
+  Slices queries;
   const bool* query_mask = nullptr;
   Dropout dropout;
   Background background;
   Rows q, k, v, out;
-  void *lse = nullptr, *delta = nullptr;  // [N, H] in the type of the sums
+  void* lse = nullptr;  // [N, H] in the type of the sums
   const void* grad_lse = nullptr;
-  Rows grad_out, grad_q, grad_k, grad_v;
+  Rows grad_out, grad_q;
+  Rows grad_k, grad_v;  // in the type of the sums, zero at first
 };
 
 // Rows turned by angles coordinates @ frequencies; coordinates and frequencies are in the type of
@@ -63,8 +68,11 @@ struct Rotation {
   void *grad_coordinates = nullptr, *grad_frequency_parts = nullptr;  // [n, C], [items, C, pairs]
 };
 
-enum class Pass { forward, backward_queries, backward_points };
 enum class Storage { float32, float64, float16, bfloat16 };
+
+inline void sort_numbers(uint64_t* numbers, int64_t count) {
+  std::sort(numbers, numbers + count);
+}
 
 // Threads take items one by one until none is left; an item is a run of tiles (or of rows).
 struct Work {
@@ -76,6 +84,71 @@ struct Work {
 
   int64_t items() const { return (tiles + tiles_per_item - 1) / tiles_per_item; }
   int64_t take() { return __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED); }
+};
+
+// The order in which chunks of tiles add to the gradients of points. A chunk waits for those before
+// it that share a point with it, so a point's gradient is summed in the same order whatever the
+// number of threads. Turns jump about the chunks, since neighbors share points and would wait.
+class Schedule {
+ public:
+  Schedule(const Slices& queries, int64_t tile_queries, int64_t tiles_per_chunk)
+      : tiles((queries.rows + tile_queries - 1) / tile_queries),
+        tiles_per_chunk(tiles_per_chunk),
+        chunks((tiles + tiles_per_chunk - 1) / tiles_per_chunk),
+        step_(coprime_step(chunks)),
+        waits_for_(chunks),
+        finished_(chunks, 0) {
+    find_shared_points(queries, tile_queries * tiles_per_chunk);
+  }
+
+  int64_t take() { return __atomic_fetch_add(&next_, 1, __ATOMIC_RELAXED); }
+  int64_t chunk_at(int64_t turn) const { return turn * step_ % chunks; }
+
+  // Turns are taken in order, so what is waited for is done or under way.
+  void await(int64_t turn) const {
+    for (int32_t earlier : waits_for_[turn])
+      while (!__atomic_load_n(&finished_[earlier], __ATOMIC_ACQUIRE)) std::this_thread::yield();
+  }
+  void finish(int64_t turn) { __atomic_store_n(&finished_[turn], 1, __ATOMIC_RELEASE); }
+
+  const int64_t tiles, tiles_per_chunk, chunks;
+
+ private:
+  static int64_t coprime_step(int64_t chunks) {
+    int64_t step = std::max<int64_t>(1, chunks * 382 / 1000);  // the golden section: far apart
+    while (std::gcd(step, chunks) > 1) ++step;
+    return step;
+  }
+
+  void find_shared_points(const Slices& queries, int64_t queries_per_chunk) {
+    std::vector<int32_t> last_turn(queries.length, -1), noted(chunks, -1);
+    for (int64_t turn = 0; turn < chunks; ++turn) {
+      const int64_t first = chunk_at(turn) * queries_per_chunk;
+      const int64_t stop = std::min(first + queries_per_chunk, queries.rows);
+      for (int64_t place = first; place < stop; ++place) {
+        const int64_t query = queries.visits[place];
+        if (query < 0 || query >= queries.rows) continue;
+        for (int64_t slice = 0; slice < queries.slices; ++slice)
+          note(queries, query * queries.slices + slice, turn, last_turn, noted);
+      }
+    }
+  }
+
+  void note(const Slices& queries, int64_t at, int32_t turn, std::vector<int32_t>& last_turn,
+            std::vector<int32_t>& noted) {
+    const int64_t stop = std::min<int64_t>(queries.stops[at], queries.length);
+    for (int64_t place = std::max(queries.starts[at], 0); place < stop; ++place) {
+      const int32_t earlier = std::exchange(last_turn[place], turn);
+      if (earlier < 0 || earlier == turn || noted[earlier] == turn) continue;
+      noted[earlier] = turn;
+      waits_for_[turn].push_back(earlier);
+    }
+  }
+
+  const int64_t step_;
+  int64_t next_ = 0;
+  std::vector<std::vector<int32_t>> waits_for_;
+  std::vector<uint8_t> finished_;
 };
 
 }  // namespace vicinal

@@ -1,16 +1,17 @@
 // Attention, for one instruction set: see cpu_vectors.h.
 //
-// A tile is as many rows as a vector has lanes: queries (forward, and backward to the queries) or
-// points (backward to keys and values). Rows of a tile are neighbors in space and so share most of
-// their neighbors. The tile walks the union of these, one neighbor at a time broadcast against all
-// lanes, with a bit per lane for who sees it. So sums run down the lanes, never across, the inner
-// loops are those of a matrix product, and a tile is one thread's alone: no atomics, and the same
-// bits for any number of threads.
+// A tile is as many queries as a vector has lanes. They are neighbors in space and so share most of
+// the points they see. The tile walks the union of these, one point at a time broadcast against all
+// lanes, with a bit per lane for who sees it. So sums over channels run down the lanes, never
+// across, and the inner loops are those of a matrix product. The backward pass computes a tile's
+// weights once and adds the tile's share to its points' gradients; Schedule sees to it that each
+// point gets its shares in one and the same order, for any number of threads and without atomics.
 
 namespace vicinal::VICINAL_ISA {
 
-constexpr int kUnroll = 8;    // rows or channels that the inner loops keep in registers
-constexpr int kBlock = 128;   // neighbors whose logits are held at a time; a multiple of kUnroll
+constexpr int kUnroll = 8;     // rows that an inner loop works on at a time
+constexpr int kChannels = 16;  // sums over rows that it keeps in registers
+constexpr int kBlock = 128;    // neighbors whose logits are held at a time; a multiple of kUnroll
 
 inline int64_t padded(int64_t count) { return (count + kUnroll - 1) / kUnroll * kUnroll; }
 
@@ -27,40 +28,78 @@ inline auto lane_mask(uint32_t lanes) {
   return (bit & lanes) != 0;
 }
 
+// Neighbors are scattered over memory: their rows are asked for one step ahead.
+template <typename Real>
+inline void prefetch(const Real* row, int64_t width) {
+  for (int64_t c = 0; c < width; c += 64 / sizeof(Real)) __builtin_prefetch(row + c);
+}
+
 // out[u] = sum over c of rows[u][c] * columns[c]; count is padded.
 template <typename Real>
-inline void multiply(const Real* rows, int64_t count, int64_t stride, int64_t width,
+inline void multiply(const Real* const* rows, int64_t count, int64_t width,
                      const Vector<Real>* columns, Vector<Real>* out) {
   for (int64_t u = 0; u < count; u += kUnroll) {
     Vector<Real> sums[kUnroll] = {};
-    const Real* row = rows + u * stride;
+    const Real* row[kUnroll];
+    for (int j = 0; j < kUnroll; ++j) row[j] = rows[u + j];
+    if (u + kUnroll < count)
+      for (int j = 0; j < kUnroll; ++j) prefetch(rows[u + kUnroll + j], width);
     for (int64_t c = 0; c < width; ++c) {
       const Vector<Real> column = columns[c];
 #pragma GCC unroll 8
-      for (int j = 0; j < kUnroll; ++j) sums[j] += row[j * stride + c] * column;
+      for (int j = 0; j < kUnroll; ++j) sums[j] += row[j][c] * column;
     }
 #pragma GCC unroll 8
     for (int j = 0; j < kUnroll; ++j) out[u + j] = sums[j];
   }
 }
 
-// out[c] += sum over u of weights[u] * rows[u][c]; stride is the padded width.
-template <typename Real>
-inline void accumulate(const Vector<Real>* weights, const Real* rows, int64_t count, int64_t stride,
-                       Vector<Real>* out) {
-  for (int64_t c = 0; c < stride; c += kUnroll) {
-    Vector<Real> sums[kUnroll];
-#pragma GCC unroll 8
-    for (int j = 0; j < kUnroll; ++j) sums[j] = out[c + j];
-    for (int64_t u = 0; u < count; ++u) {
-      const Vector<Real> weight = weights[u];
-      const Real* row = rows + u * stride + c;
-#pragma GCC unroll 8
-      for (int j = 0; j < kUnroll; ++j) sums[j] += row[j] * weight;
-    }
-#pragma GCC unroll 8
-    for (int j = 0; j < kUnroll; ++j) out[c + j] = sums[j];
+// out[c] += sum over u of weights[u] * rows[u][c], for kChannels channels from c on.
+template <int kChannels, typename Real>
+__attribute__((noinline)) void accumulate_channels(const Vector<Real>* weights, const Real* const* rows,
+                                int64_t count, int64_t c, Vector<Real>* out) {
+  Vector<Real> sums[kChannels];
+#pragma GCC unroll 16
+  for (int j = 0; j < kChannels; ++j) sums[j] = out[c + j];
+  for (int64_t u = 0; u < count; ++u) {
+    const Vector<Real> weight = weights[u];
+    const Real* row = rows[u] + c;
+    __builtin_prefetch(rows[std::min(u + kUnroll, count - 1)] + c);
+#pragma GCC unroll 16
+    for (int j = 0; j < kChannels; ++j) sums[j] += row[j] * weight;
   }
+#pragma GCC unroll 16
+  for (int j = 0; j < kChannels; ++j) out[c + j] = sums[j];
+}
+
+template <typename Real>
+inline void accumulate(const Vector<Real>* weights, const Real* const* rows, int64_t count,
+                       int64_t width, Vector<Real>* out) {
+  int64_t c = 0;
+  for (; c + kChannels <= width; c += kChannels)
+    accumulate_channels<kChannels>(weights, rows, count, c, out);
+  for (; c < width; ++c) accumulate_channels<1>(weights, rows, count, c, out);
+}
+
+// The same where rows may hold what is not finite: zero times that is not zero, so lanes that do
+// not see a row must be kept from it.
+template <typename Real>
+inline void accumulate_seen(const Vector<Real>* weights, const uint32_t* seers,
+                            const Real* const* rows, int64_t count, int64_t width,
+                            Vector<Real>* out) {
+  for (int64_t u = 0; u < count; ++u)
+    for (int64_t c = 0; c < width; ++c)
+      out[c] += lane_mask<Real>(seers[u]) ? rows[u][c] * weights[u] : Vector<Real>{};
+}
+
+// Whether all lanes of all vectors are finite.
+template <typename Real>
+inline bool all_finite(const Vector<Real>* vectors, int64_t count) {
+  Vector<Real> zeros{};
+  for (int64_t index = 0; index < count; ++index) zeros += vectors[index] * 0;
+  bool finite = true;
+  for (int lane = 0; lane < n_lanes<Real>; ++lane) finite &= zeros[lane] == 0;
+  return finite;
 }
 
 template <typename T>
@@ -71,113 +110,87 @@ class Tile {
   static constexpr int kLanes = n_lanes<Real>;
 
  public:
-  Tile(const Problem& problem, const Slices& slices)
+  explicit Tile(const Problem& problem)
       : p_(problem),
-        slices_(slices),
-        width_(padded(problem.q.width)),
-        value_width_(padded(problem.v.width)),
-        intervals_(kLanes * slices.slices),
-        rows_(kBlock * width_),
-        value_rows_(kBlock * value_width_),
+        slices_(problem.queries),
+        lane_width_((problem.q.width + kLanes - 1) / kLanes * kLanes),
+        lane_value_width_((problem.v.width + kLanes - 1) / kLanes * kLanes),
+        intervals_(kLanes * slices_.slices + 1),
+        latest_(slices_.slices),
+        order_(kLanes * slices_.slices),
+        row_copies_(std::is_same_v<T, Real> ? 0 : kBlock * problem.q.width),
+        value_row_copies_(std::is_same_v<T, Real> ? 0 : kBlock * problem.v.width),
         logits_(kBlock),
         products_(kBlock),
-        columns_(width_),
-        value_columns_(value_width_),
-        sums_(width_),
-        value_sums_(value_width_),
+        columns_(problem.q.width),
+        value_columns_(problem.v.width),
+        sums_(problem.q.width),
+        value_sums_(problem.v.width),
+        before_(std::max(problem.q.width, problem.v.width)),
+        query_rows_(kLanes * lane_width_),
+        grad_rows_(kLanes * lane_value_width_),
         empty_(problem.background.slots),
-        query_rows_(kLanes * width_),
-        cell_columns_(width_),
-        cell_values_(value_width_),
-        cell_sums_(width_) {}
+        cell_query_rows_(kLanes * lane_width_),
+        cell_columns_(problem.q.width),
+        cell_values_(problem.v.width),
+        cell_sums_(problem.q.width) {}
 
   void forward(int64_t tile) {
-    find_neighbors(tile, p_.query_mask, nullptr);
+    find_neighbors(tile, p_.query_mask);
     if (p_.background.active) find_empty_cells();
     for (int64_t head = 0; head < p_.heads; ++head) {
       load_columns(p_.q, head, ids_, columns_.get(), p_.scale);
-      fill(value_sums_.get(), value_width_);
+      fill(value_sums_.get(), p_.v.width);
       top_ = V{} - std::numeric_limits<Real>::infinity();
       total_ = V{};
       const B row_key = query_keys(head);
       for (int64_t begin = 0; begin < count_; begin += kBlock) {
         const int64_t count = std::min<int64_t>(kBlock, count_ - begin);
-        load_rows(p_.k, head, &neighbors_[begin], count, rows_.get(), width_);
-        multiply(rows_.get(), count, width_, p_.q.width, columns_.get(), logits_.get());
+        find_rows(p_.k, head, &neighbors_[begin], count, row_copies_.get(), rows_);
+        find_rows(p_.v, head, &neighbors_[begin], count, value_row_copies_.get(), value_rows_);
+        multiply(rows_, count, p_.q.width, columns_.get(), logits_.get());
         softmax_step(&seers_[begin], count, [&](int64_t u) {
           return row_key ^ uint32_t(neighbors_[begin + u]);
         });
-        load_rows(p_.v, head, &neighbors_[begin], count, value_rows_.get(), value_width_);
-        accumulate(logits_.get(), value_rows_.get(), count, value_width_, value_sums_.get());
+        add_rows(logits_.get(), &seers_[begin], value_rows_, count, p_.v.width,
+                 value_sums_.get());
       }
       if (p_.background.active) attend_background(head, row_key);
       finish(head);
     }
   }
 
-  // Gradient of the queries (and of the background), and delta, which the other pass needs.
-  void backward_queries(int64_t tile, int64_t item) {
-    find_neighbors(tile, p_.query_mask, nullptr);
+  // All gradients; item is the place of this tile's chunk among the background's partial sums.
+  void backward(int64_t tile, int64_t item) {
+    find_neighbors(tile, p_.query_mask);
     if (p_.background.active) find_empty_cells();
     for (int64_t head = 0; head < p_.heads; ++head) {
       load_columns(p_.q, head, ids_, columns_.get(), p_.scale);
       load_columns(p_.grad_out, head, ids_, value_columns_.get(), 1);
       load_statistics(head);
-      fill(sums_.get(), width_);
+      columns_to_rows(columns_.get(), p_.q.width, query_rows_.get(), lane_width_);
+      columns_to_rows(value_columns_.get(), p_.v.width, grad_rows_.get(), lane_value_width_);
+      const bool finite = all_finite<Real>(columns_.get(), p_.q.width) &&
+                          all_finite<Real>(value_columns_.get(), p_.v.width);
+      fill(sums_.get(), p_.q.width);
       const B row_key = query_keys(head);
       for (int64_t begin = 0; begin < count_; begin += kBlock) {
         const int64_t count = std::min<int64_t>(kBlock, count_ - begin);
-        load_rows(p_.k, head, &neighbors_[begin], count, rows_.get(), width_);
-        load_rows(p_.v, head, &neighbors_[begin], count, value_rows_.get(), value_width_);
-        multiply(rows_.get(), count, width_, p_.q.width, columns_.get(), logits_.get());
-        multiply(value_rows_.get(), count, value_width_, p_.v.width, value_columns_.get(),
-                 products_.get());
-        for (int64_t u = 0; u < count; ++u) {
-          V product = products_[u];
-          if (p_.dropout.active)
-            product *= kept_weight<Real>(p_.dropout, row_key ^ uint32_t(neighbors_[begin + u]));
-          logits_[u] = weight(logits_[u] - top_, seers_[begin + u]) * (product - delta_);
-        }
-        accumulate(logits_.get(), rows_.get(), count, width_, sums_.get());
+        find_rows(p_.k, head, &neighbors_[begin], count, row_copies_.get(), rows_);
+        find_rows(p_.v, head, &neighbors_[begin], count, value_row_copies_.get(), value_rows_);
+        multiply(rows_, count, p_.q.width, columns_.get(), logits_.get());
+        multiply(value_rows_, count, p_.v.width, value_columns_.get(), products_.get());
+        for (int64_t u = 0; u < count; ++u)
+          differentiate(seers_[begin + u], row_key ^ uint32_t(neighbors_[begin + u]), products_[u],
+                        logits_[u], products_[u]);
+        add_rows(logits_.get(), &seers_[begin], rows_, count, p_.q.width, sums_.get());
+        add_outer(finite, logits_.get(), begin, count, query_rows_.get(), lane_width_, p_.grad_k,
+                  head);
+        add_outer(finite, products_.get(), begin, count, grad_rows_.get(), lane_value_width_,
+                  p_.grad_v, head);
       }
       if (p_.background.active) backward_background(head, row_key, item);
       store_columns(sums_.get(), p_.scale, p_.grad_q, head, ids_);
-    }
-  }
-
-  // Gradient of keys and values: the lanes are points, their neighbors the queries that see them.
-  void backward_points(int64_t tile) {
-    find_neighbors(tile, nullptr, p_.query_mask);
-    const Real* lse = static_cast<const Real*>(p_.lse);
-    const Real* delta = static_cast<const Real*>(p_.delta);
-    for (int64_t head = 0; head < p_.heads; ++head) {
-      load_columns(p_.k, head, ids_, columns_.get(), p_.scale);
-      load_columns(p_.v, head, ids_, value_columns_.get(), 1);
-      fill(sums_.get(), width_);
-      fill(value_sums_.get(), value_width_);
-      const uint32_t head_key = mix(p_.dropout.key ^ uint32_t(head));
-      for (int64_t begin = 0; begin < count_; begin += kBlock) {
-        const int64_t count = std::min<int64_t>(kBlock, count_ - begin);
-        const int32_t* queries = &neighbors_[begin];
-        load_rows(p_.q, head, queries, count, rows_.get(), width_);
-        load_rows(p_.grad_out, head, queries, count, value_rows_.get(), value_width_);
-        multiply(rows_.get(), count, width_, p_.q.width, columns_.get(), logits_.get());
-        multiply(value_rows_.get(), count, value_width_, p_.v.width, value_columns_.get(),
-                 products_.get());
-        for (int64_t u = 0; u < count; ++u) {
-          const int64_t at = queries[u] * p_.heads + head;
-          V kept = V{} + Real(1);
-          if (p_.dropout.active)
-            kept = kept_weight<Real>(p_.dropout, lane_ids() ^ mix(head_key ^ uint32_t(queries[u])));
-          const V probability = weight(logits_[u] - lse[at], seers_[begin + u]);
-          logits_[u] = probability * (kept * products_[u] - delta[at]);
-          products_[u] = probability * kept;
-        }
-        accumulate(logits_.get(), rows_.get(), count, width_, sums_.get());
-        accumulate(products_.get(), value_rows_.get(), count, value_width_, value_sums_.get());
-      }
-      store_columns(sums_.get(), p_.scale, p_.grad_k, head, ids_);
-      store_columns(value_sums_.get(), 1, p_.grad_v, head, ids_);
     }
   }
 
@@ -185,22 +198,21 @@ class Tile {
   struct Interval {
     int64_t start, stop;
     uint32_t lanes;
-    bool operator<(const Interval& other) const { return start < other.start; }
   };
 
   // The tile's rows, and the union of what they see with a bit for each lane that sees it.
-  void find_neighbors(int64_t tile, const bool* row_mask, const bool* neighbor_mask) {
+  void find_neighbors(int64_t tile, const bool* mask) {
     present_ = 0;
     for (int lane = 0; lane < kLanes; ++lane) {
       const int64_t place = tile * kLanes + lane;
       const int64_t row = place < slices_.rows ? slices_.visits[place] : -1;
       ids_[lane] = row >= 0 && row < slices_.rows ? row : -1;
-      if (ids_[lane] >= 0 && !(row_mask && row_mask[row])) present_ |= 1u << lane;
+      if (ids_[lane] >= 0 && !(mask && mask[row])) present_ |= 1u << lane;
     }
     merge(collect_intervals());
     for (int64_t u = 0; u < count_; ++u) {
       const int64_t id = neighbors_[u];
-      if (id >= 0 && id < slices_.targets && !(neighbor_mask && neighbor_mask[id])) continue;
+      if (id >= 0 && id < slices_.targets) continue;
       neighbors_[u] = 0;
       seers_[u] = 0;
     }
@@ -210,19 +222,23 @@ class Tile {
   // Rows that fall into one cell of a level have equal slices there: those are listed once.
   int64_t collect_intervals() {
     int64_t count = 0, size = 0;
-    for (int64_t slice = 0; slice < slices_.slices; ++slice) {
-      const int64_t first = count;
-      for (int lane = 0; lane < kLanes; ++lane) {
-        if (!(present_ >> lane & 1)) continue;
-        const int64_t at = ids_[lane] * slices_.slices + slice;
-        const int64_t start = std::max<int64_t>(slices_.starts[at], 0);
-        const int64_t stop = std::min<int64_t>(slices_.stops[at], slices_.length);
+    std::fill_n(latest_.get(), slices_.slices, 0);
+    intervals_[0] = {-1, -1, 0};
+    for (int lane = 0; lane < kLanes; ++lane) {
+      if (!(present_ >> lane & 1)) continue;
+      const int32_t* starts = slices_.starts + ids_[lane] * slices_.slices;
+      const int32_t* stops = slices_.stops + ids_[lane] * slices_.slices;
+      for (int64_t slice = 0; slice < slices_.slices; ++slice) {
+        const int64_t start = std::max(starts[slice], 0);
+        const int64_t stop = std::min<int64_t>(stops[slice], slices_.length);
         if (start >= stop) continue;
-        Interval* last = count > first ? &intervals_[count - 1] : nullptr;
-        if (last && last->start == start && last->stop == stop) {
-          last->lanes |= 1u << lane;
+        Interval& latest = intervals_[latest_[slice]];
+        if (latest.start == start && latest.stop == stop) {
+          latest.lanes |= 1u << lane;
         } else {
-          intervals_[count++] = {start, stop, 1u << lane};
+          order_[count] = start << 32 | (count + 1);
+          intervals_[++count] = {start, stop, 1u << lane};
+          latest_[slice] = count;
           size += stop - start;
         }
       }
@@ -233,11 +249,11 @@ class Tile {
   }
 
   void merge(int64_t n_intervals) {
-    std::sort(intervals_.get(), intervals_.get() + n_intervals);
+    sort_numbers(order_.get(), n_intervals);
     count_ = 0;
     int64_t listed = -1;  // what has been listed ends before this place in the order
     for (int64_t index = 0; index < n_intervals; ++index) {
-      const Interval& interval = intervals_[index];
+      const Interval& interval = intervals_[order_[index] & 0xFFFFFFFF];
       listed = std::max(listed, interval.start);
       for (; listed < interval.stop; ++listed, ++count_) {
         neighbors_[count_] = slices_.order[listed];
@@ -288,7 +304,8 @@ class Tile {
         softmax_step(cell_seers_, count, [&](int64_t u) { return cell_key(row_key, first + u); });
         V mass{};
         for (int64_t u = 0; u < count; ++u) mass += logits_[u];
-        for (int64_t c = 0; c < p_.v.width; ++c) value_sums_[c] += mass * cell_values_[c];
+        for (int64_t c = 0; c < p_.v.width; ++c)
+          value_sums_[c] += mass == 0 ? V{} : mass * cell_values_[c];
       }
       first = stop;
     }
@@ -298,8 +315,8 @@ class Tile {
     const Background& b = p_.background;
     for (int64_t level = 0, first = 0; level < b.levels; ++level) {
       load_level(level, head);
-      load_rows(b.query, head, level_ids_, kLanes, query_rows_.get(), width_);
-      fill(cell_sums_.get(), width_);
+      columns_to_rows(cell_columns_.get(), p_.q.width, cell_query_rows_.get(), lane_width_);
+      fill(cell_sums_.get(), p_.q.width);
       V product{}, mass{};
       for (int64_t c = 0; c < p_.v.width; ++c) product += cell_values_[c] * value_columns_[c];
       const int64_t stop = first + b.level_rows[level] * b.windows[level];
@@ -307,13 +324,11 @@ class Tile {
         const int64_t real = std::min<int64_t>(kBlock, stop - first);
         const int64_t count = load_cells(first, real, head);
         for (int64_t u = 0; u < count; ++u) {
-          V kept = V{} + Real(1);
-          if (p_.dropout.active) kept = kept_weight<Real>(p_.dropout, cell_key(row_key, first + u));
-          const V probability = weight(logits_[u] - top_, cell_seers_[u]);
-          mass += probability * kept;
-          logits_[u] = probability * (kept * product - delta_);
+          V share;
+          differentiate(cell_seers_[u], cell_key(row_key, first + u), product, logits_[u], share);
+          mass += share;
         }
-        accumulate(logits_.get(), rows_.get(), count, width_, cell_sums_.get());
+        accumulate(logits_.get(), rows_, count, p_.q.width, cell_sums_.get());
         for (int64_t u = 0; u < real; ++u) add_key_gradient(item * b.slots + first + u, head, logits_[u]);
       }
       first = stop;
@@ -341,8 +356,8 @@ class Tile {
       slots[u] = u < count ? first + u : 0;
       cell_seers_[u] = u < count ? empty_[first + u] : 0;
     }
-    load_rows(p_.background.key, head, slots, padded(count), rows_.get(), width_);
-    multiply(rows_.get(), padded(count), width_, p_.q.width, cell_columns_.get(), logits_.get());
+    find_rows(p_.background.key, head, slots, padded(count), row_copies_.get(), rows_);
+    multiply(rows_, padded(count), p_.q.width, cell_columns_.get(), logits_.get());
     return padded(count);
   }
 
@@ -351,16 +366,16 @@ class Tile {
   void add_key_gradient(int64_t row, int64_t head, V grad) {
     Real* out = static_cast<Real*>(p_.background.grad_key_parts) + (row * p_.heads + head) * p_.q.width;
     for (int lane = 0; lane < kLanes; ++lane) {
-      const Real factor = grad[lane] * Real(p_.scale);
-      const Real* query = &query_rows_[lane * width_];
-      for (int64_t c = 0; c < p_.q.width; ++c) out[c] += factor * query[c];
+      if (grad[lane] == 0) continue;
+      const Real* query = &cell_query_rows_[lane * lane_width_];
+      for (int64_t c = 0; c < p_.q.width; ++c) out[c] += grad[lane] * query[c];
     }
   }
 
   void add_value_gradient(int64_t first_row, int64_t head, V mass) {
     const Background& b = p_.background;
     for (int lane = 0; lane < kLanes; ++lane) {
-      if (images_[lane] < 0) continue;
+      if (images_[lane] < 0 || mass[lane] == 0) continue;
       const int64_t row = first_row + images_[lane] * b.levels;
       Real* out = static_cast<Real*>(b.grad_value_parts) + (row * p_.heads + head) * p_.v.width;
       for (int64_t c = 0; c < p_.v.width; ++c) out[c] += mass[lane] * value_columns_[c][lane];
@@ -379,7 +394,7 @@ class Tile {
     const V base = top == lowest ? V{} : top;
     const V shrink = exponential<Real>(top_ - base);
     total_ *= shrink;
-    for (int64_t c = 0; c < value_width_; ++c) value_sums_[c] *= shrink;
+    for (int64_t c = 0; c < p_.v.width; ++c) value_sums_[c] *= shrink;
     for (int64_t u = 0; u < count; ++u) {
       const V share = logits_[u] == lowest ? V{} : exponential<Real>(logits_[u] - base);
       total_ += share;
@@ -388,8 +403,70 @@ class Tile {
     top_ = top;
   }
 
-  V weight(V logit, uint32_t seers) const {
-    return lane_mask<Real>(seers) ? exponential<Real>(logit) : V{};
+  // From a pair's logit and the product of its value with the output's gradient: the gradient of
+  // the logit, in place of it, and the weight by which the value entered the output.
+  void differentiate(uint32_t seers, B key, V product, V& logit, V& weight) const {
+    const V probability = exponential<Real>(logit - top_);
+    const V kept =
+        p_.dropout.active ? kept_weight<Real>(p_.dropout, key) : V{} + Real(1);
+    const auto seen = lane_mask<Real>(seers);
+    logit = seen ? probability * (kept * product - delta_) : V{};
+    weight = seen ? probability * kept : V{};
+  }
+
+  void add_rows(const V* weights, const uint32_t* seers, const Real* const* rows, int64_t count,
+                int64_t width, V* out) {
+    std::copy_n(out, width, before_.get());
+    accumulate(weights, rows, count, width, out);
+    if (all_finite<Real>(out, width)) return;
+    std::copy_n(before_.get(), width, out);
+    accumulate_seen(weights, seers, rows, count, width, out);
+  }
+
+  // Adds weights[u] x rows, the lanes' rows, to the gradient of each neighbor that is seen.
+  void add_outer(bool finite, const V* weights, int64_t begin, int64_t count, const Real* rows,
+                 int64_t stride, const Rows& grad, int64_t head) {
+    Real* targets[kUnroll];
+    for (int64_t u = 0; u < count; u += kUnroll) {
+      for (int j = 0; j < kUnroll; ++j) {
+        targets[j] = row_of<Real>(grad, neighbors_[begin + u + j], head);
+        prefetch(targets[j], grad.width);
+      }
+      for (int64_t c = 0; c < stride; c += kLanes) {
+        V sums[kUnroll];
+        if (finite) outer<true>(weights + u, rows + c, stride, sums);
+        else outer<false>(weights + u, rows + c, stride, sums);
+        const int64_t width = std::min<int64_t>(kLanes, grad.width - c);
+        for (int j = 0; j < kUnroll; ++j)  // a row that no lane sees may be another thread's
+          if (seers_[begin + u + j]) add_to(targets[j] + c, sums[j], width);
+      }
+    }
+  }
+
+  // out[j] = sum over lanes of weights[j][lane] * rows[lane].
+  template <bool kFinite>
+  static void outer(const V* weights, const Real* rows, int64_t stride, V* out) {
+    const Real* scalars = reinterpret_cast<const Real*>(weights);
+    V sums[kUnroll] = {};
+#pragma GCC unroll 4
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const V row = load(rows + lane * stride);
+#pragma GCC unroll 8
+      for (int j = 0; j < kUnroll; ++j) {
+        const Real weight = scalars[j * kLanes + lane];
+        if (kFinite || weight != 0) sums[j] += weight * row;
+      }
+    }
+#pragma GCC unroll 8
+    for (int j = 0; j < kUnroll; ++j) out[j] = sums[j];
+  }
+
+  static void add_to(Real* out, V sum, int64_t width) {
+    if (width == kLanes) {
+      store<Real, Real>(out, load(out) + sum);
+    } else {
+      for (int64_t c = 0; c < width; ++c) out[c] += sum[c];
+    }
   }
 
   void finish(int64_t head) {
@@ -402,7 +479,7 @@ class Tile {
     }
   }
 
-  // The log-sum-exp, into top_, and delta = out . grad_out - grad_lse, which it also stores.
+  // The log-sum-exp, into top_, and delta = out . grad_out - grad_lse.
   void load_statistics(int64_t head) {
     load_columns(p_.out, head, ids_, value_sums_.get(), 1);
     delta_ = V{};
@@ -412,7 +489,6 @@ class Tile {
       top_[lane] = ids_[lane] < 0 ? 0 : static_cast<const Real*>(p_.lse)[at];
       if (ids_[lane] < 0) continue;
       delta_[lane] -= static_cast<const Real*>(p_.grad_lse)[at];
-      static_cast<Real*>(p_.delta)[at] = delta_[lane];
     }
   }
 
@@ -431,77 +507,116 @@ class Tile {
 
   // A row per lane, channels across: columns[c][lane]. Lanes without a row hold zero.
   void load_columns(const Rows& rows, int64_t head, const int64_t* ids, V* columns, double scale) {
-    Real* out = reinterpret_cast<Real*>(columns);
-    for (int lane = 0; lane < kLanes; ++lane, ++out) {
-      const T* row = row_of<T>(rows, std::max<int64_t>(ids[lane], 0), head);
-      for (int64_t c = 0; c < rows.width; ++c)
-        out[c * kLanes] = ids[lane] < 0 ? Real(0) : Real(row[c]) * Real(scale);
+    int64_t c = 0;
+    for (; c + kLanes <= rows.width; c += kLanes) {
+      for (int lane = 0; lane < kLanes; ++lane)
+        columns[c + lane] = ids[lane] < 0 ? V{} : load_as_sums(row_of<T>(rows, ids[lane], head) + c);
+      transpose<Real>(columns + c);
+      for (int lane = 0; lane < kLanes; ++lane) columns[c + lane] *= Real(scale);
     }
+    for (; c < rows.width; ++c)
+      for (int lane = 0; lane < kLanes; ++lane)
+        columns[c][lane] =
+            ids[lane] < 0 ? Real(0) : Real(row_of<T>(rows, ids[lane], head)[c]) * Real(scale);
   }
 
+  // The way back.
   void store_columns(const V* columns, double scale, const Rows& rows, int64_t head,
                      const int64_t* ids) {
-    const Real* in = reinterpret_cast<const Real*>(columns);
-    for (int lane = 0; lane < kLanes; ++lane, ++in) {
-      T* row = row_of<T>(rows, std::max<int64_t>(ids[lane], 0), head);
-      for (int64_t c = 0; c < rows.width && ids[lane] >= 0; ++c)
-        row[c] = T(in[c * kLanes] * Real(scale));
+    int64_t c = 0;
+    for (; c + kLanes <= rows.width; c += kLanes) {
+      V block[kLanes];
+      for (int lane = 0; lane < kLanes; ++lane) block[lane] = columns[c + lane] * Real(scale);
+      transpose<Real>(block);
+      for (int lane = 0; lane < kLanes; ++lane)
+        if (ids[lane] >= 0) store<T, Real>(row_of<T>(rows, ids[lane], head) + c, block[lane]);
+    }
+    for (; c < rows.width; ++c)
+      for (int lane = 0; lane < kLanes; ++lane)
+        if (ids[lane] >= 0) row_of<T>(rows, ids[lane], head)[c] = T(columns[c][lane] * Real(scale));
+  }
+
+  // The lanes' rows from columns, one after another, with zeros up to the stride.
+  static void columns_to_rows(const V* columns, int64_t width, Real* rows, int64_t stride) {
+    for (int64_t c = 0; c < stride; c += kLanes) {
+      V block[kLanes];
+      for (int lane = 0; lane < kLanes; ++lane)
+        block[lane] = c + lane < width ? columns[c + lane] : V{};
+      transpose<Real>(block);
+      for (int lane = 0; lane < kLanes; ++lane) store<Real, Real>(rows + lane * stride + c, block[lane]);
     }
   }
 
-  // One row after another, in the type of the sums, with zeros up to the stride.
+  // Where the rows stand, or copies of them in the type of the sums.
   template <typename Id>
-  void load_rows(const Rows& rows, int64_t head, const Id* ids, int64_t count, Real* out,
-                 int64_t stride) {
-    for (int64_t u = 0; u < count; ++u, out += stride) {
-      const T* row = row_of<T>(rows, std::max<int64_t>(ids[u], 0), head);
-      for (int64_t c = 0; c < rows.width; ++c) out[c] = ids[u] < 0 ? Real(0) : Real(row[c]);
-      for (int64_t c = rows.width; c < stride; ++c) out[c] = 0;
+  void find_rows(const Rows& rows, int64_t head, const Id* ids, int64_t count, Real* copies,
+                 const Real** found) {
+    for (int64_t u = 0; u < count; ++u) {
+      const T* row = row_of<T>(rows, ids[u], head);
+      if constexpr (std::is_same_v<T, Real>) {
+        found[u] = row;
+      } else {
+        found[u] = copies + u * rows.width;
+        for (int64_t c = 0; c < rows.width; ++c) copies[u * rows.width + c] = Real(row[c]);
+      }
     }
   }
 
   const Problem& p_;
   const Slices& slices_;
-  const int64_t width_, value_width_;  // padded
+  const int64_t lane_width_, lane_value_width_;  // padded to kLanes
   int64_t ids_[kLanes];                // the tile's rows, -1 where it has fewer
   uint32_t present_ = 0;               // a bit per lane whose row takes part
-  Buffer<Interval> intervals_;
+  Buffer<Interval> intervals_;         // the first is a dummy
+  Buffer<int32_t> latest_;             // each slice's last interval
+  Buffer<uint64_t> order_;             // of the intervals: start in the high half, number in the low
   int64_t count_ = 0;
   Buffer<int32_t> neighbors_;
   Buffer<uint32_t> seers_;
-  Buffer<Real> rows_, value_rows_;
-  Buffer<V> logits_, products_, columns_, value_columns_, sums_, value_sums_;
+  const Real *rows_[kBlock], *value_rows_[kBlock];
+  Buffer<Real> row_copies_, value_row_copies_;
+  Buffer<V> logits_, products_, columns_, value_columns_, sums_, value_sums_, before_;
+  Buffer<Real> query_rows_, grad_rows_;
   V top_, total_, delta_;
   // The background's part.
   int64_t images_[kLanes], level_ids_[kLanes];
   uint32_t cell_seers_[kBlock];
   Buffer<uint32_t> empty_;
-  Buffer<Real> query_rows_;
+  Buffer<Real> cell_query_rows_;
   Buffer<V> cell_columns_, cell_values_, cell_sums_;
 };
 
 template <typename T>
-void run_tiles(Pass pass, const Problem& problem, Work& work) {
-  Tile<T> tiles(problem, pass == Pass::backward_points ? problem.points : problem.queries);
-  for (int64_t item = work.take(); item < work.items(); item = work.take()) {
-    const int64_t first = item * work.tiles_per_item;
-    const int64_t stop = std::min(first + work.tiles_per_item, work.tiles);
-    for (int64_t tile = first; tile < stop; ++tile) {
-      if (pass == Pass::forward) tiles.forward(tile);
-      if (pass == Pass::backward_queries) tiles.backward_queries(tile, item);
-      if (pass == Pass::backward_points) tiles.backward_points(tile);
-    }
+void run_forward(const Problem& problem, Work& work) {
+  Tile<T> tiles(problem);
+  for (int64_t item = work.take(); item < work.items(); item = work.take()) tiles.forward(item);
+}
+
+template <typename T>
+void run_backward(const Problem& problem, Schedule& schedule) {
+  Tile<T> tiles(problem);
+  for (int64_t turn = schedule.take(); turn < schedule.chunks; turn = schedule.take()) {
+    const int64_t chunk = schedule.chunk_at(turn);
+    schedule.await(turn);
+    const int64_t stop = std::min((chunk + 1) * schedule.tiles_per_chunk, schedule.tiles);
+    for (int64_t tile = chunk * schedule.tiles_per_chunk; tile < stop; ++tile)
+      tiles.backward(tile, chunk);
+    schedule.finish(turn);
   }
 }
 
-// The number of rows in a tile.
-inline int64_t tile_rows(Storage storage) {
+// The number of queries in a tile.
+inline int64_t tile_queries(Storage storage) {
   return storage == Storage::float64 ? n_lanes<double> : n_lanes<float>;
 }
 
 // One thread's share of the work.
-inline void run(Pass pass, Storage storage, const Problem& problem, Work& work) {
-  with_storage(storage, [&](auto type) { run_tiles<decltype(type)>(pass, problem, work); });
+inline void attend(Storage storage, const Problem& problem, Work& work) {
+  with_storage(storage, [&](auto type) { run_forward<decltype(type)>(problem, work); });
+}
+
+inline void attend_backward(Storage storage, const Problem& problem, Schedule& schedule) {
+  with_storage(storage, [&](auto type) { run_backward<decltype(type)>(problem, schedule); });
 }
 
 }  // namespace vicinal::VICINAL_ISA

@@ -72,6 +72,66 @@ inline T* row_of(const Rows& rows, int64_t id, int64_t head) {
   return static_cast<T*>(rows.data) + id * rows.row_stride + head * rows.head_stride;
 }
 
+// Swaps rows and lanes of a square block: in log2(lanes) steps, each of which swaps the off-diagonal
+// quarters of all blocks of twice the step.
+template <typename Real>
+inline void transpose(Vector<Real>* block) {
+  constexpr int n = n_lanes<Real>;
+#if defined(__clang__)
+  for (int row = 0; row < n; ++row)
+    for (int lane = 0; lane < row; ++lane) {
+      const Real moved = block[row][lane];
+      block[row][lane] = block[lane][row];
+      block[lane][row] = moved;
+    }
+#else
+#pragma GCC unroll 4
+  for (int step = 1; step < n; step *= 2) {
+    Bits<Real> upper, lower;
+    for (int lane = 0; lane < n; ++lane) {
+      upper[lane] = lane & step ? n + lane - step : lane;
+      lower[lane] = lane & step ? n + lane : lane + step;
+    }
+#pragma GCC unroll 16
+    for (int row = 0; row < n; ++row) {
+      if (row & step) continue;
+      const Vector<Real> a = block[row], b = block[row + step];
+      block[row] = __builtin_shuffle(a, b, upper);
+      block[row + step] = __builtin_shuffle(a, b, lower);
+    }
+  }
+#endif
+}
+
+// A vector at any address.
+template <typename Real>
+struct Unaligned {
+  typedef Real type __attribute__((vector_size(VICINAL_BYTES), aligned(alignof(Real)), may_alias));
+};
+
+template <typename Real>
+inline Vector<Real> load(const Real* from) {
+  return *reinterpret_cast<const typename Unaligned<Real>::type*>(from);
+}
+template <typename T, typename Real = typename SumType<T>::type>
+inline Vector<Real> load_as_sums(const T* from) {
+  if constexpr (std::is_same_v<T, Real>) {
+    return load(from);
+  } else {
+    Vector<Real> wide;
+    for (int lane = 0; lane < n_lanes<Real>; ++lane) wide[lane] = from[lane];
+    return wide;
+  }
+}
+template <typename T, typename Real>
+inline void store(T* to, Vector<Real> from) {
+  if constexpr (std::is_same_v<T, Real>) {
+    *reinterpret_cast<typename Unaligned<Real>::type*>(to) = from;
+  } else {
+    for (int lane = 0; lane < n_lanes<Real>; ++lane) to[lane] = T(from[lane]);
+  }
+}
+
 // Calls body with a value of the type in which rows are stored.
 template <typename Body>
 inline void with_storage(Storage storage, const Body& body) {
@@ -83,6 +143,13 @@ inline void with_storage(Storage storage, const Body& body) {
   }
 }
 
+template <typename Real>
+constexpr Real inverse_factorial(int n) {
+  double product = 1;
+  for (int factor = 2; factor <= n; ++factor) product *= factor;
+  return Real(1 / product);
+}
+
 // exp(x) for x of at most about 80: a power of two times the Taylor series of what remains, which
 // its last term bounds by less than a rounding error.
 template <typename Real>
@@ -92,9 +159,10 @@ inline Vector<Real> exponential(Vector<Real> x) {
   const Vector<Real> shifted = x * Real(1.44269504088896340736) + L::round_magic;
   const Vector<Real> power = shifted - L::round_magic;
   const Vector<Real> rest = (x - power * L::ln2_high) - power * L::ln2_low;
-  Vector<Real> sum = Vector<Real>{} + Real(1);
+  Vector<Real> sum = Vector<Real>{} + inverse_factorial<Real>(L::exp_terms);
 #pragma GCC unroll 13
-  for (int term = L::exp_terms; term > 0; --term) sum = sum * rest * (Real(1) / term) + Real(1);
+  for (int term = L::exp_terms - 1; term >= 0; --term)
+    sum = sum * rest + inverse_factorial<Real>(term);
   return (Vector<Real>)((Bits<Real>)sum + ((Bits<Real>)shifted << L::mantissa));
 }
 
