@@ -91,7 +91,7 @@ def reads_contents(check_contents: bool | None, device: torch.device) -> bool:
 
 
 def check_finite(argument: str, value: Tensor) -> None:
-    finite = torch.isfinite(value).reshape(len(value), -1).all(1)
+    finite = torch.isfinite(value).flatten(1).all(1)
     if not finite.all():
         row = int(finite.logical_not().nonzero()[0])
         refuse(argument, "finite numbers", f"{value[row].tolist()} in row {row}")

@@ -213,7 +213,7 @@ class SparseNeighborhoodAttentionBlock(nn.Module):
         kv = self.kv_proj(embedding).unflatten(-1, (2, self.n_heads, -1))
         key, value = kv.unbind(2)
         scales = level_scales(pyramid.level_shapes, centers)
-        image = plan.query_batch.long()
+        image = plan.query_batch.long().clamp(min=0)
         queries, offsets = [], []
         for level, scale in enumerate(scales):
             position = _with_level((centers[level] + 0.5) / scale, level)

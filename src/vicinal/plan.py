@@ -9,13 +9,13 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ._checks import (
-    LevelShapes,
     check_finite,
     check_neighborhood_sizes,
     check_offsets,
@@ -23,10 +23,20 @@ from ._checks import (
     reads_contents,
     refuse,
 )
-from .neighborhoods import finest_level, window_centers, window_offsets
+from .cell_keys import CellKeys
+from .neighborhoods import window_centers
 from .pyramid import FeaturePyramid
 
 _INT32_MAX = 2**31 - 1
+
+
+class _Places(NamedTuple):
+    """Where queries and points are: what the second direction of a plan is made of."""
+
+    keys: CellKeys
+    query_keys: Tensor  # int64 [L, N]
+    point_keys: Tensor  # int64 [nnz], -1 for points outside their level
+    coordinates: Tensor  # int64 [nnz, P + 2]
 
 
 class NeighborSlices(NamedTuple):
@@ -50,9 +60,7 @@ class NeighborhoodPlan:
 
     Attributes:
         query_slices: the points each query sees: starts and stops ``[N, R]``, order ``[nnz]``.
-        point_slices: the queries that see each point: starts and stops ``[nnz, max R[l]]``,
-            order ``[L * N]`` (one order of the queries per level, one after another).
-        query_batch: int32 ``[N]``, the image of every query.
+        query_batch: int32 ``[N]``, the image of every query, -1 for one that takes no part.
         center_columns: int32 ``[N, L]``, the last coordinate of every window's centre.
         point_columns: int32 ``[nnz]``, the last coordinate of the points, in sorted order.
         neighborhood_sizes: window width of each level.
@@ -61,13 +69,30 @@ class NeighborhoodPlan:
     """
 
     query_slices: NeighborSlices
-    point_slices: NeighborSlices
     query_batch: Tensor
     center_columns: Tensor
     point_columns: Tensor
     neighborhood_sizes: tuple[int, ...]
     position_dim: int
     batch_size: int
+    _places: "_Places"
+
+    @cached_property
+    def point_slices(self) -> NeighborSlices:
+        """The queries that see each point: starts and stops ``[nnz, max R[l]]``, order ``[L * N]``
+        (one order of the queries per level, one after another). Found when first asked for.
+        """
+        keys, query_keys, point_keys, coordinates = self._places
+        image, cells, levels = coordinates[:, 0], coordinates[:, 1:-1], coordinates[:, -1]
+        sorted_queries, order = torch.sort(query_keys, dim=1, stable=True)
+        first, last = keys.rows_around_any(point_keys, levels)
+        # A misplaced point's key is negative and so are all keys around it, or unused.
+        last = last.masked_fill(point_keys[:, None] < 0, -1)
+        starts, stops = _slices(sorted_queries.flatten(), first, last)
+        # Level by level: neighbors of one level see much the same queries, those of two do not.
+        curve = keys.along_curve(cells, levels * self.batch_size + image)
+        visits = torch.argsort(curve, stable=True)
+        return NeighborSlices(visits.int(), starts, stops, order.flatten().int())
 
     @property
     def n_queries(self) -> int:
@@ -140,16 +165,15 @@ class NeighborhoodPlan:
         return torch.tensor(levels, device=self.device)
 
     def to(self, device: torch.device | str) -> "NeighborhoodPlan":
-        def move(slices: NeighborSlices) -> NeighborSlices:
-            return NeighborSlices(*(part.to(device) for part in slices))
-
+        """The same plan on another device."""
+        keys, *places = self._places
         return dataclasses.replace(
             self,
-            query_slices=move(self.query_slices),
-            point_slices=move(self.point_slices),
+            query_slices=NeighborSlices(*(part.to(device) for part in self.query_slices)),
             query_batch=self.query_batch.to(device),
             center_columns=self.center_columns.to(device),
             point_columns=self.point_columns.to(device),
+            _places=_Places(keys.to(device), *(part.to(device) for part in places)),
         )
 
     def __repr__(self) -> str:
@@ -213,126 +237,52 @@ def _plan(
     positions: Tensor, offsets: Tensor, pyramid: FeaturePyramid, sizes: tuple[int, ...]
 ) -> NeighborhoodPlan:
     device = positions.device
-    grid = _Grid(pyramid.level_shapes, sizes, pyramid.batch_size, device)
-    numbers = torch.arange(len(positions), device=device)
-    batch = torch.searchsorted(offsets[1:].contiguous(), numbers, right=True)
-    homeless = (batch >= pyramid.batch_size)[:, None]
-    batch = batch.clamp(max=max(pyramid.batch_size - 1, 0))
-    centers = window_centers(positions, pyramid.level_shapes).masked_fill(homeless, math.nan)
-    centers = grid.clamp(centers)
-    query_levels = torch.arange(pyramid.n_levels, device=device)[:, None].expand(-1, len(batch))
-    query_keys = grid.keys(centers, query_levels, batch)
+    keys = CellKeys(pyramid.level_shapes, sizes, pyramid.batch_size, device)
+    image, centers = _place_queries(positions, offsets, pyramid, keys)
+    levels = torch.arange(pyramid.n_levels, device=device)[:, None].expand(-1, len(image))
+    query_keys = keys.of(centers, levels, image.clamp(min=0))
 
     misplaced = pyramid.misplaced()
     coordinates = pyramid.coordinates.long().masked_fill(misplaced[:, None], 0)
-    image, cells, levels = coordinates[:, 0], coordinates[:, 1:-1], coordinates[:, -1]
-    point_keys = grid.keys(cells, levels, image).masked_fill(misplaced, -1)
+    cells, point_levels = coordinates[:, 1:-1], coordinates[:, -1]
+    # Misplaced points come first, where no window reaches.
+    point_keys = keys.of(cells, point_levels, coordinates[:, 0]).masked_fill(misplaced, -1)
 
-    sorted_points, point_order = torch.sort(point_keys, stable=True)
-    sorted_queries, query_order = torch.sort(query_keys, dim=1, stable=True)
-    query_visits = torch.argsort(grid.curve(centers[grid.finest], batch), stable=True)
-    # Level by level: neighbors of one level see much the same queries, those of two do not.
-    point_curve = grid.curve(cells, levels * pyramid.batch_size + image)
-    point_visits = torch.argsort(point_curve, stable=True)
-
-    rows = [grid.row_offsets(level) for level in range(grid.n_levels)]
-    query_edges = [
-        _edges(sorted_points, query_keys[level][:, None] + rows[level], sizes[level] // 2)
-        for level in range(grid.n_levels)
+    sorted_points, order = torch.sort(point_keys, stable=True)
+    edges = [
+        _slices(sorted_points, *keys.rows_around(query_keys[level], level))
+        for level in range(pyramid.n_levels)
     ]
-    width = max(len(offset) for offset in rows)
-    padded = torch.stack([torch.nn.functional.pad(row, (0, width - len(row))) for row in rows])
-    n_rows = torch.tensor([[len(row)] for row in rows], device=device)
-    used = (torch.arange(width, device=device) < n_rows)[levels] & ~misplaced[:, None]
-    radius = torch.tensor(sizes, device=device)[levels, None] // 2
-    point_starts, point_stops = _edges(
-        sorted_queries.flatten(), point_keys[:, None] + padded[levels], radius
-    )
+    starts, stops = (torch.cat(part, 1) for part in zip(*edges, strict=True))
+    visits = torch.argsort(keys.along_curve(centers[keys.finest], image), stable=True)
     return NeighborhoodPlan(
-        NeighborSlices(
-            query_visits.int(),
-            torch.cat([starts for starts, _ in query_edges], 1),
-            torch.cat([stops for _, stops in query_edges], 1),
-            point_order.int(),
-        ),
-        NeighborSlices(
-            point_visits.int(),
-            point_starts,
-            torch.where(used, point_stops, point_starts),
-            query_order.flatten().int(),
-        ),
-        batch.int(),
-        centers[..., -1].t().int().contiguous(),
-        cells[point_order, -1].int(),
-        sizes,
-        pyramid.position_dim,
-        pyramid.batch_size,
+        query_slices=NeighborSlices(visits.int(), starts, stops, order.int()),
+        query_batch=image.int(),
+        center_columns=centers[..., -1].t().int().contiguous(),
+        point_columns=cells[order, -1].int(),
+        neighborhood_sizes=sizes,
+        position_dim=pyramid.position_dim,
+        batch_size=pyramid.batch_size,
+        _places=_Places(keys, query_keys, point_keys, coordinates),
     )
 
 
-class _Grid:
-    """Keys that sort cells by (level, image, cell row-major), each level padded by its windows.
-
-    The padding holds the centres that lie outside the map but still see a part of it, and one
-    cell more on either side for those that see nothing. So a window's rows never run into each
-    other, and the key of a neighboring cell is the key of its centre plus a constant.
+def _place_queries(
+    positions: Tensor, offsets: Tensor, pyramid: FeaturePyramid, keys: CellKeys
+) -> tuple[Tensor, Tensor]:
+    """The image of every query ``[N]``, -1 if it takes no part, and its windows' centres, int64
+    ``[L, N, P]``.
     """
-
-    def __init__(
-        self, shapes: LevelShapes, sizes: Sequence[int], batch_size: int, device: torch.device
-    ) -> None:
-        self.n_levels = len(shapes)
-        self.finest = finest_level(shapes)
-        self._sizes, self._dim = sizes, len(shapes[0])
-        # Twice the reach of a centre: from beyond the edge, its window's rows stay in the padding.
-        pad = [2 * (size // 2) + 1 for size in sizes]
-        padded = [
-            [size + 2 * margin for size in shape] for shape, margin in zip(shapes, pad, strict=True)
-        ]
-        volumes = [math.prod(shape) for shape in padded]
-        if sum(volumes) * max(batch_size, 1) >= 2**62:
-            refuse("level_shapes", "fewer than 2^62 cells in all, with their borders", str(shapes))
-        self._device = device
-        # Enough for the longest axis; what does not fit beside the groups is dropped.
-        self._bits = min(max(map(max, padded)).bit_length(), 46 // self._dim)
-        strides = [[math.prod(shape[axis + 1 :]) for axis in range(self._dim)] for shape in padded]
-        self._pad = torch.tensor(pad, device=device)
-        self._volume = torch.tensor(volumes, device=device)
-        self._base = (self._volume.cumsum(0) - self._volume) * batch_size
-        self._stride = torch.tensor(strides, device=device)
-        self._shapes = torch.tensor(shapes, device=device)
-        self._reach = torch.tensor(sizes, device=device)[:, None] // 2 + 1
-
-    def clamp(self, centers: Tensor) -> Tensor:
-        """Float centres ``[L, N, P]`` as int64, those that see nothing put just outside."""
-        low, high = -self._reach, self._shapes + self._reach - 1
-        bounded = torch.nan_to_num(centers, nan=-math.inf).clamp(
-            low[:, None].to(centers.dtype), high[:, None].to(centers.dtype)
-        )
-        return bounded.long()
-
-    def keys(self, cells: Tensor, levels: Tensor, batch: Tensor) -> Tensor:
-        """Keys of ``cells`` ``[..., P]`` at ``levels`` and in images ``batch``, ``[...]``."""
-        within = ((cells + self._pad[levels][..., None]) * self._stride[levels]).sum(-1)
-        return self._base[levels] + batch * self._volume[levels] + within
-
-    def row_offsets(self, level: int) -> Tensor:
-        """What to add to a centre's key for the middle of each of its window's rows."""
-        rows = window_offsets([self._sizes[level]], self._dim - 1)[0].to(self._device)
-        return (rows * self._stride[level, :-1]).sum(-1)
-
-    def curve(self, cells: Tensor, group: Tensor) -> Tensor:
-        """Keys that sort ``cells`` ``[n, P]`` along a Z-order curve, group by group."""
-        cells = cells + self._reach.max()
-        key = group
-        for bit in reversed(range(self._bits)):
-            for axis in range(self._dim):
-                key = key * 2 + ((cells[:, axis] >> bit) & 1)
-        return key
+    numbers = torch.arange(len(positions), device=positions.device)
+    image = torch.searchsorted(offsets.contiguous(), numbers, right=True) - 1
+    nowhere = (image >= pyramid.batch_size) | ~positions.isfinite().all(1)
+    image = image.masked_fill(nowhere, -1)
+    centers = window_centers(positions, pyramid.level_shapes)
+    return image, keys.clamp(centers.masked_fill(image[:, None] < 0, math.nan))
 
 
-def _edges(sorted_keys: Tensor, middles: Tensor, radius: Tensor | int) -> tuple[Tensor, Tensor]:
-    """Where rows of cells, ``radius`` to either side of ``middles``, begin and end, as int32."""
-    starts = torch.searchsorted(sorted_keys, middles - radius, out_int32=True)
-    stops = torch.searchsorted(sorted_keys, middles + radius, right=True, out_int32=True)
-    return starts, stops
+def _slices(sorted_keys: Tensor, first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the rows from ``first`` to ``last`` keys begin and end among the sorted, int32."""
+    starts = torch.searchsorted(sorted_keys, first, out_int32=True)
+    stops = torch.searchsorted(sorted_keys, last, right=True, out_int32=True)
+    return starts, torch.maximum(starts, stops)

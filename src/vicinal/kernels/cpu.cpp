@@ -157,11 +157,19 @@ class Arguments {
             const std::vector<int64_t>& windows, int64_t position_dim, double scale, double dropout_p)
       : q(side_by_side(q)), k(side_by_side(k)), v(side_by_side(v)), plan_(plan), windows_(windows) {
     const int64_t n = q.size(0), points = k.size(0);
-    STD_TORCH_CHECK(plan.size() == 11, "vicinal: a plan has 11 tensors");
+    STD_TORCH_CHECK(plan.size() == 7, "vicinal: a plan has 7 tensors");
     STD_TORCH_CHECK(q.size(1) == k.size(1) && q.size(1) == v.size(1) && q.size(2) == k.size(2) &&
                         v.size(0) == points && q.scalar_type() == k.scalar_type() &&
                         q.scalar_type() == v.scalar_type(),
                     "vicinal: q, k and v do not fit each other");
+    int64_t rows = 0;
+    for (int64_t window : windows) {
+      level_rows_.push_back(1);
+      for (int64_t axis = 1; axis < position_dim; ++axis) level_rows_.back() *= window;
+      rows += level_rows_.back();
+    }
+    STD_TORCH_CHECK(plan[1].dim() == 2 && plan[1].size(1) == rows,
+                    "vicinal: the plan's slices do not fit the windows");
     problem.heads = q.size(1);
     problem.scale = scale;
     problem.q = rows_of(this->q);
@@ -175,7 +183,7 @@ class Arguments {
       problem.query_mask = static_cast<const bool*>(mask_.data_ptr());
     }
     if (seed) set_dropout(*seed, dropout_p);
-    if (!background.empty()) set_background(background, position_dim);
+    if (!background.empty()) set_background(background);
   }
 
   void attend() const {
@@ -212,17 +220,12 @@ class Arguments {
     problem.dropout.keep_scale = 1 / (1 - rate);
   }
 
-  void set_background(const Tensors& given, int64_t position_dim) {
+  void set_background(const Tensors& given) {
     Background& b = problem.background;
     for (const Tensor& x : given) background.push_back(torch::stable::contiguous(x));
     b.active = true;
     b.levels = windows_.size();
-    for (int64_t window : windows_) {
-      int64_t rows = 1;
-      for (int64_t axis = 1; axis < position_dim; ++axis) rows *= window;
-      level_rows_.push_back(rows);
-      b.slots += rows * window;
-    }
+    for (int64_t level = 0; level < b.levels; ++level) b.slots += level_rows_[level] * windows_[level];
     const int64_t n = q.size(0), points = k.size(0), heads = problem.heads;
     b.images = background[2].size(0);
     STD_TORCH_CHECK(background.size() == 3 &&
@@ -235,9 +238,9 @@ class Arguments {
     b.value = folded_rows(background[2]);
     b.windows = windows_.data();
     b.level_rows = level_rows_.data();
-    b.query_batch = indices(plan_[8], n);
-    b.center_columns = indices(plan_[9], n * b.levels);
-    b.point_columns = indices(plan_[10], points);
+    b.query_batch = indices(plan_[4], n);
+    b.center_columns = indices(plan_[5], n * b.levels);
+    b.point_columns = indices(plan_[6], points);
   }
 
   const Tensors plan_;

@@ -155,7 +155,7 @@ constexpr Real inverse_factorial(int n) {
 template <typename Real>
 inline Vector<Real> exponential(Vector<Real> x) {
   using L = Lanes<Real>;
-  x = x > L::exp_lowest ? x : Vector<Real>{} + L::exp_lowest;
+  x = x < L::exp_lowest ? Vector<Real>{} + L::exp_lowest : x;  // NaN stays NaN
   const Vector<Real> shifted = x * Real(1.44269504088896340736) + L::round_magic;
   const Vector<Real> power = shifted - L::round_magic;
   const Vector<Real> rest = (x - power * L::ln2_high) - power * L::ln2_low;

@@ -38,8 +38,8 @@ def attend(
     query_mask: Tensor | None, seed: Tensor | None, scale: float, dropout_p: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The attended values ``[N, H, dv]`` and, in float32 or float64, the log-sum-exp ``[N, H]``."""
-    tensors = [*plan.query_slices, *plan.point_slices]
-    tensors += [plan.query_batch, plan.center_columns, plan.point_columns]
+    columns = (plan.query_batch, plan.center_columns, plan.point_columns)
+    tensors = [*plan.query_slices, *columns]
     result: tuple[Tensor, Tensor] = torch.ops.vicinal.neighborhood_attention(
         q, k, v, query_mask, seed, list(background), tensors,
         list(plan.neighborhood_sizes), plan.position_dim, scale, dropout_p,

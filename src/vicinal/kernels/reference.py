@@ -43,23 +43,31 @@ def pairs(
     empty cell), its logits ``[M, H]``, its value ``[M, H, dv]``. Masked queries have none.
     """
     dtype = torch.promote_types(q.dtype, torch.float32)
-    seeing = (
-        torch.ones_like(queries, dtype=torch.bool) if query_mask is None else ~query_mask[queries]
-    )
+    seeing = plan.query_batch[queries] >= 0
+    if query_mask is not None:
+        seeing &= ~query_mask[queries]
     row, column, slot = plan.pairs_and_slots(queries)
     row, column, slot = (part[seeing[row]] for part in (row, column, slot))
-    logits = (q[queries[row]].to(dtype) * k[column].to(dtype)).sum(-1)
-    values = v[column].to(dtype)
+    # index_select: the gradient of plain indexing is not summed in the same order every time.
+    logits = (_rows(q, queries[row], dtype) * _rows(k, column, dtype)).sum(-1)
+    values = _rows(v, column, dtype)
     if background:
         empty = seeing[:, None].repeat(1, plan.window_slots)
         empty[row, slot] = False
         bg_row, bg_slot = empty.nonzero(as_tuple=True)
         query, level = queries[bg_row], plan.slot_levels()[bg_slot]
-        bg_query, bg_key, bg_value = (part.to(dtype) for part in background)
+        seen, keys, cell_values = background
+        query_level = query * plan.n_levels + level
+        image_level = plan.query_batch[query] * plan.n_levels + level
         row, column = torch.cat((row, bg_row)), torch.cat((column, plan.n_points + bg_slot))
-        logits = torch.cat((logits, (bg_query[query, level] * bg_key[bg_slot]).sum(-1)))
-        values = torch.cat((values, bg_value[plan.query_batch[query].long(), level]))
+        products = _rows(seen.flatten(0, 1), query_level, dtype) * _rows(keys, bg_slot, dtype)
+        logits = torch.cat((logits, products.sum(-1)))
+        values = torch.cat((values, _rows(cell_values.flatten(0, 1), image_level, dtype)))
     return row, column, logits * scale, values
+
+
+def _rows(x: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.index_select(0, index).to(dtype)
 
 
 def softmax(logits: Tensor, row: Tensor, n_rows: int) -> tuple[Tensor, Tensor]:
@@ -67,11 +75,11 @@ def softmax(logits: Tensor, row: Tensor, n_rows: int) -> tuple[Tensor, Tensor]:
     lowest = logits.new_full((n_rows, logits.shape[1]), -torch.inf)
     top = lowest.scatter_reduce(0, row[:, None].expand_as(logits), logits.detach(), "amax")
     top = torch.where(top.isfinite(), top, 0)
-    exponentials = (logits - top[row]).exp()
+    exponentials = (logits - top.index_select(0, row)).exp()
     total = torch.zeros_like(top).index_add(0, row, exponentials)
     nonempty = torch.where(total > 0, total, 1)
     lse = torch.where(total > 0, nonempty.log() + top, -torch.inf)
-    return exponentials / nonempty[row], lse
+    return exponentials / nonempty.index_select(0, row), lse
 
 
 def keep_mask(seed: Tensor, query: Tensor, column: Tensor, n_heads: int, rate: float) -> Tensor:

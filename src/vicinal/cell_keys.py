@@ -1,0 +1,97 @@
+"""Integer keys that put the cells of all images and levels in one sorted order."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ._checks import LevelShapes, refuse
+from .neighborhoods import finest_level, window_offsets
+
+
+class CellKeys:
+    """Keys that sort cells by (level, image, cell row-major), each level padded by its windows.
+
+    The padding holds the centres that lie outside the map but still see a part of it, and one
+    cell more on either side for those that see nothing. So a window's rows never run into each
+    other, and the key of a neighboring cell is the key of its centre plus a constant.
+
+    Raises:
+        ValueError: more cells than 64-bit keys can tell apart.
+    """
+
+    def __init__(
+        self, shapes: LevelShapes, sizes: Sequence[int], batch_size: int, device: torch.device
+    ) -> None:
+        self.finest = finest_level(shapes)
+        self.batch_size, self._level_shapes, self._sizes = batch_size, shapes, sizes
+        self._device, self._dim = device, len(shapes[0])
+        # Twice the reach of a centre: from beyond the edge, its window's rows stay in the padding.
+        pad = [2 * (size // 2) + 1 for size in sizes]
+        padded = [
+            [size + 2 * margin for size in shape] for shape, margin in zip(shapes, pad, strict=True)
+        ]
+        volumes = [math.prod(shape) for shape in padded]
+        if sum(volumes) * max(batch_size, 1) >= 2**62:
+            refuse("level_shapes", "fewer than 2^62 cells in all, with their borders", str(shapes))
+        # Enough for the longest axis; what does not fit beside the groups is dropped.
+        self._bits = min(max(map(max, padded)).bit_length(), 46 // self._dim)
+        strides = [[math.prod(shape[axis + 1 :]) for axis in range(self._dim)] for shape in padded]
+        self._pad = self._tensor(pad)
+        self._volume = self._tensor(volumes)
+        self._base = (self._volume.cumsum(0) - self._volume) * batch_size
+        self._stride = self._tensor(strides)
+        self._shapes = self._tensor(shapes)
+        self._radius = self._tensor(sizes) // 2
+        windows = window_offsets(sizes, self._dim - 1)
+        self._rows = [
+            (rows.to(device) * stride[:-1]).sum(-1)
+            for rows, stride in zip(windows, self._stride, strict=True)
+        ]
+
+    def to(self, device: torch.device | str) -> "CellKeys":
+        """The same keys for tensors on another device."""
+        device = torch.device(device)
+        return CellKeys(self._level_shapes, self._sizes, self.batch_size, device)
+
+    def _tensor(self, numbers: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
+        return torch.tensor(numbers, device=self._device)
+
+    def clamp(self, centers: Tensor) -> Tensor:
+        """Float centres ``[L, N, P]`` as int64; those that see nothing, NaN too, just outside."""
+        low = (-self._radius - 1)[:, None, None].to(centers.dtype)
+        high = (self._shapes + self._radius[:, None])[:, None].to(centers.dtype)
+        return torch.nan_to_num(centers, nan=-math.inf).clamp(low, high).long()
+
+    def of(self, cells: Tensor, levels: Tensor, images: Tensor) -> Tensor:
+        """Keys of ``cells`` ``[..., P]`` at ``levels`` and in ``images``, ``[...]``."""
+        within = ((cells + self._pad[levels][..., None]) * self._stride[levels]).sum(-1)
+        return self._base[levels] + images * self._volume[levels] + within
+
+    def rows_around(self, keys: Tensor, level: int) -> tuple[Tensor, Tensor]:
+        """First and last keys ``[n, w ** (P - 1)]`` of the rows of windows centred on ``keys``."""
+        middles = keys[:, None] + self._rows[level]
+        return middles - self._radius[level], middles + self._radius[level]
+
+    def rows_around_any(self, keys: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
+        """The same for keys of mixed levels, ``[n, max w ** (P - 1)]``; an unused row ends before
+        it begins.
+        """
+        width = max(map(len, self._rows))
+        padded = [torch.nn.functional.pad(row, (0, width - len(row))) for row in self._rows]
+        used = self._tensor(
+            [[True] * len(row) + [False] * (width - len(row)) for row in self._rows]
+        )
+        middles = keys[:, None] + torch.stack(padded)[levels]
+        radius = self._radius[levels, None]
+        return middles - radius, torch.where(used[levels], middles + radius, -1)
+
+    def along_curve(self, cells: Tensor, group: Tensor) -> Tensor:
+        """Keys that sort ``cells`` ``[n, P]`` along a Z-order curve, group by group."""
+        cells = cells + self._radius.max() + 1
+        key = group
+        for bit in reversed(range(self._bits)):
+            for axis in range(self._dim):
+                key = key * 2 + ((cells[:, axis] >> bit) & 1)
+        return key
