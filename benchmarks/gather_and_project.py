@@ -2,6 +2,7 @@
 
 It gathers the K cells around every query, projects each of them to a key and a value, and hides
 the N x K x E memory this takes from the training step by recomputing it in the backward pass.
+Plain PyTorch: of vicinal it takes the spelled-out neighborhoods and the rotary frequencies.
 """
 
 from __future__ import annotations
@@ -14,65 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-
-class RotaryFrequencies(nn.Module):
-    """Learned frequencies of the pairs of every head, for positions of P + 1 coordinates."""
-
-    def __init__(
-        self, head_dim: int, n_heads: int, thetas: Sequence[float], pattern: str, equal: bool
-    ) -> None:
-        super().__init__()
-        n = len(thetas)
-        space, level, everything = slice(0, n - 1), slice(n - 1, n), slice(0, n)
-        self.groups = {
-            "single": [everything],
-            "partition": [space, level],
-            "closure": [space, level, everything],
-        }[pattern]
-        self.thetas = tuple(thetas)  # base of each coordinate
-        share, remainder = divmod(head_dim // 2, len(self.groups))
-        if remainder and equal:
-            raise ValueError(f"{head_dim // 2} pairs do not divide into {len(self.groups)} groups")
-        self.freqs = nn.ParameterList(
-            torch.empty(len(self.thetas[group]), n_heads, share + (g < remainder))
-            for g, group in enumerate(self.groups)
-        )
-        self.reset_parameters()
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        for group, freqs in zip(self.groups, self.freqs, strict=True):
-            n_coordinates, n_heads, n_pairs = freqs.shape
-            phase = 2 * math.pi * torch.rand(n_coordinates, n_heads, 1, device=freqs.device)
-            theta = torch.tensor(self.thetas[group], device=freqs.device).view(-1, 1, 1)
-            exponent = torch.arange(n_pairs, device=freqs.device) / max(n_pairs, 1)
-            freqs.copy_(phase.cos() * theta**-exponent)
-
-    def _freqs_of_all_coordinates(self) -> Tensor:
-        """The groups side by side, [P + 1, H or 1, d / 2]; zero for what a group does not see."""
-        padded = [
-            F.pad(freqs, (0, 0, 0, 0, group.start, len(self.thetas) - group.stop))
-            for group, freqs in zip(self.groups, self.freqs, strict=True)
-        ]
-        return torch.cat(padded, dim=-1)
-
-    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
-        """X [..., H, d], rotated to its positions [..., P + 1]."""
-        # Angles keep the precision of the positions, whatever that of x: bfloat16 cannot tell
-        # cell 300 from 301.
-        with torch.autocast(x.device.type, enabled=False):
-            freqs = self._freqs_of_all_coordinates().to(positions.dtype)
-            angles = torch.einsum("...c,chn->...hn", positions, freqs)
-        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-        a, b = x.reshape(*x.shape[:-1], x.shape[-1] // 2, 2).unbind(-1)
-        return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2)
+from vicinal import RotaryEncoding, get_multilevel_neighborhoods
 
 
 class GatherAndProjectBlock(nn.Module):
     """`SparseNeighborhoodAttentionBlock` the obvious way: same arguments, same parameters."""
-
-    slot_offsets: Tensor
-    slot_levels: Tensor
 
     def __init__(
         self,
@@ -96,26 +43,22 @@ class GatherAndProjectBlock(nn.Module):
         if len(neighborhood_sizes) != n_levels:
             raise ValueError(f"{len(neighborhood_sizes)} neighborhood_sizes, {n_levels} levels")
         self.n_heads = n_heads
+        self.neighborhood_sizes = neighborhood_sizes
         self.norm_first = norm_first
         self.norm = nn.LayerNorm(embed_dim)
         self.q_in_proj = nn.Linear(embed_dim, embed_dim, bias=bias)
         self.kv_proj = nn.Linear(embed_dim, 2 * embed_dim, bias=bias)
         self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias)
-        self.pos_encoding = RotaryFrequencies(
+        self.pos_encoding = RotaryEncoding(
             embed_dim // n_heads,
-            1 if rope_share_heads else n_heads,
-            [rope_spatial_base_theta] * position_dim + [rope_level_base_theta],
-            rope_freq_group_pattern,
-            rope_enforce_freq_groups_equal,
+            n_heads,
+            position_dim,
+            spatial_base_theta=rope_spatial_base_theta,
+            level_base_theta=rope_level_base_theta,
+            share_heads=rope_share_heads,
+            freq_group_pattern=rope_freq_group_pattern,
+            enforce_freq_groups_equal=rope_enforce_freq_groups_equal,
         )
-        offsets = [_window_offsets(width, position_dim) for width in neighborhood_sizes]
-        levels = [torch.full((len(o),), level) for level, o in enumerate(offsets)]
-        self.register_buffer("slot_offsets", torch.cat(offsets), persistent=False)  # [K, P]
-        self.register_buffer("slot_levels", torch.cat(levels), persistent=False)  # [K]
-
-    def reset_parameters(self) -> None:
-        for module in (self.norm, self.q_in_proj, self.kv_proj, self.out_proj, self.pos_encoding):
-            module.reset_parameters()
 
     def forward(
         self,
@@ -129,28 +72,21 @@ class GatherAndProjectBlock(nn.Module):
         query_mask: Tensor | None = None,
     ) -> Tensor:
         """Query [N, E] and positions [N, P] -> [N, E]."""
+        n_queries = len(query)
         positions = query_spatial_positions.to(
             torch.promote_types(query_spatial_positions.dtype, torch.float32)
         )
-        shapes = level_spatial_shapes.to(positions.dtype)
-        scales = shapes / shapes.amax(dim=0)  # [L, P]
-        if query_level_indices is None:
-            finest = level_spatial_shapes.prod(dim=-1).argmax()
-            query_level_indices = finest.expand(len(query))
+        cells, outside, levels = get_multilevel_neighborhoods(
+            positions, level_spatial_shapes, self.neighborhood_sizes
+        )  # [N, K, P], [N, K], [K]
+        scales = level_spatial_shapes / level_spatial_shapes.amax(dim=0).to(positions.dtype)
+        centers = (cells.to(positions.dtype) + 0.5) / scales[levels]
+        key_positions = torch.cat((centers, levels.expand(n_queries, -1).unsqueeze(-1)), dim=-1)
 
-        batch = torch.repeat_interleave(query_batch_offsets.diff(), output_size=len(query))
-        centers = (positions.unsqueeze(1) * scales).floor().long()  # [N, L, P]
-        cells = centers[:, self.slot_levels] + self.slot_offsets  # [N, K, P]
-        levels = self.slot_levels.expand(len(query), -1)  # [N, K]
-        key_positions = torch.cat(
-            ((cells.to(positions.dtype) + 0.5) / scales[self.slot_levels], levels.unsqueeze(-1)),
-            dim=-1,
-        )
-
-        table, rows, taken = self._look_up(
-            stacked_feature_maps.coalesce(), batch, cells, level_spatial_shapes
-        )
+        batch = torch.repeat_interleave(query_batch_offsets.diff(), output_size=n_queries)
+        table, rows = _look_up(stacked_feature_maps.coalesce(), batch, cells, levels, outside)
         empty_row = len(table) - 1
+        taken = rows != empty_row
         if background_embedding is not None:
             background_rows = len(table) + batch.unsqueeze(1) * len(scales) + levels
             rows = torch.where(taken, rows, background_rows)
@@ -159,9 +95,11 @@ class GatherAndProjectBlock(nn.Module):
         if query_mask is not None:
             taken = taken & ~query_mask.unsqueeze(1)
 
+        if query_level_indices is None:
+            query_level_indices = level_spatial_shapes.prod(dim=-1).argmax().expand(n_queries)
         x = self.norm(query) if self.norm_first else query
         q = self.q_in_proj(x).unflatten(-1, (self.n_heads, -1))
-        q = self.pos_encoding(q, torch.cat((positions, query_level_indices.unsqueeze(-1)), dim=-1))
+        q = self._rotate(q, torch.cat((positions, query_level_indices.unsqueeze(-1)), dim=-1))
         attended = checkpoint(
             self._gather_project_attend,
             *(q, table, rows, taken, key_positions, empty_row),
@@ -170,24 +108,6 @@ class GatherAndProjectBlock(nn.Module):
         )
         out: Tensor = self.out_proj(attended) + query
         return out if self.norm_first else self.norm(out)
-
-    def _look_up(
-        self, feature_map: Tensor, batch: Tensor, cells: Tensor, level_spatial_shapes: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The map's values and a row of zeros [nnz + 1, E], each cell's row there, and if stored.
-
-        Cells, rows and "is stored" are [N, K, P], [N, K] and [N, K].
-        """
-        sizes = feature_map.shape[: feature_map.sparse_dim()]
-        stored = _linear_keys(feature_map.indices(), sizes)  # sorted, as the map is coalesced
-        # The row of zeros has the key of no cell, the largest, so no search ends past it.
-        stored = torch.cat((stored, stored.new_full((1,), torch.iinfo(stored.dtype).max)))
-        keys = _linear_keys((batch.unsqueeze(1), *cells.unbind(-1), self.slot_levels), sizes)
-        rows = torch.searchsorted(stored, keys)
-        inside = ((cells >= 0) & (cells < level_spatial_shapes[self.slot_levels])).all(dim=-1)
-        taken = inside & (stored[rows] == keys)
-        table = F.pad(feature_map.values(), (0, 0, 0, 1))
-        return table, torch.where(taken, rows, len(table) - 1), taken
 
     def _gather_project_attend(
         self,
@@ -202,7 +122,7 @@ class GatherAndProjectBlock(nn.Module):
         # An embedding look-up, so that the backward pass skips the row that most slots share.
         gathered = F.embedding(rows, table, padding_idx=empty_row)  # [N, K, E]
         k, v = self.kv_proj(gathered).unflatten(-1, (2, self.n_heads, -1)).unbind(2)
-        k = self.pos_encoding(k, key_positions)
+        k = self._rotate(k, key_positions)
         scores = torch.einsum("nhd,nkhd->nhk", q, k) / math.sqrt(q.shape[-1])
         # The lowest number instead of -inf, and zeros after: a query with nothing to attend to
         # gets zero instead of NaN.
@@ -211,11 +131,33 @@ class GatherAndProjectBlock(nn.Module):
         weights = scores.softmax(dim=-1).masked_fill(empty, 0.0)
         return torch.einsum("nhk,nkhd->nhd", weights.to(v.dtype), v).flatten(1)
 
+    def _rotate(self, x: Tensor, positions: Tensor) -> Tensor:
+        """X [..., H, d], rotated to its positions [..., P + 1]."""
+        # Angles keep the precision of the positions, whatever that of x: bfloat16 cannot tell
+        # cell 300 from 301.
+        with torch.autocast(x.device.type, enabled=False):
+            freqs = self.pos_encoding.frequencies().to(positions.dtype)
+            angles = torch.einsum("...c,chn->...hn", positions, freqs)
+        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+        return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2)
 
-def _window_offsets(width: int, position_dim: int) -> Tensor:
-    """Offsets of a window's cells from its centre in row-major order, [width ** P, P]."""
-    axis = torch.arange(width) - width // 2
-    return torch.stack(torch.meshgrid([axis] * position_dim, indexing="ij"), -1).flatten(0, -2)
+
+def _look_up(
+    feature_map: Tensor, batch: Tensor, cells: Tensor, levels: Tensor, outside: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The map's values and below them a row of zeros [nnz + 1, E], and each cell's row [N, K].
+
+    Empty cells, and those outside their level, have the row of zeros.
+    """
+    sizes = feature_map.shape[: feature_map.sparse_dim()]
+    stored = _linear_keys(feature_map.indices(), sizes)  # sorted, as the map is coalesced
+    # The row of zeros has the key of no cell, the largest, so no search ends past it.
+    stored = torch.cat((stored, stored.new_full((1,), torch.iinfo(stored.dtype).max)))
+    keys = _linear_keys((batch.unsqueeze(1), *cells.unbind(-1), levels), sizes)
+    rows = torch.searchsorted(stored, keys)
+    empty = outside | (stored[rows] != keys)
+    return F.pad(feature_map.values(), (0, 0, 0, 1)), rows.masked_fill(empty, len(stored) - 1)
 
 
 def _linear_keys(coordinates: Sequence[Tensor] | Tensor, sizes: Sequence[int]) -> Tensor:
