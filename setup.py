@@ -25,7 +25,7 @@ def cpu_kernel() -> list[Extension]:
         Extension(
             "vicinal.kernels._cpu",
             sources=[f"{KERNELS}/cpu.cpp"],
-            depends=[f"{KERNELS}/cpu_problem.h", f"{KERNELS}/cpu_tiles.h"],
+            depends=[str(path) for path in Path(KERNELS).glob("cpu*.h")],
             include_dirs=[str(root / "include")],
             library_dirs=[str(root / "lib")],
             libraries=["torch_cpu"],

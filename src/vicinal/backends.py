@@ -11,17 +11,20 @@ from .kernels import cpu, reference
 
 
 class Backend(NamedTuple):
-    """A way to compute the two ops; see `kernels.reference` for what they do."""
+    """A way to compute the three ops; see `kernels.reference` for what they do."""
 
     attend: Callable[..., tuple[Tensor, Tensor]]
     rotate: Callable[[Tensor, Tensor, Tensor], Tensor]
+    find_slices: Callable[..., tuple[Tensor, Tensor]]
     problem: Callable[[torch.device], str | None]
     """Why it cannot run on a device, or None."""
 
 
 _BACKENDS = {
-    "reference": Backend(reference.attend, reference.rotate, lambda device: None),
-    "cpu": Backend(cpu.attend, cpu.rotate, cpu.problem),
+    "reference": Backend(
+        reference.attend, reference.rotate, reference.find_slices, lambda device: None
+    ),
+    "cpu": Backend(cpu.attend, cpu.rotate, cpu.find_slices, cpu.problem),
 }
 
 

@@ -69,14 +69,16 @@ class CellKeys:
         within = ((cells + self._pad[levels][..., None]) * self._stride[levels]).sum(-1)
         return self._base[levels] + images * self._volume[levels] + within
 
-    def rows_around(self, keys: Tensor, level: int) -> tuple[Tensor, Tensor]:
-        """First and last keys ``[n, w ** (P - 1)]`` of the rows of windows centred on ``keys``."""
-        middles = keys[:, None] + self._rows[level]
-        return middles - self._radius[level], middles + self._radius[level]
+    def window_rows(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of each of the R rows of a query's windows, ``[R]`` each: the level, what to add to the
+        key of that level's centre for the row's middle, and how far it reaches to either side.
+        """
+        level = self._tensor([level for level, rows in enumerate(self._rows) for _ in rows])
+        return level, torch.cat(self._rows), self._radius[level]
 
-    def rows_around_any(self, keys: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
-        """The same for keys of mixed levels, ``[n, max w ** (P - 1)]``; an unused row ends before
-        it begins.
+    def rows_around(self, keys: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
+        """First and last keys ``[n, max w ** (P - 1)]`` of the rows of the windows centred on
+        ``keys`` at ``levels``, ``[n]``; a row that a level does not have ends before it begins.
         """
         width = max(map(len, self._rows))
         padded = [torch.nn.functional.pad(row, (0, width - len(row))) for row in self._rows]

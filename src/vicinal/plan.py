@@ -23,7 +23,9 @@ from ._checks import (
     reads_contents,
     refuse,
 )
+from .backends import choose_backend
 from .cell_keys import CellKeys
+from .kernels.reference import search_slices
 from .neighborhoods import window_centers
 from .pyramid import FeaturePyramid
 
@@ -85,10 +87,10 @@ class NeighborhoodPlan:
         keys, query_keys, point_keys, coordinates = self._places
         image, cells, levels = coordinates[:, 0], coordinates[:, 1:-1], coordinates[:, -1]
         sorted_queries, order = torch.sort(query_keys, dim=1, stable=True)
-        first, last = keys.rows_around_any(point_keys, levels)
+        first, last = keys.rows_around(point_keys, levels)
         # A misplaced point's key is negative and so are all keys around it, or unused.
         last = last.masked_fill(point_keys[:, None] < 0, -1)
-        starts, stops = _slices(sorted_queries.flatten(), first, last)
+        starts, stops = search_slices(sorted_queries.flatten(), first, last)
         # Level by level: neighbors of one level see much the same queries, those of two do not.
         curve = keys.along_curve(cells, levels * self.batch_size + image)
         visits = torch.argsort(curve, stable=True)
@@ -249,14 +251,11 @@ def _plan(
     point_keys = keys.of(cells, point_levels, coordinates[:, 0]).masked_fill(misplaced, -1)
 
     sorted_points, order = torch.sort(point_keys, stable=True)
-    edges = [
-        _slices(sorted_points, *keys.rows_around(query_keys[level], level))
-        for level in range(pyramid.n_levels)
-    ]
-    starts, stops = (torch.cat(part, 1) for part in zip(*edges, strict=True))
-    visits = torch.argsort(keys.along_curve(centers[keys.finest], image), stable=True)
+    visits = torch.argsort(keys.along_curve(centers[keys.finest], image), stable=True).int()
+    find_slices = choose_backend(None, device).find_slices
+    starts, stops = find_slices(sorted_points, query_keys, visits, *keys.window_rows())
     return NeighborhoodPlan(
-        query_slices=NeighborSlices(visits.int(), starts, stops, order.int()),
+        query_slices=NeighborSlices(visits, starts, stops, order.int()),
         query_batch=image.int(),
         center_columns=centers[..., -1].t().int().contiguous(),
         point_columns=cells[order, -1].int(),
@@ -279,10 +278,3 @@ def _place_queries(
     image = image.masked_fill(nowhere, -1)
     centers = window_centers(positions, pyramid.level_shapes)
     return image, keys.clamp(centers.masked_fill(image[:, None] < 0, math.nan))
-
-
-def _slices(sorted_keys: Tensor, first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the rows from ``first`` to ``last`` keys begin and end among the sorted, int32."""
-    starts = torch.searchsorted(sorted_keys, first, out_int32=True)
-    stops = torch.searchsorted(sorted_keys, last, right=True, out_int32=True)
-    return starts, torch.maximum(starts, stops)

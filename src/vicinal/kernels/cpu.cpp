@@ -21,6 +21,7 @@
 #include <vector>
 
 #include "cpu_problem.h"
+#include "cpu_search.h"
 
 #define VICINAL_ISA baseline
 #define VICINAL_BYTES 16
@@ -376,12 +377,43 @@ std::tuple<Tensor, Tensor, Tensor> rotate_backward(Tensor grad_out, Tensor out, 
   return {grad_x, grad_coordinates, total(parts, frequencies)};
 }
 
+const int64_t* numbers(const Tensor& x, int64_t numel) {
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Long && x.is_contiguous() && x.numel() == numel,
+                  "vicinal: keys and rows must be contiguous int64 of sizes that fit each other");
+  return x.const_data_ptr<int64_t>();
+}
+
+std::tuple<Tensor, Tensor> find_slices(Tensor sorted_keys, Tensor centers, Tensor visits, Tensor level,
+                                       Tensor offset, Tensor radius) {
+  RowSearch s;
+  s.levels = centers.size(0);
+  s.queries = centers.size(1);
+  s.rows = level.numel();
+  s.n_keys = sorted_keys.numel();
+  s.keys = numbers(sorted_keys, s.n_keys);
+  s.centers = numbers(centers, s.levels * s.queries);
+  s.visits = indices(visits, s.queries);
+  s.level = numbers(level, s.rows);
+  s.offset = numbers(offset, s.rows);
+  s.radius = numbers(radius, s.rows);
+  for (int64_t row = 0; row < s.rows; ++row)
+    STD_TORCH_CHECK(s.level[row] >= 0 && s.level[row] < s.levels, "vicinal: a row of no level");
+  Tensor starts = torch::stable::new_empty(visits, {s.queries, s.rows});
+  Tensor stops = torch::stable::new_empty(visits, {s.queries, s.rows});
+  s.starts = static_cast<int32_t*>(starts.data_ptr());
+  s.stops = static_cast<int32_t*>(stops.data_ptr());
+  torch::stable::parallel_for(0, s.queries, kRowsPerItem,
+                              [&](int64_t begin, int64_t end) { find_rows(s, begin, end); });
+  return {starts, stops};
+}
+
 }  // namespace
 }  // namespace vicinal
 
 STABLE_TORCH_LIBRARY_IMPL(vicinal, CPU, m) {
   m.impl("neighborhood_attention", TORCH_BOX(&vicinal::forward));
   m.impl("neighborhood_attention_backward", TORCH_BOX(&vicinal::backward));
+  m.impl("find_slices", TORCH_BOX(&vicinal::find_slices));
   m.impl("rotate", TORCH_BOX(&vicinal::rotate));
   m.impl("rotate_backward", TORCH_BOX(&vicinal::rotate_backward));
 }

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
-from .library import attend, rotate
+from .library import attend, find_slices, rotate
 
-__all__ = ["attend", "problem", "rotate"]
+__all__ = ["attend", "find_slices", "problem", "rotate"]
 
 
 def problem(device: torch.device) -> str | None:

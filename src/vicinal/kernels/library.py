@@ -3,12 +3,13 @@
 `torch.compile`, `torch.export`, saved-tensor hooks and `opcheck` work with whatever kernel that is.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..plan import NeighborhoodPlan
+if TYPE_CHECKING:
+    from ..plan import NeighborhoodPlan
 
 _ARGUMENTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? query_mask, Tensor? seed, Tensor[] background, "
@@ -31,10 +32,15 @@ torch.library.define(
     "(Tensor grad_out, Tensor out, Tensor coordinates, Tensor frequencies) "
     "-> (Tensor, Tensor, Tensor)",
 )
+torch.library.define(
+    "vicinal::find_slices",
+    "(Tensor sorted_keys, Tensor centers, Tensor visits, Tensor level, Tensor offset, "
+    "Tensor radius) -> (Tensor, Tensor)",
+)
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, plan: NeighborhoodPlan, background: tuple[Tensor, ...],
+    q: Tensor, k: Tensor, v: Tensor, plan: "NeighborhoodPlan", background: tuple[Tensor, ...],
     query_mask: Tensor | None, seed: Tensor | None, scale: float, dropout_p: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The attended values ``[N, H, dv]`` and, in float32 or float64, the log-sum-exp ``[N, H]``."""
@@ -57,6 +63,19 @@ def rotate(x: Tensor, coordinates: Tensor, frequencies: Tensor) -> Tensor:
     table = frequencies.expand(-1, x.shape[1], -1).contiguous()
     turned: Tensor = torch.ops.vicinal.rotate(x.to(storage), coordinates, table)
     return turned.to(x.dtype)
+
+
+def find_slices(
+    sorted_keys: Tensor, centers: Tensor, visits: Tensor, level: Tensor, offset: Tensor,
+    radius: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Where the rows of windows begin and end among ``sorted_keys``, int32 ``[N, R]`` each, for
+    keys of ``centers`` ``[L, N]`` and rows of a level, offset and radius, ``[R]``.
+    """
+    slices: tuple[Tensor, Tensor] = torch.ops.vicinal.find_slices(
+        sorted_keys, centers, visits, level, offset, radius
+    )
+    return slices
 
 
 @torch.library.register_fake(_FORWARD)
@@ -118,6 +137,14 @@ def _backward_rotate(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 
 torch.library.register_autograd(_ROTATE, _backward_rotate, setup_context=_setup_rotate)
+
+
+@torch.library.register_fake("vicinal::find_slices")
+def _(
+    sorted_keys: Tensor, centers: Tensor, visits: Tensor, level: Tensor, *_: Tensor
+) -> tuple[Tensor, Tensor]:
+    starts = centers.new_empty(centers.shape[1], len(level), dtype=torch.int32)
+    return starts, torch.empty_like(starts)
 
 
 def _refuse_double_backward(ctx: Any, *_: Any) -> None:

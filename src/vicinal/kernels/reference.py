@@ -4,18 +4,22 @@ Every other back end is held against this one. It takes a few queries at a time 
 each of these chunks anew in the backward pass, so no more than a chunk's pairs is ever stored.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..plan import NeighborhoodPlan
+if TYPE_CHECKING:
+    from ..plan import NeighborhoodPlan
+
 
 CHUNK = 1024  # queries
 _LOW_32_BITS = 0xFFFFFFFF
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, plan: NeighborhoodPlan, background: tuple[Tensor, ...],
+    q: Tensor, k: Tensor, v: Tensor, plan: "NeighborhoodPlan", background: tuple[Tensor, ...],
     query_mask: Tensor | None, seed: Tensor | None, scale: float, dropout_p: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The attended values ``[N, H, dv]`` and, in float32 or float64, the log-sum-exp ``[N, H]``."""
@@ -36,7 +40,7 @@ def attend(
 
 
 def pairs(
-    queries: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: NeighborhoodPlan,
+    queries: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: "NeighborhoodPlan",
     background: tuple[Tensor, ...], query_mask: Tensor | None, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """A row per pair: its place in ``queries``, its column (the point, or nnz + the slot of an
@@ -116,3 +120,21 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     even, odd = x.unflatten(-1, (-1, 2)).to(torch.promote_types(x.dtype, cos.dtype)).unbind(-1)
     turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1)
     return turned.flatten(-2).to(x.dtype)
+
+
+def find_slices(
+    sorted_keys: Tensor, centers: Tensor, visits: Tensor, level: Tensor, offset: Tensor,
+    radius: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Where the rows of windows begin and end among ``sorted_keys``, int32 ``[N, R]`` each, for
+    keys of ``centers`` ``[L, N]`` and rows of a level, offset and radius, ``[R]``.
+    """
+    middle = centers[level].t() + offset
+    return search_slices(sorted_keys, middle - radius, middle + radius)
+
+
+def search_slices(sorted_keys: Tensor, first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+    """Where keys from ``first`` to ``last`` begin and end among the sorted ones, int32."""
+    starts = torch.searchsorted(sorted_keys, first, out_int32=True)
+    stops = torch.searchsorted(sorted_keys, last, right=True, out_int32=True)
+    return starts, torch.maximum(starts, stops)

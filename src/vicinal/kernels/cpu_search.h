@@ -1,0 +1,51 @@
+// Where the rows of windows begin and end among sorted keys.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+namespace vicinal {
+
+struct RowSearch {
+  const int64_t* keys;  // sorted
+  int64_t n_keys;
+  const int64_t* centers;  // [L, N]
+  const int32_t* visits;   // [N]
+  int64_t queries, rows, levels;
+  const int64_t *level, *offset, *radius;  // [R]
+  int32_t *starts, *stops;                 // [N, R]
+};
+
+// The first place from `hint` on or before it whose key is not below `key`. Doubles its steps away
+// from the hint, so it takes the logarithm of how far off that is.
+inline int64_t first_not_below(const int64_t* keys, int64_t n_keys, int64_t key, int64_t hint) {
+  int64_t low = hint, high = hint, step = 1;
+  if (hint < n_keys && keys[hint] < key) {
+    for (; high < n_keys && keys[high] < key; high += step, step *= 2) low = high + 1;
+    high = std::min(high, n_keys);
+  } else {
+    for (; low > 0 && keys[low - 1] >= key; low = std::max<int64_t>(low - step, 0), step *= 2)
+      high = low - 1;
+  }
+  return std::lower_bound(keys + std::min(low, high), keys + high, key) - keys;
+}
+
+// Queries next to each other in `visits` are neighbors in space: each starts where the last ended.
+inline void find_rows(const RowSearch& s, int64_t begin, int64_t end) {
+  std::vector<int64_t> hints(s.rows, 0);
+  for (int64_t visit = begin; visit < end; ++visit) {
+    const int64_t query = s.visits[visit];
+    if (query < 0 || query >= s.queries) continue;
+    for (int64_t row = 0; row < s.rows; ++row) {
+      const int64_t middle = s.centers[s.level[row] * s.queries + query] + s.offset[row];
+      const int64_t start = first_not_below(s.keys, s.n_keys, middle - s.radius[row], hints[row]);
+      const int64_t stop = first_not_below(s.keys, s.n_keys, middle + s.radius[row] + 1, start);
+      s.starts[query * s.rows + row] = int32_t(start);
+      s.stops[query * s.rows + row] = int32_t(stop);
+      hints[row] = start;
+    }
+  }
+}
+
+}  // namespace vicinal
