@@ -25,9 +25,7 @@
 
 #define VICINAL_ISA baseline
 #define VICINAL_BYTES 16
-#include "cpu_vectors.h"
-#include "cpu_tiles.h"
-#include "cpu_rotation.h"
+#include "cpu_kernels.h"
 #undef VICINAL_ISA
 #undef VICINAL_BYTES
 
@@ -38,9 +36,7 @@
 #pragma GCC target("avx2,fma,f16c")
 #define VICINAL_ISA avx2
 #define VICINAL_BYTES 32
-#include "cpu_vectors.h"
-#include "cpu_tiles.h"
-#include "cpu_rotation.h"
+#include "cpu_kernels.h"
 #undef VICINAL_ISA
 #undef VICINAL_BYTES
 #pragma GCC pop_options
@@ -49,9 +45,7 @@
 #pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,f16c")
 #define VICINAL_ISA avx512
 #define VICINAL_BYTES 64
-#include "cpu_vectors.h"
-#include "cpu_tiles.h"
-#include "cpu_rotation.h"
+#include "cpu_kernels.h"
 #undef VICINAL_ISA
 #undef VICINAL_BYTES
 #pragma GCC pop_options

@@ -9,97 +9,9 @@
 
 namespace vicinal::VICINAL_ISA {
 
-constexpr int kUnroll = 8;     // rows that an inner loop works on at a time
-constexpr int kChannels = 16;  // sums over rows that it keeps in registers
-constexpr int kBlock = 128;    // neighbors whose logits are held at a time; a multiple of kUnroll
-
-inline int64_t padded(int64_t count) { return (count + kUnroll - 1) / kUnroll * kUnroll; }
-
 template <typename Real>
 inline Vector<Real> kept_weight(const Dropout& dropout, Bits<Real> key) {
   return mix(key) >= dropout.threshold ? Vector<Real>{} + Real(dropout.keep_scale) : Vector<Real>{};
-}
-
-// All ones in the lanes whose bit is set.
-template <typename Real>
-inline auto lane_mask(uint32_t lanes) {
-  Bits<Real> bit;
-  for (int lane = 0; lane < n_lanes<Real>; ++lane) bit[lane] = 1u << lane;
-  return (bit & lanes) != 0;
-}
-
-// Neighbors are scattered over memory: their rows are asked for one step ahead.
-template <typename Real>
-inline void prefetch(const Real* row, int64_t width) {
-  for (int64_t c = 0; c < width; c += 64 / sizeof(Real)) __builtin_prefetch(row + c);
-}
-
-// out[u] = sum over c of rows[u][c] * columns[c]; count is padded.
-template <typename Real>
-inline void multiply(const Real* const* rows, int64_t count, int64_t width,
-                     const Vector<Real>* columns, Vector<Real>* out) {
-  for (int64_t u = 0; u < count; u += kUnroll) {
-    Vector<Real> sums[kUnroll] = {};
-    const Real* row[kUnroll];
-    for (int j = 0; j < kUnroll; ++j) row[j] = rows[u + j];
-    if (u + kUnroll < count)
-      for (int j = 0; j < kUnroll; ++j) prefetch(rows[u + kUnroll + j], width);
-    for (int64_t c = 0; c < width; ++c) {
-      const Vector<Real> column = columns[c];
-#pragma GCC unroll 8
-      for (int j = 0; j < kUnroll; ++j) sums[j] += row[j][c] * column;
-    }
-#pragma GCC unroll 8
-    for (int j = 0; j < kUnroll; ++j) out[u + j] = sums[j];
-  }
-}
-
-// out[c] += sum over u of weights[u] * rows[u][c], for kChannels channels from c on.
-template <int kChannels, typename Real>
-__attribute__((noinline)) void accumulate_channels(const Vector<Real>* weights, const Real* const* rows,
-                                int64_t count, int64_t c, Vector<Real>* out) {
-  Vector<Real> sums[kChannels];
-#pragma GCC unroll 16
-  for (int j = 0; j < kChannels; ++j) sums[j] = out[c + j];
-  for (int64_t u = 0; u < count; ++u) {
-    const Vector<Real> weight = weights[u];
-    const Real* row = rows[u] + c;
-    __builtin_prefetch(rows[std::min(u + kUnroll, count - 1)] + c);
-#pragma GCC unroll 16
-    for (int j = 0; j < kChannels; ++j) sums[j] += row[j] * weight;
-  }
-#pragma GCC unroll 16
-  for (int j = 0; j < kChannels; ++j) out[c + j] = sums[j];
-}
-
-template <typename Real>
-inline void accumulate(const Vector<Real>* weights, const Real* const* rows, int64_t count,
-                       int64_t width, Vector<Real>* out) {
-  int64_t c = 0;
-  for (; c + kChannels <= width; c += kChannels)
-    accumulate_channels<kChannels>(weights, rows, count, c, out);
-  for (; c < width; ++c) accumulate_channels<1>(weights, rows, count, c, out);
-}
-
-// The same where rows may hold what is not finite: zero times that is not zero, so lanes that do
-// not see a row must be kept from it.
-template <typename Real>
-inline void accumulate_seen(const Vector<Real>* weights, const uint32_t* seers,
-                            const Real* const* rows, int64_t count, int64_t width,
-                            Vector<Real>* out) {
-  for (int64_t u = 0; u < count; ++u)
-    for (int64_t c = 0; c < width; ++c)
-      out[c] += lane_mask<Real>(seers[u]) ? rows[u][c] * weights[u] : Vector<Real>{};
-}
-
-// Whether all lanes of all vectors are finite.
-template <typename Real>
-inline bool all_finite(const Vector<Real>* vectors, int64_t count) {
-  Vector<Real> zeros{};
-  for (int64_t index = 0; index < count; ++index) zeros += vectors[index] * 0;
-  bool finite = true;
-  for (int lane = 0; lane < n_lanes<Real>; ++lane) finite &= zeros[lane] == 0;
-  return finite;
 }
 
 template <typename T>
@@ -115,9 +27,7 @@ class Tile {
         slices_(problem.queries),
         lane_width_((problem.q.width + kLanes - 1) / kLanes * kLanes),
         lane_value_width_((problem.v.width + kLanes - 1) / kLanes * kLanes),
-        intervals_(kLanes * slices_.slices + 1),
-        latest_(slices_.slices),
-        order_(kLanes * slices_.slices),
+        near_(slices_),
         row_copies_(std::is_same_v<T, Real> ? 0 : kBlock * problem.q.width),
         value_row_copies_(std::is_same_v<T, Real> ? 0 : kBlock * problem.v.width),
         logits_(kBlock),
@@ -136,23 +46,23 @@ class Tile {
         cell_sums_(problem.q.width) {}
 
   void forward(int64_t tile) {
-    find_neighbors(tile, p_.query_mask);
+    near_.find(tile, p_.query_mask);
     if (p_.background.active) find_empty_cells();
     for (int64_t head = 0; head < p_.heads; ++head) {
-      load_columns(p_.q, head, ids_, columns_.get(), p_.scale);
+      load_columns(p_.q, head, near_.rows, columns_.get(), p_.scale);
       fill(value_sums_.get(), p_.v.width);
       top_ = V{} - std::numeric_limits<Real>::infinity();
       total_ = V{};
       const B row_key = query_keys(head);
-      for (int64_t begin = 0; begin < count_; begin += kBlock) {
-        const int64_t count = std::min<int64_t>(kBlock, count_ - begin);
-        find_rows(p_.k, head, &neighbors_[begin], count, row_copies_.get(), rows_);
-        find_rows(p_.v, head, &neighbors_[begin], count, value_row_copies_.get(), value_rows_);
+      for (int64_t begin = 0; begin < near_.count; begin += kBlock) {
+        const int64_t count = std::min<int64_t>(kBlock, near_.count - begin);
+        find_rows(p_.k, head, &near_.ids[begin], count, row_copies_.get(), rows_);
+        find_rows(p_.v, head, &near_.ids[begin], count, value_row_copies_.get(), value_rows_);
         multiply(rows_, count, p_.q.width, columns_.get(), logits_.get());
-        softmax_step(&seers_[begin], count, [&](int64_t u) {
-          return row_key ^ uint32_t(neighbors_[begin + u]);
+        softmax_step(&near_.seers[begin], count, [&](int64_t u) {
+          return row_key ^ uint32_t(near_.ids[begin + u]);
         });
-        add_rows(logits_.get(), &seers_[begin], value_rows_, count, p_.v.width,
+        add_rows(logits_.get(), &near_.seers[begin], value_rows_, count, p_.v.width,
                  value_sums_.get());
       }
       if (p_.background.active) attend_background(head, row_key);
@@ -162,125 +72,55 @@ class Tile {
 
   // All gradients; item is the place of this tile's chunk among the background's partial sums.
   void backward(int64_t tile, int64_t item) {
-    find_neighbors(tile, p_.query_mask);
+    near_.find(tile, p_.query_mask);
     if (p_.background.active) find_empty_cells();
     for (int64_t head = 0; head < p_.heads; ++head) {
-      load_columns(p_.q, head, ids_, columns_.get(), p_.scale);
-      load_columns(p_.grad_out, head, ids_, value_columns_.get(), 1);
+      load_columns(p_.q, head, near_.rows, columns_.get(), p_.scale);
+      load_columns(p_.grad_out, head, near_.rows, value_columns_.get(), 1);
       load_statistics(head);
-      columns_to_rows(columns_.get(), p_.q.width, query_rows_.get(), lane_width_);
-      columns_to_rows(value_columns_.get(), p_.v.width, grad_rows_.get(), lane_value_width_);
+      columns_to_rows<Real>(columns_.get(), p_.q.width, query_rows_.get(), lane_width_);
+      columns_to_rows<Real>(value_columns_.get(), p_.v.width, grad_rows_.get(), lane_value_width_);
       const bool finite = all_finite<Real>(columns_.get(), p_.q.width) &&
                           all_finite<Real>(value_columns_.get(), p_.v.width);
       fill(sums_.get(), p_.q.width);
       const B row_key = query_keys(head);
-      for (int64_t begin = 0; begin < count_; begin += kBlock) {
-        const int64_t count = std::min<int64_t>(kBlock, count_ - begin);
-        find_rows(p_.k, head, &neighbors_[begin], count, row_copies_.get(), rows_);
-        find_rows(p_.v, head, &neighbors_[begin], count, value_row_copies_.get(), value_rows_);
+      for (int64_t begin = 0; begin < near_.count; begin += kBlock) {
+        const int64_t count = std::min<int64_t>(kBlock, near_.count - begin);
+        find_rows(p_.k, head, &near_.ids[begin], count, row_copies_.get(), rows_);
+        find_rows(p_.v, head, &near_.ids[begin], count, value_row_copies_.get(), value_rows_);
         multiply(rows_, count, p_.q.width, columns_.get(), logits_.get());
         multiply(value_rows_, count, p_.v.width, value_columns_.get(), products_.get());
         for (int64_t u = 0; u < count; ++u)
-          differentiate(seers_[begin + u], row_key ^ uint32_t(neighbors_[begin + u]), products_[u],
+          differentiate(near_.seers[begin + u], row_key ^ uint32_t(near_.ids[begin + u]), products_[u],
                         logits_[u], products_[u]);
-        add_rows(logits_.get(), &seers_[begin], rows_, count, p_.q.width, sums_.get());
+        add_rows(logits_.get(), &near_.seers[begin], rows_, count, p_.q.width, sums_.get());
         add_outer(finite, logits_.get(), begin, count, query_rows_.get(), lane_width_, p_.grad_k,
                   head);
         add_outer(finite, products_.get(), begin, count, grad_rows_.get(), lane_value_width_,
                   p_.grad_v, head);
       }
       if (p_.background.active) backward_background(head, row_key, item);
-      store_columns(sums_.get(), p_.scale, p_.grad_q, head, ids_);
+      store_columns(sums_.get(), p_.scale, p_.grad_q, head, near_.rows);
     }
   }
 
  private:
-  struct Interval {
-    int64_t start, stop;
-    uint32_t lanes;
-  };
-
-  // The tile's rows, and the union of what they see with a bit for each lane that sees it.
-  void find_neighbors(int64_t tile, const bool* mask) {
-    present_ = 0;
-    for (int lane = 0; lane < kLanes; ++lane) {
-      const int64_t place = tile * kLanes + lane;
-      const int64_t row = place < slices_.rows ? slices_.visits[place] : -1;
-      ids_[lane] = row >= 0 && row < slices_.rows ? row : -1;
-      if (ids_[lane] >= 0 && !(mask && mask[row])) present_ |= 1u << lane;
-    }
-    merge(collect_intervals());
-    for (int64_t u = 0; u < count_; ++u) {
-      const int64_t id = neighbors_[u];
-      if (id >= 0 && id < slices_.targets) continue;
-      neighbors_[u] = 0;
-      seers_[u] = 0;
-    }
-    for (; count_ % kUnroll; ++count_) neighbors_[count_] = 0, seers_[count_] = 0;
-  }
-
-  // Rows that fall into one cell of a level have equal slices there: those are listed once.
-  int64_t collect_intervals() {
-    int64_t count = 0, size = 0;
-    std::fill_n(latest_.get(), slices_.slices, 0);
-    intervals_[0] = {-1, -1, 0};
-    for (int lane = 0; lane < kLanes; ++lane) {
-      if (!(present_ >> lane & 1)) continue;
-      const int32_t* starts = slices_.starts + ids_[lane] * slices_.slices;
-      const int32_t* stops = slices_.stops + ids_[lane] * slices_.slices;
-      for (int64_t slice = 0; slice < slices_.slices; ++slice) {
-        const int64_t start = std::max(starts[slice], 0);
-        const int64_t stop = std::min<int64_t>(stops[slice], slices_.length);
-        if (start >= stop) continue;
-        Interval& latest = intervals_[latest_[slice]];
-        if (latest.start == start && latest.stop == stop) {
-          latest.lanes |= 1u << lane;
-        } else {
-          order_[count] = start << 32 | (count + 1);
-          intervals_[++count] = {start, stop, 1u << lane};
-          latest_[slice] = count;
-          size += stop - start;
-        }
-      }
-    }
-    neighbors_.reserve(size + kUnroll);
-    seers_.reserve(size + kUnroll);
-    return count;
-  }
-
-  void merge(int64_t n_intervals) {
-    sort_numbers(order_.get(), n_intervals);
-    count_ = 0;
-    int64_t listed = -1;  // what has been listed ends before this place in the order
-    for (int64_t index = 0; index < n_intervals; ++index) {
-      const Interval& interval = intervals_[order_[index] & 0xFFFFFFFF];
-      listed = std::max(listed, interval.start);
-      for (; listed < interval.stop; ++listed, ++count_) {
-        neighbors_[count_] = slices_.order[listed];
-        seers_[count_] = 0;
-      }
-      const int64_t shift = count_ - listed;
-      for (int64_t place = interval.start; place < interval.stop; ++place)
-        seers_[place + shift] |= interval.lanes;
-    }
-  }
-
   // Which lanes find each cell of their windows empty, and have a background there.
   void find_empty_cells() {
     const Background& b = p_.background;
     uint32_t backed = 0;
     for (int lane = 0; lane < kLanes; ++lane) {
-      const int64_t image = ids_[lane] < 0 ? -1 : b.query_batch[ids_[lane]];
+      const int64_t image = near_.rows[lane] < 0 ? -1 : b.query_batch[near_.rows[lane]];
       images_[lane] = image < b.images ? image : -1;
-      if (images_[lane] >= 0) backed |= present_ & 1u << lane;
+      if (images_[lane] >= 0) backed |= near_.present & 1u << lane;
     }
     std::fill_n(empty_.get(), b.slots, backed);
     for (int lane = 0; lane < kLanes; ++lane) {
       if (!(backed >> lane & 1)) continue;
-      int64_t at = ids_[lane] * slices_.slices, slot = 0;
+      int64_t at = near_.rows[lane] * slices_.slices, slot = 0;
       for (int64_t level = 0; level < b.levels; ++level) {
         const int64_t window = b.windows[level];
-        const int64_t left = b.center_columns[ids_[lane] * b.levels + level] - window / 2;
+        const int64_t left = b.center_columns[near_.rows[lane] * b.levels + level] - window / 2;
         for (int64_t row = 0; row < b.level_rows[level]; ++row, ++at, slot += window) {
           const int64_t stop = std::min<int64_t>(slices_.stops[at], slices_.length);
           for (int64_t place = std::max(slices_.starts[at], 0); place < stop; ++place) {
@@ -315,7 +155,7 @@ class Tile {
     const Background& b = p_.background;
     for (int64_t level = 0, first = 0; level < b.levels; ++level) {
       load_level(level, head);
-      columns_to_rows(cell_columns_.get(), p_.q.width, cell_query_rows_.get(), lane_width_);
+      columns_to_rows<Real>(cell_columns_.get(), p_.q.width, cell_query_rows_.get(), lane_width_);
       fill(cell_sums_.get(), p_.q.width);
       V product{}, mass{};
       for (int64_t c = 0; c < p_.v.width; ++c) product += cell_values_[c] * value_columns_[c];
@@ -342,7 +182,7 @@ class Tile {
     const Background& b = p_.background;
     int64_t values[kLanes];
     for (int lane = 0; lane < kLanes; ++lane) {
-      level_ids_[lane] = ids_[lane] < 0 ? -1 : ids_[lane] * b.levels + level;
+      level_ids_[lane] = near_.rows[lane] < 0 ? -1 : near_.rows[lane] * b.levels + level;
       values[lane] = images_[lane] < 0 ? -1 : images_[lane] * b.levels + level;
     }
     load_columns(b.query, head, level_ids_, cell_columns_.get(), p_.scale);
@@ -429,72 +269,46 @@ class Tile {
     Real* targets[kUnroll];
     for (int64_t u = 0; u < count; u += kUnroll) {
       for (int j = 0; j < kUnroll; ++j) {
-        targets[j] = row_of<Real>(grad, neighbors_[begin + u + j], head);
+        targets[j] = row_of<Real>(grad, near_.ids[begin + u + j], head);
         prefetch(targets[j], grad.width);
       }
       for (int64_t c = 0; c < stride; c += kLanes) {
         V sums[kUnroll];
-        if (finite) outer<true>(weights + u, rows + c, stride, sums);
-        else outer<false>(weights + u, rows + c, stride, sums);
+        if (finite) outer<true, Real>(weights + u, rows + c, stride, sums);
+        else outer<false, Real>(weights + u, rows + c, stride, sums);
         const int64_t width = std::min<int64_t>(kLanes, grad.width - c);
         for (int j = 0; j < kUnroll; ++j)  // a row that no lane sees may be another thread's
-          if (seers_[begin + u + j]) add_to(targets[j] + c, sums[j], width);
+          if (near_.seers[begin + u + j]) add_to<Real>(targets[j] + c, sums[j], width);
       }
-    }
-  }
-
-  // out[j] = sum over lanes of weights[j][lane] * rows[lane].
-  template <bool kFinite>
-  static void outer(const V* weights, const Real* rows, int64_t stride, V* out) {
-    const Real* scalars = reinterpret_cast<const Real*>(weights);
-    V sums[kUnroll] = {};
-#pragma GCC unroll 4
-    for (int lane = 0; lane < kLanes; ++lane) {
-      const V row = load(rows + lane * stride);
-#pragma GCC unroll 8
-      for (int j = 0; j < kUnroll; ++j) {
-        const Real weight = scalars[j * kLanes + lane];
-        if (kFinite || weight != 0) sums[j] += weight * row;
-      }
-    }
-#pragma GCC unroll 8
-    for (int j = 0; j < kUnroll; ++j) out[j] = sums[j];
-  }
-
-  static void add_to(Real* out, V sum, int64_t width) {
-    if (width == kLanes) {
-      store<Real, Real>(out, load(out) + sum);
-    } else {
-      for (int64_t c = 0; c < width; ++c) out[c] += sum[c];
     }
   }
 
   void finish(int64_t head) {
     const V inverse = total_ == 0 ? V{} : Real(1) / total_;
     for (int64_t c = 0; c < p_.v.width; ++c) value_sums_[c] *= inverse;
-    store_columns(value_sums_.get(), 1, p_.out, head, ids_);
+    store_columns(value_sums_.get(), 1, p_.out, head, near_.rows);
     for (int lane = 0; lane < kLanes; ++lane) {
-      if (ids_[lane] < 0) continue;
-      static_cast<Real*>(p_.lse)[ids_[lane] * p_.heads + head] = top_[lane] + std::log(total_[lane]);
+      if (near_.rows[lane] < 0) continue;
+      static_cast<Real*>(p_.lse)[near_.rows[lane] * p_.heads + head] = top_[lane] + std::log(total_[lane]);
     }
   }
 
   // The log-sum-exp, into top_, and delta = out . grad_out - grad_lse.
   void load_statistics(int64_t head) {
-    load_columns(p_.out, head, ids_, value_sums_.get(), 1);
+    load_columns(p_.out, head, near_.rows, value_sums_.get(), 1);
     delta_ = V{};
     for (int64_t c = 0; c < p_.v.width; ++c) delta_ += value_sums_[c] * value_columns_[c];
     for (int lane = 0; lane < kLanes; ++lane) {
-      const int64_t at = ids_[lane] * p_.heads + head;
-      top_[lane] = ids_[lane] < 0 ? 0 : static_cast<const Real*>(p_.lse)[at];
-      if (ids_[lane] < 0) continue;
+      const int64_t at = near_.rows[lane] * p_.heads + head;
+      top_[lane] = near_.rows[lane] < 0 ? 0 : static_cast<const Real*>(p_.lse)[at];
+      if (near_.rows[lane] < 0) continue;
       delta_[lane] -= static_cast<const Real*>(p_.grad_lse)[at];
     }
   }
 
   B lane_ids() const {
     B ids;
-    for (int lane = 0; lane < kLanes; ++lane) ids[lane] = uint32_t(ids_[lane]);
+    for (int lane = 0; lane < kLanes; ++lane) ids[lane] = uint32_t(near_.rows[lane]);
     return ids;
   }
 
@@ -536,17 +350,6 @@ class Tile {
         if (ids[lane] >= 0) row_of<T>(rows, ids[lane], head)[c] = T(columns[c][lane] * Real(scale));
   }
 
-  // The lanes' rows from columns, one after another, with zeros up to the stride.
-  static void columns_to_rows(const V* columns, int64_t width, Real* rows, int64_t stride) {
-    for (int64_t c = 0; c < stride; c += kLanes) {
-      V block[kLanes];
-      for (int lane = 0; lane < kLanes; ++lane)
-        block[lane] = c + lane < width ? columns[c + lane] : V{};
-      transpose<Real>(block);
-      for (int lane = 0; lane < kLanes; ++lane) store<Real, Real>(rows + lane * stride + c, block[lane]);
-    }
-  }
-
   // Where the rows stand, or copies of them in the type of the sums.
   template <typename Id>
   void find_rows(const Rows& rows, int64_t head, const Id* ids, int64_t count, Real* copies,
@@ -565,14 +368,7 @@ class Tile {
   const Problem& p_;
   const Slices& slices_;
   const int64_t lane_width_, lane_value_width_;  // padded to kLanes
-  int64_t ids_[kLanes];                // the tile's rows, -1 where it has fewer
-  uint32_t present_ = 0;               // a bit per lane whose row takes part
-  Buffer<Interval> intervals_;         // the first is a dummy
-  Buffer<int32_t> latest_;             // each slice's last interval
-  Buffer<uint64_t> order_;             // of the intervals: start in the high half, number in the low
-  int64_t count_ = 0;
-  Buffer<int32_t> neighbors_;
-  Buffer<uint32_t> seers_;
+  Neighbors<kLanes> near_;
   const Real *rows_[kBlock], *value_rows_[kBlock];
   Buffer<Real> row_copies_, value_row_copies_;
   Buffer<V> logits_, products_, columns_, value_columns_, sums_, value_sums_, before_;
