@@ -1,6 +1,42 @@
+import os
+from collections.abc import Iterator
+
+import hypothesis
 import pytest
+import torch
+
+# Repeatable, so that a failure is the change's own; no deadline, so that a busy machine is none.
+hypothesis.settings.register_profile(
+    "vicinal", deadline=None, derandomize=True, database=None, print_blob=False
+)
+hypothesis.settings.load_profile("vicinal")
+
+# Workers side by side would fight for the processors; what is about threads sets their number.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
 
 
-@pytest.fixture(params=["reference", "cpu"])
+@pytest.fixture(scope="session", params=["reference", "cpu"])
 def backend(request: pytest.FixtureRequest) -> str:
     return str(request.param)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def uninitialised_is_nan() -> Iterator[None]:
+    """Every tensor made without contents is filled with NaN, or with the largest integer."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(2).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def restored_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)

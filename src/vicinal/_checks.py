@@ -63,7 +63,9 @@ def as_level_shapes(
         check_tensor(argument, level_spatial_shapes, ("L", "P"), kind="integer")
         rows = level_spatial_shapes.tolist()
     else:
-        rows = [list(row) for row in level_spatial_shapes]
+        rows = list(level_spatial_shapes)
+        if not all(isinstance(row, Sequence) for row in rows):
+            refuse(argument, "[L, P] sizes, a row per level", str(rows))
     if not rows or not rows[0] or any(len(row) != len(rows[0]) for row in rows):
         refuse(argument, "[L, P] sizes with L and P at least 1", level_spatial_shapes)
     if any(not isinstance(size, int) or size < 1 for row in rows for size in row):

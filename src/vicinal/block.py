@@ -25,7 +25,7 @@ from .neighborhoods import (
     window_centers,
     window_offsets,
 )
-from .plan import NeighborhoodPlan, plan_neighborhoods
+from .plan import NeighborhoodPlan, check_placement, plan_neighborhoods
 from .pyramid import FeaturePyramid
 from .rotary import RotaryEncoding
 
@@ -235,13 +235,16 @@ class SparseNeighborhoodAttentionBlock(nn.Module):
         levels: Tensor | None,
         mask: Tensor | None,
     ) -> None:
-        check_tensor("query", query, ("N", self.embed_dim), kind="floating")
-        n, device = len(query), query.device
+        device = self.norm.weight.device
+        check_tensor("query", query, ("N", self.embed_dim), kind="floating", device=device)
+        self._check_dtype("query", query)
+        n = len(query)
         where = (n, self.position_dim)
         check_tensor("query_spatial_positions", positions, where, kind="floating", device=device)
         if background is not None:
             cells = ("B", self.n_levels, self.embed_dim)
             check_tensor("background_embedding", background, cells, kind="floating", device=device)
+            self._check_dtype("background_embedding", background)
         if levels is not None:
             check_tensor("query_level_indices", levels, (n,), kind="integer", device=device)
             if reads_contents(None, device):
@@ -272,9 +275,14 @@ class SparseNeighborhoodAttentionBlock(nn.Module):
         if values.shape[1] != self.embed_dim or values.device != query.device:
             expected = f"embeddings of width {self.embed_dim} on {query.device}"
             refuse("stacked_feature_maps", expected, values)
-        if values.dtype != query.dtype and not torch.is_autocast_enabled(query.device.type):
-            refuse("stacked_feature_maps", f"the dtype of query, {query.dtype}", values)
+        self._check_dtype("stacked_feature_maps", values)
         return pyramid
+
+    def _check_dtype(self, argument: str, value: Tensor) -> None:
+        dtype, device = self.norm.weight.dtype, value.device.type
+        casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        if value.dtype != dtype and not casts:
+            refuse(argument, f"the dtype of the module, {dtype}", value)
 
     def _plan(
         self,
@@ -288,14 +296,18 @@ class SparseNeighborhoodAttentionBlock(nn.Module):
             refuse("background_embedding", f"{pyramid.batch_size} images", background)
         if plan is None:
             return plan_neighborhoods(positions, offsets, pyramid, self.neighborhood_sizes)
-        check_tensor("query_batch_offsets", offsets, (pyramid.batch_size + 1,), kind="integer")
-        made_for = (plan.n_queries, plan.n_points, plan.neighborhood_sizes, plan.position_dim)
-        if made_for != (len(positions), len(pyramid), self.neighborhood_sizes, self.position_dim):
-            expected = (
-                f"a plan of {len(positions)} queries and {len(pyramid)} points, neighborhood_sizes="
-                f"{list(self.neighborhood_sizes)}, position_dim={self.position_dim}"
-            )
-            refuse("plan", expected, repr(plan))
+        check_placement(positions, offsets, pyramid)
+        made_for = {
+            "queries": (plan.n_queries, len(positions)),
+            "points": (plan.n_points, len(pyramid)),
+            "images": (plan.batch_size, pyramid.batch_size),
+            "neighborhood_sizes": (plan.neighborhood_sizes, self.neighborhood_sizes),
+            "position_dim": (plan.position_dim, self.position_dim),
+            "device": (plan.device, positions.device),
+        }
+        if any(plans != ours for plans, ours in made_for.values()):
+            expected = ", ".join(f"{name} {ours}" for name, (_, ours) in made_for.items())
+            refuse("plan", f"one for {expected}", repr(plan))
         return plan
 
 

@@ -214,25 +214,26 @@ def plan_neighborhoods(
         ValueError: shapes, dtypes or devices do not fit each other, sizes are even or not
             positive, contents fail the check, or there are too many cells for 64-bit keys.
     """
-    batch_size, device = pyramid.batch_size, pyramid.coordinates.device
-    positions = query_spatial_positions
-    check_tensor(
-        "query_spatial_positions",
-        positions,
-        ("N", pyramid.position_dim),
-        kind="floating",
-        device=device,
-    )
-    check_tensor(
-        "query_batch_offsets", query_batch_offsets, (batch_size + 1,), kind="integer", device=device
-    )
+    check_placement(query_spatial_positions, query_batch_offsets, pyramid, check_contents)
     sizes = check_neighborhood_sizes(neighborhood_sizes, pyramid.n_levels)
-    if max(len(pyramid), pyramid.n_levels * len(positions)) > _INT32_MAX:
-        refuse("query_spatial_positions", "at most 2^31 points and queries x levels", positions)
+    if max(len(pyramid), pyramid.n_levels * len(query_spatial_positions)) > _INT32_MAX:
+        expected = "at most 2^31 points, and queries x levels"
+        refuse("query_spatial_positions", expected, query_spatial_positions)
+    return _plan(query_spatial_positions, query_batch_offsets, pyramid, sizes)
+
+
+def check_placement(
+    positions: Tensor, offsets: Tensor, pyramid: FeaturePyramid, check_contents: bool | None = None
+) -> None:
+    """Refuses positions and offsets that cannot be those of queries among the pyramid's points."""
+    device = pyramid.coordinates.device
+    name, shape = "query_spatial_positions", ("N", pyramid.position_dim)
+    check_tensor(name, positions, shape, kind="floating", device=device)
+    n_offsets = (pyramid.batch_size + 1,)
+    check_tensor("query_batch_offsets", offsets, n_offsets, kind="integer", device=device)
     if reads_contents(check_contents, device):
-        check_offsets("query_batch_offsets", query_batch_offsets, len(positions))
-        check_finite("query_spatial_positions", positions)
-    return _plan(positions, query_batch_offsets, pyramid, sizes)
+        check_offsets("query_batch_offsets", offsets, len(positions))
+        check_finite(name, positions)
 
 
 def _plan(

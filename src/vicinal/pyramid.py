@@ -1,6 +1,7 @@
 """A multi-level sparse feature map as plain dense tensors."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import InitVar, dataclass
 
@@ -59,8 +60,9 @@ class FeaturePyramid:
         )
         if not isinstance(self.batch_size, int) or self.batch_size < 0:
             refuse("batch_size", "a count of images", self.batch_size)
+        object.__setattr__(self, "coordinates", self.coordinates.long())
         if reads_contents(check_contents, self.coordinates.device):
-            _check_points(self)
+            _check_points("coordinates", self)
 
     def __repr__(self) -> str:
         levels = ", ".join("x".join(map(str, shape)) for shape in self.level_shapes)
@@ -170,7 +172,10 @@ class FeaturePyramid:
         sizes: list[int | str] = ["B", *full_shape(shapes), len(shapes), "E"]
         _check_coo("stacked_feature_maps", stacked_feature_maps, sizes)
         coo = stacked_feature_maps.coalesce()
-        return cls(coo.values(), coo.indices().t(), shapes, coo.shape[0], check_contents)
+        pyramid = cls(coo.values(), coo.indices().t(), shapes, coo.shape[0], check_contents=False)
+        if reads_contents(check_contents, coo.device):
+            _check_points("stacked_feature_maps", pyramid)
+        return pyramid
 
     @classmethod
     def from_levels(
@@ -238,6 +243,8 @@ class FeaturePyramid:
                 ``pooling``, or points outside the grid.
         """
         shape = as_level_shapes([spatial_shape], "spatial_shape")
+        if math.prod(shape[0]) * batch_size >= 2**62:
+            refuse("spatial_shape", "fewer than 2^62 cells in all images", str(shape[0]))
         if pooling not in _POOLING:
             refuse("pooling", f"one of {list(_POOLING)}", pooling)
         if not strides or any(not isinstance(stride, int) or stride < 1 for stride in strides):
@@ -304,15 +311,15 @@ def _check_coo(argument: str, value: Tensor, sizes: Sequence[int | str]) -> None
         refuse(argument, expected, value)
 
 
-def _check_points(pyramid: FeaturePyramid) -> None:
-    check_range("coordinates (batch)", pyramid.batch, pyramid.batch_size)
-    check_range("coordinates (level)", pyramid.levels, pyramid.n_levels)
+def _check_points(argument: str, pyramid: FeaturePyramid) -> None:
+    check_range(f"{argument} (batch)", pyramid.batch, pyramid.batch_size)
+    check_range(f"{argument} (level)", pyramid.levels, pyramid.n_levels)
     misplaced = pyramid.misplaced()
     if misplaced.any():
         row = int(misplaced.nonzero()[0])
         cell, level = pyramid.cells[row].tolist(), int(pyramid.levels[row])
         refuse(
-            "coordinates",
+            argument,
             f"cells inside their level's shape {list(pyramid.level_shapes[level])}",
             f"cell {cell} at level {level} (point {row})",
         )

@@ -11,6 +11,14 @@ from .backends import check_backend, choose_backend
 from .neighborhoods import coordinate_dtype
 
 _PATTERNS = ("single", "partition", "closure")
+_EARLIER_BUFFERS = (
+    "freq_group_pattern",
+    "encoding_ranges",
+    "freq_pos_indices",
+    "freq_group_indices",
+    "freq_head_indices",
+    "freq_enc_indices",
+)
 
 
 class RotaryEncoding(nn.Module):
@@ -120,6 +128,5 @@ def _drop_constant_buffers(
     module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any
 ) -> None:
     """The earlier implementation saved index tables beside the frequencies."""
-    for name in [name for name in state_dict if name.startswith(prefix)]:
-        if not name.startswith(f"{prefix}freqs."):
-            del state_dict[name]
+    for name in _EARLIER_BUFFERS:
+        state_dict.pop(prefix + name, None)

@@ -120,11 +120,12 @@ class Tile {
       int64_t at = near_.rows[lane] * slices_.slices, slot = 0;
       for (int64_t level = 0; level < b.levels; ++level) {
         const int64_t window = b.windows[level];
-        const int64_t left = b.center_columns[near_.rows[lane] * b.levels + level] - window / 2;
+        const uint32_t center = b.center_columns[near_.rows[lane] * b.levels + level];
         for (int64_t row = 0; row < b.level_rows[level]; ++row, ++at, slot += window) {
           const int64_t stop = std::min<int64_t>(slices_.stops[at], slices_.length);
           for (int64_t place = std::max(slices_.starts[at], 0); place < stop; ++place) {
-            const int64_t column = b.point_columns[place] - left;
+            // Columns are kept in 32 bits; how far apart two are comes out right all the same.
+            const int64_t column = int32_t(b.point_columns[place] - center) + window / 2;
             if (column >= 0 && column < window) empty_[slot + column] &= ~(1u << lane);
           }
         }

@@ -129,7 +129,7 @@ def find_slices(
     """Where the rows of windows begin and end among ``sorted_keys``, int32 ``[N, R]`` each, for
     keys of ``centers`` ``[L, N]`` and rows of a level, offset and radius, ``[R]``.
     """
-    middle = centers[level].t() + offset
+    middle = (centers[level].t() + offset).contiguous()
     return search_slices(sorted_keys, middle - radius, middle + radius)
 
 

@@ -1,0 +1,442 @@
+"""Who sees whom: slices against brute force, both ways, and bad contents that nobody checked."""
+
+import copy
+import dataclasses
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from problems import (
+    Inputs,
+    LargestTensor,
+    Scene,
+    assert_close,
+    crowded_scene,
+    make_inputs,
+    make_scene,
+    one_room,
+    scene_2d,
+    scenes,
+)
+from torch import Tensor
+
+from vicinal import FeaturePyramid, NeighborhoodPlan, NeighborSlices, plan_neighborhoods
+
+
+def listed(slices: NeighborSlices) -> list[tuple[int, int]]:
+    """All (row, neighbor) that ``slices`` hold."""
+    order = slices.order.tolist()
+    return [
+        (row, neighbor)
+        for row, edges in enumerate(zip(slices.starts.tolist(), slices.stops.tolist(), strict=True))
+        for start, stop in zip(*edges, strict=True)
+        for neighbor in order[start:stop]
+    ]
+
+
+def assert_right(plan: NeighborhoodPlan, scene: Scene) -> None:
+    """The plan lists just the scene's pairs, each once, both ways."""
+    expected = sorted(scene.pairs())
+    pairs = plan.pairs()
+    assert (pairs.dtype, pairs.shape) == (torch.int64, (len(expected), 2))
+    queries = pairs[:, 0].tolist()
+    assert queries == sorted(queries)
+    assert sorted(map(tuple, pairs.tolist())) == expected
+    assert sorted(listed(plan.query_slices)) == expected
+    assert sorted((query, point) for point, query in listed(plan.point_slices)) == expected
+    n = plan.n_queries
+    counts = [sum(query == i for query, _ in expected) for i in range(n)]
+    assert plan.counts().tolist() == counts
+    for slices, rows in ((plan.query_slices, n), (plan.point_slices, plan.n_points)):
+        assert sorted(slices.visits.tolist()) == list(range(rows))
+        assert all(part.dtype == torch.int32 for part in slices)
+
+
+@given(scenes(max_dim=4))
+def test_pairs_equal_brute_force(scene: Scene) -> None:
+    assert_right(scene.plan(), scene)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_many_pairs(dtype: torch.dtype) -> None:
+    scene = make_scene(
+        ((30, 11), (7, 19), (40, 5)), (5, 3, 9), (70, 0, 50), 400, dtype=dtype, seed=3
+    )
+    assert len(scene.pairs()) > 1000
+    assert_right(scene.plan(), scene)
+
+
+@pytest.mark.parametrize(
+    "scene",
+    [
+        make_scene(((4, 4),), (3,), (), 0),
+        make_scene(((4, 4),), (3,), (0, 0), 0),
+        make_scene(((4, 4),), (3,), (0, 0), 9),
+        make_scene(((4, 4),), (3,), (0, 7, 0), 0),
+        make_scene(((1, 1),), (1,), (1,), 1),
+        make_scene(((1,), (1,)), (9, 1), (3, 2), 5),
+        make_scene(((2, 3, 2), (1, 1, 1)), (11, 15), (2, 3), 20),
+        make_scene(((2, 2, 2, 2),), (7,), (4,), 12),
+    ],
+    ids=["nothing", "empty images", "no queries", "no points", "one point", "one cell", "3-D wide",
+         "4-D wide"],
+)  # fmt: skip
+def test_small_worlds(scene: Scene) -> None:
+    assert_right(scene.plan(), scene)
+
+
+def test_queries_in_one_place() -> None:
+    scene = scene_2d(n_queries=30)
+    scene.positions[:] = torch.tensor([4.0, 4.0])
+    assert len(scene.pairs()) >= 30
+    assert_right(scene.plan(), scene)
+
+
+@pytest.mark.parametrize("far", [1e9, -1e9, 1e30, -1e30])
+def test_far_queries_see_nothing(far: float) -> None:
+    scene = scene_2d()
+    scene.positions[3], scene.positions[7, 1] = far, far
+    plan = scene.plan()
+    assert plan.counts()[[3, 7]].tolist() == [0, 0]
+    assert_right(plan, scene)
+
+
+def test_windows_reach_over_the_edge_and_no_further() -> None:
+    # A window around a cell outside the map holds what of the map it overlaps, row by row: the
+    # end of one row and the start of the next are neighbors in memory, not in space.
+    everywhere = torch.cartesian_prod(torch.arange(4), torch.arange(4))
+    coordinates = torch.nn.functional.pad(torch.nn.functional.pad(everywhere, (0, 1)), (1, 0))
+    pyramid = FeaturePyramid(torch.rand(16, 1), coordinates, ((4, 4),), 1)
+    steps = torch.arange(-4, 8, dtype=torch.float32)
+    positions = torch.cartesian_prod(steps, steps)
+    scene = Scene(positions, torch.tensor([0, len(positions)]), pyramid, (5,))
+    assert_right(scene.plan(), scene)
+
+
+def test_pairs_of_some_queries() -> None:
+    scene = scene_2d()
+    chosen = torch.tensor([5, 0, 5, 11])
+    pairs = scene.plan().pairs(chosen)
+    expected = [
+        pair for query in chosen.tolist() for pair in sorted(scene.pairs()) if pair[0] == query
+    ]
+    assert sorted(map(tuple, pairs.tolist())) == sorted(expected)
+    assert list(dict.fromkeys(pairs[:, 0].tolist())) == [5, 0, 11]
+    assert scene.plan().pairs(chosen[:0]).shape == (0, 2)
+
+
+def test_slots_name_the_cell_of_the_window() -> None:
+    scene = scene_2d(n_queries=30)
+    plan = scene.plan()
+    query, point, slot = plan.pairs_and_slots(torch.arange(30))
+    windows = scene.windows()
+    for i, p, s in zip(query.tolist(), point.tolist(), slot.tolist(), strict=True):
+        assert p in windows[i][s][1]
+    levels = [place.level for place, _ in windows[0]]
+    assert plan.window_slots == len(levels)
+    assert plan.slot_levels().tolist() == levels
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    """All tensors in a plan, but for those that are found when first asked for."""
+    if isinstance(value, Tensor):
+        return [value]
+    if dataclasses.is_dataclass(value):
+        value = [getattr(value, field.name) for field in dataclasses.fields(value)]
+    return (
+        [x for part in value for x in tensors_of(part)] if isinstance(value, list | tuple) else []
+    )
+
+
+def test_shapes_depend_on_sizes_alone() -> None:
+    plans = [scene_2d(n_queries=20, n_points=33, seed=seed).plan() for seed in range(3)]
+    beyond = scene_2d(n_queries=20, n_points=33)
+    beyond.positions += 1e6
+    plans.append(beyond.plan())
+    assert plans[0].counts().sum() > 0
+    assert plans[-1].counts().sum() == 0
+    shapes = [
+        [(x.shape, x.dtype, x.stride()) for x in (*tensors_of(plan), *plan.point_slices)]
+        for plan in plans
+    ]
+    assert all(shape == shapes[0] for shape in shapes)
+    assert len(shapes[0]) >= 11
+
+
+def test_sizes_of_a_plan() -> None:
+    plan = scene_2d(n_queries=20, n_points=33).plan()
+    assert (plan.n_queries, plan.n_points, plan.n_levels, plan.batch_size) == (20, 33, 3, 3)
+    assert (plan.position_dim, plan.neighborhood_sizes) == (2, (3, 5, 3))
+    assert plan.window_slots == 9 + 25 + 9
+    assert plan.device == torch.device("cpu")
+    assert plan.query_slices.starts.shape == plan.query_slices.stops.shape == (20, 3 + 5 + 3)
+    assert plan.point_slices.starts.shape == plan.point_slices.stops.shape == (33, 5)
+    assert plan.query_slices.order.shape == (33,)
+    assert plan.point_slices.order.shape == (3 * 20,)
+    assert plan.query_batch.tolist() == [0] * 10 + [2] * 10
+
+
+@pytest.mark.parametrize(
+    ("shape", "window"),
+    [((100_000,), 200_001), ((1000, 1000), 601), ((60, 60, 60), 41)],
+)
+def test_memory_is_that_of_the_slices(shape: tuple[int, ...], window: int) -> None:
+    n_queries, n_points = 60, 300
+    scene = make_scene((shape,), (window,), (n_queries,), n_points, dtype=torch.float32)
+    n_rows = window ** (len(shape) - 1)
+    with LargestTensor() as largest:
+        plan = scene.plan()
+        assert len(plan.point_slices.order) == n_queries
+    # Edges of all slices of queries or points as int64, and the curve's keys.
+    assert 0 < largest.nbytes <= 8 * max(n_queries, n_points) * max(n_rows, 8)
+    assert largest.nbytes < n_queries * plan.window_slots
+    assert len(plan.pairs()) > 0
+
+
+def test_repr_holds_the_counts() -> None:
+    plan = one_room(7, 30).plan()
+    text = repr(plan)
+    for part in ("queries=7", "points=30", "[17]", "position_dim=2", "mean 30.0", "largest 30"):
+        assert part in text
+    assert "queries=0" in repr(make_scene(((4,),), (3,), (), 0).plan())
+
+
+def test_to() -> None:
+    plan = scene_2d().plan()
+    moved = plan.to("cpu")
+    for left, right in zip(tensors_of(plan), tensors_of(moved), strict=True):
+        assert torch.equal(left, right)
+    assert (moved.neighborhood_sizes, moved.batch_size) == (plan.neighborhood_sizes, 3)
+    abroad = plan.to("meta")
+    assert {x.device.type for x in tensors_of(abroad)} == {"meta"}
+    assert abroad.device.type == "meta"
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_copies(duplicate: Callable[[NeighborhoodPlan], NeighborhoodPlan]) -> None:
+    # As a data loader's workers make them.
+    scene = scene_2d()
+    plan = duplicate(scene.plan())
+    assert_right(plan, scene)
+    assert repr(plan) == repr(scene.plan())
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.uint8])
+def test_offsets_of_any_integer_type(dtype: torch.dtype) -> None:
+    scene = scene_2d()
+    narrow = dataclasses.replace(scene, offsets=scene.offsets.to(dtype))
+    assert_right(narrow.plan(), scene)
+
+
+def test_positions_get_no_gradient_from_the_plan() -> None:
+    scene = scene_2d()
+    scene.positions.requires_grad_()
+    plan = scene.plan()
+    assert not any(x.requires_grad for x in tensors_of(plan))
+
+
+# -------------------------------------------------------------------------- contents unchecked
+
+
+def answers(scene: Scene, backend: str, *, background: bool = False) -> tuple[Tensor, Inputs]:
+    """The attention over a plan of unchecked contents, forward and backward without a crash."""
+    plan = scene.plan(check_contents=False)
+    inputs = make_inputs(plan, background=background).fresh()
+    out, _ = inputs.attend(plan, backend)
+    out.sum().backward()
+    assert out.isfinite().all()
+    return out.detach(), inputs
+
+
+def assert_takes_no_part(bad: list[int], scene: Scene, good: Scene, backend: str) -> None:
+    """Queries ``bad`` of ``scene`` get zero, all others what they get in ``good``."""
+    (out, inputs), (expected, _) = answers(scene, backend), answers(good, backend)
+    rest = [query for query in range(len(out)) if query not in bad]
+    assert_close(out[rest], expected[rest], 1e-13)
+    assert expected[rest].any()
+    assert expected[bad].any(), "they do see points where nothing is wrong"
+    assert not out[bad].any()
+    assert inputs.q.grad is not None
+    assert not inputs.q.grad[bad].any()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_positions_that_are_not_finite(value: float, backend: str) -> None:
+    good = scene_2d(n_queries=16)
+    positions = good.positions.clone()
+    positions[2], positions[9, 1] = value, value
+    bad = dataclasses.replace(good, positions=positions)
+    assert_takes_no_part([2, 9], bad, good, backend)
+
+
+@pytest.mark.parametrize(
+    ("offsets", "homeless"),
+    [([0, 10, 10, 15], [15, 16, 17, 18, 19]), ([0, 0, 0, 0], list(range(20)))],
+)
+def test_queries_of_no_image(offsets: list[int], homeless: list[int], backend: str) -> None:
+    room = make_scene(((5, 5),), (17,), (10, 0, 10), 30)
+    bad = dataclasses.replace(room, offsets=torch.tensor(offsets))
+    if homeless == list(range(20)):
+        assert not answers(bad, backend)[0].any()
+    else:
+        assert_takes_no_part(homeless, bad, room, backend)
+
+
+@pytest.mark.parametrize(
+    "offsets",
+    [[0, 15, 5, 20], [20, 10, 10, 0], [-5, 10, 12, 20], [0, 10, 10, 99], [-9, -5, -3, -1],
+     [2**62, -(2**62), 0, 2**63 - 1]],
+)  # fmt: skip
+def test_offsets_that_do_not_rise(offsets: list[int], backend: str) -> None:
+    room = make_scene(((5, 5),), (17,), (10, 0, 10), 30)
+    bad = dataclasses.replace(room, offsets=torch.tensor(offsets))
+    out, _ = answers(bad, backend)
+    assert out.shape == (20, 2, 4)
+    # Whatever image a query is taken to be of, it sees points of one image only.
+    batch, plan = bad.pyramid.batch, bad.plan(check_contents=False)
+    for query in range(20):
+        points = plan.pairs(torch.tensor([query]))[:, 1]
+        assert len(batch[points].unique()) <= 1
+
+
+@pytest.mark.parametrize(
+    "row",
+    [[-1, 2, 2, 0], [3, 2, 2, 0], [0, -1, 2, 0], [0, 2, 9, 2], [0, 6, 1, 0], [0, 2, 2, -1],
+     [0, 2, 2, 3], [2**40, 2, 2, 0], [0, 2**62, 2, 0], [0, 2, -(2**63), 0], [0, 2, 2, 2**62]],
+)  # fmt: skip
+def test_points_outside_their_level_or_batch(row: list[int], backend: str) -> None:
+    good = scene_2d(n_queries=20)
+    coordinates = good.pyramid.coordinates.clone()
+    victims = [4, 5, 40]
+    coordinates[victims] = torch.tensor(row)
+    unchecked = FeaturePyramid(
+        good.pyramid.values, coordinates, good.pyramid.level_shapes, 3, check_contents=False
+    )
+    assert unchecked.misplaced().nonzero()[:, 0].tolist() == victims
+    bad = dataclasses.replace(good, pyramid=unchecked)
+    plan = bad.plan(check_contents=False)
+    expected = sorted(pair for pair in good.pairs() if pair[1] not in victims)
+    assert sorted(map(tuple, plan.pairs().tolist())) == expected
+    assert sorted((query, point) for point, query in listed(plan.point_slices)) == expected
+    _, inputs = answers(bad, backend)
+    assert inputs.k.grad is not None
+    assert inputs.v.grad is not None
+    assert not inputs.k.grad[victims].any()
+    assert not inputs.v.grad[victims].any()
+    assert inputs.v.grad.any()
+
+
+def test_no_image_for_any_query(backend: str) -> None:
+    nowhere = Scene(
+        torch.rand(5, 1),
+        torch.tensor([0]),
+        FeaturePyramid(torch.rand(0, 1), torch.empty(0, 3, dtype=torch.int64), ((4,),), 0),
+        (3,),
+    )
+    out, _ = answers(nowhere, backend)
+    assert not out.any()
+
+
+def test_unchecked_good_contents_give_the_same_plan() -> None:
+    scene = crowded_scene()
+    checked, unchecked = scene.plan(check_contents=True), scene.plan(check_contents=False)
+    for left, right in zip(tensors_of(checked), tensors_of(unchecked), strict=True):
+        assert torch.equal(left, right)
+
+
+# ----------------------------------------------------------------------------------- refusals
+
+PYRAMID = scene_2d().pyramid
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "came"),
+    [
+        ("query_spatial_positions", torch.rand(8), "[8]"),
+        ("query_spatial_positions", torch.rand(8, 3), "[8, 3]"),
+        ("query_spatial_positions", torch.ones(8, 2, dtype=torch.int32), "int32"),
+        ("query_spatial_positions", torch.rand(8, 2, device="meta"), "meta"),
+        ("query_spatial_positions", torch.tensor([[1, 2], [torch.nan, 1]] * 4), "row 1"),
+        ("query_spatial_positions", torch.tensor([[1, 2], [1, -torch.inf]] * 4), "row 1"),
+        ("query_batch_offsets", torch.tensor([0, 8]), "[2]"),
+        ("query_batch_offsets", torch.tensor([[0, 4, 4, 8]]), "[1, 4]"),
+        ("query_batch_offsets", torch.tensor([0.0, 4, 4, 8]), "float32"),
+        ("query_batch_offsets", torch.tensor([0, 4, 4, 8], device="meta"), "meta"),
+        ("query_batch_offsets", torch.tensor([0, 5, 4, 8]), "[0, 5, 4, 8]"),
+        ("query_batch_offsets", torch.tensor([1, 4, 4, 8]), "[1, 4, 4, 8]"),
+        ("query_batch_offsets", torch.tensor([0, 4, 4, 7]), "[0, 4, 4, 7]"),
+        ("query_batch_offsets", torch.tensor([0, 4, 9, 8]), "[0, 4, 9, 8]"),
+        ("neighborhood_sizes", [3, 5], "[3, 5]"),
+        ("odd neighborhood_sizes", [3, 5, 4], "[3, 5, 4]"),
+        ("odd neighborhood_sizes", [3, 5, -3], "[3, 5, -3]"),
+    ],
+)
+def test_refusals(argument: str, value: object, came: str) -> None:
+    arguments: dict[str, Any] = {
+        "query_spatial_positions": torch.rand(8, 2),
+        "query_batch_offsets": torch.tensor([0, 4, 4, 8]),
+        "pyramid": PYRAMID,
+        "neighborhood_sizes": [3, 5, 3],
+    }
+    arguments[argument.removeprefix("odd ")] = value
+    with pytest.raises(ValueError, match="expected") as refusal:
+        plan_neighborhoods(**arguments)
+    message = str(refusal.value)
+    assert argument in message
+    assert came in message.split("got")[-1]
+
+
+def test_more_cells_than_keys_are_refused() -> None:
+    pyramid = FeaturePyramid(
+        torch.rand(1, 1), torch.tensor([[0, 0, 0, 0, 0]]), ((2**21, 2**21, 2**21),), 1
+    )
+    with pytest.raises(ValueError, match="level_shapes: expected fewer than"):
+        plan_neighborhoods(torch.rand(1, 3), torch.tensor([0, 1]), pyramid, [3])
+
+
+def test_large_maps() -> None:
+    # Long axes, far corners: keys of up to 61 bits, and positions beyond float32's whole numbers.
+    side = 2**20
+    corners = [[0, 0, 0], [side - 1, side - 1, side - 1], [side - 1, 0, side - 2]]
+    coordinates = torch.tensor([[0, *corner, 0] for corner in corners])
+    pyramid = FeaturePyramid(torch.rand(3, 1), coordinates, ((side,) * 3,), 1)
+    positions = torch.tensor(corners, dtype=torch.float64) + 0.5
+    scene = Scene(positions, torch.tensor([0, 3]), pyramid, (3,))
+    assert len(scene.pairs()) == 3
+    assert_right(scene.plan(), scene)
+
+
+# ------------------------------------------------------------------- contents unchecked, again
+
+
+def test_queries_before_the_first_offset_take_no_part(backend: str) -> None:
+    room = make_scene(((5, 5),), (17,), (10, 0, 10), 30)
+    bad = dataclasses.replace(room, offsets=torch.tensor([3, 10, 10, 20]))
+    assert_takes_no_part([0, 1, 2], bad, room, backend)
+
+
+@pytest.mark.parametrize("flaw", ["nan", "homeless"])
+def test_bad_queries_do_not_see_the_background_either(flaw: str, backend: str) -> None:
+    good = scene_2d(n_queries=16)
+    bad = dataclasses.replace(good, positions=good.positions.clone(), offsets=good.offsets.clone())
+    if flaw == "nan":
+        bad.positions[15] = torch.nan
+    else:
+        bad.offsets[-1] = 15
+    out, _ = answers(bad, backend, background=True)
+    assert out[:15].any(-1).all()
+    assert not out[15].any()
+
+
+def test_no_image_for_any_query_with_background(backend: str) -> None:
+    nowhere = Scene(
+        torch.rand(5, 1),
+        torch.tensor([0]),
+        FeaturePyramid(torch.rand(0, 1), torch.empty(0, 3, dtype=torch.int64), ((4,),), 0),
+        (3,),
+    )
+    out, _ = answers(nowhere, backend, background=True)
+    assert not out.any()

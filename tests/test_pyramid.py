@@ -1,0 +1,450 @@
+"""Sparse maps as dense tensors: conversion both ways, pooling, and what is refused."""
+
+import contextlib
+from collections import defaultdict
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from problems import Scene, assert_close, make_scene, scene_2d, scenes, sparse_coo
+from torch import Tensor
+
+from vicinal import FeaturePyramid
+
+SHAPES = ((6, 4), (5, 5), (9, 8))  # full shape 9 x 8
+
+
+def sparse_map(n_points: int = 40, *, duplicates: int = 0, batch_size: int = 3) -> Tensor:
+    """A map of SHAPES with ``duplicates`` cells stored twice, not coalesced if there are any."""
+    scene = make_scene(SHAPES, (1, 1, 1), [1] * batch_size, n_points, distinct=True)
+    coordinates, values = scene.pyramid.coordinates, scene.pyramid.values
+    again = slice(0, duplicates)
+    indices = torch.cat((coordinates, coordinates[again])).t()
+    stacked = torch.cat((values, values[again] + 1))
+    size = (batch_size, 9, 8, len(SHAPES), 3)
+    coo = sparse_coo(indices, stacked, size)
+    return coo if duplicates else coo.coalesce()
+
+
+@pytest.mark.parametrize("duplicates", [0, 11])
+def test_coo_round_trip(duplicates: int) -> None:
+    coo = sparse_map(duplicates=duplicates)
+    assert coo.is_coalesced() == (duplicates == 0)
+    pyramid = FeaturePyramid.from_coo(coo, SHAPES)
+    back = pyramid.to_coo()
+    assert back.is_coalesced()
+    assert back.shape == coo.shape
+    assert torch.equal(back.indices(), coo.coalesce().indices())
+    assert torch.equal(back.values(), coo.coalesce().values())
+    assert len(pyramid) == back.indices().shape[1]
+    assert torch.equal(back.to_dense(), coo.to_dense())
+
+
+@pytest.mark.parametrize("duplicates", [0, 11])
+def test_gradient_of_a_sparse_map_is_sparse_on_the_same_cells(duplicates: int) -> None:
+    coo = sparse_map(duplicates=duplicates).requires_grad_()
+    pyramid = FeaturePyramid.from_coo(coo, torch.tensor(SHAPES))
+    weights = torch.randn_like(pyramid.values)
+    (pyramid.values * weights).sum().backward()
+    grad = coo.grad
+    assert grad is not None
+    assert grad.layout == torch.sparse_coo
+    assert torch.equal(grad.coalesce().indices(), coo.detach().coalesce().indices())
+    assert torch.equal(grad.coalesce().values(), weights)
+
+
+def test_gradient_passes_through_to_coo() -> None:
+    pyramid = scene_2d().pyramid
+    values = pyramid.values.clone().requires_grad_()
+    dense = pyramid.with_values(values).to_coo().to_dense()
+    weights = torch.randn_like(dense)
+    (dense * weights).sum().backward()
+    batch, x, y, level = pyramid.coordinates.t()
+    assert values.grad is not None
+    assert torch.equal(values.grad, weights[batch, x, y, level])
+
+
+def test_stored_zeros_are_points() -> None:
+    indices = torch.tensor([[0, 0], [1, 3], [2, 0], [0, 1]])
+    coo = sparse_coo(indices, torch.zeros(2, 5), (1, 4, 4, 2, 5)).coalesce()
+    pyramid = FeaturePyramid.from_coo(coo, [(4, 4), (4, 2)])
+    assert pyramid.coordinates.tolist() == [[0, 1, 2, 0], [0, 3, 0, 1]]
+    assert pyramid.to_coo().indices().tolist() == indices.tolist()
+
+
+def test_views_of_the_coordinates() -> None:
+    coordinates = torch.tensor([[1, 2, 3, 0], [0, 4, 1, 1]])
+    shapes: Any = torch.tensor([[6, 4], [5, 2]])
+    pyramid = FeaturePyramid(torch.rand(2, 5), coordinates, shapes, 2)
+    assert pyramid.level_shapes == ((6, 4), (5, 2))
+    assert pyramid.batch.tolist() == [1, 0]
+    assert pyramid.cells.tolist() == [[2, 3], [4, 1]]
+    assert pyramid.levels.tolist() == [0, 1]
+    assert (len(pyramid), pyramid.n_levels, pyramid.position_dim, pyramid.embed_dim) == (2, 2, 2, 5)
+
+
+def test_positions_are_cell_centres_in_full_shape_units() -> None:
+    pyramid = scene_2d().pyramid
+    expected = [
+        [(x + 0.5) * full / size for x, full, size in zip(cell, (9, 8), SHAPES[level], strict=True)]
+        for _, *cell, level in pyramid.coordinates.tolist()
+    ]
+    positions = pyramid.positions(torch.float64)
+    assert_close(positions, torch.tensor(expected, dtype=torch.float64), 1e-14)
+    assert pyramid.positions(torch.float32).dtype == torch.float32
+
+
+def test_batch_offsets() -> None:
+    coordinates = torch.tensor([[1, 0, 0], [1, 3, 0], [1, 2, 1], [3, 0, 0]])
+    pyramid = FeaturePyramid(torch.rand(4, 2), coordinates, ((4,), (3,)), 5)
+    assert pyramid.batch_offsets().tolist() == [0, 0, 3, 3, 4, 4]
+    none = FeaturePyramid(torch.rand(0, 2), coordinates[:0], ((4,), (3,)), 0)
+    assert none.batch_offsets().tolist() == [0]
+    mixed = FeaturePyramid(torch.rand(4, 2), coordinates.flip(0), ((4,), (3,)), 5)
+    with pytest.raises(ValueError, match=r"coordinates: expected points sorted by image"):
+        mixed.batch_offsets()
+
+
+def test_points_of_a_pyramid_are_queries_by_batch_offsets() -> None:
+    pyramid = FeaturePyramid.from_coo(sparse_map(), SHAPES)
+    positions = pyramid.positions(torch.float64)
+    scene = Scene(positions, pyramid.batch_offsets(), pyramid, (3, 3, 3))
+    assert scene.images() == pyramid.batch.tolist()
+    counts = scene.plan().counts()
+    assert (counts >= 1).all(), "every point sees itself"
+
+
+def test_with_values_and_to() -> None:
+    pyramid = scene_2d().pyramid
+    other = pyramid.with_values(torch.ones(len(pyramid), 7))
+    assert other.embed_dim == 7
+    assert other.coordinates is pyramid.coordinates
+    assert pyramid.embed_dim == 3
+    moved = pyramid.to("cpu")
+    assert torch.equal(moved.values, pyramid.values)
+    assert torch.equal(moved.coordinates, pyramid.coordinates)
+    assert (moved.level_shapes, moved.batch_size) == (pyramid.level_shapes, pyramid.batch_size)
+    abroad = pyramid.to("meta")
+    assert abroad.values.device.type == abroad.coordinates.device.type == "meta"
+    with pytest.raises(ValueError, match="values"):
+        pyramid.with_values(torch.ones(len(pyramid)))
+
+
+def test_repr_counts() -> None:
+    pyramid = FeaturePyramid(torch.rand(1, 5), torch.tensor([[0, 2, 3, 1]]), ((6, 4), (5, 12)), 8)
+    text = repr(pyramid)
+    assert all(part in text for part in ("points=1", "batch_size=8", "6x4", "5x12", "[1, 5]"))
+
+
+def test_nothing_at_all() -> None:
+    empty = FeaturePyramid(torch.rand(0, 5), torch.empty(0, 4, dtype=torch.int64), SHAPES, 0)
+    back = FeaturePyramid.from_coo(empty.to_coo(), SHAPES)
+    assert (len(back), back.batch_size, back.embed_dim) == (0, 0, 5)
+    assert back.coordinates.shape == (0, 4)
+    assert back.positions(torch.float32).shape == (0, 2)
+    assert "points=0" in repr(back)
+    pooled = FeaturePyramid.from_points(
+        torch.empty(0, 3, dtype=torch.int64), empty.values, (9, 8), 0
+    )
+    assert (len(pooled), pooled.n_levels, pooled.batch_size) == (0, 4, 0)
+
+
+# -------------------------------------------------------------------------------- from_levels
+
+
+def level_maps(batch_size: int = 2) -> list[Tensor]:
+    """Three maps, of which the first is not coalesced and the last holds nothing."""
+    twice = torch.tensor([[1, 0, 1], [2, 3, 2], [1, 0, 1]])
+    once = torch.tensor([[0, 1], [8, 0], [7, 2]])
+    return [
+        sparse_coo(twice, torch.randn(3, 5), (batch_size, 6, 4, 5)),
+        sparse_coo(once, torch.randn(2, 5), (batch_size, 9, 8, 5)),
+        sparse_coo(once[:, :0], torch.randn(0, 5), (batch_size, 1, 3, 5)),
+    ]
+
+
+def test_from_levels() -> None:
+    maps = level_maps()
+    pyramid = FeaturePyramid.from_levels(maps)
+    assert pyramid.level_shapes == ((6, 4), (9, 8), (1, 3))
+    assert pyramid.batch_size == 2
+    assert len(pyramid) == 4
+    assert pyramid.batch.tolist() == sorted(pyramid.batch.tolist())
+    for level, single in enumerate(maps):
+        here = pyramid.levels == level
+        cells = pyramid.coordinates[here, :-1].t()
+        rebuilt = sparse_coo(cells, pyramid.values[here], single.shape)
+        assert_close(rebuilt.to_dense(), single.to_dense(), 1e-6, f"level {level}")
+
+
+def test_gradients_of_from_levels() -> None:
+    maps = [level.requires_grad_() for level in level_maps()]
+    pyramid = FeaturePyramid.from_levels(maps)
+    (pyramid.values * pyramid.levels[:, None]).sum().backward()
+    grads = [level.grad for level in maps]
+    for index, grad in enumerate(grads[:2]):
+        assert grad is not None
+        assert grad.layout == torch.sparse_coo
+        assert (grad.coalesce().values() == index).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "argument"),
+    [
+        (lambda maps: [], "levels"),
+        (lambda maps: [maps[0].to_dense()], "levels[0]"),
+        (lambda maps: [maps[0], maps[1].to_dense()], "levels[1]"),
+        (lambda maps: [maps[0], maps[1].double()], "levels[1]"),
+        (lambda maps: [maps[0], level_maps(batch_size=3)[1]], "levels[1]"),
+        (lambda maps: [maps[0], torch.rand(2, 4, 5).to_sparse(2)], "levels[1]"),
+        (lambda maps: [maps[0], torch.rand(2, 3, 3, 7).to_sparse(3)], "levels[1]"),
+        (lambda maps: [maps[0], torch.rand(2, 3, 5).to_sparse(2)], "levels[1]"),
+        (lambda maps: [torch.rand(2, 3, 3, 5).to_sparse(2)], "levels[0]"),
+        (lambda maps: [maps[0], maps[1].to("meta")], "levels[1]"),
+    ],
+)
+def test_from_levels_refusals(change: Any, argument: str) -> None:
+    with pytest.raises(ValueError, match="expected") as refusal:
+        FeaturePyramid.from_levels(change(level_maps()))
+    assert str(refusal.value).startswith(f"{argument}:")
+
+
+# -------------------------------------------------------------------------------- from_points
+
+
+@st.composite
+def clouds(draw: st.DrawFn) -> tuple[Tensor, tuple[int, ...], int, list[int]]:
+    """Coordinates ``[n, P + 1]``, many of them equal, and the grid, batch and strides they fit."""
+    dim = draw(st.integers(1, 3))
+    shape = tuple(draw(st.integers(1, 9)) for _ in range(dim))
+    batch_size = draw(st.integers(1, 3))
+    row = st.tuples(st.integers(0, batch_size - 1), *[st.integers(0, s - 1) for s in shape])
+    rows = draw(st.lists(row, max_size=25))
+    strides = draw(st.lists(st.integers(1, 11), min_size=1, max_size=3))
+    return torch.tensor(rows, dtype=torch.int64).reshape(-1, dim + 1), shape, batch_size, strides
+
+
+def pool_by_hand(
+    coordinates: Tensor, values: Tensor, strides: list[int], pooling: str
+) -> dict[tuple[int, ...], Tensor]:
+    """(image, *cell, level) -> pooled values, differentiable."""
+    cells: dict[tuple[int, ...], list[Tensor]] = defaultdict(list)
+    for (image, *cell), value in zip(coordinates.tolist(), values, strict=True):
+        for level, stride in enumerate(strides):
+            cells[(image, *[x // stride for x in cell], level)].append(value)
+    return {
+        key: torch.stack(rows).mean(0) if pooling == "mean" else torch.stack(rows).amax(0)
+        for key, rows in cells.items()
+    }
+
+
+@pytest.mark.parametrize("pooling", ["mean", "max"])
+@given(cloud=clouds())
+def test_pooling(pooling: str, cloud: tuple[Tensor, tuple[int, ...], int, list[int]]) -> None:
+    coordinates, shape, batch_size, strides = cloud
+    torch.manual_seed(0)
+    values = torch.randn(len(coordinates), 2, dtype=torch.float64, requires_grad=True)
+    pyramid = FeaturePyramid.from_points(
+        coordinates, values, shape, batch_size, strides=strides, pooling=pooling
+    )
+    assert pyramid.level_shapes == tuple(
+        tuple(-(-size // stride) for size in shape) for stride in strides
+    )
+    assert pyramid.batch_size == batch_size
+    by_hand = pool_by_hand(coordinates, values, strides, pooling)
+    keys = [tuple(row) for row in pyramid.coordinates.tolist()]
+    # Sorted by image, then level, then cell.
+    assert keys == sorted(by_hand, key=lambda key: (key[0], key[-1], key[1:-1]))
+    expected = torch.stack([by_hand[key] for key in keys]) if keys else values[:0]
+    assert_close(pyramid.values.detach(), expected.detach(), 1e-14)
+    if keys:
+        weights = torch.randn_like(expected)
+        (actual_grad,) = torch.autograd.grad((pyramid.values * weights).sum(), values)
+        (expected_grad,) = torch.autograd.grad((expected * weights).sum(), values)
+        assert_close(actual_grad, expected_grad, 1e-13)
+
+
+def test_default_strides() -> None:
+    coordinates = torch.tensor([[0, 0, 0], [0, 9, 4]])
+    pyramid = FeaturePyramid.from_points(coordinates, torch.rand(2, 3), (10, 7), 1)
+    assert pyramid.level_shapes == ((10, 7), (5, 4), (3, 2), (2, 1))
+    assert pyramid.cells.tolist()[1::2] == [[9, 4], [4, 2], [2, 1], [1, 0]]
+
+
+POINTS: dict[str, Any] = {
+    "coordinates": torch.tensor([[0, 0, 0], [1, 5, 3]]),
+    "values": torch.rand(2, 3),
+    "spatial_shape": (6, 4),
+    "batch_size": 2,
+}
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("pooling", "median"),
+        ("strides", ()),
+        ("strides", (1, 0)),
+        ("strides", (1, 2.0)),
+        ("spatial_shape", (6, 0)),
+        ("spatial_shape", ()),
+        ("spatial_shape", (6.0, 4.0)),
+        ("coordinates", torch.tensor([[0, 0], [1, 5]])),
+        ("coordinates", torch.tensor([0, 0, 0])),
+        ("coordinates", torch.zeros(2, 3)),
+        ("coordinates", torch.tensor([[0, 0, 0], [2, 5, 3]])),
+        ("coordinates", torch.tensor([[0, 0, 0], [-1, 5, 3]])),
+        ("coordinates", torch.tensor([[0, 0, 0], [1, 6, 3]])),
+        ("coordinates", torch.tensor([[0, 0, -1], [1, 5, 3]])),
+        ("coordinates", POINTS["coordinates"].to("meta")),
+        ("values", torch.rand(2)),
+        ("values", torch.ones(2, 3, dtype=torch.int64)),
+        ("batch_size", -1),
+        ("batch_size", 2.0),
+    ],
+)
+def test_from_points_refusals(argument: str, value: object) -> None:
+    with pytest.raises(ValueError, match="expected") as refusal:
+        FeaturePyramid.from_points(**POINTS | {argument: value})
+    assert argument in str(refusal.value).split(":")[0]
+
+
+# ----------------------------------------------------------------------------------- refusals
+
+PYRAMID: dict[str, Any] = {
+    "values": torch.rand(2, 3),
+    "coordinates": torch.tensor([[0, 0, 0, 0], [1, 5, 3, 1]]),
+    "level_shapes": [(3, 2), (6, 4)],
+    "batch_size": 2,
+}
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "came"),
+    [
+        ("values", torch.rand(2), "[2]"),
+        ("values", torch.ones(2, 3, dtype=torch.int64), "int64"),
+        ("values", torch.rand(2, 3).to_sparse(), "sparse_coo"),
+        ("coordinates", torch.zeros(2, 4), "float32"),
+        ("coordinates", torch.zeros(3, 4, dtype=torch.int64), "[3, 4]"),
+        ("coordinates", torch.zeros(2, 3, dtype=torch.int64), "[2, 3]"),
+        ("coordinates", torch.zeros(2, 4, dtype=torch.bool), "bool"),
+        ("coordinates", PYRAMID["coordinates"].to("meta"), "meta"),
+        ("coordinates", torch.tensor([[0, 0, 0, 0], [2, 5, 3, 1]]), "2"),
+        ("coordinates", torch.tensor([[0, 0, 0, 0], [-1, 5, 3, 1]]), "-1"),
+        ("coordinates", torch.tensor([[0, 0, 0, 0], [1, 5, 3, 2]]), "2"),
+        ("coordinates", torch.tensor([[0, 0, 0, 0], [1, 5, 3, -1]]), "-1"),
+        ("coordinates", torch.tensor([[0, 0, 0, 0], [1, 6, 3, 1]]), "cell [6, 3] at level 1"),
+        ("coordinates", torch.tensor([[0, 0, 0, 0], [1, 5, -2, 1]]), "cell [5, -2] at level 1"),
+        # Inside the full shape, outside its own level's.
+        ("coordinates", torch.tensor([[0, 5, 3, 0], [1, 5, 3, 1]]), "cell [5, 3] at level 0"),
+        ("level_shapes", [(3, 2), (6,)], "(6,)"),
+        ("level_shapes", [(3, 2), (6, 0)], "0"),
+        ("level_shapes", [], "[]"),
+        ("level_shapes", torch.tensor([3, 2]), "[2]"),
+        ("batch_size", -1, "-1"),
+        ("batch_size", 2.5, "2.5"),
+    ],
+)
+def test_pyramid_refusals(argument: str, value: object, came: str) -> None:
+    with pytest.raises(ValueError, match="expected") as refusal:
+        FeaturePyramid(**PYRAMID | {argument: value})
+    message = str(refusal.value)
+    assert message.startswith(argument)
+    assert came in message.split("got")[-1]
+
+
+def test_contents_go_unchecked_only_when_asked() -> None:
+    beyond = torch.tensor([[0, 0, 0, 0], [1, 99, 3, 1]])
+    with pytest.raises(ValueError, match="coordinates"):
+        FeaturePyramid(**PYRAMID | {"coordinates": beyond}, check_contents=True)
+    pyramid = FeaturePyramid(**PYRAMID | {"coordinates": beyond}, check_contents=False)
+    assert pyramid.misplaced().tolist() == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("change", "argument"),
+    [
+        (lambda coo: coo.to_dense(), "stacked_feature_maps"),
+        (lambda coo: coo.to_dense().to_sparse(), "stacked_feature_maps"),
+        (lambda coo: coo.to_dense().to_sparse(3), "stacked_feature_maps"),
+        (lambda coo: coo.to_dense()[..., 0].to_sparse(3), "stacked_feature_maps"),
+        (lambda coo: coo.to_dense()[:, :8].to_sparse(4), "stacked_feature_maps"),
+        (lambda coo: coo.to_dense()[..., :2, :].to_sparse(4), "stacked_feature_maps"),
+        (lambda coo: coo.to_dense()[:, :1, :1].to_sparse(4), "stacked_feature_maps"),
+        (lambda coo: coo.to_dense().flatten(1, 2).to_sparse(3), "stacked_feature_maps"),
+    ],
+)
+def test_from_coo_refusals(change: Any, argument: str) -> None:
+    with pytest.raises(ValueError, match="expected") as refusal:
+        FeaturePyramid.from_coo(change(sparse_map()), SHAPES)
+    assert str(refusal.value).startswith(f"{argument}:")
+
+
+@given(scenes(max_dim=4))
+def test_random_round_trip(scene: Scene) -> None:
+    pyramid = scene.pyramid
+    back = FeaturePyramid.from_coo(pyramid.to_coo(), pyramid.level_shapes)
+    assert (back.level_shapes, back.batch_size) == (pyramid.level_shapes, pyramid.batch_size)
+    sums: dict[tuple[int, ...], Tensor] = defaultdict(lambda: torch.zeros(3, dtype=torch.float64))
+    for key, value in zip(pyramid.coordinates.tolist(), pyramid.values, strict=True):
+        sums[tuple(key)] = sums[tuple(key)] + value
+    keys = [tuple(row) for row in back.coordinates.tolist()]
+    assert keys == sorted(sums)
+    for key, value in zip(keys, back.values, strict=True):
+        assert_close(value, sums[key], 1e-13)
+
+
+# --------------------------------------------------------------------------- more integers
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8])
+def test_coordinates_of_any_integer_type(dtype: torch.dtype) -> None:
+    scene = scene_2d()
+    narrow = FeaturePyramid(scene.pyramid.values, scene.pyramid.coordinates.to(dtype), SHAPES, 3)
+    assert_close(narrow.positions(torch.float64), scene.pyramid.positions(torch.float64), 1e-14)
+    assert torch.equal(narrow.to_coo().to_dense(), scene.pyramid.to_coo().to_dense())
+    assert Scene(scene.positions, scene.offsets, narrow, scene.sizes).plan().pairs().tolist() == (
+        scene.plan().pairs().tolist()
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8])
+def test_points_of_any_integer_type(dtype: torch.dtype) -> None:
+    coordinates = torch.tensor([[0, 0, 0], [1, 99, 49], [1, 98, 48], [0, 17, 31]])
+    values = torch.rand(4, 3)
+    wide = FeaturePyramid.from_points(coordinates, values, (100, 50), 2)
+    narrow = FeaturePyramid.from_points(coordinates.to(dtype), values, (100, 50), 2)
+    assert narrow.coordinates.tolist() == wide.coordinates.tolist()
+    assert torch.equal(narrow.values, wide.values)
+
+
+def test_cells_of_a_grid_of_more_than_2_to_the_32_stay_apart() -> None:
+    # Row-major numbers of these two cells are equal modulo 2^32.
+    coordinates = torch.tensor([[0, 0, 0], [0, 61356, 47296]], dtype=torch.int32)
+    pyramid = FeaturePyramid.from_points(
+        coordinates, torch.rand(2, 3), (70000, 70000), 1, strides=(1,)
+    )
+    assert pyramid.cells.tolist() == [[0, 0], [61356, 47296]]
+
+
+def test_cells_of_a_grid_of_more_than_2_to_the_64_stay_apart() -> None:
+    # Such a grid may be refused, but its cells must not be taken for one another.
+    side = 2**22
+    coordinates = torch.tensor([[0, 0, 0, 0], [0, 2**20, 0, 0]])
+    with contextlib.suppress(ValueError):
+        pyramid = FeaturePyramid.from_points(
+            coordinates, torch.rand(2, 3), (side, side, side), 1, strides=(1,)
+        )
+        assert pyramid.cells.tolist() == coordinates[:, 1:].tolist()
+
+
+def test_from_coo_names_the_map_that_holds_a_point_outside_its_level() -> None:
+    indices = torch.tensor([[0], [8], [7], [0]])  # level 0 is 6 x 4
+    coo = sparse_coo(indices, torch.rand(1, 3), (1, 9, 8, 3, 3)).coalesce()
+    with pytest.raises(ValueError, match=r"stacked_feature_maps: .*\[8, 7\] at level 0"):
+        FeaturePyramid.from_coo(coo, SHAPES)
+    unchecked = FeaturePyramid.from_coo(coo, SHAPES, check_contents=False)
+    assert unchecked.misplaced().all()

@@ -1,0 +1,300 @@
+"""Rotary positions against rotations of complex numbers."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from problems import assert_close, rotate_by_hand
+from torch import Tensor
+
+from vicinal import RotaryEncoding
+
+PATTERNS = ["single", "partition", "closure"]
+
+
+def encoding(head_dim: int = 12, n_heads: int = 3, position_dim: int = 2, **options: Any) -> Any:
+    return RotaryEncoding(head_dim, n_heads, position_dim, **options).double()
+
+
+def inputs(rotary: RotaryEncoding, n: int = 20) -> tuple[Tensor, Tensor]:
+    x = torch.randn(n, rotary.n_heads, rotary.head_dim, dtype=torch.float64)
+    coordinates = torch.rand(n, rotary.position_dim + 1, dtype=torch.float64) * 40 - 10
+    return x.requires_grad_(), coordinates.requires_grad_()
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("share_heads", [False, True])
+@pytest.mark.parametrize("position_dim", [1, 2, 3])
+@pytest.mark.parametrize("n_rows", [0, 1, 70])
+def test_against_complex_numbers(
+    pattern: str, share_heads: bool, position_dim: int, n_rows: int, backend: str
+) -> None:
+    rotary = encoding(
+        position_dim=position_dim,
+        freq_group_pattern=pattern,
+        share_heads=share_heads,
+        backend=backend,
+    )
+    x, coordinates = inputs(rotary, n_rows)
+    leaves = [x, coordinates, *rotary.parameters()]
+    actual, expected = rotary(x, coordinates), rotate_by_hand(rotary, x, coordinates)
+    assert_close(actual, expected, 1e-13)
+    weights = torch.randn_like(expected)
+    actual_grads = torch.autograd.grad((actual * weights).sum(), leaves)
+    expected_grads = torch.autograd.grad((expected * weights).sum(), leaves)
+    for left, right in zip(actual_grads, expected_grads, strict=True):
+        assert_close(left, right, 1e-11)
+
+
+@pytest.mark.parametrize("head_dim", [2, 4, 6, 8, 10, 14, 32, 34, 64, 130])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_unequal_groups(head_dim: int, pattern: str, backend: str) -> None:
+    rotary = encoding(
+        head_dim,
+        freq_group_pattern=pattern,
+        enforce_freq_groups_equal=False,
+        backend=backend,
+    )
+    n_groups, pairs = len(rotary.freqs), head_dim // 2
+    share, rest = divmod(pairs, n_groups)
+    coordinates_of = {"single": [3], "partition": [2, 1], "closure": [2, 1, 3]}[pattern]
+    assert [tuple(f.shape) for f in rotary.freqs] == [
+        (n, 3, share + (group < rest)) for group, n in enumerate(coordinates_of)
+    ]
+    x, coordinates = inputs(rotary)
+    assert_close(rotary(x, coordinates), rotate_by_hand(rotary, x, coordinates), 1e-13)
+    if rest:
+        with pytest.raises(ValueError, match=r"head_dim: expected .* equal frequency groups"):
+            encoding(head_dim, freq_group_pattern=pattern)
+    else:
+        encoding(head_dim, freq_group_pattern=pattern)
+
+
+def test_a_rotation_by_hand() -> None:
+    rotary = encoding(4, 1, 1)
+    with torch.no_grad():
+        table = [[[math.pi / 2, 0.0]], [[0.0, math.pi]]]
+        rotary.freqs[0].copy_(torch.tensor(table, dtype=torch.float64))
+    x = torch.tensor([[[1.0, 2.0, 3.0, 4.0]]], dtype=torch.float64)
+    turned = rotary(x, torch.tensor([[1.0, 1.0]], dtype=torch.float64))
+    expected = torch.tensor([[[-2.0, 1.0, -3.0, -4.0]]], dtype=torch.float64)
+    assert_close(turned, expected, 1e-15)
+
+
+def test_products_depend_on_differences_alone(backend: str) -> None:
+    rotary = encoding(backend=backend)
+    (q, here), (k, there) = inputs(rotary), inputs(rotary)
+    shift = torch.tensor([3.5, -20.0, 1.0], dtype=torch.float64)
+    before = (rotary(q, here) * rotary(k, there)).sum(-1)
+    after = (rotary(q, here + shift) * rotary(k, there + shift)).sum(-1)
+    assert_close(before, after, 1e-11)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("share_heads", [False, True])
+def test_gradcheck(pattern: str, share_heads: bool, backend: str) -> None:
+    rotary = encoding(
+        6,
+        2,
+        freq_group_pattern=pattern,
+        share_heads=share_heads,
+        enforce_freq_groups_equal=False,
+        backend=backend,
+    )
+    x, coordinates = inputs(rotary, 3)
+
+    def rotate(x: Tensor, coordinates: Tensor, *freqs: Tensor) -> Tensor:
+        named = {f"freqs.{group}": f for group, f in enumerate(freqs)}
+        turned: Tensor = torch.func.functional_call(rotary, named, (x, coordinates))
+        return turned
+
+    leaves = (x, coordinates, *[f.detach().requires_grad_() for f in rotary.freqs])
+    assert torch.autograd.gradcheck(rotate, leaves)
+    if backend == "reference":
+        assert torch.autograd.gradgradcheck(rotate, leaves)
+
+
+def test_a_second_derivative_of_the_kernel_is_refused() -> None:
+    rotary = encoding(backend="cpu")
+    x, coordinates = inputs(rotary)
+    turned = rotary(x, coordinates)
+    (grad,) = torch.autograd.grad(turned.pow(3).sum(), coordinates, create_graph=True)
+    with pytest.raises(NotImplementedError, match="backend='reference'"):
+        grad.sum().backward()
+
+
+@pytest.mark.usefixtures("restored_threads")
+def test_the_same_bits_for_any_number_of_threads() -> None:
+    rotary = encoding(32, 4, backend="cpu").float()
+    x, coordinates = (y.detach().float().requires_grad_() for y in inputs(rotary, 3000))
+    results = []
+    for threads in (1, 2, 3, 2):
+        torch.set_num_threads(threads)
+        turned = rotary(x, coordinates)
+        leaves = [x, coordinates, *rotary.parameters()]
+        results.append((turned, *torch.autograd.grad(turned.sin().sum(), leaves)))
+    for other in results[1:]:
+        for left, right in zip(results[0], other, strict=True):
+            assert torch.equal(left, right)
+
+
+@pytest.mark.usefixtures("uninitialised_is_nan")
+def test_nothing_uninitialised_is_read_or_returned(backend: str) -> None:
+    rotary = encoding(10, backend=backend)
+    x, coordinates = inputs(rotary)
+    turned = rotary(x, coordinates)
+    assert_close(turned, rotate_by_hand(rotary, x, coordinates), 1e-13)
+    grads = torch.autograd.grad(turned.sum(), [x, coordinates, *rotary.parameters()])
+    assert all(grad.isfinite().all() for grad in grads)
+
+
+# -------------------------------------------------------------------------------- precision
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_neighboring_cells_far_from_the_origin(dtype: torch.dtype, backend: str) -> None:
+    # bfloat16 cannot tell cell 300 from 301, nor float16 cell 3000 from 3001.
+    rotary = encoding(backend=backend)
+    cells = torch.tensor([[300.5, 3000.5, 1], [301.5, 3001.5, 2]], dtype=torch.float32)
+    x = torch.randn(2, 3, 12).to(dtype)
+    turned = rotary.float()(x, cells)
+    assert turned.dtype == dtype
+    expected = rotate_by_hand(rotary.double(), x.double(), cells.double())
+    # A rounding of the result, and in float32 that of an angle of thousands of radians.
+    assert_close(turned.double(), expected, 4 * torch.finfo(dtype).eps + 2e-3)
+    confused = rotate_by_hand(rotary, x.double(), cells.bfloat16().double())
+    assert (confused - expected).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_coordinates_are_computed_with_in_float32(
+    dtype: torch.dtype, backend: str
+) -> None:
+    rotary = encoding(backend=backend).float()
+    coordinates = (torch.rand(20, 3) * 100).to(dtype)
+    x = torch.randn(20, 3, 12)
+    assert torch.equal(rotary(x, coordinates), rotary(x, coordinates.float()))
+
+
+def test_autocast_changes_nothing(backend: str) -> None:
+    rotary = encoding(backend=backend).float()
+    coordinates, x = torch.rand(20, 3) * 1000, torch.randn(20, 3, 12)
+    expected = rotary(x, coordinates)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(rotary(x, coordinates), expected)
+
+
+@pytest.mark.parametrize("far", [1e3, 1e5, 1e7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_large_angles(far: float, dtype: torch.dtype, backend: str) -> None:
+    rotary = encoding(32, backend=backend).to(dtype)
+    x = torch.randn(50, 3, 32, dtype=dtype)
+    coordinates = (torch.rand(50, 3, dtype=dtype) * 2 - 1) * far
+    turned = rotary(x, coordinates)
+    exact = rotate_by_hand(rotary.double(), x.double(), coordinates.double())
+    # The angle itself is rounded: that is all the error there may be.
+    bound = 8 * far * torch.finfo(dtype).eps + 8 * torch.finfo(dtype).eps
+    assert_close(turned.double(), exact, bound)
+
+
+@pytest.mark.parametrize("far", [1e12, 1e30, 3e38])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_absurd_angles_still_rotate(far: float, dtype: torch.dtype, backend: str) -> None:
+    rotary = encoding(backend=backend).to(dtype)
+    with torch.no_grad():
+        rotary.freqs[0].clamp_(-0.3, 0.3)
+    x = torch.randn(20, 3, 12, dtype=dtype)
+    turned = rotary(x, torch.rand(20, 3, dtype=dtype) * far)
+    lengths, expected = (y.unflatten(-1, (-1, 2)).norm(dim=-1) for y in (turned, x))
+    assert_close(lengths, expected, 16 * torch.finfo(dtype).eps)
+
+
+# ------------------------------------------------------------------------------- parameters
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_initial_frequencies(pattern: str) -> None:
+    rotary = encoding(
+        12, 500, 2, freq_group_pattern=pattern, spatial_base_theta=50.0, level_base_theta=7.0
+    )
+    thetas = {"single": [[50, 50, 7]], "partition": [[50, 50], [7]],
+              "closure": [[50, 50], [7], [50, 50, 7]]}[pattern]  # fmt: skip
+    for freqs, bases in zip(rotary.freqs, thetas, strict=True):
+        n_pairs = freqs.shape[-1]
+        for coordinate, theta in enumerate(bases):
+            first = freqs[coordinate, :, :1].detach()
+            steps = torch.arange(n_pairs, dtype=torch.float64) / n_pairs
+            assert_close(freqs[coordinate].detach(), first * theta**-steps, 1e-6)
+            # The cosine of a uniform angle: mean 0, variance a half, and a quarter below -0.707.
+            assert 0.999 < first.abs().max() <= 1
+            assert abs(float(first.mean())) < 4 * math.sqrt(0.5 / 500)
+            assert abs(float(first.var()) - 0.5) < 0.08
+            assert abs(float((first < -math.sqrt(0.5)).double().mean()) - 0.25) < 0.08
+
+
+def test_heads_share_or_do_not() -> None:
+    assert [tuple(f.shape) for f in encoding(12, 3, 2).freqs] == [(3, 3, 6)]
+    assert [tuple(f.shape) for f in encoding(12, 3, 2, share_heads=True).freqs] == [(3, 1, 6)]
+    own = encoding(12, 3, 2).freqs[0]
+    assert (own[:, 0] != own[:, 1]).all()
+
+
+def test_default_bases() -> None:
+    freqs = encoding(8, 1, 1).freqs[0].detach()
+    assert_close(freqs[0, 0] / freqs[0, 0, 0], 100.0 ** -(torch.arange(4.0).double() / 4), 1e-6)
+    assert_close(freqs[1, 0] / freqs[1, 0, 0], 10.0 ** -(torch.arange(4.0).double() / 4), 1e-6)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_reset_parameters_draws_anew(pattern: str) -> None:
+    rotary = encoding(freq_group_pattern=pattern)
+    before = [f.detach().clone() for f in rotary.freqs]
+    rotary.reset_parameters()
+    for old, new in zip(before, rotary.freqs, strict=True):
+        assert (old != new).all()
+        assert new.dtype == torch.float64
+        assert new.requires_grad
+    assert list(rotary.state_dict()) == [f"freqs.{group}" for group in range(len(before))]
+
+
+def test_repr() -> None:
+    assert "head_dim=12, n_heads=3, position_dim=2" in repr(encoding())
+
+
+# --------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"head_dim": 7}, "head_dim: expected an even .* got int 7"),
+        ({"head_dim": 0}, "head_dim: expected .* got int 0"),
+        ({"head_dim": -2}, "head_dim: expected .* got int -2"),
+        ({"freq_group_pattern": "triple"}, "freq_group_pattern: expected .* got .*triple"),
+        ({"backend": "gpu"}, "backend: expected .* got .*gpu"),
+    ],
+)
+def test_constructor_refusals(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        encoding(**change)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "came"),
+    [
+        ("x", torch.rand(20, 3, 10), "[20, 3, 10]"),
+        ("x", torch.rand(20, 2, 12), "[20, 2, 12]"),
+        ("x", torch.rand(20, 36), "[20, 36]"),
+        ("x", torch.ones(20, 3, 12, dtype=torch.int64), "int64"),
+        ("coordinates", torch.rand(20, 2), "[20, 2]"),
+        ("coordinates", torch.rand(19, 3), "[19, 3]"),
+        ("coordinates", torch.ones(20, 3, dtype=torch.int64), "int64"),
+        ("coordinates", torch.rand(20, 3, device="meta"), "meta"),
+    ],
+)
+def test_refusals(argument: str, value: Tensor, came: str) -> None:
+    arguments = {"x": torch.rand(20, 3, 12), "coordinates": torch.rand(20, 3)} | {argument: value}
+    with pytest.raises(ValueError, match=f"{argument}: expected") as refusal:
+        encoding().float()(**arguments)
+    assert came in str(refusal.value).split("got")[-1]
