@@ -5,7 +5,6 @@ import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
-from setuptools.command.build_ext import build_ext
 
 KERNELS = "src/vicinal/kernels"
 
@@ -46,13 +45,7 @@ def cpu_kernel() -> list[Extension]:
     ]
 
 
-class BuildKernel(build_ext):
-    def get_export_symbols(self, ext: Extension) -> list[str]:
-        return []
-
-
 setup(
     ext_modules=cpu_kernel(),
-    cmdclass={"build_ext": BuildKernel},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

@@ -23,12 +23,7 @@ _RESET_PEAK = "5"  # see proc(5)
 def median_time(fn: Callable[[], object], repeats: int = 5) -> float:
     """Seconds that ``fn()`` takes: the median of ``repeats`` calls, after one that warms up."""
     fn()
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        fn()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
+    return statistics.median(_seconds(fn) for _ in range(repeats))
 
 
 def time_ratio(fn: Callable[[], object], base: Callable[[], object], repeats: int = 7) -> float:
@@ -36,7 +31,15 @@ def time_ratio(fn: Callable[[], object], base: Callable[[], object], repeats: in
 
     The two take turns, so a machine that is faster now than then does not favour either.
     """
-    return statistics.median(median_time(fn, 1) / median_time(base, 1) for _ in range(repeats))
+    fn()
+    base()
+    return statistics.median(_seconds(fn) / _seconds(base) for _ in range(repeats))
+
+
+def _seconds(fn: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    fn()
+    return time.perf_counter() - start
 
 
 def peak_memory(fn: Callable[[], object]) -> int:

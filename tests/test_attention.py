@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import (
-    Answer,
     Inputs,
     Scene,
+    answer,
     assert_close,
     assert_same_answers,
     crowded_scene,
@@ -34,16 +34,6 @@ from vicinal import (
 )
 
 EXACT = 1e-11
-
-
-def answer(
-    inputs: Inputs, plan: NeighborhoodPlan, backend: str, *, dropout_p: float = 0.0
-) -> Answer:
-    def attend(leaves: Inputs) -> tuple[Tensor, Tensor]:
-        torch.manual_seed(5)
-        return leaves.attend(plan, backend, dropout_p=dropout_p)
-
-    return differentiate(inputs, attend)
 
 
 # ------------------------------------------------------------------------------- the oracle
@@ -717,6 +707,13 @@ def test_weights_refusals(name: str, value: Any, came: str) -> None:
     assert_refused(neighborhood_attention_weights, arguments, name, value, came)
 
 
+def test_the_cpu_backend_says_why_it_cannot_run_elsewhere() -> None:
+    plan = PLAN.to("meta")
+    inputs = make_inputs(PLAN).map(lambda x: x.to("meta"))
+    with pytest.raises(ValueError, match=r"backend: expected .*meta.* got 'cpu': .*CPU"):
+        neighborhood_attention(*inputs[:3], plan, backend="cpu")
+
+
 def test_background_is_a_named_triple() -> None:
     assert Background._fields == ("query", "key", "value")
 
@@ -837,10 +834,3 @@ def test_columns_beyond_32_bits(center: int, backend: str) -> None:
     plan = scene.plan()
     inputs = make_inputs(plan, background=True)
     assert_close(inputs.attend(plan, backend)[0], oracle(scene, inputs)[0], 1e-13)
-
-
-def test_the_cpu_backend_says_why_it_cannot_run_elsewhere() -> None:
-    plan = PLAN.to("meta")
-    inputs = make_inputs(PLAN).map(lambda x: x.to("meta"))
-    with pytest.raises(ValueError, match=r"backend: expected .*meta.* got 'cpu': .*CPU"):
-        neighborhood_attention(*inputs[:3], plan, backend="cpu")

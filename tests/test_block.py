@@ -5,6 +5,7 @@ import dataclasses
 import io
 import math
 import pickle
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -1027,3 +1028,93 @@ def test_keys_that_only_look_like_the_earlier_buffers_still_fail() -> None:
     block = make_block(scene_2d())
     with pytest.raises(RuntimeError, match=r"Unexpected key.*pos_encoding\.unknown"):
         block.load_state_dict(block.state_dict() | {"pos_encoding.unknown": torch.zeros(1)})
+
+
+# -------------------------------------------------- contents unchecked, as they are on a GPU
+
+
+@pytest.fixture
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No contents are looked at, as where that would stall the device."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("vicinal") and hasattr(module, "reads_contents"):
+            monkeypatch.setattr(module, "reads_contents", lambda *_: False)
+
+
+def assert_takes_no_part(
+    bad_call: dict[str, Any], good_call: dict[str, Any], queries: list[int], backend: str
+) -> None:
+    """In ``bad_call`` the ``queries`` keep their residual; all else is as in ``good_call``."""
+    block = make_block(SCENE, backend)
+    good, bad = block(**good_call), block(**bad_call)
+    rest = [query for query in range(14) if query not in queries]
+    assert (good != good_call["query"]).any(1).all()
+    assert torch.equal(bad[queries], bad_call["query"][queries])
+    assert_close(bad[rest], good[rest], 1e-12)
+    weights = torch.zeros_like(good)
+    weights[rest] = torch.randn(len(rest), EMBED, dtype=torch.float64)
+    leaves = list(block.parameters())
+    for left, right in zip(
+        torch.autograd.grad((bad * weights).sum(), leaves, retain_graph=True),
+        torch.autograd.grad((good * weights).sum(), leaves),
+        strict=True,
+    ):
+        assert_close(left, right, EXACT)
+    # Nor does it matter if what they keep is used.
+    grads = torch.autograd.grad(bad.sum(), [*leaves, bad_call["query"]])
+    assert all(grad.isfinite().all() for grad in grads)
+
+
+def seen_by_all(background: bool) -> dict[str, Any]:
+    """The accepted call with every query where it sees something, and no mask."""
+    call = accepted() | {"query_mask": None}
+    positions = call["query_spatial_positions"].detach() % torch.tensor([9, 8])
+    call["query_spatial_positions"] = positions
+    return call if background else call | {"background_embedding": None}
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_queries_at_no_finite_place_take_no_part(
+    value: float, background: bool, backend: str
+) -> None:
+    call = seen_by_all(background)
+    positions = call["query_spatial_positions"].clone()
+    positions[3], positions[9, 1] = value, value
+    bad = call | {"query_spatial_positions": positions}
+    assert_takes_no_part(bad, call, [3, 9], backend)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("background", [False, True])
+def test_queries_of_no_image_take_no_part(background: bool, backend: str) -> None:
+    call = seen_by_all(background)
+    bad = call | {"query_batch_offsets": torch.tensor([1, 6, 6, 12])}
+    assert_takes_no_part(bad, call, [0, 12, 13], backend)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("background", [False, True])
+def test_points_outside_their_level_take_no_part(background: bool, backend: str) -> None:
+    call = seen_by_all(background)
+    bad = call | {"stacked_feature_maps": with_point([0, 6, 2, 0]).requires_grad_()}
+    block = make_block(SCENE, backend)
+    good_out, bad_out = block(**call), block(**bad)
+    assert_close(bad_out, good_out, 1e-12)
+    bad_out.sum().backward()
+    grad = bad["stacked_feature_maps"].grad.coalesce()
+    here = (grad.indices().t() == torch.tensor([0, 6, 2, 0])).all(1)
+    assert here.sum() == 1
+    assert not grad.values()[here].any()
+    assert grad.values().isfinite().all()
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("level", [-1, 3, 2**62])
+def test_queries_of_no_level_take_no_part(level: int, background: bool, backend: str) -> None:
+    call = seen_by_all(background)
+    levels = call["query_level_indices"].clone()
+    levels[[3, 9]] = level
+    assert_takes_no_part(call | {"query_level_indices": levels}, call, [3, 9], backend)

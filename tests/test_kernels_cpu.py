@@ -19,6 +19,7 @@ from problems import (
     Inputs,
     OwnOps,
     Scene,
+    answer,
     assert_close,
     assert_same_answers,
     crowded_scene,
@@ -41,17 +42,6 @@ from vicinal import (
     SparseNeighborhoodAttentionBlock,
 )
 from vicinal.kernels import reference
-
-
-def answer(
-    inputs: Inputs, plan: NeighborhoodPlan, backend: str = "cpu", *, dropout_p: float = 0.0
-) -> Answer:
-    def attend(leaves: Inputs) -> tuple[Tensor, Tensor]:
-        torch.manual_seed(5)
-        return leaves.attend(plan, backend, dropout_p=dropout_p)
-
-    return differentiate(inputs, attend)
-
 
 # -------------------------------------------------------------------------------- precision
 

@@ -3,11 +3,10 @@
 import pytest
 import torch
 from problems import (
-    Inputs,
+    answer,
     assert_close,
     assert_same_answers,
     crowded_scene,
-    differentiate,
     make_inputs,
     make_scene,
 )
@@ -39,13 +38,10 @@ def test_chunks_make_no_difference(
     plan = crowded_scene(40, 80).plan()
     inputs = make_inputs(plan, background=True, mask=True)
 
-    def attend(leaves: Inputs) -> tuple[Tensor, Tensor]:
-        torch.manual_seed(2)
-        return leaves.attend(plan, "reference", dropout_p=dropout_p)
-
-    whole = differentiate(inputs, attend)
+    whole = answer(inputs, plan, "reference", dropout_p=dropout_p)
     monkeypatch.setattr(reference, "CHUNK", chunk)
-    assert_same_answers(differentiate(inputs, attend), whole, 1e-13)
+    chunked = answer(inputs, plan, "reference", dropout_p=dropout_p)
+    assert_same_answers(chunked, whole, 1e-13)
 
 
 def test_a_drawn_mask_is_the_same_in_any_order() -> None:
@@ -69,7 +65,7 @@ def test_a_drawn_mask_is_the_same_in_any_order() -> None:
 
 def test_no_queries_and_no_chunks() -> None:
     plan = make_scene(((4,),), (3,), (0, 0), 6).plan()
-    result = differentiate(make_inputs(plan), lambda leaves: leaves.attend(plan, "reference"))
+    result = answer(make_inputs(plan), plan, "reference")
     assert result.out.shape == (0, 2, 4)
     assert result.lse.shape == (0, 2)
     assert [grad.shape for grad in result.grads] == [(0, 2, 4), (6, 2, 4), (6, 2, 4)]

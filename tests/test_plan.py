@@ -329,15 +329,35 @@ def test_points_outside_their_level_or_batch(row: list[int], backend: str) -> No
     assert inputs.v.grad.any()
 
 
-def test_no_image_for_any_query(backend: str) -> None:
+@pytest.mark.parametrize("background", [False, True])
+def test_no_image_for_any_query(background: bool, backend: str) -> None:
     nowhere = Scene(
         torch.rand(5, 1),
         torch.tensor([0]),
         FeaturePyramid(torch.rand(0, 1), torch.empty(0, 3, dtype=torch.int64), ((4,),), 0),
         (3,),
     )
-    out, _ = answers(nowhere, backend)
+    out, _ = answers(nowhere, backend, background=background)
     assert not out.any()
+
+
+def test_queries_before_the_first_offset_take_no_part(backend: str) -> None:
+    room = make_scene(((5, 5),), (17,), (10, 0, 10), 30)
+    bad = dataclasses.replace(room, offsets=torch.tensor([3, 10, 10, 20]))
+    assert_takes_no_part([0, 1, 2], bad, room, backend)
+
+
+@pytest.mark.parametrize("flaw", ["nan", "homeless"])
+def test_bad_queries_do_not_see_the_background_either(flaw: str, backend: str) -> None:
+    good = scene_2d(n_queries=16)
+    bad = dataclasses.replace(good, positions=good.positions.clone(), offsets=good.offsets.clone())
+    if flaw == "nan":
+        bad.positions[15] = torch.nan
+    else:
+        bad.offsets[-1] = 15
+    out, _ = answers(bad, backend, background=True)
+    assert out[:15].any(-1).all()
+    assert not out[15].any()
 
 
 def test_unchecked_good_contents_give_the_same_plan() -> None:
@@ -407,36 +427,3 @@ def test_large_maps() -> None:
     scene = Scene(positions, torch.tensor([0, 3]), pyramid, (3,))
     assert len(scene.pairs()) == 3
     assert_right(scene.plan(), scene)
-
-
-# ------------------------------------------------------------------- contents unchecked, again
-
-
-def test_queries_before_the_first_offset_take_no_part(backend: str) -> None:
-    room = make_scene(((5, 5),), (17,), (10, 0, 10), 30)
-    bad = dataclasses.replace(room, offsets=torch.tensor([3, 10, 10, 20]))
-    assert_takes_no_part([0, 1, 2], bad, room, backend)
-
-
-@pytest.mark.parametrize("flaw", ["nan", "homeless"])
-def test_bad_queries_do_not_see_the_background_either(flaw: str, backend: str) -> None:
-    good = scene_2d(n_queries=16)
-    bad = dataclasses.replace(good, positions=good.positions.clone(), offsets=good.offsets.clone())
-    if flaw == "nan":
-        bad.positions[15] = torch.nan
-    else:
-        bad.offsets[-1] = 15
-    out, _ = answers(bad, backend, background=True)
-    assert out[:15].any(-1).all()
-    assert not out[15].any()
-
-
-def test_no_image_for_any_query_with_background(backend: str) -> None:
-    nowhere = Scene(
-        torch.rand(5, 1),
-        torch.tensor([0]),
-        FeaturePyramid(torch.rand(0, 1), torch.empty(0, 3, dtype=torch.int64), ((4,),), 0),
-        (3,),
-    )
-    out, _ = answers(nowhere, backend, background=True)
-    assert not out.any()

@@ -1,8 +1,9 @@
 """Argument checks. Every refusal names the argument, what was expected and what came."""
 
 import itertools
+import operator
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor
@@ -38,8 +39,8 @@ def check_tensor(
         "integer": _is_integer,
         "bool": lambda dtype: dtype == torch.bool,
     }
-    noun = "" if kind == "any" else f"{kind} "
-    expected = f"a {noun}tensor of shape [{', '.join(map(str, shape))}]"
+    noun = {"any": "a ", "integer": "an integer "}.get(kind, f"a {kind} ")
+    expected = f"{noun}tensor of shape [{', '.join(map(str, shape))}]"
     if not isinstance(value, Tensor) or value.layout != torch.strided:
         refuse(argument, expected, value)
     matches = value.dim() == len(shape) and all(
@@ -68,22 +69,35 @@ def as_level_shapes(
             refuse(argument, "[L, P] sizes, a row per level", str(rows))
     if not rows or not rows[0] or any(len(row) != len(rows[0]) for row in rows):
         refuse(argument, "[L, P] sizes with L and P at least 1", level_spatial_shapes)
-    if any(not isinstance(size, int) or size < 1 for row in rows for size in row):
+    shapes = tuple(tuple(as_integer(size) for size in row) for row in rows)
+    if any(size is None or size < 1 for row in shapes for size in row):
         refuse(argument, "positive integers", str(rows))
-    return tuple(tuple(row) for row in rows)
+    return cast(LevelShapes, shapes)
+
+
+def as_integer(value: Any) -> int | None:
+    """``value`` as an int if it is an integer of any kind, NumPy's too, else None."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
 
 
 def check_neighborhood_sizes(neighborhood_sizes: Sequence[int], n_levels: int) -> tuple[int, ...]:
-    sizes = tuple(neighborhood_sizes)
-    if len(sizes) != n_levels:
-        refuse("neighborhood_sizes", f"one window width per level ({n_levels})", str(list(sizes)))
-    if any(not isinstance(size, int) or size < 1 or size % 2 == 0 for size in sizes):
-        refuse("neighborhood_sizes", "odd neighborhood_sizes, at least 1", str(list(sizes)))
-    return sizes
+    expected = f"one window width per level ({n_levels})"
+    if not isinstance(neighborhood_sizes, Sequence):
+        refuse("neighborhood_sizes", expected, neighborhood_sizes)
+    if len(neighborhood_sizes) != n_levels:
+        refuse("neighborhood_sizes", expected, str(list(neighborhood_sizes)))
+    sizes = tuple(as_integer(size) for size in neighborhood_sizes)
+    if any(size is None or size < 1 or size % 2 == 0 for size in sizes):
+        came = str(list(neighborhood_sizes))
+        refuse("neighborhood_sizes", "odd neighborhood_sizes, at least 1", came)
+    return cast(tuple[int, ...], sizes)
 
 
 def check_dropout(argument: str, rate: float) -> None:
-    if not 0.0 <= rate < 1.0:
+    if not isinstance(rate, int | float) or not 0.0 <= rate < 1.0:
         refuse(argument, "a rate in [0, 1)", rate)
 
 

@@ -147,14 +147,14 @@ def neighborhood_attention_weights(
     The other arguments, and the errors, are those of `neighborhood_attention`.
     """
     _check(q, k, plan, background, query_mask)
-    cells = () if background is None else (*background[:2], background.value[..., :0])
+    q, k, *cells = _autocast(q, k, *(background or ()))
     _check_dtypes(q, k=k, **dict(zip(_CELLS, cells, strict=False)))
-    if queries is None:
-        queries = torch.arange(len(q), device=q.device)
-    check_tensor("queries", queries, ("n",), kind="integer", device=q.device)
+    if cells:
+        cells[2] = cells[2][..., :0]  # values are of no use here
+    queries = plan.check_queries(queries)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     row, column, logits, _ = reference.pairs(
-        queries, q, k, k[..., :0], plan, cells, query_mask, scale
+        queries, q, k, k[..., :0], plan, tuple(cells), query_mask, scale
     )
     weights, _ = reference.softmax(logits, row, len(queries))
     n_pairs = int((column < plan.n_points).sum())
@@ -163,8 +163,9 @@ def neighborhood_attention_weights(
     empty = None
     if background is not None:
         level = plan.slot_levels()[column[n_pairs:] - plan.n_points]
-        empty = weights.new_zeros(len(queries), plan.n_levels, q.shape[1])
-        empty = empty.index_put((row[n_pairs:], level), weights[n_pairs:], accumulate=True)
+        empty = weights.new_zeros(len(queries) * plan.n_levels, q.shape[1])
+        empty = empty.index_add(0, row[n_pairs:] * plan.n_levels + level, weights[n_pairs:])
+        empty = empty.unflatten(0, (len(queries), plan.n_levels))
     return NeighborhoodWeights(offsets, column[:n_pairs], weights[:n_pairs], empty)
 
 
@@ -185,6 +186,10 @@ def _check(
 ) -> None:
     check_tensor("q", q, (plan.n_queries, "H", "d"), kind="floating", device=plan.device)
     heads, width = q.shape[1:]
+    if width < 1:
+        refuse("q", "a head width d of at least 1", q)
+    if not isinstance(background, Background | None):
+        refuse("background", "a Background or None", background)
     shapes: dict[str, tuple[Tensor, tuple[int | str, ...]]] = {
         "k": (k, (plan.n_points, heads, width))
     }

@@ -167,21 +167,25 @@ class SparseNeighborhoodAttentionBlock(nn.Module):
             plan, query_spatial_positions, query_batch_offsets, pyramid, background_embedding
         )
         dtype = coordinate_dtype(query_spatial_positions.dtype)
+        # A query at no finite place takes no part; its angles must not spoil the gradients.
+        positions = query_spatial_positions.to(dtype).nan_to_num(0.0, 0.0, 0.0)
         heads = (self.n_heads, self.embed_dim // self.n_heads)
 
         x = self.norm(query) if self.norm_first else query
         q = self.q_in_proj(x).unflatten(-1, heads)
-        level = (
-            finest_level(pyramid.level_shapes)
-            if query_level_indices is None
-            else query_level_indices
-        )
-        q = self.pos_encoding(q, _with_level(query_spatial_positions.to(dtype), level))
+        if query_level_indices is None:
+            level = torch.tensor(finest_level(pyramid.level_shapes), device=query.device)
+        else:
+            level = query_level_indices.clamp(0, self.n_levels - 1)
+            if not reads_contents(None, query.device):  # nobody has looked: such take no part
+                nowhere = level != query_level_indices
+                query_mask = nowhere if query_mask is None else query_mask | nowhere
+        q = self.pos_encoding(q, _with_level(positions, level))
         k, v = self.kv_proj(pyramid.values).unflatten(-1, (2, *heads)).unbind(1)
         k = self.pos_encoding(k, _with_level(pyramid.positions(dtype), pyramid.levels))
         background = None
         if background_embedding is not None:
-            centers = window_centers(query_spatial_positions, pyramid.level_shapes)
+            centers = window_centers(positions, pyramid.level_shapes)
             background = self._background(background_embedding, q, centers, plan, pyramid)
         attended = neighborhood_attention(
             q,
@@ -217,7 +221,7 @@ class SparseNeighborhoodAttentionBlock(nn.Module):
         queries, offsets = [], []
         for level, scale in enumerate(scales):
             position = _with_level((centers[level] + 0.5) / scale, level)
-            at_center = self.pos_encoding(key[:, level][image], position)
+            at_center = self.pos_encoding(key[:, level].index_select(0, image), position)
             queries.append(turn(q, at_center[..., ::2], -at_center[..., 1::2]))
             window = window_offsets(self.neighborhood_sizes[level : level + 1], self.position_dim)[
                 0
@@ -258,6 +262,8 @@ class SparseNeighborhoodAttentionBlock(nn.Module):
         level_spatial_shapes: Tensor | Sequence[Sequence[int]] | None,
         query: Tensor,
     ) -> FeaturePyramid:
+        if not isinstance(maps, FeaturePyramid | Tensor):
+            refuse("stacked_feature_maps", "a sparse COO tensor or a FeaturePyramid", maps)
         shapes = None if level_spatial_shapes is None else as_level_shapes(level_spatial_shapes)
         if isinstance(maps, FeaturePyramid):
             if shapes not in (None, maps.level_shapes):
@@ -268,15 +274,12 @@ class SparseNeighborhoodAttentionBlock(nn.Module):
         if (len(shapes), len(shapes[0])) != (self.n_levels, self.position_dim):
             expected = f"{self.n_levels} levels of {self.position_dim} sizes"
             refuse("level_spatial_shapes", expected, str(shapes))
-        pyramid = (
-            maps if isinstance(maps, FeaturePyramid) else FeaturePyramid.from_coo(maps, shapes)
-        )
-        values = pyramid.values
-        if values.shape[1] != self.embed_dim or values.device != query.device:
+        values = maps.values if isinstance(maps, FeaturePyramid) else maps
+        if values.shape[-1:] != (self.embed_dim,) or values.device != query.device:
             expected = f"embeddings of width {self.embed_dim} on {query.device}"
             refuse("stacked_feature_maps", expected, values)
         self._check_dtype("stacked_feature_maps", values)
-        return pyramid
+        return maps if isinstance(maps, FeaturePyramid) else FeaturePyramid.from_coo(maps, shapes)
 
     def _check_dtype(self, argument: str, value: Tensor) -> None:
         dtype, device = self.norm.weight.dtype, value.device.type
@@ -296,11 +299,14 @@ class SparseNeighborhoodAttentionBlock(nn.Module):
             refuse("background_embedding", f"{pyramid.batch_size} images", background)
         if plan is None:
             return plan_neighborhoods(positions, offsets, pyramid, self.neighborhood_sizes)
+        if not isinstance(plan, NeighborhoodPlan):
+            refuse("plan", "a NeighborhoodPlan or None", plan)
         check_placement(positions, offsets, pyramid)
         made_for = {
             "queries": (plan.n_queries, len(positions)),
             "points": (plan.n_points, len(pyramid)),
             "images": (plan.batch_size, pyramid.batch_size),
+            "level_shapes": (plan.level_shapes, pyramid.level_shapes),
             "neighborhood_sizes": (plan.neighborhood_sizes, self.neighborhood_sizes),
             "position_dim": (plan.position_dim, self.position_dim),
             "device": (plan.device, positions.device),

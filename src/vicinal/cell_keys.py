@@ -60,9 +60,10 @@ class CellKeys:
 
     def clamp(self, centers: Tensor) -> Tensor:
         """Float centres ``[L, N, P]`` as int64; those that see nothing, NaN too, just outside."""
-        low = (-self._radius - 1)[:, None, None].to(centers.dtype)
-        high = (self._shapes + self._radius[:, None])[:, None].to(centers.dtype)
-        return torch.nan_to_num(centers, nan=-math.inf).clamp(low, high).long()
+        # Bounded twice: by what integers can hold, and then, exactly, by what they should.
+        cells = torch.nan_to_num(centers, nan=-math.inf).clamp(-(2.0**62), 2.0**62).long()
+        low, high = -self._radius[:, None] - 1, self._shapes + self._radius[:, None]
+        return cells.clamp(low[:, None], high[:, None])
 
     def of(self, cells: Tensor, levels: Tensor, images: Tensor) -> Tensor:
         """Keys of ``cells`` ``[..., P]`` at ``levels`` and in ``images``, ``[...]``."""

@@ -1,6 +1,6 @@
 """Who sees whom, as contiguous slices of sorted orders, both ways.
 
-Sorted by (image, level, cell), the points of every row of a window stand side by side, so a
+Sorted by (level, image, cell), the points of every row of a window stand side by side, so a
 neighborhood is ``R = sum(w[l] ** (P - 1))`` slices. The relation is symmetric: sorted by the cell
 a query falls into, level by level, the queries that see a point stand in slices as well.
 """
@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from ._checks import (
+    LevelShapes,
     check_finite,
     check_neighborhood_sizes,
     check_offsets,
+    check_range,
     check_tensor,
     reads_contents,
     refuse,
@@ -54,7 +56,7 @@ class NeighborSlices(NamedTuple):
     order: Tensor
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class NeighborhoodPlan:
     """The neighborhoods of N queries among nnz points; made by `plan_neighborhoods`.
 
@@ -68,6 +70,7 @@ class NeighborhoodPlan:
         neighborhood_sizes: window width of each level.
         position_dim: number of spatial dimensions, P.
         batch_size: number of images.
+        level_shapes: sizes of the levels.
     """
 
     query_slices: NeighborSlices
@@ -77,6 +80,7 @@ class NeighborhoodPlan:
     neighborhood_sizes: tuple[int, ...]
     position_dim: int
     batch_size: int
+    level_shapes: LevelShapes
     _places: "_Places"
 
     @cached_property
@@ -128,10 +132,18 @@ class NeighborhoodPlan:
         Args:
             queries: integer ``[n]``, the queries to list; all of them if None.
         """
-        if queries is None:
-            queries = torch.arange(self.n_queries, device=self.device)
+        queries = self.check_queries(queries)
         row, point, _ = self.pairs_and_slots(queries)
-        return torch.stack((queries[row].long(), point), 1)
+        return torch.stack((queries[row], point), 1)
+
+    def check_queries(self, queries: Tensor | None) -> Tensor:
+        """``queries``, or all of them for None, as int64; refuses what are none."""
+        if queries is None:
+            return torch.arange(self.n_queries, device=self.device)
+        check_tensor("queries", queries, ("n",), kind="integer", device=self.device)
+        if reads_contents(None, self.device):
+            check_range("queries", queries, self.n_queries)
+        return queries.long()
 
     def pairs_and_slots(self, queries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """int64 ``[M]`` each: a pair's place in ``queries``, its point, and which of the K cells
@@ -168,6 +180,8 @@ class NeighborhoodPlan:
 
     def to(self, device: torch.device | str) -> "NeighborhoodPlan":
         """The same plan on another device."""
+        if torch.device(device) == self.device:
+            return self
         keys, *places = self._places
         return dataclasses.replace(
             self,
@@ -214,6 +228,8 @@ def plan_neighborhoods(
         ValueError: shapes, dtypes or devices do not fit each other, sizes are even or not
             positive, contents fail the check, or there are too many cells for 64-bit keys.
     """
+    if not isinstance(pyramid, FeaturePyramid):
+        refuse("pyramid", "a FeaturePyramid", pyramid)
     check_placement(query_spatial_positions, query_batch_offsets, pyramid, check_contents)
     sizes = check_neighborhood_sizes(neighborhood_sizes, pyramid.n_levels)
     if max(len(pyramid), pyramid.n_levels * len(query_spatial_positions)) > _INT32_MAX:
@@ -263,6 +279,7 @@ def _plan(
         neighborhood_sizes=sizes,
         position_dim=pyramid.position_dim,
         batch_size=pyramid.batch_size,
+        level_shapes=pyramid.level_shapes,
         _places=_Places(keys, query_keys, point_keys, coordinates),
     )
 

@@ -22,7 +22,7 @@ from .neighborhoods import coordinate_dtype, full_shape, level_scales
 _POOLING = {"mean": "mean", "max": "amax"}
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class FeaturePyramid:
     """Points of a feature pyramid: a point exists because it is stored, whatever its values.
 
@@ -117,7 +117,8 @@ class FeaturePyramid:
         positions.
         """
         cells = self.cells.to(coordinate_dtype(dtype))
-        return (cells + 0.5) / level_scales(self.level_shapes, cells)[self.levels]
+        levels = self.levels.clamp(0, self.n_levels - 1)
+        return (cells + 0.5) / level_scales(self.level_shapes, cells)[levels]
 
     def batch_offsets(self) -> Tensor:
         """``[B + 1]``: image ``b`` holds the points ``offsets[b]:offsets[b + 1]``.
@@ -191,6 +192,8 @@ class FeaturePyramid:
             refuse("levels", "at least one map", "none")
         first = levels[0]
         for index, level in enumerate(levels):
+            if not isinstance(level, Tensor) or not isinstance(first, Tensor):
+                refuse(f"levels[{index}]", "a sparse COO tensor [B, *S, E]", level)
             sizes: list[int | str] = ["B", *[f"S{axis}" for axis in range(first.dim() - 2)], "E"]
             if index:
                 sizes[0], sizes[-1] = first.shape[0], first.shape[-1]

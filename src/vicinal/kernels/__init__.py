@@ -1,1 +1,1 @@
-"""Back ends of the attention op, one file each. `vicinal.attention` chooses among them."""
+"""Back ends of the attention op, one file each. `vicinal.backends` chooses among them."""

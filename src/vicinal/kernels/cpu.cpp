@@ -88,7 +88,7 @@ Storage storage_of(const Tensor& x) {
     case ScalarType::Double: return Storage::float64;
     case ScalarType::Half: return Storage::float16;
     case ScalarType::BFloat16: return Storage::bfloat16;
-    default: STD_TORCH_CHECK(false, "vicinal: q has a dtype the kernel does not know"); 
+    default: STD_TORCH_CHECK(false, "vicinal: expected float32, float64, float16 or bfloat16");
   }
 }
 
@@ -98,11 +98,11 @@ ScalarType sum_type(const Tensor& x) {
 
 // A contiguous tensor's rows, or a view's whose channels stand side by side; others are copied.
 Tensor side_by_side(const Tensor& x) {
+  STD_TORCH_CHECK(x.dim() == 3, "vicinal: expected a tensor of 3 dimensions");
   return x.size(2) <= 1 || x.stride(2) == 1 ? x : torch::stable::contiguous(x);
 }
 
 Rows rows_of(const Tensor& x) {
-  STD_TORCH_CHECK(x.dim() == 3, "vicinal: expected a tensor of 3 dimensions");
   return {x.data_ptr(), x.stride(0), x.stride(1), x.size(2)};
 }
 
@@ -122,10 +122,8 @@ Slices slices_of(const Tensors& plan, int64_t queries, int64_t points) {
   const int64_t slices = plan[1].size(1);
   return {indices(plan[0], queries), indices(plan[1], queries * slices),
           indices(plan[2], queries * slices), indices(plan[3], points),
-          queries, slices, points, points};
+          queries, slices, points};
 }
-
-constexpr int64_t kTilesPerChunk = 32;
 
 // Calls body on each of torch's threads, or on fewer if there are only so many items.
 template <typename Body>
@@ -192,7 +190,9 @@ class Arguments {
     const int64_t tile_queries = kernels().tile_queries(storage_of(q));
     const int64_t tiles = (problem.queries.rows + tile_queries - 1) / tile_queries;
     const int64_t least_tiles = (tiles + most_chunks - 1) / most_chunks;
-    return Schedule(problem.queries, tile_queries, std::max(kTilesPerChunk, least_tiles));
+    const int64_t tiles_per_chunk = std::clamp<int64_t>(tiles / 64, 4, 32);
+    return Schedule(problem.queries, tile_queries, std::max(tiles_per_chunk, least_tiles),
+                    torch::stable::get_num_threads());
   }
 
   void attend_backward(Schedule& schedule) const {
@@ -217,14 +217,18 @@ class Arguments {
 
   void set_background(const Tensors& given) {
     Background& b = problem.background;
-    for (const Tensor& x : given) background.push_back(torch::stable::contiguous(x));
+    STD_TORCH_CHECK(given.size() == 3, "vicinal: a background has 3 tensors");
+    for (const Tensor& x : given) {
+      STD_TORCH_CHECK(x.dim() >= 3 && x.scalar_type() == q.scalar_type(),
+                      "vicinal: the background does not have the dtype of q");
+      background.push_back(torch::stable::contiguous(x));
+    }
     b.active = true;
     b.levels = windows_.size();
     for (int64_t level = 0; level < b.levels; ++level) b.slots += level_rows_[level] * windows_[level];
     const int64_t n = q.size(0), points = k.size(0), heads = problem.heads;
     b.images = background[2].size(0);
-    STD_TORCH_CHECK(background.size() == 3 &&
-                        background[0].numel() == n * b.levels * heads * q.size(2) &&
+    STD_TORCH_CHECK(background[0].numel() == n * b.levels * heads * q.size(2) &&
                         background[1].numel() == b.slots * heads * q.size(2) &&
                         background[2].numel() == b.images * b.levels * heads * v.size(2),
                     "vicinal: the background does not fit q, v and the windows");
@@ -285,7 +289,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> backward(
   Problem& p = arguments.problem;
   grad_out = side_by_side(grad_out);
   grad_lse = torch::stable::contiguous(grad_lse);
-  STD_TORCH_CHECK(out.is_contiguous() && lse.is_contiguous(), "vicinal: out and lse are the op's own");
+  const int64_t n = q.size(0), heads = q.size(1);
+  STD_TORCH_CHECK(out.is_contiguous() && lse.is_contiguous() && out.dim() == 3 &&
+                      out.numel() == n * heads * v.size(2) && lse.numel() == n * heads &&
+                      grad_lse.numel() == lse.numel() && grad_out.size(0) == n &&
+                      grad_out.size(1) == heads && grad_out.size(2) == v.size(2) &&
+                      out.scalar_type() == q.scalar_type() &&
+                      grad_out.scalar_type() == q.scalar_type() &&
+                      lse.scalar_type() == sum_type(q) && grad_lse.scalar_type() == sum_type(q),
+                  "vicinal: out, lse and their gradients do not fit q and v");
   Tensor grad_q = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)});
   // Points collect their shares from many tiles, and do so in the type of the sums.
   Tensor grad_k = zeros_like_sums(k), grad_v = zeros_like_sums(v);
@@ -321,10 +333,12 @@ constexpr int64_t kRowsPerItem = 512;  // of a rotation; its sums over rows run 
 
 struct RotationArguments {
   RotationArguments(const Tensor& shape, const Tensor& coordinates, const Tensor& frequencies) {
+    STD_TORCH_CHECK(shape.dim() == 3 && shape.size(2) % 2 == 0 && coordinates.dim() == 2,
+                    "vicinal: x must be [n, H, d] with an even d, and coordinates [n, C]");
     rotation.heads = shape.size(1);
     rotation.pairs = shape.size(1) * (shape.size(2) / 2);
     rotation.coordinates_per_row = coordinates.size(1);
-    STD_TORCH_CHECK(shape.dim() == 3 && coordinates.is_contiguous() && frequencies.is_contiguous() &&
+    STD_TORCH_CHECK(coordinates.is_contiguous() && frequencies.is_contiguous() &&
                         coordinates.size(0) == shape.size(0) && coordinates.size(1) >= 1 &&
                         frequencies.numel() == coordinates.size(1) * rotation.pairs &&
                         coordinates.scalar_type() == sum_type(shape) &&
@@ -358,6 +372,10 @@ std::tuple<Tensor, Tensor, Tensor> rotate_backward(Tensor grad_out, Tensor out, 
   RotationArguments arguments(out, coordinates, frequencies);
   Rotation& r = arguments.rotation;
   const Tensor grad = side_by_side(grad_out);
+  STD_TORCH_CHECK(grad.size(0) == out.size(0) && grad.size(1) == out.size(1) &&
+                      grad.size(2) == out.size(2) && out.is_contiguous() &&
+                      grad.scalar_type() == out.scalar_type(),
+                  "vicinal: out and its gradient do not fit each other");
   const int64_t items = (out.size(0) + kRowsPerItem - 1) / kRowsPerItem;
   Tensor grad_x = torch::stable::new_empty(out, {out.size(0), out.size(1), out.size(2)});
   Tensor grad_coordinates = torch::stable::empty_like(coordinates);

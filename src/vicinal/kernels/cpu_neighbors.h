@@ -24,7 +24,7 @@ class Neighbors {
     }
     merge(collect());
     for (int64_t u = 0; u < count; ++u) {
-      if (ids[u] >= 0 && ids[u] < slices_.targets) continue;
+      if (ids[u] >= 0 && ids[u] < slices_.points) continue;
       ids[u] = 0;
       seers[u] = 0;
     }
@@ -54,7 +54,7 @@ class Neighbors {
       const int32_t* stops = slices_.stops + rows[lane] * slices_.slices;
       for (int64_t slice = 0; slice < slices_.slices; ++slice) {
         const int64_t start = std::max(starts[slice], 0);
-        const int64_t stop = std::min<int64_t>(stops[slice], slices_.length);
+        const int64_t stop = std::min<int64_t>(stops[slice], slices_.points);
         if (start >= stop) continue;
         Interval& latest = intervals_[latest_[slice]];
         if (latest.start == start && latest.stop == stop) {
@@ -67,7 +67,7 @@ class Neighbors {
         }
       }
     }
-    size = std::min(size, slices_.length);
+    size = std::min(size, slices_.points);
     ids.reserve(size + kUnroll);
     seers.reserve(size + kUnroll);
     return found;

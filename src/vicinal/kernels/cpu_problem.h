@@ -1,4 +1,4 @@
-// What the torch side of the CPU back end (cpu.cpp) and its kernels (cpu_tiles.h) share.
+// What the torch side of the CPU back end (cpu.cpp) and its kernels (cpu_kernels.h) share.
 #pragma once
 
 #include <algorithm>
@@ -13,8 +13,8 @@ namespace vicinal {
 // Which points a query sees: row i sees order[starts[i, r]:stops[i, r]] for every r < slices.
 struct Slices {
   const int32_t *visits, *starts, *stops, *order;
-  int64_t rows, slices, length;
-  int64_t targets;  // what order's entries must stay below
+  int64_t rows, slices;
+  int64_t points;  // as many stand in order, and are numbered
 };
 
 // A [rows, heads, width] tensor whose channels stand side by side.
@@ -91,25 +91,35 @@ struct Work {
 // number of threads. Turns jump about the chunks, since neighbors share points and would wait.
 class Schedule {
  public:
-  Schedule(const Slices& queries, int64_t tile_queries, int64_t tiles_per_chunk)
+  Schedule(const Slices& queries, int64_t tile_queries, int64_t tiles_per_chunk, int64_t threads)
       : tiles((queries.rows + tile_queries - 1) / tile_queries),
         tiles_per_chunk(tiles_per_chunk),
         chunks((tiles + tiles_per_chunk - 1) / tiles_per_chunk),
         step_(coprime_step(chunks)),
         waits_for_(chunks),
         finished_(chunks, 0) {
-    find_shared_points(queries, tile_queries * tiles_per_chunk);
+    if (threads > 1) find_shared_points(queries, tile_queries * tiles_per_chunk);
   }
 
   int64_t take() { return __atomic_fetch_add(&next_, 1, __ATOMIC_RELAXED); }
   int64_t chunk_at(int64_t turn) const { return turn * step_ % chunks; }
 
-  // Turns are taken in order, so what is waited for is done or under way.
-  void await(int64_t turn) const {
-    for (int32_t earlier : waits_for_[turn])
-      while (!__atomic_load_n(&finished_[earlier], __ATOMIC_ACQUIRE)) std::this_thread::yield();
-  }
-  void finish(int64_t turn) { __atomic_store_n(&finished_[turn], 1, __ATOMIC_RELEASE); }
+  // Begins when all turns that this one waits for are over. Turns are taken in order, so those are
+  // over or under way; and a turn that ends with an exception ends as well.
+  class Turn {
+   public:
+    Turn(Schedule& schedule, int64_t turn) : finished_(schedule.finished_[turn]) {
+      for (int32_t earlier : schedule.waits_for_[turn])
+        while (!__atomic_load_n(&schedule.finished_[earlier], __ATOMIC_ACQUIRE))
+          std::this_thread::yield();
+    }
+    ~Turn() { __atomic_store_n(&finished_, 1, __ATOMIC_RELEASE); }
+    Turn(const Turn&) = delete;
+    Turn& operator=(const Turn&) = delete;
+
+   private:
+    uint8_t& finished_;
+  };
 
   const int64_t tiles, tiles_per_chunk, chunks;
 
@@ -121,7 +131,7 @@ class Schedule {
   }
 
   void find_shared_points(const Slices& queries, int64_t queries_per_chunk) {
-    std::vector<int32_t> last_turn(queries.length, -1), noted(chunks, -1);
+    std::vector<int32_t> last_turn(queries.points, -1), noted(chunks, -1);
     for (int64_t turn = 0; turn < chunks; ++turn) {
       const int64_t first = chunk_at(turn) * queries_per_chunk;
       const int64_t stop = std::min(first + queries_per_chunk, queries.rows);
@@ -136,7 +146,7 @@ class Schedule {
 
   void note(const Slices& queries, int64_t at, int32_t turn, std::vector<int32_t>& last_turn,
             std::vector<int32_t>& noted) {
-    const int64_t stop = std::min<int64_t>(queries.stops[at], queries.length);
+    const int64_t stop = std::min<int64_t>(queries.stops[at], queries.points);
     for (int64_t place = std::max(queries.starts[at], 0); place < stop; ++place) {
       const int32_t earlier = std::exchange(last_turn[place], turn);
       if (earlier < 0 || earlier == turn || noted[earlier] == turn) continue;

@@ -17,8 +17,8 @@ struct RowSearch {
   int32_t *starts, *stops;                 // [N, R]
 };
 
-// The first place from `hint` on or before it whose key is not below `key`. Doubles its steps away
-// from the hint, so it takes the logarithm of how far off that is.
+// The first place whose key is not below `key`. Walks away from `hint` in doubling steps, so it
+// takes the logarithm of how far off the hint is.
 inline int64_t first_not_below(const int64_t* keys, int64_t n_keys, int64_t key, int64_t hint) {
   int64_t low = hint, high = hint, step = 1;
   if (hint < n_keys && keys[hint] < key) {

@@ -122,7 +122,7 @@ class Tile {
         const int64_t window = b.windows[level];
         const uint32_t center = b.center_columns[near_.rows[lane] * b.levels + level];
         for (int64_t row = 0; row < b.level_rows[level]; ++row, ++at, slot += window) {
-          const int64_t stop = std::min<int64_t>(slices_.stops[at], slices_.length);
+          const int64_t stop = std::min<int64_t>(slices_.stops[at], slices_.points);
           for (int64_t place = std::max(slices_.starts[at], 0); place < stop; ++place) {
             // Columns are kept in 32 bits; how far apart two are comes out right all the same.
             const int64_t column = int32_t(b.point_columns[place] - center) + window / 2;
@@ -169,7 +169,7 @@ class Tile {
           differentiate(cell_seers_[u], cell_key(row_key, first + u), product, logits_[u], share);
           mass += share;
         }
-        accumulate(logits_.get(), rows_, count, p_.q.width, cell_sums_.get());
+        add_rows(logits_.get(), cell_seers_, rows_, count, p_.q.width, cell_sums_.get());
         for (int64_t u = 0; u < real; ++u) add_key_gradient(item * b.slots + first + u, head, logits_[u]);
       }
       first = stop;
@@ -202,7 +202,7 @@ class Tile {
     return padded(count);
   }
 
-  B cell_key(B row_key, int64_t slot) const { return row_key ^ uint32_t(slices_.targets + slot); }
+  B cell_key(B row_key, int64_t slot) const { return row_key ^ uint32_t(slices_.points + slot); }
 
   void add_key_gradient(int64_t row, int64_t head, V grad) {
     Real* out = static_cast<Real*>(p_.background.grad_key_parts) + (row * p_.heads + head) * p_.q.width;
@@ -237,7 +237,7 @@ class Tile {
     total_ *= shrink;
     for (int64_t c = 0; c < p_.v.width; ++c) value_sums_[c] *= shrink;
     for (int64_t u = 0; u < count; ++u) {
-      const V share = logits_[u] == lowest ? V{} : exponential<Real>(logits_[u] - base);
+      const V share = exponential<Real>(logits_[u] - base);
       total_ += share;
       logits_[u] = p_.dropout.active ? share * kept_weight<Real>(p_.dropout, key(u)) : share;
     }
@@ -301,8 +301,10 @@ class Tile {
     for (int64_t c = 0; c < p_.v.width; ++c) delta_ += value_sums_[c] * value_columns_[c];
     for (int lane = 0; lane < kLanes; ++lane) {
       const int64_t at = near_.rows[lane] * p_.heads + head;
-      top_[lane] = near_.rows[lane] < 0 ? 0 : static_cast<const Real*>(p_.lse)[at];
+      top_[lane] = 0;
       if (near_.rows[lane] < 0) continue;
+      const Real lse = static_cast<const Real*>(p_.lse)[at];
+      if (lse != -std::numeric_limits<Real>::infinity()) top_[lane] = lse;
       delta_[lane] -= static_cast<const Real*>(p_.grad_lse)[at];
     }
   }
@@ -394,11 +396,10 @@ void run_backward(const Problem& problem, Schedule& schedule) {
   Tile<T> tiles(problem);
   for (int64_t turn = schedule.take(); turn < schedule.chunks; turn = schedule.take()) {
     const int64_t chunk = schedule.chunk_at(turn);
-    schedule.await(turn);
+    const Schedule::Turn under_way(schedule, turn);
     const int64_t stop = std::min((chunk + 1) * schedule.tiles_per_chunk, schedule.tiles);
     for (int64_t tile = chunk * schedule.tiles_per_chunk; tile < stop; ++tile)
       tiles.backward(tile, chunk);
-    schedule.finish(turn);
   }
 }
 

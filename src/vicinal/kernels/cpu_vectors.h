@@ -150,12 +150,11 @@ constexpr Real inverse_factorial(int n) {
   return Real(1 / product);
 }
 
-// exp(x) for x of at most about 80: a power of two times the Taylor series of what remains, which
-// its last term bounds by less than a rounding error.
+// exp(x) for x of at most about 80: a power of two times the Taylor series of what remains, whose
+// next term is less than a rounding error. Zero where the result would be denormal; NaN stays NaN.
 template <typename Real>
 inline Vector<Real> exponential(Vector<Real> x) {
   using L = Lanes<Real>;
-  x = x < L::exp_lowest ? Vector<Real>{} + L::exp_lowest : x;  // NaN stays NaN
   const Vector<Real> shifted = x * Real(1.44269504088896340736) + L::round_magic;
   const Vector<Real> power = shifted - L::round_magic;
   const Vector<Real> rest = (x - power * L::ln2_high) - power * L::ln2_low;
@@ -163,7 +162,8 @@ inline Vector<Real> exponential(Vector<Real> x) {
 #pragma GCC unroll 13
   for (int term = L::exp_terms - 1; term >= 0; --term)
     sum = sum * rest + inverse_factorial<Real>(term);
-  return (Vector<Real>)((Bits<Real>)sum + ((Bits<Real>)shifted << L::mantissa));
+  const auto scaled = (Vector<Real>)((Bits<Real>)sum + ((Bits<Real>)shifted << L::mantissa));
+  return x >= L::exp_lowest ? scaled : x < L::exp_lowest ? Vector<Real>{} : x;
 }
 
 // The finaliser of A. Appleby's MurmurHash3 on 32 bits, whatever the width of the lanes.

@@ -81,8 +81,8 @@ def softmax(logits: Tensor, row: Tensor, n_rows: int) -> tuple[Tensor, Tensor]:
     top = torch.where(top.isfinite(), top, 0)
     exponentials = (logits - top.index_select(0, row)).exp()
     total = torch.zeros_like(top).index_add(0, row, exponentials)
-    nonempty = torch.where(total > 0, total, 1)
-    lse = torch.where(total > 0, nonempty.log() + top, -torch.inf)
+    nonempty = torch.where(total == 0, 1, total)
+    lse = torch.where(total == 0, -torch.inf, nonempty.log() + top)
     return exponentials / nonempty.index_select(0, row), lse
 
 
