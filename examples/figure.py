@@ -12,6 +12,7 @@ from matplotlib.collections import PatchCollection
 from matplotlib.colors import LinearSegmentedColormap, PowerNorm, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from examples.canvas import Canvas
@@ -53,7 +54,9 @@ def save_figure(
     axes = right.subplots(2, 2)
     for level, ax in enumerate(axes.flat):
         _draw_level(ax, level, canvas, pyramid, weights, query, norm)
-    bar = right.colorbar(ScalarMappable(norm, WEIGHTS), ax=axes, location="bottom", aspect=40)
+    bar = right.colorbar(
+        ScalarMappable(norm, WEIGHTS), ax=axes, location="bottom", aspect=40, ticks=MaxNLocator(5)
+    )
     bar.set_label("attention weight (last block, mean over heads); grey: outside the window")
     bar.outline.set_visible(False)
     figure.savefig(path, dpi=150)

@@ -102,12 +102,19 @@ def run(arguments: argparse.Namespace) -> None:
     encoder = Encoder()
 
     pyramid, plan = _prepare(canvas, encoder, arguments.digits)
-    print(f"\nOne block (E = {EMBED_DIM}, H = {HEADS}) beside gathering and projecting every cell")
+    print(
+        f"\nOne block (E = {EMBED_DIM}, H = {HEADS}, float32, {torch.get_num_threads()} threads) "
+        "beside gathering and projecting every cell.\n"
+        "Memory is the peak of the process above what it held before the call."
+    )
     with torch.no_grad():
         tile = encoder.embed(canvas.tile_with_most_ink(TILE))
     compare(encoder.blocks[0], tile, pyramid)
 
-    print(f"\nThe encoder: a stem, {BLOCKS} blocks that share the plan, a linear head")
+    print(
+        f"\nThe encoder: a stem, {BLOCKS} blocks that share the plan, a linear head.\n"
+        "It learns from small canvases of other digits and is tested on this one."
+    )
     _measure_step(encoder, canvas)
     with torch.no_grad():
         _print_score("before training", score(encoder(pyramid, plan), canvas))
