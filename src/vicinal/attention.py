@@ -169,11 +169,17 @@ def neighborhood_attention_weights(
     return NeighborhoodWeights(offsets, column[:n_pairs], weights[:n_pairs], empty)
 
 
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast is on for the device; there are devices that do not know it."""
+    known = torch.amp.is_autocast_available(device.type)
+    return known and torch.is_autocast_enabled(device.type)
+
+
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    device = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    device = tensors[0].device
+    if not autocasts(device):
         return tensors
-    dtype = torch.get_autocast_dtype(device)
+    dtype = torch.get_autocast_dtype(device.type)
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
 
 

@@ -15,7 +15,7 @@ from ._checks import (
     reads_contents,
     refuse,
 )
-from .attention import Background, neighborhood_attention
+from .attention import Background, autocasts, neighborhood_attention
 from .backends import check_backend
 from .kernels.reference import turn
 from .neighborhoods import (
@@ -219,13 +219,11 @@ class SparseNeighborhoodAttentionBlock(nn.Module):
         scales = level_scales(pyramid.level_shapes, centers)
         image = plan.query_batch.long().clamp(min=0)
         queries, offsets = [], []
-        for level, scale in enumerate(scales):
+        windows = window_offsets(self.neighborhood_sizes, self.position_dim)
+        for level, (scale, window) in enumerate(zip(scales, windows, strict=True)):
             position = _with_level((centers[level] + 0.5) / scale, level)
             at_center = self.pos_encoding(key[:, level].index_select(0, image), position)
             queries.append(turn(q, at_center[..., ::2], -at_center[..., 1::2]))
-            window = window_offsets(self.neighborhood_sizes[level : level + 1], self.position_dim)[
-                0
-            ]
             offsets.append(_with_level(window.to(scale) / scale, 0))
         ones = q.new_tensor([1.0, 0.0]).repeat(plan.window_slots, self.n_heads, q.shape[-1] // 2)
         cell_keys = self.pos_encoding(ones, torch.cat(offsets))
@@ -282,9 +280,8 @@ class SparseNeighborhoodAttentionBlock(nn.Module):
         return maps if isinstance(maps, FeaturePyramid) else FeaturePyramid.from_coo(maps, shapes)
 
     def _check_dtype(self, argument: str, value: Tensor) -> None:
-        dtype, device = self.norm.weight.dtype, value.device.type
-        casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        if value.dtype != dtype and not casts:
+        dtype = self.norm.weight.dtype
+        if value.dtype != dtype and not autocasts(value.device):
             refuse(argument, f"the dtype of the module, {dtype}", value)
 
     def _plan(

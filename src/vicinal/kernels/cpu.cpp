@@ -74,10 +74,15 @@ const Kernels& kernels() {
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
-    if (avx512 && capability == "avx512") return Kernels{avx512::tile_queries, avx512::attend, avx512::attend_backward, avx512::rotate};
-    if (avx2 && capability != "default") return Kernels{avx2::tile_queries, avx2::attend, avx2::attend_backward, avx2::rotate};
+    if (avx512 && capability == "avx512")
+      return Kernels{avx512::tile_queries, avx512::attend, avx512::attend_backward,
+                     avx512::rotate};
+    if (avx2 && capability != "default")
+      return Kernels{avx2::tile_queries, avx2::attend, avx2::attend_backward,
+                     avx2::rotate};
 #endif
-    return Kernels{baseline::tile_queries, baseline::attend, baseline::attend_backward, baseline::rotate};
+    return Kernels{baseline::tile_queries, baseline::attend, baseline::attend_backward,
+                   baseline::rotate};
   }();
   return chosen;
 }
@@ -181,17 +186,15 @@ class Arguments {
 
   void attend() const {
     const Storage storage = storage_of(q);
-    const int64_t tile_queries = kernels().tile_queries(storage);
-    share_out((problem.queries.rows + tile_queries - 1) / tile_queries, 1,
-              [&](Work& work) { kernels().attend(storage, problem, work); });
+    share_out(tiles(), 1, [&](Work& work) { kernels().attend(storage, problem, work); });
   }
 
+  // Enough chunks for the threads to take turns at, and no more than most_chunks. How many must not
+  // depend on the number of threads, or the order of the sums would.
   Schedule schedule(int64_t most_chunks) const {
-    const int64_t tile_queries = kernels().tile_queries(storage_of(q));
-    const int64_t tiles = (problem.queries.rows + tile_queries - 1) / tile_queries;
-    const int64_t least_tiles = (tiles + most_chunks - 1) / most_chunks;
-    const int64_t tiles_per_chunk = std::clamp<int64_t>(tiles / 64, 4, 32);
-    return Schedule(problem.queries, tile_queries, std::max(tiles_per_chunk, least_tiles),
+    const int64_t least_tiles = (tiles() + most_chunks - 1) / most_chunks;
+    const int64_t tiles_per_chunk = std::clamp<int64_t>(tiles() / 64, 4, 32);
+    return Schedule(problem.queries, tile_queries(), std::max(tiles_per_chunk, least_tiles),
                     torch::stable::get_num_threads());
   }
 
@@ -205,6 +208,9 @@ class Arguments {
   Tensors background;  // query, key, value, contiguous; or none
 
  private:
+  int64_t tile_queries() const { return kernels().tile_queries(storage_of(q)); }
+  int64_t tiles() const { return (problem.queries.rows + tile_queries() - 1) / tile_queries(); }
+
   void set_dropout(const Tensor& seed, double rate) {
     STD_TORCH_CHECK(seed.scalar_type() == ScalarType::Long && seed.numel() == 1,
                     "vicinal: seed must be one int64");
