@@ -9,6 +9,10 @@
 #include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/Half.h>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
@@ -20,7 +24,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "cpu_problem.h"
+#include "cpu_cells.h"
 #include "cpu_search.h"
 
 #define VICINAL_ISA baseline
@@ -59,9 +63,8 @@ using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
 
 struct Kernels {
-  int64_t (*tile_queries)(Storage);
-  void (*attend)(Storage, const Problem&, Work&);
-  void (*attend_backward)(Storage, const Problem&, Schedule&);
+  void (*attend)(const Problem&, Work&);
+  void (*attend_backward)(const Problem&, Schedule&);
   void (*rotate)(Storage, const Rotation&, Work&, bool forward);
 };
 
@@ -75,13 +78,13 @@ const Kernels& kernels() {
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
     if (avx512 && capability == "avx512")
-      return Kernels{avx512::tile_queries, avx512::attend, avx512::attend_backward,
+      return Kernels{avx512::attend, avx512::attend_backward,
                      avx512::rotate};
     if (avx2 && capability != "default")
-      return Kernels{avx2::tile_queries, avx2::attend, avx2::attend_backward,
+      return Kernels{avx2::attend, avx2::attend_backward,
                      avx2::rotate};
 #endif
-    return Kernels{baseline::tile_queries, baseline::attend, baseline::attend_backward,
+    return Kernels{baseline::attend, baseline::attend_backward,
                    baseline::rotate};
   }();
   return chosen;
@@ -101,6 +104,20 @@ ScalarType sum_type(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
+// An uninitialised tensor. A large one is fresh memory, which the system hands out page by page as it
+// is touched: that takes longer than to fill it, unless the pages are large.
+Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
+  Tensor made = torch::stable::new_empty(like, sizes, type);
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t kPage = 1 << 21;
+  const uintptr_t data = reinterpret_cast<uintptr_t>(made.data_ptr());
+  const uintptr_t first = (data + kPage - 1) / kPage * kPage;
+  const uintptr_t last = (data + made.numel() * made.element_size()) / kPage * kPage;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+  return made;
+}
+
 // A contiguous tensor's rows, or a view's whose channels stand side by side; others are copied.
 Tensor side_by_side(const Tensor& x) {
   STD_TORCH_CHECK(x.dim() == 3, "vicinal: expected a tensor of 3 dimensions");
@@ -108,13 +125,13 @@ Tensor side_by_side(const Tensor& x) {
 }
 
 Rows rows_of(const Tensor& x) {
-  return {x.data_ptr(), x.stride(0), x.stride(1), x.size(2)};
+  return {x.data_ptr(), x.size(1), x.size(2), x.stride(0), x.stride(1), storage_of(x)};
 }
 
 // A contiguous tensor of more dimensions as [rows, heads, width].
 Rows folded_rows(const Tensor& x) {
   const int64_t heads = x.size(x.dim() - 2), width = x.size(x.dim() - 1);
-  return {x.data_ptr(), heads * width, width, width};
+  return {x.data_ptr(), heads, width, heads * width, width, storage_of(x)};
 }
 
 const int32_t* indices(const Tensor& x, int64_t numel) {
@@ -174,6 +191,9 @@ class Arguments {
     problem.k = rows_of(this->k);
     problem.v = rows_of(this->v);
     problem.queries = slices_of(plan, n, points);
+    // A few queries are spread over more tiles, for the threads to share. How large tiles are must
+    // not depend on the number of threads, or the order of sums would.
+    problem.tile_queries = std::clamp<int64_t>(n / 64, 4, kMaxTile);
     if (query_mask) {
       mask_ = torch::stable::contiguous(*query_mask);
       STD_TORCH_CHECK(mask_.scalar_type() == ScalarType::Bool && mask_.numel() == n,
@@ -185,22 +205,20 @@ class Arguments {
   }
 
   void attend() const {
-    const Storage storage = storage_of(q);
-    share_out(tiles(), 1, [&](Work& work) { kernels().attend(storage, problem, work); });
+    share_out(tiles(), 1, [&](Work& work) { kernels().attend(problem, work); });
   }
 
-  // Enough chunks for the threads to take turns at, and no more than most_chunks. How many must not
-  // depend on the number of threads, or the order of the sums would.
+  // At most `most_chunks`. How many must not depend on the number of threads, or the order of the sums
+  // would.
   Schedule schedule(int64_t most_chunks) const {
-    const int64_t least_tiles = (tiles() + most_chunks - 1) / most_chunks;
-    const int64_t tiles_per_chunk = std::clamp<int64_t>(tiles() / 64, 4, 32);
-    return Schedule(problem.queries, tile_queries(), std::max(tiles_per_chunk, least_tiles),
+    const int64_t tiles_per_chunk = std::max<int64_t>(1, (tiles() + most_chunks - 1) / most_chunks);
+    return Schedule(problem.queries, problem.tile_queries, tiles_per_chunk,
                     torch::stable::get_num_threads());
   }
 
   void attend_backward(Schedule& schedule) const {
     on_threads(schedule.chunks,
-               [&] { kernels().attend_backward(storage_of(q), problem, schedule); });
+               [&] { kernels().attend_backward(problem, schedule); });
   }
 
   Problem problem;
@@ -208,8 +226,9 @@ class Arguments {
   Tensors background;  // query, key, value, contiguous; or none
 
  private:
-  int64_t tile_queries() const { return kernels().tile_queries(storage_of(q)); }
-  int64_t tiles() const { return (problem.queries.rows + tile_queries() - 1) / tile_queries(); }
+  int64_t tiles() const {
+    return (problem.queries.rows + problem.tile_queries - 1) / problem.tile_queries;
+  }
 
   void set_dropout(const Tensor& seed, double rate) {
     STD_TORCH_CHECK(seed.scalar_type() == ScalarType::Long && seed.numel() == 1,
@@ -260,7 +279,7 @@ std::tuple<Tensor, Tensor> forward(
     double scale, double dropout_p) {
   Arguments arguments(q, k, v, query_mask, seed, background, plan, windows, position_dim, scale,
                       dropout_p);
-  Tensor out = torch::stable::new_empty(q, {q.size(0), q.size(1), v.size(2)});
+  Tensor out = new_tensor(q, {q.size(0), q.size(1), v.size(2)}, q.scalar_type());
   Tensor lse = torch::stable::new_empty(q, {q.size(0), q.size(1)}, sum_type(q));
   arguments.problem.out = rows_of(out);
   arguments.problem.lse = lse.data_ptr();
@@ -269,7 +288,8 @@ std::tuple<Tensor, Tensor> forward(
 }
 
 Tensor zeros_like_sums(const Tensor& x) {
-  return torch::stable::new_zeros(x, {x.size(0), x.size(1), x.size(2)}, sum_type(x));
+  Tensor zeros = new_tensor(x, {x.size(0), x.size(1), x.size(2)}, sum_type(x));
+  return torch::stable::zero_(zeros);
 }
 
 // Zeros like x, once for each of the items, in the type of the sums.
@@ -304,7 +324,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> backward(
                       grad_out.scalar_type() == q.scalar_type() &&
                       lse.scalar_type() == sum_type(q) && grad_lse.scalar_type() == sum_type(q),
                   "vicinal: out, lse and their gradients do not fit q and v");
-  Tensor grad_q = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)});
+  Tensor grad_q = new_tensor(q, {q.size(0), q.size(1), q.size(2)}, q.scalar_type());
   // Points collect their shares from many tiles, and do so in the type of the sums.
   Tensor grad_k = zeros_like_sums(k), grad_v = zeros_like_sums(v);
   p.out = rows_of(out);
@@ -326,8 +346,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> backward(
     Tensor key = zero_parts(given[1], schedule.chunks);
     Tensor value = zero_parts(given[2], schedule.chunks);
     p.background.grad_query = folded_rows(query);
-    p.background.grad_key_parts = key.data_ptr();
-    p.background.grad_value_parts = value.data_ptr();
+    p.background.grad_key_parts = folded_rows(key);
+    p.background.grad_value_parts = folded_rows(value);
     arguments.attend_backward(schedule);
     grads = {query, total(key, given[1]), total(value, given[2])};
   }
@@ -366,7 +386,7 @@ struct RotationArguments {
 Tensor rotate(Tensor x, Tensor coordinates, Tensor frequencies) {
   RotationArguments arguments(x, coordinates, frequencies);
   const Tensor in = side_by_side(x);
-  Tensor out = torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2)});
+  Tensor out = new_tensor(x, {x.size(0), x.size(1), x.size(2)}, x.scalar_type());
   arguments.rotation.x = rows_of(in);
   arguments.rotation.out = rows_of(out);
   arguments.run(in, true);
@@ -383,7 +403,7 @@ std::tuple<Tensor, Tensor, Tensor> rotate_backward(Tensor grad_out, Tensor out, 
                       grad.scalar_type() == out.scalar_type(),
                   "vicinal: out and its gradient do not fit each other");
   const int64_t items = (out.size(0) + kRowsPerItem - 1) / kRowsPerItem;
-  Tensor grad_x = torch::stable::new_empty(out, {out.size(0), out.size(1), out.size(2)});
+  Tensor grad_x = new_tensor(out, {out.size(0), out.size(1), out.size(2)}, out.scalar_type());
   Tensor grad_coordinates = torch::stable::empty_like(coordinates);
   Tensor parts = zero_parts(frequencies, items);
   r.out = rows_of(out);

@@ -1,99 +1,95 @@
-// What a tile of queries sees, for one instruction set: see cpu_vectors.h.
+// What a tile of queries sees.
+#pragma once
 
-namespace vicinal::VICINAL_ISA {
+#include "cpu_problem.h"
 
-// The rows of a tile of kLanes queries, and the union of the points they see. Slices, orders and
-// visits may hold anything: nothing but valid rows and ids comes out.
-template <int kLanes>
+namespace vicinal {
+
+constexpr int kMaxTile = 128;  // queries in a tile, at most
+
+// Slots of what a query sees; filled up with slot 0.
+struct List {
+  const int32_t* slots;
+  int64_t count;
+};
+
+// The queries of a tile, the points that any of them sees, numbered by slots, and for each query
+// the slots of what it sees. Slices, orders and visits may hold anything: nothing but valid rows and
+// points comes out. Slot 0 is nobody's: lists are filled up with it to a multiple of `step`.
 class Neighbors {
  public:
-  explicit Neighbors(const Slices& slices)
-      : slices_(slices),
-        intervals_(kLanes * slices.slices + 1),
-        latest_(slices.slices),
-        order_(kLanes * slices.slices) {}
+  Neighbors(const Slices& slices, int64_t tile_queries, int64_t step)
+      : slices_(slices), tile_queries_(tile_queries), step_(step), slot_of_(slices.points) {}
 
-  // Finds the tile's rows and the union of what they see.
   void find(int64_t tile, const bool* mask) {
-    present = 0;
-    for (int lane = 0; lane < kLanes; ++lane) {
-      const int64_t place = tile * kLanes + lane;
-      const int64_t row = place < slices_.rows ? slices_.visits[place] : -1;
-      rows[lane] = row >= 0 && row < slices_.rows ? row : -1;
-      if (rows[lane] >= 0 && !(mask && mask[row])) present |= 1u << lane;
+    const int64_t most = 1 + reserve_lists(tile, mask);
+    points.reserve(most);
+    places_.reserve(most);
+    points[0] = places_[0] = -1;
+    slot_count = 1;
+    int64_t end = 0;
+    for (int lane = 0; lane < tile_queries_; ++lane) {
+      first_[lane] = end;
+      if (present[lane]) end = add(rows[lane], end);
+      counts_[lane] = end - first_[lane];
+      for (; end % step_; ++end) slots_[end] = 0;
     }
-    merge(collect());
-    for (int64_t u = 0; u < count; ++u) {
-      if (ids[u] >= 0 && ids[u] < slices_.points) continue;
-      ids[u] = 0;
-      seers[u] = 0;
-    }
-    for (; count % kUnroll; ++count) ids[count] = 0, seers[count] = 0;
   }
 
-  int64_t rows[kLanes];    // the tile's queries, -1 where it has fewer
-  uint32_t present = 0;    // a bit per lane whose query takes part
-  int64_t count = 0;       // of the union, padded to kUnroll with points that nobody sees
-  Buffer<int32_t> ids;     // the union's points
-  Buffer<uint32_t> seers;  // a bit per lane that sees the point
+  List list(int lane) const { return {slots_.get() + first_[lane], counts_[lane]}; }
+
+  int64_t rows[kMaxTile];   // the tile's queries, -1 where it has fewer
+  bool present[kMaxTile];   // whether they take part
+  Buffer<int32_t> points;   // of every slot
+  int64_t slot_count = 1;
 
  private:
-  struct Interval {
-    int64_t start, stop;
-    uint32_t lanes;
-  };
 
-  // Rows that fall into one cell of a level have equal slices there: those are listed once.
-  int64_t collect() {
-    int64_t found = 0, size = 0;
-    std::fill_n(latest_.get(), slices_.slices, 0);
-    intervals_[0] = {-1, -1, 0};
-    for (int lane = 0; lane < kLanes; ++lane) {
-      if (!(present >> lane & 1)) continue;
-      const int32_t* starts = slices_.starts + rows[lane] * slices_.slices;
-      const int32_t* stops = slices_.stops + rows[lane] * slices_.slices;
-      for (int64_t slice = 0; slice < slices_.slices; ++slice) {
-        const int64_t start = std::max(starts[slice], 0);
-        const int64_t stop = std::min<int64_t>(stops[slice], slices_.points);
-        if (start >= stop) continue;
-        Interval& latest = intervals_[latest_[slice]];
-        if (latest.start == start && latest.stop == stop) {
-          latest.lanes |= 1u << lane;
-        } else {
-          order_[found] = start << 32 | (found + 1);
-          intervals_[++found] = {start, stop, 1u << lane};
-          latest_[slice] = found;
-          size += stop - start;
-        }
-      }
+  // Finds the rows and makes room for their lists. Returns how many different points at most.
+  int64_t reserve_lists(int64_t tile, const bool* mask) {
+    int64_t total = 0;
+    for (int lane = 0; lane < tile_queries_; ++lane) {
+      const int64_t place = tile * tile_queries_ + lane;
+      const int64_t row = place < slices_.rows ? slices_.visits[place] : -1;
+      rows[lane] = row >= 0 && row < slices_.rows ? row : -1;
+      present[lane] = rows[lane] >= 0 && !(mask && mask[row]);
+      if (!present[lane]) continue;
+      for (int64_t at = row * slices_.slices; at < (row + 1) * slices_.slices; ++at)
+        total += std::max<int64_t>(slices_.stop(at) - slices_.start(at), 0);
     }
-    size = std::min(size, slices_.points);
-    ids.reserve(size + kUnroll);
-    seers.reserve(size + kUnroll);
-    return found;
+    slots_.reserve(total + tile_queries_ * step_);
+    return std::min(total, slices_.points);
   }
 
-  void merge(int64_t n_intervals) {
-    sort_numbers(order_.get(), n_intervals);
-    count = 0;
-    int64_t listed = -1;  // what has been listed ends before this place in the order
-    for (int64_t index = 0; index < n_intervals; ++index) {
-      const Interval& interval = intervals_[order_[index] & 0xFFFFFFFF];
-      listed = std::max(listed, interval.start);
-      for (; listed < interval.stop; ++listed, ++count) {
-        ids[count] = slices_.order[listed];
-        seers[count] = 0;
+  int64_t add(int64_t row, int64_t end) {
+    for (int64_t at = row * slices_.slices; at < (row + 1) * slices_.slices; ++at)
+      for (int64_t place = slices_.start(at), stop = slices_.stop(at); place < stop; ++place) {
+        const int32_t slot = slot_at(place);
+        slots_[end] = slot;
+        end += slot > 0;
       }
-      const int64_t shift = count - listed;
-      for (int64_t place = interval.start; place < interval.stop; ++place)
-        seers[place + shift] |= interval.lanes;
-    }
+    return end;
+  }
+
+  // The slot of the point at a place of the order, a new one if it has none yet; 0 if there is no
+  // such point. What an earlier tile left in `slot_of_` does not lead back here.
+  int32_t slot_at(int64_t place) {
+    const int32_t slot = slot_of_[place];
+    if (slot < slot_count && places_[slot] == place) return slot;
+    const int32_t point = slices_.order[place];
+    if (point < 0 || point >= slices_.points) return 0;
+    points[slot_count] = point;
+    places_[slot_count] = int32_t(place);
+    slot_of_[place] = slot_count;
+    return slot_count++;
   }
 
   const Slices& slices_;
-  Buffer<Interval> intervals_;  // the first is a dummy
-  Buffer<int32_t> latest_;      // each slice's last interval
-  Buffer<uint64_t> order_;      // of the intervals: start in the high half, number in the low
+  const int64_t tile_queries_, step_;
+  int64_t first_[kMaxTile], counts_[kMaxTile];  // of each query among slots_
+  Buffer<int32_t> slots_;
+  Buffer<int32_t> places_;        // of every slot, in the order
+  std::vector<int32_t> slot_of_;  // of every place
 };
 
-}  // namespace vicinal::VICINAL_ISA
+}  // namespace vicinal

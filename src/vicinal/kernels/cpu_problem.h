@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <new>
 #include <numeric>
 #include <thread>
 #include <utility>
@@ -10,17 +11,49 @@
 
 namespace vicinal {
 
+// Uninitialised memory that grows.
+template <typename T>
+class Buffer {
+ public:
+  Buffer() = default;
+  explicit Buffer(int64_t count) { reserve(count); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  ~Buffer() { ::operator delete(data_, std::align_val_t(64)); }
+  void reserve(int64_t count) {
+    if (count <= capacity_) return;
+    void* grown = ::operator new(2 * count * sizeof(T), std::align_val_t(64));
+    ::operator delete(data_, std::align_val_t(64));
+    data_ = static_cast<T*>(grown);
+    capacity_ = 2 * count;
+  }
+  T* get() { return data_; }
+  const T* get() const { return data_; }
+  T& operator[](int64_t index) { return data_[index]; }
+
+ private:
+  T* data_ = nullptr;
+  int64_t capacity_ = 0;
+};
+
 // Which points a query sees: row i sees order[starts[i, r]:stops[i, r]] for every r < slices.
 struct Slices {
   const int32_t *visits, *starts, *stops, *order;
   int64_t rows, slices;
   int64_t points;  // as many stand in order, and are numbered
+
+  // Within the order, whatever the slices hold.
+  int64_t start(int64_t at) const { return std::max(starts[at], 0); }
+  int64_t stop(int64_t at) const { return std::min<int64_t>(stops[at], points); }
 };
+
+enum class Storage { float32, float64, float16, bfloat16 };
 
 // A [rows, heads, width] tensor whose channels stand side by side.
 struct Rows {
   void* data = nullptr;
-  int64_t row_stride = 0, head_stride = 0, width = 0;
+  int64_t heads = 0, width = 0, row_stride = 0, head_stride = 0;
+  Storage storage = Storage::float32;
 };
 
 struct Dropout {
@@ -40,12 +73,12 @@ struct Background {
   const int64_t* level_rows = nullptr;   // [L], window rows, w ** (P - 1)
   const int32_t *query_batch = nullptr, *center_columns = nullptr, *point_columns = nullptr;
   // Backward only. Partial sums are per chunk of tiles, so that threads share none of them.
-  Rows grad_query;                                            // like query
-  void *grad_key_parts = nullptr, *grad_value_parts = nullptr;  // [chunks, K | B * L, H, d | dv]
+  Rows grad_query;                        // like query
+  Rows grad_key_parts, grad_value_parts;  // [chunks * K, H, d], [chunks * B * L, H, dv]
 };
 
 struct Problem {
-  int64_t heads = 0;
+  int64_t heads = 0, tile_queries = 0;
   double scale = 1;
   Slices queries;
   const bool* query_mask = nullptr;
@@ -68,12 +101,6 @@ struct Rotation {
   void *grad_coordinates = nullptr, *grad_frequency_parts = nullptr;  // [n, C], [items, C, pairs]
 };
 
-enum class Storage { float32, float64, float16, bfloat16 };
-
-inline void sort_numbers(uint64_t* numbers, int64_t count) {
-  std::sort(numbers, numbers + count);
-}
-
 // Threads take items one by one until none is left; an item is a run of tiles (or of rows).
 struct Work {
   Work(int64_t tiles, int64_t tiles_per_item)
@@ -86,9 +113,9 @@ struct Work {
   int64_t take() { return __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED); }
 };
 
-// The order in which chunks of tiles add to the gradients of points. A chunk waits for those before
-// it that share a point with it, so a point's gradient is summed in the same order whatever the
-// number of threads. Turns jump about the chunks, since neighbors share points and would wait.
+// The order in which chunks of tiles add to the gradients of points. Before it adds, a chunk waits for
+// those before it that share a point with it, so a point's gradient is summed in the same order
+// whatever the number of threads. Turns jump about the chunks, since neighbors share points.
 class Schedule {
  public:
   Schedule(const Slices& queries, int64_t tile_queries, int64_t tiles_per_chunk, int64_t threads)
@@ -104,21 +131,28 @@ class Schedule {
   int64_t take() { return __atomic_fetch_add(&next_, 1, __ATOMIC_RELAXED); }
   int64_t chunk_at(int64_t turn) const { return turn * step_ % chunks; }
 
-  // Begins when all turns that this one waits for are over. Turns are taken in order, so those are
-  // over or under way; and a turn that ends with an exception ends as well.
+  // A chunk's part in the order: over when it goes out of scope, also by an exception.
   class Turn {
    public:
-    Turn(Schedule& schedule, int64_t turn) : finished_(schedule.finished_[turn]) {
-      for (int32_t earlier : schedule.waits_for_[turn])
-        while (!__atomic_load_n(&schedule.finished_[earlier], __ATOMIC_ACQUIRE))
-          std::this_thread::yield();
-    }
-    ~Turn() { __atomic_store_n(&finished_, 1, __ATOMIC_RELEASE); }
+    Turn(Schedule& schedule, int64_t turn)
+        : waits_for_(schedule.waits_for_[turn]),
+          finished_(schedule.finished_.data()),
+          own_(schedule.finished_[turn]) {}
+    ~Turn() { __atomic_store_n(&own_, 1, __ATOMIC_RELEASE); }
     Turn(const Turn&) = delete;
     Turn& operator=(const Turn&) = delete;
 
+    // Returns when all turns that this one waits for are over. Turns are taken in order, so those
+    // are over or under way.
+    void wait() const {
+      for (int32_t earlier : waits_for_)
+        while (!__atomic_load_n(finished_ + earlier, __ATOMIC_ACQUIRE)) std::this_thread::yield();
+    }
+
    private:
-    uint8_t& finished_;
+    const std::vector<int32_t>& waits_for_;
+    const uint8_t* finished_;
+    uint8_t& own_;
   };
 
   const int64_t tiles, tiles_per_chunk, chunks;
@@ -131,7 +165,7 @@ class Schedule {
   }
 
   void find_shared_points(const Slices& queries, int64_t queries_per_chunk) {
-    std::vector<int32_t> last_turn(queries.points, -1), noted(chunks, -1);
+    std::vector<int32_t> last_turn(queries.points / kShared + 1, -1), noted(chunks, -1);
     for (int64_t turn = 0; turn < chunks; ++turn) {
       const int64_t first = chunk_at(turn) * queries_per_chunk;
       const int64_t stop = std::min(first + queries_per_chunk, queries.rows);
@@ -146,14 +180,18 @@ class Schedule {
 
   void note(const Slices& queries, int64_t at, int32_t turn, std::vector<int32_t>& last_turn,
             std::vector<int32_t>& noted) {
-    const int64_t stop = std::min<int64_t>(queries.stops[at], queries.points);
-    for (int64_t place = std::max(queries.starts[at], 0); place < stop; ++place) {
-      const int32_t earlier = std::exchange(last_turn[place], turn);
+    const int64_t start = queries.start(at), stop = queries.stop(at);
+    if (start >= stop) return;
+    for (int64_t run = start / kShared; run <= (stop - 1) / kShared; ++run) {
+      const int32_t earlier = std::exchange(last_turn[run], turn);
       if (earlier < 0 || earlier == turn || noted[earlier] == turn) continue;
       noted[earlier] = turn;
       waits_for_[turn].push_back(earlier);
     }
   }
+
+  // Points are told apart by runs of the order: to wait for a neighbor does no harm.
+  static constexpr int64_t kShared = 8;
 
   const int64_t step_;
   int64_t next_ = 0;

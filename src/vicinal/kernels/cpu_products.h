@@ -1,141 +1,102 @@
-// The products of which attention consists, for one instruction set: see cpu_vectors.h.
+// The products of which attention consists, on packed rows: see cpu_layout.h.
 //
-// Lanes are queries. "Rows" are of neighbors, one scalar at a time broadcast against all lanes;
-// "columns" hold a channel of every lane.
+// `slots` number the rows of neighbors, kStep of them at a time.
 
 namespace vicinal::VICINAL_ISA {
 
-constexpr int kUnroll = 8;     // rows that an inner loop works on at a time
-constexpr int kChannels = 16;  // sums over rows that it keeps in registers
-constexpr int kBlock = 128;    // neighbors whose logits are held at a time; a multiple of kUnroll
+constexpr int kUnroll = 8;  // rows that an inner loop works on at a time
 
-inline int64_t padded(int64_t count) { return (count + kUnroll - 1) / kUnroll * kUnroll; }
+// Lists of neighbors are filled up to a multiple of this.
+template <typename L>
+constexpr int kStep = L::kSpan > kUnroll ? L::kSpan : kUnroll;
 
-// All ones in the lanes whose bit is set.
-template <typename Real>
-inline auto lane_mask(uint32_t lanes) {
-  Bits<Real> bit;
-  for (int lane = 0; lane < n_lanes<Real>; ++lane) bit[lane] = 1u << lane;
-  return (bit & lanes) != 0;
+template <typename L>
+struct PackedRows {
+  Vector<typename L::Real>* data;
+  int64_t vectors;  // in each
+
+  Vector<typename L::Real>* row(int64_t slot) const { return data + slot * vectors; }
+};
+
+// Calls body(first, chunk) for all vectors of a row, four at a time where there are as many.
+template <typename Body>
+inline void for_chunks(int64_t vectors, const Body& body) {
+  int64_t first = 0;
+  for (; first + 4 <= vectors; first += 4) body(first, std::integral_constant<int, 4>());
+  for (; first < vectors; ++first) body(first, std::integral_constant<int, 1>());
 }
 
-// Neighbors are scattered over memory: their rows are asked for one step ahead.
-template <typename Real>
-inline void prefetch(const Real* row, int64_t width) {
-  for (int64_t c = 0; c < width; c += 64 / sizeof(Real)) __builtin_prefetch(row + c);
-}
-
-// out[u] = sum over c of rows[u][c] * columns[c]; count is padded.
-template <typename Real>
-inline void multiply(const Real* const* rows, int64_t count, int64_t width,
-                     const Vector<Real>* columns, Vector<Real>* out) {
-  for (int64_t u = 0; u < count; u += kUnroll) {
-    Vector<Real> sums[kUnroll] = {};
-    const Real* row[kUnroll];
-    for (int j = 0; j < kUnroll; ++j) row[j] = rows[u + j];
-    if (u + kUnroll < count)
-      for (int j = 0; j < kUnroll; ++j) prefetch(rows[u + kUnroll + j], width);
-    for (int64_t c = 0; c < width; ++c) {
-      const Vector<Real> column = columns[c];
-#pragma GCC unroll 8
-      for (int j = 0; j < kUnroll; ++j) sums[j] += row[j][c] * column;
-    }
-#pragma GCC unroll 8
-    for (int j = 0; j < kUnroll; ++j) out[u + j] = sums[j];
-  }
-}
-
-// out[c] += sum over u of weights[u] * rows[u][c], for kChannels channels from c on.
-template <int kChannels, typename Real>
-__attribute__((noinline)) void accumulate_channels(const Vector<Real>* weights,
-                                                   const Real* const* rows, int64_t count,
-                                                   int64_t c, Vector<Real>* out) {
-  Vector<Real> sums[kChannels];
+// out[u / kSpan], lane (head, u % kSpan): the sum over channels of rows[slots[u]] * column.
+template <typename L, typename Real = typename L::Real>
+inline void multiply(const PackedRows<L>& rows, const int32_t* slots, int64_t count,
+                     const Vector<Real>* column, Vector<Real>* out) {
+  for (int64_t u = 0; u < count; u += kStep<L>) {
+    Vector<Real> sums[kStep<L>] = {};
+    for_chunks(rows.vectors, [&](int64_t first, auto chunk) {
 #pragma GCC unroll 16
-  for (int j = 0; j < kChannels; ++j) sums[j] = out[c + j];
-  for (int64_t u = 0; u < count; ++u) {
-    const Vector<Real> weight = weights[u];
-    const Real* row = rows[u] + c;
-    __builtin_prefetch(rows[std::min(u + kUnroll, count - 1)] + c);
-#pragma GCC unroll 16
-    for (int j = 0; j < kChannels; ++j) sums[j] += row[j] * weight;
-  }
-#pragma GCC unroll 16
-  for (int j = 0; j < kChannels; ++j) out[c + j] = sums[j];
-}
-
-template <typename Real>
-inline void accumulate(const Vector<Real>* weights, const Real* const* rows, int64_t count,
-                       int64_t width, Vector<Real>* out) {
-  int64_t c = 0;
-  for (; c + kChannels <= width; c += kChannels)
-    accumulate_channels<kChannels>(weights, rows, count, c, out);
-  for (; c < width; ++c) accumulate_channels<1>(weights, rows, count, c, out);
-}
-
-// The same where rows may hold what is not finite: zero times that is not zero, so lanes that do
-// not see a row must be kept from it.
-template <typename Real>
-inline void accumulate_seen(const Vector<Real>* weights, const uint32_t* seers,
-                            const Real* const* rows, int64_t count, int64_t width,
-                            Vector<Real>* out) {
-  for (int64_t u = 0; u < count; ++u)
-    for (int64_t c = 0; c < width; ++c)
-      out[c] += lane_mask<Real>(seers[u]) ? rows[u][c] * weights[u] : Vector<Real>{};
-}
-
-// Whether all lanes of all vectors are finite.
-template <typename Real>
-inline bool all_finite(const Vector<Real>* vectors, int64_t count) {
-  Vector<Real> zeros{};
-  for (int64_t index = 0; index < count; ++index) zeros += vectors[index] * 0;
-  bool finite = true;
-  for (int lane = 0; lane < n_lanes<Real>; ++lane) finite &= zeros[lane] == 0;
-  return finite;
-}
-
-// out[j] = sum over lanes of weights[j][lane] * rows[lane], kUnroll sums of a vector of channels.
-template <bool kFinite, typename Real>
-inline void outer(const Vector<Real>* weights, const Real* rows, int64_t stride,
-                  Vector<Real>* out) {
-  const Real* scalars = reinterpret_cast<const Real*>(weights);
-  Vector<Real> sums[kUnroll] = {};
+      for (int key = 0; key < kStep<L>; ++key) {
+        const Vector<Real>* row = rows.row(slots[u + key]) + first;
+        for (int j = 0; j < chunk; ++j) sums[key] += row[j] * column[first + j];
+      }
+    });
 #pragma GCC unroll 4
-  for (int lane = 0; lane < n_lanes<Real>; ++lane) {
-    const Vector<Real> row = load(rows + lane * stride);
-#pragma GCC unroll 8
-    for (int j = 0; j < kUnroll; ++j) {
-      const Real weight = scalars[j * n_lanes<Real> + lane];
-      if (kFinite || weight != 0) sums[j] += weight * row;
-    }
-  }
-#pragma GCC unroll 8
-  for (int j = 0; j < kUnroll; ++j) out[j] = sums[j];
-}
-
-// Adds the first `width` lanes of a vector to a row.
-template <typename Real>
-inline void add_to(Real* row, Vector<Real> sum, int64_t width) {
-  if (width == n_lanes<Real>) {
-    store<Real, Real>(row, load(row) + sum);
-  } else {
-    for (int64_t c = 0; c < width; ++c) row[c] += sum[c];
+    for (int key = 0; key < kStep<L>; key += L::kSpan) *out++ = sum_across<L>(sums + key);
   }
 }
 
-// The lanes' rows from columns, one after another, with zeros up to the stride.
-template <typename Real>
-inline void columns_to_rows(const Vector<Real>* columns, int64_t width, Real* rows,
-                            int64_t stride) {
-  constexpr int kLanes = n_lanes<Real>;
-  for (int64_t c = 0; c < stride; c += kLanes) {
-    Vector<Real> block[kLanes];
-    for (int lane = 0; lane < kLanes; ++lane)
-      block[lane] = c + lane < width ? columns[c + lane] : Vector<Real>{};
-    transpose<Real>(block);
-    for (int lane = 0; lane < kLanes; ++lane)
-      store<Real, Real>(rows + lane * stride + c, block[lane]);
-  }
+// Calls body(weight, slot, parity) for each of the neighbors, weight in all lanes of its head.
+template <typename L, typename Body>
+inline void for_neighbors(const Vector<typename L::Real>* weights, const int32_t* slots,
+                          int64_t count, const Body& body) {
+  for (int64_t u = 0; u < count; u += L::kSpan, ++weights)
+    [&]<int... key>(std::integer_sequence<int, key...>) {
+      (body(spread<L, key>(*weights), slots[u + key], key % 2), ...);
+    }(std::make_integer_sequence<int, L::kSpan>());
+}
+
+// out += sum over u of weights[u] * rows[slots[u]].
+template <typename L, typename Real = typename L::Real>
+inline void accumulate(const Vector<Real>* weights, const int32_t* slots, int64_t count,
+                       const PackedRows<L>& rows, Vector<Real>* out) {
+  for_chunks(rows.vectors, [&](int64_t first, auto chunk) {
+    Vector<Real> sums[2][chunk];  // two, so that additions need not wait for one another
+    for (int j = 0; j < chunk; ++j) sums[0][j] = out[first + j], sums[1][j] = Vector<Real>{};
+    for_neighbors<L>(weights, slots, count, [&](Vector<Real> weight, int64_t slot, int parity) {
+      const Vector<Real>* row = rows.row(slot) + first;
+      for (int j = 0; j < chunk; ++j) sums[parity][j] += weight * row[j];
+    });
+    for (int j = 0; j < chunk; ++j) out[first + j] = sums[0][j] + sums[1][j];
+  });
+}
+
+// rows[slots[u]] += weights[u] * column, for all u.
+template <typename L, typename Real = typename L::Real>
+inline void distribute(const Vector<Real>* weights, const int32_t* slots, int64_t count,
+                       const Vector<Real>* column, const PackedRows<L>& rows) {
+  for_chunks(rows.vectors, [&](int64_t first, auto chunk) {
+    Vector<Real> channels[chunk];
+    for (int j = 0; j < chunk; ++j) channels[j] = column[first + j];
+    for_neighbors<L>(weights, slots, count, [&](Vector<Real> weight, int64_t slot, int) {
+      Vector<Real>* row = rows.row(slot) + first;
+      for (int j = 0; j < chunk; ++j) row[j] += weight * channels[j];
+    });
+  });
+}
+
+// The sum over channels of a * b, in all lanes of each head.
+template <typename L, typename Real = typename L::Real>
+inline Vector<Real> dot(const Vector<Real>* a, const Vector<Real>* b, int64_t vectors) {
+  Vector<Real> sum{};
+  for (int64_t j = 0; j < vectors; ++j) sum += a[j] * b[j];
+  return fold<L>(sum, plus);
+}
+
+// The sum over neighbors of their weights, in all lanes of each head.
+template <typename L, typename Real = typename L::Real>
+inline Vector<Real> sum(const Vector<Real>* weights, int64_t count) {
+  Vector<Real> sum{};
+  for (int64_t b = 0; b < count / L::kSpan; ++b) sum += weights[b];
+  return fold<L>(sum, plus);
 }
 
 }  // namespace vicinal::VICINAL_ISA

@@ -9,7 +9,8 @@ struct Lanes;
 template <>
 struct Lanes<float> {
   typedef float Vector __attribute__((vector_size(VICINAL_BYTES)));
-  typedef uint32_t Bits __attribute__((vector_size(VICINAL_BYTES)));
+  typedef uint32_t Bit;
+  typedef Bit Bits __attribute__((vector_size(VICINAL_BYTES)));
   static constexpr int mantissa = 23, exp_terms = 7, sincos_terms = 5;
   static constexpr float round_magic = 12582912.0f, exp_lowest = -87.0f;
   static constexpr float half_pi[] = {1.5703125f, 4.837512969970703e-4f, 7.549790126404332e-8f};
@@ -19,7 +20,8 @@ struct Lanes<float> {
 template <>
 struct Lanes<double> {
   typedef double Vector __attribute__((vector_size(VICINAL_BYTES)));
-  typedef uint64_t Bits __attribute__((vector_size(VICINAL_BYTES)));
+  typedef uint64_t Bit;
+  typedef Bit Bits __attribute__((vector_size(VICINAL_BYTES)));
   static constexpr int mantissa = 52, exp_terms = 13, sincos_terms = 8;
   static constexpr double round_magic = 6755399441055744.0, exp_lowest = -708.0;
   static constexpr double half_pi[] = {1.570796325802803, 9.920935774287987e-10,
@@ -43,93 +45,23 @@ struct SumType<double> {
   typedef double type;
 };
 
-// Uninitialised memory that grows.
-template <typename T>
-class Buffer {
- public:
-  Buffer() = default;
-  explicit Buffer(int64_t count) { reserve(count); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  ~Buffer() { ::operator delete(data_, std::align_val_t(64)); }
-  void reserve(int64_t count) {
-    if (count <= capacity_) return;
-    void* grown = ::operator new(2 * count * sizeof(T), std::align_val_t(64));
-    ::operator delete(data_, std::align_val_t(64));
-    data_ = static_cast<T*>(grown);
-    capacity_ = 2 * count;
-  }
-  T* get() { return data_; }
-  T& operator[](int64_t index) { return data_[index]; }
-
- private:
-  T* data_ = nullptr;
-  int64_t capacity_ = 0;
-};
-
 template <typename T>
 inline T* row_of(const Rows& rows, int64_t id, int64_t head) {
   return static_cast<T*>(rows.data) + id * rows.row_stride + head * rows.head_stride;
 }
 
-// Swaps rows and lanes of a square block: in log2(lanes) steps, each of which swaps the off-diagonal
-// quarters of all blocks of twice the step.
-template <typename Real>
-inline void transpose(Vector<Real>* block) {
-  constexpr int n = n_lanes<Real>;
+// The lanes of a and b, side by side, that `source` names for each lane of the result.
+template <typename Real, auto source, size_t... lane>
+inline Vector<Real> shuffled(Vector<Real> a, Vector<Real> b, std::index_sequence<lane...>) {
 #if defined(__clang__)
-  for (int row = 0; row < n; ++row)
-    for (int lane = 0; lane < row; ++lane) {
-      const Real moved = block[row][lane];
-      block[row][lane] = block[lane][row];
-      block[lane][row] = moved;
-    }
+  return __builtin_shufflevector(a, b, source(int(lane))...);
 #else
-#pragma GCC unroll 4
-  for (int step = 1; step < n; step *= 2) {
-    Bits<Real> upper, lower;
-    for (int lane = 0; lane < n; ++lane) {
-      upper[lane] = lane & step ? n + lane - step : lane;
-      lower[lane] = lane & step ? n + lane : lane + step;
-    }
-#pragma GCC unroll 16
-    for (int row = 0; row < n; ++row) {
-      if (row & step) continue;
-      const Vector<Real> a = block[row], b = block[row + step];
-      block[row] = __builtin_shuffle(a, b, upper);
-      block[row + step] = __builtin_shuffle(a, b, lower);
-    }
-  }
+  return __builtin_shuffle(a, b, Bits<Real>{typename Lanes<Real>::Bit(source(int(lane)))...});
 #endif
 }
-
-// A vector at any address.
-template <typename Real>
-struct Unaligned {
-  typedef Real type __attribute__((vector_size(VICINAL_BYTES), aligned(alignof(Real)), may_alias));
-};
-
-template <typename Real>
-inline Vector<Real> load(const Real* from) {
-  return *reinterpret_cast<const typename Unaligned<Real>::type*>(from);
-}
-template <typename T, typename Real = typename SumType<T>::type>
-inline Vector<Real> load_as_sums(const T* from) {
-  if constexpr (std::is_same_v<T, Real>) {
-    return load(from);
-  } else {
-    Vector<Real> wide;
-    for (int lane = 0; lane < n_lanes<Real>; ++lane) wide[lane] = from[lane];
-    return wide;
-  }
-}
-template <typename T, typename Real>
-inline void store(T* to, Vector<Real> from) {
-  if constexpr (std::is_same_v<T, Real>) {
-    *reinterpret_cast<typename Unaligned<Real>::type*>(to) = from;
-  } else {
-    for (int lane = 0; lane < n_lanes<Real>; ++lane) to[lane] = T(from[lane]);
-  }
+template <typename Real, auto source>
+inline Vector<Real> shuffle(Vector<Real> a, Vector<Real> b) {
+  return shuffled<Real, source>(a, b, std::make_index_sequence<n_lanes<Real>>());
 }
 
 // Calls body with a value of the type in which rows are stored.
