@@ -1,0 +1,28 @@
+"""What becomes of a measurement: figures, or a plain word why there are none."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+Figures = dict[str, float | str]
+
+
+class Unable(Exception):  # noqa: N818 - not an error: the study says so and goes on
+    """Something that cannot run here; the message says why in plain words."""
+
+
+class Disagreement(AssertionError):
+    """Two ways to compute the same thing that differ: nothing may be measured."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of one case, run in a process of its own."""
+
+    figures: Figures = field(default_factory=dict)
+    problem: str | None = None
+    """Why there are no figures."""
+
+    def number(self, name: str) -> float | None:
+        value = self.figures.get(name)
+        return None if value is None else float(value)
