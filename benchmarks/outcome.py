@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 
 Figures = dict[str, float | str]
 
+OUT_OF_MEMORY = "out of memory"
+KILLED = "killed, most likely for the memory it took"
+
 
 class Unable(Exception):  # noqa: N818 - not an error: the study says so and goes on
     """Something that cannot run here; the message says why in plain words."""
@@ -22,6 +25,10 @@ class Outcome:
     figures: Figures = field(default_factory=dict)
     problem: str | None = None
     """Why there are no figures."""
+
+    @property
+    def lacked_memory(self) -> bool:
+        return self.problem in (OUT_OF_MEMORY, KILLED)
 
     def number(self, name: str) -> float | None:
         value = self.figures.get(name)

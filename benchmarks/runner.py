@@ -10,11 +10,11 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from benchmarks.machine import ROOT
-from benchmarks.outcome import Disagreement, Outcome
+from benchmarks.outcome import KILLED, OUT_OF_MEMORY, Disagreement, Outcome
 
 DISAGREES = 3  # the exit status of a case whose peer disagrees
 TIMEOUT = 3600.0  # seconds
-OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "Cannot allocate memory")
+ALLOCATION_FAILED = ("can't allocate memory", "annot allocate memory", "MemoryError", "bad_alloc")
 
 
 def run_case(name: str, size: str, *, environment: Mapping[str, str] | None = None) -> Outcome:
@@ -57,10 +57,10 @@ def run_command(
 
 
 def _how_it_died(status: int, stderr: str) -> str:
-    if any(sign in stderr for sign in (*OUT_OF_MEMORY, "MemoryError")):
-        return "out of memory"
+    if any(sign in stderr for sign in ALLOCATION_FAILED):
+        return OUT_OF_MEMORY
     if status == -signal.SIGKILL:
-        return "killed, most likely for the memory it took"
+        return KILLED
     if status < 0:
         return f"died of {signal.Signals(-status).name}"
     return f"failed: {_last_line(stderr)}"

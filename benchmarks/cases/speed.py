@@ -1,7 +1,13 @@
-"""Plain seconds, for the comparison of two commits; public names alone, which both should have."""
+"""Plain seconds, for the comparison of two commits.
+
+Public names alone, which both should have.
+"""
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import vicinal
 from benchmarks.layer import Layer
 from benchmarks.measure import Call, median_time
 from benchmarks.outcome import Figures
@@ -16,4 +22,5 @@ def seconds(layer: Layer, repeats: int) -> Figures:
         "attention backward": attention.backward(),
         "plan": layer.make_plan,
     }
-    return {name: median_time(call, repeats) for name, call in calls.items()}
+    figures: Figures = {"package": str(Path(vicinal.__file__).parent)}
+    return figures | {name: median_time(call, repeats) for name, call in calls.items()}

@@ -22,7 +22,7 @@ class Peer(NamedTuple):
 
 
 PEERS = {
-    "gathering": Peer("gather and project", gathering.problem, gathering.prepare),
+    "gathering": Peer("gather and project, whole block", gathering.problem, gathering.prepare),
     "pairs": Peer("plain PyTorch, a row per pair", pairs.problem, pairs.prepare),
     "pairs-block": Peer("plain PyTorch pairs, whole block", pairs.problem, pairs.prepare_block),
     "edges": Peer("PyTorch Geometric, edge list", edges.problem, edges.prepare),

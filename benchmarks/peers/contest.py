@@ -46,7 +46,7 @@ def step_problem(work: Work) -> str | None:
     try:
         work.step()
     except NotImplementedError as error:
-        return str(error).strip().splitlines()[0]
+        return str(error).split(".")[0].strip()
     return None
 
 

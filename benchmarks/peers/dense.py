@@ -18,19 +18,16 @@ from benchmarks.peers.contest import Contest, step_problem
 from benchmarks.work import Work
 from benchmarks.peers.densify import densified
 
-COPIES = 3  # of the scores that exist at once: before and after the softmax, and their mask
-
-
 def problem(layer: Layer) -> str | None:
     if importlib.util.find_spec("natten") is None:
         return "natten is not installed"
     if layer.pyramid.position_dim > 3:
         return "it knows three dimensions at the most"
     cells = max(map(math.prod, layer.pyramid.level_shapes))
-    scores = COPIES * layer.block.n_heads * cells**2 * layer.x.element_size()
+    scores = layer.block.n_heads * cells**2 * layer.x.element_size()
     if scores > available_memory():
         return (
-            "it has no CPU kernel; without one it stores a score for every two cells of a map, "
+            "it has no CPU kernel; without one it stores scores of every two cells of a map, "
             f"{scores / 2**30:,.0f} GiB for {cells:,} cells"
         )
     return None
