@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from benchmarks.outcome import Disagreement
+from benchmarks.outcome import DisagreementError
 
 ROUNDINGS = 256
 """How far apart outputs and gradients of inputs may be. Seen are 20; angles of the rotation reach
@@ -31,15 +31,15 @@ def check_agreement(
     """The largest difference between two lists of results, in roundings.
 
     Raises:
-        Disagreement: names the peer, for more than ``tolerance``, other shapes, or NaN.
+        DisagreementError: names the peer, for more than ``tolerance``, other shapes, or NaN.
     """
     worst = 0.0
     for index, (actual, expected) in enumerate(zip(theirs, ours, strict=True)):
         if actual is None or expected is None or actual.shape != expected.shape:
-            raise Disagreement(f"{name} {index}: not of the kind that vicinal's is")
+            raise DisagreementError(f"{name} {index}: not of the kind that vicinal's is")
         apart = _roundings_apart(actual.detach(), expected.detach())
         if not apart <= tolerance:
-            raise Disagreement(
+            raise DisagreementError(
                 f"{name} {index}: {apart:.3g} roundings from vicinal's, more than {tolerance:g}"
             )
         worst = max(worst, apart)

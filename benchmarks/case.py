@@ -12,7 +12,7 @@ import sys
 
 from benchmarks.cases import all_cases
 from benchmarks.machine import available_memory
-from benchmarks.outcome import Disagreement, Figures, Unable
+from benchmarks.outcome import DisagreementError, Figures, Unable
 from benchmarks.runner import DISAGREES
 from benchmarks.sizes import SIZES
 
@@ -28,7 +28,7 @@ def main() -> int:
         answer = {"figures": case()}
     except Unable as reason:
         answer = {"problem": str(reason)}
-    except Disagreement as difference:
+    except DisagreementError as difference:
         print(difference, file=sys.stderr)
         return DISAGREES
     if arguments.json:
@@ -42,13 +42,12 @@ def main() -> int:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.case", description=__doc__)
-    names = list(all_cases(SIZES["full"])) + list(all_cases(SIZES["quick"]))
-    parser.add_argument("--case", required=True, metavar="NAME", help="see --list of the study")
+    parser.add_argument("--case", required=True, metavar="NAME", help="see benchmarks.study --list")
     parser.add_argument("--size", choices=SIZES, default="full")
     parser.add_argument("--json", action="store_true", help="one line of JSON")
     arguments = parser.parse_args()
-    if arguments.case not in names:
-        parser.error(f"argument --case: {arguments.case!r} is none of {', '.join(names)}")
+    if arguments.case not in all_cases(SIZES[arguments.size]):
+        parser.error(f"argument --case: no {arguments.case!r}; see benchmarks.study --list")
     return arguments
 
 

@@ -55,8 +55,8 @@ GOALS = (
 def outcome_of(goal: Goal, outcomes: Mapping[str, Outcome]) -> tuple[str, Outcome]:
     """The case that answers and its outcome: of those tried, the largest that has figures."""
     tried = {name: outcomes[name] for name in outcomes if name.startswith(goal.case)}
-    able = [name for name in tried if tried[name].number(goal.figure) is not None]
+    able = [name for name in tried if tried[name].find(goal.figure) is not None]
     if able:
-        name = max(able, key=lambda name: tried[name].number("points") or 0)
+        name = max(able, key=lambda name: tried[name].find("points") or 0)
         return name, tried[name]
     return next(iter(tried.items()), (goal.case, Outcome(problem="not run")))

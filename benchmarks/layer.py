@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,7 @@ from vicinal import (
 
 EMBED_DIM, HEADS = 256, 8
 
+Block = TypeVar("Block", bound=nn.Module)
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """q [N, H, d], k and v [nnz, H, d], projected and rotated -> [N, H, d]."""
 
@@ -43,18 +45,21 @@ class Layer:
         self.pyramid = FeaturePyramid(self.x, scene.coordinates, scene.level_shapes, 1)
         self.positions = self.pyramid.positions()
         self.offsets = torch.tensor([0, len(self.x)])
-        self.arguments = {
-            "embed_dim": embed_dim,
-            "n_heads": heads,
-            "n_levels": len(scene.windows),
-            "neighborhood_sizes": scene.windows,
-            "position_dim": len(scene.level_shapes[0]),
-        }
-        self.block = SparseNeighborhoodAttentionBlock(**self.arguments).to(dtype)
+        self.block = self.make_block(SparseNeighborhoodAttentionBlock, embed_dim, heads).to(dtype)
+
+    def make_block(self, kind: Callable[..., Block], embed_dim: int, heads: int) -> Block:
+        """A block for the scene, of the library's kind or of a peer's."""
+        windows, dim = self.scene.windows, len(self.scene.level_shapes[0])
+        return kind(embed_dim, heads, len(windows), windows, position_dim=dim)
 
     def __len__(self) -> int:
         """The number of points, and of queries."""
         return len(self.x)
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Embedding width and number of heads."""
+        return self.block.embed_dim, self.block.n_heads
 
     @property
     def x_bytes(self) -> int:
@@ -71,8 +76,8 @@ class Layer:
     def reordered(self, order: Tensor) -> Layer:
         """The same points, listed in ``order`` [n]; their embeddings are drawn anew."""
         scene = self.scene._replace(coordinates=self.scene.coordinates[order])
-        sizes = self.block.embed_dim, self.block.n_heads
-        return Layer(scene, embed_dim=sizes[0], heads=sizes[1], dtype=self.x.dtype)
+        embed_dim, heads = self.sizes
+        return Layer(scene, embed_dim=embed_dim, heads=heads, dtype=self.x.dtype)
 
     def make_plan(self) -> NeighborhoodPlan:
         return plan_neighborhoods(self.positions, self.offsets, self.pyramid, self.scene.windows)

@@ -14,7 +14,7 @@ class Unable(Exception):  # noqa: N818 - not an error: the study says so and goe
     """Something that cannot run here; the message says why in plain words."""
 
 
-class Disagreement(AssertionError):
+class DisagreementError(AssertionError):
     """Two ways to compute the same thing that differ: nothing may be measured."""
 
 
@@ -30,6 +30,9 @@ class Outcome:
     def lacked_memory(self) -> bool:
         return self.problem in (OUT_OF_MEMORY, KILLED)
 
-    def number(self, name: str) -> float | None:
-        value = self.figures.get(name)
-        return None if value is None else float(value)
+    def number(self, name: str) -> float:
+        return float(self.figures[name])
+
+    def find(self, name: str) -> float | None:
+        """The number of that name, or None where there is none."""
+        return self.number(name) if name in self.figures else None

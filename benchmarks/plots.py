@@ -36,7 +36,9 @@ def draw(outcomes: Outcomes, stem: Path) -> Iterator[Path]:
 def _scaling(outcomes: Outcomes) -> Figure | None:
     """Time and memory over the number of points, with the peers that were measured."""
     outcome = outcomes.get("scaling/time")
-    if outcome is None or not outcome.figures:
+    memories = [outcomes[name] for name in outcomes if name.startswith("scaling/memory/")]
+    memories = [memory for memory in memories if memory.figures]
+    if outcome is None or not outcome.figures or not memories:
         return None
     figure = Figure(figsize=(9, 4), layout="constrained")
     times, memory = figure.subplots(1, 2)
@@ -45,23 +47,16 @@ def _scaling(outcomes: Outcomes) -> Figure | None:
     for kind, color, label in (("step", STEP, "training step"), ("forward", FORWARD, "forward")):
         seconds = [outcome.number(f"{kind}_seconds_{index}") for index in indices]
         times.plot(points, seconds, "o-", color=color, label=f"vicinal, {label}")
-    times.set_ylabel("time (s)")
-    found = [outcomes[name] for name in outcomes if name.startswith("scaling/memory/")]
-    pairs = [(o.number("points"), o.number("peak_bytes")) for o in found if o.figures]
-    memory.plot(
-        [n for n, _ in pairs],
-        [(b or 0) / 2**30 for _, b in pairs],
-        "o-",
-        color=MEMORY,
-        label="vicinal, memory of a training step",
-    )
-    memory.set_ylabel("peak memory (GiB)")
+    sizes = [found.number("points") for found in memories]
+    peaks = [found.number("peak_bytes") / 2**30 for found in memories]
+    memory.plot(sizes, peaks, "o-", color=MEMORY, label="vicinal, memory of a training step")
     _block_peers(outcomes, times, memory)
-    for axes in (times, memory):
+    for axes, label in ((times, "time (s)"), (memory, "peak memory (GiB)")):
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_xlabel("points, each a query")
-        axes.set_xticks(points, [f"{n or 0:,.0f}" for n in points])
+        axes.set_ylabel(label)
+        axes.set_xticks(points, [f"{n:,.0f}" for n in points])
         axes.xaxis.set_minor_formatter(NullFormatter())
         _tidy(axes)
     _legend_below(figure, times, memory, columns=3)
@@ -74,7 +69,7 @@ def _block_peers(outcomes: Outcomes, times: Axes, memory: Axes) -> None:
     for peer, marker in (("gathering", "s"), ("pairs-block", "D")):
         names = [n for n in outcomes if n.startswith(f"peers/{peer}/") and outcomes[n].figures]
         steps = [(outcomes[n].number("points"), outcomes[n].number("step_seconds")) for n in names]
-        peaks = [outcomes[f"memory-of-{n}/theirs"].number("peak_bytes") for n in names]
+        peaks = [outcomes.get(f"memory-of-{n}/theirs", Outcome()).find("peak_bytes") for n in names]
         label = f"{PEERS[peer].label}, training step"
         for (points, seconds), peak in zip(steps, peaks, strict=True):
             times.plot(points, seconds, marker, color=FAINT, mec=INK, label=label)
@@ -99,7 +94,7 @@ def _peers(outcomes: Outcomes) -> Figure | None:
         label = PEERS[name.split("/")[1]].label
         labels.append(f"{label}{note}\n{outcome.number('points'):,.0f} points")
         for kind, color, offset in (("forward", FORWARD, 0.2), ("step", STEP, -0.2)):
-            ratio = outcome.number(f"{kind}_over_vicinal")
+            ratio = outcome.find(f"{kind}_over_vicinal")
             if ratio is None:
                 axes.text(1.05, row + offset, "no training step", va="center", size=7, color=FAINT)
                 continue
@@ -149,16 +144,15 @@ def _floor(outcomes: Outcomes) -> Figure | None:
 def _stack(axes: Axes, row: int, outcomes: Outcomes, scene: str, kind: str) -> None:
     stages = outcomes[f"stages/{scene}"]
     floor = stages.number(f"{kind}_seconds projections")
-    assert floor is not None
     left = 0.0
     # The floor itself first, so that what is on top of it can be read off.
     for stage in sorted(STAGES, key=lambda name: name != "projections"):
-        width = (stages.number(f"{kind}_seconds {stage}") or 0) / floor
+        width = stages.number(f"{kind}_seconds {stage}") / floor
         color = STAGE_COLORS[STAGES.index(stage)]
         axes.barh(row, width, 0.6, left=left, color=color, label=stage)
         left += width
     compute = outcomes.get(f"compute/{scene}", Outcome())
-    whole = compute.number(f"{kind}_over_floor")
+    whole = compute.find(f"{kind}_over_floor")
     if whole is not None:
         axes.plot(whole, row, "|", color=WHOLE, ms=20, mew=2.5, label="whole block, measured")
     for goal in GOALS:

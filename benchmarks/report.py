@@ -35,8 +35,8 @@ def goals(outcomes: Outcomes) -> str:
 
 
 def _goal_row(goal: Goal, case: str, outcome: Outcome) -> tuple[str, ...]:
-    value = outcome.number(goal.figure)
-    points = outcome.number("points")
+    value = outcome.find(goal.figure)
+    points = outcome.find("points")
     where = f"{points:,.0f} points" if points else ""
     marks = (f"{goal.bar:g}", f"{goal.aim:g}")
     if value is None:
@@ -68,11 +68,11 @@ def _peer_row(name: str, outcomes: Outcomes) -> tuple[str, ...]:
         label,
         _count(numbers("points")),
         duration(numbers("forward_seconds")),
-        duration(numbers("step_seconds")),
-        size(memory.number("peak_bytes")),
+        duration(outcome.find("step_seconds")),
+        size(memory.find("peak_bytes")),
         _times(numbers("forward_over_vicinal")),
-        _times(numbers("step_over_vicinal")),
-        ", ".join(_notes(outcome)),
+        _times(outcome.find("step_over_vicinal")),
+        ", ".join((*_notes(outcome), *_our_memory(outcomes, name))),
     )
 
 
@@ -88,6 +88,12 @@ def _notes(outcome: Outcome) -> Iterator[str]:
         yield f"{outcome.number('blocks_skipped_percent'):.0f} % of blocks skipped"
     if "no_step" in figures:
         yield f"no training: {figures['no_step']}"
+
+
+def _our_memory(outcomes: Outcomes, name: str) -> Iterator[str]:
+    ours = outcomes.get(f"memory-of-{name}/ours", Outcome()).find("peak_bytes")
+    if ours is not None:
+        yield f"vicinal takes {size(ours)}"
 
 
 def scenes(outcomes: Outcomes) -> str:
@@ -109,10 +115,10 @@ def scenes(outcomes: Outcomes) -> str:
                 _count(numbers("points")),
                 f"{numbers('neighbors'):.1f}",
                 duration(numbers("forward_seconds")),
-                duration(numbers("step_seconds")),
+                duration(outcome.find("step_seconds")),
                 f"{numbers('forward_over_floor'):.2f}",
                 f"{numbers('step_over_floor'):.2f}",
-                _times(memory.number("peak_over_query")),
+                _times(memory.find("peak_over_query")),
             )
         )
     return table(header, [units, *rows]) if rows else ""
@@ -120,23 +126,21 @@ def scenes(outcomes: Outcomes) -> str:
 
 def scaling(outcomes: Outcomes) -> str:
     outcome = outcomes.get("scaling/time", Outcome())
-    if outcome.problem is not None:
-        return f"  {outcome.problem}"
+    if not outcome.figures:
+        return plain(outcomes, "scaling/time")
     rows = []
     memories = [outcomes[name] for name in outcomes if name.startswith("scaling/memory/")]
     for index, memory in enumerate(memories):
         points = outcome.number(f"points_{index}")
         forward = outcome.number(f"forward_seconds_{index}")
         step = outcome.number(f"step_seconds_{index}")
-        if points is None or forward is None or step is None:
-            continue
         rows.append(
             (
                 _count(points),
                 f"{outcome.number(f'neighbors_{index}'):.1f}",
                 f"{1e6 * forward / points:.2f}",
                 f"{1e6 * step / points:.2f}",
-                size(memory.number("peak_bytes")) if memory.figures else str(memory.problem),
+                size(memory.find("peak_bytes")) if memory.figures else str(memory.problem),
             )
         )
     header = ("points", "neighbors", "forward, us", "step, us", "memory")
@@ -153,7 +157,7 @@ def stages(outcomes: Outcomes) -> str:
     columns = [(scene, kind) for scene in found for kind in ("forward", "step")]
     rows = []
     for stage in (*STAGES, "whole block"):
-        cells = (found[scene].number(f"{kind}_seconds {stage}") for scene, kind in columns)
+        cells = (found[scene].find(f"{kind}_seconds {stage}") for scene, kind in columns)
         rows.append((stage, *(NONE if cell is None else f"{1e3 * cell:.1f}" for cell in cells)))
     header = ("", *(scene if kind == "forward" else "" for scene, kind in columns))
     return table(header, [("", *(kind for _, kind in columns)), *rows]) if found else ""

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from benchmarks.machine import ROOT
-from benchmarks.outcome import KILLED, OUT_OF_MEMORY, Disagreement, Outcome
+from benchmarks.outcome import KILLED, OUT_OF_MEMORY, DisagreementError, Outcome
 
 DISAGREES = 3  # the exit status of a case whose peer disagrees
 TIMEOUT = 3600.0  # seconds
@@ -21,7 +21,7 @@ def run_case(name: str, size: str, *, environment: Mapping[str, str] | None = No
     """The outcome of a case of `benchmarks.cases`.
 
     Raises:
-        Disagreement: a peer computes something else than the library.
+        DisagreementError: a peer computes something else than the library.
     """
     command = [sys.executable, "-m", "benchmarks.case", "--case", name, "--size", size, "--json"]
     return run_command(command, environment=environment)
@@ -36,7 +36,7 @@ def run_command(
     """The outcome that ``command`` prints as its last line, or how it died.
 
     Raises:
-        Disagreement: the exit status says so.
+        DisagreementError: the exit status says so.
     """
     try:
         done = subprocess.run(
@@ -50,7 +50,7 @@ def run_command(
     except subprocess.TimeoutExpired:
         return Outcome(problem=f"took longer than {timeout:.0f} s")
     if done.returncode == DISAGREES:
-        raise Disagreement(_last_line(done.stderr))
+        raise DisagreementError(_last_line(done.stderr))
     if done.returncode != 0:
         return Outcome(problem=_how_it_died(done.returncode, done.stderr))
     return Outcome(**json.loads(_last_line(done.stdout)))

@@ -19,7 +19,7 @@ from benchmarks import machine
 from benchmarks.cases import all_cases, contest_names, memory_names, study_names
 from benchmarks.goals import GOALS, outcome_of
 from benchmarks.layer import EMBED_DIM, HEADS
-from benchmarks.outcome import Disagreement, Outcome
+from benchmarks.outcome import DisagreementError, Outcome
 from benchmarks.report import Outcomes, report
 from benchmarks.runner import run_case
 from benchmarks.sizes import SIZES
@@ -35,7 +35,7 @@ def main() -> int:
     started = datetime.now(timezone.utc)
     try:
         outcomes = run(arguments.size, tuple(arguments.only), million=arguments.million)
-    except Disagreement as difference:
+    except DisagreementError as difference:
         print(f"\nThe study stops, as a peer disagrees: {difference}", file=sys.stderr)
         return 1
     print(report(outcomes))
@@ -49,7 +49,7 @@ def run(size_name: str, only: tuple[str, ...] = (), *, million: bool = False) ->
     Peers come first: they show whether results agree.
 
     Raises:
-        Disagreement: a peer computes something else than the library.
+        DisagreementError: a peer computes something else than the library.
     """
     size = SIZES[size_name]
     ladders = contest_names(size) + [[name] for name in study_names(size)]
@@ -110,7 +110,7 @@ def as_json(outcomes: Outcomes, size_name: str, started: datetime) -> dict[str, 
             **SIZES[size_name]._asdict(),
         },
         "goals": [
-            {**goal._asdict(), "value": outcome_of(goal, outcomes)[1].number(goal.figure)}
+            {**goal._asdict(), "value": outcome_of(goal, outcomes)[1].find(goal.figure)}
             for goal in GOALS
         ],
         "cases": {name: dataclasses.asdict(outcome) for name, outcome in outcomes.items()},

@@ -76,13 +76,9 @@ def study_names(size: Size) -> list[str]:
 def _contest(name: str, size: Size) -> dict[str, Case]:
     _, peer, tracks = name.split("/")
     layer = partial(_tracks, int(tracks))
-    cases: dict[str, Case] = {
-        name: partial(contests.seconds, PEERS[peer], layer, size.few_repeats)
-    }
+    cases: dict[str, Case] = {name: partial(contests.seconds, PEERS[peer], layer, size.few_repeats)}
     for side in ("theirs", "ours"):
-        cases[f"memory-of-{name}/{side}"] = partial(
-            contests.peak_bytes, PEERS[peer], layer, side
-        )
+        cases[f"memory-of-{name}/{side}"] = partial(contests.peak_bytes, PEERS[peer], layer, side)
     return cases
 
 

@@ -16,7 +16,7 @@ def seconds(peer: Peer, make_layer: Callable[[], Layer], repeats: int) -> Figure
 
     Raises:
         Unable: the peer cannot run here.
-        Disagreement: the results differ.
+        DisagreementError: the results differ.
     """
     layer = make_layer()
     contest = _prepared(peer, layer)

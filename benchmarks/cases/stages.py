@@ -1,6 +1,7 @@
 """Where the time of a block goes: its stages, each timed alone.
 
-What is timed alone is not what runs in the block: the sum of the stages may differ from the whole."""
+What is timed alone is not what runs in the block: their sum may differ from the whole.
+"""
 
 from __future__ import annotations
 
@@ -52,9 +53,7 @@ def _stages(layer: Layer) -> dict[str, Work]:
         "whole block": layer.whole(),
         "norm": Work(block.norm, (layer.x,), tuple(block.norm.parameters())),
         "projections": layer.floor(),
-        "rotation of queries": Work(
-            lambda x: rotate(x, layer.query_coordinates), (q,), rotation
-        ),
+        "rotation of queries": Work(lambda x: rotate(x, layer.query_coordinates), (q,), rotation),
         "rotation of keys": Work(lambda x: rotate(x, layer.point_coordinates), (k,), rotation),
         "attention": attention,
         "residual": Work(lambda x, y: x + y, (layer.x, q.flatten(1))),

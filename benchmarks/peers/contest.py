@@ -28,7 +28,7 @@ class Contest:
         these are not counted.
 
         Raises:
-            Disagreement: farther than they may be.
+            DisagreementError: farther than they may be.
         """
         apart = check_agreement(f"{name}, output", self.theirs.forward(), self.ours.forward())
         if self.no_step is None:

@@ -15,8 +15,9 @@ from torch import Tensor
 from benchmarks.layer import Attend, Layer
 from benchmarks.machine import available_memory
 from benchmarks.peers.contest import Contest, step_problem
-from benchmarks.work import Work
 from benchmarks.peers.densify import densified
+from benchmarks.work import Work
+
 
 def problem(layer: Layer) -> str | None:
     if importlib.util.find_spec("natten") is None:
