@@ -24,7 +24,7 @@ def report(outcomes: Outcomes) -> str:
         "Stages of a block, each timed alone, in ms": stages(outcomes),
         "Two threads, times faster than one": plain(outcomes, "threads"),
         "Error of the block, and over that of plain PyTorch": precision(outcomes),
-        "A million queries": plain(outcomes, "million"),
+        "The largest training step, which just has to run": plain(outcomes, "million"),
     }
     return "\n\n".join(f"{title}\n{body}" for title, body in parts.items() if body)
 
