@@ -1,4 +1,4 @@
-.PHONY: help demo test lint clean
+.PHONY: help demo test lint bench bench-compare clean
 .DEFAULT_GOAL := help
 PYTHON ?= python3
 BIN := .venv/bin
@@ -7,6 +7,9 @@ help:
 	@echo "make demo   attention over real handwriting on a large canvas; figure in out/"
 	@echo "make test   the tests"
 	@echo "make lint   ruff and mypy"
+	@echo "make bench  the study: floors, peers, scaling; figures in benchmarks/results/"
+	@echo "            quickly, to see that it runs: make bench SIZE=quick"
+	@echo "make bench-compare A=commit B=commit   times two commits by turns"
 	@echo "make clean  remove the environment and what was built"
 	@echo "All of them first create .venv, with what constraints.txt pins."
 
@@ -21,6 +24,13 @@ lint: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+SIZE ?= full
+bench: .venv/bench-ready
+	$(BIN)/python -m benchmarks.study --size $(SIZE)
+
+bench-compare: .venv/ready
+	$(BIN)/python -m benchmarks.compare $(A) $(B) --size $(SIZE)
+
 # torch comes first: building the kernel needs its headers, and any other package that asks for
 # torch would fetch the build with CUDA.
 .venv/ready: pyproject.toml setup.py constraints.txt $(wildcard src/vicinal/kernels/cpu*)
@@ -29,6 +39,13 @@ lint: .venv/ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch setuptools
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
 		--no-build-isolation --editable ".[demo,dev]"
+	touch $@
+
+# The peers. natten is built here, against the torch that is there; with a graphics card in sight it
+# would compile its CUDA kernels for an hour, which this study on the CPU does not use.
+.venv/bench-ready: .venv/ready
+	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		-c constraints.txt --no-build-isolation --editable ".[bench]"
 	touch $@
 
 clean:

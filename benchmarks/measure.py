@@ -9,40 +9,59 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 try:
     import resource
 except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
+Call = Callable[[], object]
+
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"  # see proc(5)
 
 
-def median_time(fn: Callable[[], object], repeats: int = 5) -> float:
+def median_time(fn: Call, repeats: int = 5) -> float:
     """Seconds that ``fn()`` takes: the median of ``repeats`` calls, after one that warms up."""
     fn()
     return statistics.median(_seconds(fn) for _ in range(repeats))
 
 
-def time_ratio(fn: Callable[[], object], base: Callable[[], object], repeats: int = 7) -> float:
-    """How many times longer ``fn()`` takes than ``base()``: the median of ``repeats`` pairs.
+class Turns(NamedTuple):
+    """Seconds of calls that took turns: ``[calls][repeats]``."""
 
-    The two take turns, so a machine that is faster now than then does not favour either.
+    seconds: tuple[tuple[float, ...], ...]
+
+    def median(self, call: int) -> float:
+        """Seconds."""
+        return statistics.median(self.seconds[call])
+
+    def ratio(self, call: int, base: int) -> float:
+        """How many times longer ``call`` takes than ``base``: the median over the turns."""
+        pairs = zip(self.seconds[call], self.seconds[base], strict=True)
+        return statistics.median(mine / theirs for mine, theirs in pairs)
+
+
+def take_turns(*calls: Call, repeats: int) -> Turns:
+    """Times ``repeats`` rounds of all ``calls``, after one that warms up.
+
+    They take turns, so a machine that is faster now than then does not favour any.
     """
-    fn()
-    base()
-    return statistics.median(_seconds(fn) / _seconds(base) for _ in range(repeats))
+    for call in calls:
+        call()
+    rounds = [[_seconds(call) for call in calls] for _ in range(repeats)]
+    return Turns(tuple(zip(*rounds, strict=True)))
 
 
-def _seconds(fn: Callable[[], object]) -> float:
+def _seconds(fn: Call) -> float:
     start = time.perf_counter()
     fn()
     return time.perf_counter() - start
 
 
-def peak_memory(fn: Callable[[], object]) -> int:
+def peak_memory(fn: Call) -> int:
     """Bytes that the process holds at the peak of ``fn()``, above what it held before.
 
     Resident memory as the operating system sees it, so the work space of libraries counts as well.

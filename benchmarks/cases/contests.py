@@ -1,0 +1,56 @@
+"""Peers against the library at the same work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from benchmarks.layer import Layer
+from benchmarks.measure import peak_memory, take_turns
+from benchmarks.outcome import Figures, Unable
+from benchmarks.peers import Peer
+from benchmarks.peers.contest import Contest
+
+
+def seconds(peer: Peer, make_layer: Callable[[], Layer], repeats: int) -> Figures:
+    """Times of both, after a check that their results agree where they should.
+
+    Raises:
+        Unable: the peer cannot run here.
+        DisagreementError: the results differ.
+    """
+    layer = make_layer()
+    contest = _prepared(peer, layer)
+    figures: Figures = {"points": len(layer), "neighbors": layer.n_pairs / len(layer)}
+    figures |= contest.apart
+    if contest.same:
+        figures["roundings_apart"] = contest.check(peer.label)
+    forward = take_turns(contest.theirs.forward, contest.ours.forward, repeats=repeats)
+    figures |= {
+        "forward_seconds": forward.median(0),
+        "forward_seconds_vicinal": forward.median(1),
+        "forward_over_vicinal": forward.ratio(0, 1),
+    }
+    if contest.no_step is not None:
+        return figures | {"no_step": contest.no_step}
+    step = take_turns(contest.theirs.step, contest.ours.step, repeats=repeats)
+    return figures | {
+        "step_seconds": step.median(0),
+        "step_seconds_vicinal": step.median(1),
+        "step_over_vicinal": step.ratio(0, 1),
+    }
+
+
+def peak_bytes(peer: Peer, make_layer: Callable[[], Layer], side: str) -> Figures:
+    """Peak memory of one side's training step, or forward where the peer has no other."""
+    contest = _prepared(peer, make_layer())
+    work = {"theirs": contest.theirs, "ours": contest.ours}[side]
+    call = work.forward if contest.no_step else work.step
+    call()
+    return {"peak_bytes": peak_memory(call)}
+
+
+def _prepared(peer: Peer, layer: Layer) -> Contest:
+    problem = peer.problem(layer)
+    if problem is not None:
+        raise Unable(problem)
+    return peer.prepare(layer)

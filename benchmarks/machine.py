@@ -1,0 +1,89 @@
+"""What the figures were taken on: machine, versions, commit."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+from pathlib import Path
+
+import torch
+
+PACKAGES = ("torch", "vicinal", "torch_geometric", "transformers", "natten", "mlxtend", "numpy")
+ROOT = Path(__file__).parent.parent
+
+
+def describe_machine() -> dict[str, str | int | float]:
+    return {
+        "processor": _processor(),
+        "cores": usable_cores(),
+        "threads": torch.get_num_threads(),
+        "instruction_set": torch.backends.cpu.get_cpu_capability(),
+        "memory_gib": round(_memory("MemTotal") / 2**30, 1),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def versions() -> dict[str, str | None]:
+    """Of Python and the packages; None for what is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in PACKAGES:
+        found[package] = None
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+def describe_commit() -> dict[str, str | bool]:
+    """The commit measured, and whether files git knows of differ from it."""
+    commit = _git("rev-parse", "--short=10", "HEAD")
+    changes = _git("status", "--porcelain", "--untracked-files=no")
+    return {"id": commit or "unknown", "dirty": bool(changes)}
+
+
+def file_stem() -> str:
+    """For the files of a study: device and commit."""
+    commit = describe_commit()
+    device = re.sub(r"[^a-z0-9]+", "-", _processor().lower()).strip("-")
+    return f"{device}-{commit['id']}" + ("-dirty" if commit["dirty"] else "")
+
+
+def usable_cores() -> int:
+    """The cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def available_memory() -> int:
+    """Bytes that can still be taken without driving others out."""
+    return _memory("MemAvailable")
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
+        if found:
+            return found[1].strip()
+    return platform.processor() or platform.machine() or "unknown"
+
+
+def _memory(field: str) -> int:
+    """Bytes, from /proc/meminfo, which counts in KiB; elsewhere all that is installed."""
+    with contextlib.suppress(OSError):
+        found = re.search(rf"^{field}:\s*(\d+) kB$", Path("/proc/meminfo").read_text(), re.M)
+        if found:
+            return 1024 * int(found[1])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _git(*arguments: str) -> str:
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        done = subprocess.run(
+            ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        return done.stdout.strip()
+    return ""
