@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._checks import (
@@ -28,6 +29,32 @@ from .neighborhoods import (
 from .plan import NeighborhoodPlan, check_placement, plan_neighborhoods
 from .pyramid import FeaturePyramid
 from .rotary import RotaryEncoding
+
+
+def _is_plain(linear: nn.Module) -> bool:
+    """Whether calling the layer is the product and nothing more: no subclass, adapter or hook."""
+    hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks)
+    return type(linear) is nn.Linear and not any(hooks)
+
+
+def _keys_and_values(projection: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Of ``x`` ``[..., E]``, ``[..., E]`` each; the keys' rows of the weight come first.
+
+    As two products where that is the same: the gradient of one would have to be put together first.
+    """
+    if not _is_plain(projection):
+        key, value = projection(x).chunk(2, -1)
+        return key, value
+    biases = (None, None) if projection.bias is None else projection.bias.chunk(2)
+    key, value = map(F.linear, (x, x), projection.weight.chunk(2), biases)
+    return key, value
+
+
+def _add_projected(projection: nn.Module, x: Tensor, residual: Tensor) -> Tensor:
+    """``residual + projection(x)``, ``[n, E]``; in one pass where autocast would not round it."""
+    if not _is_plain(projection) or projection.bias is not None or autocasts(x.device):
+        return residual + projection(x)
+    return torch.addmm(residual, x, projection.weight.t())
 
 
 class SparseNeighborhoodAttentionBlock(nn.Module):
@@ -181,7 +208,8 @@ class SparseNeighborhoodAttentionBlock(nn.Module):
                 nowhere = level != query_level_indices
                 query_mask = nowhere if query_mask is None else query_mask | nowhere
         q = self.pos_encoding(q, _with_level(positions, level))
-        k, v = self.kv_proj(pyramid.values).unflatten(-1, (2, *heads)).unbind(1)
+        kv = _keys_and_values(self.kv_proj, pyramid.values)
+        k, v = (x.unflatten(-1, heads) for x in kv)
         k = self.pos_encoding(k, _with_level(pyramid.positions(dtype), pyramid.levels))
         background = None
         if background_embedding is not None:
@@ -197,7 +225,10 @@ class SparseNeighborhoodAttentionBlock(nn.Module):
             query_mask=query_mask,
             backend=self.backend,
         )
-        out: Tensor = query + self.dropout(self.out_proj(attended.flatten(1)))
+        if self.training and self.dropout.p > 0:
+            out: Tensor = query + self.dropout(self.out_proj(attended.flatten(1)))
+        else:
+            out = _add_projected(self.out_proj, attended.flatten(1), query)
         return out if self.norm_first else self.norm(out)
 
     def _background(
@@ -214,8 +245,8 @@ class SparseNeighborhoodAttentionBlock(nn.Module):
         first goes into the query with the level's one unrotated key, the second, shared by all
         queries, into the cell's key: both as pairs of channels, a complex number each.
         """
-        kv = self.kv_proj(embedding).unflatten(-1, (2, self.n_heads, -1))
-        key, value = kv.unbind(2)
+        kv = _keys_and_values(self.kv_proj, embedding)
+        key, value = (x.unflatten(-1, (self.n_heads, -1)) for x in kv)
         scales = level_scales(pyramid.level_shapes, centers)
         image = plan.query_batch.long().clamp(min=0)
         queries, offsets = [], []

@@ -16,6 +16,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <cstring>
 #include <limits>
 #include <new>
 #include <optional>
@@ -287,9 +288,15 @@ std::tuple<Tensor, Tensor> forward(
   return {out, lse};
 }
 
-Tensor zeros_like_sums(const Tensor& x) {
-  Tensor zeros = new_tensor(x, {x.size(0), x.size(1), x.size(2)}, sum_type(x));
-  return torch::stable::zero_(zeros);
+Tensor like_sums(const Tensor& x) {
+  return new_tensor(x, {x.size(0), x.size(1), x.size(2)}, sum_type(x));
+}
+
+// Points that no query sees have no gradient.
+void clear_untouched(const Tensor& grad, const std::vector<uint8_t>& touched) {
+  const int64_t size = grad.stride(0) * grad.element_size();
+  for (size_t point = 0; point < touched.size(); ++point)
+    if (!touched[point]) std::memset(static_cast<char*>(grad.data_ptr()) + point * size, 0, size);
 }
 
 // Zeros like x, once for each of the items, in the type of the sums.
@@ -326,7 +333,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> backward(
                   "vicinal: out, lse and their gradients do not fit q and v");
   Tensor grad_q = new_tensor(q, {q.size(0), q.size(1), q.size(2)}, q.scalar_type());
   // Points collect their shares from many tiles, and do so in the type of the sums.
-  Tensor grad_k = zeros_like_sums(k), grad_v = zeros_like_sums(v);
+  Tensor grad_k = like_sums(k), grad_v = like_sums(v);
+  std::vector<uint8_t> touched(k.size(0));
   p.out = rows_of(out);
   p.grad_out = rows_of(grad_out);
   p.lse = lse.data_ptr();
@@ -334,6 +342,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> backward(
   p.grad_q = rows_of(grad_q);
   p.grad_k = rows_of(grad_k);
   p.grad_v = rows_of(grad_v);
+  p.touched = touched.data();
 
   Tensors grads;
   if (!p.background.active) {
@@ -351,6 +360,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> backward(
     arguments.attend_backward(schedule);
     grads = {query, total(key, given[1]), total(value, given[2])};
   }
+  for (const Tensor& grad : {grad_k, grad_v}) clear_untouched(grad, touched);
   return {grad_q, torch::stable::to(grad_k, k.scalar_type()),
           torch::stable::to(grad_v, v.scalar_type()), grads};
 }

@@ -99,18 +99,20 @@ inline void unpack(const Vector<typename L::Real>* packed, double scale, const R
   });
 }
 
-// Adds a packed row to one of sums.
+// Adds a packed row to one of sums, or is the first that it gets.
 template <typename L>
-inline void add(const Vector<typename L::Real>* packed, const Rows& rows, int64_t id, int64_t head) {
+inline void add(const Vector<typename L::Real>* packed, const Rows& rows, int64_t id, int64_t head,
+                bool first = false) {
   using Real = typename L::Real;
   const Real* scalars = reinterpret_cast<const Real*>(packed);
   for_spans<L, Real>(
       rows, id, head,
       [&](int64_t at, Real* to) {
-        store_span<L>(to, load_span<L>(to) + load_span<L>(scalars + at));
+        const auto span = load_span<L>(scalars + at);
+        store_span<L>(to, first ? span : load_span<L>(to) + span);
       },
       [&](int64_t at, Real* to, int64_t count) {
-        for (int64_t s = 0; s < count; ++s) to[s] += scalars[at + s];
+        for (int64_t s = 0; s < count; ++s) to[s] = first ? scalars[at + s] : to[s] + scalars[at + s];
       });
 }
 

@@ -88,7 +88,8 @@ struct Problem {
   void* lse = nullptr;  // [N, H] in the type of the sums
   const void* grad_lse = nullptr;
   Rows grad_out, grad_q;
-  Rows grad_k, grad_v;  // in the type of the sums, zero at first
+  Rows grad_k, grad_v;      // in the type of the sums
+  uint8_t* touched = nullptr;  // [nnz], which of their rows hold something; none at first
 };
 
 // Rows turned by angles coordinates @ frequencies; coordinates and frequencies are in the type of

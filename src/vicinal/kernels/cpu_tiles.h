@@ -98,9 +98,11 @@ class Tile {
 
   void add_gradients(int64_t item) {
     for_points(p_.grad_k, p_.grad_v, [&](int64_t slot, int64_t point, int64_t head) {
-      add<L>(grad_keys_.of(head).row(slot), p_.grad_k, point, head);
-      add<L>(grad_values_.of(head).row(slot), p_.grad_v, point, head);
+      const bool first = !p_.touched[point];
+      add<L>(grad_keys_.of(head).row(slot), p_.grad_k, point, head, first);
+      add<L>(grad_values_.of(head).row(slot), p_.grad_v, point, head, first);
     });
+    for (int64_t slot = 1; slot < near_.slot_count; ++slot) p_.touched[near_.points[slot]] = true;
     for (int64_t cell = 0; b_.active && cell < b_.slots; ++cell)
       for (int64_t head = 0; head < p_.heads; head += L::kHeads)
         add<L>(grad_cells_.of(head).row(1 + cell), b_.grad_key_parts, item * b_.slots + cell, head);
