@@ -446,8 +446,8 @@ std::tuple<Tensor, Tensor> find_slices(Tensor sorted_keys, Tensor centers, Tenso
   s.radius = numbers(radius, s.rows);
   for (int64_t row = 0; row < s.rows; ++row)
     STD_TORCH_CHECK(s.level[row] >= 0 && s.level[row] < s.levels, "vicinal: a row of no level");
-  Tensor starts = torch::stable::new_empty(visits, {s.queries, s.rows});
-  Tensor stops = torch::stable::new_empty(visits, {s.queries, s.rows});
+  Tensor starts = new_tensor(visits, {s.queries, s.rows}, ScalarType::Int);
+  Tensor stops = new_tensor(visits, {s.queries, s.rows}, ScalarType::Int);
   s.starts = static_cast<int32_t*>(starts.data_ptr());
   s.stops = static_cast<int32_t*>(stops.data_ptr());
   torch::stable::parallel_for(0, s.queries, kRowsPerItem,

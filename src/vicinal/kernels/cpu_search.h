@@ -31,19 +31,36 @@ inline int64_t first_not_below(const int64_t* keys, int64_t n_keys, int64_t key,
   return std::lower_bound(keys + std::min(low, high), keys + high, key) - keys;
 }
 
-// Queries next to each other in `visits` are neighbors in space: each starts where the last ended.
+constexpr int64_t kAhead = 8;  // queries whose memory is asked for before it is needed
+
+// Queries next to each other in `visits` are neighbors in space: each starts where the last ended, and
+// on coarse levels most fall into the same cell.
 inline void find_rows(const RowSearch& s, int64_t begin, int64_t end) {
-  std::vector<int64_t> hints(s.rows, 0);
+  struct Row {
+    int64_t middle, start = 0, stop = 0;
+    bool found = false;
+  };
+  std::vector<Row> rows(s.rows);
   for (int64_t visit = begin; visit < end; ++visit) {
-    const int64_t query = s.visits[visit];
+    const int64_t query = s.visits[visit], next = s.visits[std::min(visit + kAhead, end - 1)];
+    for (int64_t level = 0; level < s.levels; ++level)
+      __builtin_prefetch(s.centers + level * s.queries + next);
+    for (int64_t row = 0; row < s.rows; row += 16) {
+      __builtin_prefetch(s.starts + next * s.rows + row, 1);
+      __builtin_prefetch(s.stops + next * s.rows + row, 1);
+    }
     if (query < 0 || query >= s.queries) continue;
     for (int64_t row = 0; row < s.rows; ++row) {
       const int64_t middle = s.centers[s.level[row] * s.queries + query] + s.offset[row];
-      const int64_t start = first_not_below(s.keys, s.n_keys, middle - s.radius[row], hints[row]);
-      const int64_t stop = first_not_below(s.keys, s.n_keys, middle + s.radius[row] + 1, start);
-      s.starts[query * s.rows + row] = int32_t(start);
-      s.stops[query * s.rows + row] = int32_t(stop);
-      hints[row] = start;
+      Row& last = rows[row];
+      if (!last.found || middle != last.middle) {
+        last.found = true;
+        last.middle = middle;
+        last.start = first_not_below(s.keys, s.n_keys, middle - s.radius[row], last.start);
+        last.stop = first_not_below(s.keys, s.n_keys, middle + s.radius[row] + 1, last.start);
+      }
+      s.starts[query * s.rows + row] = int32_t(last.start);
+      s.stops[query * s.rows + row] = int32_t(last.stop);
     }
   }
 }
