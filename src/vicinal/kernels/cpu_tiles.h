@@ -81,19 +81,29 @@ class Tile {
   }
 
   void forward(int64_t tile) {
-    find_neighbors(tile, false);
+    near_.find(tile, p_.query_mask);
+    expect(0, kMaxTile, {&p_.q});
+    pack_neighbors();
     for (int64_t head = 0; head < p_.heads; head += L::kHeads)
-      for (int first = 0; first < p_.tile_queries; first += kRun) attend(first, head);
+      for (int first = 0; first < p_.tile_queries; first += kRun) {
+        if (head == 0) expect(first + kRun, kRun, {&p_.out});
+        attend(first, head);
+      }
   }
 
   // The queries' gradients, and this tile's share of all others, to be added in its turn; item is the
   // place of its chunk among the background's partial sums.
   void backward(int64_t tile, int64_t item) {
-    find_neighbors(tile, true);
+    near_.find(tile, p_.query_mask);
+    expect(0, kMaxTile, {&p_.q, &p_.out, &p_.grad_out});
+    pack_neighbors();
     for (Table<L>* grads : {&grad_keys_, &grad_values_}) grads->reserve(near_.slot_count), grads->clear();
     if (b_.active) grad_cells_.reserve(1 + b_.slots), grad_cells_.clear();
     for (int64_t head = 0; head < p_.heads; head += L::kHeads)
-      for (int first = 0; first < p_.tile_queries; first += kRun) differentiate(first, head, item);
+      for (int first = 0; first < p_.tile_queries; first += kRun) {
+        if (head == 0) expect(first + kRun, kRun, {&p_.grad_q});
+        differentiate(first, head, item);
+      }
   }
 
   void add_gradients(int64_t item) {
@@ -109,12 +119,7 @@ class Tile {
   }
 
  private:
-  void find_neighbors(int64_t tile, bool backward) {
-    near_.find(tile, p_.query_mask);
-    for (int lane = 0; lane < p_.tile_queries; ++lane)
-      if (near_.rows[lane] >= 0)
-        for (const Rows* rows : {&p_.q, &p_.grad_out, &p_.out})
-          if (backward || rows == &p_.q) prefetch(*rows, near_.rows[lane]);
+  void pack_neighbors() {
     keys_.reserve(near_.slot_count);
     values_.reserve(near_.slot_count);
     for_points(p_.k, p_.v, [&](int64_t slot, int64_t point, int64_t head) {
@@ -153,6 +158,14 @@ class Tile {
       query.row = near_.rows[lane];
       body(query);
     }
+  }
+
+  // Asks for the rows of queries that come next.
+  __attribute__((always_inline)) void expect(int first, int count,
+                                             std::initializer_list<const Rows*> all) {
+    for (int lane = first; lane < std::min<int64_t>(first + count, p_.tile_queries); ++lane)
+      for (const Rows* rows : all)
+        if (near_.rows[lane] >= 0) prefetch(*rows, near_.rows[lane]);
   }
 
   // A part of a list, filled up: of `count` slots the first `seen` are real.
