@@ -450,8 +450,10 @@ std::tuple<Tensor, Tensor> find_slices(Tensor sorted_keys, Tensor centers, Tenso
   Tensor stops = new_tensor(visits, {s.queries, s.rows}, ScalarType::Int);
   s.starts = static_cast<int32_t*>(starts.data_ptr());
   s.stops = static_cast<int32_t*>(stops.data_ptr());
-  torch::stable::parallel_for(0, s.queries, kRowsPerItem,
-                              [&](int64_t begin, int64_t end) { find_rows(s, begin, end); });
+  const Places places(s.keys, s.n_keys);
+  torch::stable::parallel_for(0, s.queries, kRowsPerItem, [&](int64_t begin, int64_t end) {
+    find_rows(s, places, begin, end);
+  });
   return {starts, stops};
 }
 

@@ -17,48 +17,62 @@ struct RowSearch {
   int32_t *starts, *stops;                 // [N, R]
 };
 
-// The first place whose key is not below `key`. Walks away from `hint` in doubling steps, so it
-// takes the logarithm of how far off the hint is.
-inline int64_t first_not_below(const int64_t* keys, int64_t n_keys, int64_t key, int64_t hint) {
-  int64_t low = hint, high = hint, step = 1;
-  if (hint < n_keys && keys[hint] < key) {
-    for (; high < n_keys && keys[high] < key; high += step, step *= 2) low = high + 1;
-    high = std::min(high, n_keys);
-  } else {
-    for (; low > 0 && keys[low - 1] >= key; low = std::max<int64_t>(low - step, 0), step *= 2)
-      high = low - 1;
+// Looks up where keys stand among sorted ones: a table has the place where each run of keys begins,
+// of single keys where they are dense enough, and there the search is over.
+class Places {
+ public:
+  Places(const int64_t* keys, int64_t n_keys) : keys_(keys), n_keys_(n_keys) {
+    if (n_keys == 0 || !std::is_sorted(keys, keys + n_keys)) return;  // unsorted: no table
+    while (run_of(keys[n_keys - 1]) > kRunsPerKey * uint64_t(n_keys)) ++shift_;
+    begins_.resize(run_of(keys[n_keys - 1]) + 1);
+    int64_t place = 0;
+    for (uint64_t run = 0; run < begins_.size(); ++run) {
+      while (run_of(keys[place]) < run) ++place;
+      begins_[run] = int32_t(place);
+    }
   }
-  return std::lower_bound(keys + std::min(low, high), keys + high, key) - keys;
-}
 
-constexpr int64_t kAhead = 8;  // queries whose memory is asked for before it is needed
+  // The first place whose key is not below `key`.
+  int64_t first_not_below(int64_t key) const {
+    if (begins_.empty()) return std::lower_bound(keys_, keys_ + n_keys_, key) - keys_;
+    if (key <= keys_[0]) return 0;
+    if (key > keys_[n_keys_ - 1]) return n_keys_;
+    int64_t low = begins_[run_of(key)];
+    if (keys_[low] >= key) return low;
+    // The last key is not below: doubling steps find a place that is not, and bisection the first.
+    int64_t step = 1;
+    while (low + step < n_keys_ && keys_[low + step] < key) low += step, step *= 2;
+    return std::lower_bound(keys_ + low, keys_ + std::min(low + step, n_keys_), key) - keys_;
+  }
 
-// Queries next to each other in `visits` are neighbors in space: each starts where the last ended, and
-// on coarse levels most fall into the same cell.
-inline void find_rows(const RowSearch& s, int64_t begin, int64_t end) {
+ private:
+  static constexpr uint64_t kRunsPerKey = 16;
+
+  uint64_t run_of(int64_t key) const { return (uint64_t(key) - uint64_t(keys_[0])) >> shift_; }
+
+  const int64_t* keys_;
+  const int64_t n_keys_;
+  int shift_ = 0;
+  std::vector<int32_t> begins_;
+};
+
+// Queries next to each other in `visits` are neighbors in space: on coarse levels most fall into the
+// same cell, and see the same.
+inline void find_rows(const RowSearch& s, const Places& places, int64_t begin, int64_t end) {
   struct Row {
-    int64_t middle, start = 0, stop = 0;
+    int64_t middle, start, stop;
     bool found = false;
   };
   std::vector<Row> rows(s.rows);
   for (int64_t visit = begin; visit < end; ++visit) {
-    const int64_t query = s.visits[visit], next = s.visits[std::min(visit + kAhead, end - 1)];
-    for (int64_t level = 0; level < s.levels; ++level)
-      __builtin_prefetch(s.centers + level * s.queries + next);
-    for (int64_t row = 0; row < s.rows; row += 16) {
-      __builtin_prefetch(s.starts + next * s.rows + row, 1);
-      __builtin_prefetch(s.stops + next * s.rows + row, 1);
-    }
+    const int64_t query = s.visits[visit];
     if (query < 0 || query >= s.queries) continue;
     for (int64_t row = 0; row < s.rows; ++row) {
       const int64_t middle = s.centers[s.level[row] * s.queries + query] + s.offset[row];
       Row& last = rows[row];
-      if (!last.found || middle != last.middle) {
-        last.found = true;
-        last.middle = middle;
-        last.start = first_not_below(s.keys, s.n_keys, middle - s.radius[row], last.start);
-        last.stop = first_not_below(s.keys, s.n_keys, middle + s.radius[row] + 1, last.start);
-      }
+      if (!last.found || middle != last.middle)
+        last = {middle, places.first_not_below(middle - s.radius[row]),
+                places.first_not_below(middle + s.radius[row] + 1), true};
       s.starts[query * s.rows + row] = int32_t(last.start);
       s.stops[query * s.rows + row] = int32_t(last.stop);
     }
