@@ -60,8 +60,9 @@ def take_turns(builds: Sequence[Path], size: str, rounds: int) -> list[list[Figu
     runs: list[list[Figures]] = [[] for _ in builds]
     for index in range(rounds):
         print(f"Round {index + 1} of {rounds} ...", file=sys.stderr, flush=True)
-        for build, figures in zip(builds, runs, strict=True):
-            figures.append(_seconds(build, size))
+        # There and back again, so that neither always comes first.
+        for build in range(len(builds))[:: 1 if index % 2 == 0 else -1]:
+            runs[build].append(_seconds(builds[build], size))
     return runs
 
 

@@ -133,7 +133,9 @@ class Layer:
         """Q, k and v [N, H, d] of ``x``, rotated: what the attention takes."""
         heads = (self.block.n_heads, -1)
         q = self.block.q_in_proj(self.block.norm(x)).unflatten(-1, heads)
-        k, v = self.block.kv_proj(x).unflatten(-1, (2, *heads)).unbind(1)
+        k, v = (
+            F.linear(x, part).unflatten(-1, heads) for part in self.block.kv_proj.weight.chunk(2)
+        )
         rotate = self.block.pos_encoding
         return rotate(q, self.query_coordinates), rotate(k, self.point_coordinates), v
 

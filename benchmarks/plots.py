@@ -19,7 +19,7 @@ from benchmarks.report import Outcomes, duration
 WHOLE = "#b3243c"
 FORWARD, STEP, MEMORY = "#0f7c8a", "#d9822b", "#5b5f97"
 INK, FAINT = "#2b303b", "#9aa3ad"
-STAGE_COLORS = ("#c44e52", "#b9c0c8", "#2b303b", "#e0b252", "#c98a1b", "#0f7c8a", "#dfe3e8")
+STAGE_COLORS = ("#c44e52", "#b9c0c8", "#2b303b", "#e0b252", "#c98a1b", "#0f7c8a")
 DPI = 160
 
 

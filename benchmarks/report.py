@@ -130,8 +130,9 @@ def scaling(outcomes: Outcomes) -> str:
         return plain(outcomes, "scaling/time")
     rows = []
     memories = [outcomes[name] for name in outcomes if name.startswith("scaling/memory/")]
-    for index, memory in enumerate(memories):
-        points = outcome.number(f"points_{index}")
+    peaks = {memory.find("points"): memory.find("peak_bytes") for memory in memories}
+    index = 0
+    while (points := outcome.find(f"points_{index}")) is not None:
         forward = outcome.number(f"forward_seconds_{index}")
         step = outcome.number(f"step_seconds_{index}")
         rows.append(
@@ -140,9 +141,10 @@ def scaling(outcomes: Outcomes) -> str:
                 f"{outcome.number(f'neighbors_{index}'):.1f}",
                 f"{1e6 * forward / points:.2f}",
                 f"{1e6 * step / points:.2f}",
-                size(memory.find("peak_bytes")) if memory.figures else str(memory.problem),
+                size(peaks.get(points)),
             )
         )
+        index += 1
     header = ("points", "neighbors", "forward, us", "step, us", "memory")
     units = ("", "", "per query", "per query", "of step")
     return table(header, [units, *rows]) if rows else ""

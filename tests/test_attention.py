@@ -230,6 +230,17 @@ def test_a_mask_over_every_query(background: bool, backend: str) -> None:
     assert not any(grad.any() for grad in result.grads)
 
 
+def test_the_gradient_of_a_masked_query_reaches_no_background(backend: str) -> None:
+    plan = crowded_scene().plan()
+    inputs = make_inputs(plan, background=True, mask=True).fresh()
+    assert inputs.query_mask is not None
+    out, _ = inputs.attend(plan, backend)
+    cotangent = torch.ones_like(out).masked_fill(inputs.query_mask[:, None, None], torch.nan)
+    assert inputs.background is not None
+    for grad in torch.autograd.grad(out, (*inputs.background, inputs.k, inputs.v), cotangent):
+        assert grad.isfinite().all()
+
+
 def test_whatever_a_masked_query_holds_has_no_effect(backend: str) -> None:
     plan = crowded_scene().plan()
     inputs = make_inputs(plan, background=True, mask=True)

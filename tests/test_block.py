@@ -517,6 +517,56 @@ def test_dropout_in_training_and_not_in_evaluation(backend: str) -> None:
     assert torch.equal(torch.get_rng_state(), state), "evaluation draws no random numbers"
 
 
+def test_the_second_dropout_follows_its_own_module(backend: str) -> None:
+    scene = scene_2d()
+    block = make_block(scene, backend, dropout=0.4).eval()
+    arguments = make_arguments(scene)._asdict()
+    whole = block(**arguments) - arguments["query"]
+    block.dropout.train()
+    added = block(**arguments) - arguments["query"]
+    assert torch.equal(added[added != 0], (whole / 0.6)[added != 0])
+    assert 0.2 < float((added == 0).double().mean()) < 0.6
+
+
+@pytest.mark.parametrize("name", ["q_in_proj", "kv_proj", "out_proj"])
+@pytest.mark.parametrize(
+    "register",
+    [
+        "register_forward_hook",
+        "register_forward_pre_hook",
+        "register_full_backward_hook",
+        "register_full_backward_pre_hook",
+    ],
+)
+def test_hooks_of_projections_are_called(name: str, register: str) -> None:
+    scene = scene_2d()
+    block = make_block(scene)
+    calls = []
+    getattr(getattr(block, name), register)(lambda *_: calls.append(1))
+    block(**make_arguments(scene)._asdict()).sum().backward()
+    assert calls
+
+
+@pytest.mark.parametrize("name", ["kv_proj", "out_proj"])
+def test_adapters_around_projections_are_called(name: str, backend: str) -> None:
+    scene = scene_2d()
+    block = make_block(scene, backend)
+    arguments = make_arguments(scene)._asdict()
+    before = block(**arguments)
+
+    class Doubled(nn.Module):
+        def __init__(self, inner: nn.Linear) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = 2 * self.inner(x)
+            return out
+
+    setattr(block, name, Doubled(getattr(block, name)))
+    assert (block(**arguments) - before).abs().max() > 0.1
+
+
 def test_dropout_is_the_same_on_both_backends() -> None:
     scene = scene_2d(n_queries=40)
     arguments = make_arguments(scene, background=True, mask=True)

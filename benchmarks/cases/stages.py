@@ -19,7 +19,6 @@ STAGES = (
     "rotation of queries",
     "rotation of keys",
     "attention",
-    "residual",
 )
 
 
@@ -56,5 +55,4 @@ def _stages(layer: Layer) -> dict[str, Work]:
         "rotation of queries": Work(lambda x: rotate(x, layer.query_coordinates), (q,), rotation),
         "rotation of keys": Work(lambda x: rotate(x, layer.point_coordinates), (k,), rotation),
         "attention": attention,
-        "residual": Work(lambda x, y: x + y, (layer.x, q.flatten(1))),
     }

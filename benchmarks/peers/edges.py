@@ -23,19 +23,20 @@ def problem(layer: Layer) -> str | None:
 
 def prepare(layer: Layer) -> Contest:
     ours = layer.attention()
-    attend = attention(layer.plan.pairs(), layer.block.n_heads)
+    q, _, _ = ours.inputs
+    attend = attention(layer.plan.pairs(), *q.shape[1:])
     return Contest(Work(attend, ours.inputs), ours)
 
 
-def attention(pairs: Tensor, heads: int) -> Attend:
-    """Attention over ``pairs`` [M, 2] of query and point."""
+def attention(pairs: Tensor, heads: int, width: int) -> Attend:
+    """Attention over ``pairs`` [M, 2] of query and point, by heads of a width."""
     from torch_geometric.nn import TransformerConv
 
     edges = pairs.flip(1).t().contiguous()  # from the point to the query
+    # Its projections are never called; the head width is all it takes from its arguments.
+    layer = TransformerConv(1, width, heads, root_weight=False, bias=False)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        # Its projections are never called; the head width is all it takes from its arguments.
-        layer = TransformerConv(1, q.shape[-1], heads, root_weight=False, bias=False)
         out: Tensor = layer.propagate(
             edges, query=q, key=k, value=v, edge_attr=None, size=(len(k), len(q))
         )

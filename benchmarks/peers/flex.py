@@ -85,12 +85,13 @@ def sees(layer: Layer) -> MaskMod:
 
 def attention(mask: BlockMask) -> Attend:
     compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
-    # Were it not compiled after all, it would be twenty times slower and say no more than this.
-    warnings.filterwarnings("error", message="flex_attention called without torch.compile")
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-        out: Tensor = compiled(q, k, v, block_mask=mask)
+        with warnings.catch_warnings():
+            # Were it not compiled after all, it would be twenty times slower and say only this.
+            warnings.filterwarnings("error", message="flex_attention called without")
+            out: Tensor = compiled(q, k, v, block_mask=mask)
         return out[0].transpose(0, 1)
 
     return attend

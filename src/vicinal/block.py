@@ -31,10 +31,17 @@ from .pyramid import FeaturePyramid
 from .rotary import RotaryEncoding
 
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
 def _is_plain(linear: nn.Module) -> bool:
     """Whether calling the layer is the product and nothing more: no subclass, adapter or hook."""
-    hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks)
-    return type(linear) is nn.Linear and not any(hooks)
+    return (
+        type(linear) is nn.Linear
+        and type(linear.weight) is nn.Parameter
+        and "forward" not in vars(linear)
+        and not any(getattr(linear, hooks) for hooks in _HOOKS)
+    )
 
 
 def _keys_and_values(projection: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -225,7 +232,7 @@ class SparseNeighborhoodAttentionBlock(nn.Module):
             query_mask=query_mask,
             backend=self.backend,
         )
-        if self.training and self.dropout.p > 0:
+        if self.dropout.training and self.dropout.p > 0:
             out: Tensor = query + self.dropout(self.out_proj(attended.flatten(1)))
         else:
             out = _add_projected(self.out_proj, attended.flatten(1), query)

@@ -15,6 +15,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <limits>
@@ -79,14 +80,11 @@ const Kernels& kernels() {
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
     if (avx512 && capability == "avx512")
-      return Kernels{avx512::attend, avx512::attend_backward,
-                     avx512::rotate};
+      return Kernels{avx512::attend, avx512::attend_backward, avx512::rotate};
     if (avx2 && capability != "default")
-      return Kernels{avx2::attend, avx2::attend_backward,
-                     avx2::rotate};
+      return Kernels{avx2::attend, avx2::attend_backward, avx2::rotate};
 #endif
-    return Kernels{baseline::attend, baseline::attend_backward,
-                   baseline::rotate};
+    return Kernels{baseline::attend, baseline::attend_backward, baseline::rotate};
   }();
   return chosen;
 }
@@ -105,16 +103,18 @@ ScalarType sum_type(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-// An uninitialised tensor. A large one is fresh memory, which the system hands out page by page as it
-// is touched: that takes longer than to fill it, unless the pages are large.
+// An uninitialised tensor. A large one is fresh memory, which the system hands out page by page as
+// it is touched: that takes longer than to fill it, unless pages are large. (The advice holds for
+// the addresses as long as they stay mapped; large tensors are unmapped when freed.)
 Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
   Tensor made = torch::stable::new_empty(like, sizes, type);
 #ifdef MADV_HUGEPAGE
-  constexpr uintptr_t kPage = 1 << 21;
+  constexpr uintptr_t kPage = 1 << 21, kLarge = 1 << 23;
+  const uintptr_t size = made.numel() * made.element_size();
   const uintptr_t data = reinterpret_cast<uintptr_t>(made.data_ptr());
   const uintptr_t first = (data + kPage - 1) / kPage * kPage;
-  const uintptr_t last = (data + made.numel() * made.element_size()) / kPage * kPage;
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+  const uintptr_t last = (data + size) / kPage * kPage;
+  if (size >= kLarge) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #endif
   return made;
 }
@@ -209,8 +209,8 @@ class Arguments {
     share_out(tiles(), 1, [&](Work& work) { kernels().attend(problem, work); });
   }
 
-  // At most `most_chunks`. How many must not depend on the number of threads, or the order of the sums
-  // would.
+  // At most `most_chunks`. How many must not depend on the number of threads, or the order of the
+  // sums would.
   Schedule schedule(int64_t most_chunks) const {
     const int64_t tiles_per_chunk = std::max<int64_t>(1, (tiles() + most_chunks - 1) / most_chunks);
     return Schedule(problem.queries, problem.tile_queries, tiles_per_chunk,
@@ -218,8 +218,7 @@ class Arguments {
   }
 
   void attend_backward(Schedule& schedule) const {
-    on_threads(schedule.chunks,
-               [&] { kernels().attend_backward(problem, schedule); });
+    on_threads(schedule.chunks, [&] { kernels().attend_backward(problem, schedule); });
   }
 
   Problem problem;

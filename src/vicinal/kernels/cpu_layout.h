@@ -40,10 +40,11 @@ inline void store_span(T* to, typename Span<L>::type span) {
   }
 }
 
-// Calls whole(at, channels) for every span of a row, which stands at scalar `at` of its packed form,
-// and part(at, channels, count) for what is left.
+// Calls whole(at, channels) for every span of a row, which stands at scalar `at` of its packed
+// form, and part(at, channels, count) for what is left.
 template <typename L, typename T, typename Whole, typename Part>
-inline void for_spans(const Rows& rows, int64_t id, int64_t head, const Whole& whole, const Part& part) {
+inline void for_spans(const Rows& rows, int64_t id, int64_t head, const Whole& whole,
+                      const Part& part) {
 #pragma GCC unroll 4
   for (int g = 0; g < L::kHeads; ++g) {
     T* row = row_of<T>(rows, id, head + g);
@@ -53,13 +54,17 @@ inline void for_spans(const Rows& rows, int64_t id, int64_t head, const Whole& w
   }
 }
 
-// Asks for rows of `heads` heads, which are scattered over memory, before they are needed. GCC takes a
-// function that only does this for one without effect, unless it is inlined early.
+// Asks for a row, which may be anywhere in memory, before it is needed. GCC takes a function that
+// only does this for one without effect, and drops it, unless it is inlined early.
 __attribute__((always_inline)) inline void prefetch(const Rows& rows, int64_t id) {
-  const int64_t size = rows.storage == Storage::float64 ? 8 : rows.storage == Storage::float32 ? 4 : 2;
+  const bool half = rows.storage == Storage::float16 || rows.storage == Storage::bfloat16;
+  const int64_t size = rows.storage == Storage::float64 ? 8 : half ? 2 : 4;
   const char* row = static_cast<const char*>(rows.data) + id * rows.row_stride * size;
-  for (int64_t byte = 0; byte < rows.heads * rows.head_stride * size; byte += 64)
-    __builtin_prefetch(row + byte, 0, 2);
+  const bool adjacent = rows.head_stride == rows.width;
+  const int64_t runs = adjacent ? 1 : rows.heads, heads = adjacent ? rows.heads : 1;
+  for (int64_t run = 0; run < runs; ++run, row += rows.head_stride * size)
+    for (int64_t byte = 0; byte < heads * rows.width * size; byte += 64)
+      __builtin_prefetch(row + byte, 0, 2);
 }
 
 // The channels of heads `head`, `head + 1`, ... of a row, times `scale`, zero where there is none.
@@ -83,8 +88,8 @@ inline void pack(const Rows& rows, int64_t id, int64_t head, double scale,
 
 // The way back, times `scale`.
 template <typename L>
-inline void unpack(const Vector<typename L::Real>* packed, double scale, const Rows& rows, int64_t id,
-                   int64_t head) {
+inline void unpack(const Vector<typename L::Real>* packed, double scale, const Rows& rows,
+                   int64_t id, int64_t head) {
   using Real = typename L::Real;
   const Real* scalars = reinterpret_cast<const Real*>(packed);
   with_storage(rows.storage, [&](auto type) {
@@ -112,7 +117,8 @@ inline void add(const Vector<typename L::Real>* packed, const Rows& rows, int64_
         store_span<L>(to, first ? span : load_span<L>(to) + span);
       },
       [&](int64_t at, Real* to, int64_t count) {
-        for (int64_t s = 0; s < count; ++s) to[s] = first ? scalars[at + s] : to[s] + scalars[at + s];
+        for (int64_t s = 0; s < count; ++s)
+          to[s] = first ? scalars[at + s] : to[s] + scalars[at + s];
       });
 }
 

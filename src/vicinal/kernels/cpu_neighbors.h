@@ -14,8 +14,8 @@ struct List {
 };
 
 // The queries of a tile, the points that any of them sees, numbered by slots, and for each query
-// the slots of what it sees. Slices, orders and visits may hold anything: nothing but valid rows and
-// points comes out. Slot 0 is nobody's: lists are filled up with it to a multiple of `step`.
+// the slots of what it sees. Slices, orders and visits may hold anything: nothing but valid rows
+// and points comes out. Slot 0 is nobody's: lists are filled up with it to a multiple of `step`.
 class Neighbors {
  public:
   Neighbors(const Slices& slices, int64_t tile_queries, int64_t step)
@@ -44,7 +44,6 @@ class Neighbors {
   int64_t slot_count = 1;
 
  private:
-
   // Finds the rows and makes room for their lists. Returns how many different points at most.
   int64_t reserve_lists(int64_t tile, const bool* mask) {
     int64_t total = 0;

@@ -11,7 +11,7 @@
 
 namespace vicinal {
 
-// Uninitialised memory that grows.
+// Uninitialised memory that grows by half more than is asked for.
 template <typename T>
 class Buffer {
  public:
@@ -22,10 +22,11 @@ class Buffer {
   ~Buffer() { ::operator delete(data_, std::align_val_t(64)); }
   void reserve(int64_t count) {
     if (count <= capacity_) return;
-    void* grown = ::operator new(2 * count * sizeof(T), std::align_val_t(64));
+    const int64_t room = count + count / 2;
+    void* grown = ::operator new(room * sizeof(T), std::align_val_t(64));
     ::operator delete(data_, std::align_val_t(64));
     data_ = static_cast<T*>(grown);
-    capacity_ = 2 * count;
+    capacity_ = room;
   }
   T* get() { return data_; }
   const T* get() const { return data_; }
@@ -114,8 +115,8 @@ struct Work {
   int64_t take() { return __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED); }
 };
 
-// The order in which chunks of tiles add to the gradients of points. Before it adds, a chunk waits for
-// those before it that share a point with it, so a point's gradient is summed in the same order
+// The order in which chunks of tiles add to the gradients of points. Before it adds, a chunk waits
+// for those before it that share a point with it, so a point's gradient is summed in the same order
 // whatever the number of threads. Turns jump about the chunks, since neighbors share points.
 class Schedule {
  public:

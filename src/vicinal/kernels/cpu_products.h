@@ -4,11 +4,9 @@
 
 namespace vicinal::VICINAL_ISA {
 
-constexpr int kUnroll = 8;  // rows that an inner loop works on at a time
-
-// Lists of neighbors are filled up to a multiple of this.
+// Keys that an inner loop works on at a time: lists are filled up to a multiple of this.
 template <typename L>
-constexpr int kStep = L::kSpan > kUnroll ? L::kSpan : kUnroll;
+constexpr int kStep = L::kSpan > 8 ? L::kSpan : 8;
 
 template <typename L>
 struct PackedRows {

@@ -70,13 +70,10 @@ class Softmax {
     }
   }
 
-  // What the sums of all blocks are to be divided by, and the log-sum-exp.
+  // What the sums of all blocks are to be divided by, and the log-sum-exp of a head.
   V total() const { return fold<L>(total_, plus); }
-  V lse(V total) const {
-    V lse;
-    for (int lane = 0; lane < L::kLanes; lane += L::kSpan)
-      lse[lane] = top_[lane] + std::log(total[lane]);
-    return lse;
+  Real lse(V total, int head) const {
+    return top_[head * L::kSpan] + std::log(total[head * L::kSpan]);
   }
 
  private:

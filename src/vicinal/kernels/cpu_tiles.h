@@ -1,14 +1,14 @@
 // Attention, for one instruction set: see cpu_vectors.h.
 //
 // A tile is a run of queries that are neighbors in space and so share most of the points they see.
-// These are packed once per tile, a few heads at a time, into rows that stay in the cache; then query
-// after query goes over its own. The backward pass sums a tile's share of its points' gradients in
-// rows like these before it adds it to the tensors; Schedule sees to it that each point gets its
-// shares in one and the same order, for any number of threads and without atomics.
+// These are packed once per tile into rows that stay in the cache; then query after query goes over
+// its own. The backward pass sums a tile's share of its points' gradients in rows like these before
+// it adds it to the tensors; Schedule sees to it that each point gets its shares in one and the same
+// order, for any number of threads and without atomics.
 
 namespace vicinal::VICINAL_ISA {
 
-// Packed rows of a tile's points, or of the windows' cells. Those of one group of heads stand together.
+// Packed rows of a tile's points, or of the windows' cells; those of a group of heads together.
 template <typename L>
 class Table {
   using V = Vector<typename L::Real>;
@@ -23,7 +23,11 @@ class Table {
     for (int64_t group = 0; group < groups_; ++group)
       std::fill_n(of(group * L::kHeads).data, vectors_, V{});
   }
-  void clear() { std::fill_n(rows_.get(), groups_ * count_ * vectors_, V{}); }
+  // Makes room for as many, and empties them all.
+  void clear(int64_t count) {
+    reserve(count);
+    std::fill_n(rows_.get(), groups_ * count * vectors_, V{});
+  }
 
   PackedRows<L> of(int64_t head) {
     return {rows_.get() + head / L::kHeads * count_ * vectors_, vectors_};
@@ -91,14 +95,15 @@ class Tile {
       }
   }
 
-  // The queries' gradients, and this tile's share of all others, to be added in its turn; item is the
-  // place of its chunk among the background's partial sums.
+  // The queries' gradients, and this tile's share of all others, to be added in its turn; item is
+  // the place of its chunk among the background's partial sums.
   void backward(int64_t tile, int64_t item) {
     near_.find(tile, p_.query_mask);
     expect(0, kMaxTile, {&p_.q, &p_.out, &p_.grad_out});
     pack_neighbors();
-    for (Table<L>* grads : {&grad_keys_, &grad_values_}) grads->reserve(near_.slot_count), grads->clear();
-    if (b_.active) grad_cells_.reserve(1 + b_.slots), grad_cells_.clear();
+    grad_keys_.clear(near_.slot_count);
+    grad_values_.clear(near_.slot_count);
+    if (b_.active) grad_cells_.clear(1 + b_.slots);
     for (int64_t head = 0; head < p_.heads; head += L::kHeads)
       for (int first = 0; first < p_.tile_queries; first += kRun) {
         if (head == 0) expect(first + kRun, kRun, {&p_.grad_q});
@@ -107,12 +112,13 @@ class Tile {
   }
 
   void add_gradients(int64_t item) {
-    for_points(p_.grad_k, p_.grad_v, [&](int64_t slot, int64_t point, int64_t head) {
-      const bool first = !p_.touched[point];
-      add<L>(grad_keys_.of(head).row(slot), p_.grad_k, point, head, first);
-      add<L>(grad_values_.of(head).row(slot), p_.grad_v, point, head, first);
+    for_points(p_.grad_k, p_.grad_v, [&](int64_t slot, int64_t point) {
+      const bool first = !std::exchange(p_.touched[point], true);
+      for (int64_t head = 0; head < p_.heads; head += L::kHeads) {
+        add<L>(grad_keys_.of(head).row(slot), p_.grad_k, point, head, first);
+        add<L>(grad_values_.of(head).row(slot), p_.grad_v, point, head, first);
+      }
     });
-    for (int64_t slot = 1; slot < near_.slot_count; ++slot) p_.touched[near_.points[slot]] = true;
     for (int64_t cell = 0; b_.active && cell < b_.slots; ++cell)
       for (int64_t head = 0; head < p_.heads; head += L::kHeads)
         add<L>(grad_cells_.of(head).row(1 + cell), b_.grad_key_parts, item * b_.slots + cell, head);
@@ -122,9 +128,11 @@ class Tile {
   void pack_neighbors() {
     keys_.reserve(near_.slot_count);
     values_.reserve(near_.slot_count);
-    for_points(p_.k, p_.v, [&](int64_t slot, int64_t point, int64_t head) {
-      pack<L>(p_.k, point, head, 1, keys_.of(head).row(slot));
-      pack<L>(p_.v, point, head, 1, values_.of(head).row(slot));
+    for_points(p_.k, p_.v, [&](int64_t slot, int64_t point) {
+      for (int64_t head = 0; head < p_.heads; head += L::kHeads) {
+        pack<L>(p_.k, point, head, 1, keys_.of(head).row(slot));
+        pack<L>(p_.v, point, head, 1, values_.of(head).row(slot));
+      }
     });
     if (!b_.active) return;
     empty_.find(near_);
@@ -134,8 +142,8 @@ class Tile {
         pack<L>(b_.key, cell, head, 1, cells_.of(head).row(1 + cell));
   }
 
-  // Calls body(slot, point, head) for the tile's points, whose rows are scattered over memory and so
-  // are asked for some steps before.
+  // Calls body(slot, point) for the tile's points, whose rows are scattered over memory and
+  // so are asked for some steps before.
   template <typename Body>
   void for_points(const Rows& keys, const Rows& values, const Body& body) {
     for (int64_t slot = 1; slot < near_.slot_count; ++slot) {
@@ -143,8 +151,7 @@ class Tile {
         prefetch(keys, near_.points[ahead]);
         prefetch(values, near_.points[ahead]);
       }
-      for (int64_t head = 0; head < p_.heads; head += L::kHeads)
-        body(slot, near_.points[slot], head);
+      body(slot, near_.points[slot]);
     }
   }
 
@@ -172,7 +179,7 @@ class Tile {
   struct Block {
     Block(const List& list, int64_t begin)
         : slots(list.slots + begin),
-          seen(std::clamp<int64_t>(list.count - begin, 0, kBlock)),
+          seen(std::min<int64_t>(kBlock, list.count - begin)),
           count((seen + kStep<L> - 1) / kStep<L> * kStep<L>) {}
     const int32_t* slots;
     const int64_t seen, count;
@@ -184,7 +191,10 @@ class Tile {
     int64_t longest = 0;
     for_run(first, [&](auto& x) { longest = std::max(longest, near_.list(x.lane).count); });
     for (int64_t begin = 0; begin < longest; begin += kBlock)
-      (for_run(first, [&](auto& x) { body(x, Block(near_.list(x.lane), begin)); }), ...);
+      (for_run(first, [&](auto& x) {
+        const List list = near_.list(x.lane);
+        if (begin < list.count) body(x, Block(list, begin));
+      }), ...);
   }
 
   void attend(int first, int64_t head) {
@@ -206,7 +216,7 @@ class Tile {
                         x.value_sums.get());
         });
     for_run(first, [&](auto& x) {
-      if (b_.active) attend_to_cells(x, head);
+      attend_to_cells(x, head);
       finish(x, head);
     });
   }
@@ -218,12 +228,12 @@ class Tile {
   }
 
   void finish(Query<L>& x, int64_t head) {
-    const V total = x.softmax.total(), lse = x.softmax.lse(total);
+    const V total = x.softmax.total();
     const V inverse = total == 0 ? V{} : 1 / total;
     for (int64_t j = 0; j < x.value_vectors; ++j) x.value_sums[j] *= inverse;
     unpack<L>(x.value_sums.get(), 1, p_.out, x.row, head);
     for (int g = 0; g < L::kHeads; ++g)
-      static_cast<Real*>(p_.lse)[x.row * p_.heads + head + g] = lse[g * L::kSpan];
+      static_cast<Real*>(p_.lse)[x.row * p_.heads + head + g] = x.softmax.lse(total, g);
   }
 
   void differentiate(int first, int64_t head, int64_t item) {
@@ -257,7 +267,7 @@ class Tile {
         });
     for_run(first, [&](auto& x) {
       unpack<L>(x.sums.get(), p_.scale, p_.grad_q, x.row, head);
-      if (b_.active) differentiate_cells(x, head, item);
+      for (int64_t level = 0; level < b_.levels; ++level) differentiate_cells(x, level, head, item);
     });
   }
 
@@ -272,52 +282,54 @@ class Tile {
   // Empty cells are neighbors like others, but for this: a query sees those of a level by a vector
   // of its own (its rotation holds where the window lies), and they all have one value.
   void attend_to_cells(Query<L>& x, int64_t head) {
-    for_levels(x, head, [&](int64_t, const Block& block) {
-      multiply<L>(cells_.of(head), block.slots, block.count, x.vector.get(), x.softmax.logits);
-      weigh(x, block, [&](int64_t u) { return cell_column(block.slots[u]); });
-      const V mass = sum<L>(x.softmax.logits, block.count);
-      for (int64_t j = 0; j < x.value_vectors; ++j)
-        x.value_sums[j] += mass == 0 ? V{} : mass * cell_value_[j];
-    }, [](int64_t) {});
+    for (int64_t level = 0; level < b_.levels; ++level) {
+      load_level(x, level, head);
+      for_cells(x, level, [&](const Block& block) {
+        multiply<L>(cells_.of(head), block.slots, block.count, x.vector.get(), x.softmax.logits);
+        weigh(x, block, [&](int64_t u) { return cell_column(block.slots[u]); });
+        const V mass = sum<L>(x.softmax.logits, block.count);
+        for (int64_t j = 0; j < x.value_vectors; ++j)
+          x.value_sums[j] += mass == 0 ? V{} : mass * cell_value_[j];
+      });
+    }
   }
 
-  void differentiate_cells(Query<L>& x, int64_t head, int64_t item) {
-    const int64_t image = empty_.images[x.lane];
+  void differentiate_cells(Query<L>& x, int64_t level, int64_t head, int64_t item) {
+    load_level(x, level, head);
+    const V product = dot<L>(cell_value_.get(), x.grad_out.get(), x.value_vectors);
     V mass{};
     std::fill_n(x.sums.get(), x.key_vectors, V{});
-    for_levels(x, head, [&](int64_t, const Block& block) {
+    for_cells(x, level, [&](const Block& block) {
       multiply<L>(cells_.of(head), block.slots, block.count, x.vector.get(), x.softmax.logits);
-      std::fill_n(x.softmax.products, block.count / L::kSpan,
-                  dot<L>(cell_value_.get(), x.grad_out.get(), x.value_vectors));
+      std::fill_n(x.softmax.products, block.count / L::kSpan, product);
       x.softmax.differentiate(block.seen, block.count,
                               [&](int64_t u) { return cell_column(block.slots[u]); });
       mass += sum<L>(x.softmax.products, block.count);
       accumulate<L>(x.softmax.logits, block.slots, block.count, cells_.of(head), x.sums.get());
-      distribute<L>(x.softmax.logits, block.slots, block.count, x.vector.get(), grad_cells_.of(head));
-    }, [&](int64_t level) {
-      unpack<L>(x.sums.get(), p_.scale, b_.grad_query, x.row * b_.levels + level, head);
-      std::fill_n(x.sums.get(), x.key_vectors, V{});
-      for (int64_t j = 0; j < x.value_vectors; ++j) cell_value_[j] = mass * x.grad_out[j];
-      mass = V{};
-      if (image >= 0)
-        add<L>(cell_value_.get(), b_.grad_value_parts, (item * b_.images + image) * b_.levels + level,
-               head);
+      distribute<L>(x.softmax.logits, block.slots, block.count, x.vector.get(),
+                    grad_cells_.of(head));
     });
+    unpack<L>(x.sums.get(), p_.scale, b_.grad_query, x.row * b_.levels + level, head);
+    const int64_t image = empty_.images[x.lane];
+    if (image < 0) return;
+    for (int64_t j = 0; j < x.value_vectors; ++j)
+      cell_value_[j] = mass == 0 ? V{} : mass * x.grad_out[j];
+    const int64_t row = (item * b_.images + image) * b_.levels + level;
+    add<L>(cell_value_.get(), b_.grad_value_parts, row, head);
   }
 
-  // Calls body(level, block) for a query's empty cells, and after each level done(level), with the
-  // vector that sees them in place of the query's own, and their value.
-  template <typename Body, typename Done>
-  void for_levels(Query<L>& x, int64_t head, const Body& body, const Done& done) {
-    for (int64_t level = 0; level < b_.levels; ++level) {
-      pack<L>(b_.query, x.row * b_.levels + level, head, p_.scale, x.vector.get());
-      std::fill_n(cell_value_.get(), x.value_vectors, V{});
-      if (const int64_t image = empty_.images[x.lane]; image >= 0)
-        pack<L>(b_.value, image * b_.levels + level, head, 1, cell_value_.get());
-      const List cells = empty_.list(x.lane, level);
-      for (int64_t begin = 0; begin < cells.count; begin += kBlock) body(level, Block(cells, begin));
-      done(level);
-    }
+  // What a query's empty cells of a level share: the vector that sees them, and their value.
+  void load_level(Query<L>& x, int64_t level, int64_t head) {
+    pack<L>(b_.query, x.row * b_.levels + level, head, p_.scale, x.vector.get());
+    std::fill_n(cell_value_.get(), x.value_vectors, V{});
+    const int64_t image = empty_.images[x.lane];
+    if (image >= 0) pack<L>(b_.value, image * b_.levels + level, head, 1, cell_value_.get());
+  }
+
+  template <typename Body>
+  void for_cells(const Query<L>& x, int64_t level, const Body& body) {
+    const List cells = empty_.list(x.lane, level);
+    for (int64_t begin = 0; begin < cells.count; begin += kBlock) body(Block(cells, begin));
   }
 
   // Columns of cells come after those of the points.
