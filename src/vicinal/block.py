@@ -1,7 +1,7 @@
 """The module: norm, project, rotate, attend, project, residual."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -30,11 +30,10 @@ from .plan import NeighborhoodPlan, check_placement, plan_neighborhoods
 from .pyramid import FeaturePyramid
 from .rotary import RotaryEncoding
 
-
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def _is_plain(linear: nn.Module) -> bool:
+def _is_plain(linear: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether calling the layer is the product and nothing more: no subclass, adapter or hook."""
     return (
         type(linear) is nn.Linear
@@ -60,7 +59,8 @@ def _keys_and_values(projection: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
 def _add_projected(projection: nn.Module, x: Tensor, residual: Tensor) -> Tensor:
     """``residual + projection(x)``, ``[n, E]``; in one pass where autocast would not round it."""
     if not _is_plain(projection) or projection.bias is not None or autocasts(x.device):
-        return residual + projection(x)
+        projected: Tensor = projection(x)
+        return residual + projected
     return torch.addmm(residual, x, projection.weight.t())
 
 
