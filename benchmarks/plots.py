@@ -78,7 +78,7 @@ def _block_peers(outcomes: Outcomes, times: Axes, memory: Axes) -> None:
 
 
 def _peers(outcomes: Outcomes) -> Figure | None:
-    """Times of the peers over the library's, one bar each, longest last."""
+    """Times of the peers over the library's, a bar each, as they were run."""
     found = [
         (name, outcome)
         for name, outcome in outcomes.items()

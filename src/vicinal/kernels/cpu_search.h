@@ -57,7 +57,7 @@ class Places {
 };
 
 // Wraps around where contents are absurd.
-inline int64_t sum(int64_t a, int64_t b) { return int64_t(uint64_t(a) + uint64_t(b)); }
+inline int64_t wrapping_sum(int64_t a, int64_t b) { return int64_t(uint64_t(a) + uint64_t(b)); }
 
 // Queries next to each other in `visits` are neighbors in space: on coarse levels most fall into
 // the same cell, and see the same.
@@ -71,11 +71,12 @@ inline void find_rows(const RowSearch& s, const Places& places, int64_t begin, i
     const int64_t query = s.visits[visit];
     if (query < 0 || query >= s.queries) continue;
     for (int64_t row = 0; row < s.rows; ++row) {
-      const int64_t middle = sum(s.centers[s.level[row] * s.queries + query], s.offset[row]);
+      const int64_t center = s.centers[s.level[row] * s.queries + query];
+      const int64_t middle = wrapping_sum(center, s.offset[row]);
       Row& last = rows[row];
       if (!last.found || middle != last.middle)
-        last = {middle, places.first_not_below(sum(middle, -s.radius[row])),
-                places.first_not_below(sum(middle, s.radius[row] + 1)), true};
+        last = {middle, places.first_not_below(wrapping_sum(middle, -s.radius[row])),
+                places.first_not_below(wrapping_sum(middle, s.radius[row] + 1)), true};
       s.starts[query * s.rows + row] = int32_t(last.start);
       s.stops[query * s.rows + row] = int32_t(last.stop);
     }
