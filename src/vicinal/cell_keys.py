@@ -91,8 +91,12 @@ class CellKeys:
         return middles - radius, torch.where(used[levels], middles + radius, -1)
 
     def along_curve(self, cells: Tensor, group: Tensor) -> Tensor:
-        """Keys that sort ``cells`` ``[n, P]`` along a Z-order curve, group by group."""
-        cells = cells + self._radius.max() + 1
+        """Keys that sort ``cells`` ``[n, P]`` along a Z-order curve, group by group.
+
+        Cells before the map's edge go with those at the edge: an offset to make them positive
+        would shift the curve's squares against the cells of coarser levels, which it then cuts.
+        """
+        cells = cells.clamp(min=0)
         key = group
         for bit in reversed(range(self._bits)):
             for axis in range(self._dim):

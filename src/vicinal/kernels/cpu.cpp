@@ -26,7 +26,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "cpu_cells.h"
+#include "cpu_problem.h"
 #include "cpu_search.h"
 
 #define VICINAL_ISA baseline
@@ -39,7 +39,7 @@
 #define VICINAL_X86 1
 
 #pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
+#pragma GCC target("avx2,fma,f16c,bmi,bmi2,popcnt")
 #define VICINAL_ISA avx2
 #define VICINAL_BYTES 32
 #include "cpu_kernels.h"
@@ -48,7 +48,7 @@
 #pragma GCC pop_options
 
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,f16c")
+#pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,f16c,bmi,bmi2,popcnt")
 #define VICINAL_ISA avx512
 #define VICINAL_BYTES 64
 #include "cpu_kernels.h"
@@ -292,7 +292,7 @@ Tensor like_sums(const Tensor& x) {
 }
 
 // Points that no query sees have no gradient.
-void clear_untouched(const Tensor& grad, const std::vector<uint8_t>& touched) {
+void clear_untouched(const Tensor& grad, const std::vector<int32_t>& touched) {
   const int64_t size = grad.stride(0) * grad.element_size();
   for (size_t point = 0; point < touched.size(); ++point)
     if (!touched[point]) std::memset(static_cast<char*>(grad.data_ptr()) + point * size, 0, size);
@@ -333,7 +333,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> backward(
   Tensor grad_q = new_tensor(q, {q.size(0), q.size(1), q.size(2)}, q.scalar_type());
   // Points collect their shares from many tiles, and do so in the type of the sums.
   Tensor grad_k = like_sums(k), grad_v = like_sums(v);
-  std::vector<uint8_t> touched(k.size(0));
+  std::vector<int32_t> touched(k.size(0));
   p.out = rows_of(out);
   p.grad_out = rows_of(grad_out);
   p.lse = lse.data_ptr();

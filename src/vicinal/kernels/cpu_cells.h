@@ -1,22 +1,18 @@
-// The empty cells in the windows of a tile of queries.
-#pragma once
+// The empty cells in the windows of a tile of queries, for one instruction set: see cpu_vectors.h.
 
-#include "cpu_neighbors.h"
-
-namespace vicinal {
+namespace vicinal::VICINAL_ISA {
 
 // For each query and level of a tile, the cells of its window that hold no point but have a
 // background. Slot 1 + c is cell c of the windows; slot 0 is none, and lists are filled up with it.
 class EmptyCells {
  public:
-  EmptyCells(const Slices& slices, const Background& background, int64_t tile_queries, int64_t step)
+  EmptyCells(const Slices& slices, const Background& background, int64_t tile_queries)
       : slices_(slices),
         b_(background),
         tile_queries_(tile_queries),
-        step_(step),
         first_(tile_queries * background.levels),
         counts_(tile_queries * background.levels),
-        slots_(tile_queries * (background.slots + background.levels * step)),
+        slots_(tile_queries * (background.slots + background.levels * kFill)),
         taken_(background.slots) {}
 
   void find(const Neighbors& near) {
@@ -34,7 +30,7 @@ class EmptyCells {
           if (!taken_[cell]) slots_[end++] = int32_t(1 + cell);
         cell = stop;
         counts_[at] = end - first_[at];
-        for (; end % step_; ++end) slots_[end] = 0;
+        for (; end % kFill; ++end) slots_[end] = 0;
       }
     }
   }
@@ -64,10 +60,10 @@ class EmptyCells {
 
   const Slices& slices_;
   const Background& b_;
-  const int64_t tile_queries_, step_;
+  const int64_t tile_queries_;
   std::vector<int64_t> first_, counts_;
   std::vector<int32_t> slots_;
   std::vector<uint8_t> taken_;
 };
 
-}  // namespace vicinal
+}  // namespace vicinal::VICINAL_ISA

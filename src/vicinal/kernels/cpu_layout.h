@@ -54,35 +54,52 @@ inline void for_spans(const Rows& rows, int64_t id, int64_t head, const Whole& w
   }
 }
 
-// Asks for a row, which may be anywhere in memory, before it is needed. GCC takes a function that
-// only does this for one without effect, and drops it, unless it is inlined early.
-__attribute__((always_inline)) inline void prefetch(const Rows& rows, int64_t id) {
+// Asks for the heads from `head` on of a row, which may be anywhere in memory, before they are
+// needed. GCC takes a function that only does this for one without effect, and drops it, unless it
+// is inlined early.
+template <typename L>
+__attribute__((always_inline)) inline void prefetch(const Rows& rows, int64_t id, int64_t head) {
   const bool half = rows.storage == Storage::float16 || rows.storage == Storage::bfloat16;
   const int64_t size = rows.storage == Storage::float64 ? 8 : half ? 2 : 4;
-  const char* row = static_cast<const char*>(rows.data) + id * rows.row_stride * size;
-  const bool adjacent = rows.head_stride == rows.width;
-  const int64_t runs = adjacent ? 1 : rows.heads, heads = adjacent ? rows.heads : 1;
-  for (int64_t run = 0; run < runs; ++run, row += rows.head_stride * size)
-    for (int64_t byte = 0; byte < heads * rows.width * size; byte += 64)
+  const char* row = static_cast<const char*>(rows.data) +
+                    (id * rows.row_stride + head * rows.head_stride) * size;
+  for (int g = 0; g < L::kHeads; ++g, row += rows.head_stride * size)
+    for (int64_t byte = 0; byte < rows.width * size; byte += 64)
       __builtin_prefetch(row + byte, 0, 2);
+}
+
+template <typename L, typename T>
+inline void pack_row(const Rows& rows, int64_t id, int64_t head, typename L::Real scale,
+                     Vector<typename L::Real>* packed) {
+  using Real = typename L::Real;
+  Real* scalars = reinterpret_cast<Real*>(packed);
+  if (rows.width % L::kSpan) packed[L::vectors(rows.width) - 1] = Vector<Real>{};
+  for_spans<L, T>(
+      rows, id, head,
+      [&](int64_t at, const T* from) { store_span<L>(scalars + at, load_span<L>(from) * scale); },
+      [&](int64_t at, const T* from, int64_t count) {
+        for (int64_t s = 0; s < count; ++s) scalars[at + s] = Real(from[s]) * scale;
+      });
 }
 
 // The channels of heads `head`, `head + 1`, ... of a row, times `scale`, zero where there is none.
 template <typename L>
 inline void pack(const Rows& rows, int64_t id, int64_t head, double scale,
                  Vector<typename L::Real>* packed) {
-  using Real = typename L::Real;
-  Real* scalars = reinterpret_cast<Real*>(packed);
-  if (rows.width % L::kSpan) packed[L::vectors(rows.width) - 1] = Vector<Real>{};
   with_storage(rows.storage, [&](auto type) {
-    for_spans<L, decltype(type)>(
-        rows, id, head,
-        [&](int64_t at, auto* from) {
-          store_span<L>(scalars + at, load_span<L>(from) * Real(scale));
-        },
-        [&](int64_t at, auto* from, int64_t count) {
-          for (int64_t s = 0; s < count; ++s) scalars[at + s] = Real(from[s]) * Real(scale);
-        });
+    pack_row<L, decltype(type)>(rows, id, head, scale, packed);
+  });
+}
+
+// Those of many rows.
+template <typename L>
+inline void pack_all(const Rows& rows, const int32_t* ids, int64_t count, int64_t head,
+                     Vector<typename L::Real>* packed) {
+  with_storage(rows.storage, [&](auto type) {
+    const Rows local = rows;  // which no store can reach
+    const int64_t vectors = L::vectors(local.width);
+    for (int64_t i = 0; i < count; ++i)
+      pack_row<L, decltype(type)>(local, ids[i], head, 1, packed + i * vectors);
   });
 }
 

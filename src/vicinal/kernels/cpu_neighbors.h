@@ -1,11 +1,11 @@
-// What a tile of queries sees.
-#pragma once
+// What a tile of queries sees, for one instruction set: see cpu_vectors.h.
 
-#include "cpu_problem.h"
+namespace vicinal::VICINAL_ISA {
 
-namespace vicinal {
-
-constexpr int kMaxTile = 128;  // queries in a tile, at most
+// As many numbers as a vector holds, at any address.
+typedef int32_t Numbers __attribute__((vector_size(VICINAL_BYTES), aligned(4), may_alias));
+constexpr int n_numbers = VICINAL_BYTES / sizeof(int32_t);
+constexpr int kFill = 16;  // lists are filled up to a multiple of this
 
 // Slots of what a query sees; filled up with slot 0.
 struct List {
@@ -15,25 +15,33 @@ struct List {
 
 // The queries of a tile, the points that any of them sees, numbered by slots, and for each query
 // the slots of what it sees. Slices, orders and visits may hold anything: nothing but valid rows
-// and points comes out. Slot 0 is nobody's: lists are filled up with it to a multiple of `step`.
+// and points comes out. Slot 0 is nobody's.
+//
+// Places of the order that are seen are marked as bits of words. Their slots follow one another
+// within a word, so that of what a slice has in a word only the first needs to be looked up. On
+// coarse levels a query mostly sees what the one before it sees: the last slices that are equal are
+// not walked again.
 class Neighbors {
  public:
-  Neighbors(const Slices& slices, int64_t tile_queries, int64_t step)
-      : slices_(slices), tile_queries_(tile_queries), step_(step), slot_of_(slices.points) {}
+  Neighbors(const Slices& slices, int64_t tile_queries)
+      : slices_(slices),
+        tile_queries_(tile_queries),
+        words_(slices.points / 64 + 1),
+        to_end_(slices.slices) {}
 
   void find(int64_t tile, const bool* mask) {
-    const int64_t most = 1 + reserve_lists(tile, mask);
-    points.reserve(most);
-    places_.reserve(most);
-    points[0] = places_[0] = -1;
-    slot_count = 1;
+    find_rows(tile, mask);
+    slots_.reserve(mark() + tile_queries_ * kFill + n_numbers);
+    number();
     int64_t end = 0;
     for (int lane = 0; lane < tile_queries_; ++lane) {
-      first_[lane] = end;
-      if (present[lane]) end = add(rows[lane], end);
-      counts_[lane] = end - first_[lane];
-      for (; end % step_; ++end) slots_[end] = 0;
+      int32_t* list = &slots_[first_[lane] = end];
+      counts_[lane] = present[lane] ? write_list(lane, list) : 0;
+      std::fill_n(list + counts_[lane], kFill, 0);
+      end += (counts_[lane] + kFill - 1) / kFill * kFill;
     }
+    for (int64_t word : marked_) words_[word].seen = 0;
+    marked_.clear();
   }
 
   List list(int lane) const { return {slots_.get() + first_[lane], counts_[lane]}; }
@@ -44,51 +52,135 @@ class Neighbors {
   int64_t slot_count = 1;
 
  private:
-  // Finds the rows and makes room for their lists. Returns how many different points at most.
-  int64_t reserve_lists(int64_t tile, const bool* mask) {
-    int64_t total = 0;
+  struct Word {
+    uint64_t seen = 0;
+    int32_t first_slot = 0;
+  };
+
+  void find_rows(int64_t tile, const bool* mask) {
     for (int lane = 0; lane < tile_queries_; ++lane) {
-      const int64_t place = tile * tile_queries_ + lane;
-      const int64_t row = place < slices_.rows ? slices_.visits[place] : -1;
+      const int64_t visit = tile * tile_queries_ + lane;
+      const int64_t row = visit < slices_.rows ? slices_.visits[visit] : -1;
       rows[lane] = row >= 0 && row < slices_.rows ? row : -1;
       present[lane] = rows[lane] >= 0 && !(mask && mask[row]);
-      if (!present[lane]) continue;
-      for (int64_t at = row * slices_.slices; at < (row + 1) * slices_.slices; ++at)
-        total += std::max<int64_t>(slices_.stop(at) - slices_.start(at), 0);
-    }
-    slots_.reserve(total + tile_queries_ * step_);
-    return std::min(total, slices_.points);
-  }
-
-  int64_t add(int64_t row, int64_t end) {
-    for (int64_t at = row * slices_.slices; at < (row + 1) * slices_.slices; ++at)
-      for (int64_t place = slices_.start(at), stop = slices_.stop(at); place < stop; ++place) {
-        const int32_t slot = slot_at(place);
-        slots_[end] = slot;
-        end += slot > 0;
+      for (int64_t at = 0; present[lane] && at < slices_.slices; at += 16) {
+        __builtin_prefetch(slices_.starts + row * slices_.slices + at);
+        __builtin_prefetch(slices_.stops + row * slices_.slices + at);
       }
-    return end;
+    }
   }
 
-  // The slot of the point at a place of the order, a new one if it has none yet; 0 if there is no
-  // such point. What an earlier tile left in `slot_of_` does not lead back here.
-  int32_t slot_at(int64_t place) {
-    const int32_t slot = slot_of_[place];
-    if (slot < slot_count && places_[slot] == place) return slot;
-    const int32_t point = slices_.order[place];
-    if (point < 0 || point >= slices_.points) return 0;
-    points[slot_count] = point;
-    places_[slot_count] = int32_t(place);
-    slot_of_[place] = slot_count;
-    return slot_count++;
+  // Calls body(word, bits) for the places of a slice.
+  template <typename Body>
+  void for_words(int64_t slice, const Body& body) {
+    const int64_t start = slices_.start(slice), stop = std::max(slices_.stop(slice), start);
+    uint64_t from = ~uint64_t(0) << start % 64;
+    int64_t word = start / 64;
+    for (; stop - word * 64 > 64; ++word, from = ~uint64_t(0)) body(word, from);
+    body(word, from & below(stop - word * 64));
+  }
+  // The lowest `count` bits, of at most 64, in two shifts that are each defined.
+  static uint64_t below(uint64_t count) {
+    return (uint64_t(1) << count / 2 << (count - count / 2)) - 1;
+  }
+
+  // Marks all places that are seen. Returns how much room the lists take at most.
+  int64_t mark() {
+    int64_t room = 0;
+    for (int lane = 0; lane < tile_queries_; ++lane) {
+      if (!present[lane]) continue;
+      const int64_t first = rows[lane] * slices_.slices;
+      walked_[lane] = slices_.slices - equal_to_previous(lane);
+      for (int64_t slice = first; slice < first + walked_[lane]; ++slice)
+        for_words(slice, [&](int64_t word, uint64_t bits) {
+          if (!words_[word].seen && bits) marked_.push_back(word);
+          words_[word].seen |= bits;
+        });
+      for (int64_t slice = first; slice < first + slices_.slices; ++slice)
+        room += std::max<int64_t>(slices_.stop(slice) - slices_.start(slice), 0);
+    }
+    return room;
+  }
+
+  // How many of a query's last slices are those of the one before it.
+  int64_t equal_to_previous(int lane) const {
+    if (lane == 0 || !present[lane - 1]) return 0;
+    const int64_t own = (rows[lane] + 1) * slices_.slices;
+    const int64_t previous = (rows[lane - 1] + 1) * slices_.slices;
+    int64_t equal = 0;
+    while (equal < slices_.slices &&
+           slices_.starts[own - 1 - equal] == slices_.starts[previous - 1 - equal] &&
+           slices_.stops[own - 1 - equal] == slices_.stops[previous - 1 - equal])
+      ++equal;
+    return equal;
+  }
+
+  // Gives a slot to every place that is marked and has a point.
+  void number() {
+    int64_t most = 1;
+    for (int64_t number : marked_) most += __builtin_popcountll(words_[number].seen);
+    points.reserve(most);
+    points[0] = -1;
+    slot_count = 1;
+    for (int64_t number : marked_) {
+      Word& word = words_[number];
+      word.first_slot = slot_count;
+      for (uint64_t left = word.seen; left; left &= left - 1) {
+        const int bit = __builtin_ctzll(left);
+        const int32_t point = slices_.order[number * 64 + bit];
+        if (point < 0 || point >= slices_.points) word.seen &= ~(uint64_t(1) << bit);
+        else points[slot_count++] = point;
+      }
+    }
+  }
+
+  // Returns how many slots it has.
+  int64_t write_list(int lane, int32_t* const list) {
+    const int64_t first = rows[lane] * slices_.slices, walked = walked_[lane];
+    int32_t* end = list;
+    for (int64_t slice = 0; slice < walked; ++slice) {
+      to_end_[slice] = list - end;
+      for_words(first + slice, [&](int64_t number, uint64_t bits) {
+        const Word& word = words_[number];
+        const int32_t slot =
+            word.first_slot + __builtin_popcountll(word.seen & ((bits & -bits) - 1));
+        end = write(end, __builtin_popcountll(word.seen & bits),
+                    [&](int64_t at) { return numbers() + (slot + int32_t(at)); });
+      });
+    }
+    if (walked < slices_.slices) {
+      const int32_t* rest = slots_.get() + first_[lane - 1] + counts_[lane - 1] - to_end_[walked];
+      end = write(end, to_end_[walked],
+                  [&](int64_t at) { return *reinterpret_cast<const Numbers*>(rest + at); });
+    }
+    for (int64_t slice = 0; slice < walked; ++slice) to_end_[slice] += end - list;
+    return end - list;
+  }
+
+  // Writes a vector of slots at a time, and so more than there are, rather than take a branch that
+  // nobody can foresee. Returns where they end.
+  template <typename Source>
+  static int32_t* write(int32_t* to, int64_t count, const Source& source) {
+    int64_t at = 0;
+    do *reinterpret_cast<Numbers*>(to + at) = source(at);
+    while ((at += n_numbers) < count);
+    return to + count;
+  }
+  static Numbers numbers() {
+    Numbers numbers;
+#pragma GCC unroll 16
+    for (int i = 0; i < n_numbers; ++i) numbers[i] = i;
+    return numbers;
   }
 
   const Slices& slices_;
-  const int64_t tile_queries_, step_;
+  const int64_t tile_queries_;
   int64_t first_[kMaxTile], counts_[kMaxTile];  // of each query among slots_
+  int64_t walked_[kMaxTile];                    // its slices that differ from those of the last
   Buffer<int32_t> slots_;
-  Buffer<int32_t> places_;        // of every slot, in the order
-  std::vector<int32_t> slot_of_;  // of every place
+  std::vector<Word> words_;       // of the order
+  std::vector<int64_t> marked_;   // those with places that are seen
+  std::vector<int64_t> to_end_;   // of the last list, from where each slice begins
 };
 
-}  // namespace vicinal
+}  // namespace vicinal::VICINAL_ISA

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 #include <new>
 #include <numeric>
 #include <thread>
@@ -10,6 +11,8 @@
 #include <vector>
 
 namespace vicinal {
+
+constexpr int kMaxTile = 128;  // queries in a tile, at most
 
 // Uninitialised memory that grows by half more than is asked for.
 template <typename T>
@@ -44,7 +47,7 @@ struct Slices {
   int64_t points;  // as many stand in order, and are numbered
 
   // Within the order, whatever the slices hold.
-  int64_t start(int64_t at) const { return std::max(starts[at], 0); }
+  int64_t start(int64_t at) const { return std::clamp<int64_t>(starts[at], 0, points); }
   int64_t stop(int64_t at) const { return std::min<int64_t>(stops[at], points); }
 };
 
@@ -90,7 +93,7 @@ struct Problem {
   const void* grad_lse = nullptr;
   Rows grad_out, grad_q;
   Rows grad_k, grad_v;      // in the type of the sums
-  uint8_t* touched = nullptr;  // [nnz], which of their rows hold something; none at first
+  int32_t* touched = nullptr;  // [nnz], the first of their heads that hold nothing yet
 };
 
 // Rows turned by angles coordinates @ frequencies; coordinates and frequencies are in the type of
@@ -140,21 +143,24 @@ class Schedule {
         : waits_for_(schedule.waits_for_[turn]),
           finished_(schedule.finished_.data()),
           own_(schedule.finished_[turn]) {}
-    ~Turn() { __atomic_store_n(&own_, 1, __ATOMIC_RELEASE); }
+    ~Turn() { finish(std::numeric_limits<int32_t>::max()); }
     Turn(const Turn&) = delete;
     Turn& operator=(const Turn&) = delete;
 
-    // Returns when all turns that this one waits for are over. Turns are taken in order, so those
-    // are over or under way.
-    void wait() const {
+    // Returns when all turns that this one waits for are done with a head. Turns are taken in order,
+    // so those are over or under way.
+    void wait(int32_t head) const {
       for (int32_t earlier : waits_for_)
-        while (!__atomic_load_n(finished_ + earlier, __ATOMIC_ACQUIRE)) std::this_thread::yield();
+        while (__atomic_load_n(finished_ + earlier, __ATOMIC_ACQUIRE) <= head)
+          std::this_thread::yield();
     }
+    // This turn is done with the first heads.
+    void finish(int32_t heads) { __atomic_store_n(&own_, heads, __ATOMIC_RELEASE); }
 
    private:
     const std::vector<int32_t>& waits_for_;
-    const uint8_t* finished_;
-    uint8_t& own_;
+    const int32_t* finished_;
+    int32_t& own_;
   };
 
   const int64_t tiles, tiles_per_chunk, chunks;
@@ -198,7 +204,7 @@ class Schedule {
   const int64_t step_;
   int64_t next_ = 0;
   std::vector<std::vector<int32_t>> waits_for_;
-  std::vector<uint8_t> finished_;
+  std::vector<int32_t> finished_;  // by turns, how many heads
 };
 
 }  // namespace vicinal

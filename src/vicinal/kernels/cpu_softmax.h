@@ -70,11 +70,9 @@ class Softmax {
     }
   }
 
-  // What the sums of all blocks are to be divided by, and the log-sum-exp of a head.
+  // What the sums of all blocks are to be divided by, and the log-sum-exp.
   V total() const { return fold<L>(total_, plus); }
-  Real lse(V total, int head) const {
-    return top_[head * L::kSpan] + std::log(total[head * L::kSpan]);
-  }
+  V lse(V total) const { return top_ + logarithm<Real>(total); }
 
  private:
   static constexpr auto larger = [](V a, V b) { return a > b ? a : b; };

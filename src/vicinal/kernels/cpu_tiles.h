@@ -8,34 +8,30 @@
 
 namespace vicinal::VICINAL_ISA {
 
-// Packed rows of a tile's points, or of the windows' cells; those of a group of heads together.
+// Packed rows of a tile's points, or of the windows' cells, for one group of heads.
 template <typename L>
 class Table {
   using V = Vector<typename L::Real>;
 
  public:
-  Table(int64_t heads, int64_t width) : groups_(heads / L::kHeads), vectors_(L::vectors(width)) {}
+  explicit Table(int64_t width) : vectors_(L::vectors(width)) {}
 
   // Makes room for `count` rows, and empties that of nobody.
   void reserve(int64_t count) {
-    count_ = count;
-    rows_.reserve(groups_ * count * vectors_);
-    for (int64_t group = 0; group < groups_; ++group)
-      std::fill_n(of(group * L::kHeads).data, vectors_, V{});
+    rows_.reserve(count * vectors_);
+    std::fill_n(rows_.get(), vectors_, V{});
   }
   // Makes room for as many, and empties them all.
   void clear(int64_t count) {
-    reserve(count);
-    std::fill_n(rows_.get(), groups_ * count * vectors_, V{});
+    rows_.reserve(count * vectors_);
+    std::fill_n(rows_.get(), count * vectors_, V{});
   }
 
-  PackedRows<L> of(int64_t head) {
-    return {rows_.get() + head / L::kHeads * count_ * vectors_, vectors_};
-  }
+  PackedRows<L> rows() { return {rows_.get(), vectors_}; }
+  V* row(int64_t slot) { return rows().row(slot); }
 
  private:
-  const int64_t groups_, vectors_;
-  int64_t count_ = 0;
+  const int64_t vectors_;
   Buffer<V> rows_;
 };
 
@@ -60,7 +56,6 @@ struct Query {
   Buffer<V> grad_out, value_sums;  // of its output; what that sums up to
 };
 
-constexpr int kAhead = 3;  // rows asked for before they are needed
 constexpr int kRun = 8;    // queries that take turns, so that keys or values stay in the cache
 
 template <typename L>
@@ -72,87 +67,95 @@ class Tile {
   explicit Tile(const Problem& problem)
       : p_(problem),
         b_(problem.background),
-        near_(problem.queries, problem.tile_queries, kStep<L>),
-        empty_(problem.queries, problem.background, problem.tile_queries, kStep<L>),
-        keys_(problem.heads, problem.q.width),
-        values_(problem.heads, problem.v.width),
-        cells_(problem.heads, problem.q.width),
-        grad_keys_(problem.heads, problem.q.width),
-        grad_values_(problem.heads, problem.v.width),
-        grad_cells_(problem.heads, problem.q.width),
+        near_(problem.queries, problem.tile_queries),
+        empty_(problem.queries, problem.background, problem.tile_queries),
+        keys_(problem.q.width),
+        values_(problem.v.width),
+        cells_(problem.q.width),
+        grad_keys_(problem.q.width),
+        grad_values_(problem.v.width),
+        grad_cells_(problem.q.width),
         cell_value_(L::vectors(problem.v.width)) {
     for (Query<L>& query : queries_) query.reserve(problem);
   }
 
   void forward(int64_t tile) {
-    near_.find(tile, p_.query_mask);
-    expect(0, kMaxTile, {&p_.q});
-    pack_neighbors();
-    for (int64_t head = 0; head < p_.heads; head += L::kHeads)
+    find(tile);
+    for (int64_t head = 0; head < p_.heads; head += L::kHeads) {
+      pack_neighbors(head);
       for (int first = 0; first < p_.tile_queries; first += kRun) {
-        if (head == 0) expect(first + kRun, kRun, {&p_.out});
+        expect_queries(first, head, {&p_.q, &p_.out});
+        expect_points(first, head + L::kHeads, {&p_.k, &p_.v});
         attend(first, head);
       }
+    }
   }
 
-  // The queries' gradients, and this tile's share of all others, to be added in its turn; item is
-  // the place of its chunk among the background's partial sums.
-  void backward(int64_t tile, int64_t item) {
-    near_.find(tile, p_.query_mask);
-    expect(0, kMaxTile, {&p_.q, &p_.out, &p_.grad_out});
-    pack_neighbors();
-    grad_keys_.clear(near_.slot_count);
-    grad_values_.clear(near_.slot_count);
-    if (b_.active) grad_cells_.clear(1 + b_.slots);
-    for (int64_t head = 0; head < p_.heads; head += L::kHeads)
+  // The queries' gradients, and this tile's share of all others, each group of heads in its turn;
+  // item is the place of its chunk among the background's partial sums.
+  void backward(int64_t tile, int64_t item, Schedule::Turn& turn, bool last_of_chunk) {
+    find(tile);
+    for (int64_t head = 0; head < p_.heads; head += L::kHeads) {
+      pack_neighbors(head);
+      grad_keys_.clear(near_.slot_count);
+      grad_values_.clear(near_.slot_count);
+      if (b_.active) grad_cells_.clear(1 + b_.slots);
       for (int first = 0; first < p_.tile_queries; first += kRun) {
-        if (head == 0) expect(first + kRun, kRun, {&p_.grad_q});
+        expect_queries(first, head, {&p_.q, &p_.out, &p_.grad_out, &p_.grad_q});
+        expect_points(first, head + L::kHeads, {&p_.k, &p_.v});
+        expect_points(first, head, {&p_.grad_k, &p_.grad_v});
         differentiate(first, head, item);
       }
-  }
-
-  void add_gradients(int64_t item) {
-    for_points(p_.grad_k, p_.grad_v, [&](int64_t slot, int64_t point) {
-      const bool first = !std::exchange(p_.touched[point], true);
-      for (int64_t head = 0; head < p_.heads; head += L::kHeads) {
-        add<L>(grad_keys_.of(head).row(slot), p_.grad_k, point, head, first);
-        add<L>(grad_values_.of(head).row(slot), p_.grad_v, point, head, first);
-      }
-    });
-    for (int64_t cell = 0; b_.active && cell < b_.slots; ++cell)
-      for (int64_t head = 0; head < p_.heads; head += L::kHeads)
-        add<L>(grad_cells_.of(head).row(1 + cell), b_.grad_key_parts, item * b_.slots + cell, head);
+      turn.wait(head);
+      add_gradients(head, item);
+      if (last_of_chunk) turn.finish(head + L::kHeads);
+    }
   }
 
  private:
-  void pack_neighbors() {
-    keys_.reserve(near_.slot_count);
-    values_.reserve(near_.slot_count);
-    for_points(p_.k, p_.v, [&](int64_t slot, int64_t point) {
-      for (int64_t head = 0; head < p_.heads; head += L::kHeads) {
-        pack<L>(p_.k, point, head, 1, keys_.of(head).row(slot));
-        pack<L>(p_.v, point, head, 1, values_.of(head).row(slot));
-      }
-    });
-    if (!b_.active) return;
-    empty_.find(near_);
-    cells_.reserve(1 + b_.slots);
-    for (int64_t cell = 0; cell < b_.slots; ++cell)
-      for (int64_t head = 0; head < p_.heads; head += L::kHeads)
-        pack<L>(b_.key, cell, head, 1, cells_.of(head).row(1 + cell));
+  void find(int64_t tile) {
+    near_.find(tile, p_.query_mask);
+    if (b_.active) empty_.find(near_);
+    for (int first = 0; first < p_.tile_queries; first += kRun) expect_points(first, 0, {&p_.k, &p_.v});
   }
 
-  // Calls body(slot, point) for the tile's points, whose rows are scattered over memory and
-  // so are asked for some steps before.
-  template <typename Body>
-  void for_points(const Rows& keys, const Rows& values, const Body& body) {
+  // Asks for rows before they are needed, bit by bit, while there is enough else to do: those of
+  // the queries that come after a run, and the run's share of the points'.
+  __attribute__((always_inline)) void expect_queries(int first, int64_t head,
+                                                     std::initializer_list<const Rows*> all) {
+    const int64_t stop = std::min<int64_t>(first + 2 * kRun, p_.tile_queries);
+    for (int64_t lane = first + kRun; lane < stop; ++lane)
+      for (const Rows* rows : all)
+        if (near_.rows[lane] >= 0) prefetch<L>(*rows, near_.rows[lane], head);
+  }
+  __attribute__((always_inline)) void expect_points(int first, int64_t head,
+                                                    std::initializer_list<const Rows*> all) {
+    const int64_t runs = (p_.tile_queries + kRun - 1) / kRun, run = first / kRun;
+    const int64_t points = near_.slot_count - 1, stop = (run + 1) * points / runs;
+    for (int64_t slot = 1 + run * points / runs; head < p_.heads && slot <= stop; ++slot)
+      for (const Rows* rows : all) prefetch<L>(*rows, near_.points[slot], head);
+  }
+
+  void add_gradients(int64_t head, int64_t item) {
     for (int64_t slot = 1; slot < near_.slot_count; ++slot) {
-      if (const int64_t ahead = slot + kAhead; ahead < near_.slot_count) {
-        prefetch(keys, near_.points[ahead]);
-        prefetch(values, near_.points[ahead]);
-      }
-      body(slot, near_.points[slot]);
+      const int64_t point = near_.points[slot];
+      const bool first = p_.touched[point] <= head;
+      if (first) p_.touched[point] = head + 1;
+      add<L>(grad_keys_.row(slot), p_.grad_k, point, head, first);
+      add<L>(grad_values_.row(slot), p_.grad_v, point, head, first);
     }
+    for (int64_t cell = 0; b_.active && cell < b_.slots; ++cell)
+      add<L>(grad_cells_.row(1 + cell), b_.grad_key_parts, item * b_.slots + cell, head);
+  }
+
+  void pack_neighbors(int64_t head) {
+    keys_.reserve(near_.slot_count);
+    values_.reserve(near_.slot_count);
+    pack_all<L>(p_.k, &near_.points[1], near_.slot_count - 1, head, keys_.row(1));
+    pack_all<L>(p_.v, &near_.points[1], near_.slot_count - 1, head, values_.row(1));
+    if (!b_.active) return;
+    cells_.reserve(1 + b_.slots);
+    for (int64_t cell = 0; cell < b_.slots; ++cell) pack<L>(b_.key, cell, head, 1, cells_.row(1 + cell));
   }
 
   // Calls body(query) for the queries of the tile that take turns, from the first on.
@@ -165,14 +168,6 @@ class Tile {
       query.row = near_.rows[lane];
       body(query);
     }
-  }
-
-  // Asks for the rows of queries that come next.
-  __attribute__((always_inline)) void expect(int first, int count,
-                                             std::initializer_list<const Rows*> all) {
-    for (int lane = first; lane < std::min<int64_t>(first + count, p_.tile_queries); ++lane)
-      for (const Rows* rows : all)
-        if (near_.rows[lane] >= 0) prefetch(*rows, near_.rows[lane]);
   }
 
   // A part of a list, filled up: of `count` slots the first `seen` are real.
@@ -206,13 +201,13 @@ class Tile {
     for_blocks(
         first,
         [&](auto& x, const Block& block) {
-          multiply<L>(keys_.of(head), block.slots, block.count, x.vector.get(), x.softmax.logits);
+          multiply<L>(keys_.rows(), block.slots, block.count, x.vector.get(), x.softmax.logits);
         },
         [&](auto& x, const Block& block) {
           weigh(x, block, [&](int64_t u) { return near_.points[block.slots[u]]; });
         },
         [&](auto& x, const Block& block) {
-          accumulate<L>(x.softmax.logits, block.slots, block.count, values_.of(head),
+          accumulate<L>(x.softmax.logits, block.slots, block.count, values_.rows(),
                         x.value_sums.get());
         });
     for_run(first, [&](auto& x) {
@@ -232,8 +227,9 @@ class Tile {
     const V inverse = total == 0 ? V{} : 1 / total;
     for (int64_t j = 0; j < x.value_vectors; ++j) x.value_sums[j] *= inverse;
     unpack<L>(x.value_sums.get(), 1, p_.out, x.row, head);
+    const V lse = x.softmax.lse(total);
     for (int g = 0; g < L::kHeads; ++g)
-      static_cast<Real*>(p_.lse)[x.row * p_.heads + head + g] = x.softmax.lse(total, g);
+      static_cast<Real*>(p_.lse)[x.row * p_.heads + head + g] = lse[g * L::kSpan];
   }
 
   void differentiate(int first, int64_t head, int64_t item) {
@@ -246,24 +242,24 @@ class Tile {
     for_blocks(
         first,
         [&](auto& x, const Block& block) {
-          multiply<L>(values_.of(head), block.slots, block.count, x.grad_out.get(),
+          multiply<L>(values_.rows(), block.slots, block.count, x.grad_out.get(),
                       x.softmax.products);
         },
         [&](auto& x, const Block& block) {
-          multiply<L>(keys_.of(head), block.slots, block.count, x.vector.get(), x.softmax.logits);
+          multiply<L>(keys_.rows(), block.slots, block.count, x.vector.get(), x.softmax.logits);
           x.softmax.differentiate(block.seen, block.count,
                                   [&](int64_t u) { return near_.points[block.slots[u]]; });
         },
         [&](auto& x, const Block& block) {
-          accumulate<L>(x.softmax.logits, block.slots, block.count, keys_.of(head), x.sums.get());
+          accumulate<L>(x.softmax.logits, block.slots, block.count, keys_.rows(), x.sums.get());
         },
         [&](auto& x, const Block& block) {
           distribute<L>(x.softmax.logits, block.slots, block.count, x.vector.get(),
-                        grad_keys_.of(head));
+                        grad_keys_.rows());
         },
         [&](auto& x, const Block& block) {
           distribute<L>(x.softmax.products, block.slots, block.count, x.grad_out.get(),
-                        grad_values_.of(head));
+                        grad_values_.rows());
         });
     for_run(first, [&](auto& x) {
       unpack<L>(x.sums.get(), p_.scale, p_.grad_q, x.row, head);
@@ -285,7 +281,7 @@ class Tile {
     for (int64_t level = 0; level < b_.levels; ++level) {
       load_level(x, level, head);
       for_cells(x, level, [&](const Block& block) {
-        multiply<L>(cells_.of(head), block.slots, block.count, x.vector.get(), x.softmax.logits);
+        multiply<L>(cells_.rows(), block.slots, block.count, x.vector.get(), x.softmax.logits);
         weigh(x, block, [&](int64_t u) { return cell_column(block.slots[u]); });
         const V mass = sum<L>(x.softmax.logits, block.count);
         for (int64_t j = 0; j < x.value_vectors; ++j)
@@ -300,14 +296,14 @@ class Tile {
     V mass{};
     std::fill_n(x.sums.get(), x.key_vectors, V{});
     for_cells(x, level, [&](const Block& block) {
-      multiply<L>(cells_.of(head), block.slots, block.count, x.vector.get(), x.softmax.logits);
+      multiply<L>(cells_.rows(), block.slots, block.count, x.vector.get(), x.softmax.logits);
       std::fill_n(x.softmax.products, block.count / L::kSpan, product);
       x.softmax.differentiate(block.seen, block.count,
                               [&](int64_t u) { return cell_column(block.slots[u]); });
       mass += sum<L>(x.softmax.products, block.count);
-      accumulate<L>(x.softmax.logits, block.slots, block.count, cells_.of(head), x.sums.get());
+      accumulate<L>(x.softmax.logits, block.slots, block.count, cells_.rows(), x.sums.get());
       distribute<L>(x.softmax.logits, block.slots, block.count, x.vector.get(),
-                    grad_cells_.of(head));
+                    grad_cells_.rows());
     });
     unpack<L>(x.sums.get(), p_.scale, b_.grad_query, x.row * b_.levels + level, head);
     const int64_t image = empty_.images[x.lane];
@@ -355,13 +351,10 @@ void attend_backward_with(const Problem& problem, Schedule& schedule) {
   Tile<L> tiles(problem);
   for (int64_t turn = schedule.take(); turn < schedule.chunks; turn = schedule.take()) {
     const int64_t chunk = schedule.chunk_at(turn);
-    const Schedule::Turn under_way(schedule, turn);
+    Schedule::Turn under_way(schedule, turn);
     const int64_t stop = std::min((chunk + 1) * schedule.tiles_per_chunk, schedule.tiles);
-    for (int64_t tile = chunk * schedule.tiles_per_chunk; tile < stop; ++tile) {
-      tiles.backward(tile, chunk);
-      under_way.wait();
-      tiles.add_gradients(chunk);
-    }
+    for (int64_t tile = chunk * schedule.tiles_per_chunk; tile < stop; ++tile)
+      tiles.backward(tile, chunk, under_way, tile + 1 == stop);
   }
 }
 

@@ -11,8 +11,8 @@ struct Lanes<float> {
   typedef float Vector __attribute__((vector_size(VICINAL_BYTES)));
   typedef uint32_t Bit;
   typedef Bit Bits __attribute__((vector_size(VICINAL_BYTES)));
-  static constexpr int mantissa = 23, exp_terms = 7, sincos_terms = 5;
-  static constexpr float round_magic = 12582912.0f, exp_lowest = -87.0f;
+  static constexpr int mantissa = 23, exp_terms = 7, log_terms = 4, sincos_terms = 5;
+  static constexpr float round_magic = 12582912.0f, exp_lowest = -87.0f, exponent_of_one = 127;
   static constexpr float half_pi[] = {1.5703125f, 4.837512969970703e-4f, 7.549790126404332e-8f};
   static constexpr float largest_angle = 8192;
   static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
@@ -22,8 +22,9 @@ struct Lanes<double> {
   typedef double Vector __attribute__((vector_size(VICINAL_BYTES)));
   typedef uint64_t Bit;
   typedef Bit Bits __attribute__((vector_size(VICINAL_BYTES)));
-  static constexpr int mantissa = 52, exp_terms = 13, sincos_terms = 8;
-  static constexpr double round_magic = 6755399441055744.0, exp_lowest = -708.0;
+  static constexpr int mantissa = 52, exp_terms = 13, log_terms = 10, sincos_terms = 8;
+  static constexpr double round_magic = 6755399441055744.0, exp_lowest = -708.0,
+                          exponent_of_one = 1023;
   static constexpr double half_pi[] = {1.570796325802803, 9.920935774287987e-10,
                                        2.2517417741562176e-18};
   static constexpr double largest_angle = 8388608;
@@ -85,7 +86,7 @@ constexpr Real inverse_factorial(int n) {
 // exp(x) for x of at most about 80: a power of two times the Taylor series of what remains, whose
 // next term is less than a rounding error. Zero where the result would be denormal; NaN stays NaN.
 template <typename Real>
-inline Vector<Real> exponential(Vector<Real> x) {
+__attribute__((always_inline)) inline Vector<Real> exponential(Vector<Real> x) {
   using L = Lanes<Real>;
   const Vector<Real> shifted = x * Real(1.44269504088896340736) + L::round_magic;
   const Vector<Real> power = shifted - L::round_magic;
@@ -96,6 +97,28 @@ inline Vector<Real> exponential(Vector<Real> x) {
     sum = sum * rest + inverse_factorial<Real>(term);
   const auto scaled = (Vector<Real>)((Bits<Real>)sum + ((Bits<Real>)shifted << L::mantissa));
   return x >= L::exp_lowest ? scaled : x < L::exp_lowest ? Vector<Real>{} : x;
+}
+
+// log(x) for x of at least 1, finite: that of the power of two in x, and with s = (m - 1) / (m + 1)
+// twice the series s + s^3 / 3 + s^5 / 5 + ... for what remains, m from 1 / sqrt(2) to sqrt(2), to
+// where the next term is less than a rounding error. NaN stays NaN.
+template <typename Real>
+inline Vector<Real> logarithm(Vector<Real> x) {
+  using L = Lanes<Real>;
+  using B = Bits<Real>;
+  const B one = (B)(Vector<Real>{} + Real(1)), root = (B)(Vector<Real>{} + Real(0.70710678118654752440));
+  // Adding the difference carries into the exponent where the mantissa is above that of sqrt(2).
+  const B shifted = (B)x + (one - root);
+  const Vector<Real> m = (Vector<Real>)((shifted & ((typename L::Bit(1) << L::mantissa) - 1)) + root);
+  const Vector<Real> power =
+      (Vector<Real>)((shifted >> L::mantissa) + (B)(Vector<Real>{} + L::round_magic)) -
+      (L::round_magic + L::exponent_of_one);
+  const Vector<Real> s = (m - 1) / (m + 1), square = s * s;
+  Vector<Real> sum{};
+#pragma GCC unroll 13
+  for (int term = L::log_terms; term >= 0; --term) sum = sum * square + Real(2) / (2 * term + 1);
+  const Vector<Real> log = power * L::ln2_high + (power * L::ln2_low + s * sum);
+  return x == x ? log : x;
 }
 
 // The finaliser of A. Appleby's MurmurHash3 on 32 bits, whatever the width of the lanes.
