@@ -2,8 +2,10 @@
 
 namespace vicinal::VICINAL_ISA {
 
-// A vector holds a span of channels of each of kHeads heads. Sums over channels then run down the
-// vectors of a row, and what is left to sum across lanes are spans, for as many keys at once.
+// Packed, the channels of kHeads heads take turns: channel 0 of each, channel 1 of each, ... A vector
+// holds a span of channels. Sums over channels then run down the vectors of a row, and what is left
+// to sum across lanes are spans, for as many keys at once; and what belongs to a key, a number for
+// each head, stands side by side as well.
 template <typename Number, int kHeadsPerVector>
 struct Layout {
   using Real = Number;
@@ -13,52 +15,11 @@ struct Layout {
   static int64_t vectors(int64_t width) { return (width + kSpan - 1) / kSpan; }
 };
 
-// Channels of one head that stand side by side, at any address.
-template <typename L>
-struct Span {
-  typedef typename L::Real type
-      __attribute__((vector_size(L::kSpan * sizeof(typename L::Real)),
-                     aligned(alignof(typename L::Real)), may_alias));
-};
-
-template <typename L, typename T>
-inline typename Span<L>::type load_span(const T* from) {
-  if constexpr (std::is_same_v<T, typename L::Real>) {
-    return *reinterpret_cast<const typename Span<L>::type*>(from);
-  } else {
-    typename Span<L>::type span;
-    for (int s = 0; s < L::kSpan; ++s) span[s] = from[s];
-    return span;
-  }
-}
-template <typename L, typename T>
-inline void store_span(T* to, typename Span<L>::type span) {
-  if constexpr (std::is_same_v<T, typename L::Real>) {
-    *reinterpret_cast<typename Span<L>::type*>(to) = span;
-  } else {
-    for (int s = 0; s < L::kSpan; ++s) to[s] = T(span[s]);
-  }
-}
-
-// Calls whole(at, channels) for every span of a row, which stands at scalar `at` of its packed
-// form, and part(at, channels, count) for what is left.
-template <typename L, typename T, typename Whole, typename Part>
-inline void for_spans(const Rows& rows, int64_t id, int64_t head, const Whole& whole,
-                      const Part& part) {
-#pragma GCC unroll 4
-  for (int g = 0; g < L::kHeads; ++g) {
-    T* row = row_of<T>(rows, id, head + g);
-    int64_t at = g * L::kSpan, c = 0;
-    for (; c + L::kSpan <= rows.width; c += L::kSpan, at += L::kLanes) whole(at, row + c);
-    if (c < rows.width) part(at, row + c, rows.width - c);
-  }
-}
-
 // Asks for the heads from `head` on of a row, which may be anywhere in memory, before they are
 // needed. GCC takes a function that only does this for one without effect, and drops it, unless it
 // is inlined early.
 template <typename L>
-__attribute__((always_inline)) inline void prefetch(const Rows& rows, int64_t id, int64_t head) {
+VICINAL_INLINE inline void prefetch(const Rows& rows, int64_t id, int64_t head) {
   const bool half = rows.storage == Storage::float16 || rows.storage == Storage::bfloat16;
   const int64_t size = rows.storage == Storage::float64 ? 8 : half ? 2 : 4;
   const char* row = static_cast<const char*>(rows.data) +
@@ -72,14 +33,12 @@ template <typename L, typename T>
 inline void pack_row(const Rows& rows, int64_t id, int64_t head, typename L::Real scale,
                      Vector<typename L::Real>* packed) {
   using Real = typename L::Real;
-  Real* scalars = reinterpret_cast<Real*>(packed);
-  if (rows.width % L::kSpan) packed[L::vectors(rows.width) - 1] = Vector<Real>{};
-  for_spans<L, T>(
-      rows, id, head,
-      [&](int64_t at, const T* from) { store_span<L>(scalars + at, load_span<L>(from) * scale); },
-      [&](int64_t at, const T* from, int64_t count) {
-        for (int64_t s = 0; s < count; ++s) scalars[at + s] = Real(from[s]) * scale;
-      });
+  const T* __restrict from = row_of<T>(rows, id, head);
+  const int64_t width = rows.width, stride = rows.head_stride;
+  if (width % L::kSpan) packed[L::vectors(width) - 1] = Vector<Real>{};
+  Real* __restrict to = reinterpret_cast<Real*>(packed);
+  for (int64_t c = 0; c < width; ++c)
+    for (int g = 0; g < L::kHeads; ++g) to[c * L::kHeads + g] = Real(from[g * stride + c]) * scale;
 }
 
 // The channels of heads `head`, `head + 1`, ... of a row, times `scale`, zero where there is none.
@@ -103,21 +62,25 @@ inline void pack_all(const Rows& rows, const int32_t* ids, int64_t count, int64_
   });
 }
 
-// The way back, times `scale`.
+// The way back: calls join(number, packed number) for all channels of some heads of a row.
+template <typename L, typename T, typename Join>
+inline void for_row(const Vector<typename L::Real>* packed, const Rows& rows, int64_t id,
+                    int64_t head, const Join& join) {
+  T* __restrict to = row_of<T>(rows, id, head);
+  const auto* __restrict from = reinterpret_cast<const typename L::Real*>(packed);
+  const int64_t width = rows.width, stride = rows.head_stride;
+  for (int64_t c = 0; c < width; ++c)
+    for (int g = 0; g < L::kHeads; ++g) join(to[g * stride + c], from[c * L::kHeads + g]);
+}
+
+// Sets a row to a packed one times `scale`.
 template <typename L>
 inline void unpack(const Vector<typename L::Real>* packed, double scale, const Rows& rows,
                    int64_t id, int64_t head) {
   using Real = typename L::Real;
-  const Real* scalars = reinterpret_cast<const Real*>(packed);
   with_storage(rows.storage, [&](auto type) {
-    for_spans<L, decltype(type)>(
-        rows, id, head,
-        [&](int64_t at, auto* to) {
-          store_span<L>(to, load_span<L>(scalars + at) * Real(scale));
-        },
-        [&](int64_t at, auto* to, int64_t count) {
-          for (int64_t s = 0; s < count; ++s) to[s] = decltype(type)(scalars[at + s] * Real(scale));
-        });
+    using T = decltype(type);
+    for_row<L, T>(packed, rows, id, head, [factor = Real(scale)](T& to, Real x) { to = T(x * factor); });
   });
 }
 
@@ -126,40 +89,51 @@ template <typename L>
 inline void add(const Vector<typename L::Real>* packed, const Rows& rows, int64_t id, int64_t head,
                 bool first = false) {
   using Real = typename L::Real;
-  const Real* scalars = reinterpret_cast<const Real*>(packed);
-  for_spans<L, Real>(
-      rows, id, head,
-      [&](int64_t at, Real* to) {
-        const auto span = load_span<L>(scalars + at);
-        store_span<L>(to, first ? span : load_span<L>(to) + span);
-      },
-      [&](int64_t at, Real* to, int64_t count) {
-        for (int64_t s = 0; s < count; ++s)
-          to[s] = first ? scalars[at + s] : to[s] + scalars[at + s];
-      });
+  if (first) for_row<L, Real>(packed, rows, id, head, [](Real& to, Real x) { to = x; });
+  else for_row<L, Real>(packed, rows, id, head, [](Real& to, Real x) { to += x; });
 }
 
-// Lane by lane the vector whose lanes (head, channel) have (head, key) instead: of each of kSpan
-// keys, whose products with a query stand in `parts`, the sum over its channels. In log2(kSpan)
-// steps, each of which adds neighbors of two vectors and keeps the sums of both in one.
+// Calls body with 0, 1, ... up to `count` as constants.
+template <int count, typename Body>
+VICINAL_INLINE inline void for_constants(const Body& body) {
+  [&]<int... i>(std::integer_sequence<int, i...>) {
+    (body(std::integral_constant<int, i>()), ...);
+  }(std::make_integer_sequence<int, count>());
+}
+
+constexpr int log2_of(int x) { return x > 1 ? 1 + log2_of(x / 2) : 0; }
+
+// Where the lanes of a sum of neighbors come from, the even ones of each pair and the odd ones.
+template <int lanes, int unit, int group>
+constexpr int neighbor(int lane, bool odd) {
+  const int within = lane % (group / 2), first = lane / group * group;
+  const int vector = lane % group < group / 2 ? 0 : lanes;
+  return vector + first + (within / unit * 2 + odd) * unit + within % unit;
+}
+
+// In units of `unit` lanes, the sums of neighbors in each group of lanes: those of a, then of b.
+template <typename Real, int unit, int group>
+inline Vector<Real> sum_neighbors(Vector<Real> a, Vector<Real> b) {
+  constexpr auto even = [](int lane) { return neighbor<n_lanes<Real>, unit, group>(lane, false); };
+  constexpr auto odd = [](int lane) { return neighbor<n_lanes<Real>, unit, group>(lane, true); };
+  return shuffle<Real, even>(a, b) + shuffle<Real, odd>(a, b);
+}
+
+// Of each of kSpan keys, whose products with a query stand in `parts`, the sum over its channels:
+// lanes (channel, head) become lanes (key, head). First within groups of 16 bytes, which is what
+// processors are best at, then among these.
 template <typename L>
 inline Vector<typename L::Real> sum_across(Vector<typename L::Real>* parts) {
   using Real = typename L::Real;
-  [&]<int... bit>(std::integer_sequence<int, bit...>) {
-    ([&] {
-      constexpr int step = 1 << bit;
-      if constexpr (step < L::kSpan) {
-        constexpr auto kept = [](int lane) { return lane & step ? L::kLanes + lane : lane; };
-        constexpr auto moved = [](int lane) {
-          return lane & step ? L::kLanes + lane - step : lane + step;
-        };
-#pragma GCC unroll 16
-        for (int key = 0; key < L::kSpan; key += 2 * step)
-          parts[key] = shuffle<Real, kept>(parts[key], parts[key + step]) +
-                       shuffle<Real, moved>(parts[key], parts[key + step]);
-      }
-    }(), ...);
-  }(std::make_integer_sequence<int, 4>());
+  constexpr int group = std::max(L::kHeads, std::min(L::kLanes, int(16 / sizeof(Real))));
+  constexpr int within = log2_of(group / L::kHeads), levels = log2_of(L::kSpan);
+  for_constants<levels>([&](auto level) VICINAL_INLINE {
+    constexpr bool inside = level < within;
+    for_constants<(L::kSpan >> level) / 2>([&](auto key) VICINAL_INLINE {
+      parts[key] = sum_neighbors<Real, inside ? L::kHeads : group, inside ? group : L::kLanes>(
+          parts[2 * key], parts[2 * key + 1]);
+    });
+  });
   return parts[0];
 }
 
@@ -168,40 +142,37 @@ constexpr auto plus = [](auto a, auto b) { return a + b; };
 // Joins the lanes of each head: all of them hold the result.
 template <typename L, typename Join>
 inline Vector<typename L::Real> fold(Vector<typename L::Real> x, const Join& join) {
-  using Real = typename L::Real;
-  [&]<int... bit>(std::integer_sequence<int, bit...>) {
-    ([&] {
-      constexpr int step = 1 << bit;
-      if constexpr (step < L::kSpan) {
-        constexpr auto other = [](int lane) { return lane ^ step; };
-        x = join(x, shuffle<Real, other>(x, x));
-      }
-    }(), ...);
-  }(std::make_integer_sequence<int, 4>());
+  for_constants<log2_of(L::kSpan)>([&](auto level) VICINAL_INLINE {
+    constexpr int step = L::kHeads << level;
+    constexpr auto other = [](int lane) { return lane ^ step; };
+    x = join(x, shuffle<typename L::Real, other>(x, x));
+  });
   return x;
 }
 
-// In all lanes of each head, that of the `key`-th key.
-template <typename L, int key>
-inline Vector<typename L::Real> spread(Vector<typename L::Real> x) {
-  constexpr auto source = [](int lane) { return lane / L::kSpan * L::kSpan + key; };
-  return shuffle<typename L::Real, source>(x, x);
-}
-
-// In all lanes of each head its number.
+// A number for each head, in all of its lanes.
 template <typename L>
 inline Vector<typename L::Real> per_head(const typename L::Real* numbers) {
-  Vector<typename L::Real> out;
+  using Real = typename L::Real;
+  typedef uint64_t Pairs __attribute__((vector_size(VICINAL_BYTES)));
+  typedef uint64_t Pair __attribute__((aligned(4), may_alias));
+  if constexpr (L::kHeads == 1) {
+    return Vector<Real>{} + *numbers;
+  } else if constexpr (L::kHeads * sizeof(Real) == sizeof(Pair)) {  // one load
+    return (Vector<Real>)(Pairs{} + *reinterpret_cast<const Pair*>(numbers));
+  } else {
+    Vector<Real> out;
 #pragma GCC unroll 16
-  for (int lane = 0; lane < L::kLanes; ++lane) out[lane] = numbers[lane / L::kSpan];
-  return out;
+    for (int lane = 0; lane < L::kLanes; ++lane) out[lane] = numbers[lane % L::kHeads];
+    return out;
+  }
 }
 
 // Lane by lane, whether the key it stands for is one of the first `count`.
 template <typename L>
 inline auto first_keys(int64_t count) {
   Bits<typename L::Real> key;
-  for (int lane = 0; lane < L::kLanes; ++lane) key[lane] = lane % L::kSpan;
+  for (int lane = 0; lane < L::kLanes; ++lane) key[lane] = lane / L::kHeads;
   using Bit = typename Lanes<typename L::Real>::Bit;
   return key < Bit(std::clamp<int64_t>(count, 0, L::kSpan));
 }

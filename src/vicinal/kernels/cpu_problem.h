@@ -10,6 +10,9 @@
 #include <utility>
 #include <vector>
 
+// For what is only fast, or only does anything, as a part of its caller.
+#define VICINAL_INLINE __attribute__((always_inline))
+
 namespace vicinal {
 
 constexpr int kMaxTile = 128;  // queries in a tile, at most

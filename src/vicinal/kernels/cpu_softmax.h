@@ -89,7 +89,7 @@ class Softmax {
   void set_dropout(int64_t query, int64_t head) {
     if (!dropout_.active) return;
     B heads;
-    for (int lane = 0; lane < L::kLanes; ++lane) heads[lane] = uint32_t(head + lane / L::kSpan);
+    for (int lane = 0; lane < L::kLanes; ++lane) heads[lane] = uint32_t(head + lane % L::kHeads);
     key_ = mix(mix(dropout_.key ^ heads) ^ uint32_t(query));
   }
 
@@ -97,7 +97,7 @@ class Softmax {
   V kept(int64_t b, const Column& column_of) const {
     B columns;
     for (int lane = 0; lane < L::kLanes; ++lane)
-      columns[lane] = uint32_t(column_of(b * L::kSpan + lane % L::kSpan));
+      columns[lane] = uint32_t(column_of(b * L::kSpan + lane / L::kHeads));
     return mix(key_ ^ columns) >= dropout_.threshold ? V{} + Real(dropout_.keep_scale) : V{};
   }
 

@@ -69,8 +69,8 @@ class Tile {
         b_(problem.background),
         near_(problem.queries, problem.tile_queries),
         empty_(problem.queries, problem.background, problem.tile_queries),
-        keys_(problem.q.width),
-        values_(problem.v.width),
+        packed_{{Table<L>(problem.q.width), Table<L>(problem.v.width)},
+                {Table<L>(problem.q.width), Table<L>(problem.v.width)}},
         cells_(problem.q.width),
         grad_keys_(problem.q.width),
         grad_values_(problem.v.width),
@@ -81,12 +81,15 @@ class Tile {
 
   void forward(int64_t tile) {
     find(tile);
+    expect_queries(0, 0, {&p_.q, &p_.out});
     for (int64_t head = 0; head < p_.heads; head += L::kHeads) {
-      pack_neighbors(head);
+      begin_heads(head);
       for (int first = 0; first < p_.tile_queries; first += kRun) {
-        expect_queries(first, head, {&p_.q, &p_.out});
-        expect_points(first, head + L::kHeads, {&p_.k, &p_.v});
+        const Share next = share(first, head + L::kHeads);
+        expect_queries(first + kRun, head, {&p_.q, &p_.out});
+        expect_points(next, {&p_.k, &p_.v});
         attend(first, head);
+        pack_points(next);
       }
     }
   }
@@ -95,16 +98,19 @@ class Tile {
   // item is the place of its chunk among the background's partial sums.
   void backward(int64_t tile, int64_t item, Schedule::Turn& turn, bool last_of_chunk) {
     find(tile);
+    expect_queries(0, 0, {&p_.q, &p_.out, &p_.grad_out, &p_.grad_q});
     for (int64_t head = 0; head < p_.heads; head += L::kHeads) {
-      pack_neighbors(head);
+      begin_heads(head);
       grad_keys_.clear(near_.slot_count);
       grad_values_.clear(near_.slot_count);
       if (b_.active) grad_cells_.clear(1 + b_.slots);
       for (int first = 0; first < p_.tile_queries; first += kRun) {
-        expect_queries(first, head, {&p_.q, &p_.out, &p_.grad_out, &p_.grad_q});
-        expect_points(first, head + L::kHeads, {&p_.k, &p_.v});
-        expect_points(first, head, {&p_.grad_k, &p_.grad_v});
+        expect_queries(first + kRun, head, {&p_.q, &p_.out, &p_.grad_out, &p_.grad_q});
+        expect_points(share(first, head), {&p_.grad_k, &p_.grad_v});
+        const Share next = share(first, head + L::kHeads);
+        expect_points(next, {&p_.k, &p_.v});
         differentiate(first, head, item);
+        pack_points(next);
       }
       turn.wait(head);
       add_gradients(head, item);
@@ -113,27 +119,57 @@ class Tile {
   }
 
  private:
+  // Some heads of some of the points.
+  struct Share {
+    int64_t head, first, stop;  // slots
+  };
+  // That of the run of queries that begins with `first`; none of heads that do not exist.
+  Share share(int first, int64_t head) const {
+    const int64_t runs = (p_.tile_queries + kRun - 1) / kRun, run = first / kRun;
+    const int64_t points = head < p_.heads ? near_.slot_count - 1 : 0;
+    return {head, 1 + run * points / runs, 1 + (run + 1) * points / runs};
+  }
+
   void find(int64_t tile) {
     near_.find(tile, p_.query_mask);
     if (b_.active) empty_.find(near_);
-    for (int first = 0; first < p_.tile_queries; first += kRun) expect_points(first, 0, {&p_.k, &p_.v});
+    for (Packed& packed : packed_) {
+      packed.keys.reserve(near_.slot_count);
+      packed.values.reserve(near_.slot_count);
+    }
+    for (int first = 0; first < p_.tile_queries; first += kRun)
+      expect_points(share(first, 0), {&p_.k, &p_.v});
+    pack_points({0, 1, near_.slot_count});
+  }
+
+  // The heads whose points have been packed are the next to be worked on.
+  void begin_heads(int64_t head) {
+    std::swap(here_, next_);
+    cells_.reserve(1 + b_.slots);
+    for (int64_t cell = 0; cell < b_.slots; ++cell) pack<L>(b_.key, cell, head, 1, cells_.row(1 + cell));
   }
 
   // Asks for rows before they are needed, bit by bit, while there is enough else to do: those of
-  // the queries that come after a run, and the run's share of the points'.
-  __attribute__((always_inline)) void expect_queries(int first, int64_t head,
+  // the queries whose turn is next, and a share of the points'.
+  VICINAL_INLINE void expect_queries(int first, int64_t head,
                                                      std::initializer_list<const Rows*> all) {
-    const int64_t stop = std::min<int64_t>(first + 2 * kRun, p_.tile_queries);
-    for (int64_t lane = first + kRun; lane < stop; ++lane)
+    if (first >= p_.tile_queries) first = 0, head += L::kHeads;
+    const int64_t stop = std::min<int64_t>(first + kRun, p_.tile_queries);
+    for (int64_t lane = first; head < p_.heads && lane < stop; ++lane)
       for (const Rows* rows : all)
         if (near_.rows[lane] >= 0) prefetch<L>(*rows, near_.rows[lane], head);
   }
-  __attribute__((always_inline)) void expect_points(int first, int64_t head,
+  VICINAL_INLINE void expect_points(const Share& share,
                                                     std::initializer_list<const Rows*> all) {
-    const int64_t runs = (p_.tile_queries + kRun - 1) / kRun, run = first / kRun;
-    const int64_t points = near_.slot_count - 1, stop = (run + 1) * points / runs;
-    for (int64_t slot = 1 + run * points / runs; head < p_.heads && slot <= stop; ++slot)
-      for (const Rows* rows : all) prefetch<L>(*rows, near_.points[slot], head);
+    for (int64_t slot = share.first; slot < share.stop; ++slot)
+      for (const Rows* rows : all) prefetch<L>(*rows, near_.points[slot], share.head);
+  }
+
+  void pack_points(const Share& share) {
+    const int32_t* points = &near_.points[share.first];
+    const int64_t count = share.stop - share.first;
+    pack_all<L>(p_.k, points, count, share.head, next_->keys.row(share.first));
+    pack_all<L>(p_.v, points, count, share.head, next_->values.row(share.first));
   }
 
   void add_gradients(int64_t head, int64_t item) {
@@ -146,16 +182,6 @@ class Tile {
     }
     for (int64_t cell = 0; b_.active && cell < b_.slots; ++cell)
       add<L>(grad_cells_.row(1 + cell), b_.grad_key_parts, item * b_.slots + cell, head);
-  }
-
-  void pack_neighbors(int64_t head) {
-    keys_.reserve(near_.slot_count);
-    values_.reserve(near_.slot_count);
-    pack_all<L>(p_.k, &near_.points[1], near_.slot_count - 1, head, keys_.row(1));
-    pack_all<L>(p_.v, &near_.points[1], near_.slot_count - 1, head, values_.row(1));
-    if (!b_.active) return;
-    cells_.reserve(1 + b_.slots);
-    for (int64_t cell = 0; cell < b_.slots; ++cell) pack<L>(b_.key, cell, head, 1, cells_.row(1 + cell));
   }
 
   // Calls body(query) for the queries of the tile that take turns, from the first on.
@@ -201,13 +227,13 @@ class Tile {
     for_blocks(
         first,
         [&](auto& x, const Block& block) {
-          multiply<L>(keys_.rows(), block.slots, block.count, x.vector.get(), x.softmax.logits);
+          multiply<L>(here_->keys.rows(), block.slots, block.count, x.vector.get(), x.softmax.logits);
         },
         [&](auto& x, const Block& block) {
           weigh(x, block, [&](int64_t u) { return near_.points[block.slots[u]]; });
         },
         [&](auto& x, const Block& block) {
-          accumulate<L>(x.softmax.logits, block.slots, block.count, values_.rows(),
+          accumulate<L>(x.softmax.logits, block.slots, block.count, here_->values.rows(),
                         x.value_sums.get());
         });
     for_run(first, [&](auto& x) {
@@ -229,7 +255,7 @@ class Tile {
     unpack<L>(x.value_sums.get(), 1, p_.out, x.row, head);
     const V lse = x.softmax.lse(total);
     for (int g = 0; g < L::kHeads; ++g)
-      static_cast<Real*>(p_.lse)[x.row * p_.heads + head + g] = lse[g * L::kSpan];
+      static_cast<Real*>(p_.lse)[x.row * p_.heads + head + g] = lse[g];
   }
 
   void differentiate(int first, int64_t head, int64_t item) {
@@ -242,16 +268,16 @@ class Tile {
     for_blocks(
         first,
         [&](auto& x, const Block& block) {
-          multiply<L>(values_.rows(), block.slots, block.count, x.grad_out.get(),
+          multiply<L>(here_->values.rows(), block.slots, block.count, x.grad_out.get(),
                       x.softmax.products);
         },
         [&](auto& x, const Block& block) {
-          multiply<L>(keys_.rows(), block.slots, block.count, x.vector.get(), x.softmax.logits);
+          multiply<L>(here_->keys.rows(), block.slots, block.count, x.vector.get(), x.softmax.logits);
           x.softmax.differentiate(block.seen, block.count,
                                   [&](int64_t u) { return near_.points[block.slots[u]]; });
         },
         [&](auto& x, const Block& block) {
-          accumulate<L>(x.softmax.logits, block.slots, block.count, keys_.rows(), x.sums.get());
+          accumulate<L>(x.softmax.logits, block.slots, block.count, here_->keys.rows(), x.sums.get());
         },
         [&](auto& x, const Block& block) {
           distribute<L>(x.softmax.logits, block.slots, block.count, x.vector.get(),
@@ -335,7 +361,12 @@ class Tile {
   const Background& b_;
   Neighbors near_;
   EmptyCells empty_;
-  Table<L> keys_, values_, cells_, grad_keys_, grad_values_, grad_cells_;
+  struct Packed {
+    Table<L> keys, values;
+  };
+  Packed packed_[2];  // points for the heads at work, and for those that come next
+  Packed *here_ = packed_, *next_ = packed_ + 1;
+  Table<L> cells_, grad_keys_, grad_values_, grad_cells_;
   Query<L> queries_[kRun];  // those that take turns
   Buffer<V> cell_value_;
 };

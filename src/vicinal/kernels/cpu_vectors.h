@@ -86,7 +86,7 @@ constexpr Real inverse_factorial(int n) {
 // exp(x) for x of at most about 80: a power of two times the Taylor series of what remains, whose
 // next term is less than a rounding error. Zero where the result would be denormal; NaN stays NaN.
 template <typename Real>
-__attribute__((always_inline)) inline Vector<Real> exponential(Vector<Real> x) {
+VICINAL_INLINE inline Vector<Real> exponential(Vector<Real> x) {
   using L = Lanes<Real>;
   const Vector<Real> shifted = x * Real(1.44269504088896340736) + L::round_magic;
   const Vector<Real> power = shifted - L::round_magic;
