@@ -96,9 +96,11 @@ class CellKeys:
         Cells before the map's edge go with those at the edge: an offset to make them positive
         would shift the curve's squares against the cells of coarser levels, which it then cuts.
         """
-        cells = cells.clamp(min=0)
-        key = group
-        for bit in reversed(range(self._bits)):
-            for axis in range(self._dim):
-                key = key * 2 + ((cells[:, axis] >> bit) & 1)
-        return key
+        bits, dim = self._bits, self._dim
+        spread = cells.clamp(min=0) & ((1 << bits) - 1)
+        # Runs of bits are halved, and the upper halves moved up, until bits stand dim apart.
+        for run in (1 << power for power in reversed(range((bits - 1).bit_length()))):
+            runs = sum(((1 << run) - 1) << (run * dim * i) for i in range(-(-bits // run)))
+            spread = (spread | (spread << (run * (dim - 1)))) & runs
+        axes = torch.arange(dim - 1, -1, -1, device=cells.device)
+        return (group << (bits * dim)) + (spread << axes).sum(-1)

@@ -258,7 +258,7 @@ def _plan(
     device = positions.device
     keys = CellKeys(pyramid.level_shapes, sizes, pyramid.batch_size, device)
     image, centers = _place_queries(positions, offsets, pyramid, keys)
-    levels = torch.arange(pyramid.n_levels, device=device)[:, None].expand(-1, len(image))
+    levels = torch.arange(pyramid.n_levels, device=device)[:, None]
     query_keys = keys.of(centers, levels, image.clamp(min=0))
 
     misplaced = pyramid.misplaced()
@@ -294,5 +294,5 @@ def _place_queries(
     image = torch.searchsorted(offsets.contiguous(), numbers, right=True) - 1
     nowhere = (image >= pyramid.batch_size) | ~positions.isfinite().all(1)
     image = image.masked_fill(nowhere, -1)
-    centers = window_centers(positions, pyramid.level_shapes)
-    return image, keys.clamp(centers.masked_fill(image[:, None] < 0, math.nan))
+    positions = positions.masked_fill(image[:, None] < 0, math.nan)
+    return image, keys.clamp(window_centers(positions, pyramid.level_shapes))

@@ -1,9 +1,7 @@
 // Where the rows of windows begin and end among sorted keys.
 #pragma once
 
-#include <algorithm>
-#include <cstdint>
-#include <vector>
+#include "cpu_problem.h"
 
 namespace vicinal {
 
@@ -59,27 +57,43 @@ class Places {
 // Wraps around where contents are absurd.
 inline int64_t wrapping_sum(int64_t a, int64_t b) { return int64_t(uint64_t(a) + uint64_t(b)); }
 
+// Asks for what a query reads and writes before its turn.
+VICINAL_INLINE inline void expect_rows(const RowSearch& s, int64_t query) {
+  if (query < 0 || query >= s.queries) return;
+  for (int64_t level = 0; level < s.levels; ++level)
+    __builtin_prefetch(&s.centers[level * s.queries + query]);
+  for (int64_t row = 0; row < s.rows; row += 16) {
+    __builtin_prefetch(&s.starts[query * s.rows + row], 1);
+    __builtin_prefetch(&s.stops[query * s.rows + row], 1);
+  }
+}
+constexpr int64_t kAhead = 8;  // queries
+
 // Queries next to each other in `visits` are neighbors in space: on coarse levels most fall into
 // the same cell, and see the same.
 inline void find_rows(const RowSearch& s, const Places& places, int64_t begin, int64_t end) {
-  struct Row {
-    int64_t middle, start, stop;
-    bool found = false;
-  };
-  std::vector<Row> rows(s.rows);
+  std::vector<int64_t> centers(s.levels);
+  std::vector<uint8_t> moved(s.levels);
+  std::vector<int32_t> starts(s.rows), stops(s.rows);
+  bool first = true;
   for (int64_t visit = begin; visit < end; ++visit) {
+    if (visit + kAhead < end) expect_rows(s, s.visits[visit + kAhead]);
     const int64_t query = s.visits[visit];
     if (query < 0 || query >= s.queries) continue;
-    for (int64_t row = 0; row < s.rows; ++row) {
-      const int64_t center = s.centers[s.level[row] * s.queries + query];
-      const int64_t middle = wrapping_sum(center, s.offset[row]);
-      Row& last = rows[row];
-      if (!last.found || middle != last.middle)
-        last = {middle, places.first_not_below(wrapping_sum(middle, -s.radius[row])),
-                places.first_not_below(wrapping_sum(middle, s.radius[row] + 1)), true};
-      s.starts[query * s.rows + row] = int32_t(last.start);
-      s.stops[query * s.rows + row] = int32_t(last.stop);
+    for (int64_t level = 0; level < s.levels; ++level) {
+      const int64_t center = s.centers[level * s.queries + query];
+      moved[level] = first || center != centers[level];
+      centers[level] = center;
     }
+    first = false;
+    for (int64_t row = 0; row < s.rows; ++row) {
+      if (!moved[s.level[row]]) continue;
+      const int64_t middle = wrapping_sum(centers[s.level[row]], s.offset[row]);
+      starts[row] = int32_t(places.first_not_below(wrapping_sum(middle, -s.radius[row])));
+      stops[row] = int32_t(places.first_not_below(wrapping_sum(middle, s.radius[row] + 1)));
+    }
+    std::copy(starts.begin(), starts.end(), s.starts + query * s.rows);
+    std::copy(stops.begin(), stops.end(), s.stops + query * s.rows);
   }
 }
 
