@@ -15,7 +15,7 @@
 
 namespace vicinal {
 
-constexpr int kMaxTile = 128;  // queries in a tile, at most
+constexpr int kMaxTile = 256;  // queries in a tile, at most
 
 // Uninitialised memory that grows by half more than is asked for.
 template <typename T>
