@@ -380,6 +380,21 @@ def guarded(x: Tensor, *, at_end: bool) -> Tensor:
     return copy.copy_(x)
 
 
+@pytest.mark.parametrize(("heads", "value_width"), [(0, 5), (2, 0), (0, 0)])
+def test_no_heads_and_no_values(heads: int, value_width: int) -> None:
+    """Nothing to attend with, or nothing to fetch: gradients are those of the log-sum-exp."""
+    plan = scene_2d(n_queries=40, n_points=200).plan()
+    grads = []
+    for backend in ("cpu", "reference"):
+        inputs = make_inputs(plan, heads=heads, width=6, value_width=value_width).fresh()
+        out, lse = inputs.attend(plan, backend)
+        assert out.shape == (40, heads, value_width)
+        lse.sum().backward()
+        grads.append([inputs.q.grad, inputs.k.grad])
+    for ours, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-11, atol=1e-11)
+
+
 def forged(x: Tensor, kind: int, generator: torch.Generator) -> Tensor:
     """Index tensor ``x`` with contents that no plan has."""
     lowest, highest = -(2**31), 2**31 - 1
@@ -412,8 +427,9 @@ def survive_bad_plans(trials: int = 48) -> None:
         dtype = (torch.float64, torch.float32, torch.bfloat16)[trial % 3]
         with OwnOps() as ops:
             plan = scene.plan()
+            heads, background = (2, 4, 8)[trial // 3 % 3], trial % 2 == 0
             inputs = make_inputs(
-                plan, width=5, value_width=3, background=trial % 2 == 0, dtype=dtype
+                plan, heads=heads, width=5, value_width=3, background=background, dtype=dtype
             )
             inputs.fresh().attend(plan, "cpu")[0].sum().backward()
         assert len(ops.calls) == 3
@@ -429,8 +445,10 @@ def check_instruction_set() -> None:
     """For subprocesses: every feature at once, forward and backward, in float64 and float32."""
     scene = scene_2d(n_queries=40, n_points=200)
     plan = scene.plan()
-    for width, value_width in ((6, 5), (40, 33)):
-        inputs = make_inputs(plan, width=width, value_width=value_width, background=True, mask=True)
+    for heads, width, value_width in ((2, 6, 5), (2, 40, 33), (8, 6, 7)):
+        inputs = make_inputs(
+            plan, heads=heads, width=width, value_width=value_width, background=True, mask=True
+        )
         for leaves, tolerance in ((inputs, 1e-11), (inputs.map(Tensor.float), 1e-4)):
             expected = answer(leaves, plan, "reference", dropout_p=0.2)
             assert_same_answers(answer(leaves, plan, dropout_p=0.2), expected, tolerance)

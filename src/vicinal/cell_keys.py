@@ -66,7 +66,7 @@ class CellKeys:
         return cells.clamp(low[:, None], high[:, None])
 
     def of(self, cells: Tensor, levels: Tensor, images: Tensor) -> Tensor:
-        """Keys of ``cells`` ``[..., P]`` at ``levels`` and in ``images``, ``[...]``."""
+        """Keys of ``cells`` ``[..., P]`` at ``levels`` in ``images``, broadcast to ``[...]``."""
         within = ((cells + self._pad[levels][..., None]) * self._stride[levels]).sum(-1)
         return self._base[levels] + images * self._volume[levels] + within
 
@@ -101,6 +101,7 @@ class CellKeys:
         # Runs of bits are halved, and the upper halves moved up, until bits stand dim apart.
         for run in (1 << power for power in reversed(range((bits - 1).bit_length()))):
             runs = sum(((1 << run) - 1) << (run * dim * i) for i in range(-(-bits // run)))
+            runs &= (1 << (bits * dim)) - 1
             spread = (spread | (spread << (run * (dim - 1)))) & runs
         axes = torch.arange(dim - 1, -1, -1, device=cells.device)
         return (group << (bits * dim)) + (spread << axes).sum(-1)

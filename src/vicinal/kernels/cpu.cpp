@@ -14,6 +14,7 @@
 #endif
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -39,7 +40,7 @@
 #define VICINAL_X86 1
 
 #pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c,bmi,bmi2,popcnt")
+#pragma GCC target("avx2,fma,bmi,bmi2,popcnt")
 #define VICINAL_ISA avx2
 #define VICINAL_BYTES 32
 #include "cpu_kernels.h"
@@ -48,7 +49,7 @@
 #pragma GCC pop_options
 
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,f16c,bmi,bmi2,popcnt")
+#pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,bmi,bmi2,popcnt")
 #define VICINAL_ISA avx512
 #define VICINAL_BYTES 64
 #include "cpu_kernels.h"
@@ -76,9 +77,12 @@ const Kernels& kernels() {
 #ifdef VICINAL_X86
     const char* wish = std::getenv("ATEN_CPU_CAPABILITY");
     const std::string capability = wish ? wish : "avx512";
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-                        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                      __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
+                      __builtin_cpu_supports("popcnt");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512vl");
     if (avx512 && capability == "avx512")
       return Kernels{avx512::attend, avx512::attend_backward, avx512::rotate};
     if (avx2 && capability != "default")
@@ -293,6 +297,7 @@ Tensor like_sums(const Tensor& x) {
 
 // Points that no query sees have no gradient.
 void clear_untouched(const Tensor& grad, const std::vector<int32_t>& touched) {
+  if (grad.numel() == 0) return;
   const int64_t size = grad.stride(0) * grad.element_size();
   for (size_t point = 0; point < touched.size(); ++point)
     if (!touched[point]) std::memset(static_cast<char*>(grad.data_ptr()) + point * size, 0, size);

@@ -2,10 +2,10 @@
 
 namespace vicinal::VICINAL_ISA {
 
-// Packed, the channels of kHeads heads take turns: channel 0 of each, channel 1 of each, ... A vector
-// holds a span of channels. Sums over channels then run down the vectors of a row, and what is left
-// to sum across lanes are spans, for as many keys at once; and what belongs to a key, a number for
-// each head, stands side by side as well.
+// Packed, the channels of kHeads heads take turns: channel 0 of each, channel 1 of each, ...
+// A vector holds a span of channels. Sums over channels then run down the vectors of a row, and
+// what is left to sum across lanes are spans, for as many keys at once; and what belongs to a key,
+// a number for each head, stands side by side as well.
 template <typename Number, int kHeadsPerVector>
 struct Layout {
   using Real = Number;
@@ -35,10 +35,10 @@ inline void pack_row(const Rows& rows, int64_t id, int64_t head, typename L::Rea
   using Real = typename L::Real;
   const T* __restrict from = row_of<T>(rows, id, head);
   const int64_t width = rows.width, stride = rows.head_stride;
-  if (width % L::kSpan) packed[L::vectors(width) - 1] = Vector<Real>{};
   Real* __restrict to = reinterpret_cast<Real*>(packed);
   for (int64_t c = 0; c < width; ++c)
     for (int g = 0; g < L::kHeads; ++g) to[c * L::kHeads + g] = Real(from[g * stride + c]) * scale;
+  for (int64_t at = width * L::kHeads; at < L::vectors(width) * L::kLanes; ++at) to[at] = 0;
 }
 
 // The channels of heads `head`, `head + 1`, ... of a row, times `scale`, zero where there is none.
@@ -80,7 +80,8 @@ inline void unpack(const Vector<typename L::Real>* packed, double scale, const R
   using Real = typename L::Real;
   with_storage(rows.storage, [&](auto type) {
     using T = decltype(type);
-    for_row<L, T>(packed, rows, id, head, [factor = Real(scale)](T& to, Real x) { to = T(x * factor); });
+    const Real factor = scale;
+    for_row<L, T>(packed, rows, id, head, [=](T& to, Real x) { to = T(x * factor); });
   });
 }
 
@@ -96,7 +97,7 @@ inline void add(const Vector<typename L::Real>* packed, const Rows& rows, int64_
 // Calls body with 0, 1, ... up to `count` as constants.
 template <int count, typename Body>
 VICINAL_INLINE inline void for_constants(const Body& body) {
-  [&]<int... i>(std::integer_sequence<int, i...>) {
+  [&]<int... i>(std::integer_sequence<int, i...>) VICINAL_INLINE {
     (body(std::integral_constant<int, i>()), ...);
   }(std::make_integer_sequence<int, count>());
 }
@@ -123,7 +124,7 @@ inline Vector<Real> sum_neighbors(Vector<Real> a, Vector<Real> b) {
 // lanes (channel, head) become lanes (key, head). First within groups of 16 bytes, which is what
 // processors are best at, then among these.
 template <typename L>
-inline Vector<typename L::Real> sum_across(Vector<typename L::Real>* parts) {
+VICINAL_INLINE inline Vector<typename L::Real> sum_across(Vector<typename L::Real>* parts) {
   using Real = typename L::Real;
   constexpr int group = std::max(L::kHeads, std::min(L::kLanes, int(16 / sizeof(Real))));
   constexpr int within = log2_of(group / L::kHeads), levels = log2_of(L::kSpan);

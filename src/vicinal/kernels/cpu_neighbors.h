@@ -4,7 +4,7 @@ namespace vicinal::VICINAL_ISA {
 
 // As many numbers as a vector holds, at any address.
 typedef int32_t Numbers __attribute__((vector_size(VICINAL_BYTES), aligned(4), may_alias));
-constexpr int n_numbers = VICINAL_BYTES / sizeof(int32_t);
+constexpr int kNumbers = VICINAL_BYTES / sizeof(int32_t);
 constexpr int kFill = 16;  // lists are filled up to a multiple of this
 
 // Slots of what a query sees; filled up with slot 0.
@@ -31,11 +31,12 @@ class Neighbors {
 
   void find(int64_t tile, const bool* mask) {
     find_rows(tile, mask);
-    slots_.reserve(mark() + tile_queries_ * kFill + n_numbers);
+    slots_.reserve(mark() + tile_queries_ * kFill + kNumbers);
     number();
     int64_t end = 0;
     for (int lane = 0; lane < tile_queries_; ++lane) {
-      int32_t* list = &slots_[first_[lane] = end];
+      first_[lane] = end;
+      int32_t* list = &slots_[end];
       counts_[lane] = present[lane] ? write_list(lane, list) : 0;
       std::fill_n(list + counts_[lane], kFill, 0);
       end += (counts_[lane] + kFill - 1) / kFill * kFill;
@@ -118,16 +119,16 @@ class Neighbors {
   // Gives a slot to every place that is marked and has a point.
   void number() {
     int64_t most = 1;
-    for (int64_t number : marked_) most += __builtin_popcountll(words_[number].seen);
+    for (int64_t at : marked_) most += __builtin_popcountll(words_[at].seen);
     points.reserve(most);
     points[0] = -1;
     slot_count = 1;
-    for (int64_t number : marked_) {
-      Word& word = words_[number];
+    for (int64_t at : marked_) {
+      Word& word = words_[at];
       word.first_slot = slot_count;
       for (uint64_t left = word.seen; left; left &= left - 1) {
         const int bit = __builtin_ctzll(left);
-        const int32_t point = slices_.order[number * 64 + bit];
+        const int32_t point = slices_.order[at * 64 + bit];
         if (point < 0 || point >= slices_.points) word.seen &= ~(uint64_t(1) << bit);
         else points[slot_count++] = point;
       }
@@ -140,12 +141,12 @@ class Neighbors {
     int32_t* end = list;
     for (int64_t slice = 0; slice < walked; ++slice) {
       to_end_[slice] = list - end;
-      for_words(first + slice, [&](int64_t number, uint64_t bits) {
-        const Word& word = words_[number];
+      for_words(first + slice, [&](int64_t index, uint64_t bits) {
+        const Word& word = words_[index];
         const int32_t slot =
             word.first_slot + __builtin_popcountll(word.seen & ((bits & -bits) - 1));
         end = write(end, __builtin_popcountll(word.seen & bits),
-                    [&](int64_t at) { return numbers() + (slot + int32_t(at)); });
+                    [&](int64_t at) { return count_up() + (slot + int32_t(at)); });
       });
     }
     if (walked < slices_.slices) {
@@ -163,13 +164,13 @@ class Neighbors {
   static int32_t* write(int32_t* to, int64_t count, const Source& source) {
     int64_t at = 0;
     do *reinterpret_cast<Numbers*>(to + at) = source(at);
-    while ((at += n_numbers) < count);
+    while ((at += kNumbers) < count);
     return to + count;
   }
-  static Numbers numbers() {
+  static Numbers count_up() {
     Numbers numbers;
 #pragma GCC unroll 16
-    for (int i = 0; i < n_numbers; ++i) numbers[i] = i;
+    for (int i = 0; i < kNumbers; ++i) numbers[i] = i;
     return numbers;
   }
 

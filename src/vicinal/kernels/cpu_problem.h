@@ -150,8 +150,8 @@ class Schedule {
     Turn(const Turn&) = delete;
     Turn& operator=(const Turn&) = delete;
 
-    // Returns when all turns that this one waits for are done with a head. Turns are taken in order,
-    // so those are over or under way.
+    // Returns when all turns that this one waits for are done with a head. Turns are taken in
+    // order, so those are over or under way.
     void wait(int32_t head) const {
       for (int32_t earlier : waits_for_)
         while (__atomic_load_n(finished_ + earlier, __ATOMIC_ACQUIRE) <= head)

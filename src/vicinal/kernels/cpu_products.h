@@ -20,6 +20,25 @@ struct PackedRows {
   PackedRows from(int64_t first) const { return {data + first, vectors}; }
 };
 
+// Calls body(key, row) for kStep rows by number, key a constant. Loads are what the products wait
+// for, so two slots are read at a time.
+template <typename L, typename Body>
+VICINAL_INLINE inline void for_rows(const PackedRows<L>& rows, const int32_t* slots,
+                                    const Body& body) {
+  constexpr int first = std::endian::native == std::endian::little ? 0 : 32;
+  const int64_t bytes = rows.vectors * sizeof(*rows.data);
+  char* const data = reinterpret_cast<char*>(rows.data);
+  for_constants<kStep<L> / 2>([&](auto pair) VICINAL_INLINE {
+    uint64_t both;
+    std::memcpy(&both, slots + 2 * pair, sizeof(both));
+    for_constants<2>([&](auto second) VICINAL_INLINE {
+      const int64_t slot = uint32_t(both >> (second ? 32 - first : first));
+      body(std::integral_constant<int, 2 * pair + second>(),
+           reinterpret_cast<Vector<typename L::Real>*>(data + slot * bytes));
+    });
+  });
+}
+
 // Calls body(first, chunk) for all vectors of a row, four at a time where there are as many.
 template <typename Body>
 VICINAL_INLINE inline void for_chunks(int64_t vectors, const Body& body) {
@@ -32,36 +51,36 @@ VICINAL_INLINE inline void for_chunks(int64_t vectors, const Body& body) {
 template <typename L, typename Real = typename L::Real>
 inline void multiply(const PackedRows<L>& rows, const int32_t* slots, int64_t count,
                      const Vector<Real>* column, Vector<Real>* out) {
+  if (rows.vectors == 0) std::fill_n(out, count / L::kSpan, Vector<Real>{});
   for_chunks(rows.vectors, [&](int64_t first, auto chunk) VICINAL_INLINE {
     const PackedRows<L> part = rows.from(first);
     Vector<Real> channels[chunk];
     for_constants<chunk>([&](auto j) VICINAL_INLINE { channels[j] = column[first + j]; });
     for (int64_t u = 0; u < count; u += kStep<L>) {
-      Vector<Real> sums[kStep<L>] = {};
-#pragma GCC unroll 16
-      for (int key = 0; key < kStep<L>; ++key) {
-        const Vector<Real>* row = part.row(slots[u + key]);
-        for_constants<chunk>([&](auto j) VICINAL_INLINE { sums[key] += row[j] * channels[j]; });
-      }
-#pragma GCC unroll 4
-      for (int b = 0; b < kStep<L> / L::kSpan; ++b) {
+      Vector<Real> sums[kStep<L>];
+      for_rows<L>(part, slots + u, [&](auto key, const Vector<Real>* row) VICINAL_INLINE {
+        Vector<Real> sum{};
+        for_constants<chunk>([&](auto j) VICINAL_INLINE { sum += row[j] * channels[j]; });
+        sums[key] = sum;
+      });
+      for_constants<kStep<L> / L::kSpan>([&](auto b) VICINAL_INLINE {
         Vector<Real>& total = out[u / L::kSpan + b];
-        const Vector<Real> sum = sum_across<L>(sums + b * L::kSpan);
-        total = first == 0 ? sum : total + sum;
-      }
+        const Vector<Real> keys = sum_across<L>(sums + b * L::kSpan);
+        total = first == 0 ? keys : total + keys;
+      });
     }
   });
 }
 
-// Calls body(weight, slot, parity) for each of the neighbors, weight in all lanes of its head.
+// Calls body(weight, key, row) for each of the neighbors, weight in all lanes of its head.
 template <typename L, typename Body>
-VICINAL_INLINE inline void for_neighbors(const Vector<typename L::Real>* weights, const int32_t* slots,
-                          int64_t count, const Body& body) {
+VICINAL_INLINE inline void for_neighbors(const Vector<typename L::Real>* weights,
+                                         const int32_t* slots, int64_t count,
+                                         const PackedRows<L>& rows, const Body& body) {
   const auto* numbers = reinterpret_cast<const typename L::Real*>(weights);
   for (int64_t u = 0; u < count; u += kStep<L>)
-    for_constants<kStep<L>>([&](auto key) VICINAL_INLINE {
-      body(per_head<L>(numbers + (u + key) * L::kHeads), slots[u + key],
-           std::integral_constant<int, key % 2>());
+    for_rows<L>(rows, slots + u, [&](auto key, auto* row) VICINAL_INLINE {
+      body(per_head<L>(numbers + (u + key) * L::kHeads), key, row);
     });
 }
 
@@ -72,11 +91,16 @@ inline void accumulate(const Vector<Real>* weights, const int32_t* slots, int64_
   for_chunks(rows.vectors, [&](int64_t first, auto chunk) VICINAL_INLINE {
     const PackedRows<L> part = rows.from(first);
     Vector<Real> sums[2][chunk];  // two, so that additions need not wait for one another
-    for_constants<chunk>([&](auto j) VICINAL_INLINE { sums[0][j] = out[first + j], sums[1][j] = Vector<Real>{}; });
-    for_neighbors<L>(weights, slots, count, [&](Vector<Real> weight, int64_t slot, auto parity) VICINAL_INLINE {
-      const Vector<Real>* row = part.row(slot);
-      for_constants<chunk>([&](auto j) VICINAL_INLINE { sums[parity][j] += weight * row[j]; });
+    for_constants<chunk>([&](auto j) VICINAL_INLINE {
+      sums[0][j] = out[first + j];
+      sums[1][j] = Vector<Real>{};
     });
+    for_neighbors<L>(weights, slots, count, part,
+                     [&](Vector<Real> weight, auto key, const Vector<Real>* row) VICINAL_INLINE {
+                       for_constants<chunk>([&](auto j) VICINAL_INLINE {
+                         sums[key % 2][j] += weight * row[j];
+                       });
+                     });
     for_constants<chunk>([&](auto j) VICINAL_INLINE { out[first + j] = sums[0][j] + sums[1][j]; });
   });
 }
@@ -89,10 +113,12 @@ inline void distribute(const Vector<Real>* weights, const int32_t* slots, int64_
     const PackedRows<L> part = rows.from(first);
     Vector<Real> channels[chunk];
     for_constants<chunk>([&](auto j) VICINAL_INLINE { channels[j] = column[first + j]; });
-    for_neighbors<L>(weights, slots, count, [&](Vector<Real> weight, int64_t slot, auto) VICINAL_INLINE {
-      Vector<Real>* row = part.row(slot);
-      for_constants<chunk>([&](auto j) VICINAL_INLINE { row[j] += weight * channels[j]; });
-    });
+    for_neighbors<L>(weights, slots, count, part,
+                     [&](Vector<Real> weight, auto, Vector<Real>* row) VICINAL_INLINE {
+                       for_constants<chunk>([&](auto j) VICINAL_INLINE {
+                         row[j] += weight * channels[j];
+                       });
+                     });
   });
 }
 

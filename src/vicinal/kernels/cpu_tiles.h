@@ -1,10 +1,11 @@
 // Attention, for one instruction set: see cpu_vectors.h.
 //
 // A tile is a run of queries that are neighbors in space and so share most of the points they see.
-// These are packed once per tile into rows that stay in the cache; then query after query goes over
-// its own. The backward pass sums a tile's share of its points' gradients in rows like these before
-// it adds it to the tensors; Schedule sees to it that each point gets its shares in one and the same
-// order, for any number of threads and without atomics.
+// Heads are worked on group by group. The points' rows are packed once per tile and group, so that
+// they stay in the cache; then query after query goes over its own, while bit by bit the rows for
+// the next group are packed. The backward pass sums a tile's share of its points' gradients in rows
+// like these before it adds it to the tensors; Schedule sees to it that each point gets its shares
+// in one and the same order, for any number of threads.
 
 namespace vicinal::VICINAL_ISA {
 
@@ -85,7 +86,7 @@ class Tile {
     for (int64_t head = 0; head < p_.heads; head += L::kHeads) {
       begin_heads(head);
       for (int first = 0; first < p_.tile_queries; first += kRun) {
-        const Share next = share(first, head + L::kHeads);
+        const Part next = part(first, head + L::kHeads);
         expect_queries(first + kRun, head, {&p_.q, &p_.out});
         expect_points(next, {&p_.k, &p_.v});
         attend(first, head);
@@ -106,8 +107,8 @@ class Tile {
       if (b_.active) grad_cells_.clear(1 + b_.slots);
       for (int first = 0; first < p_.tile_queries; first += kRun) {
         expect_queries(first + kRun, head, {&p_.q, &p_.out, &p_.grad_out, &p_.grad_q});
-        expect_points(share(first, head), {&p_.grad_k, &p_.grad_v});
-        const Share next = share(first, head + L::kHeads);
+        expect_points(part(first, head), {&p_.grad_k, &p_.grad_v});
+        const Part next = part(first, head + L::kHeads);
         expect_points(next, {&p_.k, &p_.v});
         differentiate(first, head, item);
         pack_points(next);
@@ -120,11 +121,11 @@ class Tile {
 
  private:
   // Some heads of some of the points.
-  struct Share {
+  struct Part {
     int64_t head, first, stop;  // slots
   };
   // That of the run of queries that begins with `first`; none of heads that do not exist.
-  Share share(int first, int64_t head) const {
+  Part part(int first, int64_t head) const {
     const int64_t runs = (p_.tile_queries + kRun - 1) / kRun, run = first / kRun;
     const int64_t points = head < p_.heads ? near_.slot_count - 1 : 0;
     return {head, 1 + run * points / runs, 1 + (run + 1) * points / runs};
@@ -138,7 +139,7 @@ class Tile {
       packed.values.reserve(near_.slot_count);
     }
     for (int first = 0; first < p_.tile_queries; first += kRun)
-      expect_points(share(first, 0), {&p_.k, &p_.v});
+      expect_points(part(first, 0), {&p_.k, &p_.v});
     pack_points({0, 1, near_.slot_count});
   }
 
@@ -146,41 +147,43 @@ class Tile {
   void begin_heads(int64_t head) {
     std::swap(here_, next_);
     cells_.reserve(1 + b_.slots);
-    for (int64_t cell = 0; cell < b_.slots; ++cell) pack<L>(b_.key, cell, head, 1, cells_.row(1 + cell));
+    for (int64_t cell = 0; cell < b_.slots; ++cell)
+      pack<L>(b_.key, cell, head, 1, cells_.row(1 + cell));
   }
 
   // Asks for rows before they are needed, bit by bit, while there is enough else to do: those of
   // the queries whose turn is next, and a share of the points'.
   VICINAL_INLINE void expect_queries(int first, int64_t head,
-                                                     std::initializer_list<const Rows*> all) {
+                                     std::initializer_list<const Rows*> all) {
     if (first >= p_.tile_queries) first = 0, head += L::kHeads;
     const int64_t stop = std::min<int64_t>(first + kRun, p_.tile_queries);
     for (int64_t lane = first; head < p_.heads && lane < stop; ++lane)
       for (const Rows* rows : all)
         if (near_.rows[lane] >= 0) prefetch<L>(*rows, near_.rows[lane], head);
   }
-  VICINAL_INLINE void expect_points(const Share& share,
-                                                    std::initializer_list<const Rows*> all) {
-    for (int64_t slot = share.first; slot < share.stop; ++slot)
-      for (const Rows* rows : all) prefetch<L>(*rows, near_.points[slot], share.head);
+  VICINAL_INLINE void expect_points(const Part& part, std::initializer_list<const Rows*> all) {
+    for (int64_t slot = part.first; slot < part.stop; ++slot)
+      for (const Rows* rows : all) prefetch<L>(*rows, near_.points[slot], part.head);
   }
 
-  void pack_points(const Share& share) {
-    const int32_t* points = &near_.points[share.first];
-    const int64_t count = share.stop - share.first;
-    pack_all<L>(p_.k, points, count, share.head, next_->keys.row(share.first));
-    pack_all<L>(p_.v, points, count, share.head, next_->values.row(share.first));
+  void pack_points(const Part& part) {
+    const int32_t* points = &near_.points[part.first];
+    const int64_t count = part.stop - part.first;
+    pack_all<L>(p_.k, points, count, part.head, next_->keys.row(part.first));
+    pack_all<L>(p_.v, points, count, part.head, next_->values.row(part.first));
   }
 
+  // `touched` is atomic, since a chunk at other heads may look at it: it finds what it would find
+  // before or after all the same.
   void add_gradients(int64_t head, int64_t item) {
     for (int64_t slot = 1; slot < near_.slot_count; ++slot) {
       const int64_t point = near_.points[slot];
-      const bool first = p_.touched[point] <= head;
-      if (first) p_.touched[point] = head + 1;
+      const bool first = __atomic_load_n(&p_.touched[point], __ATOMIC_RELAXED) <= head;
+      if (first) __atomic_store_n(&p_.touched[point], head + 1, __ATOMIC_RELAXED);
       add<L>(grad_keys_.row(slot), p_.grad_k, point, head, first);
       add<L>(grad_values_.row(slot), p_.grad_v, point, head, first);
     }
-    for (int64_t cell = 0; b_.active && cell < b_.slots; ++cell)
+    for (int64_t cell = 0; cell < b_.slots; ++cell)
       add<L>(grad_cells_.row(1 + cell), b_.grad_key_parts, item * b_.slots + cell, head);
   }
 
@@ -201,7 +204,9 @@ class Tile {
     Block(const List& list, int64_t begin)
         : slots(list.slots + begin),
           seen(std::min<int64_t>(kBlock, list.count - begin)),
-          count((seen + kStep<L> - 1) / kStep<L> * kStep<L>) {}
+          count((seen + kStep<L> - 1) / kStep<L> * kStep<L>) {
+      static_assert(kFill % kStep<L> == 0 && kBlock % kStep<L> == 0);
+    }
     const int32_t* slots;
     const int64_t seen, count;
   };
@@ -227,7 +232,8 @@ class Tile {
     for_blocks(
         first,
         [&](auto& x, const Block& block) {
-          multiply<L>(here_->keys.rows(), block.slots, block.count, x.vector.get(), x.softmax.logits);
+          multiply<L>(here_->keys.rows(), block.slots, block.count, x.vector.get(),
+                      x.softmax.logits);
         },
         [&](auto& x, const Block& block) {
           weigh(x, block, [&](int64_t u) { return near_.points[block.slots[u]]; });
@@ -272,12 +278,14 @@ class Tile {
                       x.softmax.products);
         },
         [&](auto& x, const Block& block) {
-          multiply<L>(here_->keys.rows(), block.slots, block.count, x.vector.get(), x.softmax.logits);
+          multiply<L>(here_->keys.rows(), block.slots, block.count, x.vector.get(),
+                      x.softmax.logits);
           x.softmax.differentiate(block.seen, block.count,
                                   [&](int64_t u) { return near_.points[block.slots[u]]; });
         },
         [&](auto& x, const Block& block) {
-          accumulate<L>(x.softmax.logits, block.slots, block.count, here_->keys.rows(), x.sums.get());
+          accumulate<L>(x.softmax.logits, block.slots, block.count, here_->keys.rows(),
+                        x.sums.get());
         },
         [&](auto& x, const Block& block) {
           distribute<L>(x.softmax.logits, block.slots, block.count, x.vector.get(),
@@ -413,10 +421,12 @@ void with_layout(const Problem& p, const Body& body) {
 
 // One thread's share of the work.
 inline void attend(const Problem& problem, Work& work) {
+  if (problem.heads == 0) return;
   with_layout(problem, [&](auto layout) { attend_with<decltype(layout)>(problem, work); });
 }
 
 inline void attend_backward(const Problem& problem, Schedule& schedule) {
+  if (problem.heads == 0) return;
   with_layout(problem, [&](auto layout) {
     attend_backward_with<decltype(layout)>(problem, schedule);
   });

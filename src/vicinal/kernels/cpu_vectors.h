@@ -106,10 +106,12 @@ template <typename Real>
 inline Vector<Real> logarithm(Vector<Real> x) {
   using L = Lanes<Real>;
   using B = Bits<Real>;
-  const B one = (B)(Vector<Real>{} + Real(1)), root = (B)(Vector<Real>{} + Real(0.70710678118654752440));
+  const B one = (B)(Vector<Real>{} + Real(1));
+  const B root = (B)(Vector<Real>{} + Real(0.70710678118654752440));
   // Adding the difference carries into the exponent where the mantissa is above that of sqrt(2).
   const B shifted = (B)x + (one - root);
-  const Vector<Real> m = (Vector<Real>)((shifted & ((typename L::Bit(1) << L::mantissa) - 1)) + root);
+  const B mantissa = shifted & ((typename L::Bit(1) << L::mantissa) - 1);
+  const Vector<Real> m = (Vector<Real>)(mantissa + root);
   const Vector<Real> power =
       (Vector<Real>)((shifted >> L::mantissa) + (B)(Vector<Real>{} + L::round_magic)) -
       (L::round_magic + L::exponent_of_one);
