@@ -24,6 +24,7 @@ from problems import (
 from torch import Tensor
 
 from vicinal import FeaturePyramid, NeighborhoodPlan, NeighborSlices, plan_neighborhoods
+from vicinal.cell_keys import CellKeys
 
 
 def listed(slices: NeighborSlices) -> list[tuple[int, int]]:
@@ -86,6 +87,22 @@ def test_many_pairs(dtype: torch.dtype) -> None:
 )  # fmt: skip
 def test_small_worlds(scene: Scene) -> None:
     assert_right(scene.plan(), scene)
+
+
+@pytest.mark.parametrize("dim", [1, 2, 3, 5])
+def test_curve_takes_bits_of_the_axes_in_turn(dim: int) -> None:
+    """From the highest bit on, groups first; cells before the edge count as at the edge."""
+    keys = CellKeys([(37,) * dim], [3], 4, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(dim)
+    cells = torch.randint(-2, 39, (300, dim), generator=generator)
+    groups = torch.randint(4, (300,), generator=generator)
+    bits = (37 + 2 * 3).bit_length()  # a margin of 3 on either side
+    expected = [
+        [group, *((max(cell, 0) >> bit) & 1 for bit in reversed(range(bits)) for cell in row)]
+        for group, row in zip(groups.tolist(), cells.tolist(), strict=True)
+    ]
+    order = keys.along_curve(cells, groups).argsort(stable=True)
+    assert order.tolist() == sorted(range(300), key=expected.__getitem__)
 
 
 def test_queries_in_one_place() -> None:

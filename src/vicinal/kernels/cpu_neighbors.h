@@ -30,9 +30,9 @@ class Neighbors {
         to_end_(slices.slices) {}
 
   void find(int64_t tile, const bool* mask) {
-    find_rows(tile, mask);
-    slots_.reserve(mark() + tile_queries_ * kFill + kNumbers);
-    number();
+    find_queries(tile, mask);
+    slots_.reserve(mark_places() + tile_queries_ * kFill + kNumbers);
+    number_points();
     int64_t end = 0;
     for (int lane = 0; lane < tile_queries_; ++lane) {
       first_[lane] = end;
@@ -58,7 +58,7 @@ class Neighbors {
     int32_t first_slot = 0;
   };
 
-  void find_rows(int64_t tile, const bool* mask) {
+  void find_queries(int64_t tile, const bool* mask) {
     for (int lane = 0; lane < tile_queries_; ++lane) {
       const int64_t visit = tile * tile_queries_ + lane;
       const int64_t row = visit < slices_.rows ? slices_.visits[visit] : -1;
@@ -86,7 +86,7 @@ class Neighbors {
   }
 
   // Marks all places that are seen. Returns how much room the lists take at most.
-  int64_t mark() {
+  int64_t mark_places() {
     int64_t room = 0;
     for (int lane = 0; lane < tile_queries_; ++lane) {
       if (!present[lane]) continue;
@@ -117,7 +117,7 @@ class Neighbors {
   }
 
   // Gives a slot to every place that is marked and has a point.
-  void number() {
+  void number_points() {
     int64_t most = 1;
     for (int64_t at : marked_) most += __builtin_popcountll(words_[at].seen);
     points.reserve(most);

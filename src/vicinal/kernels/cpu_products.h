@@ -15,7 +15,11 @@ struct PackedRows {
   V* data;
   int64_t vectors;  // in each
 
-  V* row(int64_t slot) const { return data + slot * vectors; }
+  // In bytes: counted in vectors, the product would be shifted once more for every row.
+  V* row(int64_t slot) const {
+    const int64_t bytes = vectors * sizeof(V);
+    return reinterpret_cast<V*>(reinterpret_cast<char*>(data) + slot * bytes);
+  }
   // The same rows, from a vector of each on.
   PackedRows from(int64_t first) const { return {data + first, vectors}; }
 };
@@ -26,15 +30,12 @@ template <typename L, typename Body>
 VICINAL_INLINE inline void for_rows(const PackedRows<L>& rows, const int32_t* slots,
                                     const Body& body) {
   constexpr int first = std::endian::native == std::endian::little ? 0 : 32;
-  const int64_t bytes = rows.vectors * sizeof(*rows.data);
-  char* const data = reinterpret_cast<char*>(rows.data);
   for_constants<kStep<L> / 2>([&](auto pair) VICINAL_INLINE {
     uint64_t both;
     std::memcpy(&both, slots + 2 * pair, sizeof(both));
     for_constants<2>([&](auto second) VICINAL_INLINE {
       const int64_t slot = uint32_t(both >> (second ? 32 - first : first));
-      body(std::integral_constant<int, 2 * pair + second>(),
-           reinterpret_cast<Vector<typename L::Real>*>(data + slot * bytes));
+      body(std::integral_constant<int, 2 * pair + second>(), rows.row(slot));
     });
   });
 }

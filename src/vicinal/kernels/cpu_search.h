@@ -58,7 +58,7 @@ class Places {
 inline int64_t wrapping_sum(int64_t a, int64_t b) { return int64_t(uint64_t(a) + uint64_t(b)); }
 
 // Asks for what a query reads and writes before its turn.
-VICINAL_INLINE inline void expect_rows(const RowSearch& s, int64_t query) {
+VICINAL_INLINE inline void prefetch_rows(const RowSearch& s, int64_t query) {
   if (query < 0 || query >= s.queries) return;
   for (int64_t level = 0; level < s.levels; ++level)
     __builtin_prefetch(&s.centers[level * s.queries + query]);
@@ -77,7 +77,7 @@ inline void find_rows(const RowSearch& s, const Places& places, int64_t begin, i
   std::vector<int32_t> starts(s.rows), stops(s.rows);
   bool first = true;
   for (int64_t visit = begin; visit < end; ++visit) {
-    if (visit + kAhead < end) expect_rows(s, s.visits[visit + kAhead]);
+    if (visit + kAhead < end) prefetch_rows(s, s.visits[visit + kAhead]);
     const int64_t query = s.visits[visit];
     if (query < 0 || query >= s.queries) continue;
     for (int64_t level = 0; level < s.levels; ++level) {

@@ -82,13 +82,13 @@ class Tile {
 
   void forward(int64_t tile) {
     find(tile);
-    expect_queries(0, 0, {&p_.q, &p_.out});
+    prefetch_queries(0, 0, {&p_.q, &p_.out});
     for (int64_t head = 0; head < p_.heads; head += L::kHeads) {
       begin_heads(head);
       for (int first = 0; first < p_.tile_queries; first += kRun) {
         const Part next = part(first, head + L::kHeads);
-        expect_queries(first + kRun, head, {&p_.q, &p_.out});
-        expect_points(next, {&p_.k, &p_.v});
+        prefetch_queries(first + kRun, head, {&p_.q, &p_.out});
+        prefetch_points(next, {&p_.k, &p_.v});
         attend(first, head);
         pack_points(next);
       }
@@ -99,17 +99,17 @@ class Tile {
   // item is the place of its chunk among the background's partial sums.
   void backward(int64_t tile, int64_t item, Schedule::Turn& turn, bool last_of_chunk) {
     find(tile);
-    expect_queries(0, 0, {&p_.q, &p_.out, &p_.grad_out, &p_.grad_q});
+    prefetch_queries(0, 0, {&p_.q, &p_.out, &p_.grad_out, &p_.grad_q});
     for (int64_t head = 0; head < p_.heads; head += L::kHeads) {
       begin_heads(head);
       grad_keys_.clear(near_.slot_count);
       grad_values_.clear(near_.slot_count);
       if (b_.active) grad_cells_.clear(1 + b_.slots);
       for (int first = 0; first < p_.tile_queries; first += kRun) {
-        expect_queries(first + kRun, head, {&p_.q, &p_.out, &p_.grad_out, &p_.grad_q});
-        expect_points(part(first, head), {&p_.grad_k, &p_.grad_v});
+        prefetch_queries(first + kRun, head, {&p_.q, &p_.out, &p_.grad_out, &p_.grad_q});
+        prefetch_points(part(first, head), {&p_.grad_k, &p_.grad_v});
         const Part next = part(first, head + L::kHeads);
-        expect_points(next, {&p_.k, &p_.v});
+        prefetch_points(next, {&p_.k, &p_.v});
         differentiate(first, head, item);
         pack_points(next);
       }
@@ -139,7 +139,7 @@ class Tile {
       packed.values.reserve(near_.slot_count);
     }
     for (int first = 0; first < p_.tile_queries; first += kRun)
-      expect_points(part(first, 0), {&p_.k, &p_.v});
+      prefetch_points(part(first, 0), {&p_.k, &p_.v});
     pack_points({0, 1, near_.slot_count});
   }
 
@@ -153,15 +153,16 @@ class Tile {
 
   // Asks for rows before they are needed, bit by bit, while there is enough else to do: those of
   // the queries whose turn is next, and a share of the points'.
-  VICINAL_INLINE void expect_queries(int first, int64_t head,
-                                     std::initializer_list<const Rows*> all) {
+  VICINAL_INLINE void prefetch_queries(int first, int64_t head,
+                                       std::initializer_list<const Rows*> all) {
     if (first >= p_.tile_queries) first = 0, head += L::kHeads;
     const int64_t stop = std::min<int64_t>(first + kRun, p_.tile_queries);
     for (int64_t lane = first; head < p_.heads && lane < stop; ++lane)
       for (const Rows* rows : all)
         if (near_.rows[lane] >= 0) prefetch<L>(*rows, near_.rows[lane], head);
   }
-  VICINAL_INLINE void expect_points(const Part& part, std::initializer_list<const Rows*> all) {
+  VICINAL_INLINE void prefetch_points(const Part& part,
+                                      std::initializer_list<const Rows*> all) {
     for (int64_t slot = part.first; slot < part.stop; ++slot)
       for (const Rows* rows : all) prefetch<L>(*rows, near_.points[slot], part.head);
   }
