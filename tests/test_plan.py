@@ -92,7 +92,7 @@ def test_small_worlds(scene: Scene) -> None:
 @pytest.mark.parametrize("dim", [1, 2, 3, 5])
 def test_curve_takes_bits_of_the_axes_in_turn(dim: int) -> None:
     """From the highest bit on, groups first; cells before the edge count as at the edge."""
-    keys = CellKeys([(37,) * dim], [3], 4, torch.device("cpu"))
+    keys = CellKeys(((37,) * dim,), [3], 4, torch.device("cpu"))
     generator = torch.Generator().manual_seed(dim)
     cells = torch.randint(-2, 39, (300, dim), generator=generator)
     groups = torch.randint(4, (300,), generator=generator)
