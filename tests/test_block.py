@@ -528,7 +528,7 @@ def test_the_second_dropout_follows_its_own_module(backend: str) -> None:
     assert 0.2 < float((added == 0).double().mean()) < 0.6
 
 
-@pytest.mark.parametrize("name", ["q_in_proj", "kv_proj", "out_proj"])
+@pytest.mark.parametrize("name", ["norm", "q_in_proj", "kv_proj", "out_proj"])
 @pytest.mark.parametrize(
     "register",
     [

@@ -11,10 +11,11 @@ from .kernels import cpu, reference
 
 
 class Backend(NamedTuple):
-    """A way to compute the three ops; see `kernels.reference` for what they do."""
+    """A way to compute the four ops; see `kernels.reference` for what they do."""
 
     attend: Callable[..., tuple[Tensor, Tensor]]
     rotate: Callable[[Tensor, Tensor, Tensor], Tensor]
+    project: Callable[..., tuple[Tensor, ...]]
     find_slices: Callable[..., tuple[Tensor, Tensor]]
     problem: Callable[[torch.device], str | None]
     """Why it cannot run on a device, or None."""
@@ -22,9 +23,13 @@ class Backend(NamedTuple):
 
 _BACKENDS = {
     "reference": Backend(
-        reference.attend, reference.rotate, reference.find_slices, lambda device: None
+        reference.attend,
+        reference.rotate,
+        reference.project,
+        reference.find_slices,
+        lambda device: None,
     ),
-    "cpu": Backend(cpu.attend, cpu.rotate, cpu.find_slices, cpu.problem),
+    "cpu": Backend(cpu.attend, cpu.rotate, cpu.project, cpu.find_slices, cpu.problem),
 }
 
 

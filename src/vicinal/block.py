@@ -1,10 +1,9 @@
 """The module: norm, project, rotate, attend, project, residual."""
 
 from collections.abc import Sequence
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._checks import (
@@ -17,7 +16,7 @@ from ._checks import (
     refuse,
 )
 from .attention import Background, autocasts, neighborhood_attention
-from .backends import check_backend
+from .backends import check_backend, choose_backend
 from .kernels.reference import turn
 from .neighborhoods import (
     coordinate_dtype,
@@ -27,41 +26,9 @@ from .neighborhoods import (
     window_offsets,
 )
 from .plan import NeighborhoodPlan, check_placement, plan_neighborhoods
+from .projections import add_projected, project
 from .pyramid import FeaturePyramid
 from .rotary import RotaryEncoding
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
-def _is_plain(linear: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether calling the layer is the product and nothing more: no subclass, adapter or hook."""
-    return (
-        type(linear) is nn.Linear
-        and type(linear.weight) is nn.Parameter
-        and "forward" not in vars(linear)
-        and not any(getattr(linear, hooks) for hooks in _HOOKS)
-    )
-
-
-def _keys_and_values(projection: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Of ``x`` ``[..., E]``, ``[..., E]`` each; the keys' rows of the weight come first.
-
-    As two products where that is the same: the gradient of one would have to be put together first.
-    """
-    if not _is_plain(projection):
-        key, value = projection(x).chunk(2, -1)
-        return key, value
-    biases = (None, None) if projection.bias is None else projection.bias.chunk(2)
-    key, value = map(F.linear, (x, x), projection.weight.chunk(2), biases)
-    return key, value
-
-
-def _add_projected(projection: nn.Module, x: Tensor, residual: Tensor) -> Tensor:
-    """``residual + projection(x)``, ``[n, E]``; in one pass where autocast would not round it."""
-    if not _is_plain(projection) or projection.bias is not None or autocasts(x.device):
-        projected: Tensor = projection(x)
-        return residual + projected
-    return torch.addmm(residual, x, projection.weight.t())
 
 
 class SparseNeighborhoodAttentionBlock(nn.Module):
@@ -200,43 +167,69 @@ class SparseNeighborhoodAttentionBlock(nn.Module):
         plan = self._plan(
             plan, query_spatial_positions, query_batch_offsets, pyramid, background_embedding
         )
-        dtype = coordinate_dtype(query_spatial_positions.dtype)
-        # A query at no finite place takes no part; its angles must not spoil the gradients.
-        positions = query_spatial_positions.to(dtype).nan_to_num(0.0, 0.0, 0.0)
-        heads = (self.n_heads, self.embed_dim // self.n_heads)
+        attended = self._attend(
+            query,
+            query_spatial_positions,
+            query_level_indices,
+            query_mask,
+            pyramid,
+            plan,
+            background_embedding,
+        )
+        if self.dropout.training and self.dropout.p > 0:
+            out: Tensor = query + self.dropout(self.out_proj(attended))
+        else:
+            backend = choose_backend(self.backend, query.device)
+            out = add_projected(backend, query, attended, self.out_proj)
+        return out if self.norm_first else self.norm(out)
 
-        x = self.norm(query) if self.norm_first else query
-        q = self.q_in_proj(x).unflatten(-1, heads)
-        if query_level_indices is None:
+    def _attend(
+        self,
+        query: Tensor,
+        positions: Tensor,
+        level_indices: Tensor | None,
+        mask: Tensor | None,
+        pyramid: FeaturePyramid,
+        plan: NeighborhoodPlan,
+        background_embedding: Tensor | None,
+    ) -> Tensor:
+        """Norm, projections, rotations and attention: ``[N, E]``, all that is left of them."""
+        # A query at no finite place takes no part; its angles must not spoil the gradients.
+        positions = positions.to(coordinate_dtype(positions.dtype)).nan_to_num(0.0, 0.0, 0.0)
+        if level_indices is None:
             level = torch.tensor(finest_level(pyramid.level_shapes), device=query.device)
         else:
-            level = query_level_indices.clamp(0, self.n_levels - 1)
+            level = level_indices.clamp(0, self.n_levels - 1)
             if not reads_contents(None, query.device):  # nobody has looked: such take no part
-                nowhere = level != query_level_indices
-                query_mask = nowhere if query_mask is None else query_mask | nowhere
+                nowhere = level != level_indices
+                mask = nowhere if mask is None else mask | nowhere
+        norm = self.norm if self.norm_first else None
+        (q,) = self._heads(query, self.q_in_proj, 1, norm)
         q = self.pos_encoding(q, _with_level(positions, level))
-        kv = _keys_and_values(self.kv_proj, pyramid.values)
-        k, v = (x.unflatten(-1, heads) for x in kv)
-        k = self.pos_encoding(k, _with_level(pyramid.positions(dtype), pyramid.levels))
+        k, v = self._heads(pyramid.values, self.kv_proj, 2)
+        k = self.pos_encoding(k, _with_level(pyramid.positions(positions.dtype), pyramid.levels))
         background = None
         if background_embedding is not None:
             centers = window_centers(positions, pyramid.level_shapes)
             background = self._background(background_embedding, q, centers, plan, pyramid)
-        attended = neighborhood_attention(
+        return neighborhood_attention(
             q,
             k,
             v,
             plan,
             dropout_p=self.dropout.p if self.training else 0.0,
             background=background,
-            query_mask=query_mask,
+            query_mask=mask,
             backend=self.backend,
-        )
-        if self.dropout.training and self.dropout.p > 0:
-            out: Tensor = query + self.dropout(self.out_proj(attended.flatten(1)))
-        else:
-            out = _add_projected(self.out_proj, attended.flatten(1), query)
-        return out if self.norm_first else self.norm(out)
+        ).flatten(1)
+
+    def _heads(
+        self, x: Tensor, linear: nn.Linear, parts: int, norm: nn.LayerNorm | None = None
+    ) -> tuple[Tensor, ...]:
+        """``linear(norm(x))`` as ``parts`` of ``[n, H, d]``."""
+        backend = choose_backend(self.backend, x.device)
+        projected = project(backend, x, linear, norm, parts)
+        return tuple(part.unflatten(-1, (self.n_heads, -1)) for part in projected)
 
     def _background(
         self,
@@ -252,8 +245,7 @@ class SparseNeighborhoodAttentionBlock(nn.Module):
         first goes into the query with the level's one unrotated key, the second, shared by all
         queries, into the cell's key: both as pairs of channels, a complex number each.
         """
-        kv = _keys_and_values(self.kv_proj, embedding)
-        key, value = (x.unflatten(-1, (self.n_heads, -1)) for x in kv)
+        key, value = self.kv_proj(embedding).unflatten(-1, (2, self.n_heads, -1)).unbind(-3)
         scales = level_scales(pyramid.level_shapes, centers)
         image = plan.query_batch.long().clamp(min=0)
         queries, offsets = [], []

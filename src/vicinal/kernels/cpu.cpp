@@ -123,6 +123,10 @@ Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> sizes, Scal
   return made;
 }
 
+Tensor new_rows(Tensor like, int64_t n_rows, int64_t n_columns) {
+  return new_tensor(like, {n_rows, n_columns}, like.scalar_type());
+}
+
 // A contiguous tensor's rows, or a view's whose channels stand side by side; others are copied.
 Tensor side_by_side(const Tensor& x) {
   STD_TORCH_CHECK(x.dim() == 3, "vicinal: expected a tensor of 3 dimensions");
@@ -467,6 +471,7 @@ std::tuple<Tensor, Tensor> find_slices(Tensor sorted_keys, Tensor centers, Tenso
 STABLE_TORCH_LIBRARY_IMPL(vicinal, CPU, m) {
   m.impl("neighborhood_attention", TORCH_BOX(&vicinal::forward));
   m.impl("neighborhood_attention_backward", TORCH_BOX(&vicinal::backward));
+  m.impl("new_rows", TORCH_BOX(&vicinal::new_rows));
   m.impl("find_slices", TORCH_BOX(&vicinal::find_slices));
   m.impl("rotate", TORCH_BOX(&vicinal::rotate));
   m.impl("rotate_backward", TORCH_BOX(&vicinal::rotate_backward));

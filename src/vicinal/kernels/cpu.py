@@ -6,9 +6,13 @@ from pathlib import Path
 
 import torch
 
-from .library import attend, find_slices, rotate
+from . import cpu_projections
+from .library import attend, find_slices, project, rotate
 
-__all__ = ["attend", "find_slices", "problem", "rotate"]
+__all__ = ["attend", "find_slices", "problem", "project", "rotate"]
+
+torch.library.impl("vicinal::project", "CPU", cpu_projections.project)
+torch.library.impl("vicinal::project_backward", "CPU", cpu_projections.project_backward)
 
 
 def problem(device: torch.device) -> str | None:

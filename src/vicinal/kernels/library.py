@@ -1,8 +1,12 @@
-"""The compiled ops as torch sees them: schema, shapes, gradient. Kernels register for a device.
+"""The native ops as torch sees them: schema, shapes, gradient. Kernels register for a device.
 
 `torch.compile`, `torch.export`, saved-tensor hooks and `opcheck` work with whatever kernel that is.
 """
 
+import functools
+import itertools
+import operator
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +23,8 @@ _FORWARD = "vicinal::neighborhood_attention"
 _BACKWARD = "vicinal::neighborhood_attention_backward"
 _ROTATE = "vicinal::rotate"
 _ROTATE_BACKWARD = "vicinal::rotate_backward"
+_PROJECT = "vicinal::project"
+_PROJECT_BACKWARD = "vicinal::project_backward"
 
 torch.library.define(_FORWARD, f"({_ARGUMENTS}) -> (Tensor, Tensor)")
 torch.library.define(
@@ -32,6 +38,17 @@ torch.library.define(
     "(Tensor grad_out, Tensor out, Tensor coordinates, Tensor frequencies) "
     "-> (Tensor, Tensor, Tensor)",
 )
+torch.library.define(
+    _PROJECT,
+    "(Tensor x, Tensor[] weights, Tensor[] biases, Tensor[] norm, float eps, Tensor? residual) "
+    "-> Tensor[]",
+)
+torch.library.define(
+    _PROJECT_BACKWARD,
+    "(Tensor[] grads, Tensor x, Tensor[] weights, Tensor[] biases, Tensor[] norm, float eps, "
+    "bool needs_x, bool needs_weights) -> (Tensor, Tensor[], Tensor[], Tensor[])",
+)
+torch.library.define("vicinal::new_rows", "(Tensor like, int n_rows, int n_columns) -> Tensor")
 torch.library.define(
     "vicinal::find_slices",
     "(Tensor sorted_keys, Tensor centers, Tensor visits, Tensor level, Tensor offset, "
@@ -63,6 +80,15 @@ def rotate(x: Tensor, coordinates: Tensor, frequencies: Tensor) -> Tensor:
     table = frequencies.expand(-1, x.shape[1], -1).contiguous()
     turned: Tensor = torch.ops.vicinal.rotate(x.to(storage), coordinates, table)
     return turned.to(x.dtype)
+
+
+def project(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], norm: Sequence[Tensor],
+    eps: float, residual: Tensor | None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """``residual + norm(x) @ weight.t() + bias`` for each of the weights; see `reference`."""
+    lists = (list(group) for group in (weights, biases, norm))
+    return tuple(torch.ops.vicinal.project(x, *lists, eps, residual))
 
 
 def find_slices(
@@ -139,6 +165,44 @@ def _backward_rotate(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor
 torch.library.register_autograd(_ROTATE, _backward_rotate, setup_context=_setup_rotate)
 
 
+@torch.library.register_fake(_PROJECT)
+def _(x: Tensor, weights: list[Tensor], *_: Any) -> list[Tensor]:
+    return [x.new_empty(len(x), len(weight)) for weight in weights]
+
+
+@torch.library.register_fake(_PROJECT_BACKWARD)
+def _(
+    grads: list[Tensor], x: Tensor, weights: list[Tensor], biases: list[Tensor],
+    norm: list[Tensor], eps: float, needs_x: bool, needs_weights: bool,
+) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:  # fmt: skip
+    of_weights, of_biases, of_norm = (
+        [torch.empty_like(part) for part in group] for group in (weights, biases, norm)
+    )
+    return x.new_empty(len(x) if needs_x else 0, x.shape[1]), of_weights, of_biases, of_norm
+
+
+def _setup_project(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    x, weights, biases, norm, ctx.eps, _ = inputs
+    ctx.sizes = [len(weights), len(biases), len(norm)]
+    ctx.save_for_backward(x, *weights, *biases, *norm)
+
+
+def _backward_project(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
+    x, *parameters = ctx.saved_tensors
+    rest = iter(parameters)
+    lists = [list(itertools.islice(rest, size)) for size in ctx.sizes]
+    of_x, of_weights, _, of_norm, _, of_residual = ctx.needs_input_grad
+    needs_x = of_x or any(of_norm)
+    grad_x, *grad_lists = torch.ops.vicinal.project_backward(
+        grads, x, *lists, ctx.eps, needs_x, any(of_weights)
+    )
+    grad_residual = functools.reduce(operator.add, grads) if of_residual else None
+    return grad_x if needs_x else None, *grad_lists, None, grad_residual
+
+
+torch.library.register_autograd(_PROJECT, _backward_project, setup_context=_setup_project)
+
+
 @torch.library.register_fake("vicinal::find_slices")
 def _(
     sorted_keys: Tensor, centers: Tensor, visits: Tensor, level: Tensor, *_: Tensor
@@ -155,3 +219,4 @@ def _refuse_double_backward(ctx: Any, *_: Any) -> None:
 
 torch.library.register_autograd(_BACKWARD, _refuse_double_backward)
 torch.library.register_autograd(_ROTATE_BACKWARD, _refuse_double_backward)
+torch.library.register_autograd(_PROJECT_BACKWARD, _refuse_double_backward)

@@ -4,9 +4,12 @@ Every other back end is held against this one. It takes a few queries at a time 
 each of these chunks anew in the backward pass, so no more than a chunk's pairs is ever stored.
 """
 
+import itertools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -120,6 +123,20 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     even, odd = x.unflatten(-1, (-1, 2)).to(torch.promote_types(x.dtype, cos.dtype)).unbind(-1)
     turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1)
     return turned.flatten(-2).to(x.dtype)
+
+
+def project(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], norm: Sequence[Tensor],
+    eps: float, residual: Tensor | None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """``residual + norm(x) @ weight.t() + bias``, of ``x`` ``[n, E]``, for each of the weights.
+
+    ``biases`` are as many or none; ``norm`` is the layer norm's weight and bias, or empty.
+    """
+    if norm:
+        x = F.layer_norm(x, x.shape[1:], norm[0], norm[1], eps)
+    outs = (F.linear(x, weight, bias) for weight, bias in itertools.zip_longest(weights, biases))
+    return tuple(out if residual is None else residual + out for out in outs)
 
 
 def find_slices(
