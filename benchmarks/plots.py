@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from benchmarks.cases.stages import STAGES
+from benchmarks.cases.stages import FLOOR, STAGES
 from benchmarks.goals import GOALS
 from benchmarks.outcome import Outcome
 from benchmarks.peers import PEERS
@@ -19,7 +19,7 @@ from benchmarks.report import Outcomes, duration
 WHOLE = "#b3243c"
 FORWARD, STEP, MEMORY = "#0f7c8a", "#d9822b", "#5b5f97"
 INK, FAINT = "#2b303b", "#9aa3ad"
-STAGE_COLORS = ("#c44e52", "#b9c0c8", "#2b303b", "#e0b252", "#c98a1b", "#0f7c8a")
+STAGE_COLORS = ("#2b303b", "#c44e52", "#e0b252", "#c98a1b", "#0f7c8a")
 DPI = 160
 
 
@@ -130,7 +130,7 @@ def _floor(outcomes: Outcomes) -> Figure | None:
     for row, (scene, kind) in enumerate(rows):
         _stack(axes, row, outcomes, scene, kind)
         labels.append(f"{scene}, {'training step' if kind == 'step' else 'forward'}")
-    axes.axvline(1, color="white", linewidth=1.5)
+    axes.axvline(1, color=FAINT, linewidth=1.5, linestyle="--", label="GEMM floor")
     axes.set_yticks(range(len(rows)), labels, fontsize=8)
     axes.set_ylim(-0.6, len(rows) - 0.4)
     axes.set_xlim(left=0)
@@ -143,12 +143,10 @@ def _floor(outcomes: Outcomes) -> Figure | None:
 
 def _stack(axes: Axes, row: int, outcomes: Outcomes, scene: str, kind: str) -> None:
     stages = outcomes[f"stages/{scene}"]
-    floor = stages.number(f"{kind}_seconds projections")
+    floor = stages.number(f"{kind}_seconds {FLOOR}")
     left = 0.0
-    # The floor itself first, so that what is on top of it can be read off.
-    for stage in sorted(STAGES, key=lambda name: name != "projections"):
+    for stage, color in zip(STAGES, STAGE_COLORS, strict=True):
         width = stages.number(f"{kind}_seconds {stage}") / floor
-        color = STAGE_COLORS[STAGES.index(stage)]
         axes.barh(row, width, 0.6, left=left, color=color, label=stage)
         left += width
     compute = outcomes.get(f"compute/{scene}", Outcome())

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from benchmarks.allocator import KEEPING
 from benchmarks.cases.precision import DTYPES
-from benchmarks.cases.stages import STAGES
+from benchmarks.cases.stages import FLOOR, STAGES
 from benchmarks.goals import GOALS, Goal, outcome_of
 from benchmarks.outcome import Outcome
 from benchmarks.peers import PEERS
@@ -20,7 +21,9 @@ def report(outcomes: Outcomes) -> str:
         "What the library is held to": goals(outcomes),
         "Peers at the same work, times in the middle of several": peers(outcomes),
         "Scenes": scenes(outcomes),
-        "A block as scenes of one density grow": scaling(outcomes),
+        "A block as scenes of one density grow": scaling(outcomes, "scaling/time"),
+        "The same where freed memory is kept": scaling(outcomes, KEEPING + "scaling/time"),
+        "The first scene where freed memory is kept": plain(outcomes, KEEPING + "compute/tracks"),
         "Stages of a block, each timed alone, in ms": stages(outcomes),
         "Two threads, times faster than one": plain(outcomes, "threads"),
         "Error of the block, and over that of plain PyTorch": precision(outcomes),
@@ -124,11 +127,11 @@ def scenes(outcomes: Outcomes) -> str:
     return table(header, [units, *rows]) if rows else ""
 
 
-def scaling(outcomes: Outcomes) -> str:
-    outcome = outcomes.get("scaling/time", Outcome())
+def scaling(outcomes: Outcomes, case: str) -> str:
+    outcome = outcomes.get(case, Outcome())
     if not outcome.figures:
-        return plain(outcomes, "scaling/time")
-    rows = []
+        return plain(outcomes, case)
+    rows: list[tuple[str, ...]] = []
     memories = [outcomes[name] for name in outcomes if name.startswith("scaling/memory/")]
     peaks = {memory.find("points"): memory.find("peak_bytes") for memory in memories}
     index = 0
@@ -145,6 +148,9 @@ def scaling(outcomes: Outcomes) -> str:
             )
         )
         index += 1
+    for label, kind in (("growth", ""), ("of the GEMM floor", "floor_")):
+        ratios = (outcome.find(f"{kind}{figure}_growth") for figure in ("forward", "step"))
+        rows.append((label, "", *(NONE if x is None else f"{x:.2f}" for x in ratios), ""))
     header = ("points", "neighbors", "forward, us", "step, us", "memory")
     units = ("", "", "per query", "per query", "of step")
     return table(header, [units, *rows]) if rows else ""
@@ -158,7 +164,7 @@ def stages(outcomes: Outcomes) -> str:
     }
     columns = [(scene, kind) for scene in found for kind in ("forward", "step")]
     rows = []
-    for stage in (*STAGES, "whole block"):
+    for stage in (*STAGES, "whole block", FLOOR):
         cells = (found[scene].find(f"{kind}_seconds {stage}") for scene, kind in columns)
         rows.append((stage, *(NONE if cell is None else f"{1e3 * cell:.1f}" for cell in cells)))
     header = ("", *(scene if kind == "forward" else "" for scene, kind in columns))

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 
+from benchmarks.allocator import KEEPING, SETTINGS
 from benchmarks.machine import ROOT
 from benchmarks.outcome import KILLED, OUT_OF_MEMORY, DisagreementError, Outcome
 
@@ -18,12 +19,14 @@ ALLOCATION_FAILED = ("can't allocate memory", "annot allocate memory", "MemoryEr
 
 
 def run_case(name: str, size: str, *, environment: Mapping[str, str] | None = None) -> Outcome:
-    """The outcome of a case of `benchmarks.cases`.
+    """The outcome of a case of `benchmarks.cases`, in the environment that it asks for.
 
     Raises:
         DisagreementError: a peer computes something else than the library.
     """
     command = [sys.executable, "-m", "benchmarks.case", "--case", name, "--size", size, "--json"]
+    if name.startswith(KEEPING):
+        environment = {**SETTINGS, **(environment or {})}
     return run_command(command, environment=environment)
 
 

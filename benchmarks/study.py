@@ -11,6 +11,7 @@ import dataclasses
 import json
 import sys
 import time
+from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -33,18 +34,23 @@ def main() -> int:
         print("\n".join(all_cases(SIZES[arguments.size])))
         return 0
     started = datetime.now(timezone.utc)
+    outcomes: dict[str, Outcome] = {}
     try:
-        outcomes = run(arguments.size, tuple(arguments.only), million=arguments.million)
+        for more in run(arguments.size, tuple(arguments.only), million=arguments.million):
+            outcomes |= more
+            save(outcomes, arguments.size, started, arguments.out)
     except DisagreementError as difference:
         print(f"\nThe study stops, as a peer disagrees: {difference}", file=sys.stderr)
         return 1
     print(report(outcomes))
-    save(outcomes, arguments.size, started, arguments.out)
+    show(outcomes, arguments.size, arguments.out)
     return 0
 
 
-def run(size_name: str, only: tuple[str, ...] = (), *, million: bool = False) -> Outcomes:
-    """The outcomes of all cases, or of those whose names begin with one of ``only``.
+def run(
+    size_name: str, only: tuple[str, ...] = (), *, million: bool = False
+) -> Iterator[dict[str, Outcome]]:
+    """The outcomes of all cases, or of those whose names begin with one of ``only``, as they come.
 
     Peers come first: they show whether results agree.
 
@@ -53,11 +59,9 @@ def run(size_name: str, only: tuple[str, ...] = (), *, million: bool = False) ->
     """
     size = SIZES[size_name]
     ladders = contest_names(size) + [[name] for name in study_names(size)]
-    outcomes: dict[str, Outcome] = {}
     for ladder in ladders + [["million"]] * million:
         names = [name for name in ladder if name.startswith(only or "")]
-        outcomes |= _until_one_fits(names, size_name)
-    return outcomes
+        yield _until_one_fits(names, size_name)
 
 
 def _until_one_fits(names: list[str], size_name: str) -> dict[str, Outcome]:
@@ -81,19 +85,27 @@ def _run_and_say(name: str, size_name: str) -> Outcome:
 
 
 def save(outcomes: Outcomes, size_name: str, started: datetime, folder: Path) -> None:
-    """Writes JSON and plots, named by device and commit."""
+    """Writes JSON, named by device and commit."""
     folder.mkdir(parents=True, exist_ok=True)
-    stem = machine.file_stem() + ("" if size_name == "full" else f"-{size_name}")
-    path = folder / f"{stem}.json"
-    path.write_text(json.dumps(as_json(outcomes, size_name, started), indent=1) + "\n")
-    print(f"\nFigures: {path}")
+    text = json.dumps(as_json(outcomes, size_name, started), indent=1)
+    _stem(size_name, folder).with_suffix(".json").write_text(text + "\n")
+
+
+def show(outcomes: Outcomes, size_name: str, folder: Path) -> None:
+    """Draws plots beside the JSON, and says where all of it is."""
+    stem = _stem(size_name, folder)
+    print(f"\nFigures: {stem.with_suffix('.json')}")
     try:
         from benchmarks.plots import draw
     except ImportError as missing:
         print(f"No plots: {missing}")
         return
-    for plot in draw(outcomes, folder / stem):
+    for plot in draw(outcomes, stem):
         print(f"Plot: {plot}")
+
+
+def _stem(size_name: str, folder: Path) -> Path:
+    return folder / (machine.file_stem() + ("" if size_name == "full" else f"-{size_name}"))
 
 
 def as_json(outcomes: Outcomes, size_name: str, started: datetime) -> dict[str, Any]:

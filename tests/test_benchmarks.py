@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import platform
 import signal
 import sys
 from collections.abc import Callable, Mapping
@@ -14,6 +15,7 @@ import torch
 
 from benchmarks import compare, measure, runner, study
 from benchmarks.agreement import ROUNDINGS, check_agreement
+from benchmarks.allocator import KEEPING, SETTINGS
 from benchmarks.cases import all_cases, compute, precision, scaling, speed, stages, threads
 from benchmarks.cases import memory as memory_case
 from benchmarks.goals import GOALS, outcome_of
@@ -363,6 +365,20 @@ def test_a_case_in_a_process_of_its_own() -> None:
     assert 3 < outcome.number("peak_over_query") < 60
 
 
+def test_a_case_where_freed_memory_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = KEEPING + "compute/tracks"
+    outcome = runner.run_case(name, "quick")
+    if platform.libc_ver()[0] != "glibc":
+        assert "GNU" in str(outcome.problem)
+        return
+    assert outcome.number("forward_over_floor") > 0
+    # A process that was started without the settings measures nothing under that name.
+    for setting in SETTINGS:
+        monkeypatch.delenv(setting, raising=False)
+    with pytest.raises(Unable, match=" ".join(f"{k}={v}" for k, v in SETTINGS.items())):
+        all_cases(SIZES["quick"])[name]()
+
+
 # -------------------------------------------------------------------------------------- study
 
 
@@ -393,7 +409,9 @@ def test_smaller_scenes_where_memory_is_lacking(monkeypatch: pytest.MonkeyPatch)
         },
         monkeypatch,
     )
-    outcomes = study.run("full", ("peers/pairs/", "peers/edges/"))
+    outcomes: dict[str, Outcome] = {}
+    for more in study.run("full", ("peers/pairs/", "peers/edges/")):
+        outcomes |= more
     assert [name for name in ran if name.startswith("peers/pairs/")] == [
         "peers/pairs/10",
         f"peers/pairs/{many}",
@@ -408,7 +426,7 @@ def test_smaller_scenes_where_memory_is_lacking(monkeypatch: pytest.MonkeyPatch)
 
 def test_study_runs_everything_once(monkeypatch: pytest.MonkeyPatch) -> None:
     ran = pretend({}, monkeypatch)
-    study.run("full")
+    assert len(list(study.run("full"))) > 20
     assert len(ran) == len(set(ran))
     assert set(ran) <= set(all_cases(SIZES["full"]))
     for goal in GOALS:
@@ -479,7 +497,9 @@ def test_plots(tmp_path: Path) -> None:
 
     contest: Figures = {"points": 9, "forward_over_vicinal": 20, "forward_seconds": 1}
     timed: Figures = {
-        f"{kind}_seconds {name}": 1.0 for kind in ("forward", "step") for name in stages.STAGES
+        f"{kind}_seconds {name}": 1.0
+        for kind in ("forward", "step")
+        for name in (*stages.STAGES, stages.FLOOR)
     }
     growing: Figures = {
         f"{name}_{i}": 10.0**i

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+from benchmarks.allocator import KEEPING, keeping
 from benchmarks.cases import (
     compute,
     contests,
@@ -46,6 +47,7 @@ def all_cases(size: Size) -> dict[str, Case]:
     for n in size.growing:
         make = partial(_growing, n)
         cases[f"scaling/memory/{n}"] = partial(_of, make, memory.of_training_step)
+    cases |= {KEEPING + name: keeping(cases[name]) for name in ("compute/tracks", "scaling/time")}
     for names in contest_names(size):
         for name in names:
             cases |= _contest(name, size)
@@ -69,7 +71,7 @@ def memory_names(contest: str) -> list[str]:
 
 def study_names(size: Size) -> list[str]:
     """All that the study runs beside the contests."""
-    parts = ("compute/", "memory/", "stages/", "scaling/", "threads", "precision")
+    parts = ("compute/", "memory/", "stages/", "scaling/", KEEPING, "threads", "precision")
     return [name for name in all_cases(size) if name.startswith(parts)]
 
 

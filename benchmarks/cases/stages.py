@@ -11,11 +11,13 @@ from benchmarks.layer import Layer
 from benchmarks.measure import Call, take_turns
 from benchmarks.outcome import Figures
 from benchmarks.work import Work
+from vicinal.backends import choose_backend
+from vicinal.projections import add_projected, project
 
+FLOOR = "GEMM floor"
 STAGES = (
+    "norm, projections, residual",
     "plan",
-    "norm",
-    "projections",
     "rotation of queries",
     "rotation of keys",
     "attention",
@@ -23,7 +25,7 @@ STAGES = (
 
 
 def seconds(layer: Layer, repeats: int) -> Figures:
-    """Of every stage and of the whole block, forward and in a training step."""
+    """Of every stage, the whole block and the GEMM floor, forward and in a training step."""
     works = _stages(layer)
     calls: dict[str, list[Call]] = {
         "forward": [layer.make_plan, *(work.forward for work in works.values())],
@@ -48,10 +50,19 @@ def _stages(layer: Layer) -> dict[str, Work]:
         out: Tensor = block.pos_encoding(x, coordinates)
         return out
 
+    backend = choose_backend(block.backend, layer.x.device)
+    modules = (block.norm, block.q_in_proj, block.kv_proj, block.out_proj)
+    dense = tuple(parameter for module in modules for parameter in module.parameters())
+
+    def dense_maps(x: Tensor) -> tuple[Tensor, ...]:
+        q = project(backend, x, block.q_in_proj, block.norm)
+        kv = project(backend, x, block.kv_proj, parts=2)
+        return *q, *kv, add_projected(backend, x, x, block.out_proj)
+
     return {
         "whole block": layer.whole(),
-        "norm": Work(block.norm, (layer.x,), tuple(block.norm.parameters())),
-        "projections": layer.floor(),
+        FLOOR: layer.floor(),
+        "norm, projections, residual": Work(dense_maps, (layer.x,), dense),
         "rotation of queries": Work(lambda x: rotate(x, layer.query_coordinates), (q,), rotation),
         "rotation of keys": Work(lambda x: rotate(x, layer.point_coordinates), (k,), rotation),
         "attention": attention,
