@@ -15,6 +15,8 @@ import torch
 PACKAGES = ("torch", "vicinal", "torch_geometric", "transformers", "natten", "mlxtend", "numpy")
 ROOT = Path(__file__).parent.parent
 
+Commit = dict[str, str | bool]
+
 
 def describe_machine() -> dict[str, str | int | float]:
     return {
@@ -37,16 +39,15 @@ def versions() -> dict[str, str | None]:
     return found
 
 
-def describe_commit() -> dict[str, str | bool]:
+def describe_commit() -> Commit:
     """The commit measured, and whether files git knows of differ from it."""
     commit = _git("rev-parse", "--short=10", "HEAD")
     changes = _git("status", "--porcelain", "--untracked-files=no")
     return {"id": commit or "unknown", "dirty": bool(changes)}
 
 
-def file_stem() -> str:
+def file_stem(commit: Commit) -> str:
     """For the files of a study: device and commit."""
-    commit = describe_commit()
     device = re.sub(r"[^a-z0-9]+", "-", _processor().lower()).strip("-")
     return f"{device}-{commit['id']}" + ("-dirty" if commit["dirty"] else "")
 

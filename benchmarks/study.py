@@ -26,6 +26,7 @@ from benchmarks.runner import run_case
 from benchmarks.sizes import SIZES
 
 RESULTS = Path(__file__).parent / "results"
+SUFFIXES = {"full": "", "quick": "-quick"}
 
 
 def main() -> int:
@@ -34,16 +35,18 @@ def main() -> int:
         print("\n".join(all_cases(SIZES[arguments.size])))
         return 0
     started = datetime.now(timezone.utc)
+    commit = machine.describe_commit()  # now: who knows what is checked out when it ends
+    stem = arguments.out / (machine.file_stem(commit) + SUFFIXES[arguments.size])
     outcomes: dict[str, Outcome] = {}
     try:
         for more in run(arguments.size, tuple(arguments.only), million=arguments.million):
             outcomes |= more
-            save(outcomes, arguments.size, started, arguments.out)
+            save(as_json(outcomes, arguments.size, started, commit), stem)
     except DisagreementError as difference:
         print(f"\nThe study stops, as a peer disagrees: {difference}", file=sys.stderr)
         return 1
     print(report(outcomes))
-    show(outcomes, arguments.size, arguments.out)
+    show(outcomes, stem)
     return 0
 
 
@@ -84,16 +87,13 @@ def _run_and_say(name: str, size_name: str) -> Outcome:
     return outcome
 
 
-def save(outcomes: Outcomes, size_name: str, started: datetime, folder: Path) -> None:
-    """Writes JSON, named by device and commit."""
-    folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(as_json(outcomes, size_name, started), indent=1)
-    _stem(size_name, folder).with_suffix(".json").write_text(text + "\n")
+def save(record: dict[str, Any], stem: Path) -> None:
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    stem.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
 
 
-def show(outcomes: Outcomes, size_name: str, folder: Path) -> None:
+def show(outcomes: Outcomes, stem: Path) -> None:
     """Draws plots beside the JSON, and says where all of it is."""
-    stem = _stem(size_name, folder)
     print(f"\nFigures: {stem.with_suffix('.json')}")
     try:
         from benchmarks.plots import draw
@@ -104,15 +104,13 @@ def show(outcomes: Outcomes, size_name: str, folder: Path) -> None:
         print(f"Plot: {plot}")
 
 
-def _stem(size_name: str, folder: Path) -> Path:
-    return folder / (machine.file_stem() + ("" if size_name == "full" else f"-{size_name}"))
-
-
-def as_json(outcomes: Outcomes, size_name: str, started: datetime) -> dict[str, Any]:
+def as_json(
+    outcomes: Outcomes, size_name: str, started: datetime, commit: machine.Commit
+) -> dict[str, Any]:
     return {
         "machine": machine.describe_machine(),
         "versions": machine.versions(),
-        "commit": machine.describe_commit(),
+        "commit": commit,
         "started": started.isoformat(timespec="seconds"),
         "size": size_name,
         "settings": {

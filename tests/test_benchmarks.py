@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import compare, measure, runner, study
+from benchmarks import compare, machine, measure, runner, study
 from benchmarks.agreement import ROUNDINGS, check_agreement
 from benchmarks.allocator import KEEPING, SETTINGS
 from benchmarks.cases import all_cases, compute, precision, scaling, speed, stages, threads
@@ -455,7 +455,9 @@ def test_json_says_what_was_measured_on_what(tmp_path: Path) -> None:
         "compute/tracks": Outcome(figures={"points": 10.0, "forward_over_floor": 1.5}),
         "threads": Outcome(problem="one core"),
     }
-    written = study.as_json(outcomes, "full", datetime(2030, 1, 1, tzinfo=timezone.utc))
+    written = study.as_json(
+        outcomes, "full", datetime(2030, 1, 1, tzinfo=timezone.utc), machine.describe_commit()
+    )
     read = json.loads(json.dumps(written))
     assert read["machine"]["processor"]
     assert read["machine"]["cores"] >= 1

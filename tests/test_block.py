@@ -28,6 +28,7 @@ from problems import (
 from torch import Tensor, nn
 
 from vicinal import FeaturePyramid, NeighborhoodPlan, SparseNeighborhoodAttentionBlock
+from vicinal.kernels import cpu_projections
 
 EMBED, HEADS = 12, 2
 EXACT = 1e-10
@@ -565,6 +566,48 @@ def test_adapters_around_projections_are_called(name: str, backend: str) -> None
 
     setattr(block, name, Doubled(getattr(block, name)))
     assert (block(**arguments) - before).abs().max() > 0.1
+
+
+def test_a_norm_without_bias(backend: str) -> None:
+    scene = scene_2d()
+    block = make_block(scene, backend)
+    arguments = make_arguments(scene)._asdict()
+    with torch.no_grad():
+        block.norm.bias.zero_()
+    expected = block(**arguments)
+    without = nn.LayerNorm(EMBED, bias=False).double()
+    without.weight = block.norm.weight
+    block.norm = without
+    assert_close(block(**arguments), expected, 1e-13)
+
+
+def test_hooks_of_all_modules_are_called(backend: str) -> None:
+    scene = scene_2d()
+    block = make_block(scene, backend)
+    called: set[nn.Module] = set()
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: called.add(module))
+    try:
+        block(**make_arguments(scene)._asdict())
+    finally:
+        handle.remove()
+    assert {block.norm, block.q_in_proj, block.kv_proj, block.out_proj} <= called
+
+
+@pytest.mark.parametrize("options", [{}, {"bias": True}, {"dropout": 0.3}, {"norm_first": False}])
+def test_chunks_of_rows_make_no_difference(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene = scene_2d(n_queries=40)
+    arguments = make_arguments(scene, background=True, mask=True)
+    block = make_block(scene, "cpu", **options)
+    answers = []
+    for rows in (7, 1000):
+        monkeypatch.setattr(cpu_projections, "chunk_rows", lambda x, rows=rows: rows)
+        torch.manual_seed(7)
+        out = block(**arguments._asdict())
+        answers.append([out, *gradients(out, block, arguments)])
+    for left, right in zip(*answers, strict=True):
+        assert_close(left, right, EXACT)
 
 
 def test_dropout_is_the_same_on_both_backends() -> None:

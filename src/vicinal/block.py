@@ -176,10 +176,11 @@ class SparseNeighborhoodAttentionBlock(nn.Module):
             plan,
             background_embedding,
         )
+        backend = choose_backend(self.backend, query.device)
         if self.dropout.training and self.dropout.p > 0:
-            out: Tensor = query + self.dropout(self.out_proj(attended))
+            (projected,) = project(backend, attended, self.out_proj)
+            out: Tensor = query + self.dropout(projected)
         else:
-            backend = choose_backend(self.backend, query.device)
             out = add_projected(backend, query, attended, self.out_proj)
         return out if self.norm_first else self.norm(out)
 

@@ -108,8 +108,8 @@ ScalarType sum_type(const Tensor& x) {
 }
 
 // An uninitialised tensor. A large one is fresh memory, which the system hands out page by page as
-// it is touched: that takes longer than to fill it, unless pages are large. (The advice holds for
-// the addresses as long as they stay mapped; large tensors are unmapped when freed.)
+// it is touched: that takes longer than to fill it, unless pages are large. (The advice is about
+// addresses. What malloc keeps of them for others has large pages, then, which does no harm.)
 Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
   Tensor made = torch::stable::new_empty(like, sizes, type);
 #ifdef MADV_HUGEPAGE

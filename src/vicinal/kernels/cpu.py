@@ -2,17 +2,25 @@
 
 import functools
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from . import cpu_projections
-from .library import attend, find_slices, project, rotate
+from . import cpu_projections, library, reference
+from .library import attend, find_slices, rotate
 
 __all__ = ["attend", "find_slices", "problem", "project", "rotate"]
 
-torch.library.impl("vicinal::project", "CPU", cpu_projections.project)
-torch.library.impl("vicinal::project_backward", "CPU", cpu_projections.project_backward)
+
+def project(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], norm: Sequence[Tensor],
+    eps: float, residual: Tensor | None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """See `kernels.reference.project`, which is faster where one chunk holds all rows."""
+    compute = library.project if len(x) > cpu_projections.chunk_rows(x) else reference.project
+    return compute(x, weights, biases, norm, eps, residual)
 
 
 def problem(device: torch.device) -> str | None:
@@ -29,6 +37,7 @@ def _load() -> str | None:
     else:
         try:
             torch.ops.load_library(str(libraries[0]))
+            cpu_projections.register()
             return None
         except OSError as error:
             reason = f"its kernel does not load: {error}"

@@ -2,7 +2,7 @@
 
 What stands between two steps stays in the caches and is never stored: a norm's result in either
 pass, the gradient that it hands on. Torch's ops do the work. Each alone would write its result to
-fresh memory, and for the system to hand that out takes half as long as the product that fills it.
+fresh memory, 4 KiB at a time, and wait for the system to hand that out.
 """
 
 from collections.abc import Iterator
@@ -10,7 +10,22 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-_CHUNK = 2**20  # bytes of x for each thread: what the second cache holds
+_CHUNK = 2**21  # bytes of x that the second caches hold beside a result
+
+
+def chunk_rows(x: Tensor) -> int:
+    """How many rows of x are taken at a time; for any number of threads, as sums depend on it.
+
+    For wide rows so many that weights, read once a chunk, do not count beside the product.
+    """
+    width = x.shape[1]
+    return max(1, _CHUNK // (width * x.element_size()), 2 * width)
+
+
+def register() -> None:
+    """Makes these the CPU's kernels of the two ops. They need the compiled ``new_rows``."""
+    torch.library.impl("vicinal::project", "CPU", project)
+    torch.library.impl("vicinal::project_backward", "CPU", project_backward)
 
 
 def project(
@@ -22,30 +37,31 @@ def project(
     for rows in _chunks(x):
         part, *_ = _normed(x[rows], norm, eps)
         for index, (weight, out) in enumerate(zip(weights, outs, strict=True)):
-            if residual is None:
-                torch.mm(part, weight.t(), out=out[rows])
-            else:
-                torch.addmm(residual[rows], part, weight.t(), out=out[rows])
-            if biases:
-                out[rows] += biases[index]
+            terms = [biases[index]] if biases else []
+            if residual is not None:
+                terms.append(residual[rows])
+            _product(out[rows], part, weight, terms)
     return outs
 
 
 def project_backward(
-    grads: list[Tensor], x: Tensor, weights: list[Tensor], biases: list[Tensor],
-    norm: list[Tensor], eps: float, needs_x: bool, needs_weights: bool,
+    grads: list[Tensor], x: Tensor, weights: list[Tensor], norm: list[Tensor], eps: float,
+    needs_x: bool, needs_weights: bool, needs_biases: bool,
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:  # fmt: skip
-    """The gradients of x, of weights, of biases and of the norm; no rows, or zeros, where x with
-    the norm, or the weights, need none. Sums over rows are float32 or float64.
+    """The gradients of x, of weights, of biases and of the norm, which x's passes.
+
+    What is not needed has no rows, or is an empty list. Weights may be too, where x needs nothing.
     """
     grad_x = _new_rows(x, len(x) if needs_x else 0, x.shape[1])
-    of_weights, of_biases, of_norm = (_zeros(group) for group in (weights, biases, norm))
+    of_weights: list[Tensor] = []
+    of_biases: list[Tensor] = []
+    of_norm: list[Tensor] = []
     for rows in _chunks(x):
         part, *moments = _normed(x[rows], norm, eps)
         parts = [grad[rows] for grad in grads]
         if needs_weights:
             _add(of_weights, [grad.t() @ part for grad in parts])
-        if biases:
+        if needs_biases:
             _add(of_biases, [grad.sum(0) for grad in parts])
         if needs_x:
             _add(of_norm, _back_to_x(grad_x[rows], parts, weights, x[rows], norm, moments))
@@ -58,9 +74,9 @@ def _new_rows(like: Tensor, n_rows: int, n_columns: int) -> Tensor:
 
 
 def _chunks(x: Tensor) -> Iterator[slice]:
-    row_bytes = x.shape[1] * x.element_size()
-    step = max(1, _CHUNK * torch.get_num_threads() // row_bytes)
-    return (slice(start, start + step) for start in range(0, len(x), step))
+    """At least one, of no rows where there are none."""
+    step = chunk_rows(x)
+    return (slice(start, start + step) for start in range(0, max(len(x), 1), step))
 
 
 def _normed(x: Tensor, norm: list[Tensor], eps: float) -> tuple[Tensor, ...]:
@@ -69,6 +85,16 @@ def _normed(x: Tensor, norm: list[Tensor], eps: float) -> tuple[Tensor, ...]:
         return (x,)
     weight, bias = norm
     return torch.native_layer_norm(x, x.shape[1:], weight, bias, eps)
+
+
+def _product(out: Tensor, x: Tensor, weight: Tensor, terms: list[Tensor]) -> None:
+    """``out = x @ weight.t() + sum(terms)``, the first of them added before it is rounded."""
+    if terms:
+        torch.addmm(terms[0], x, weight.t(), out=out)
+    else:
+        torch.mm(x, weight.t(), out=out)
+    for term in terms[1:]:
+        out += term
 
 
 def _back_to_x(
@@ -88,11 +114,11 @@ def _back_to_x(
     return [of_weight, of_bias]
 
 
-def _zeros(like: list[Tensor]) -> list[Tensor]:
-    return [torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in like]
-
-
 def _add(totals: list[Tensor], terms: list[Tensor]) -> None:
+    """Adds to sums over chunks, which the first chunk begins: float32 or float64."""
+    if not totals:
+        totals += [term.to(torch.promote_types(term.dtype, torch.float32)) for term in terms]
+        return
     for total, term in zip(totals, terms, strict=True):
         total += term
 

@@ -1,16 +1,17 @@
-"""The native ops as torch sees them: schema, shapes, gradient. Kernels register for a device.
+"""Our ops as torch sees them: schema, shapes, gradient. Kernels register for a device.
 
 `torch.compile`, `torch.export`, saved-tensor hooks and `opcheck` work with whatever kernel that is.
 """
 
 import functools
-import itertools
+import math
 import operator
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 if TYPE_CHECKING:
     from ..plan import NeighborhoodPlan
@@ -45,8 +46,9 @@ torch.library.define(
 )
 torch.library.define(
     _PROJECT_BACKWARD,
-    "(Tensor[] grads, Tensor x, Tensor[] weights, Tensor[] biases, Tensor[] norm, float eps, "
-    "bool needs_x, bool needs_weights) -> (Tensor, Tensor[], Tensor[], Tensor[])",
+    "(Tensor[] grads, Tensor x, Tensor[] weights, Tensor[] norm, float eps, "
+    "bool needs_x, bool needs_weights, bool needs_biases) "
+    "-> (Tensor, Tensor[], Tensor[], Tensor[])",
 )
 torch.library.define("vicinal::new_rows", "(Tensor like, int n_rows, int n_columns) -> Tensor")
 torch.library.define(
@@ -172,32 +174,54 @@ def _(x: Tensor, weights: list[Tensor], *_: Any) -> list[Tensor]:
 
 @torch.library.register_fake(_PROJECT_BACKWARD)
 def _(
-    grads: list[Tensor], x: Tensor, weights: list[Tensor], biases: list[Tensor],
-    norm: list[Tensor], eps: float, needs_x: bool, needs_weights: bool,
+    grads: list[Tensor], x: Tensor, weights: list[Tensor], norm: list[Tensor], eps: float,
+    needs_x: bool, needs_weights: bool, needs_biases: bool,
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:  # fmt: skip
-    of_weights, of_biases, of_norm = (
-        [torch.empty_like(part) for part in group] for group in (weights, biases, norm)
+    widths = [grad.shape[1] for grad in grads]
+    return (
+        x.new_empty(len(x) if needs_x else 0, x.shape[1]),
+        [x.new_empty(width, x.shape[1]) for width in widths if needs_weights],
+        [x.new_empty(width) for width in widths if needs_biases],
+        [x.new_empty(x.shape[1]) for _ in norm if needs_x],
     )
-    return x.new_empty(len(x) if needs_x else 0, x.shape[1]), of_weights, of_biases, of_norm
+
+
+@register_flop_formula(torch.ops.vicinal.project)
+def _(x: list[int], weights: list[list[int]], *_: Any, **__: Any) -> int:
+    return sum(2 * x[0] * math.prod(weight) for weight in weights)
+
+
+@register_flop_formula(torch.ops.vicinal.project_backward)
+def _(
+    grads: list[list[int]], x: list[int], weights: Any, norm: Any, eps: float,
+    needs_x: bool, needs_weights: bool, *_: Any, **__: Any,
+) -> int:  # fmt: skip
+    return sum(2 * math.prod(grad) * x[1] for grad in grads) * (needs_x + needs_weights)
+
+
+@torch.library.register_fake("vicinal::new_rows")
+def _(like: Tensor, n_rows: int, n_columns: int) -> Tensor:
+    return like.new_empty(n_rows, n_columns)
 
 
 def _setup_project(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     x, weights, biases, norm, ctx.eps, _ = inputs
-    ctx.sizes = [len(weights), len(biases), len(norm)]
-    ctx.save_for_backward(x, *weights, *biases, *norm)
+    ctx.lengths = len(weights), len(biases), len(norm)
+    # Weights count for x alone: whoever trains nothing before them may change them in place.
+    ctx.needs_x = any(part.requires_grad for part in (x, *norm))
+    ctx.save_for_backward(x, *norm, *(weights if ctx.needs_x else ()))
 
 
 def _backward_project(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
+    _, of_weights, of_biases, _, _, of_residual = ctx.needs_input_grad
     x, *parameters = ctx.saved_tensors
-    rest = iter(parameters)
-    lists = [list(itertools.islice(rest, size)) for size in ctx.sizes]
-    of_x, of_weights, _, of_norm, _, of_residual = ctx.needs_input_grad
-    needs_x = of_x or any(of_norm)
-    grad_x, *grad_lists = torch.ops.vicinal.project_backward(
-        grads, x, *lists, ctx.eps, needs_x, any(of_weights)
+    norm, weights = parameters[: ctx.lengths[2]], parameters[ctx.lengths[2] :]
+    grad_x, *lists = torch.ops.vicinal.project_backward(
+        grads, x, weights, norm, ctx.eps, ctx.needs_x, any(of_weights), any(of_biases)
     )
+    lists = [part or [None] * n for part, n in zip(lists, ctx.lengths, strict=True)]
     grad_residual = functools.reduce(operator.add, grads) if of_residual else None
-    return grad_x if needs_x else None, *grad_lists, None, grad_residual
+    return grad_x if ctx.needs_x else None, *lists, None, grad_residual
 
 
 torch.library.register_autograd(_PROJECT, _backward_project, setup_context=_setup_project)
