@@ -19,10 +19,11 @@ def report(outcomes: Outcomes) -> str:
     """All tables, one after another."""
     parts = {
         "What the library is held to": goals(outcomes),
-        "Peers at the same work, times in the middle of several": peers(outcomes),
+        "Peers at the same work, times in the middle of several": peers(outcomes, "peers/"),
         "Scenes": scenes(outcomes),
         "A block as scenes of one density grow": scaling(outcomes, "scaling/time"),
         "The same where freed memory is kept": scaling(outcomes, KEEPING + "scaling/time"),
+        "Peers where freed memory is kept": peers(outcomes, KEEPING + "peers/"),
         "The first scene where freed memory is kept": plain(outcomes, KEEPING + "compute/tracks"),
         "Stages of a block, each timed alone, in ms": stages(outcomes),
         "Two threads, times faster than one": plain(outcomes, "threads"),
@@ -52,18 +53,18 @@ def _goal_row(goal: Goal, case: str, outcome: Outcome) -> tuple[str, ...]:
     return (goal.label, f"{value:.3g}", *marks, verdict, where)
 
 
-def peers(outcomes: Outcomes) -> str:
+def peers(outcomes: Outcomes, names: str) -> str:
     header = ("", "points", "forward", "step", "memory", "forward", "step", "")
-    rows = [_peer_row(name, outcomes) for name in outcomes if name.startswith("peers/")]
+    rows = [_peer_row(name, outcomes) for name in outcomes if name.startswith(names)]
     units = ("", "", "", "", "of step", "/ vicinal", "/ vicinal", "")
     return table(header, [units, *rows]) if rows else ""
 
 
 def _peer_row(name: str, outcomes: Outcomes) -> tuple[str, ...]:
     outcome = outcomes[name]
-    label = PEERS[name.split("/")[1]].label
+    *_, peer, tracks = name.split("/")
+    label = PEERS[peer].label
     if outcome.problem is not None:
-        tracks = name.split("/")[2]
         return (label, *[NONE] * 6, f"tracks: {tracks}; {outcome.problem}")
     numbers = outcome.number
     memory = outcomes.get(f"memory-of-{name}/theirs", Outcome())

@@ -47,11 +47,12 @@ def all_cases(size: Size) -> dict[str, Case]:
     for n in size.growing:
         make = partial(_growing, n)
         cases[f"scaling/memory/{n}"] = partial(_of, make, memory.of_training_step)
-    cases |= {KEEPING + name: keeping(cases[name]) for name in ("compute/tracks", "scaling/time")}
     for names in contest_names(size):
         for name in names:
-            cases |= _contest(name, size)
-    return cases
+            cases |= _contest(name.removeprefix(KEEPING), size)
+    kept = ["compute/tracks", "scaling/time"]
+    kept += [f"peers/{peer}/{size.few_tracks}" for peer in WITH_OUR_MEMORY]
+    return cases | {KEEPING + name: keeping(cases[name]) for name in kept}
 
 
 def contest_names(size: Size) -> list[list[str]]:
@@ -59,7 +60,8 @@ def contest_names(size: Size) -> list[list[str]]:
     few = [[f"peers/{peer}/{size.few_tracks}"] for peer in AT_FEW_TRACKS]
     sizes = (size.tracks, *size.fewer_tracks)
     many = [[f"peers/{peer}/{tracks}" for tracks in sizes] for peer in AT_MANY_TRACKS]
-    return few + many
+    kept = [[f"{KEEPING}peers/{peer}/{size.few_tracks}"] for peer in WITH_OUR_MEMORY]
+    return few + many + kept
 
 
 def memory_names(contest: str) -> list[str]:
@@ -71,8 +73,9 @@ def memory_names(contest: str) -> list[str]:
 
 def study_names(size: Size) -> list[str]:
     """All that the study runs beside the contests."""
-    parts = ("compute/", "memory/", "stages/", "scaling/", KEEPING, "threads", "precision")
-    return [name for name in all_cases(size) if name.startswith(parts)]
+    parts = ("compute/", "memory/", "stages/", "scaling/", "threads", "precision")
+    kept = (f"{KEEPING}compute/", f"{KEEPING}scaling/")
+    return [name for name in all_cases(size) if name.startswith(parts + kept)]
 
 
 def _contest(name: str, size: Size) -> dict[str, Case]:
