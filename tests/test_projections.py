@@ -8,6 +8,7 @@ import pytest
 import torch
 from problems import assert_close
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 from torch.utils.flop_counter import FlopCounterMode
 
 from vicinal.kernels import cpu, cpu_projections, library, reference
@@ -242,3 +243,14 @@ def test_rows_of_large_pages() -> None:
     assert (made.shape, made.dtype) == ((40_000, 300), torch.float16)
     assert made.is_contiguous()
     assert int(made.fill_(1).sum(dtype=torch.int64)) == 12_000_000
+
+
+@pytest.mark.parametrize("project", [library.project, cpu.project])
+def test_one_graph_for_any_number_of_rows(project: Callable[..., Sequence[Tensor]]) -> None:
+    counter = CompileCounter()
+    compiled = torch.compile(project, fullgraph=True, dynamic=True, backend=counter)
+    for rows in (5, 9, 5000, 13):
+        inputs = make_inputs(rows, parts=2, norm=True)
+        for left, right in zip(compiled(*inputs), reference.project(*inputs), strict=True):
+            assert_close(left, right, 1e-13)
+    assert counter.frame_count == 1

@@ -26,7 +26,7 @@ Case = Callable[[], Figures]
 
 AT_FEW_TRACKS = [peer for peer in PEERS if peer != "pairs-block"]
 AT_MANY_TRACKS = [peer for peer in PEERS if peer != "gathering"]
-WITH_OUR_MEMORY = ("gathering", "pairs")  # one of the whole block, one of the attention
+IN_FULL = ("gathering", "pairs")  # our memory beside theirs, and where freed memory is kept
 
 
 def all_cases(size: Size) -> dict[str, Case]:
@@ -51,7 +51,7 @@ def all_cases(size: Size) -> dict[str, Case]:
         for name in names:
             cases |= _contest(name.removeprefix(KEEPING), size)
     kept = ["compute/tracks", "scaling/time"]
-    kept += [f"peers/{peer}/{size.few_tracks}" for peer in WITH_OUR_MEMORY]
+    kept += [f"peers/{peer}/{size.few_tracks}" for peer in IN_FULL]
     return cases | {KEEPING + name: keeping(cases[name]) for name in kept}
 
 
@@ -60,14 +60,14 @@ def contest_names(size: Size) -> list[list[str]]:
     few = [[f"peers/{peer}/{size.few_tracks}"] for peer in AT_FEW_TRACKS]
     sizes = (size.tracks, *size.fewer_tracks)
     many = [[f"peers/{peer}/{tracks}" for tracks in sizes] for peer in AT_MANY_TRACKS]
-    kept = [[f"{KEEPING}peers/{peer}/{size.few_tracks}"] for peer in WITH_OUR_MEMORY]
+    kept = [[f"{KEEPING}peers/{peer}/{size.few_tracks}"] for peer in IN_FULL]
     return few + many + kept
 
 
 def memory_names(contest: str) -> list[str]:
     """The cases that take the memory of a contest."""
     peer = contest.split("/")[1]
-    sides = ("theirs", "ours") if peer in WITH_OUR_MEMORY else ("theirs",)
+    sides = ("theirs", "ours") if peer in IN_FULL else ("theirs",)
     return [f"memory-of-{contest}/{side}" for side in sides]
 
 

@@ -40,8 +40,10 @@ def add_projected(backend: Backend, residual: Tensor, x: Tensor, linear: nn.Line
 
 def _parts(parameter: Tensor | None, parts: int) -> list[Tensor]:
     """Its rows in equal shares; itself if that is one, so that autograd sees no view."""
-    if parameter is None or parts == 1:
-        return [] if parameter is None else [parameter]
+    if parameter is None:
+        return []
+    if parts == 1:
+        return [parameter]
     rows = len(parameter) // parts
     return [parameter.narrow(0, part * rows, rows) for part in range(parts)]
 
@@ -53,9 +55,8 @@ def _is_plain(module: nn.Module, x: Tensor) -> bool:
     kind = type(module)
     if kind not in (nn.Linear, nn.LayerNorm) or autocasts(x.device):
         return False
-    parameters = [module.weight, module.bias]
-    if kind is nn.Linear and module.bias is None:
-        parameters.pop()
+    no_bias = kind is nn.Linear and module.bias is None
+    parameters = [module.weight] if no_bias else [module.weight, module.bias]
     return (
         all(type(parameter) is nn.Parameter for parameter in parameters)
         and "forward" not in vars(module)

@@ -19,8 +19,10 @@ def project(
     eps: float, residual: Tensor | None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """See `kernels.reference.project`, which is faster where one chunk holds all rows."""
-    compute = library.project if len(x) > cpu_projections.chunk_rows(x) else reference.project
-    return compute(x, weights, biases, norm, eps, residual)
+    # A compiled graph is for any number of rows: it must not ask how many there are.
+    if torch.compiler.is_compiling() or x.shape[0] > cpu_projections.chunk_rows(x):
+        return library.project(x, weights, biases, norm, eps, residual)
+    return reference.project(x, weights, biases, norm, eps, residual)
 
 
 def problem(device: torch.device) -> str | None:

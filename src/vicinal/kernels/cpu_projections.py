@@ -14,9 +14,10 @@ _CHUNK = 2**21  # bytes of x that the second caches hold beside a result
 
 
 def chunk_rows(x: Tensor) -> int:
-    """How many rows of x are taken at a time; for any number of threads, as sums depend on it.
+    """How many rows of x are taken at a time. The number of threads is left out of it: sums over
+    rows would depend on it.
 
-    For wide rows so many that weights, read once a chunk, do not count beside the product.
+    Wide rows are more than `_CHUNK`: each chunk reads all weights, which should not count.
     """
     width = x.shape[1]
     return max(1, _CHUNK // (width * x.element_size()), 2 * width)

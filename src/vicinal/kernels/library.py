@@ -169,7 +169,7 @@ torch.library.register_autograd(_ROTATE, _backward_rotate, setup_context=_setup_
 
 @torch.library.register_fake(_PROJECT)
 def _(x: Tensor, weights: list[Tensor], *_: Any) -> list[Tensor]:
-    return [x.new_empty(len(x), len(weight)) for weight in weights]
+    return [x.new_empty(x.shape[0], weight.shape[0]) for weight in weights]
 
 
 @torch.library.register_fake(_PROJECT_BACKWARD)
@@ -179,7 +179,7 @@ def _(
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:  # fmt: skip
     widths = [grad.shape[1] for grad in grads]
     return (
-        x.new_empty(len(x) if needs_x else 0, x.shape[1]),
+        x.new_empty(x.shape[0] if needs_x else 0, x.shape[1]),
         [x.new_empty(width, x.shape[1]) for width in widths if needs_weights],
         [x.new_empty(width) for width in widths if needs_biases],
         [x.new_empty(x.shape[1]) for _ in norm if needs_x],
