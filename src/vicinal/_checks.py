@@ -39,17 +39,20 @@ def check_tensor(
         "integer": _is_integer,
         "bool": lambda dtype: dtype == torch.bool,
     }
-    noun = {"any": "a ", "integer": "an integer "}.get(kind, f"a {kind} ")
-    expected = f"{noun}tensor of shape [{', '.join(map(str, shape))}]"
     if not isinstance(value, Tensor) or value.layout != torch.strided:
-        refuse(argument, expected, value)
+        refuse(argument, _tensor_of(kind, shape), value)
     matches = value.dim() == len(shape) and all(
         isinstance(want, str) or want == size for want, size in zip(shape, value.shape, strict=True)
     )
     if not matches or not kinds[kind](value.dtype):
-        refuse(argument, expected, value)
+        refuse(argument, _tensor_of(kind, shape), value)
     if device is not None and value.device != device:
-        refuse(argument, f"{expected} on {device}", value)
+        refuse(argument, f"{_tensor_of(kind, shape)} on {device}", value)
+
+
+def _tensor_of(kind: str, shape: Sequence[int | str]) -> str:
+    noun = {"any": "a ", "integer": "an integer "}.get(kind, f"a {kind} ")
+    return f"{noun}tensor of shape [{', '.join(map(str, shape))}]"
 
 
 def _is_integer(dtype: torch.dtype) -> bool:
@@ -102,8 +105,12 @@ def check_dropout(argument: str, rate: float) -> None:
 
 
 def reads_contents(check_contents: bool | None, device: torch.device) -> bool:
-    """Whether to run checks that read tensor contents: by default not where they stall a GPU."""
-    return device.type == "cpu" if check_contents is None else check_contents
+    """Whether to run checks that read tensor contents: by default not where they stall a GPU, or
+    in a compiled graph, which has none yet.
+    """
+    if check_contents is None:
+        return device.type == "cpu" and not torch.compiler.is_compiling()
+    return check_contents
 
 
 def check_finite(argument: str, value: Tensor) -> None:

@@ -24,7 +24,8 @@ def full_shape(level_shapes: LevelShapes) -> tuple[int, ...]:
 
 def finest_level(level_shapes: LevelShapes) -> int:
     """The level with the most cells, the first of equals."""
-    return max(range(len(level_shapes)), key=lambda level: math.prod(level_shapes[level]))
+    cells = [math.prod(shape) for shape in level_shapes]
+    return cells.index(max(cells))
 
 
 def coordinate_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -1,0 +1,87 @@
+"""One graph for any number of points: `torch.compile` of the op and of the block, whole."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from problems import assert_close
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from vicinal import (
+    FeaturePyramid,
+    NeighborhoodPlan,
+    SparseNeighborhoodAttentionBlock,
+    neighborhood_attention,
+    plan_neighborhoods,
+)
+
+EMBED, SIZES = 16, [3, 5, 3]
+
+
+def make_pyramid(n_points: int) -> FeaturePyramid:
+    generator = torch.Generator().manual_seed(n_points)
+    image = torch.randint(0, 2, (n_points, 1), generator=generator)
+    cells = torch.randint(0, 24, (n_points, 2), generator=generator)
+    return FeaturePyramid.from_points(
+        torch.cat((image, cells), 1),
+        torch.randn(n_points, EMBED, generator=generator, dtype=torch.float64),
+        spatial_shape=(24, 24),
+        batch_size=2,
+        strides=(1, 2, 4),
+    )
+
+
+def make_plan(pyramid: FeaturePyramid) -> NeighborhoodPlan:
+    return plan_neighborhoods(pyramid.positions(), pyramid.batch_offsets(), pyramid, SIZES)
+
+
+def assert_one_graph(
+    compute: Callable[..., Tensor], make_arguments: Callable[[int], tuple[Any, ...]]
+) -> None:
+    """For any number of points; values and gradients are those without a compiler."""
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(compute, fullgraph=True, dynamic=True, backend=counter)
+    compilations = set()
+    for n_points in (60, 90, 140):
+        x, *rest = make_arguments(n_points)
+        x.requires_grad_()
+        out, expected = compiled(x, *rest), compute(x, *rest)
+        assert_close(out, expected, 1e-13)
+        (grad,), (expected_grad,) = (
+            torch.autograd.grad(y.square().sum(), x) for y in (out, expected)
+        )
+        assert_close(grad, expected_grad, 1e-12)
+        compilations.add(counter.frame_count)
+    assert len(compilations) == 1, "compiled again for another number of points"
+    assert min(compilations) > 0
+
+
+def test_the_op() -> None:
+    def arguments(n_points: int) -> tuple[Any, ...]:
+        pyramid = make_pyramid(n_points)
+        return pyramid.values.unflatten(1, (2, -1)).contiguous(), make_plan(pyramid)
+
+    assert_one_graph(lambda x, plan: neighborhood_attention(x, x, x, plan), arguments)
+
+
+@pytest.mark.parametrize("planned", [True, False])
+def test_the_block(planned: bool) -> None:
+    block = SparseNeighborhoodAttentionBlock(EMBED, 2, 3, SIZES).double()
+
+    def attend(
+        x: Tensor, pyramid: FeaturePyramid, positions: Tensor, offsets: Tensor,
+        plan: NeighborhoodPlan | None,
+    ) -> Tensor:  # fmt: skip
+        out: Tensor = block(x, positions, offsets, pyramid, plan=plan)
+        return out
+
+    def arguments(n_points: int) -> tuple[Any, ...]:
+        pyramid = make_pyramid(n_points)
+        plan = make_plan(pyramid) if planned else None
+        x = pyramid.values.clone()
+        return x, pyramid, pyramid.positions(), pyramid.batch_offsets(), plan
+
+    assert_one_graph(attend, arguments)
