@@ -1,4 +1,4 @@
-"""One graph for any number of points: `torch.compile` of the op and of the block, whole."""
+"""One graph for any number of points: the op and the block, compiled and exported."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from problems import assert_close
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from vicinal import (
@@ -85,3 +85,37 @@ def test_the_block(planned: bool) -> None:
         return x, pyramid, pyramid.positions(), pyramid.batch_offsets(), plan
 
     assert_one_graph(attend, arguments)
+
+
+class OnPoints(nn.Module):
+    """A block whose points are its queries, as tensors alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = SparseNeighborhoodAttentionBlock(EMBED, 2, 3, SIZES).double()
+
+    def forward(self, x: Tensor, coordinates: Tensor, positions: Tensor, offsets: Tensor) -> Tensor:
+        shapes = ((24, 24), (12, 12), (6, 6))
+        pyramid = FeaturePyramid(x, coordinates, shapes, 2, check_contents=False)
+        out: Tensor = self.block(x, positions, offsets, pyramid)
+        return out
+
+
+def test_an_exported_block_takes_any_number_of_points() -> None:
+    def arguments(n_points: int) -> tuple[Tensor, ...]:
+        pyramid = make_pyramid(n_points)
+        return (
+            pyramid.values,
+            pyramid.coordinates,
+            pyramid.positions(),
+            pyramid.batch_offsets(),
+        )
+
+    module = OnPoints()
+    # So many queries, times levels, that 32-bit numbers still tell them apart.
+    points = {0: torch.export.Dim("points", max=2**29)}
+    exported = torch.export.export(
+        module, arguments(60), dynamic_shapes=(points, points, points, None)
+    ).module()
+    for n_points in (60, 140):
+        assert_close(exported(*arguments(n_points)), module(*arguments(n_points)), 1e-13)

@@ -271,7 +271,7 @@ class SparseNeighborhoodAttentionBlock(nn.Module):
         device = self.norm.weight.device
         check_tensor("query", query, ("N", self.embed_dim), kind="floating", device=device)
         self._check_dtype("query", query)
-        n = len(query)
+        n = query.shape[0]
         where = (n, self.position_dim)
         check_tensor("query_spatial_positions", positions, where, kind="floating", device=device)
         if background is not None:
@@ -323,7 +323,7 @@ class SparseNeighborhoodAttentionBlock(nn.Module):
         pyramid: FeaturePyramid,
         background: Tensor | None,
     ) -> NeighborhoodPlan:
-        if background is not None and len(background) != pyramid.batch_size:
+        if background is not None and background.shape[0] != pyramid.batch_size:
             refuse("background_embedding", f"{pyramid.batch_size} images", background)
         if plan is None:
             return plan_neighborhoods(positions, offsets, pyramid, self.neighborhood_sizes)
@@ -331,8 +331,8 @@ class SparseNeighborhoodAttentionBlock(nn.Module):
             refuse("plan", "a NeighborhoodPlan or None", plan)
         check_placement(positions, offsets, pyramid)
         made_for = {
-            "queries": (plan.n_queries, len(positions)),
-            "points": (plan.n_points, len(pyramid)),
+            "queries": (plan.n_queries, positions.shape[0]),
+            "points": (plan.n_points, pyramid.values.shape[0]),
             "images": (plan.batch_size, pyramid.batch_size),
             "level_shapes": (plan.level_shapes, pyramid.level_shapes),
             "neighborhood_sizes": (plan.neighborhood_sizes, self.neighborhood_sizes),
@@ -348,7 +348,7 @@ class SparseNeighborhoodAttentionBlock(nn.Module):
 def _with_level(positions: Tensor, level: Tensor | int) -> Tensor:
     """``[n, P + 1]``: positions ``[n, P]`` with the level as one more coordinate."""
     column = torch.as_tensor(level, device=positions.device).to(positions.dtype)
-    return torch.cat((positions, column.expand(len(positions))[:, None]), 1)
+    return torch.cat((positions, column.expand(positions.shape[0])[:, None]), 1)
 
 
 def _rename_earlier_keys(

@@ -102,11 +102,11 @@ class NeighborhoodPlan:
 
     @property
     def n_queries(self) -> int:
-        return len(self.query_batch)
+        return self.query_batch.shape[0]
 
     @property
     def n_points(self) -> int:
-        return len(self.point_columns)
+        return self.point_columns.shape[0]
 
     @property
     def n_levels(self) -> int:
@@ -232,7 +232,8 @@ def plan_neighborhoods(
         refuse("pyramid", "a FeaturePyramid", pyramid)
     check_placement(query_spatial_positions, query_batch_offsets, pyramid, check_contents)
     sizes = check_neighborhood_sizes(neighborhood_sizes, pyramid.n_levels)
-    if max(len(pyramid), pyramid.n_levels * len(query_spatial_positions)) > _INT32_MAX:
+    n_queries, n_points = query_spatial_positions.shape[0], pyramid.values.shape[0]
+    if n_points > _INT32_MAX or n_queries > _INT32_MAX // pyramid.n_levels:
         expected = "at most 2^31 points, and queries x levels"
         refuse("query_spatial_positions", expected, query_spatial_positions)
     return _plan(query_spatial_positions, query_batch_offsets, pyramid, sizes)
@@ -290,7 +291,7 @@ def _place_queries(
     """The image of every query ``[N]``, -1 if it takes no part, and its windows' centres, int64
     ``[L, N, P]``.
     """
-    numbers = torch.arange(len(positions), device=positions.device)
+    numbers = torch.arange(positions.shape[0], device=positions.device)
     image = torch.searchsorted(offsets.contiguous(), numbers, right=True) - 1
     nowhere = (image >= pyramid.batch_size) | ~positions.isfinite().all(1)
     image = image.masked_fill(nowhere, -1)

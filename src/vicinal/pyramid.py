@@ -54,7 +54,7 @@ class FeaturePyramid:
         check_tensor(
             "coordinates",
             self.coordinates,
-            (len(self.values), self.position_dim + 2),
+            (self.values.shape[0], self.position_dim + 2),
             kind="integer",
             device=self.values.device,
         )

@@ -107,7 +107,7 @@ class RotaryEncoding(nn.Module):
             ValueError: shapes or devices do not fit, or coordinates are integers.
         """
         check_tensor("x", x, ("n", self.n_heads, self.head_dim), kind="floating")
-        shape = (len(x), self.position_dim + 1)
+        shape = (x.shape[0], self.position_dim + 1)
         check_tensor("coordinates", coordinates, shape, kind="floating", device=x.device)
         coordinates = coordinates.to(coordinate_dtype(coordinates.dtype))
         return choose_backend(self.backend, x.device).rotate(x, coordinates, self.frequencies())
