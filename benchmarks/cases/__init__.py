@@ -26,7 +26,7 @@ Case = Callable[[], Figures]
 
 AT_FEW_TRACKS = [peer for peer in PEERS if peer != "pairs-block"]
 AT_MANY_TRACKS = [peer for peer in PEERS if peer != "gathering"]
-IN_FULL = ("gathering", "pairs")  # our memory beside theirs, and where freed memory is kept
+MAIN_PEERS = ("gathering", "pairs")  # of the whole block, and of the attention
 
 
 def all_cases(size: Size) -> dict[str, Case]:
@@ -49,10 +49,8 @@ def all_cases(size: Size) -> dict[str, Case]:
         cases[f"scaling/memory/{n}"] = partial(_of, make, memory.of_training_step)
     for names in contest_names(size):
         for name in names:
-            cases |= _contest(name.removeprefix(KEEPING), size)
-    kept = ["compute/tracks", "scaling/time"]
-    kept += [f"peers/{peer}/{size.few_tracks}" for peer in IN_FULL]
-    return cases | {KEEPING + name: keeping(cases[name]) for name in kept}
+            cases |= _contest(name, size)
+    return cases | {KEEPING + name: keeping(cases[name]) for name in _kept_names(size)}
 
 
 def contest_names(size: Size) -> list[list[str]]:
@@ -60,22 +58,27 @@ def contest_names(size: Size) -> list[list[str]]:
     few = [[f"peers/{peer}/{size.few_tracks}"] for peer in AT_FEW_TRACKS]
     sizes = (size.tracks, *size.fewer_tracks)
     many = [[f"peers/{peer}/{tracks}" for tracks in sizes] for peer in AT_MANY_TRACKS]
-    kept = [[f"{KEEPING}peers/{peer}/{size.few_tracks}"] for peer in IN_FULL]
-    return few + many + kept
+    return few + many
 
 
 def memory_names(contest: str) -> list[str]:
     """The cases that take the memory of a contest."""
     peer = contest.split("/")[1]
-    sides = ("theirs", "ours") if peer in IN_FULL else ("theirs",)
+    sides = ("theirs", "ours") if peer in MAIN_PEERS else ("theirs",)
     return [f"memory-of-{contest}/{side}" for side in sides]
 
 
 def study_names(size: Size) -> list[str]:
-    """All that the study runs beside the contests."""
+    """All that the study runs after the contests; those where freed memory is kept come first."""
     parts = ("compute/", "memory/", "stages/", "scaling/", "threads", "precision")
-    kept = (f"{KEEPING}compute/", f"{KEEPING}scaling/")
-    return [name for name in all_cases(size) if name.startswith(parts + kept)]
+    kept = [KEEPING + name for name in _kept_names(size)]
+    return kept + [name for name in all_cases(size) if name.startswith(parts)]
+
+
+def _kept_names(size: Size) -> list[str]:
+    """The cases that run once more where freed memory is kept, peers first."""
+    contests = [f"peers/{peer}/{size.few_tracks}" for peer in MAIN_PEERS]
+    return [*contests, "compute/tracks", "scaling/time"]
 
 
 def _contest(name: str, size: Size) -> dict[str, Case]:

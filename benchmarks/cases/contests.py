@@ -24,8 +24,8 @@ def seconds(peer: Peer, make_layer: Callable[[], Layer], repeats: int) -> Figure
     figures |= contest.apart
     if contest.same:
         figures["roundings_apart"] = contest.check(peer.label)
-    # Ours twice, and the second counts: the first works on what the peer has just given back to the
-    # system, gigabytes that have yet to be cleared.
+    # Ours twice, and the second counts: the first works on memory that the peer, often by the
+    # gigabyte, has just given back to the system, and that has yet to be cleared.
     theirs, ours = contest.theirs, contest.ours
     forward = take_turns(theirs.forward, ours.forward, ours.forward, repeats=repeats)
     figures |= {
