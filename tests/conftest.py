@@ -5,6 +5,11 @@ import hypothesis
 import pytest
 import torch
 
+# Without a GPU, Triton's kernels are interpreted: slowly, one program after another. Triton asks
+# when it is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # Repeatable, so that a failure is the change's own; no deadline, so that a busy machine is none.
 hypothesis.settings.register_profile(
     "vicinal", deadline=None, derandomize=True, database=None, print_blob=False
@@ -40,3 +45,16 @@ def restored_threads() -> Iterator[None]:
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def runs_by_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where Triton is interpreted, a program that sorts takes a third of a second."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        monkeypatch.setattr("vicinal.kernels.triton_ops.LARGEST_SORT", 0)
+
+
+@pytest.fixture
+def runs_by_triton(runs_by_reference: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of just that."""
+    monkeypatch.setattr("vicinal.kernels.triton_ops.LARGEST_SORT", 2048)

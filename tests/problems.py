@@ -399,16 +399,42 @@ class LargestTensor(TorchDispatchMode):
 
 
 class OwnOps(TorchDispatchMode):
-    """Records the calls of the library's own ops: name -> (op, arguments)."""
+    """Records the calls of a back end's ops: name -> (op, arguments)."""
 
-    def __init__(self) -> None:
+    def __init__(self, namespace: str = "vicinal") -> None:
         super().__init__()
+        self.namespace = namespace
         self.calls: dict[str, tuple[Any, tuple[Any, ...]]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "vicinal":
+        if func.namespace == self.namespace:
             self.calls[func._opname] = func, args
         return func(*args, **(kwargs or {}))
+
+
+def as_leaves(arguments: tuple[Any, ...], *, requires_grad: bool) -> tuple[Any, ...]:
+    """The arguments with every tensor a leaf."""
+
+    def change(x: Any) -> Any:
+        if isinstance(x, list | tuple):
+            return [change(part) for part in x]
+        if isinstance(x, Tensor):
+            x = x.detach().clone()
+            return x.requires_grad_(requires_grad and x.is_floating_point())
+        return x
+
+    return tuple(change(x) for x in arguments)
+
+
+def forged(x: Tensor, kind: int, generator: torch.Generator) -> Tensor:
+    """Index tensor ``x`` with contents that no plan has."""
+    lowest, highest = -(2**31), 2**31 - 1
+    garbage = torch.randint(lowest, highest, x.shape, generator=generator).to(x)
+    nearby = x + torch.randint(-3, 4, x.shape, generator=generator).to(x)
+    edges = torch.tensor([lowest, highest, -1, x.numel(), 0], dtype=x.dtype)
+    extreme = edges[torch.randint(5, x.shape, generator=generator)]
+    few = torch.where(torch.rand(x.shape, generator=generator) < 0.1, garbage, x)
+    return [x, garbage, nearby, extreme, few][kind]
 
 
 def run_python(code: str, *, path: Path | None = None, **environment: str) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from torch.utils.flop_counter import FlopCounterMode
 
-from vicinal.kernels import cpu, cpu_projections, library, reference
+from vicinal.kernels import cpu, cpu_projections, library_projections, reference
 
 WIDTH, EPS = 6, 1e-3
 FIXED = ("test_schema", "test_faketensor")  # of an op whose result is never filled
@@ -51,7 +51,7 @@ def make_inputs(
     rows: int = 13, *, parts: int = 1, bias: bool = False, norm: bool = False,
     residual: bool = False, width: int = WIDTH,
 ) -> Inputs:  # fmt: skip
-    assert cpu.problem(torch.device("cpu")) is None
+    assert cpu.problem(torch.device("cpu"), None) is None
     generator = torch.Generator().manual_seed(0)
 
     def draw(*size: int) -> Tensor:
@@ -83,7 +83,7 @@ def gradients(outs: Sequence[Tensor], inputs: Inputs) -> list[Tensor]:
 
 
 def assert_as_the_reference(inputs: Inputs) -> None:
-    ours, theirs = library.project(*inputs), reference.project(*inputs)
+    ours, theirs = library_projections.project(*inputs), reference.project(*inputs)
     for left, right in zip(ours, theirs, strict=True):
         assert_close(left, right, 1e-13)
     for left, right in zip(gradients(ours, inputs), gradients(theirs, inputs), strict=True):
@@ -119,7 +119,7 @@ def test_gradients_of_some_leaves(wanted: int, alone: bool) -> None:
 
 def test_an_output_that_nobody_uses() -> None:
     inputs = make_inputs(parts=2, norm=True)
-    (ours, _), (theirs, _) = library.project(*inputs), reference.project(*inputs)
+    (ours, _), (theirs, _) = library_projections.project(*inputs), reference.project(*inputs)
     found = [
         torch.autograd.grad(out.sin().sum(), inputs.leaves(), materialize_grads=True)
         for out in (ours, theirs)
@@ -134,7 +134,7 @@ def test_strided_rows_and_expanded_gradients() -> None:
     assert_as_the_reference(turned)
     grads = [
         torch.autograd.grad(project(*turned)[0].sum(), turned.leaves())
-        for project in (library.project, reference.project)
+        for project in (library_projections.project, reference.project)
     ]
     for left, right in zip(*grads, strict=True):
         assert_close(left, right, 1e-12)
@@ -158,7 +158,9 @@ def test_many_chunks_round_no_more_than_one(
         return [*outs, *gradients(outs, inputs)]
 
     right = answers(reference.project, exact)
-    ours, theirs = (answers(project, inputs) for project in (library.project, reference.project))
+    ours, theirs = (
+        answers(project, inputs) for project in (library_projections.project, reference.project)
+    )
     for index, (left, plain, true) in enumerate(zip(ours, theirs, right, strict=True)):
         errors = [(part.double() - true).square().mean().sqrt() for part in (left, plain)]
         # Sums over rows are taken in another order; rows themselves are not.
@@ -186,7 +188,7 @@ def test_opcheck() -> None:
 def test_flops_are_counted(parts: int) -> None:
     inputs = make_inputs(parts=parts, norm=True)
     with FlopCounterMode(display=False) as counter:
-        outs = library.project(*inputs)
+        outs = library_projections.project(*inputs)
         product = 2 * 13 * WIDTH * (WIDTH - 2) * parts
         assert counter.get_total_flops() == product
         gradients(outs, inputs)
@@ -197,7 +199,7 @@ def test_weights_may_change_before_the_backward_pass_of_nothing_before_them() ->
     inputs = make_inputs(norm=True).to(torch.float64)
     for leaf in (inputs.x, *inputs.norm):
         leaf.requires_grad_(False)
-    outs = library.project(*inputs)
+    outs = library_projections.project(*inputs)
     with torch.no_grad():
         inputs.weights[0].mul_(2)
     assert_close(
@@ -216,7 +218,7 @@ def test_chunks_do_not_depend_on_the_number_of_threads(
 def test_a_second_derivative_is_refused() -> None:
     inputs = make_inputs(norm=True)
     (grad,) = torch.autograd.grad(
-        library.project(*inputs)[0].pow(2).sum(), inputs.x, create_graph=True
+        library_projections.project(*inputs)[0].pow(2).sum(), inputs.x, create_graph=True
     )
     with pytest.raises(NotImplementedError, match="backend='reference'"):
         grad.sum().backward()
@@ -231,7 +233,7 @@ def test_the_norm_is_not_kept_for_the_backward_pass() -> None:
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        library.project(*inputs)
+        library_projections.project(*inputs)
     assert {x.data_ptr() for x in saved} == {
         x.data_ptr() for x in (inputs.x, *inputs.weights, *inputs.norm)
     }
@@ -245,7 +247,7 @@ def test_rows_of_large_pages() -> None:
     assert int(made.fill_(1).sum(dtype=torch.int64)) == 12_000_000
 
 
-@pytest.mark.parametrize("project", [library.project, cpu.project])
+@pytest.mark.parametrize("project", [library_projections.project, cpu.project])
 def test_one_graph_for_any_number_of_rows(project: Callable[..., Sequence[Tensor]]) -> None:
     counter = CompileCounter()
     compiled = torch.compile(project, fullgraph=True, dynamic=True, backend=counter)

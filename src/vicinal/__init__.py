@@ -9,9 +9,10 @@ from .attention import (
 )
 from .block import SparseNeighborhoodAttentionBlock
 from .neighborhoods import get_multilevel_neighborhoods
-from .plan import NeighborhoodPlan, NeighborSlices, plan_neighborhoods
+from .plan import NeighborhoodPlan, plan_neighborhoods
 from .pyramid import FeaturePyramid
 from .rotary import RotaryEncoding
+from .tiles import NeighborSlices
 
 __all__ = [
     "Background",

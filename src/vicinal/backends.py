@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ._checks import refuse
-from .kernels import cpu, reference
+from .kernels import cpu, reference, triton
 
 
 class Backend(NamedTuple):
@@ -17,8 +17,8 @@ class Backend(NamedTuple):
     rotate: Callable[[Tensor, Tensor, Tensor], Tensor]
     project: Callable[..., tuple[Tensor, ...]]
     find_slices: Callable[..., tuple[Tensor, Tensor]]
-    problem: Callable[[torch.device], str | None]
-    """Why it cannot run on a device, or None."""
+    problem: Callable[[torch.device, torch.dtype | None], str | None]
+    """Why it cannot run on a device, with floating tensors of a dtype, or None."""
 
 
 _BACKENDS = {
@@ -27,10 +27,18 @@ _BACKENDS = {
         reference.rotate,
         reference.project,
         reference.find_slices,
-        lambda device: None,
+        lambda device, dtype: None,
     ),
     "cpu": Backend(cpu.attend, cpu.rotate, cpu.project, cpu.find_slices, cpu.problem),
+    "triton": Backend(
+        triton.attend,
+        triton.rotate,
+        triton.project,
+        triton.find_slices,
+        triton.problem,
+    ),
 }
+_BY_DEVICE = {"cpu": "cpu", "cuda": "triton"}
 
 
 def check_backend(backend: str | None) -> None:
@@ -39,17 +47,19 @@ def check_backend(backend: str | None) -> None:
         refuse("backend", f"None or one of {list(_BACKENDS)}", backend)
 
 
-def choose_backend(backend: str | None, device: torch.device) -> Backend:
-    """The back end of that name, or if None the best for the device.
+def choose_backend(
+    backend: str | None, device: torch.device, dtype: torch.dtype | None = None
+) -> Backend:
+    """The back end of that name, or if None the best for the device and the floating ``dtype``.
 
     Raises:
         ValueError: an unknown back end, or one that cannot run on the device (says why).
     """
     check_backend(backend)
     if backend is None:
-        native = device.type == "cpu" and cpu.problem(device) is None
-        return _BACKENDS["cpu" if native else "reference"]
-    problem = _BACKENDS[backend].problem(device)
+        best = _BY_DEVICE.get(device.type, "reference")
+        return _BACKENDS["reference" if _BACKENDS[best].problem(device, dtype) else best]
+    problem = _BACKENDS[backend].problem(device, dtype)
     if problem is not None:
         refuse("backend", f"one that can run on {device}", f"{backend!r}: {problem}")
     return _BACKENDS[backend]

@@ -15,6 +15,7 @@ from ._checks import (
     reads_contents,
     refuse,
 )
+from ._constants import constant
 from .attention import Background, autocasts, neighborhood_attention
 from .backends import check_backend, choose_backend
 from .kernels.reference import turn
@@ -176,7 +177,7 @@ class SparseNeighborhoodAttentionBlock(nn.Module):
             plan,
             background_embedding,
         )
-        backend = choose_backend(self.backend, query.device)
+        backend = choose_backend(self.backend, query.device, query.dtype)
         if self.dropout.training and self.dropout.p > 0:
             (projected,) = project(backend, attended, self.out_proj)
             out: Tensor = query + self.dropout(projected)
@@ -197,12 +198,11 @@ class SparseNeighborhoodAttentionBlock(nn.Module):
         """Norm, projections, rotations and attention: ``[N, E]``, all that is left of them."""
         # A query at no finite place takes no part; its angles must not spoil the gradients.
         positions = positions.to(coordinate_dtype(positions.dtype)).nan_to_num(0.0, 0.0, 0.0)
-        if level_indices is None:
-            level = torch.tensor(finest_level(pyramid.level_shapes), device=query.device)
-        else:
+        level: Tensor | int = finest_level(pyramid.level_shapes)
+        if level_indices is not None:
             level = level_indices.clamp(0, self.n_levels - 1)
             if not reads_contents(None, query.device):  # nobody has looked: such take no part
-                nowhere = level != level_indices
+                nowhere = level.ne(level_indices)
                 mask = nowhere if mask is None else mask | nowhere
         norm = self.norm if self.norm_first else None
         (q,) = self._heads(query, self.q_in_proj, 1, norm)
@@ -228,7 +228,7 @@ class SparseNeighborhoodAttentionBlock(nn.Module):
         self, x: Tensor, linear: nn.Linear, parts: int, norm: nn.LayerNorm | None = None
     ) -> tuple[Tensor, ...]:
         """``linear(norm(x))`` as ``parts`` of ``[n, H, d]``."""
-        backend = choose_backend(self.backend, x.device)
+        backend = choose_backend(self.backend, x.device, x.dtype)
         projected = project(backend, x, linear, norm, parts)
         return tuple(part.unflatten(-1, (self.n_heads, -1)) for part in projected)
 
@@ -250,13 +250,16 @@ class SparseNeighborhoodAttentionBlock(nn.Module):
         scales = level_scales(pyramid.level_shapes, centers)
         image = plan.query_batch.long().clamp(min=0)
         queries, offsets = [], []
-        windows = window_offsets(self.neighborhood_sizes, self.position_dim)
-        for level, (scale, window) in enumerate(zip(scales, windows, strict=True)):
+        for level, (scale, size) in enumerate(zip(scales, self.neighborhood_sizes, strict=True)):
             position = _with_level((centers[level] + 0.5) / scale, level)
-            at_center = self.pos_encoding(key[:, level].index_select(0, image), position)
+            # Embedding: the gradient of plain indexing is not summed in the same order every time.
+            keys = nn.functional.embedding(image, key[:, level].flatten(1)).view_as(q)
+            at_center = self.pos_encoding(keys, position)
             queries.append(turn(q, at_center[..., ::2], -at_center[..., 1::2]))
-            offsets.append(_with_level(window.to(scale) / scale, 0))
-        ones = q.new_tensor([1.0, 0.0]).repeat(plan.window_slots, self.n_heads, q.shape[-1] // 2)
+            window = window_offsets(size, self.position_dim)
+            offsets.append(_with_level(constant(window, scale.device, scale.dtype) / scale, 0))
+        one = constant([1, 0], q.device, q.dtype)
+        ones = one.repeat(plan.window_slots, self.n_heads, q.shape[-1] // 2)
         cell_keys = self.pos_encoding(ones, torch.cat(offsets))
         return Background(torch.stack(queries, 1), cell_keys, value)
 
@@ -347,8 +350,9 @@ class SparseNeighborhoodAttentionBlock(nn.Module):
 
 def _with_level(positions: Tensor, level: Tensor | int) -> Tensor:
     """``[n, P + 1]``: positions ``[n, P]`` with the level as one more coordinate."""
-    column = torch.as_tensor(level, device=positions.device).to(positions.dtype)
-    return torch.cat((positions, column.expand(positions.shape[0])[:, None]), 1)
+    if isinstance(level, int):
+        return torch.nn.functional.pad(positions, (0, 1), value=float(level))
+    return torch.cat((positions, level.to(positions.dtype)[:, None]), 1)
 
 
 def _rename_earlier_keys(

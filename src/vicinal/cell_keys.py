@@ -1,12 +1,15 @@
 """Integer keys that put the cells of all images and levels in one sorted order."""
 
+import itertools
 import math
+import operator
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ._checks import LevelShapes, refuse
+from ._constants import constant
 from .neighborhoods import finest_level, window_offsets
 
 
@@ -38,16 +41,21 @@ class CellKeys:
         # Enough for the longest axis; what does not fit beside the groups is dropped.
         self._bits = min(max(map(max, padded)).bit_length(), 46 // self._dim)
         strides = [[math.prod(shape[axis + 1 :]) for axis in range(self._dim)] for shape in padded]
+        before = itertools.accumulate(volumes, initial=0)
         self._pad = self._tensor(pad)
         self._volume = self._tensor(volumes)
-        self._base = (self._volume.cumsum(0) - self._volume) * batch_size
+        self._base = self._tensor([batch_size * cells for cells in before][:-1])
         self._stride = self._tensor(strides)
         self._shapes = self._tensor(shapes)
-        self._radius = self._tensor(sizes) // 2
-        windows = window_offsets(sizes, self._dim - 1)
+        self._radii = [size // 2 for size in sizes]
+        self._radius = self._tensor(self._radii)
+        # What to add to the key of a window's centre for the middle of each of its rows.
         self._rows = [
-            (rows.to(device) * stride[:-1]).sum(-1)
-            for rows, stride in zip(windows, self._stride, strict=True)
+            [
+                sum(map(operator.mul, offset, stride))
+                for offset in window_offsets(size, self._dim - 1)
+            ]
+            for size, stride in zip(sizes, strides, strict=True)
         ]
 
     def to(self, device: torch.device | str) -> "CellKeys":
@@ -56,7 +64,7 @@ class CellKeys:
         return CellKeys(self._level_shapes, self._sizes, self.batch_size, device)
 
     def _tensor(self, numbers: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
-        return torch.tensor(numbers, device=self._device)
+        return constant(numbers, self._device)
 
     def clamp(self, centers: Tensor) -> Tensor:
         """Float centres ``[L, N, P]`` as int64; those that see nothing, NaN too, just outside."""
@@ -74,21 +82,25 @@ class CellKeys:
         """Of each of the R rows of a query's windows, ``[R]`` each: the level, what to add to the
         key of that level's centre for the row's middle, and how far it reaches to either side.
         """
-        level = self._tensor([level for level, rows in enumerate(self._rows) for _ in rows])
-        return level, torch.cat(self._rows), self._radius[level]
+        rows = [
+            (level, offset, radius)
+            for level, (offsets, radius) in enumerate(zip(self._rows, self._radii, strict=True))
+            for offset in offsets
+        ]
+        level, offset, radius = (self._tensor(column) for column in zip(*rows, strict=True))
+        return level, offset, radius
 
     def rows_around(self, keys: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
         """First and last keys ``[n, max w ** (P - 1)]`` of the rows of the windows centred on
         ``keys`` at ``levels``, ``[n]``; a row that a level does not have ends before it begins.
         """
         width = max(map(len, self._rows))
-        padded = [torch.nn.functional.pad(row, (0, width - len(row))) for row in self._rows]
-        used = self._tensor(
-            [[True] * len(row) + [False] * (width - len(row)) for row in self._rows]
-        )
-        middles = keys[:, None] + torch.stack(padded)[levels]
+        rows = self._tensor([row + [0] * (width - len(row)) for row in self._rows])
+        used = self._tensor([len(row) for row in self._rows])[levels, None]
+        middles = keys[:, None] + rows[levels]
         radius = self._radius[levels, None]
-        return middles - radius, torch.where(used[levels], middles + radius, -1)
+        exists = torch.arange(width, device=keys.device) < used
+        return middles - radius, torch.where(exists, middles + radius, -1)
 
     def along_curve(self, cells: Tensor, group: Tensor) -> Tensor:
         """Keys that sort ``cells`` ``[n, P]`` along a Z-order curve, group by group.

@@ -15,6 +15,7 @@ from ._checks import (
     check_tensor,
     reads_contents,
 )
+from ._constants import constant
 
 
 def full_shape(level_shapes: LevelShapes) -> tuple[int, ...]:
@@ -37,8 +38,8 @@ def level_scales(level_shapes: LevelShapes, like: Tensor) -> Tensor:
     """``[L, P]``: each level's size over the full shape, in the dtype and on the device of
     ``like``.
     """
-    shapes = torch.tensor(level_shapes, dtype=like.dtype, device=like.device)
-    return shapes / torch.tensor(full_shape(level_shapes), dtype=like.dtype, device=like.device)
+    shapes = constant(level_shapes, like.device, like.dtype)
+    return shapes / constant(full_shape(level_shapes), like.device, like.dtype)
 
 
 def window_centers(positions: Tensor, level_shapes: LevelShapes) -> Tensor:
@@ -47,18 +48,13 @@ def window_centers(positions: Tensor, level_shapes: LevelShapes) -> Tensor:
     return torch.floor(positions * level_scales(level_shapes, positions)[:, None])
 
 
-def window_offsets(neighborhood_sizes: Sequence[int], position_dim: int) -> list[Tensor]:
-    """Per level, the int64 ``[w ** P, P]`` offsets from a window's centre to its cells, row-major.
+def window_offsets(neighborhood_size: int, position_dim: int) -> list[tuple[int, ...]]:
+    """``w ** P`` offsets from a window's centre to its cells, row-major.
 
     With ``position_dim=P - 1`` these are the window's rows.
     """
-    windows = []
-    for size in neighborhood_sizes:
-        radius = size // 2
-        steps = range(-radius, radius + 1)
-        cells = list(itertools.product(steps, repeat=position_dim))
-        windows.append(torch.tensor(cells, dtype=torch.int64).reshape(len(cells), position_dim))
-    return windows
+    radius = neighborhood_size // 2
+    return list(itertools.product(range(-radius, radius + 1), repeat=position_dim))
 
 
 def get_multilevel_neighborhoods(
@@ -93,21 +89,18 @@ def get_multilevel_neighborhoods(
     if reads_contents(None, positions.device):
         check_finite("query_fullscale_spatial_positions", positions)
 
-    offsets = window_offsets(sizes, dim)
     device = positions.device
+    offsets = [constant(window_offsets(size, dim), device) for size in sizes]
     # The bound keeps absurdly far positions from overflowing the conversion to integers.
     centers = window_centers(positions, shapes).clamp(-(2.0**62), 2.0**62).long()
     cells = torch.cat(
-        [
-            center[:, None] + window.to(device)
-            for center, window in zip(centers, offsets, strict=True)
-        ],
+        [center[:, None] + window for center, window in zip(centers, offsets, strict=True)],
         1,
     )
     slot_levels = torch.repeat_interleave(
         torch.arange(len(sizes), device=device),
-        torch.tensor([len(window) for window in offsets], device=device),
+        constant([len(window) for window in offsets], device),
     )
-    slot_shapes = torch.tensor(shapes, device=device)[slot_levels]
+    slot_shapes = constant(shapes, device)[slot_levels]
     outside = ((cells < 0) | (cells >= slot_shapes)).any(-1)
     return cells, outside, slot_levels

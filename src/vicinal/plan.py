@@ -7,10 +7,9 @@ a query falls into, level by level, the queries that see a point stand in slices
 
 import dataclasses
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,35 +24,26 @@ from ._checks import (
     reads_contents,
     refuse,
 )
+from ._constants import constant
 from .backends import choose_backend
 from .cell_keys import CellKeys
 from .kernels.reference import search_slices
 from .neighborhoods import window_centers
 from .pyramid import FeaturePyramid
+from .tiles import FindRuns, NeighborSlices, Places, Tiles, find_tiles
 
 _INT32_MAX = 2**31 - 1
+T = TypeVar("T")
 
 
 class _Places(NamedTuple):
     """Where queries and points are: what the second direction of a plan is made of."""
 
     keys: CellKeys
+    centers: Tensor  # int64 [L, N, P], of the queries' windows
     query_keys: Tensor  # int64 [L, N]
     point_keys: Tensor  # int64 [nnz], -1 for points outside their level
     coordinates: Tensor  # int64 [nnz, P + 2]
-
-
-class NeighborSlices(NamedTuple):
-    """One direction of a plan: row ``i`` sees ``order[starts[i, r]:stops[i, r]]`` for every r.
-
-    ``visits`` lists the rows so that neighbors in it are neighbors in space: whoever walks the
-    rows in this order finds what they share in the cache. All are int32.
-    """
-
-    visits: Tensor
-    starts: Tensor
-    stops: Tensor
-    order: Tensor
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -82,13 +72,32 @@ class NeighborhoodPlan:
     batch_size: int
     level_shapes: LevelShapes
     _places: "_Places"
+    _found: dict[str, Any] = field(default_factory=dict)
 
-    @cached_property
+    @property
     def point_slices(self) -> NeighborSlices:
         """The queries that see each point: starts and stops ``[nnz, max R[l]]``, order ``[L * N]``
         (one order of the queries per level, one after another). Found when first asked for.
         """
-        keys, query_keys, point_keys, coordinates = self._places
+        return self._once("point_slices", self._find_point_slices)
+
+    def query_tiles(self, find_runs: FindRuns) -> Tiles:
+        """What tiles of queries see, by a back end's ``find_runs``. Found when first asked for."""
+        return self._once("query_tiles", lambda: self._find_query_tiles(find_runs))
+
+    def point_tiles(self, find_runs: FindRuns) -> Tiles:
+        """The queries that see tiles of points, likewise."""
+        return self._once("point_tiles", lambda: self._find_point_tiles(find_runs))
+
+    def _once(self, name: str, find: Callable[[], T]) -> T:
+        # By hand: compiled graphs do not take the lock of `functools.cached_property`.
+        if name not in self._found:
+            self._found[name] = find()
+        found: T = self._found[name]
+        return found
+
+    def _find_point_slices(self) -> NeighborSlices:
+        keys, _, query_keys, point_keys, coordinates = self._places
         image, cells, levels = coordinates[:, 0], coordinates[:, 1:-1], coordinates[:, -1]
         sorted_queries, order = torch.sort(query_keys, dim=1, stable=True)
         first, last = keys.rows_around(point_keys, levels)
@@ -99,6 +108,33 @@ class NeighborhoodPlan:
         curve = keys.along_curve(cells, levels * self.batch_size + image)
         visits = torch.argsort(curve, stable=True)
         return NeighborSlices(visits.int(), starts, stops, order.flatten().int())
+
+    def _find_query_tiles(self, find_runs: FindRuns) -> Tiles:
+        windows = self.neighborhood_sizes, self.position_dim
+        places = self._query_places(), self._point_places()
+        return find_tiles(self.query_slices, *places, *windows, find_runs)
+
+    def _find_point_tiles(self, find_runs: FindRuns) -> Tiles:
+        windows = [max(self.neighborhood_sizes)], self.position_dim
+        places = self._point_places(), self._query_places()
+        return find_tiles(self.point_slices, *places, *windows, find_runs)
+
+    def _query_places(self) -> Places:
+        return self._once("query_places", self._find_query_places)
+
+    def _point_places(self) -> Places:
+        return self._once("point_places", self._find_point_places)
+
+    def _find_query_places(self) -> Places:
+        levels = torch.arange(self.n_levels, device=self.device)[:, None]
+        groups = torch.where(self.query_batch < 0, -1, self.query_batch * self.n_levels + levels)
+        return Places(groups.int(), self._places.centers.transpose(1, 2).int().contiguous())
+
+    def _find_point_places(self) -> Places:
+        coordinates = self._places.coordinates
+        groups = coordinates[:, 0] * self.n_levels + coordinates[:, -1]
+        groups = torch.where(self._places.point_keys < 0, -2, groups)
+        return Places(groups.int()[None], coordinates[:, 1:-1].t().int().contiguous()[None])
 
     @property
     def n_queries(self) -> int:
@@ -169,14 +205,14 @@ class NeighborhoodPlan:
             for level, size in enumerate(self.neighborhood_sizes)
             for _ in range(size ** (self.position_dim - 1))
         ]
-        radius, width, level = torch.tensor(rows, device=self.device).t()
+        radius, width, level = constant(rows, self.device).t()
         return radius, width.cumsum(0) - width, level
 
     def slot_levels(self) -> Tensor:
         """int64 ``[K]``: the level of every slot of a query's windows."""
         slots = [size**self.position_dim for size in self.neighborhood_sizes]
         levels = [level for level, count in enumerate(slots) for _ in range(count)]
-        return torch.tensor(levels, device=self.device)
+        return constant(levels, self.device)
 
     def to(self, device: torch.device | str) -> "NeighborhoodPlan":
         """The same plan on another device."""
@@ -190,6 +226,7 @@ class NeighborhoodPlan:
             center_columns=self.center_columns.to(device),
             point_columns=self.point_columns.to(device),
             _places=_Places(keys.to(device), *(part.to(device) for part in places)),
+            _found={},
         )
 
     def __repr__(self) -> str:
@@ -233,8 +270,9 @@ def plan_neighborhoods(
     check_placement(query_spatial_positions, query_batch_offsets, pyramid, check_contents)
     sizes = check_neighborhood_sizes(neighborhood_sizes, pyramid.n_levels)
     n_queries, n_points = query_spatial_positions.shape[0], pyramid.values.shape[0]
-    if n_points > _INT32_MAX or n_queries > _INT32_MAX // pyramid.n_levels:
-        expected = "at most 2^31 points, and queries x levels"
+    largest = _INT32_MAX // pyramid.n_levels
+    if n_points > _INT32_MAX or n_queries > largest or pyramid.batch_size > largest:
+        expected = "at most 2^31 points, queries x levels, and images x levels"
         refuse("query_spatial_positions", expected, query_spatial_positions)
     return _plan(query_spatial_positions, query_batch_offsets, pyramid, sizes)
 
@@ -281,7 +319,7 @@ def _plan(
         position_dim=pyramid.position_dim,
         batch_size=pyramid.batch_size,
         level_shapes=pyramid.level_shapes,
-        _places=_Places(keys, query_keys, point_keys, coordinates),
+        _places=_Places(keys, centers, query_keys, point_keys, coordinates),
     )
 
 

@@ -17,6 +17,7 @@ from ._checks import (
     reads_contents,
     refuse,
 )
+from ._constants import constant
 from .neighborhoods import coordinate_dtype, full_shape, level_scales
 
 _POOLING = {"mean": "mean", "max": "amax"}
@@ -103,7 +104,7 @@ class FeaturePyramid:
 
     def misplaced(self) -> Tensor:
         """Bool ``[nnz]``: points of no image or level, or outside their level's shape."""
-        shapes = torch.tensor(self.level_shapes, device=self.coordinates.device)
+        shapes = constant(self.level_shapes, self.coordinates.device)
         levels = self.levels.clamp(0, self.n_levels - 1)
         no_level = self.levels != levels
         no_image = (self.batch < 0) | (self.batch >= self.batch_size)

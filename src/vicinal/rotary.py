@@ -93,9 +93,8 @@ class RotaryEncoding(nn.Module):
             n_pairs = freqs.shape[-1]
             steps = torch.arange(n_pairs, dtype=freqs.dtype, device=freqs.device) / max(n_pairs, 1)
             angle = torch.rand(*freqs.shape[:2], 1, dtype=freqs.dtype, device=freqs.device)
-            theta = torch.tensor([self.thetas[c] for c in group], dtype=freqs.dtype).to(
-                freqs.device
-            )
+            thetas = [self.thetas[c] for c in group]
+            theta = torch.tensor(thetas, dtype=freqs.dtype, device=freqs.device)
             freqs.copy_((2 * math.pi * angle).cos() * theta[:, None, None] ** -steps)
 
     def forward(self, x: Tensor, coordinates: Tensor) -> Tensor:
@@ -110,7 +109,8 @@ class RotaryEncoding(nn.Module):
         shape = (x.shape[0], self.position_dim + 1)
         check_tensor("coordinates", coordinates, shape, kind="floating", device=x.device)
         coordinates = coordinates.to(coordinate_dtype(coordinates.dtype))
-        return choose_backend(self.backend, x.device).rotate(x, coordinates, self.frequencies())
+        backend = choose_backend(self.backend, x.device, x.dtype)
+        return backend.rotate(x, coordinates, self.frequencies())
 
     def frequencies(self) -> Tensor:
         """``[P + 1, H or 1, d / 2]``: all pairs' frequencies, zero where a pair does not see."""

@@ -4,14 +4,31 @@ import functools
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from . import cpu_projections, library, reference
-from .library import attend, find_slices, rotate
+from . import cpu_projections, library_projections, reference
+from .library import Ops
 
-__all__ = ["attend", "find_slices", "problem", "project", "rotate"]
+if TYPE_CHECKING:
+    from ..plan import NeighborhoodPlan
+
+_OPS = Ops("vicinal")
+find_slices, rotate = _OPS.find_slices, _OPS.rotate
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, plan: "NeighborhoodPlan", background: tuple[Tensor, ...],
+    query_mask: Tensor | None, seed: Tensor | None, scale: float, dropout_p: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """See `kernels.reference.attend`."""
+    tensors = (*plan.query_slices, plan.query_batch, plan.center_columns, plan.point_columns)
+    return _OPS.attend(
+        q, k, v, tensors, plan.neighborhood_sizes, plan.position_dim,
+        background, query_mask, seed, scale, dropout_p,
+    )  # fmt: skip
 
 
 def project(
@@ -21,12 +38,12 @@ def project(
     """See `kernels.reference.project`, which is faster where one chunk holds all rows."""
     # A compiled graph is for any number of rows: it must not ask how many there are.
     if torch.compiler.is_compiling() or x.shape[0] > cpu_projections.chunk_rows(x):
-        return library.project(x, weights, biases, norm, eps, residual)
+        return library_projections.project(x, weights, biases, norm, eps, residual)
     return reference.project(x, weights, biases, norm, eps, residual)
 
 
 @torch.compiler.assume_constant_result
-def problem(device: torch.device) -> str | None:
+def problem(device: torch.device, dtype: torch.dtype | None) -> str | None:
     """Why this back end cannot run on ``device``, or None if it can."""
     return _load() if device.type == "cpu" else "it runs on the CPU alone"
 

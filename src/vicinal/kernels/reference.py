@@ -155,3 +155,44 @@ def search_slices(sorted_keys: Tensor, first: Tensor, last: Tensor) -> tuple[Ten
     starts = torch.searchsorted(sorted_keys, first, out_int32=True)
     stops = torch.searchsorted(sorted_keys, last, right=True, out_int32=True)
     return starts, torch.maximum(starts, stops)
+
+
+def find_runs(
+    visits: Tensor, starts: Tensor, stops: Tensor, sizes: Sequence[int], position_dim: int,
+    rows: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """What tiles of ``rows`` visits see together: firsts, shifts and counts of `tiles.Tiles`.
+
+    The slices ``[n, R]`` of a row are those of windows of ``sizes``, one after another.
+    """
+    slices = [size ** (position_dim - 1) for size in sizes]
+    edges = [_by_tile(edge[visits.long()].long(), slices, rows) for edge in (starts, stops)]
+    parts = [_join(start, stop) for start, stop in zip(*edges, strict=True)]
+    firsts, shifts, counts = zip(*parts, strict=True)
+    return torch.cat(firsts, 1).int(), torch.cat(shifts, 1).int(), torch.stack(counts, 1).int()
+
+
+def _by_tile(edge: Tensor, slices: Sequence[int], rows: int) -> list[Tensor]:
+    """``[n, R]`` as ``[T, rows * slices]`` for each level, filled up with empty slices."""
+    edge = F.pad(edge, (0, 0, 0, -edge.shape[0] % rows)).unflatten(0, (-1, rows))
+    return [part.flatten(1) for part in edge.split(list(slices), 2)]
+
+
+def _join(starts: Tensor, stops: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The slices ``[T, C]`` of each tile as runs: firsts, shifts ``[T, C]`` and counts ``[T, 2]``.
+
+    What is left behind the runs means nothing.
+    """
+    starts = torch.where(starts < stops, starts, torch.iinfo(torch.int64).max)
+    starts, order = starts.sort(1)
+    filled = starts < torch.iinfo(torch.int64).max
+    stops = torch.where(filled, stops.gather(1, order), 0)
+    reached = F.pad(stops.cummax(1).values, (1, -1), value=-1)
+    begins = filled & (starts > reached)
+    new = torch.where(filled, (stops - torch.maximum(starts, reached)).clamp(min=0), 0)
+    first = new.cumsum(1) - new
+    # Runs move to the front, in order; all others meet in one place behind them.
+    place = torch.where(begins, begins.cumsum(1) - 1, starts.shape[1])
+    room = torch.zeros_like(F.pad(first, (0, 1)))
+    firsts, shifts = (room.scatter(1, place, part)[:, :-1] for part in (first, starts - first))
+    return firsts, shifts, torch.stack((begins.sum(1), new.sum(1)), 1)

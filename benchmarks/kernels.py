@@ -1,0 +1,235 @@
+"""What Triton's kernels take of a GPU that need not be there: ``python -m benchmarks.kernels``.
+
+Compiles each kernel as the ops launch it, for generations of cards, and prints registers, spilled
+bytes and shared memory, as the assembler's tools tell them. Nothing runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from benchmarks.scenes import particle_tracks
+from vicinal import FeaturePyramid, NeighborhoodPlan, plan_neighborhoods
+from vicinal.kernels import reference, triton_ops
+from vicinal.tiles import TILE
+
+ARCHITECTURES = (80, 90, 100)
+_HEADS = 8
+_NAMES = {
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
+
+
+class Case(NamedTuple):
+    """What kernels are compiled for."""
+
+    dtype: torch.dtype
+    width: int  # of a head
+    everything: bool = True  # background and dropout, which take registers
+    few: bool = False  # queries, which are taken one by one
+
+    @property
+    def spills_allowed(self) -> int:
+        """Bytes of a thread. Products of float32 keep both factors in registers."""
+        if self.dtype != torch.float32:
+            return 32
+        return 64 if self.width <= 128 else 640
+
+
+CASES = (
+    Case(torch.bfloat16, 32, everything=False),
+    Case(torch.bfloat16, 32, everything=False, few=True),
+    Case(torch.bfloat16, 32),
+    Case(torch.bfloat16, 128),
+    Case(torch.bfloat16, 256),
+    Case(torch.float16, 64),
+    Case(torch.float32, 32),
+    Case(torch.float32, 256),
+)
+
+
+class Launch(NamedTuple):
+    kernel: Any
+    arguments: tuple[Any, ...]
+    num_warps: int
+    constants: dict[str, int]
+
+
+class Usage(NamedTuple):
+    """Of one kernel, in a thread but for what is shared by all."""
+
+    kernel: str
+    architecture: int
+    rows: int | None
+    warps: int
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+
+
+def usages(case: Case, architecture: int) -> Iterator[Usage]:
+    """Of every kernel that the ops launch, both passes; those that plan know no dtype."""
+    for launch in _launches(case):
+        name = launch.kernel.fn.__name__
+        sizes = _compile(launch, GPUTarget("cuda", architecture, 32))
+        yield Usage(name, architecture, launch.constants.get("ROWS"), launch.num_warps, *sizes)
+
+
+def _launches(case: Case) -> list[Launch]:
+    """What the ops would launch; they are given tensors on the CPU, which nothing reads."""
+    found = []
+
+    def record(
+        kernel: Any, n_programs: int, *arguments: Any, num_warps: int, **constants: Any
+    ) -> None:
+        found.append(Launch(kernel, arguments, num_warps, constants))
+
+    plan = _plan(case.few)
+    with mock.patch.object(triton_ops, "launch", record):
+        if not case.everything:
+            _plan_tiles(plan, case)
+        _rotate(plan, case)
+        _attend(plan, case)
+    return list({launch.kernel: launch for launch in found}.values())
+
+
+def _plan(few: bool) -> NeighborhoodPlan:
+    scene = particle_tracks(2)
+    points = FeaturePyramid(
+        torch.zeros(len(scene.coordinates), 1), scene.coordinates, scene.level_shapes, 1
+    )
+    positions = points.positions()[: 5 if few else None]
+    offsets = torch.tensor([0, len(positions)])
+    return plan_neighborhoods(positions, offsets, points, scene.windows)
+
+
+def _plan_tiles(plan: NeighborhoodPlan, case: Case) -> None:
+    keys, _, query_keys, point_keys, _ = plan._places
+    slices = plan.query_slices
+    triton_ops.find_slices(point_keys, query_keys, slices.visits, *keys.window_rows())
+    rows = 1 if case.few else TILE
+    sizes = list(plan.neighborhood_sizes)
+    triton_ops.find_runs(*slices[:3], sizes, plan.position_dim, rows)
+
+
+def _rotate(plan: NeighborhoodPlan, case: Case) -> None:
+    x = torch.zeros(plan.n_points, _HEADS, case.width, dtype=case.dtype)
+    coordinates = torch.zeros(plan.n_points, plan.position_dim + 1)
+    frequencies = torch.zeros(plan.position_dim + 1, _HEADS, case.width // 2)
+    triton_ops.rotate(x, coordinates, frequencies)
+    triton_ops.rotate_backward(x, x, coordinates, frequencies)
+
+
+def _attend(plan: NeighborhoodPlan, case: Case) -> None:
+    def zeros(*shape: int) -> Tensor:
+        return torch.zeros(*shape, _HEADS, case.width, dtype=case.dtype)
+
+    background, seed = [], None
+    if case.everything:
+        seed = torch.tensor(5)
+        levels = plan.n_levels
+        background = [zeros(plan.n_queries, levels), zeros(plan.window_slots), zeros(1, levels)]
+    slices = plan.query_slices
+    tiles = plan.query_tiles(reference.find_runs), plan.point_tiles(reference.find_runs)
+    tensors = [*tiles[0], slices.starts, slices.stops, plan.point_columns, *tiles[1]]
+    arguments = (
+        zeros(plan.n_queries), zeros(plan.n_points), zeros(plan.n_points), None, seed, background,
+        tensors, list(plan.neighborhood_sizes), plan.position_dim, 0.1, 0.2,
+    )  # fmt: skip
+    out, lse = triton_ops.attend(*arguments)
+    triton_ops.attend_backward(out, lse, out, lse, *arguments)
+
+
+def _compile(launch: Launch, target: GPUTarget) -> tuple[int, int, int]:
+    """Registers, spilled bytes and bytes of shared memory."""
+    names = launch.kernel.arg_names
+    signature: dict[str, Any] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    aligned: dict[tuple[int, ...], Any] = {}
+    for index, argument in enumerate(launch.arguments):
+        signature[names[index]] = _describe(argument, (index,), constants, aligned)
+    for name, value in launch.constants.items():
+        signature[name] = "constexpr"
+        constants[(names.index(name),)] = value
+    source = ASTSource(launch.kernel, signature, constants, aligned)
+    options = {"num_warps": launch.num_warps, "enable_fp_fusion": True}
+    compiled = triton.compile(source, target=target, options=options)
+    registers, stack = _resources(compiled.asm["cubin"])
+    return registers, stack, compiled.metadata.shared
+
+
+def _describe(
+    value: Any,
+    path: tuple[int, ...],
+    constants: dict[tuple[int, ...], Any],
+    aligned: dict[tuple[int, ...], Any],
+) -> Any:
+    """The type of an argument, as Triton infers it when it launches."""
+    if isinstance(value, tuple):
+        parts = [_describe(x, (*path, i), constants, aligned) for i, x in enumerate(value)]
+        return type(value)(*parts)
+    if isinstance(value, float):
+        return "fp32"
+    if value is None or (isinstance(value, int) and value == 1):
+        constants[path] = value
+        return "constexpr"
+    if isinstance(value, Tensor) or value % 16 == 0:
+        aligned[path] = [["tt.divisibility", 16]]
+    if isinstance(value, Tensor):
+        return "*" + _NAMES[value.dtype]
+    return "i32" if value < 2**31 else "i64"
+
+
+def _resources(binary: bytes) -> tuple[int, int]:
+    """Registers and bytes of stack, which is where spilled registers go, of a thread."""
+    tool = triton.knobs.nvidia.cuobjdump.path
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(binary)
+        command = [tool, "--dump-resource-usage", str(path)]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", said)
+    assert found is not None, said
+    return int(found[1]), int(found[2])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__)
+    parser.add_argument("--architecture", type=int, nargs="*", default=ARCHITECTURES)
+    parser.add_argument("--json", action="store_true", help="a line of JSON per kernel")
+    arguments = parser.parse_args()
+    if triton_ops.INTERPRETS:
+        parser.error("TRITON_INTERPRET is set: there is nothing to compile")
+    for architecture in arguments.architecture:
+        for case in CASES:
+            told = {**case._asdict(), "dtype": _NAMES[case.dtype]}
+            for usage in usages(case, architecture):
+                line = {**told, **usage._asdict()}
+                if arguments.json:
+                    print(json.dumps(line), flush=True)
+                else:
+                    print("  ".join(f"{name} {value}" for name, value in line.items()), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""The GPU back end: kernels in Triton (`triton_ops`), which are imported on first use."""
+
+import functools
+import warnings
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .library import Ops
+
+if TYPE_CHECKING:
+    from ..plan import NeighborhoodPlan
+
+OPS = Ops("vicinal_triton")
+find_slices, find_runs, rotate = OPS.find_slices, OPS.find_runs, OPS.rotate
+project = reference.project
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, plan: "NeighborhoodPlan", background: tuple[Tensor, ...],
+    query_mask: Tensor | None, seed: Tensor | None, scale: float, dropout_p: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """See `kernels.reference.attend`."""
+    slices = plan.query_slices
+    tensors = [*plan.query_tiles(find_runs), slices.starts, slices.stops, plan.point_columns]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *background)):
+        tensors += plan.point_tiles(find_runs)  # the backward pass must not plan
+    return OPS.attend(
+        q, k, v, tensors, plan.neighborhood_sizes, plan.position_dim,
+        background, query_mask, seed, scale, dropout_p,
+    )  # fmt: skip
+
+
+@torch.compiler.assume_constant_result
+def problem(device: torch.device, dtype: torch.dtype | None) -> str | None:
+    """Why this back end cannot run on ``device`` with tensors of a dtype, or None if it can."""
+    if dtype == torch.float64:
+        return "it computes in float32; float64 is left to 'reference'"
+    if device.type not in ("cuda", "cpu"):
+        return "it runs on GPUs"
+    interprets = _load()
+    if isinstance(interprets, str):
+        if device.type == "cuda":
+            _warn(interprets)
+        return interprets
+    if device.type == "cuda" and interprets:
+        return "TRITON_INTERPRET is set, so Triton runs on the CPU"
+    if device.type == "cpu" and not interprets:
+        return "it runs on GPUs; on the CPU slowly, to be tested, if TRITON_INTERPRET=1 is set"
+    return None
+
+
+@functools.cache
+def _load() -> bool | str:
+    """Whether Triton interprets kernels on the CPU, or what keeps it from loading."""
+    try:
+        from . import triton_ops
+    except ImportError as error:
+        return f"it needs Triton, which cannot be imported: {error}"
+    OPS.register("CPU" if triton_ops.INTERPRETS else "CUDA", triton_ops.KERNELS)
+    return triton_ops.INTERPRETS
+
+
+@functools.cache
+def _warn(reason: str) -> None:
+    warnings.warn(
+        f"vicinal: backend 'triton' is missing, {reason}; attention falls back on the slower "
+        "backend 'reference'",
+        RuntimeWarning,
+        stacklevel=2,
+    )

@@ -1,0 +1,212 @@
+"""The ops of `library` by kernels in Triton."""
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from ..tiles import TILE
+from . import reference, triton_attention, triton_cells, triton_plan, triton_rotation
+from .triton_arguments import Problem, cdiv, heads, launch, on_device_of, power_of_2
+from .triton_cells import CellGradients
+from .triton_parts import Dropout, Rows
+
+INTERPRETS = bool(triton.knobs.runtime.interpret)  # kernels run on the CPU, to be tested
+
+LARGEST_SORT = 2048  # slices of a tile; networks that sort more take long to compile
+_PARTS = 64  # into which sums over all queries are cut
+_CELLS = 16  # cells of a window at a time: bits of a word, and what a matrix unit takes
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, query_mask: Tensor | None, seed: Tensor | None,
+    background: list[Tensor], plan: list[Tensor], neighborhood_sizes: list[int],
+    position_dim: int, scale: float, dropout_p: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """See `library`; ``plan`` is what `triton.attend` makes of it."""
+    problem = Problem(q, k, v, query_mask, background, plan, neighborhood_sizes, position_dim)
+    out = q.new_empty(*q.shape[:2], v.shape[2])
+    lse = q.new_empty(q.shape[:2], dtype=torch.float32)
+    with on_device_of(q):
+        launch(
+            triton_attention.attend, problem.query_programs, problem.query_walk, problem.cells,
+            _dropout(seed, dropout_p), *problem.heads, _find_flags(problem), heads(out), lse, scale,
+            **problem.constants, DROPS=seed is not None, BACKGROUND=bool(background),
+            ROWS=problem.query_rows, CELLS=_CELLS,
+        )  # fmt: skip
+    return out, lse
+
+
+def attend_backward(
+    grad_out: Tensor, grad_lse: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor,
+    query_mask: Tensor | None, seed: Tensor | None, background: list[Tensor], plan: list[Tensor],
+    neighborhood_sizes: list[int], position_dim: int, scale: float, dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
+    """See `library`; the gradients of q, k, v and the background."""
+    problem = Problem(q, k, v, query_mask, background, plan, neighborhood_sizes, position_dim)
+    grad_q, grad_k, grad_v = (x.new_empty(x.shape) for x in (q, k, v))
+    grad_background = [x.new_empty(x.shape) for x in background]
+    upstream, delta = heads(grad_out), torch.empty_like(lse)
+    of_cells = None
+    if background:
+        weights = lse.new_empty(len(lse), problem.n_levels, problem.n_heads)
+        of_cells = CellGradients(heads(grad_background[0].flatten(0, 1)), weights)
+    settings = {**problem.constants, "DROPS": seed is not None}
+    dropout = _dropout(seed, dropout_p)
+    with on_device_of(q):
+        launch(
+            triton_attention.query_gradients, problem.query_programs, problem.query_walk,
+            problem.cells, dropout, *problem.heads, _find_flags(problem), lse, heads(out), upstream,
+            grad_lse.contiguous(), delta, heads(grad_q), of_cells, scale,
+            **settings, BACKGROUND=bool(background), ROWS=problem.query_rows, CELLS=_CELLS,
+        )  # fmt: skip
+        launch(
+            triton_attention.point_gradients, problem.point_programs, problem.point_walk, dropout,
+            *problem.heads, lse, delta, upstream, heads(grad_k), heads(grad_v), scale,
+            **settings, ROWS=problem.point_rows,
+        )  # fmt: skip
+        if of_cells is not None:
+            del settings["BLOCK"]
+            grad_background[1] = _key_gradients_of_cells(
+                problem, dropout, lse, delta, upstream, scale, settings
+            )
+            grad_background[2] = _value_gradients_of_cells(problem, of_cells.weights, upstream)
+    return grad_q, grad_k, grad_v, grad_background
+
+
+def _key_gradients_of_cells(
+    problem: Problem, dropout: Dropout | None, lse: Tensor, delta: Tensor, upstream: Rows,
+    scale: float, settings: dict[str, Any],
+) -> Tensor:  # fmt: skip
+    """Sums over all queries, made of `_PARTS` sums in one order."""
+    key = problem.background[1]
+    n_parts = min(_PARTS, cdiv(len(lse), TILE))
+    parts = lse.new_empty(n_parts, *key.shape)
+    n_blocks = sum(width ** (problem.dim - 1) * -(-width // _CELLS) for width in problem.sizes)
+    launch(
+        triton_cells.cell_key_gradients, n_blocks * n_parts * problem.n_heads, problem.query_walk,
+        problem.cells, dropout, lse, delta, upstream, heads(parts.flatten(0, 1)), scale,
+        n_parts, len(key), **settings, ROWS=TILE, CELLS=_CELLS,
+    )  # fmt: skip
+    return parts.sum(0).to(key.dtype)
+
+
+def _value_gradients_of_cells(problem: Problem, weights: Tensor, upstream: Rows) -> Tensor:
+    """Sums over the queries of an image, likewise."""
+    value, tiles = problem.background[2], problem.query_tiles
+    # Visits go image by image, those that take no part first.
+    images = tiles.row_groups[0][tiles.visits.long()].div(problem.n_levels, rounding_mode="floor")
+    bounds = torch.searchsorted(images, torch.arange(len(value) + 1, device=value.device))
+    n_parts = min(cdiv(_PARTS, max(len(value), 1)), cdiv(len(weights), 32))
+    parts = weights.new_empty(*value.shape[:2], n_parts, *value.shape[2:])
+    launch(
+        triton_cells.cell_value_gradients, parts[..., 0].numel(), tiles.visits, bounds, weights,
+        upstream, heads(parts.flatten(0, 2)), problem.n_levels, problem.n_heads, n_parts,
+        WIDTH=value.shape[3], PADDED=power_of_2(value.shape[3]), BLOCK=32, num_warps=1,
+    )  # fmt: skip
+    return parts.sum(2).to(value.dtype)
+
+
+def _tokens(width: int) -> int:
+    """How many a program rotates at a time."""
+    return max(8, 2048 // power_of_2(width))
+
+
+def rotate(x: Tensor, coordinates: Tensor, frequencies: Tensor) -> Tensor:
+    """See `library`."""
+    out = x.new_empty(x.shape)
+    n, n_heads, width = x.shape
+    block = _tokens(width)
+    with on_device_of(x):
+        launch(
+            triton_rotation.rotate, cdiv(n, block) * n_heads, heads(x), coordinates,
+            frequencies, heads(out), n, coordinates.shape[1], n_heads,
+            PAIRS=width // 2, PADDED=power_of_2(width // 2), BLOCK=block, num_warps=4,
+        )  # fmt: skip
+    return out
+
+
+def rotate_backward(
+    grad_out: Tensor, out: Tensor, coordinates: Tensor, frequencies: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `library`; the gradients of x, of coordinates and of frequencies."""
+    n, n_heads, width = out.shape
+    block, n_coordinates = _tokens(width), coordinates.shape[1]
+    grad_x, grad_coordinates = out.new_empty(out.shape), torch.empty_like(coordinates)
+    parts = frequencies.new_empty(cdiv(n, block), *frequencies.shape)
+    with on_device_of(out):
+        launch(
+            triton_rotation.rotate_backward, len(parts), heads(grad_out), heads(out),
+            coordinates, frequencies, heads(grad_x), grad_coordinates, parts,
+            n, n_coordinates, n_heads, PAIRS=width // 2, PADDED=power_of_2(width // 2),
+            AXES=power_of_2(n_coordinates), BLOCK=block, num_warps=4,
+        )  # fmt: skip
+    return grad_x, grad_coordinates, parts.sum(0)
+
+
+def find_slices(
+    sorted_keys: Tensor, centers: Tensor, visits: Tensor, level: Tensor, offset: Tensor,
+    radius: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """See `library`."""
+    n_queries, n_slices, block = centers.shape[1], len(level), 256
+    starts = visits.new_empty(n_queries, n_slices)
+    stops = torch.empty_like(starts)
+    tensors = [x.contiguous() for x in (sorted_keys, centers, level, offset, radius)]
+    with on_device_of(centers):
+        launch(
+            triton_plan.find_slices, cdiv(starts.numel(), block), *tensors, starts, stops,
+            len(sorted_keys), n_queries, n_slices, starts.numel(), BLOCK=block, num_warps=4,
+        )  # fmt: skip
+    return starts, stops
+
+
+def find_runs(
+    visits: Tensor, starts: Tensor, stops: Tensor, sizes: list[int], position_dim: int, rows: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `library`."""
+    slices = [size ** (position_dim - 1) for size in sizes]
+    if rows * max(slices) > LARGEST_SORT:
+        return reference.find_runs(visits, starts, stops, sizes, position_dim, rows)
+    n_tiles, n_slices, n_levels = cdiv(len(visits), rows), sum(slices), len(slices)
+    firsts = visits.new_zeros(n_tiles, rows * n_slices)
+    shifts, counts = torch.zeros_like(firsts), visits.new_empty(n_tiles, n_levels, 2)
+    before = itertools.accumulate(slices, initial=0)
+    with on_device_of(visits):
+        for level, (own, others) in enumerate(zip(slices, before, strict=False)):
+            slots = power_of_2(rows * own)
+            launch(
+                triton_plan.find_runs, n_tiles, visits, starts, stops, firsts, shifts, counts,
+                len(visits), n_slices, n_levels, level, others,
+                OWN=own, ROWS=rows, SLOTS=slots, num_warps=max(1, min(8, slots // 256)),
+            )  # fmt: skip
+    return firsts, shifts, counts
+
+
+def _find_flags(problem: Problem) -> Tensor:
+    """float32 ``[nnz, H]``: NaN for points that hold a number that is not finite, else zero."""
+    flags = torch.empty(problem.n_points, problem.n_heads, device=problem.device)
+    settings = {**problem.constants, "BLOCK": 32}
+    del settings["DIM"], settings["LEVELS"]
+    launch(
+        triton_attention.find_flags, cdiv(problem.n_points, 32) * problem.n_heads,
+        *problem.heads[1:], flags, problem.n_points, problem.n_heads, **settings,
+    )  # fmt: skip
+    return flags
+
+
+def _dropout(seed: Tensor | None, rate: float) -> Dropout | None:
+    return None if seed is None else Dropout(seed, int(rate * 2**32), 1 / (1 - rate))
+
+
+KERNELS: dict[str, Callable[..., Any]] = {
+    "neighborhood_attention": attend,
+    "neighborhood_attention_backward": attend_backward,
+    "rotate": rotate,
+    "rotate_backward": rotate_backward,
+    "find_slices": find_slices,
+    "find_runs": find_runs,
+}

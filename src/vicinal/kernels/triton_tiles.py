@@ -1,0 +1,117 @@
+"""Walking a tile: its rows, the columns that any of them sees, and who sees which.
+
+A tile is handed to the kernels as a `Walk`: the tensors of `tiles.Tiles` and their sizes.
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+
+class Walk(NamedTuple):
+    """`tiles.Tiles` as kernels take it; see there for the tensors."""
+
+    visits: Any
+    order: Any
+    firsts: Any
+    shifts: Any
+    counts: Any
+    row_groups: Any
+    row_cells: Any
+    column_groups: Any
+    column_cells: Any
+    levels: Any  # per level: a window's radius, slices, slices before, cells before
+    n_rows: int
+    n_columns: int
+    n_others: int
+    n_runs: int
+    n_heads: int
+
+
+@triton.jit
+def tile_and_head(n_heads):
+    """Heads of one tile run side by side and share its rows in the cache. The last tiles come
+    first: those of coarse levels see most, and nothing should wait for them in the end.
+    """
+    program = tl.num_programs(0) - 1 - tl.program_id(0)
+    return program // n_heads, program % n_heads
+
+
+@triton.jit
+def rows_of(walk, tile, ROWS: tl.constexpr):
+    """int64 ``[ROWS]``, the tile's rows, and which of them exist."""
+    place = tl.full([ROWS], 0, tl.int64) + tile * ROWS + tl.arange(0, ROWS)
+    exists = place < walk.n_rows
+    row = tl.load(walk.visits + place, mask=exists, other=0).to(tl.int64)
+    return row, exists & (row >= 0) & (row < walk.n_rows)
+
+
+@triton.jit
+def runs_of(walk, tile, level, ROWS: tl.constexpr, LEVELS: tl.constexpr):
+    """Where a tile's runs at a level begin, how many there are, and how many entries they have."""
+    begin = tile.to(tl.int64) * walk.n_runs
+    capacity = walk.n_runs
+    if LEVELS > 1:
+        begin += ROWS * tl.load(walk.levels + 4 * level + 2)
+        capacity = ROWS * tl.load(walk.levels + 4 * level + 1)
+    counts = walk.counts + (tile.to(tl.int64) * LEVELS + level) * 2
+    return (
+        begin,
+        tl.minimum(tl.load(counts), capacity),
+        tl.minimum(tl.load(counts + 1), walk.n_columns),
+    )
+
+
+@triton.jit
+def columns_at(walk, entry, begin, n_runs, n_entries, LEVELS: tl.constexpr):
+    """The columns of some entries: int64 index among all others, which exist, and the place of
+    each in `Places`: ``level * n_others + index``.
+    """
+    low = tl.zeros_like(entry)
+    high = tl.zeros_like(entry) + n_runs
+    span = n_runs
+    while span > 1:
+        middle = (low + high) // 2
+        reached = tl.load(walk.firsts + begin + middle) <= entry
+        low = tl.where(reached, middle, low)
+        high = tl.where(reached, high, middle)
+        span = (span + 1) // 2
+    exists = entry < n_entries
+    column = entry + tl.load(walk.shifts + begin + low, mask=exists, other=0)
+    exists = exists & (column >= 0) & (column < walk.n_columns)
+    index = tl.load(walk.order + column, mask=exists, other=-1).to(tl.int64)
+    exists = exists & (index >= 0) & (index < walk.n_others)
+    index = tl.where(exists, index, 0)
+    level = tl.zeros_like(index)
+    if LEVELS > 1:
+        level = tl.where(exists, column // walk.n_others, 0).to(tl.int64)
+    return index, exists, level
+
+
+@triton.jit
+def seen(
+    walk, row, row_level, row_exists, column, column_level, column_exists,
+    DIM: tl.constexpr, LEVELS: tl.constexpr,
+):  # fmt: skip
+    """Bool ``[ROWS, BLOCK]``: which rows see which columns, each at a level."""
+    group = tl.load(walk.row_groups + row_level * walk.n_rows + row, mask=row_exists, other=-1)
+    other = tl.load(
+        walk.column_groups + column_level * walk.n_others + column, mask=column_exists, other=-1
+    )
+    takes_part = group >= 0
+    radius = tl.load(walk.levels + 4 * (group % LEVELS), mask=takes_part, other=0)
+    sees = (takes_part[:, None]) & (group[:, None] == other[None, :])
+    for axis in tl.static_range(DIM):
+        cell = tl.load(
+            walk.row_cells + (row_level * DIM + axis) * walk.n_rows + row,
+            mask=row_exists, other=0,
+        )  # fmt: skip
+        other_cell = tl.load(
+            walk.column_cells + (column_level * DIM + axis) * walk.n_others + column,
+            mask=column_exists, other=0,
+        )  # fmt: skip
+        # One comparison for both sides: what lies below is huge as an unsigned number.
+        above = (other_cell[None, :] - (cell - radius)[:, None]).to(tl.uint32, bitcast=True)
+        sees = sees & (above <= (2 * radius).to(tl.uint32, bitcast=True)[:, None])
+    return sees
