@@ -1,4 +1,4 @@
-.PHONY: help demo test lint bench bench-compare clean
+.PHONY: help demo test lint gpu-test gpu-bench bench bench-compare clean
 .DEFAULT_GOAL := help
 PYTHON ?= python3
 BIN := .venv/bin
@@ -9,6 +9,8 @@ help:
 	@echo "make lint   ruff and mypy"
 	@echo "make bench  the study: floors, peers, scaling; figures in benchmarks/results/"
 	@echo "            quickly, to see that it runs: make bench SIZE=quick"
+	@echo "make gpu-test   the tests that need a GPU, and Triton's kernels on it"
+	@echo "make gpu-bench  the study on a GPU; figures in benchmarks/results/"
 	@echo "make bench-compare A=commit B=commit   times two commits by turns"
 	@echo "make clean  remove the environment and what was built"
 	@echo "All of them first create .venv, with what constraints.txt pins."
@@ -23,6 +25,15 @@ lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Where Python has what they need, PYTHON=... ENVIRONMENT= runs these two without making .venv.
+ENVIRONMENT ?= .venv/ready
+GPU_PYTHON = $(if $(ENVIRONMENT),$(BIN)/python,env PYTHONPATH=src $(PYTHON))
+gpu-test: $(ENVIRONMENT)
+	$(GPU_PYTHON) -m pytest tests/test_gpu.py tests/test_kernels_triton.py tests/test_no_stalls.py
+
+gpu-bench: $(ENVIRONMENT)
+	$(GPU_PYTHON) -m benchmarks.gpu
 
 SIZE ?= full
 bench: .venv/bench-ready

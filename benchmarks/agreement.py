@@ -17,6 +17,10 @@ ROUNDINGS = 256
 """How far apart outputs and gradients of inputs may be. Seen are 20; angles of the rotation reach
 some hundred radians, and so some results are known to some hundred roundings."""
 
+ROUNDINGS_OF_HALVES = 32
+"""The same for outputs in bfloat16, where 256 make up the largest value. Peers that add up in it
+are off by several."""
+
 ROUNDINGS_OF_SUMS = 2**15
 """The same for gradients of parameters. Those of the rotary frequencies sum up to a million
 products with positions in the hundreds, of either sign: gathering is off by 10,000 there."""

@@ -10,7 +10,7 @@ import contextlib
 import json
 import sys
 
-from benchmarks.cases import all_cases
+from benchmarks.cases import Case, all_cases
 from benchmarks.machine import available_memory
 from benchmarks.outcome import DisagreementError, Figures, Unable
 from benchmarks.runner import DISAGREES
@@ -23,6 +23,11 @@ def main() -> int:
     arguments = _parse()
     case = all_cases(SIZES[arguments.size])[arguments.case]
     _limit_memory()
+    return tell(case, arguments.json)
+
+
+def tell(case: Case, as_json: bool) -> int:
+    """Prints the case's figures, or why there are none, and returns the exit status."""
     answer: dict[str, Figures | str]
     try:
         answer = {"figures": case()}
@@ -31,7 +36,7 @@ def main() -> int:
     except DisagreementError as difference:
         print(difference, file=sys.stderr)
         return DISAGREES
-    if arguments.json:
+    if as_json:
         print(json.dumps(answer))
         return 0
     figures = answer.get("figures")

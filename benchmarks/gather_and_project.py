@@ -73,6 +73,7 @@ class GatherAndProjectBlock(nn.Module):
     ) -> Tensor:
         """Query [N, E] and positions [N, P] -> [N, E]."""
         n_queries = len(query)
+        level_spatial_shapes = level_spatial_shapes.to(query.device)
         positions = query_spatial_positions.to(
             torch.promote_types(query_spatial_positions.dtype, torch.float32)
         )

@@ -150,7 +150,8 @@ def _attend(plan: NeighborhoodPlan, case: Case) -> None:
         background = [zeros(plan.n_queries, levels), zeros(plan.window_slots), zeros(1, levels)]
     slices = plan.query_slices
     tiles = plan.query_tiles(reference.find_runs), plan.point_tiles(reference.find_runs)
-    tensors = [*tiles[0], slices.starts, slices.stops, plan.point_columns, *tiles[1]]
+    flags = triton_ops.find_flags(zeros(plan.n_points), zeros(plan.n_points))
+    tensors = [*tiles[0], flags, *slices[1:3], plan.point_columns, *tiles[1]]
     arguments = (
         zeros(plan.n_queries), zeros(plan.n_points), zeros(plan.n_points), None, seed, background,
         tensors, list(plan.neighborhood_sizes), plan.position_dim, 0.1, 0.2,

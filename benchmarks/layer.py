@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from functools import cached_property
+from dataclasses import replace
+from functools import cached_property, partial
 from typing import TypeVar
 
 import torch
@@ -38,14 +39,18 @@ class Layer:
         embed_dim: int = EMBED_DIM,
         heads: int = HEADS,
         dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        backend: str | None = None,
     ) -> None:
         torch.manual_seed(0)
         self.scene = scene
-        self.x = torch.randn(len(scene.coordinates), embed_dim).to(dtype)
-        self.pyramid = FeaturePyramid(self.x, scene.coordinates, scene.level_shapes, 1)
+        self.x = torch.randn(len(scene.coordinates), embed_dim).to(device, dtype)
+        coordinates = scene.coordinates.to(device)
+        self.pyramid = FeaturePyramid(self.x, coordinates, scene.level_shapes, 1)
         self.positions = self.pyramid.positions()
-        self.offsets = torch.tensor([0, len(self.x)])
-        self.block = self.make_block(SparseNeighborhoodAttentionBlock, embed_dim, heads).to(dtype)
+        self.offsets = torch.tensor([0, len(self.x)], device=device)
+        kind = partial(SparseNeighborhoodAttentionBlock, backend=backend)
+        self.block = self.make_block(kind, embed_dim, heads).to(device, dtype)
 
     def make_block(self, kind: Callable[..., Block], embed_dim: int, heads: int) -> Block:
         """A block for the scene, of the library's kind or of a peer's."""
@@ -75,9 +80,16 @@ class Layer:
 
     def reordered(self, order: Tensor) -> Layer:
         """The same points, listed in ``order`` [n]; their embeddings are drawn anew."""
-        scene = self.scene._replace(coordinates=self.scene.coordinates[order])
+        scene = self.scene._replace(coordinates=self.scene.coordinates[order.cpu()])
         embed_dim, heads = self.sizes
-        return Layer(scene, embed_dim=embed_dim, heads=heads, dtype=self.x.dtype)
+        return Layer(
+            scene,
+            embed_dim=embed_dim,
+            heads=heads,
+            dtype=self.x.dtype,
+            device=self.x.device,
+            backend=self.block.backend,
+        )
 
     def make_plan(self) -> NeighborhoodPlan:
         return plan_neighborhoods(self.positions, self.offsets, self.pyramid, self.scene.windows)
@@ -91,9 +103,11 @@ class Layer:
         """How many (query, point) there are of which the query sees the point."""
         return int(self.plan.counts().sum())
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The whole block, planning included."""
-        out: Tensor = self.block(x, self.positions, self.offsets, self.pyramid.with_values(x))
+    def forward(self, x: Tensor, plan: NeighborhoodPlan | None = None) -> Tensor:
+        """The whole block, planning included unless ``plan`` is given."""
+        out: Tensor = self.block(
+            x, self.positions, self.offsets, self.pyramid.with_values(x), plan=plan
+        )
         return out
 
     def projections(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -101,13 +115,20 @@ class Layer:
         parts = (self.block.q_in_proj, self.block.kv_proj, self.block.out_proj)
         return tuple(F.linear(x, part.weight) for part in parts)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The library's attention alone, its plan made before."""
-        return neighborhood_attention(q, k, v, self.plan)
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, plan: NeighborhoodPlan | None = None
+    ) -> Tensor:
+        """The library's attention alone, its plan made before; None: that of all points."""
+        plan = self.plan if plan is None else plan
+        return neighborhood_attention(q, k, v, plan, backend=self.block.backend)
 
     def whole(self) -> Work:
         """The block with all its parameters, planning included."""
         return Work(self.forward, (self.x,), tuple(self.block.parameters()))
+
+    def planned(self) -> Work:
+        """The same, its plan made before."""
+        return replace(self.whole(), compute=partial(self.forward, plan=self.plan))
 
     def floor(self) -> Work:
         """The dense projections and their weights: the GEMM floor."""

@@ -12,7 +12,16 @@ from pathlib import Path
 
 import torch
 
-PACKAGES = ("torch", "vicinal", "torch_geometric", "transformers", "natten", "mlxtend", "numpy")
+PACKAGES = (
+    "torch",
+    "triton",
+    "vicinal",
+    "torch_geometric",
+    "transformers",
+    "natten",
+    "mlxtend",
+    "numpy",
+)
 ROOT = Path(__file__).parent.parent
 
 Commit = dict[str, str | bool]
@@ -26,6 +35,20 @@ def describe_machine() -> dict[str, str | int | float]:
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
         "memory_gib": round(_memory("MemTotal") / 2**30, 1),
         "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def describe_gpu() -> dict[str, str | int | float | None]:
+    """The current one."""
+    found = torch.cuda.get_device_properties()
+    return {
+        "name": found.name,
+        "capability": f"{found.major}.{found.minor}",
+        "processors": found.multi_processor_count,
+        "memory_gib": round(found.total_memory / 2**30, 1),
+        "driver": _said_by("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "cuda": torch.version.cuda,
+        "hip": torch.version.hip,
     }
 
 
@@ -46,10 +69,10 @@ def describe_commit() -> Commit:
     return {"id": commit or "unknown", "dirty": bool(changes)}
 
 
-def file_stem(commit: Commit) -> str:
-    """For the files of a study: device and commit."""
-    device = re.sub(r"[^a-z0-9]+", "-", _processor().lower()).strip("-")
-    return f"{device}-{commit['id']}" + ("-dirty" if commit["dirty"] else "")
+def file_stem(commit: Commit, device: str | None = None) -> str:
+    """For the files of a study: device, None for the processor, and commit."""
+    name = re.sub(r"[^a-z0-9]+", "-", (device or _processor()).lower()).strip("-")
+    return f"{name}-{commit['id']}" + ("-dirty" if commit["dirty"] else "")
 
 
 def usable_cores() -> int:
@@ -82,9 +105,12 @@ def _memory(field: str) -> int:
 
 
 def _git(*arguments: str) -> str:
+    return _said_by("git", *arguments)
+
+
+def _said_by(*command: str) -> str:
+    """What a command prints, nothing where it fails or is not there."""
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        done = subprocess.run(
-            ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True
-        )
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
         return done.stdout.strip()
     return ""

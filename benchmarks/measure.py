@@ -9,7 +9,9 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
+
+import torch
 
 try:
     import resource
@@ -44,6 +46,12 @@ class Turns(NamedTuple):
         return statistics.median(mine / theirs for mine, theirs in pairs)
 
 
+class TakeTurns(Protocol):
+    """What `take_turns` does, by whatever clock."""
+
+    def __call__(self, *calls: Call, repeats: int) -> Turns: ...
+
+
 def take_turns(*calls: Call, repeats: int) -> Turns:
     """Times ``repeats`` rounds of all ``calls``, after one that warms up.
 
@@ -59,6 +67,12 @@ def _seconds(fn: Call) -> float:
     start = time.perf_counter()
     fn()
     return time.perf_counter() - start
+
+
+def wait_for(device: torch.device) -> None:
+    """Returns when a GPU has done what it was told to; the CPU always has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def peak_memory(fn: Call) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -11,7 +12,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from benchmarks.cases.stages import FLOOR, STAGES
-from benchmarks.goals import GOALS
+from benchmarks.goals import GOALS, Goal
 from benchmarks.outcome import Outcome
 from benchmarks.peers import PEERS
 from benchmarks.report import Outcomes, duration
@@ -22,10 +23,22 @@ INK, FAINT = "#2b303b", "#9aa3ad"
 STAGE_COLORS = ("#2b303b", "#c44e52", "#e0b252", "#c98a1b", "#0f7c8a")
 DPI = 160
 
+Paint = Callable[[Outcomes], Figure | None]
 
-def draw(outcomes: Outcomes, stem: Path) -> Iterator[Path]:
+
+def draw(outcomes: Outcomes, stem: Path, goals: Sequence[Goal] = GOALS) -> Iterator[Path]:
     """Saves a picture for each that the outcomes suffice for, as ``stem`` and its subject."""
-    for subject, paint in (("scaling", _scaling), ("peers", _peers), ("floor", _floor)):
+    paints: dict[str, Paint] = {
+        "scaling": _scaling,
+        "peers": _peers,
+        "floor": partial(_floor, goals=goals),
+    }
+    return save_each(paints, outcomes, stem)
+
+
+def save_each(paints: Mapping[str, Paint], outcomes: Outcomes, stem: Path) -> Iterator[Path]:
+    """Saves what each of ``paints``, by subject, makes of the outcomes, if anything."""
+    for subject, paint in paints.items():
         figure = paint(outcomes)
         if figure is not None:
             path = stem.with_name(f"{stem.name}-{subject}.png")
@@ -58,8 +71,8 @@ def _scaling(outcomes: Outcomes) -> Figure | None:
         axes.set_ylabel(label)
         axes.set_xticks(points, [f"{n:,.0f}" for n in points])
         axes.xaxis.set_minor_formatter(NullFormatter())
-        _tidy(axes)
-    _legend_below(figure, times, memory, columns=3)
+        tidy(axes)
+    legend_below(figure, times, memory, columns=3)
     figure.suptitle("One block, planning included: tracks in 2-D, growing at one density", size=11)
     return figure
 
@@ -109,12 +122,12 @@ def _peers(outcomes: Outcomes) -> Figure | None:
     axes.set_ylim(-0.6, len(found) - 0.4)
     handles = [Patch(color=FORWARD, label="forward"), Patch(color=STEP, label="training step")]
     figure.legend(handles=handles, loc="outside upper center", ncols=2, frameon=False, fontsize=8)
-    _tidy(axes)
+    tidy(axes)
     axes.grid(axis="y", visible=False)
     return figure
 
 
-def _floor(outcomes: Outcomes) -> Figure | None:
+def _floor(outcomes: Outcomes, goals: Sequence[Goal]) -> Figure | None:
     """The block over its GEMM floor, stage by stage."""
     scenes = [
         name.removeprefix("stages/")
@@ -129,14 +142,15 @@ def _floor(outcomes: Outcomes) -> Figure | None:
     rows = [(scene, kind) for kind in ("step", "forward") for scene in reversed(scenes)]
     for row, (scene, kind) in enumerate(rows):
         _stack(axes, row, outcomes, scene, kind)
+        _marks(axes, row, goals, scene, kind)
         labels.append(f"{scene}, {'training step' if kind == 'step' else 'forward'}")
     axes.axvline(1, color=FAINT, linewidth=1.5, linestyle="--", label="GEMM floor")
     axes.set_yticks(range(len(rows)), labels, fontsize=8)
     axes.set_ylim(-0.6, len(rows) - 0.4)
     axes.set_xlim(left=0)
     axes.set_xlabel("time over that of the block's dense projections alone (the GEMM floor)")
-    _legend_below(figure, axes, columns=5)
-    _tidy(axes)
+    legend_below(figure, axes, columns=5)
+    tidy(axes)
     axes.grid(axis="y", visible=False)
     return figure
 
@@ -153,13 +167,16 @@ def _stack(axes: Axes, row: int, outcomes: Outcomes, scene: str, kind: str) -> N
     whole = compute.find(f"{kind}_over_floor")
     if whole is not None:
         axes.plot(whole, row, "|", color=WHOLE, ms=20, mew=2.5, label="whole block, measured")
-    for goal in GOALS:
+
+
+def _marks(axes: Axes, row: int, goals: Sequence[Goal], scene: str, kind: str) -> None:
+    for goal in goals:
         if (goal.case, goal.figure) == (f"compute/{scene}", f"{kind}_over_floor"):
             axes.plot(goal.bar, row + 0.38, "v", color=INK, ms=6, label="bar")
             axes.plot(goal.aim, row + 0.38, "v", color="white", mec=INK, ms=6, label="aim")
 
 
-def _legend_below(figure: Figure, *all_axes: Axes, columns: int) -> None:
+def legend_below(figure: Figure, *all_axes: Axes, columns: int) -> None:
     """One legend for all, each label once."""
     found = [axes.get_legend_handles_labels() for axes in all_axes]
     unique = {
@@ -178,7 +195,7 @@ def _legend_below(figure: Figure, *all_axes: Axes, columns: int) -> None:
     )
 
 
-def _tidy(axes: Axes) -> None:
+def tidy(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#e6e9ed", linewidth=0.8)
     axes.set_axisbelow(True)

@@ -33,8 +33,8 @@ def report(outcomes: Outcomes) -> str:
     return "\n\n".join(f"{title}\n{body}" for title, body in parts.items() if body)
 
 
-def goals(outcomes: Outcomes) -> str:
-    rows = [_goal_row(goal, *outcome_of(goal, outcomes)) for goal in GOALS]
+def goals(outcomes: Outcomes, goals: Sequence[Goal] = GOALS) -> str:
+    rows = [_goal_row(goal, *outcome_of(goal, outcomes)) for goal in goals]
     return table(("", "", "bar", "aim", "", ""), rows)
 
 
@@ -67,13 +67,12 @@ def _peer_row(name: str, outcomes: Outcomes) -> tuple[str, ...]:
     if outcome.problem is not None:
         return (label, *[NONE] * 6, f"tracks: {tracks}; {outcome.problem}")
     numbers = outcome.number
-    memory = outcomes.get(f"memory-of-{name}/theirs", Outcome())
     return (
         label,
         _count(numbers("points")),
         duration(numbers("forward_seconds")),
         duration(outcome.find("step_seconds")),
-        size(memory.find("peak_bytes")),
+        size(_memory(outcomes, name, "theirs")),
         _times(numbers("forward_over_vicinal")),
         _times(outcome.find("step_over_vicinal")),
         ", ".join((*_notes(outcome), *_our_memory(outcomes, name))),
@@ -95,9 +94,15 @@ def _notes(outcome: Outcome) -> Iterator[str]:
 
 
 def _our_memory(outcomes: Outcomes, name: str) -> Iterator[str]:
-    ours = outcomes.get(f"memory-of-{name}/ours", Outcome()).find("peak_bytes")
+    ours = _memory(outcomes, name, "ours")
     if ours is not None:
         yield f"vicinal takes {size(ours)}"
+
+
+def _memory(outcomes: Outcomes, name: str, side: str) -> float | None:
+    """Bytes of one side of a contest: its own figure, or that of a case of its own."""
+    apart = outcomes.get(f"memory-of-{name}/{side}", Outcome())
+    return outcomes[name].find(f"peak_bytes {side}") or apart.find("peak_bytes")
 
 
 def scenes(outcomes: Outcomes) -> str:

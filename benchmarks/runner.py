@@ -15,7 +15,15 @@ from benchmarks.outcome import KILLED, OUT_OF_MEMORY, DisagreementError, Outcome
 
 DISAGREES = 3  # the exit status of a case whose peer disagrees
 TIMEOUT = 3600.0  # seconds
-ALLOCATION_FAILED = ("can't allocate memory", "annot allocate memory", "MemoryError", "bad_alloc")
+ALLOCATION_FAILED = (
+    "can't allocate memory",
+    "annot allocate memory",
+    "MemoryError",
+    "bad_alloc",
+    "CUDA out of memory",
+    "CUDA error: out of memory",
+    "HIP out of memory",
+)
 
 
 def run_case(name: str, size: str, *, environment: Mapping[str, str] | None = None) -> Outcome:

@@ -7,10 +7,7 @@ process of its own; prints tables, draws plots and writes all figures as JSON.
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
 import sys
-import time
 from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
@@ -18,14 +15,23 @@ from typing import Any
 
 from benchmarks import machine
 from benchmarks.cases import all_cases, contest_names, memory_names, study_names
-from benchmarks.goals import GOALS, outcome_of
+from benchmarks.goals import GOALS
 from benchmarks.layer import EMBED_DIM, HEADS
-from benchmarks.outcome import DisagreementError, Outcome
+from benchmarks.outcome import Outcome
+from benchmarks.record import (
+    RESULTS,
+    Draw,
+    as_record,
+    collect,
+    run_and_say,
+    save,
+    show,
+    until_one_fits,
+)
 from benchmarks.report import Outcomes, report
 from benchmarks.runner import run_case
 from benchmarks.sizes import SIZES
 
-RESULTS = Path(__file__).parent / "results"
 SUFFIXES = {"full": "", "quick": "-quick"}
 
 
@@ -37,16 +43,16 @@ def main() -> int:
     started = datetime.now(timezone.utc)
     commit = machine.describe_commit()  # now: who knows what is checked out when it ends
     stem = arguments.out / (machine.file_stem(commit) + SUFFIXES[arguments.size])
-    outcomes: dict[str, Outcome] = {}
-    try:
-        for more in run(arguments.size, tuple(arguments.only), million=arguments.million):
-            outcomes |= more
-            save(as_json(outcomes, arguments.size, started, commit), stem)
-    except DisagreementError as difference:
-        print(f"\nThe study stops, as a peer disagrees: {difference}", file=sys.stderr)
+
+    def keep(outcomes: Outcomes) -> None:
+        save(as_json(outcomes, arguments.size, started, commit), stem)
+
+    batches = run(arguments.size, tuple(arguments.only), million=arguments.million)
+    outcomes = collect(batches, keep, {})
+    if outcomes is None:
         return 1
     print(report(outcomes))
-    show(outcomes, stem)
+    show(outcomes, stem, _plots)
     return 0
 
 
@@ -60,71 +66,37 @@ def run(
     Raises:
         DisagreementError: a peer computes something else than the library.
     """
+
+    def run_one(name: str) -> Outcome:
+        return run_and_say(lambda: run_case(name, size_name), name)
+
     size = SIZES[size_name]
     ladders = contest_names(size) + [[name] for name in study_names(size)]
     for ladder in ladders + [["million"]] * million:
-        names = [name for name in ladder if name.startswith(only or "")]
-        yield _until_one_fits(names, size_name)
+        outcomes = until_one_fits((name for name in ladder if name.startswith(only or "")), run_one)
+        contests = [name for name in outcomes if name.startswith("peers/")]
+        measured = [name for name in contests if outcomes[name].figures]
+        yield outcomes | {
+            memory: run_one(memory) for name in measured for memory in memory_names(name)
+        }
 
 
-def _until_one_fits(names: list[str], size_name: str) -> dict[str, Outcome]:
-    """Goes on to the next of ``names`` where one takes more memory than there is."""
-    outcomes = {}
-    for name in names:
-        outcomes[name] = outcome = _run_and_say(name, size_name)
-        if outcome.figures and name.startswith("peers/"):
-            outcomes |= {memory: _run_and_say(memory, size_name) for memory in memory_names(name)}
-        if not outcome.lacked_memory:
-            break
-    return outcomes
+def _plots() -> Draw:
+    from benchmarks.plots import draw
 
-
-def _run_and_say(name: str, size_name: str) -> Outcome:
-    start = time.perf_counter()
-    print(f"{name} ...", end=" ", file=sys.stderr, flush=True)
-    outcome = run_case(name, size_name)
-    print(outcome.problem or f"{time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
-    return outcome
-
-
-def save(record: dict[str, Any], stem: Path) -> None:
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    stem.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-
-
-def show(outcomes: Outcomes, stem: Path) -> None:
-    """Draws plots beside the JSON, and says where all of it is."""
-    print(f"\nFigures: {stem.with_suffix('.json')}")
-    try:
-        from benchmarks.plots import draw
-    except ImportError as missing:
-        print(f"No plots: {missing}")
-        return
-    for plot in draw(outcomes, stem):
-        print(f"Plot: {plot}")
+    return draw
 
 
 def as_json(
     outcomes: Outcomes, size_name: str, started: datetime, commit: machine.Commit
 ) -> dict[str, Any]:
-    return {
-        "machine": machine.describe_machine(),
-        "versions": machine.versions(),
-        "commit": commit,
-        "started": started.isoformat(timespec="seconds"),
-        "size": size_name,
-        "settings": {
-            "embed_dim": EMBED_DIM,
-            "n_heads": HEADS,
-            "dtype": "float32",
-            **SIZES[size_name]._asdict(),
-        },
-        "goals": [
-            {**goal._asdict(), "value": outcome_of(goal, outcomes)[1].find(goal.figure)}
-            for goal in GOALS
-        ],
-        "cases": {name: dataclasses.asdict(outcome) for name, outcome in outcomes.items()},
+    settings = {
+        "embed_dim": EMBED_DIM,
+        "n_heads": HEADS,
+        "dtype": "float32",
+        **SIZES[size_name]._asdict(),
     }
+    return as_record(outcomes, GOALS, started, commit, size=size_name, settings=settings)
 
 
 def _parse() -> argparse.Namespace:

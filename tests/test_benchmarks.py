@@ -291,11 +291,10 @@ def test_growth_is_of_time_per_query(monkeypatch: pytest.MonkeyPatch) -> None:
     assert figures["step_growth"] == pytest.approx(4 * len(small) / len(large))
 
 
-def test_rate_of_attention_counts_its_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rate_of_attention_counts_its_pairs() -> None:
     layer = tiny_layer()
     turns = measure.Turns(((1.0,), (1.0,)))
-    monkeypatch.setattr(compute, "take_turns", lambda *calls, repeats: turns)
-    rate = compute.over_floor(layer, 1)["attention_rate_over_gemm"]
+    rate = compute.over_floor(layer, 1, lambda *calls, repeats: turns)["attention_rate_over_gemm"]
     flops = 4 * layer.n_pairs * 16, 2 * len(layer) * 16 * 3 * 16
     assert rate == pytest.approx(flops[0] / flops[1])
 

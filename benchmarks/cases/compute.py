@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.layer import Layer
-from benchmarks.measure import take_turns
+from benchmarks.measure import TakeTurns, take_turns
 from benchmarks.outcome import Figures
 from benchmarks.work import Work
 
@@ -14,7 +14,7 @@ ATTENTION_FLOPS = 4  # per pair and channel: a product and a sum for the logit, 
 LINEAR_FLOPS = 2  # per weight and row
 
 
-def over_floor(layer: Layer, repeats: int) -> Figures:
+def over_floor(layer: Layer, repeats: int, take_turns: TakeTurns = take_turns) -> Figures:
     """Times over the GEMM floor, the attention's rate over that of a product, and the plan."""
     whole, floor, attention, linear = (
         layer.whole(),
@@ -47,5 +47,5 @@ def over_floor(layer: Layer, repeats: int) -> Figures:
 def _linear(layer: Layer) -> Work:
     """A linear map from E to 3E of all queries."""
     embed_dim = layer.block.embed_dim
-    weight = torch.randn(3 * embed_dim, embed_dim, dtype=layer.x.dtype)
+    weight = torch.randn(3 * embed_dim, embed_dim).to(layer.x)
     return Work(F.linear, (layer.x, weight))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from benchmarks.layer import Layer
-from benchmarks.measure import Call, take_turns
+from benchmarks.measure import Call, TakeTurns, take_turns
 from benchmarks.outcome import Figures
 from benchmarks.work import Work
 
@@ -22,12 +22,21 @@ STAGES = (
 )
 
 
-def seconds(layer: Layer, repeats: int) -> Figures:
-    """Of every stage, the whole block and the GEMM floor, forward and in a training step."""
+def seconds(
+    layer: Layer,
+    repeats: int,
+    take_turns: TakeTurns = take_turns,
+    plans: tuple[Call, Call] | None = None,
+) -> Figures:
+    """Of every stage, the whole block and the GEMM floor, forward and in a training step.
+
+    ``plans`` are calls that plan for these two; None: the plan has no more to it than making it.
+    """
+    for_forward, for_step = plans or (layer.make_plan, layer.make_plan)
     works = _stages(layer)
     calls: dict[str, list[Call]] = {
-        "forward": [layer.make_plan, *(work.forward for work in works.values())],
-        "step": [layer.make_plan, *(work.step for work in works.values())],
+        "forward": [for_forward, *(work.forward for work in works.values())],
+        "step": [for_step, *(work.step for work in works.values())],
     }
     figures: Figures = {"points": len(layer)}
     for kind in calls:

@@ -52,4 +52,4 @@ def step_problem(work: Work) -> str | None:
 
 def _drawn(like: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(like.shape, generator=generator, dtype=like.dtype)
+    return torch.randn(like.shape, generator=generator, dtype=like.dtype).to(like.device)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from benchmarks.layer import Attend, Layer
+from benchmarks.measure import wait_for
 from benchmarks.peers.contest import Contest, step_problem
 from benchmarks.work import Work
 from vicinal import get_multilevel_neighborhoods
@@ -25,7 +26,7 @@ MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 def problem(layer: Layer) -> str | None:
     try:
         compiled = torch.compile(lambda x: x + 1)
-        compiled(torch.zeros(8))
+        compiled(torch.zeros(8, device=layer.x.device))
     except Exception as error:
         return f"it needs torch.compile, which does not work here: {_first_line(error)}"
     return None
@@ -37,12 +38,14 @@ def prepare(layer: Layer) -> Contest:
     make_mask = torch.compile(create_block_mask)
     arguments = (sees(layer), None, None, len(layer), len(layer), str(layer.x.device))
     make_mask(*arguments)  # compiles it
+    wait_for(layer.x.device)
     start = time.perf_counter()
     mask: BlockMask = make_mask(*arguments)
+    wait_for(layer.x.device)
     seconds = time.perf_counter() - start
     ours = layer.attention()
     # To try it on the compiled function would make PyTorch give up compiling it, silently.
-    few = torch.zeros(1, 1, 16, 16)
+    few = torch.zeros(1, 1, 16, 16, device=layer.x.device)
     return Contest(
         Work(attention(mask), ours.inputs),
         ours,
@@ -70,7 +73,7 @@ def sees(layer: Layer) -> MaskMod:
     centers, _, _ = get_multilevel_neighborhoods(layer.positions, layer.pyramid.level_shapes, ones)
     columns = [column.t().flatten() for column in centers.int().unbind(2)]
     cells = [cell.contiguous() for cell in layer.pyramid.cells.int().unbind(1)]
-    radius = (torch.tensor(layer.scene.windows) // 2)[levels]
+    radius = (torch.tensor(layer.scene.windows, device=levels.device) // 2)[levels]
     first = levels * n  # of the level's centres
 
     def mask_mod(batch: Tensor, head: Tensor, query: Tensor, point: Tensor) -> Tensor:

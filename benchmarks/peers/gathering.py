@@ -16,7 +16,7 @@ def problem(layer: Layer) -> str | None:
 
 def prepare(layer: Layer) -> Contest:
     """The whole block, on a sparse COO map, which is what this peer understands."""
-    peer = layer.make_block(GatherAndProjectBlock, *layer.sizes).to(layer.x.dtype)
+    peer = layer.make_block(GatherAndProjectBlock, *layer.sizes).to(layer.x)
     peer.load_state_dict(layer.block.state_dict())
     return Contest(
         Work(layer.on_sparse_map(peer), (layer.x,), _parameters(peer)),

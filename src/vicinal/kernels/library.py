@@ -32,17 +32,27 @@ _SCHEMAS = {
         "(Tensor visits, Tensor starts, Tensor stops, int[] sizes, int position_dim, int rows) "
         "-> (Tensor, Tensor, Tensor)"
     ),
+    "find_flags": "(Tensor k, Tensor v) -> Tensor",
 }
+
+_EVERYWHERE = (
+    "neighborhood_attention",
+    "neighborhood_attention_backward",
+    "rotate",
+    "rotate_backward",
+    "find_slices",
+)
 
 
 class Ops:
     """The ops in a namespace of one back end's, which two that run on one device need."""
 
-    def __init__(self, namespace: str) -> None:
+    def __init__(self, namespace: str, *others: str) -> None:
+        """``others`` are the ops beside those that every back end has."""
         self._ops = getattr(torch.ops, namespace)
         self.namespace = namespace
-        for name, schema in _SCHEMAS.items():
-            torch.library.define(f"{namespace}::{name}", schema)
+        for name in (*_EVERYWHERE, *others):
+            torch.library.define(f"{namespace}::{name}", _SCHEMAS[name])
             torch.library.register_fake(f"{namespace}::{name}", _FAKES[name])
         self._differentiate("neighborhood_attention", _backward_attention, _setup_attention)
         self._differentiate("rotate", _backward_rotate, _setup_rotate)
@@ -103,6 +113,11 @@ class Ops:
             visits, starts, stops, list(sizes), position_dim, rows
         )
         return runs
+
+    def find_flags(self, k: Tensor, v: Tensor) -> Tensor:
+        """float32 ``[nnz, H]``: NaN for points that hold a number that is not finite, else zero."""
+        flags: Tensor = self._ops.find_flags(k, v)
+        return flags
 
 
 def refuse_double_backward(ctx: Any, *_: Any) -> None:
@@ -175,6 +190,10 @@ def _fake_find_runs(
     return firsts, torch.empty_like(firsts), visits.new_empty(n_tiles, len(sizes), 2)
 
 
+def _fake_find_flags(k: Tensor, v: Tensor) -> Tensor:
+    return k.new_empty(k.shape[:2], dtype=torch.float32)
+
+
 _FAKES: dict[str, Callable[..., Any]] = {
     "neighborhood_attention": _fake_attention,
     "neighborhood_attention_backward": _fake_attention_backward,
@@ -182,4 +201,5 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "rotate_backward": _fake_rotate_backward,
     "find_slices": _fake_find_slices,
     "find_runs": _fake_find_runs,
+    "find_flags": _fake_find_flags,
 }

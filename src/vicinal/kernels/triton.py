@@ -13,7 +13,7 @@ from .library import Ops
 if TYPE_CHECKING:
     from ..plan import NeighborhoodPlan
 
-OPS = Ops("vicinal_triton")
+OPS = Ops("vicinal_triton", "find_runs", "find_flags")
 find_slices, find_runs, rotate = OPS.find_slices, OPS.find_runs, OPS.rotate
 project = reference.project
 
@@ -24,7 +24,8 @@ def attend(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See `kernels.reference.attend`."""
     slices = plan.query_slices
-    tensors = [*plan.query_tiles(find_runs), slices.starts, slices.stops, plan.point_columns]
+    flags = OPS.find_flags(k.detach(), v.detach())
+    tensors = [*plan.query_tiles(find_runs), flags, *slices[1:3], plan.point_columns]
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *background)):
         tensors += plan.point_tiles(find_runs)  # the backward pass must not plan
     return OPS.attend(

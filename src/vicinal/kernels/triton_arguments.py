@@ -62,7 +62,7 @@ class Problem:
 
         n_tensors, slices = len(Tiles._fields), [size ** (dim - 1) for size in sizes]
         self.query_tiles = Tiles(*plan[:n_tensors])
-        starts, stops, point_columns, *point_tiles = plan[n_tensors:]
+        self.flags, starts, stops, point_columns, *point_tiles = plan[n_tensors:]
         self.levels = constant(_level_table(sizes, dim), self.device, torch.int32)
         self.query_walk = self._walk(self.query_tiles, len(q), len(k))
         if query_mask is not None:
@@ -91,23 +91,25 @@ class Problem:
         return capacity // n_slices, n_tiles * self.n_heads
 
 
+def widths(k: Tensor, v: Tensor) -> dict[str, int]:
+    """The widths of heads, and what they are padded to."""
+    return {
+        "WIDTH": k.shape[2],
+        "PADDED": max(_NARROWEST, power_of_2(k.shape[2])),
+        "VALUE_WIDTH": v.shape[2],
+        "VALUE_PADDED": max(_NARROWEST, power_of_2(v.shape[2])),
+    }
+
+
 def _constants(k: Tensor, v: Tensor) -> dict[str, int]:
     """Sizes that kernels are compiled for: as many warps as hold the tile's rows in registers.
 
     float32 has no exact product on matrix units; its multipliers need both factors in registers.
     """
-    width, value_width = k.shape[2], v.shape[2]
-    padded, value_padded = (max(_NARROWEST, power_of_2(x)) for x in (width, value_width))
-    widest = max(padded, value_padded)
-    half = k.dtype != torch.float32
-    return {
-        "WIDTH": width,
-        "PADDED": padded,
-        "VALUE_WIDTH": value_width,
-        "VALUE_PADDED": value_padded,
-        "BLOCK": 32 if half else 16,
-        "num_warps": min(max(widest // 32, 1), 4) if half else min(max(widest // 16, 2), 8),
-    }
+    sizes, half = widths(k, v), k.dtype != torch.float32
+    widest = max(sizes["PADDED"], sizes["VALUE_PADDED"])
+    warps = min(max(widest // 32, 1), 4) if half else min(max(widest // 16, 2), 8)
+    return {**sizes, "BLOCK": 32 if half else 16, "num_warps": warps}
 
 
 def _level_table(sizes: list[int], dim: int) -> list[tuple[int, ...]]:

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .triton_parts import LOG2_E, dot, finite_or_zero, kept, load_rows, softmax_step, store_rows
-from .triton_tiles import rows_of
+from .triton_tiles import cell_at, group_at, rows_of
 
 
 class Cells(NamedTuple):
@@ -63,9 +63,7 @@ def empty_cells(
     slices = row * cells.n_slices + tl.load(walk.levels + 4 * level + 2) + number
     start = tl.maximum(tl.load(cells.starts + slices, mask=exists, other=0), 0)
     stop = tl.minimum(tl.load(cells.stops + slices, mask=exists, other=0), cells.n_points)
-    center = tl.load(
-        walk.row_cells + (level * DIM + DIM - 1) * walk.n_rows + row, mask=exists, other=0
-    )
+    center = cell_at(walk, row, level, DIM - 1, exists, DIM)
     occupied = tl.zeros_like(start)
     for step in range(0, tl.max(stop - start, 0)):
         place = start + step
@@ -75,7 +73,7 @@ def empty_cells(
         occupied |= tl.where(here, 1 << tl.where(here, cell, 0), 0)
     cell = tl.arange(0, CELLS)
     there = first + cell < 2 * radius + 1
-    group = tl.load(walk.row_groups + level * walk.n_rows + row, mask=exists, other=-1)
+    group = group_at(walk, row, level, exists)
     empty = (occupied[:, None] >> cell[None, :] & 1) == 0
     empty = empty & (exists & (group >= 0))[:, None] & there[None, :]
     slot = tl.load(walk.levels + 4 * level + 3) + number * (2 * radius + 1) + first + cell
@@ -87,7 +85,9 @@ def values_of_cells(
     walk, cells, row, exists, level, head, WIDTH: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     """``[ROWS, PADDED]``: what all empty cells of a level hold for each query."""
-    group = tl.load(walk.row_groups + level * walk.n_rows + row, mask=exists, other=-1)
+    group = tl.load(
+        walk.row_groups + (tl.zeros_like(row) + walk.n_rows) * level + row, mask=exists, other=-1
+    )
     there = (group >= 0) & (group < cells.n_values)
     return load_rows(cells.value, group, there, head, WIDTH, PADDED)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..tiles import TILE
 from . import reference, triton_attention, triton_cells, triton_plan, triton_rotation
-from .triton_arguments import Problem, cdiv, heads, launch, on_device_of, power_of_2
+from .triton_arguments import Problem, cdiv, heads, launch, on_device_of, power_of_2, widths
 from .triton_cells import CellGradients
 from .triton_parts import Dropout, Rows
 
@@ -33,7 +33,7 @@ def attend(
     with on_device_of(q):
         launch(
             triton_attention.attend, problem.query_programs, problem.query_walk, problem.cells,
-            _dropout(seed, dropout_p), *problem.heads, _find_flags(problem), heads(out), lse, scale,
+            _dropout(seed, dropout_p), *problem.heads, problem.flags, heads(out), lse, scale,
             **problem.constants, DROPS=seed is not None, BACKGROUND=bool(background),
             ROWS=problem.query_rows, CELLS=_CELLS,
         )  # fmt: skip
@@ -59,7 +59,7 @@ def attend_backward(
     with on_device_of(q):
         launch(
             triton_attention.query_gradients, problem.query_programs, problem.query_walk,
-            problem.cells, dropout, *problem.heads, _find_flags(problem), lse, heads(out), upstream,
+            problem.cells, dropout, *problem.heads, problem.flags, lse, heads(out), upstream,
             grad_lse.contiguous(), delta, heads(grad_q), of_cells, scale,
             **settings, BACKGROUND=bool(background), ROWS=problem.query_rows, CELLS=_CELLS,
         )  # fmt: skip
@@ -186,15 +186,15 @@ def find_runs(
     return firsts, shifts, counts
 
 
-def _find_flags(problem: Problem) -> Tensor:
-    """float32 ``[nnz, H]``: NaN for points that hold a number that is not finite, else zero."""
-    flags = torch.empty(problem.n_points, problem.n_heads, device=problem.device)
-    settings = {**problem.constants, "BLOCK": 32}
-    del settings["DIM"], settings["LEVELS"]
-    launch(
-        triton_attention.find_flags, cdiv(problem.n_points, 32) * problem.n_heads,
-        *problem.heads[1:], flags, problem.n_points, problem.n_heads, **settings,
-    )  # fmt: skip
+def find_flags(k: Tensor, v: Tensor) -> Tensor:
+    """See `library`."""
+    n_points, n_heads = k.shape[:2]
+    flags, block = k.new_empty(n_points, n_heads, dtype=torch.float32), 32
+    with on_device_of(k):
+        launch(
+            triton_attention.find_flags, cdiv(n_points, block) * n_heads, heads(k), heads(v),
+            flags, n_points, n_heads, **widths(k, v), BLOCK=block, num_warps=1,
+        )  # fmt: skip
     return flags
 
 
@@ -209,4 +209,5 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "rotate_backward": rotate_backward,
     "find_slices": find_slices,
     "find_runs": find_runs,
+    "find_flags": find_flags,
 }

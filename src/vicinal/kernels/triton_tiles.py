@@ -90,27 +90,36 @@ def columns_at(walk, entry, begin, n_runs, n_entries, LEVELS: tl.constexpr):
 
 
 @triton.jit
+def group_at(walk, row, level, exists):
+    """The group of rows at a level, -1 for those that do not exist."""
+    place = (tl.zeros_like(row) + walk.n_rows) * level + row
+    return tl.load(walk.row_groups + place, mask=exists, other=-1)
+
+
+@triton.jit
+def cell_at(walk, row, level, axis, exists, DIM: tl.constexpr):
+    """A coordinate of the cells that rows fall into at a level."""
+    place = (tl.zeros_like(row) + walk.n_rows) * (level * DIM + axis) + row
+    return tl.load(walk.row_cells + place, mask=exists, other=0)
+
+
+@triton.jit
 def seen(
     walk, row, row_level, row_exists, column, column_level, column_exists,
     DIM: tl.constexpr, LEVELS: tl.constexpr,
 ):  # fmt: skip
     """Bool ``[ROWS, BLOCK]``: which rows see which columns, each at a level."""
-    group = tl.load(walk.row_groups + row_level * walk.n_rows + row, mask=row_exists, other=-1)
-    other = tl.load(
-        walk.column_groups + column_level * walk.n_others + column, mask=column_exists, other=-1
-    )
+    group = group_at(walk, row, row_level, row_exists)
+    n_others = tl.zeros_like(column) + walk.n_others  # of 64 bits, as all places are
+    place = column_level * n_others + column
+    other = tl.load(walk.column_groups + place, mask=column_exists, other=-1)
     takes_part = group >= 0
     radius = tl.load(walk.levels + 4 * (group % LEVELS), mask=takes_part, other=0)
-    sees = (takes_part[:, None]) & (group[:, None] == other[None, :])
+    sees = takes_part[:, None] & (group[:, None] == other[None, :])
     for axis in tl.static_range(DIM):
-        cell = tl.load(
-            walk.row_cells + (row_level * DIM + axis) * walk.n_rows + row,
-            mask=row_exists, other=0,
-        )  # fmt: skip
-        other_cell = tl.load(
-            walk.column_cells + (column_level * DIM + axis) * walk.n_others + column,
-            mask=column_exists, other=0,
-        )  # fmt: skip
+        cell = cell_at(walk, row, row_level, axis, row_exists, DIM)
+        place = (column_level * DIM + axis) * n_others + column
+        other_cell = tl.load(walk.column_cells + place, mask=column_exists, other=0)
         # One comparison for both sides: what lies below is huge as an unsigned number.
         above = (other_cell[None, :] - (cell - radius)[:, None]).to(tl.uint32, bitcast=True)
         sees = sees & (above <= (2 * radius).to(tl.uint32, bitcast=True)[:, None])

@@ -1,0 +1,1 @@
+"""The study on a GPU: what `benchmarks.study` is on the CPU."""

@@ -1,0 +1,211 @@
+"""What only a GPU can show: `make gpu-test`. Whether kernels are right is asked everywhere, in
+`test_kernels_triton`, on a GPU where there is one.
+"""
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from problems import answer, make_inputs, make_scene
+from torch import Tensor
+
+from vicinal import (
+    FeaturePyramid,
+    SparseNeighborhoodAttentionBlock,
+    neighborhood_attention,
+    plan_neighborhoods,
+)
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+EMBED, SIZES = 64, (3, 5, 7)
+
+
+def make_points(n_points: int, side: int = 128) -> FeaturePyramid:
+    """Points of three levels, two images of them, on the GPU."""
+    generator = torch.Generator().manual_seed(n_points)
+    places = torch.randint(0, side, (n_points, 2), generator=generator)
+    image = torch.randint(0, 2, (n_points, 1), generator=generator)
+    values = torch.randn(n_points, EMBED, generator=generator)
+    points = FeaturePyramid.from_points(
+        torch.cat((image, places), 1), values, (side, side), 2, strides=(1, 2, 4)
+    )
+    return points.to("cuda")
+
+
+def make_block(**options: float) -> SparseNeighborhoodAttentionBlock:
+    torch.manual_seed(0)
+    return SparseNeighborhoodAttentionBlock(EMBED, 4, 3, SIZES, **options).cuda()  # type: ignore[arg-type]
+
+
+def step(
+    block: SparseNeighborhoodAttentionBlock, points: FeaturePyramid, offsets: Tensor
+) -> tuple[Tensor, ...]:
+    """A training step, planning included: output and gradients."""
+    values = points.values.detach().requires_grad_()
+    out = block(values, points.positions(), offsets, points.with_values(values))
+    sources = [values, *block.parameters()]
+    return out.detach(), *torch.autograd.grad(out.square().sum(), sources)
+
+
+@pytest.fixture
+def stalls_allowed_again() -> Iterator[None]:
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_crowd_of_queries(dtype: torch.dtype) -> None:
+    """Thousands of tiles against the reference in float64, on the same card."""
+    scene = make_scene(((200, 160), (100, 80), (50, 40)), (5, 7, 9), (3000, 0, 5000), 12000)
+    plan = scene.plan().to("cuda")
+    inputs = make_inputs(plan.to("cpu"), heads=4, width=32, background=True, mask=True, dtype=dtype)
+    inputs = inputs.map(Tensor.cuda)._replace(query_mask=inputs.query_mask.cuda())  # type: ignore[union-attr]
+    exact = answer(inputs.map(Tensor.double), plan, "reference")
+    ours = answer(inputs, plan, "triton")
+    tolerance = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
+    for actual, expected in zip((ours.out, *ours.grads), (exact.out, *exact.grads), strict=True):
+        assert actual.isfinite().all()
+        assert (actual.double() - expected).norm() < tolerance * expected.norm()
+    again = answer(inputs, plan, "triton")
+    for first, second in zip((ours.out, *ours.grads), (again.out, *again.grads), strict=True):
+        assert torch.equal(first, second)
+
+
+def test_a_training_step_waits_for_nothing(stalls_allowed_again: None) -> None:
+    block = make_block(dropout=0.1)
+    problems = [make_points(n, side) for n, side in ((3000, 128), (4000, 96))]
+    offsets = [points.batch_offsets() for points in problems]
+    step(block, problems[0], offsets[0])  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    for points, starts in zip(problems, offsets, strict=True):  # the second with maps never seen
+        step(block, points, starts)
+
+
+def test_a_training_step_in_a_cuda_graph() -> None:
+    block, points = make_block(), make_points(3000)
+    offsets = points.batch_offsets()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step(block, points, offsets)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(block, points, offsets)
+    # The same number of points elsewhere: the graph plans anew.
+    rows = torch.tensor(points.level_shapes, device="cuda")[points.levels, 0]
+    points.coordinates[:, 1] = rows - 1 - points.coordinates[:, 1]
+    points.values.normal_()
+    graph.replay()
+    torch.cuda.synchronize()
+    expected = step(block, points, offsets)
+    for actual, wanted in zip(captured, expected, strict=True):
+        assert torch.equal(actual, wanted)
+
+
+def test_a_graph_of_maps_never_seen_is_refused() -> None:
+    block = make_block()
+    step(block, make_points(500), make_points(500).batch_offsets())
+    points = make_points(500, side=77)
+    offsets = points.batch_offsets()
+    torch.cuda.synchronize()
+    with pytest.raises(RuntimeError, match="run once"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        step(block, points, offsets)
+
+
+def test_compiled_for_any_number_of_points() -> None:
+    block = make_block()
+
+    def attend(x: Tensor, points: FeaturePyramid, positions: Tensor, offsets: Tensor) -> Tensor:
+        out: Tensor = block(x, positions, offsets, points)
+        return out
+
+    torch.compiler.reset()
+    compiled = torch.compile(attend, fullgraph=True, dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for n in (1000, 1700, 2900):
+            points = make_points(n)
+            arguments = points.values, points, points.positions(), points.batch_offsets()
+            torch.testing.assert_close(
+                compiled(*arguments), attend(*arguments), rtol=1e-4, atol=1e-4
+            )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype: torch.dtype) -> None:
+    block, points = make_block(), make_points(2000)
+    arguments = points.values, points.positions(), points.batch_offsets(), points
+    exact = block(*arguments)
+    with torch.autocast("cuda", dtype):
+        rounded = block(*arguments)
+    assert rounded.dtype == torch.float32
+    assert 0 < (rounded - exact).norm() < 2e-2 * exact.norm()
+
+
+def test_memory_of_many_queries() -> None:
+    """Nothing of the size of queries x window: 49 points each would be 49 query tensors."""
+    side = 256
+    cells = torch.cartesian_prod(torch.arange(side), torch.arange(side)).cuda()
+    coordinates = torch.nn.functional.pad(cells, (1, 1))
+    points = FeaturePyramid(torch.zeros(side**2, 1).cuda(), coordinates, ((side, side),), 1)
+    offsets = torch.tensor([0, side**2], device="cuda")
+    plan = plan_neighborhoods(cells + 0.5, offsets, points, [7])
+    q, k, v = (torch.randn(side**2, 8, 32, device="cuda").requires_grad_() for _ in range(3))
+    neighborhood_attention(q, k, v, plan).sum().backward()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    neighborhood_attention(q, k, v, plan).sum().backward()
+    assert torch.cuda.max_memory_allocated() - before < 8 * q.nbytes
+
+
+def test_a_plan_of_one_device_serves_another() -> None:
+    scene = make_scene(((20, 20),), (5,), (40,), 200)
+    here, there = scene.plan(), scene.plan().to("cuda")
+    x = torch.randn(len(scene.pyramid), 2, 16)
+    q = torch.randn(40, 2, 16)
+    out = neighborhood_attention(q.cuda(), x.cuda(), x.cuda(), there)
+    torch.testing.assert_close(out.cpu(), neighborhood_attention(q, x, x, here), rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match=r"q: expected .* on cpu"):
+        neighborhood_attention(q.cuda(), x.cuda(), x.cuda(), here)
+    with pytest.raises(ValueError, match=r"k: expected .* on cuda:0"):
+        neighborhood_attention(q.cuda(), x, x.cuda(), there)
+
+
+def test_plans_of_a_gpu_are_those_of_the_cpu() -> None:
+    scene = make_scene(((60, 50), (30, 25)), (5, 9), (1500, 2500), 2000)
+    here = scene.plan()
+    points = scene.pyramid.to("cuda")
+    there = plan_neighborhoods(
+        scene.positions.cuda(), scene.offsets.cuda(), points, scene.sizes, check_contents=True
+    )
+    for ours, theirs in zip(
+        (*there.query_slices, *there.point_slices),
+        (*here.query_slices, *here.point_slices),
+        strict=True,
+    ):
+        assert torch.equal(ours.cpu(), theirs)
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_compute_sanitizer(tool: str) -> None:
+    """Good contents and bad ones, every kernel, watched by NVIDIA's own checker."""
+    checker = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    if not Path(checker).exists():
+        pytest.skip("compute-sanitizer is not installed")
+    file = Path(__file__).parent / "test_kernels_triton.py"
+    watched = f"{file}::test_kernels_stay_in_their_buffers"
+    python = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", watched]
+    done = subprocess.run(
+        [checker, "--tool", tool, "--error-exitcode", "7", *python],
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
