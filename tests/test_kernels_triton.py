@@ -639,3 +639,10 @@ def test_which_back_end_runs() -> None:
         choose_backend("triton", DEVICE, torch.float64)
     with pytest.raises(ValueError, match=r"backend: .*it runs on GPUs"):
         choose_backend("triton", torch.device("meta"), torch.float32)
+
+
+def test_maps_too_long_for_32_bits_are_refused() -> None:
+    scene = make_scene(((2**31,),), (3,), (2,), 3)
+    plan, inputs = scene.plan(), make_inputs(scene.plan(), dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"level_shapes: expected sizes below 2\^30 for backend"):
+        on_device(inputs).attend(plan.to(DEVICE), "triton")

@@ -110,6 +110,8 @@ class NeighborhoodPlan:
         return NeighborSlices(visits.int(), starts, stops, order.flatten().int())
 
     def _find_query_tiles(self, find_runs: FindRuns) -> Tiles:
+        if max(map(max, self.level_shapes)) >= 2**30:
+            refuse("level_shapes", "sizes below 2^30 for backend 'triton'", str(self.level_shapes))
         windows = self.neighborhood_sizes, self.position_dim
         places = self._query_places(), self._point_places()
         return find_tiles(self.query_slices, *places, *windows, find_runs)

@@ -43,24 +43,27 @@ def store_rows(rows, index, valid, head, value, WIDTH: tl.constexpr, PADDED: tl.
 
 
 @triton.jit
+def pairs_at(rows, index, valid, head, PAIRS: tl.constexpr, PADDED: tl.constexpr):
+    """``[n, PADDED, 2]``: where the pairs of a head's channels stand, and which there are."""
+    pair, member = tl.arange(0, PADDED), tl.arange(0, 2)
+    place = rows.data + index.to(tl.int64)[:, None, None] * rows.row_stride
+    place += head * rows.head_stride + 2 * pair[None, :, None] + member[None, None, :]
+    exists = valid[:, None, None] & (pair < PAIRS)[None, :, None] & (member >= 0)[None, None, :]
+    return place, exists
+
+
+@triton.jit
 def load_pairs(rows, index, valid, head, PAIRS: tl.constexpr, PADDED: tl.constexpr):
     """``[n, PADDED]`` twice: the channels of even number of a head, and those of odd."""
-    pair = tl.arange(0, PADDED)
-    place = rows.data + index.to(tl.int64)[:, None] * rows.row_stride
-    place += head * rows.head_stride + 2 * pair[None, :]
-    keep = valid[:, None] & (pair < PAIRS)[None, :]
-    return tl.load(place, mask=keep, other=0.0), tl.load(place + 1, mask=keep, other=0.0)
+    place, exists = pairs_at(rows, index, valid, head, PAIRS, PADDED)
+    return tl.split(tl.load(place, mask=exists, other=0.0))
 
 
 @triton.jit
 def store_pairs(rows, index, valid, head, even, odd, PAIRS: tl.constexpr, PADDED: tl.constexpr):
-    pair = tl.arange(0, PADDED)
-    place = rows.data + index.to(tl.int64)[:, None] * rows.row_stride
-    place += head * rows.head_stride + 2 * pair[None, :]
-    keep = valid[:, None] & (pair < PAIRS)[None, :]
-    dtype = rows.data.dtype.element_ty
-    tl.store(place, even.to(dtype), mask=keep)
-    tl.store(place + 1, odd.to(dtype), mask=keep)
+    place, exists = pairs_at(rows, index, valid, head, PAIRS, PADDED)
+    pairs = tl.join(even, odd).to(rows.data.dtype.element_ty)
+    tl.store(place, pairs, mask=exists)
 
 
 @triton.jit
