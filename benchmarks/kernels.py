@@ -47,9 +47,10 @@ class Case(NamedTuple):
     everything: bool = True  # background and dropout, which take registers
     few: bool = False  # queries, which are taken one by one
 
-    @property
-    def spills_allowed(self) -> int:
+    def spills_allowed(self, kernel: str) -> int:
         """Bytes of a thread. Products of float32 keep both factors in registers."""
+        if kernel.startswith("rotate"):
+            return 96  # the sine of a huge angle takes a table
         if self.dtype != torch.float32:
             return 32
         return 64 if self.width <= 128 else 640
@@ -58,10 +59,8 @@ class Case(NamedTuple):
 CASES = (
     Case(torch.bfloat16, 32, everything=False),
     Case(torch.bfloat16, 32, everything=False, few=True),
-    Case(torch.bfloat16, 32),
-    Case(torch.bfloat16, 128),
+    Case(torch.float16, 32),
     Case(torch.bfloat16, 256),
-    Case(torch.float16, 64),
     Case(torch.float32, 32),
     Case(torch.float32, 256),
 )

@@ -16,7 +16,8 @@ from benchmarks.kernels import CASES, usages
 
 for case in CASES:
     for usage in usages(case, int(sys.argv[1])):
-        print(json.dumps([str(case), case.spills_allowed, usage._asdict()]))
+        allowed = case.spills_allowed(usage.kernel)
+        print(json.dumps([str(case), allowed, usage._asdict()]))
 """
 
 
