@@ -29,7 +29,6 @@ from vicinal.kernels import reference, triton_ops
 from vicinal.tiles import TILE
 
 ARCHITECTURES = (80, 90, 100)
-_HEADS = 8
 _NAMES = {
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
@@ -46,6 +45,8 @@ class Case(NamedTuple):
     width: int  # of a head
     everything: bool = True  # background and dropout, which take registers
     few: bool = False  # queries, which are taken one by one
+    heads: int = 8
+    single: bool = False  # point and query: a size of one is a constant to Triton
 
     def spills_allowed(self, kernel: str) -> int:
         """Bytes of a thread. Products of float32 keep both factors in registers."""
@@ -59,7 +60,9 @@ class Case(NamedTuple):
 CASES = (
     Case(torch.bfloat16, 32, everything=False),
     Case(torch.bfloat16, 32, everything=False, few=True),
+    Case(torch.bfloat16, 16, everything=False, heads=1, single=True),
     Case(torch.float16, 32),
+    Case(torch.float16, 16, heads=1, single=True),
     Case(torch.bfloat16, 256),
     Case(torch.float32, 32),
     Case(torch.float32, 256),
@@ -102,7 +105,7 @@ def _launches(case: Case) -> list[Launch]:
     ) -> None:
         found.append(Launch(kernel, arguments, num_warps, constants))
 
-    plan = _plan(case.few)
+    plan = _plan(case)
     with mock.patch.object(triton_ops, "launch", record):
         if not case.everything:
             _plan_tiles(plan, case)
@@ -111,12 +114,11 @@ def _launches(case: Case) -> list[Launch]:
     return list({launch.kernel: launch for launch in found}.values())
 
 
-def _plan(few: bool) -> NeighborhoodPlan:
+def _plan(case: Case) -> NeighborhoodPlan:
     scene = particle_tracks(2)
-    points = FeaturePyramid(
-        torch.zeros(len(scene.coordinates), 1), scene.coordinates, scene.level_shapes, 1
-    )
-    positions = points.positions()[: 5 if few else None]
+    coordinates = scene.coordinates[: 1 if case.single else None]
+    points = FeaturePyramid(torch.zeros(len(coordinates), 1), coordinates, scene.level_shapes, 1)
+    positions = points.positions()[: 5 if case.few else None]
     offsets = torch.tensor([0, len(positions)])
     return plan_neighborhoods(positions, offsets, points, scene.windows)
 
@@ -131,16 +133,16 @@ def _plan_tiles(plan: NeighborhoodPlan, case: Case) -> None:
 
 
 def _rotate(plan: NeighborhoodPlan, case: Case) -> None:
-    x = torch.zeros(plan.n_points, _HEADS, case.width, dtype=case.dtype)
+    x = torch.zeros(plan.n_points, case.heads, case.width, dtype=case.dtype)
     coordinates = torch.zeros(plan.n_points, plan.position_dim + 1)
-    frequencies = torch.zeros(plan.position_dim + 1, _HEADS, case.width // 2)
+    frequencies = torch.zeros(plan.position_dim + 1, case.heads, case.width // 2)
     triton_ops.rotate(x, coordinates, frequencies)
     triton_ops.rotate_backward(x, x, coordinates, frequencies)
 
 
 def _attend(plan: NeighborhoodPlan, case: Case) -> None:
     def zeros(*shape: int) -> Tensor:
-        return torch.zeros(*shape, _HEADS, case.width, dtype=case.dtype)
+        return torch.zeros(*shape, case.heads, case.width, dtype=case.dtype)
 
     background, seed = [], None
     if case.everything:

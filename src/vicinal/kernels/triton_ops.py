@@ -159,7 +159,8 @@ def find_slices(
     with on_device_of(centers):
         launch(
             triton_plan.find_slices, cdiv(starts.numel(), block), *tensors, starts, stops,
-            len(sorted_keys), n_queries, n_slices, starts.numel(), BLOCK=block, num_warps=4,
+            len(sorted_keys), len(sorted_keys).bit_length(), n_queries, n_slices, starts.numel(),
+            BLOCK=block, num_warps=4,
         )  # fmt: skip
     return starts, stops
 

@@ -8,25 +8,23 @@ LOW_32_BITS = tl.constexpr(2**32 - 1)
 
 
 @triton.jit
-def bound(keys, wanted, n_keys, AFTER: tl.constexpr):
+def bound(keys, wanted, n_keys, n_steps, AFTER: tl.constexpr):
     """Where ``wanted`` would stand among the sorted ``keys``, before its equals or after them."""
     low = tl.zeros_like(wanted)
     high = low + n_keys
-    span = n_keys
-    while span > 0:
+    for _ in range(n_steps):
         middle = (low + high) // 2
         key = tl.load(keys + middle, mask=middle < high, other=LARGEST)
         below = (key <= wanted) if AFTER else (key < wanted)
         below = below & (middle < high)
         low = tl.where(below, middle + 1, low)
         high = tl.where(below, high, middle)
-        span = span // 2
     return low
 
 
 @triton.jit
-def find_slices(keys, centers, level, offset, radius, starts, stops, n_keys, n_queries, n_slices,
-                n_places, BLOCK: tl.constexpr):  # fmt: skip
+def find_slices(keys, centers, level, offset, radius, starts, stops, n_keys, n_steps, n_queries,
+                n_slices, n_places, BLOCK: tl.constexpr):  # fmt: skip
     """See `reference.find_slices`; an element of the results for each place of a block."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     exists = place < n_places
@@ -35,8 +33,8 @@ def find_slices(keys, centers, level, offset, radius, starts, stops, n_keys, n_q
     middle = tl.load(centers + row * n_queries + query, mask=exists, other=0)
     middle += tl.load(offset + number, mask=exists, other=0)
     reach = tl.load(radius + number, mask=exists, other=0)
-    start = bound(keys, middle - reach, n_keys, False)
-    stop = bound(keys, middle + reach, n_keys, True)
+    start = bound(keys, middle - reach, n_keys, n_steps, False)
+    stop = bound(keys, middle + reach, n_keys, n_steps, True)
     tl.store(starts + place, start.to(tl.int32), mask=exists)
     tl.store(stops + place, tl.maximum(start, stop).to(tl.int32), mask=exists)
 
