@@ -211,6 +211,7 @@ def test_no_queries_no_points_and_no_heads() -> None:
     assert_exact(make_scene(((4,),), (3,), (0, 0), 6), background=True)
     assert_exact(make_scene(((4,),), (3,), (3, 2), 0), background=True)
     assert_exact(make_scene(((4,),), (3,), (3, 2), 5), heads=0)
+    assert_exact(make_scene(((4,),), (3,), (3, 2), 5), value_width=0, background=True)
 
 
 def test_a_scale_of_ones_own() -> None:
@@ -636,6 +637,11 @@ def test_which_back_end_runs() -> None:
     assert choose_backend(None, DEVICE, torch.float64).attend is not back_end.attend
     with pytest.raises(ValueError, match=r"backend: .*float64 is left to 'reference'"):
         choose_backend("triton", DEVICE, torch.float64)
+    with pytest.raises(ValueError, match=r"backend: .*it does not take torch.float8_e5m2"):
+        choose_backend("triton", DEVICE, torch.float8_e5m2)
+    with pytest.raises(ValueError, match=r"backend: .*at most 256 wide"):
+        choose_backend("triton", DEVICE, torch.float32, 257)
+    assert choose_backend(None, DEVICE, torch.float32, 257).attend is not back_end.attend
     with pytest.raises(ValueError, match=r"backend: .*it runs on GPUs"):
         choose_backend("triton", torch.device("meta"), torch.float32)
 

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from unittest import mock
 
+import torch
+
 import vicinal.tiles
 from benchmarks.layer import Layer
 from vicinal import NeighborhoodPlan
@@ -31,7 +33,8 @@ def point_tiles(plan: NeighborhoodPlan) -> Tiles:
 
 def plan_of_forward(layer: Layer) -> object:
     """Plans all that a forward needs."""
-    return query_tiles(layer.make_plan())
+    with torch.no_grad():  # on a GPU tiles are found with the plan, of points only for gradients
+        return query_tiles(layer.make_plan())
 
 
 def plan_of_step(layer: Layer) -> object:

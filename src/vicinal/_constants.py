@@ -8,8 +8,8 @@ from torch import Tensor
 Numbers = Sequence[int] | Sequence[Sequence[int]]
 
 _KEPT = 4096  # tables, of a few hundred bytes
-_kept: dict[object, Tensor] = {}
-_captured: dict[object, Tensor] = {}  # CUDA graphs read them for good
+_kept: dict[object, tuple[Tensor, torch.cuda.Event]] = {}
+_captured: dict[object, Tensor] = {}  # which CUDA graphs read for good
 
 
 def constant(numbers: Numbers, device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
@@ -28,14 +28,18 @@ def constant(numbers: Numbers, device: torch.device, dtype: torch.dtype = torch.
     if key not in _kept:
         if capturing:
             raise RuntimeError("run once with maps of this shape before capturing a CUDA graph")
+        if len(_kept) == _KEPT:
+            torch.cuda.synchronize(device)  # other streams may still read them
+            _kept.clear()
         with torch.inference_mode(False):  # others will compute gradients with it
             waiting = torch.tensor(numbers, dtype=dtype, pin_memory=True)
             made = waiting.to(device, non_blocking=True)
         if type(made) is not Tensor:  # a tracer's stand-in for one
             return made
-        if len(_kept) == _KEPT:
-            del _kept[next(iter(_kept))]
-        _kept[key] = made
+        _kept[key] = made, torch.cuda.current_stream(device).record_event()
+    kept, sent = _kept[key]
     if capturing:
-        _captured[key] = _kept[key]
-    return _kept[key]
+        _captured[key] = kept
+    elif not sent.query():  # it may be another stream that sends it
+        torch.cuda.current_stream(device).wait_event(sent)
+    return kept

@@ -105,7 +105,8 @@ def neighborhood_attention(
         query_mask: bool ``[N]``, True: the query takes no part; its result is zero.
         return_lse: also return the log-sum-exp of the logits, ``[N, H]`` in float32 or float64,
             minus infinity where there is nothing to attend to.
-        backend: ``"cpu"`` or ``"triton"`` (on GPUs, all but float64), both differentiable once;
+        backend: ``"cpu"`` or ``"triton"`` (on GPUs, all but float64 and heads wider than 256),
+            both differentiable once;
             ``"reference"`` (slower; differentiable twice, any dtype on any device); or None to
             choose by device and dtype.
 
@@ -123,7 +124,8 @@ def neighborhood_attention(
         refuse("background.value", f"the width of v, {v.shape[-1]}", background.value)
     q, k, v, *cells = _autocast(q, k, v, *(background or ()))
     _check_dtypes(q, k=k, v=v, **dict(zip(_CELLS, cells, strict=False)))
-    attend = choose_backend(backend, q.device, q.dtype).attend
+    width = max(q.shape[2], v.shape[2])
+    attend = choose_backend(backend, q.device, q.dtype, width).attend
     seed = torch.randint(2**62, (), device=q.device) if dropout_p > 0 else None
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     out, lse = attend(q, k, v, plan, tuple(cells), query_mask, seed, scale, dropout_p)

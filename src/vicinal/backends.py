@@ -1,13 +1,16 @@
 """The back ends: the only place that knows which exist, and which of them runs."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ._checks import refuse
 from .kernels import cpu, reference, triton
+
+if TYPE_CHECKING:
+    from .plan import NeighborhoodPlan
 
 
 class Backend(NamedTuple):
@@ -19,6 +22,10 @@ class Backend(NamedTuple):
     find_slices: Callable[..., tuple[Tensor, Tensor]]
     problem: Callable[[torch.device, torch.dtype | None], str | None]
     """Why it cannot run on a device, with floating tensors of a dtype, or None."""
+    widest: int | None = None
+    """The widest head that it takes."""
+    prepare: Callable[["NeighborhoodPlan"], None] = lambda plan: None
+    """Finds what it needs of a plan, so that no layer has to."""
 
 
 _BACKENDS = {
@@ -36,6 +43,8 @@ _BACKENDS = {
         triton.project,
         triton.find_slices,
         triton.problem,
+        triton.WIDEST,
+        triton.prepare,
     ),
 }
 _BY_DEVICE = {"cpu": "cpu", "cuda": "triton"}
@@ -48,9 +57,12 @@ def check_backend(backend: str | None) -> None:
 
 
 def choose_backend(
-    backend: str | None, device: torch.device, dtype: torch.dtype | None = None
+    backend: str | None,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    width: int = 0,
 ) -> Backend:
-    """The back end of that name, or if None the best for the device and the floating ``dtype``.
+    """The back end of that name, or if None the best for a device, floating dtype and head width.
 
     Raises:
         ValueError: an unknown back end, or one that cannot run on the device (says why).
@@ -58,8 +70,15 @@ def choose_backend(
     check_backend(backend)
     if backend is None:
         best = _BY_DEVICE.get(device.type, "reference")
-        return _BACKENDS["reference" if _BACKENDS[best].problem(device, dtype) else best]
-    problem = _BACKENDS[backend].problem(device, dtype)
+        return _BACKENDS["reference" if _problem(best, device, dtype, width) else best]
+    problem = _problem(backend, device, dtype, width)
     if problem is not None:
         refuse("backend", f"one that can run on {device}", f"{backend!r}: {problem}")
     return _BACKENDS[backend]
+
+
+def _problem(name: str, device: torch.device, dtype: torch.dtype | None, width: int) -> str | None:
+    backend = _BACKENDS[name]
+    if backend.widest is not None and width > backend.widest:
+        return f"its heads are at most {backend.widest} wide"
+    return backend.problem(device, dtype)

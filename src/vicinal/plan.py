@@ -110,7 +110,7 @@ class NeighborhoodPlan:
         return NeighborSlices(visits.int(), starts, stops, order.flatten().int())
 
     def _find_query_tiles(self, find_runs: FindRuns) -> Tiles:
-        if max(map(max, self.level_shapes)) >= 2**30:
+        if not self.fits_32_bits:
             refuse("level_shapes", "sizes below 2^30 for backend 'triton'", str(self.level_shapes))
         windows = self.neighborhood_sizes, self.position_dim
         places = self._query_places(), self._point_places()
@@ -137,6 +137,11 @@ class NeighborhoodPlan:
         groups = coordinates[:, 0] * self.n_levels + coordinates[:, -1]
         groups = torch.where(self._places.point_keys < 0, -2, groups)
         return Places(groups.int()[None], coordinates[:, 1:-1].t().int().contiguous()[None])
+
+    @property
+    def fits_32_bits(self) -> bool:
+        """Whether 32-bit numbers hold all cells and the distances between them."""
+        return max(map(max, self.level_shapes)) < 2**30
 
     @property
     def n_queries(self) -> int:
@@ -276,7 +281,9 @@ def plan_neighborhoods(
     if n_points > _INT32_MAX or n_queries > largest or pyramid.batch_size > largest:
         expected = "at most 2^31 points, queries x levels, and images x levels"
         refuse("query_spatial_positions", expected, query_spatial_positions)
-    return _plan(query_spatial_positions, query_batch_offsets, pyramid, sizes)
+    plan = _plan(query_spatial_positions, query_batch_offsets, pyramid, sizes)
+    choose_backend(None, plan.device).prepare(plan)
+    return plan
 
 
 def check_placement(

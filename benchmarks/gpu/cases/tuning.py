@@ -101,8 +101,10 @@ def scattered(layer: Layer, n_queries: int, repeats: int) -> Figures:
 def _decoder_plan(layer: Layer, queries: Tensor, rows: int) -> NeighborhoodPlan:
     """Of the points at ``queries``, ``rows`` of them to a tile; points are tiled as ever."""
     offsets = torch.tensor([0, len(queries)], device=queries.device)
-    plan = plan_neighborhoods(layer.positions[queries], offsets, layer.pyramid, layer.scene.windows)
-    with choosing(lambda n_rows, n_others: rows):
+    positions, points, windows = layer.positions[queries], layer.pyramid, layer.scene.windows
+    chosen = chosen_rows(len(points), len(queries))
+    with choosing(lambda n_rows, n_others: rows if n_rows == len(queries) else chosen):
+        plan = plan_neighborhoods(positions, offsets, points, windows)
         query_tiles(plan)
-    point_tiles(plan)
+        point_tiles(plan)
     return plan

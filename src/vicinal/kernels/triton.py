@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 OPS = Ops("vicinal_triton", "find_runs", "find_flags")
 find_slices, find_runs, rotate = OPS.find_slices, OPS.find_runs, OPS.rotate
 project = reference.project
+WIDEST = 256  # of heads: what shared memory and registers hold
 
 
 def attend(
@@ -34,11 +35,22 @@ def attend(
     )  # fmt: skip
 
 
+def prepare(plan: "NeighborhoodPlan") -> None:
+    """Finds the tiles that layers will ask for, those of points for gradients alone."""
+    if not plan.fits_32_bits:
+        return  # another back end may take it
+    plan.query_tiles(find_runs)
+    if torch.is_grad_enabled():
+        plan.point_tiles(find_runs)
+
+
 @torch.compiler.assume_constant_result
 def problem(device: torch.device, dtype: torch.dtype | None) -> str | None:
     """Why this back end cannot run on ``device`` with tensors of a dtype, or None if it can."""
     if dtype == torch.float64:
         return "it computes in float32; float64 is left to 'reference'"
+    if dtype not in (None, torch.float16, torch.bfloat16, torch.float32):
+        return f"it does not take {dtype}"
     if device.type not in ("cuda", "cpu"):
         return "it runs on GPUs"
     interprets = _load()
@@ -48,6 +60,9 @@ def problem(device: torch.device, dtype: torch.dtype | None) -> str | None:
         return interprets
     if device.type == "cuda" and interprets:
         return "TRITON_INTERPRET is set, so Triton runs on the CPU"
+    nvidia = device.type == "cuda" and torch.version.hip is None
+    if nvidia and torch.cuda.get_device_capability(device) < (8, 0):
+        return "it needs a compute capability of 8.0 or more"
     if device.type == "cpu" and not interprets:
         return "it runs on GPUs; on the CPU slowly, to be tested, if TRITON_INTERPRET=1 is set"
     return None

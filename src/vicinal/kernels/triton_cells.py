@@ -85,9 +85,7 @@ def values_of_cells(
     walk, cells, row, exists, level, head, WIDTH: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     """``[ROWS, PADDED]``: what all empty cells of a level hold for each query."""
-    group = tl.load(
-        walk.row_groups + (tl.zeros_like(row) + walk.n_rows) * level + row, mask=exists, other=-1
-    )
+    group = group_at(walk, row, level, exists)
     there = (group >= 0) & (group < cells.n_values)
     return load_rows(cells.value, group, there, head, WIDTH, PADDED)
 

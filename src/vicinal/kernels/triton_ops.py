@@ -1,6 +1,7 @@
 """The ops of `library` by kernels in Triton."""
 
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -85,7 +86,7 @@ def _key_gradients_of_cells(
     key = problem.background[1]
     n_parts = min(_PARTS, cdiv(len(lse), TILE))
     parts = lse.new_empty(n_parts, *key.shape)
-    n_blocks = sum(width ** (problem.dim - 1) * -(-width // _CELLS) for width in problem.sizes)
+    n_blocks = sum(width ** (problem.dim - 1) * cdiv(width, _CELLS) for width in problem.sizes)
     launch(
         triton_cells.cell_key_gradients, n_blocks * n_parts * problem.n_heads, problem.query_walk,
         problem.cells, dropout, lse, delta, upstream, heads(parts.flatten(0, 1)), scale,
@@ -103,8 +104,9 @@ def _value_gradients_of_cells(problem: Problem, weights: Tensor, upstream: Rows)
     n_parts = min(cdiv(_PARTS, max(len(value), 1)), cdiv(len(weights), 32))
     parts = weights.new_empty(*value.shape[:2], n_parts, *value.shape[2:])
     launch(
-        triton_cells.cell_value_gradients, parts[..., 0].numel(), tiles.visits, bounds, weights,
-        upstream, heads(parts.flatten(0, 2)), problem.n_levels, problem.n_heads, n_parts,
+        triton_cells.cell_value_gradients, math.prod(parts.shape[:-1]),
+        tiles.visits, bounds, weights, upstream, heads(parts.flatten(0, 2)),
+        problem.n_levels, problem.n_heads, n_parts,
         WIDTH=value.shape[3], PADDED=power_of_2(value.shape[3]), BLOCK=32, num_warps=1,
     )  # fmt: skip
     return parts.sum(2).to(value.dtype)
