@@ -78,7 +78,7 @@ def draw(digits: Digits, n_digits: int, size: int, generator: torch.Generator) -
     for number, (image, label) in enumerate(zip(*digits.take(chosen), strict=True)):
         strokes = _cropped(image)
         extent = torch.tensor(strokes.shape)
-        corner = _free_place(extent, boxes[:number], size, generator)
+        corner = free_place(extent, boxes[:number], size, generator)
         if corner is None:
             raise ValueError(f"no place left on the canvas after {number} digits")
         boxes[number] = torch.stack((corner, corner + extent))
@@ -97,10 +97,13 @@ def _cropped(image: Tensor) -> Tensor:
     return image[top : bottom + 1, left : right + 1]
 
 
-def _free_place(
+def free_place(
     extent: Tensor, boxes: Tensor, size: int, generator: torch.Generator
 ) -> Tensor | None:
-    """The first corner drawn at which a box of ``extent`` stays clear of ``boxes`` [m, 2, 2]."""
+    """The first corner drawn at which a box of ``extent`` stays clear of ``boxes`` [m, 2, 2].
+
+    ``boxes`` holds first corners and those one past the last, both in cells; None: no place found.
+    """
     for _ in range(TRIES // TRIES_AT_ONCE):
         corners = torch.rand(TRIES_AT_ONCE, 2, generator=generator) * (size - extent + 1)
         corners = corners.floor()
