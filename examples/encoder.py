@@ -16,7 +16,6 @@ from vicinal import (
     NeighborhoodPlan,
     NeighborhoodWeights,
     SparseNeighborhoodAttentionBlock,
-    neighborhood_attention_weights,
     plan_neighborhoods,
 )
 
@@ -97,15 +96,18 @@ class Encoder(nn.Module):
         self, pyramid: FeaturePyramid, plan: NeighborhoodPlan, queries: Tensor
     ) -> NeighborhoodWeights:
         """What the last block makes each of ``queries`` attend to, and how much."""
-        values = self.attend(pyramid, plan, BLOCKS - 1).values
+        pyramid = self.attend(pyramid, plan, BLOCKS - 1)
         block = self.blocks[-1]
         assert isinstance(block, SparseNeighborhoodAttentionBlock)
-        heads = (HEADS, EMBED_DIM // HEADS)
-        coordinates = torch.cat((pyramid.positions(), pyramid.levels[:, None]), 1)
-        q = block.q_in_proj(block.norm(values)).unflatten(-1, heads)
-        k = block.kv_proj(values).unflatten(-1, (2, *heads))[:, 0]
-        q, k = block.pos_encoding(q, coordinates), block.pos_encoding(k, coordinates)
-        return neighborhood_attention_weights(q, k, plan, queries=queries)
+        return block.attention_weights(
+            pyramid.values,
+            pyramid.positions(),
+            pyramid.batch_offsets(),
+            pyramid,
+            query_level_indices=pyramid.levels,
+            plan=plan,
+            queries=queries,
+        )
 
 
 def make_plan(pyramid: FeaturePyramid) -> NeighborhoodPlan:

@@ -434,6 +434,72 @@ def test_a_shared_plan_equals_one_built_here(background: bool, backend: str) -> 
             assert_close(left, right, 1e-13)
 
 
+# ------------------------------------------------------------------------------- the weights
+
+
+def by_weights(block: Any, arguments: Arguments, queries: Tensor | None = None) -> Tensor:
+    """The output for ``queries``, all if None, from the weights and the values they belong to."""
+    weights = block.attention_weights(**arguments._asdict(), queries=queries)
+    chosen = torch.arange(len(arguments.query)) if queries is None else queries
+    query, pyramid = arguments.query[chosen], arguments.stacked_feature_maps
+    v = block.kv_proj(pyramid.values)[:, EMBED:].unflatten(-1, (HEADS, -1))
+    row = torch.repeat_interleave(weights.offsets.diff())
+    attended = query.new_zeros(len(chosen), HEADS, EMBED // HEADS)
+    attended = attended.index_add(0, row, weights.weights[..., None] * v[weights.points])
+    if arguments.background_embedding is not None:
+        offsets = arguments.query_batch_offsets
+        image = torch.searchsorted(offsets, chosen, right=True) - 1
+        cells = block.kv_proj(arguments.background_embedding)[..., EMBED:]
+        cells = cells.unflatten(-1, (HEADS, -1))[image]
+        attended = attended + torch.einsum("nlh,nlhd->nhd", weights.background, cells)
+    out: Tensor = query + block.out_proj(attended.flatten(1))
+    return out if block.norm_first else block.norm(out)
+
+
+@given(
+    scene=scenes(),
+    background=st.booleans(),
+    levels=st.booleans(),
+    mask=st.booleans(),
+    norm_first=st.booleans(),
+)
+@settings(max_examples=25)
+def test_weights_times_values_give_the_output(
+    scene: Scene, background: bool, levels: bool, mask: bool, norm_first: bool
+) -> None:
+    block = make_block(scene, norm_first=norm_first, bias=True, dropout=0.3)
+    arguments = make_arguments(scene, background=background, levels=levels, mask=mask)
+    whole = by_weights(block, arguments)  # in training too, the weights are those before dropout
+    block.eval()
+    assert_close(whole, block(**arguments._asdict()), EXACT)
+    queries = torch.arange(len(scene.positions))[1::2].flip(0)
+    assert_close(by_weights(block, arguments, queries), whole[queries], EXACT)
+
+
+def test_weights_sum_to_one_or_to_nothing() -> None:
+    scene = scene_2d()
+    arguments = make_arguments(scene, mask=True)
+    weights = make_block(scene).attention_weights(**arguments._asdict())
+    row = torch.repeat_interleave(weights.offsets.diff())
+    sums = torch.zeros(12, HEADS, dtype=torch.float64).index_add(0, row, weights.weights)
+    assert arguments.query_mask is not None
+    sees = (scene.plan().counts() > 0) & ~arguments.query_mask
+    assert 0 < sees.sum() < 12
+    assert_close(sums, sees[:, None].expand(-1, HEADS).double(), 1e-12)
+
+
+def test_the_plan_a_block_makes_has_its_windows() -> None:
+    scene = scene_2d()
+    block, arguments = make_block(scene), make_arguments(scene)
+    plan = block.make_plan(scene.positions, scene.offsets, scene.pyramid)
+    assert plan.neighborhood_sizes == block.neighborhood_sizes == scene.sizes
+    assert torch.equal(plan.pairs(), scene.plan().pairs())
+    out = block(**arguments._asdict(), plan=plan)
+    assert torch.equal(out, block(**arguments._asdict()))
+    weights = block.attention_weights(**arguments._asdict(), plan=plan)
+    assert torch.equal(weights.points, plan.pairs()[:, 1])
+
+
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.uint8])
 def test_integers_of_any_type(dtype: torch.dtype, backend: str) -> None:
     scene = distinct_scene()
@@ -1053,6 +1119,28 @@ def test_refusals_beside_a_pyramid(
 ) -> None:
     beside = {"stacked_feature_maps": pyramid, "level_spatial_shapes": shapes}
     assert_refused(accepted() | beside, name, came)
+
+
+@pytest.mark.parametrize(("name", "value", "came"), REFUSALS + CONTENTS)
+def test_refusals_of_weights(name: str, value: Any, came: str) -> None:
+    with pytest.raises(ValueError, match=f"^{name}: expected") as refusal:
+        make_block(SCENE).attention_weights(**accepted() | {name: value})
+    assert came in str(refusal.value).split("got")[-1]
+
+
+@pytest.mark.parametrize(
+    ("queries", "came"),
+    [
+        (torch.tensor([0, 14]), "14"),
+        (torch.tensor([[0]]), "[1, 1]"),
+        (torch.tensor([0.0]), "float32"),
+        ([0], "list"),
+    ],
+)
+def test_refusals_of_queries_to_look_at(queries: Any, came: str) -> None:
+    with pytest.raises(ValueError, match=r"^queries: expected") as refusal:
+        make_block(SCENE).attention_weights(**accepted(), queries=queries)
+    assert came in str(refusal.value).split("got")[-1]
 
 
 OTHER_PLANS: dict[str, NeighborhoodPlan] = {

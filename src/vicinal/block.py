@@ -1,7 +1,7 @@
 """The module: norm, project, rotate, attend, project, residual."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,13 @@ from ._checks import (
     refuse,
 )
 from ._constants import constant
-from .attention import Background, autocasts, neighborhood_attention
+from .attention import (
+    Background,
+    NeighborhoodWeights,
+    autocasts,
+    neighborhood_attention,
+    neighborhood_attention_weights,
+)
 from .backends import check_backend, choose_backend
 from .kernels.reference import turn
 from .neighborhoods import (
@@ -30,6 +36,18 @@ from .plan import NeighborhoodPlan, check_placement, plan_neighborhoods
 from .projections import add_projected, project
 from .pyramid import FeaturePyramid
 from .rotary import RotaryEncoding
+
+
+class _Call(NamedTuple):
+    """The arguments of `SparseNeighborhoodAttentionBlock.forward`, checked and finite."""
+
+    query: Tensor
+    positions: Tensor
+    level: Tensor | int
+    mask: Tensor | None
+    pyramid: FeaturePyramid
+    plan: NeighborhoodPlan
+    background: Tensor | None
 
 
 class SparseNeighborhoodAttentionBlock(nn.Module):
@@ -161,21 +179,18 @@ class SparseNeighborhoodAttentionBlock(nn.Module):
             ValueError: any argument of the wrong shape, dtype or device, and on the CPU contents
                 that cannot be right; names the argument, what was expected and what came.
         """
-        self._check_queries(
-            query, query_spatial_positions, background_embedding, query_level_indices, query_mask
-        )
-        pyramid = self._pyramid(stacked_feature_maps, level_spatial_shapes, query)
-        plan = self._plan(
-            plan, query_spatial_positions, query_batch_offsets, pyramid, background_embedding
-        )
         attended = self._attend(
-            query,
-            query_spatial_positions,
-            query_level_indices,
-            query_mask,
-            pyramid,
-            plan,
-            background_embedding,
+            self._check(
+                query,
+                query_spatial_positions,
+                query_batch_offsets,
+                stacked_feature_maps,
+                level_spatial_shapes,
+                background_embedding,
+                query_level_indices,
+                query_mask,
+                plan,
+            )
         )
         backend = choose_backend(self.backend, query.device, query.dtype)
         if self.dropout.training and self.dropout.p > 0:
@@ -185,25 +200,71 @@ class SparseNeighborhoodAttentionBlock(nn.Module):
             out = add_projected(backend, query, attended, self.out_proj)
         return out if self.norm_first else self.norm(out)
 
-    def _attend(
+    def make_plan(
+        self,
+        query_spatial_positions: Tensor,
+        query_batch_offsets: Tensor,
+        pyramid: FeaturePyramid,
+    ) -> NeighborhoodPlan:
+        """What `forward` takes as ``plan``: `plan_neighborhoods` with the windows of this block."""
+        return plan_neighborhoods(
+            query_spatial_positions, query_batch_offsets, pyramid, self.neighborhood_sizes
+        )
+
+    def attention_weights(
         self,
         query: Tensor,
-        positions: Tensor,
-        level_indices: Tensor | None,
-        mask: Tensor | None,
-        pyramid: FeaturePyramid,
-        plan: NeighborhoodPlan,
-        background_embedding: Tensor | None,
-    ) -> Tensor:
+        query_spatial_positions: Tensor,
+        query_batch_offsets: Tensor,
+        stacked_feature_maps: Tensor | FeaturePyramid,
+        level_spatial_shapes: Tensor | Sequence[Sequence[int]] | None = None,
+        background_embedding: Tensor | None = None,
+        query_level_indices: Tensor | None = None,
+        query_mask: Tensor | None = None,
+        *,
+        plan: NeighborhoodPlan | None = None,
+        queries: Tensor | None = None,
+    ) -> NeighborhoodWeights:
+        """The softmax weights, before any dropout, that `forward` gives each point, for looking.
+
+        Args:
+            queries: integer ``[n]``, the queries to look at; None: all, which stores every pair.
+
+        The other arguments, and the errors, are those of `forward`.
+        """
+        call = self._check(
+            query,
+            query_spatial_positions,
+            query_batch_offsets,
+            stacked_feature_maps,
+            level_spatial_shapes,
+            background_embedding,
+            query_level_indices,
+            query_mask,
+            plan,
+        )
+        q, k, _, background = self._project(call)
+        return neighborhood_attention_weights(
+            q, k, call.plan, background=background, query_mask=call.mask, queries=queries
+        )
+
+    def _attend(self, call: "_Call") -> Tensor:
         """Norm, projections, rotations and attention: ``[N, E]``, all that is left of them."""
-        # A query at no finite place takes no part; its angles must not spoil the gradients.
-        positions = positions.to(coordinate_dtype(positions.dtype)).nan_to_num(0.0, 0.0, 0.0)
-        level: Tensor | int = finest_level(pyramid.level_shapes)
-        if level_indices is not None:
-            level = level_indices.clamp(0, self.n_levels - 1)
-            if not reads_contents(None, query.device):  # nobody has looked: such take no part
-                nowhere = level.ne(level_indices)
-                mask = nowhere if mask is None else mask | nowhere
+        q, k, v, background = self._project(call)
+        return neighborhood_attention(
+            q,
+            k,
+            v,
+            call.plan,
+            dropout_p=self.dropout.p if self.training else 0.0,
+            background=background,
+            query_mask=call.mask,
+            backend=self.backend,
+        ).flatten(1)
+
+    def _project(self, call: "_Call") -> tuple[Tensor, Tensor, Tensor, Background | None]:
+        """q, k, v and what empty cells hold, as the attention takes them."""
+        query, positions, level, _, pyramid, plan, background_embedding = call
         norm = self.norm if self.norm_first else None
         (q,) = self._heads(query, self.q_in_proj, 1, norm)
         q = self.pos_encoding(q, _with_level(positions, level))
@@ -213,16 +274,7 @@ class SparseNeighborhoodAttentionBlock(nn.Module):
         if background_embedding is not None:
             centers = window_centers(positions, pyramid.level_shapes)
             background = self._background(background_embedding, q, centers, plan, pyramid)
-        return neighborhood_attention(
-            q,
-            k,
-            v,
-            plan,
-            dropout_p=self.dropout.p if self.training else 0.0,
-            background=background,
-            query_mask=mask,
-            backend=self.backend,
-        ).flatten(1)
+        return q, k, v, background
 
     def _heads(
         self, x: Tensor, linear: nn.Linear, parts: int, norm: nn.LayerNorm | None = None
@@ -262,6 +314,32 @@ class SparseNeighborhoodAttentionBlock(nn.Module):
         ones = one.repeat(plan.window_slots, self.n_heads, q.shape[-1] // 2)
         cell_keys = self.pos_encoding(ones, torch.cat(offsets))
         return Background(torch.stack(queries, 1), cell_keys, value)
+
+    def _check(
+        self,
+        query: Tensor,
+        positions: Tensor,
+        offsets: Tensor,
+        maps: Tensor | FeaturePyramid,
+        level_spatial_shapes: Tensor | Sequence[Sequence[int]] | None,
+        background: Tensor | None,
+        levels: Tensor | None,
+        mask: Tensor | None,
+        plan: NeighborhoodPlan | None,
+    ) -> "_Call":
+        """Refuses what does not fit; fills in pyramid, plan and level where they are left out."""
+        self._check_queries(query, positions, background, levels, mask)
+        pyramid = self._pyramid(maps, level_spatial_shapes, query)
+        plan = self._plan(plan, positions, offsets, pyramid, background)
+        # A query at no finite place takes no part; its angles must not spoil the gradients.
+        positions = positions.to(coordinate_dtype(positions.dtype)).nan_to_num(0.0, 0.0, 0.0)
+        level: Tensor | int = finest_level(pyramid.level_shapes)
+        if levels is not None:
+            level = levels.clamp(0, self.n_levels - 1)
+            if not reads_contents(None, query.device):  # nobody has looked: such take no part
+                nowhere = level.ne(levels)
+                mask = nowhere if mask is None else mask | nowhere
+        return _Call(query, positions, level, mask, pyramid, plan, background)
 
     def _check_queries(
         self,
@@ -329,7 +407,7 @@ class SparseNeighborhoodAttentionBlock(nn.Module):
         if background is not None and background.shape[0] != pyramid.batch_size:
             refuse("background_embedding", f"{pyramid.batch_size} images", background)
         if plan is None:
-            return plan_neighborhoods(positions, offsets, pyramid, self.neighborhood_sizes)
+            return self.make_plan(positions, offsets, pyramid)
         if not isinstance(plan, NeighborhoodPlan):
             refuse("plan", "a NeighborhoodPlan or None", plan)
         check_placement(positions, offsets, pyramid)
