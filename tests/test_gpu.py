@@ -88,6 +88,23 @@ def test_a_training_step_waits_for_nothing(stalls_allowed_again: None) -> None:
         step(block, points, starts)
 
 
+def test_a_compiled_training_step_waits_for_nothing(stalls_allowed_again: None) -> None:
+    """Tables of numbers are copied on the GPU, where they are kept."""
+    block, points = make_block(), make_points(3000)
+    offsets, positions = points.batch_offsets(), points.positions()
+
+    @torch.compile(fullgraph=True, dynamic=True)
+    def attend(x: Tensor, points: FeaturePyramid, positions: Tensor, offsets: Tensor) -> Tensor:
+        out: Tensor = block(x, positions, offsets, points)
+        return out
+
+    torch.compiler.reset()
+    attend(points.values, points, positions, offsets).sum().backward()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    attend(points.values, points, positions, offsets).sum().backward()
+
+
 def test_a_training_step_in_a_cuda_graph() -> None:
     block, points = make_block(), make_points(3000)
     offsets = points.batch_offsets()
@@ -194,21 +211,48 @@ def test_plans_of_a_gpu_are_those_of_the_cpu() -> None:
         assert torch.equal(ours.cpu(), theirs)
 
 
-@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
-def test_compute_sanitizer(tool: str) -> None:
-    """Good contents and bad ones, every kernel, watched by NVIDIA's own checker."""
+def sanitize(tool: str, *command: str) -> subprocess.CompletedProcess[str]:
+    """Runs Python under NVIDIA's own checker, whose complaints become an exit code of 7."""
     checker = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not Path(checker).exists():
         pytest.skip("compute-sanitizer is not installed")
-    file = Path(__file__).parent / "test_kernels_triton.py"
-    watched = f"{file}::test_kernels_stay_in_their_buffers"
-    python = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", watched]
-    done = subprocess.run(
-        [checker, "--tool", tool, "--error-exitcode", "7", *python],
+    return subprocess.run(
+        [checker, "--tool", tool, "--error-exitcode", "7", sys.executable, *command],
         # Each tensor in memory of its own, or what lies behind it belongs to another.
         env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
         capture_output=True,
         text=True,
         timeout=900,
     )
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_compute_sanitizer(tool: str) -> None:
+    """Good contents and bad ones, every kernel."""
+    file = Path(__file__).parent / "test_kernels_triton.py"
+    watched = f"{file}::test_kernels_stay_in_their_buffers"
+    done = sanitize(tool, "-m", "pytest", "-q", "-p", "no:cacheprovider", watched)
     assert done.returncode == 0, done.stdout[-3000:]
+
+
+OVERRUN = """
+import torch
+from vicinal.kernels import triton_attention
+from vicinal.kernels.triton_arguments import heads, launch, widths
+
+x = torch.zeros({there}, 1, 16, device="cuda")
+flags = torch.zeros({there}, 1, device="cuda")
+launch(
+    triton_attention.find_flags, {told} // 32, heads(x), heads(x), flags, {told}, 1,
+    **widths(x, x), BLOCK=32, num_warps=1,
+)
+torch.cuda.synchronize()
+"""
+
+
+@pytest.mark.parametrize(("told", "complains"), [(64, False), (96, True)])
+def test_compute_sanitizer_notices(told: int, complains: bool) -> None:
+    """The check itself: a kernel that is told of more points than there are is reported."""
+    done = sanitize("memcheck", "-c", OVERRUN.format(there=64, told=told))
+    assert (done.returncode == 7) == complains, done.stdout[-3000:]
+    assert ("out of bounds" in done.stdout) == complains

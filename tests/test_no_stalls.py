@@ -1,12 +1,16 @@
 """A training step never asks what tensors hold, so that a GPU need not be waited for.
 
-Tensors without contents show it: on torch's meta device, whatever asks for them fails.
+Tensors without contents show it: on torch's meta device, whatever asks for them fails. All that
+runs on the host is what runs for a GPU; kernels are not launched.
 """
 
+import importlib.util
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from problems import OwnOps
 from torch import Tensor
 
 from vicinal import (
@@ -19,6 +23,11 @@ from vicinal import (
 from vicinal import _constants as constants
 from vicinal.kernels import triton
 
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("Triton is not installed", allow_module_level=True)
+
+from vicinal.kernels import triton_ops
+
 SHAPES = ((24, 24), (12, 12), (6, 6))
 SIZES = (3, 5, 3)
 
@@ -28,6 +37,35 @@ def meta_as_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     able = backends._BACKENDS["triton"]._replace(problem=lambda device, dtype: None)
     monkeypatch.setitem(backends._BACKENDS, "triton", able)
     monkeypatch.setitem(backends._BY_DEVICE, "meta", "triton")
+
+
+class HostCode(OwnOps):
+    """The back end's own code in place of the fakes; what it gives must look like theirs."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        expected = super().__torch_dispatch__(func, types, args, kwargs)
+        if func.namespace != self.namespace:
+            return expected
+        found = triton_ops.KERNELS[func._opname](*args)
+        flat, flat_expected = (torch.utils._pytree.tree_leaves(x) for x in (found, expected))
+        for ours, fake in zip(flat, flat_expected, strict=True):
+            assert (ours.shape, ours.dtype, ours.device) == (fake.shape, fake.dtype, fake.device)
+            assert ours.stride() == fake.stride()
+        return found
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The kernels that would run."""
+    names: list[str] = []
+
+    def launch(kernel: Any, n_programs: int, *arguments: Any, **options: Any) -> None:
+        assert isinstance(n_programs, int)
+        names.append(kernel.fn.__name__)
+
+    monkeypatch.setattr(triton_ops, "launch", launch)
+    with HostCode("vicinal_triton"):
+        yield names
 
 
 @pytest.fixture
@@ -55,7 +93,9 @@ def make_points(n: int) -> FeaturePyramid:
 
 
 @pytest.mark.parametrize("background", [False, True])
-def test_a_training_step_with_planning(background: bool, sent: list[str]) -> None:
+def test_a_training_step_with_planning(
+    background: bool, sent: list[str], launched: list[str]
+) -> None:
     with torch.device("meta"):
         block = SparseNeighborhoodAttentionBlock(32, 2, 3, SIZES, dropout=0.1)
         offsets = torch.zeros(3, dtype=torch.int64)
@@ -69,6 +109,43 @@ def test_a_training_step_with_planning(background: bool, sent: list[str]) -> Non
     assert all(parameter.grad is not None for parameter in block.parameters())
     # What is sent is kept on the GPU, and sent once.
     assert set(sent) == {constants.__name__}
+    kernels = {"find_slices", "find_runs", "find_flags", "attend", "query_gradients"}
+    kernels |= {"point_gradients", "rotate", "rotate_backward"}
+    if background:
+        kernels |= {"cell_key_gradients", "cell_value_gradients"}
+    assert set(launched) == kernels
+
+
+def test_a_compiled_step_asks_for_what_the_gpu_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbers in a graph would be sent anew, and waited for, at every step."""
+    monkeypatch.setattr(constants, "_KEEPING", ("meta",))
+    with torch.device("meta"):
+        block = SparseNeighborhoodAttentionBlock(32, 2, 3, SIZES)
+        offsets = torch.zeros(3, dtype=torch.int64)
+        cells = torch.randn(2, 3, 32)
+
+    def step(points: FeaturePyramid, positions: Tensor) -> Tensor:
+        out: Tensor = block(points.values, positions, offsets, points, None, cells)
+        return out
+
+    graphs = []
+
+    def record(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    points = make_points(50)
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=record)
+    compiled(points, points.positions()).sum().backward()
+    (graph,) = graphs
+    called = [node.target for node in graph.graph.nodes if node.op.startswith("call")]
+    assert called.count(torch.ops.vicinal.numbers) > 5
+    assert not {torch.tensor, torch.as_tensor} & {*called}
+    assert not [node for node in graph.graph.nodes if node.op == "get_attr"]
+    for node in graph.graph.nodes:  # from one dtype to another alone
+        if node.target in ("to", "cuda", "copy_"):
+            assert len(node.args) == 2
+            assert isinstance(node.args[1], torch.dtype)
 
 
 def test_asking_for_contents_fails() -> None:
@@ -80,7 +157,7 @@ def test_asking_for_contents_fails() -> None:
         points.batch_offsets()
 
 
-def test_shapes_follow_from_sizes_alone() -> None:
+def test_shapes_follow_from_sizes_alone(launched: list[str]) -> None:
     """Also with few queries among many points, which are taken one by one."""
     points = make_points(400)
     offsets = torch.zeros(3, dtype=torch.int64, device="meta")
@@ -92,4 +169,5 @@ def test_shapes_follow_from_sizes_alone() -> None:
     out, lse = neighborhood_attention(q, k, k, plan, return_lse=True)
     (out.sum() + lse.sum()).backward()
     assert out.shape == (7, 2, 16)
+    assert {"find_runs", "query_gradients", "point_gradients"} < set(launched)
     assert k.grad is not None
