@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from .._checks import check_range, check_tensor, reads_contents
+from .._checks import check_tensor, reads_contents, refuse
 from ..neighborhoods import coordinate_dtype
 
 
@@ -41,8 +41,9 @@ def sigmoid_focal_loss(
         ValueError: shapes, dtypes or devices that do not fit, and on the CPU labels outside
             [-1, C).
     """
+    is_class = _is_class(logits, labels)
     present, absent = focal_terms(logits, alpha, gamma)
-    return torch.where(_is_class(logits, labels), present, absent).sum(1)
+    return torch.where(is_class, present, absent).sum(1)
 
 
 def varifocal_loss(
@@ -79,5 +80,8 @@ def _is_class(logits: Tensor, labels: Tensor) -> Tensor:
     check_tensor("labels", labels, logits.shape[:1], kind="integer", device=logits.device)
     n_classes = logits.shape[1]
     if reads_contents(None, logits.device):
-        check_range("labels + 1", labels + 1, n_classes + 1)
+        wrong = (labels < -1) | (labels >= n_classes)
+        if wrong.any():
+            span = f"labels from {int(labels.min())} to {int(labels.max())}"
+            refuse("labels", f"classes in [0, {n_classes}), or -1", span)
     return labels[:, None] == torch.arange(n_classes, device=logits.device)

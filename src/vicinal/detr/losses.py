@@ -7,10 +7,12 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from .._checks import check_range, check_tensor, reads_contents, refuse
 from .boxes import generalized_iou, iou, relative_l1
 from .focal import sigmoid_focal_loss, varifocal_loss
 from .matching import Matches
 from .targets import Predictions, Targets, check_pair
+from .weights import Weights
 
 
 class LossParts(NamedTuple):
@@ -31,24 +33,17 @@ class LossParts(NamedTuple):
 
 
 @dataclass(frozen=True)
-class DetectionLoss:
+class DetectionLoss(Weights):
     """Focal loss of the classes, L1 and GIoU of the boxes (Carion et al. 2020, Zhu et al. 2021).
 
-    Predictions that are matched with an object have its class, all others none. The L1 distance
-    is in units of the object's size (`relative_l1`). All is computed in float32 at least.
+    Predictions that are matched with an object have its class, all others none. All is computed in
+    float32 at least, under autocast too. For further arguments and refusals see `Weights`.
 
     Args:
-        class_weight, l1_weight, giou_weight: weights of the parts.
-        alpha, gamma: of the focal loss (Lin et al. 2017).
         quality: the score of a matched prediction is to be the IoU of its box with its object's,
             not 1 (`varifocal_loss`, Zhang et al. 2021).
     """
 
-    class_weight: float = 2.0
-    l1_weight: float = 5.0
-    giou_weight: float = 2.0
-    alpha: float = 0.25
-    gamma: float = 2.0
     quality: bool = False
 
     def __call__(
@@ -68,9 +63,11 @@ class DetectionLoss:
             n_objects: what the sums are divided by, see `mean_objects`.
 
         Raises:
-            ValueError: predictions and targets that do not fit each other (`check_targets`).
+            ValueError: predictions and targets that do not fit each other (`check_targets`), or
+                matches that are not theirs.
         """
         check_pair(predictions, targets)
+        _check_matches(matches, predictions, targets)
         boxes, to = predictions.boxes[matches.prediction], targets.boxes[matches.target]
         classes = self._classes(predictions, targets, matches, boxes, to)
         return LossParts(
@@ -96,6 +93,18 @@ class DetectionLoss:
         overlap = iou(boxes.detach(), to)
         quality = overlap.new_zeros(len(logits)).index_copy(0, matches.prediction, overlap)
         return varifocal_loss(logits, labels, quality, self.alpha, self.gamma)
+
+
+def _check_matches(matches: Matches, predictions: Predictions, targets: Targets) -> None:
+    if not isinstance(matches, Matches):
+        refuse("matches", "Matches", matches)
+    rows = {"prediction": len(predictions.logits), "target": len(targets.labels)}
+    device = predictions.logits.device
+    for (name, n), indices in zip(rows.items(), matches, strict=True):
+        pairs: list[int | str] = ["K"] if name == "prediction" else [len(matches.prediction)]
+        check_tensor(f"matches.{name}", indices, pairs, kind="integer", device=device)
+        if reads_contents(None, device):
+            check_range(f"matches.{name}", indices, n)
 
 
 def mean_objects(n: Tensor | int, device: torch.device) -> Tensor:

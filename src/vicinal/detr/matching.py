@@ -12,7 +12,8 @@ from .._checks import check_finite, check_offsets, check_tensor, reads_contents,
 from ..neighborhoods import coordinate_dtype
 from .boxes import corners, generalized_iou, relative_l1
 from .focal import focal_terms
-from .targets import Predictions, Targets, check_pair, check_targets
+from .targets import Predictions, Targets, check_pair, check_predictions, check_targets
+from .weights import Weights
 
 
 class Matches(NamedTuple):
@@ -34,24 +35,14 @@ class Matches(NamedTuple):
 
 
 @dataclass(frozen=True)
-class HungarianMatcher:
+class HungarianMatcher(Weights):
     """Matches each object to the prediction that costs least, one to one (Carion et al. 2020).
 
     Within each image the sum over the matched pairs is the smallest possible of ``class_weight``
-    times the focal loss the label would cost more than background, ``l1_weight`` times the
-    distance in units of the object's size (`relative_l1`), less ``giou_weight`` times the GIoU.
-    Needs ``scipy``.
-
-    Args:
-        class_weight, l1_weight, giou_weight: weights of the costs.
-        alpha, gamma: of the focal loss (Lin et al. 2017).
+    times what the object's class costs more than background in focal loss, plus ``l1_weight``
+    times the distance in units of the object's size (`relative_l1`), less ``giou_weight`` times
+    the GIoU. Needs ``scipy``. For arguments and refusals see `Weights`.
     """
-
-    class_weight: float = 2.0
-    l1_weight: float = 5.0
-    giou_weight: float = 2.0
-    alpha: float = 0.25
-    gamma: float = 2.0
 
     @torch.no_grad()
     def __call__(self, predictions: Predictions, targets: Targets) -> Matches:
@@ -74,8 +65,7 @@ class HungarianMatcher:
         prediction, target = _pairs_of_images(edges[0], edges[1], device)
         costs = self._costs(predictions, targets, prediction, target).cpu()
         if not torch.isfinite(costs).all():
-            check_finite("predictions.logits", predictions.logits)
-            check_finite("predictions.boxes", predictions.boxes)
+            check_predictions(predictions, check_contents=True)
             refuse("predictions", "boxes near enough for finite costs", "costs that overflow")
 
         flat, first = costs.double().numpy(), 0
@@ -124,22 +114,26 @@ def assign_inside(positions: Tensor, offsets: Tensor, targets: Targets) -> Tenso
     check_tensor("positions", positions, ("n", "P"), kind="floating")
     n, position_dim = positions.shape
     device = positions.device
-    check_tensor("offsets", offsets, targets.offsets.shape, kind="integer", device=device)
-    check_targets(targets, position_dim, 2**62, len(offsets) - 1)
+    check_tensor("offsets", offsets, ("B + 1",), kind="integer", device=device)
+    check_targets(targets, position_dim, None, len(offsets) - 1)
     if reads_contents(None, device):
         check_offsets("offsets", offsets, n)
-    edges = torch.stack((offsets, targets.offsets)).tolist()
-    position, target = _pairs_of_images(edges[0], edges[1], device)
+        check_finite("positions", positions)
     low, high = corners(targets.boxes.to(coordinate_dtype(targets.boxes.dtype)))
-    place = positions[position]
-    inside = ((low[target] <= place) & (place <= high[target])).all(1)
-
-    n_targets = len(targets.boxes)
     order = torch.argsort((high - low).log().sum(1), stable=True)
-    rank = torch.empty_like(order).index_copy_(0, order, torch.arange(n_targets, device=device))
-    smallest = torch.full((n,), n_targets, device=device).scatter_reduce_(
-        0, position, torch.where(inside, rank[target], n_targets), "amin"
-    )
+    # Axes and objects stand before positions, and ranks are int32: both are what runs fast.
+    n_targets, by_axis = len(order), positions.t().contiguous()[:, None]
+    low, high = low.t()[:, :, None], high.t()[:, :, None]
+    rows = torch.arange(n_targets, dtype=torch.int32, device=device)
+    rank = torch.empty_like(rows).index_copy_(0, order, rows)[:, None]
+
+    smallest = torch.full((n,), n_targets, dtype=torch.int32, device=device)
+    edges = torch.stack((offsets, targets.offsets)).tolist()
+    for (start, stop), (first, last) in zip(*map(itertools.pairwise, edges), strict=True):
+        if last > first:
+            place, objects = by_axis[..., start:stop], slice(first, last)
+            inside = ((low[:, objects] <= place) & (place <= high[:, objects])).all(0)
+            smallest[start:stop] = torch.where(inside, rank[objects], n_targets).amin(0)
     return torch.cat((order, order.new_full((1,), -1)))[smallest]
 
 
@@ -154,7 +148,9 @@ def _pairs_of_images(
     total = sum(size * count for size, count in zip(sizes, counts, strict=True))
     # Of every first row: how many second rows its image has, and which of them is the first.
     per_image = torch.tensor([counts, second_offsets[:-1]], dtype=torch.int64)
-    per_row = torch.repeat_interleave(per_image, torch.tensor(sizes), 1).to(device)
+    per_row = torch.repeat_interleave(per_image, torch.tensor(sizes, dtype=torch.int64), 1).to(
+        device
+    )
     count, start = per_row
     first = torch.repeat_interleave(count, output_size=total)
     before = count.cumsum(0) - count
