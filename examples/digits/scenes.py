@@ -80,10 +80,14 @@ class Scenes(NamedTuple):
         return collate([self.scene(number) for number in numbers])
 
     def scene(self, number: int) -> Scene:
-        # A hash, as torch.Generator looks at 32 bits of its seed alone.
-        key = hashlib.blake2b(f"{self.seed} {number}".encode(), digest_size=4).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(key, "little"))
+        generator = torch.Generator().manual_seed(mixed_seed(self.seed, number))
         return compose(self.digits, generator)
+
+
+def mixed_seed(*numbers: int) -> int:
+    """One seed from several: torch.Generator looks at 32 bits alone, and likes them well mixed."""
+    key = hashlib.blake2b(" ".join(map(str, numbers)).encode(), digest_size=4)
+    return int.from_bytes(key.digest(), "little")
 
 
 class _Pieces(NamedTuple):

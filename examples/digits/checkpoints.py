@@ -1,0 +1,63 @@
+"""What is kept of a run: weights to use, and a state to go on from."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+WEIGHTS, STATE = "model.safetensors", "training_state.pt"
+
+
+def save_weights(folder: Path, weights: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Writes ``model.safetensors``; ``metadata`` is what it says of itself."""
+    from safetensors.torch import save_file
+
+    contiguous = {name: tensor.contiguous() for name, tensor in weights.items()}
+    with _replacing(folder / WEIGHTS) as path:
+        save_file(contiguous, path, metadata)
+
+
+def load_weights(folder: Path, model: nn.Module) -> None:
+    """Gives ``model`` the weights in ``model.safetensors``."""
+    from safetensors.torch import load_file
+
+    model.load_state_dict(load_file(folder / WEIGHTS))
+
+
+def read_metadata(folder: Path) -> dict[str, str]:
+    """What ``model.safetensors`` says of itself."""
+    from safetensors import safe_open
+
+    with safe_open(folder / WEIGHTS, "pt") as file:
+        metadata: dict[str, str] | None = file.metadata()
+    return metadata or {}
+
+
+def save_state(folder: Path, state: Mapping[str, Any]) -> None:
+    """Writes ``training_state.pt``: tensors, numbers, strings, and lists and dicts of them."""
+    with _replacing(folder / STATE) as path:
+        torch.save(dict(state), path)
+
+
+def load_state(folder: Path, device: torch.device) -> dict[str, Any]:
+    """Reads ``training_state.pt``; nothing in it is run as code."""
+    state: dict[str, Any] = torch.load(folder / STATE, map_location=device, weights_only=True)
+    return state
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A path to write to, which takes the place of ``path`` only once it is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,80 @@
+"""Several processes that train one model, as torchrun starts them, or a single one."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[torch.device]:
+    """Joins the processes that torchrun started, if it did; gives the device of this one.
+
+    They exchange gradients by nccl on GPUs, one each, and else by gloo.
+    """
+    n_processes, local_rank = int(os.environ.get("WORLD_SIZE", 1)), os.environ.get("LOCAL_RANK", 0)
+    device = torch.device("cuda", int(local_rank)) if torch.cuda.is_available() else None
+    if device is not None:
+        torch.cuda.set_device(device)
+    if n_processes > 1:
+        dist.init_process_group("gloo" if device is None else "nccl")
+    try:
+        yield device or torch.device("cpu")
+    finally:
+        if n_processes > 1:
+            dist.destroy_process_group()
+
+
+def rank_and_number() -> tuple[int, int]:
+    """Which of the processes that train together this one is, and how many there are."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def sums(values: Sequence[Tensor | float], device: torch.device) -> list[float]:
+    """The sum over the processes of each of ``values``; one exchange for all of them."""
+    packed = torch.stack(
+        [torch.as_tensor(v, dtype=torch.float64, device=device).detach() for v in values]
+    )
+    if rank_and_number()[1] > 1:
+        dist.all_reduce(packed)
+    summed: list[float] = packed.tolist()
+    return summed
+
+
+@contextlib.contextmanager
+def noted_signals() -> Iterator[list[int]]:
+    """A list that SIGINT (Ctrl-C) and SIGTERM are noted in, instead of acting at once.
+
+    Of a single process, the second acts: it may hang. torchrun, though, passes on what the terminal
+    has sent already, and ends by force those that do not stop in time.
+    """
+    noted: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        noted.append(number)
+        if rank_and_number()[1] == 1:
+            restore()
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield noted
+    finally:
+        restore()
+
+
+def leave_signals(worker: int) -> None:
+    """Called in a process that composes batches ahead: whoever asked for them will stop it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,0 +1,272 @@
+"""The training loop: one curve however it is run, and nothing lost when it ends early."""
+
+import dataclasses
+import itertools
+import math
+import os
+import signal
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from test_digits_scenes import strokes
+from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
+
+from examples.digits.checkpoints import (
+    STATE,
+    WEIGHTS,
+    load_state,
+    load_weights,
+    read_metadata,
+    save_state,
+)
+from examples.digits.processes import joined
+from examples.digits.scenes import CLASSES, Batch, Scenes
+from examples.digits.training import (
+    Config,
+    DivergenceError,
+    History,
+    InterruptionError,
+    learning_rate,
+    train,
+)
+from vicinal.detr import mean_objects
+
+CONFIG = Config(steps=6, batch=2, seed=1)
+CPU = torch.device("cpu")
+
+
+class Counter(nn.Module):
+    """How many of each digit are on a canvas, guessed from where its ink is."""
+
+    def __init__(self, dropout: float = 0.3) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(
+            nn.Linear(3, 16), nn.Tanh(), nn.Dropout(dropout), nn.Linear(16, CLASSES)
+        )
+        self.seen: list[torch.dtype] = []
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        points = torch.cat((batch.coordinates[:, 1:] / 512, batch.ink[:, None]), 1)
+        features = points.new_zeros(batch.batch_size, 3)
+        features = features.index_add(0, batch.coordinates[:, 0], points.to(features.dtype)) / 1000
+        guess = self.layers(features)
+        self.seen.append(guess.dtype)
+        image = torch.arange(batch.batch_size).repeat_interleave(batch.box_offsets.diff())
+        counts = torch.zeros(batch.batch_size, CLASSES, dtype=points.dtype)
+        counts.index_put_((image, batch.labels), points.new_ones(()), accumulate=True)
+        n_objects = mean_objects(len(batch.labels), CPU)
+        return {
+            "squares": (guess - counts).square().sum() / n_objects,
+            "sizes": 0.1 * guess.abs().sum() / n_objects,
+        }
+
+
+class Broken(Counter):
+    """Loses its numbers at a step, in one way or another."""
+
+    def __init__(self, how: str, step: int) -> None:
+        super().__init__()
+        self.how, self.calls, self.step = how, itertools.count(), step
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        losses = super().forward(batch)
+        if next(self.calls) != self.step:
+            return losses
+        if self.how == "error":
+            raise ValueError("predictions: expected finite ones")
+        if self.how == "loss":
+            return losses | {"sizes": losses["sizes"] * math.nan}
+        return losses | {"sizes": (losses["sizes"] * 0).sqrt()}  # of infinite slope
+
+
+def canvases() -> Callable[[range], Batch]:
+    return Scenes(strokes(), seed=0).batch
+
+
+def signalling(step: int, *signals: int) -> Callable[[range], Batch]:
+    def batches(numbers: range) -> Batch:
+        if numbers.start == CONFIG.batch * step:
+            for number in signals:
+                signal.raise_signal(number)
+        return canvases()(numbers)
+
+    return batches
+
+
+def run(folder: Path, model: nn.Module | None = None, **options: object) -> History:
+    return train(model or Counter(), canvases(), CONFIG, folder, **options)  # type: ignore[arg-type]
+
+
+def test_losses_fall(tmp_path: Path) -> None:
+    """On canvases that are always the same."""
+    config = Config(steps=60, batch=2, learning_rate=0.1)
+    losses = train(Counter(0.0), lambda _: canvases()(range(2)), config, tmp_path).losses
+    total = [sum(parts.values()) for parts in losses]
+    assert len(total) == 60
+    assert sum(total[-10:]) < 0.5 * sum(total[:10])
+
+
+def test_every_step_sees_its_own_canvases(tmp_path: Path) -> None:
+    seen: list[int] = []
+
+    def batches(numbers: range) -> Batch:
+        seen.extend(numbers)
+        return canvases()(numbers)
+
+    train(Counter(), batches, CONFIG, tmp_path)
+    assert seen == list(range(CONFIG.steps * CONFIG.batch))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_goes_on_with_the_same_curve(tmp_path: Path, number: int) -> None:
+    whole = Counter()
+    expected = run(tmp_path / "whole", whole)
+
+    first = Counter()
+    with pytest.raises(InterruptionError, match="interrupted after step 4 of 6"):
+        train(first, signalling(3, number), CONFIG, tmp_path)
+    assert len(load_state(tmp_path, CPU)["losses"]) == 4
+
+    torch.manual_seed(99)
+    second = Counter()
+    nn.init.zeros_(second.layers[0].weight)  # type: ignore[arg-type]
+    resumed = run(tmp_path, second, resume=True)
+    assert resumed.losses == expected.losses
+    for name, value in whole.state_dict().items():
+        assert torch.equal(second.state_dict()[name], value)
+
+
+def test_a_second_interrupt_acts_at_once(tmp_path: Path) -> None:
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        train(Counter(), signalling(3, signal.SIGINT, signal.SIGINT), CONFIG, tmp_path)
+    assert signal.getsignal(signal.SIGINT) == handler
+
+
+def test_resuming_a_finished_run_changes_nothing(tmp_path: Path) -> None:
+    finished = run(tmp_path)
+    again = run(tmp_path, resume=True)
+    assert again.losses == finished.losses
+    assert again.points_per_second == 0
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("loss", r"step 4 of 6: the loss is not finite \(squares .*, sizes nan\)"),
+        ("gradient", r"step 4 of 6: a gradient is not finite \(losses: squares .*, sizes 0\)"),
+        ("error", "step 4 of 6: predictions: expected finite ones"),
+    ],
+)
+def test_a_run_that_diverges_keeps_its_last_good_checkpoint(
+    tmp_path: Path, how: str, message: str
+) -> None:
+    good = Counter()
+    with pytest.raises(InterruptionError):  # after two steps
+        train(good, signalling(1, signal.SIGINT), CONFIG, tmp_path / "good")
+    with pytest.raises(DivergenceError, match=message) as error:
+        run(tmp_path, Broken(how, step=3), save_every=2)
+    assert f"the last good checkpoint is kept in {tmp_path}" in str(error.value)
+
+    assert len(load_state(tmp_path, CPU)["losses"]) == 2
+    kept = Counter()
+    load_weights(tmp_path, kept)
+    for name, value in good.state_dict().items():
+        assert torch.equal(kept.state_dict()[name], value)
+
+
+def test_a_run_that_diverges_at_once_leaves_what_it_began_with(tmp_path: Path) -> None:
+    with pytest.raises(DivergenceError, match="step 1 of 6"):
+        run(tmp_path, Broken("loss", step=0))
+    kept = Counter()
+    load_weights(tmp_path, kept)
+    assert torch.equal(kept.layers[0].weight, Counter().layers[0].weight)  # type: ignore[arg-type]
+
+
+def test_weights_say_what_they_are(tmp_path: Path) -> None:
+    run(tmp_path, metadata={"attention": "neighborhood"})
+    assert read_metadata(tmp_path) == {"attention": "neighborhood"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted((WEIGHTS, STATE))
+
+
+def test_a_failed_write_leaves_the_file_before(tmp_path: Path) -> None:
+    save_state(tmp_path, {"losses": [1.0]})
+    with pytest.raises((AttributeError, TypeError, OSError, RuntimeError, ValueError)):
+        save_state(tmp_path, {"losses": [2.0], "bad": lambda: None})
+    assert load_state(tmp_path, CPU) == {"losses": [1.0]}
+    assert [path.name for path in tmp_path.iterdir()] == [STATE]
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_mixed_precision(tmp_path: Path, precision: str) -> None:
+    model = Counter(0.0)
+    config = dataclasses.replace(CONFIG, precision=precision)
+    losses = train(model, canvases(), config, tmp_path).losses
+    assert set(model.seen) == {getattr(torch, precision)}
+    full = run(tmp_path, Counter(0.0)).losses
+    for mixed, exact in zip(losses, full, strict=True):
+        assert mixed == pytest.approx(exact, rel=0.02)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_batches_made_ahead_are_the_same(tmp_path: Path) -> None:
+    assert run(tmp_path, workers=1).losses == run(tmp_path).losses
+
+
+def test_says_where_the_time_goes(tmp_path: Path) -> None:
+    history = run(tmp_path)
+    assert history.seconds.keys() == {"data", "forward", "backward", "optimizer", "saving"}
+    assert all(seconds > 0 for seconds in history.seconds.values())
+    n_points = len(canvases()(range(CONFIG.steps * CONFIG.batch)).ink)
+    seconds = CONFIG.steps * sum(history.seconds.values())
+    assert history.points_per_second == pytest.approx(n_points / seconds)
+
+
+def test_learning_rate_rises_and_falls() -> None:
+    config = Config(steps=100, batch=1, learning_rate=0.5, warm_up=0.2)
+    rates = [learning_rate(config, step) for step in range(100)]
+    assert rates[:20] == pytest.approx([0.025 * step for step in range(1, 21)])
+    assert rates[20] == pytest.approx(0.5)
+    assert rates[60] == pytest.approx(0.25)
+    assert rates[19:] == sorted(rates[19:], reverse=True)
+    assert 0 < rates[-1] < 1e-3
+    assert learning_rate(Config(steps=1, batch=1, learning_rate=0.5), 0) == 0.5
+
+
+def test_refuses_to_resume_what_is_not_there_or_another_run(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        run(tmp_path, resume=True)
+    run(tmp_path)
+    other = dataclasses.replace(CONFIG, batch=3, seed=5)
+    with pytest.raises(ValueError, match=r"config: expected what .* with: batch 2, seed 1"):
+        train(Counter(), canvases(), other, tmp_path, resume=True)
+
+
+def test_two_processes_give_the_curve_of_one(tmp_path: Path) -> None:
+    config = Config(steps=20, batch=5)
+    expected = train(Counter(0.0).double(), canvases(), config, tmp_path / "one").losses
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    spawn(_process, (port, config, tmp_path), nprocs=2)
+    losses = load_state(tmp_path, CPU)["losses"]
+    assert len(losses) == 20
+    for ours, theirs in zip(losses, expected, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-9)
+
+
+def _process(rank: int, port: int, config: Config, folder: Path) -> None:
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in place.items()})
+    os.environ["MASTER_ADDR"] = "localhost"
+    torch.set_num_threads(1)
+    with joined() as device:
+        model = Counter(0.0).double().to(device)
+        with pytest.raises(ValueError, match="at least 2 canvases"):
+            train(model, canvases(), Config(steps=1, batch=1), folder)
+        train(model, canvases(), config, folder)
