@@ -15,6 +15,7 @@ from problems import assert_close
 from test_detr_matching import (
     PREDICTIONS,
     TARGETS,
+    TARGETS_OF_OTHERS,
     WRONG_PREDICTIONS,
     WRONG_TARGETS,
     assert_refusal,
@@ -209,6 +210,8 @@ def test_gradients_of_all_parts(quality: bool) -> None:
 
     assert torch.autograd.gradcheck(lambda x: tuple(parts(x, predictions.boxes)), (logits,))
     assert torch.autograd.gradcheck(lambda x: tuple(parts(predictions.logits, x)[1:]), (boxes,))
+    (of_classes,) = torch.autograd.grad(parts(logits, boxes).classes, boxes, allow_unused=True)
+    assert of_classes is None
     (grad,) = torch.autograd.grad(torch.stack(parts(logits, boxes)).sum(), boxes)
     unmatched = torch.ones(len(boxes), dtype=torch.bool)
     unmatched[matches.prediction] = False
@@ -332,7 +335,7 @@ def test_refused_predictions(predictions: Any, argument: str, came: str) -> None
     assert_refusal(refusal, argument, came)
 
 
-@pytest.mark.parametrize(("targets", "argument", "came"), WRONG_TARGETS)
+@pytest.mark.parametrize(("targets", "argument", "came"), [*WRONG_TARGETS, *TARGETS_OF_OTHERS])
 def test_refused_targets(targets: Any, argument: str, came: str) -> None:
     with pytest.raises(ValueError, match="expected") as refusal:
         LOSS(PREDICTIONS, targets, ACCEPTED, 4.0)

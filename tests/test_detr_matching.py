@@ -286,11 +286,16 @@ WRONG_TARGETS: list[tuple[Any, str, str]] = [
     (changed(TARGETS, "boxes", 3, torch.nan), "targets.boxes", "in row 3"),
     (changed(TARGETS, "boxes", 2, torch.tensor([1, 1, 1, 0.0])), "targets.boxes", "0.0] in row 2"),
     (changed(TARGETS, "boxes", 1, torch.tensor([1, 1, -2, 1.0])), "targets.boxes", "-2.0, 1.0]"),
-    (TARGETS._replace(boxes=torch.rand(4, 6)), "targets.boxes", "[4, 6]"),
     (TARGETS._replace(labels=torch.zeros(4)), "targets.labels", "float32"),
     (TARGETS._replace(labels=torch.zeros(3).long()), "targets.labels", "[3]"),
-    (TARGETS._replace(offsets=torch.tensor([0, 4])), "targets.offsets", "[2]"),
+    (TARGETS._replace(boxes=torch.rand(4, 5)), "targets.boxes", "[4, 5]"),
+    (TARGETS._replace(offsets=torch.tensor([]).long()), "targets.offsets", "[0]"),
     (changed(TARGETS, "offsets", 0, 1), "targets.offsets", "[1, 2, 4]"),
+]
+# These may be right elsewhere.
+TARGETS_OF_OTHERS: list[tuple[Any, str, str]] = [
+    (TARGETS._replace(boxes=torch.rand(4, 6)), "targets.boxes", "[4, 6]"),
+    (TARGETS._replace(offsets=torch.tensor([0, 4])), "targets.offsets", "[2]"),
 ]
 
 
@@ -309,7 +314,11 @@ def test_refused_predictions(predictions: Any, argument: str, came: str) -> None
 
 @pytest.mark.parametrize(
     ("targets", "argument", "came"),
-    [*WRONG_TARGETS, (changed(TARGETS, "labels", 3, 3), "targets.labels", "to 3")],
+    [
+        *WRONG_TARGETS,
+        *TARGETS_OF_OTHERS,
+        (changed(TARGETS, "labels", 3, 3), "targets.labels", "to 3"),
+    ],
 )
 def test_refused_targets(targets: Any, argument: str, came: str) -> None:
     with pytest.raises(ValueError, match="expected") as refusal:
@@ -317,7 +326,7 @@ def test_refused_targets(targets: Any, argument: str, came: str) -> None:
     assert_refusal(refusal, argument, came)
 
 
-@pytest.mark.parametrize(("targets", "argument", "came"), WRONG_TARGETS)
+@pytest.mark.parametrize(("targets", "argument", "came"), [*WRONG_TARGETS, *TARGETS_OF_OTHERS])
 def test_refused_targets_of_positions(targets: Any, argument: str, came: str) -> None:
     with pytest.raises(ValueError, match="expected") as refusal:
         assign_inside(torch.rand(5, 2), torch.tensor([0, 2, 5]), targets)

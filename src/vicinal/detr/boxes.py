@@ -109,9 +109,8 @@ def deltas(boxes: Tensor, targets: Tensor) -> Tensor:
 
 def check_boxes(argument: str, boxes: Tensor) -> None:
     """Refuses all but a floating tensor ``[..., 2P]``."""
-    if not isinstance(boxes, Tensor) or not boxes.dim() or not boxes.shape[-1]:
-        refuse(argument, "a floating tensor of shape [n, 2P]", boxes)
-    if boxes.shape[-1] % 2 or not boxes.is_floating_point():
+    is_floating = isinstance(boxes, Tensor) and boxes.is_floating_point()
+    if not is_floating or not boxes.dim() or not boxes.shape[-1] or boxes.shape[-1] % 2:
         refuse(argument, "a floating tensor of shape [n, 2P]", boxes)
 
 

@@ -62,7 +62,7 @@ def noisy_queries(
         ValueError: targets that cannot be (`check_targets`), rates outside their range.
     """
     _check(targets, n_groups, label_noise, box_noise, n_classes)
-    boxes, labels, offsets = targets
+    boxes, labels, offsets = targets.boxes, targets.labels.long(), targets.offsets.long()
     device, n_rows = boxes.device, n_groups * len(labels)
     noise_device = device if generator is None else generator.device
 
@@ -83,7 +83,7 @@ def noisy_queries(
     step = torch.randint(others, (n_rows,), generator=generator, device=noise_device) + 1
     step = torch.where(changed, step, 0).to(device)
     return DenoisingQueries(
-        noisy, (labels[target].long() + step) % n_classes, target, group, offsets * n_groups
+        noisy, (labels[target] + step) % n_classes, target, group, offsets * n_groups
     )
 
 

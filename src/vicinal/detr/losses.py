@@ -28,9 +28,6 @@ class LossParts(NamedTuple):
     l1: Tensor
     giou: Tensor
 
-    def total(self) -> Tensor:
-        return self.classes + self.l1 + self.giou
-
 
 @dataclass(frozen=True)
 class DetectionLoss(Weights):
