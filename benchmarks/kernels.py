@@ -21,12 +21,13 @@ import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
 
 from benchmarks.scenes import particle_tracks
 from vicinal import FeaturePyramid, NeighborhoodPlan, plan_neighborhoods
 from vicinal.kernels import reference, triton_ops
-from vicinal.tiles import TILE
+from vicinal.tiles import tile_rows
 
 ARCHITECTURES = (80, 90, 100)
 _NAMES = {
@@ -44,9 +45,9 @@ class Case(NamedTuple):
     dtype: torch.dtype
     width: int  # of a head
     everything: bool = True  # background and dropout, which take registers
-    few: bool = False  # queries, which are taken one by one
     heads: int = 8
-    single: bool = False  # point and query: a size of one is a constant to Triton
+    n_points: int | None = None
+    n_queries: int | None = None  # few among many are taken one by one
 
     def spills_allowed(self, kernel: str) -> int:
         """Bytes of a thread. Products of float32 keep both factors in registers."""
@@ -59,10 +60,9 @@ class Case(NamedTuple):
 
 CASES = (
     Case(torch.bfloat16, 32, everything=False),
-    Case(torch.bfloat16, 32, everything=False, few=True),
-    Case(torch.bfloat16, 16, everything=False, heads=1, single=True),
+    Case(torch.bfloat16, 32, everything=False, n_queries=5),
     Case(torch.float16, 32),
-    Case(torch.float16, 16, heads=1, single=True),
+    Case(torch.float16, 16, heads=1, n_points=1),  # a size of one may be a constant to Triton
     Case(torch.bfloat16, 256),
     Case(torch.float32, 32),
     Case(torch.float32, 256),
@@ -90,13 +90,13 @@ class Usage(NamedTuple):
 
 def usages(case: Case, architecture: int) -> Iterator[Usage]:
     """Of every kernel that the ops launch, both passes; those that plan know no dtype."""
-    for launch in _launches(case):
+    for launch in launches(case):
         name = launch.kernel.fn.__name__
         sizes = _compile(launch, GPUTarget("cuda", architecture, 32))
         yield Usage(name, architecture, launch.constants.get("ROWS"), launch.num_warps, *sizes)
 
 
-def _launches(case: Case) -> list[Launch]:
+def launches(case: Case) -> list[Launch]:
     """What the ops would launch; they are given tensors on the CPU, which nothing reads."""
     found = []
 
@@ -116,9 +116,9 @@ def _launches(case: Case) -> list[Launch]:
 
 def _plan(case: Case) -> NeighborhoodPlan:
     scene = particle_tracks(2)
-    coordinates = scene.coordinates[: 1 if case.single else None]
+    coordinates = scene.coordinates[: case.n_points]
     points = FeaturePyramid(torch.zeros(len(coordinates), 1), coordinates, scene.level_shapes, 1)
-    positions = points.positions()[: 5 if case.few else None]
+    positions = points.positions()[: case.n_queries]
     offsets = torch.tensor([0, len(positions)])
     return plan_neighborhoods(positions, offsets, points, scene.windows)
 
@@ -127,7 +127,7 @@ def _plan_tiles(plan: NeighborhoodPlan, case: Case) -> None:
     keys, _, query_keys, point_keys, _ = plan._places
     slices = plan.query_slices
     triton_ops.find_slices(point_keys, query_keys, slices.visits, *keys.window_rows())
-    rows = 1 if case.few else TILE
+    rows = tile_rows(plan.n_queries, plan.n_points)
     sizes = list(plan.neighborhood_sizes)
     triton_ops.find_runs(*slices[:3], sizes, plan.position_dim, rows)
 
@@ -161,44 +161,22 @@ def _attend(plan: NeighborhoodPlan, case: Case) -> None:
     triton_ops.attend_backward(out, lse, out, lse, *arguments)
 
 
+def variant(launch: Launch, target: GPUTarget) -> tuple[ASTSource, dict[str, Any]]:
+    """What Triton compiles for a launch, by its own look at the arguments; and its options."""
+    kernel, backend = launch.kernel, make_backend(target)
+    keywords = {**launch.constants, "num_warps": launch.num_warps, "enable_fp_fusion": True}
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, left = bind(*launch.arguments, **keywords)
+    options, *described = kernel._pack_args(backend, keywords, bound, specialization, left)
+    return ASTSource(kernel, *described), options.__dict__
+
+
 def _compile(launch: Launch, target: GPUTarget) -> tuple[int, int, int]:
     """Registers, spilled bytes and bytes of shared memory."""
-    names = launch.kernel.arg_names
-    signature: dict[str, Any] = {}
-    constants: dict[tuple[int, ...], Any] = {}
-    aligned: dict[tuple[int, ...], Any] = {}
-    for index, argument in enumerate(launch.arguments):
-        signature[names[index]] = _describe(argument, (index,), constants, aligned)
-    for name, value in launch.constants.items():
-        signature[name] = "constexpr"
-        constants[(names.index(name),)] = value
-    source = ASTSource(launch.kernel, signature, constants, aligned)
-    options = {"num_warps": launch.num_warps, "enable_fp_fusion": True}
+    source, options = variant(launch, target)
     compiled = triton.compile(source, target=target, options=options)
     registers, stack = _resources(compiled.asm["cubin"])
     return registers, stack, compiled.metadata.shared
-
-
-def _describe(
-    value: Any,
-    path: tuple[int, ...],
-    constants: dict[tuple[int, ...], Any],
-    aligned: dict[tuple[int, ...], Any],
-) -> Any:
-    """The type of an argument, as Triton infers it when it launches."""
-    if isinstance(value, tuple):
-        parts = [_describe(x, (*path, i), constants, aligned) for i, x in enumerate(value)]
-        return type(value)(*parts)
-    if isinstance(value, float):
-        return "fp32"
-    if value is None or (isinstance(value, int) and value == 1):
-        constants[path] = value
-        return "constexpr"
-    if isinstance(value, Tensor) or value % 16 == 0:
-        aligned[path] = [["tt.divisibility", 16]]
-    if isinstance(value, Tensor):
-        return "*" + _NAMES[value.dtype]
-    return "i32" if value < 2**31 else "i64"
 
 
 def _resources(binary: bytes) -> tuple[int, int]:

@@ -6,11 +6,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-CODE = """
+COMPILE = """
 import json, sys
 from benchmarks.kernels import CASES, usages
 
@@ -19,36 +20,67 @@ for case in CASES:
         allowed = case.spills_allowed(usage.kernel)
         print(json.dumps([str(case), allowed, usage._asdict()]))
 """
+VARIANTS = """
+import json, torch
+from triton.backends.compiler import GPUTarget
+from benchmarks.kernels import Case, launches, variant
+
+found = {}
+for n_queries, n_points in ((1, 1), (16, 17), (15, 48)):
+    for everything in (True, False):
+        case = Case(torch.float16, 32, everything, 1, n_points, n_queries)
+        for launch in launches(case):
+            source, _ = variant(launch, GPUTarget("cuda", 90, 32))
+            name = f"{launch.kernel.fn.__name__} {everything}"
+            found.setdefault(name, set()).add(source.hash())
+print(json.dumps({name: len(hashes) for name, hashes in found.items()}))
+"""
+KERNELS = {
+    "attend",
+    "query_gradients",
+    "point_gradients",
+    "find_flags",
+    "cell_key_gradients",
+    "cell_value_gradients",
+    "find_slices",
+    "find_runs",
+    "rotate",
+    "rotate_backward",
+}
+pytestmark = [
+    pytest.mark.skipif(
+        importlib.util.find_spec("triton") is None, reason="Triton is not installed"
+    ),
+    pytest.mark.skipif(sys.platform != "linux", reason="needs NVIDIA's assembler"),
+]
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-@pytest.mark.skipif(sys.platform != "linux", reason="needs NVIDIA's assembler")
-@pytest.mark.parametrize("architecture", [80, 90, 100])
-def test_kernels_compile_and_hardly_spill(architecture: int, tmp_path: Path) -> None:
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+def run(code: str, folder: Path, *arguments: str) -> list[Any]:
+    """The lines of JSON that ``code`` prints where Triton compiles, into ``folder``."""
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(folder), "PYTHONPATH": str(ROOT)}
     environment.pop("TRITON_INTERPRET", None)
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", CODE, str(architecture)],
+        [sys.executable, "-W", "error", "-c", code, *arguments],
         env=environment,
         capture_output=True,
         text=True,
         timeout=600,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    lines = [json.loads(line) for line in done.stdout.splitlines()]
-    kernels = {usage["kernel"] for _, _, usage in lines}
-    assert kernels == {
-        "attend",
-        "query_gradients",
-        "point_gradients",
-        "find_flags",
-        "cell_key_gradients",
-        "cell_value_gradients",
-        "find_slices",
-        "find_runs",
-        "rotate",
-        "rotate_backward",
-    }
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_one_variant_for_any_number_of_queries_and_points(tmp_path: Path) -> None:
+    """Multiples of 16 and one are no numbers of their own, so nothing is compiled for them."""
+    (variants,) = run(VARIANTS, tmp_path)
+    assert {name.split()[0] for name in variants} == KERNELS
+    assert {name for name, count in variants.items() if count > 1} == set()
+
+
+@pytest.mark.parametrize("architecture", [80, 90, 100])
+def test_kernels_compile_and_hardly_spill(architecture: int, tmp_path: Path) -> None:
+    lines = run(COMPILE, tmp_path, str(architecture))
+    assert {usage["kernel"] for _, _, usage in lines} == KERNELS
     spilling = [line for line in lines if line[2]["spilled_bytes"] > line[1]]
     assert not spilling
     for _, _, usage in lines:

@@ -67,7 +67,8 @@ class Problem:
         self.query_walk = self._walk(self.query_tiles, len(q), len(k))
         if query_mask is not None:
             groups = self.query_tiles.row_groups.masked_fill(query_mask, -1)
-            self.query_walk = self.query_walk._replace(row_groups=groups)
+            masked = self.query_tiles._replace(row_groups=groups)
+            self.query_walk = self.query_walk._replace(tiles=masked)
         self.query_rows, self.query_programs = self._tiling(self.query_tiles, sum(slices))
         if point_tiles:
             tiles = Tiles(*point_tiles)
@@ -78,12 +79,13 @@ class Problem:
             query, key, value = background
             self.cells = Cells(
                 heads(query.flatten(0, 1)), heads(key), heads(value.flatten(0, 1)),
-                starts, stops, point_columns, sum(slices), len(k), value.shape[0] * len(sizes),
+                starts, stops, point_columns, sum(slices),
             )  # fmt: skip
 
     def _walk(self, tiles: Tiles, n_rows: int, n_others: int) -> Walk:
-        sizes = n_rows, len(tiles.order), n_others, tiles.firsts.shape[1]
-        return Walk(*tiles, self.levels, *sizes, self.n_heads)
+        n_groups = len(self.background[2]) * self.n_levels if self.background else 0
+        sizes = n_rows, len(tiles.order), n_others, tiles.firsts.shape[1], n_groups
+        return Walk(tiles, self.levels, *sizes, self.n_heads)
 
     def _tiling(self, tiles: Tiles, n_slices: int) -> tuple[int, int]:
         """Rows of a tile, and programs: one for a tile and a head."""

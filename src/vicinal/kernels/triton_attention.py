@@ -14,10 +14,10 @@ import triton.language as tl
 
 from .triton_cells import attend_cells, query_gradients_of_cells
 from .triton_parts import LOG2_E, dot, kept, load_rows, softmax_step, store_rows
-from .triton_tiles import columns_at, rows_of, runs_of, seen, tile_and_head
+from .triton_tiles import SIZES, Walk, columns_at, rows_of, runs_of, seen, tile_and_head
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("n_points", "n_heads"))
 def find_flags(k, v, flags, n_points, n_heads,
                WIDTH: tl.constexpr, PADDED: tl.constexpr,
                VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr,
@@ -33,30 +33,48 @@ def find_flags(k, v, flags, n_points, n_heads,
 
 
 @triton.jit
-def attend(walk, cells, dropout, q, k, v, flags, out, lse, scale,
+def points_of(walk, k, v, flags, queries, row, exists, level, head, entry, runs, scale,
+              DIM: tl.constexpr, LEVELS: tl.constexpr,
+              WIDTH: tl.constexpr, PADDED: tl.constexpr,
+              VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr):  # fmt: skip
+    """Some entries of what a tile of queries sees at a level: the points, which of them the
+    queries see, keys and values, and logits to base 2, where seen.
+    """
+    begin, n_runs, n_entries = runs
+    point, there, place = columns_at(walk, entry, begin, n_runs, n_entries, 1)
+    sees = seen(walk, row, level, exists, point, place, there, DIM, LEVELS)
+    flag = tl.load(flags + point * walk.n_heads + head, mask=there, other=0.0)
+    finite = there & (flag == 0.0)
+    keys = load_rows(k, point, finite, head, WIDTH, PADDED)
+    values = load_rows(v, point, finite, head, VALUE_WIDTH, VALUE_PADDED)
+    logits = dot(queries, tl.trans(keys)) * (scale * LOG2_E) + flag[None, :]
+    return point, sees, keys, values, logits
+
+
+@triton.jit(do_not_specialize=SIZES)
+def attend(tiles, levels, n_rows, n_columns, n_others, n_runs, n_groups, n_heads,
+           cells, dropout, q, k, v, flags, out, lse, scale,
            DIM: tl.constexpr, LEVELS: tl.constexpr,
            WIDTH: tl.constexpr, PADDED: tl.constexpr,
            VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr,
            DROPS: tl.constexpr, BACKGROUND: tl.constexpr,
            ROWS: tl.constexpr, BLOCK: tl.constexpr, CELLS: tl.constexpr):  # fmt: skip
     """Rows are queries, columns points: ``out`` and ``lse`` of every query that exists."""
-    tile, head = tile_and_head(walk.n_heads)
+    walk = Walk(tiles, levels, n_rows, n_columns, n_others, n_runs, n_groups, n_heads)
+    tile, head = tile_and_head(n_heads)
     row, exists = rows_of(walk, tile, ROWS)
     queries = load_rows(q, row, exists, head, WIDTH, PADDED)
     top = tl.full([ROWS], -float("inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     attended = tl.zeros([ROWS, VALUE_PADDED], tl.float32)
     for level in range(LEVELS):
-        begin, n_runs, n_entries = runs_of(walk, tile, level, ROWS, LEVELS)
-        for first in range(0, n_entries, BLOCK):
-            entry = first + tl.arange(0, BLOCK)
-            point, there, place = columns_at(walk, entry, begin, n_runs, n_entries, 1)
-            sees = seen(walk, row, level, exists, point, place, there, DIM, LEVELS)
-            flag = tl.load(flags + point * walk.n_heads + head, mask=there, other=0.0)
-            finite = there & (flag == 0.0)
-            keys = load_rows(k, point, finite, head, WIDTH, PADDED)
-            values = load_rows(v, point, finite, head, VALUE_WIDTH, VALUE_PADDED)
-            logits = dot(queries, tl.trans(keys)) * (scale * LOG2_E) + flag[None, :]
+        runs = runs_of(walk, tile, level, ROWS, LEVELS)
+        for first in range(0, runs[2], BLOCK):
+            point, sees, _, values, logits = points_of(
+                walk, k, v, flags, queries, row, exists, level, head,
+                first + tl.arange(0, BLOCK), runs, scale,
+                DIM, LEVELS, WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED,
+            )  # fmt: skip
             logits = tl.where(sees, logits, -float("inf"))
             weights, rescale, top, total = softmax_step(logits, top, total)
             if DROPS:
@@ -73,12 +91,13 @@ def attend(walk, cells, dropout, q, k, v, flags, out, lse, scale,
     store_rows(out, row, exists, head, attended, VALUE_WIDTH, VALUE_PADDED)
     seen_any = tl.where(total == 0.0, 1.0, total)
     result = tl.where(total == 0.0, -float("inf"), (top + tl.log2(seen_any)) / LOG2_E)
-    tl.store(lse + row * walk.n_heads + head, result, mask=exists)
+    tl.store(lse + row * n_heads + head, result, mask=exists)
 
 
-@triton.jit
-def query_gradients(walk, cells, dropout, q, k, v, flags, lse, out, grad_out, grad_lse,
-                    delta, grad_q, cell_gradients, scale,
+@triton.jit(do_not_specialize=SIZES)
+def query_gradients(tiles, levels, n_rows, n_columns, n_others, n_runs, n_groups, n_heads,
+                    cells, dropout, q, k, v, flags, lse, out, grad_out, grad_lse, delta, grad_q,
+                    cell_gradients, scale,
                     DIM: tl.constexpr, LEVELS: tl.constexpr,
                     WIDTH: tl.constexpr, PADDED: tl.constexpr,
                     VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr,
@@ -87,29 +106,27 @@ def query_gradients(walk, cells, dropout, q, k, v, flags, lse, out, grad_out, gr
     """Rows are queries, columns points: ``grad_q``, and ``delta`` ``[N, H]``, what every weight's
     gradient is less by.
     """
-    tile, head = tile_and_head(walk.n_heads)
+    walk = Walk(tiles, levels, n_rows, n_columns, n_others, n_runs, n_groups, n_heads)
+    tile, head = tile_and_head(n_heads)
     row, exists = rows_of(walk, tile, ROWS)
     queries = load_rows(q, row, exists, head, WIDTH, PADDED)
     upstream = load_rows(grad_out, row, exists, head, VALUE_WIDTH, VALUE_PADDED)
     result = load_rows(out, row, exists, head, VALUE_WIDTH, VALUE_PADDED)
-    base = tl.load(lse + row * walk.n_heads + head, mask=exists, other=-float("inf"))
+    base = tl.load(lse + row * n_heads + head, mask=exists, other=-float("inf"))
     takes_part = base != -float("inf")
     less = tl.sum(upstream.to(tl.float32) * result.to(tl.float32), 1)
-    less -= tl.load(grad_lse + row * walk.n_heads + head, mask=exists, other=0.0)
-    tl.store(delta + row * walk.n_heads + head, less, mask=exists)
+    less -= tl.load(grad_lse + row * n_heads + head, mask=exists, other=0.0)
+    tl.store(delta + row * n_heads + head, less, mask=exists)
     base *= LOG2_E
     gradient = tl.zeros([ROWS, PADDED], tl.float32)
     for level in range(LEVELS):
-        begin, n_runs, n_entries = runs_of(walk, tile, level, ROWS, LEVELS)
-        for first in range(0, n_entries, BLOCK):
-            entry = first + tl.arange(0, BLOCK)
-            point, there, place = columns_at(walk, entry, begin, n_runs, n_entries, 1)
-            sees = seen(walk, row, level, exists & takes_part, point, place, there, DIM, LEVELS)
-            flag = tl.load(flags + point * walk.n_heads + head, mask=there, other=0.0)
-            finite = there & (flag == 0.0)
-            keys = load_rows(k, point, finite, head, WIDTH, PADDED)
-            values = load_rows(v, point, finite, head, VALUE_WIDTH, VALUE_PADDED)
-            logits = dot(queries, tl.trans(keys)) * (scale * LOG2_E) + flag[None, :]
+        runs = runs_of(walk, tile, level, ROWS, LEVELS)
+        for first in range(0, runs[2], BLOCK):
+            point, sees, keys, values, logits = points_of(
+                walk, k, v, flags, queries, row, exists & takes_part, level, head,
+                first + tl.arange(0, BLOCK), runs, scale,
+                DIM, LEVELS, WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED,
+            )  # fmt: skip
             weights = tl.exp2(logits - base[:, None])
             slopes = dot(upstream, tl.trans(values))
             if DROPS:
@@ -125,15 +142,17 @@ def query_gradients(walk, cells, dropout, q, k, v, flags, lse, out, grad_out, gr
     store_rows(grad_q, row, exists, head, gradient * scale, WIDTH, PADDED)
 
 
-@triton.jit
-def point_gradients(walk, dropout, q, k, v, lse, delta, grad_out, grad_k, grad_v, scale,
+@triton.jit(do_not_specialize=SIZES)
+def point_gradients(tiles, levels, n_rows, n_columns, n_others, n_runs, n_groups, n_heads,
+                    dropout, q, k, v, lse, delta, grad_out, grad_k, grad_v, scale,
                     DIM: tl.constexpr, LEVELS: tl.constexpr,
                     WIDTH: tl.constexpr, PADDED: tl.constexpr,
                     VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr,
                     DROPS: tl.constexpr,
                     ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """Rows are points, columns the queries of all ``LEVELS``: ``grad_k`` and ``grad_v``."""
-    tile, head = tile_and_head(walk.n_heads)
+    walk = Walk(tiles, levels, n_rows, n_columns, n_others, n_runs, n_groups, n_heads)
+    tile, head = tile_and_head(n_heads)
     row, exists = rows_of(walk, tile, ROWS)
     keys = load_rows(k, row, exists, head, WIDTH, PADDED)
     values = load_rows(v, row, exists, head, VALUE_WIDTH, VALUE_PADDED)
@@ -143,8 +162,8 @@ def point_gradients(walk, dropout, q, k, v, lse, delta, grad_out, grad_k, grad_v
     for first in range(0, n_entries, BLOCK):
         entry = first + tl.arange(0, BLOCK)
         query, there, level = columns_at(walk, entry, begin, n_runs, n_entries, LEVELS)
-        base = tl.load(lse + query * walk.n_heads + head, mask=there, other=-float("inf"))
-        less = tl.load(delta + query * walk.n_heads + head, mask=there, other=0.0)
+        base = tl.load(lse + query * n_heads + head, mask=there, other=-float("inf"))
+        less = tl.load(delta + query * n_heads + head, mask=there, other=0.0)
         there = there & (base != -float("inf"))
         sees = seen(walk, row, 0, exists, query, level, there, DIM, LEVELS)
         # A query that is not finite has a log-sum-exp that is not, and its gradient a delta.

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .triton_parts import LOG2_E, dot, finite_or_zero, kept, load_rows, softmax_step, store_rows
-from .triton_tiles import cell_at, group_at, rows_of
+from .triton_tiles import SIZES, Walk, cell_at, group_at, rows_of
 
 
 class Cells(NamedTuple):
@@ -24,8 +24,6 @@ class Cells(NamedTuple):
     stops: Any
     point_columns: Any
     n_slices: int
-    n_points: int
-    n_values: int
 
 
 class CellGradients(NamedTuple):
@@ -37,12 +35,15 @@ class CellGradients(NamedTuple):
 
 @triton.jit
 def place_of_cells(walk, level, index, CELLS: tl.constexpr):
-    """The ``index``-th block of cells of a level's windows: its slice, and where it begins there.
-
-    Blocks never reach over a slice's end.
+    """The ``index``-th block of cells of a level's windows: its slice, and where it begins there;
+    the cells' slots, and which of them exist. Blocks never reach over a slice's end.
     """
-    blocks = tl.cdiv(2 * tl.load(walk.levels + 4 * level) + 1, CELLS)
-    return index // blocks, index % blocks * CELLS
+    width = 2 * tl.load(walk.levels + 4 * level) + 1
+    blocks = tl.cdiv(width, CELLS)
+    number, first = index // blocks, index % blocks * CELLS
+    cell = first + tl.arange(0, CELLS)
+    slot = tl.load(walk.levels + 4 * level + 3) + number * width + cell
+    return number, first, slot, cell < width
 
 
 @triton.jit
@@ -54,15 +55,13 @@ def blocks_of_cells(walk, level, CELLS: tl.constexpr):
 
 @triton.jit
 def empty_cells(
-    walk, cells, row, exists, level, number, first, DIM: tl.constexpr, CELLS: tl.constexpr
+    walk, cells, row, exists, level, number, first, there, DIM: tl.constexpr, CELLS: tl.constexpr
 ):
-    """Bool ``[ROWS, CELLS]``, which cells of a block in a level's slice ``number`` are empty;
-    and the block's slots, which exist.
-    """
+    """Bool ``[ROWS, CELLS]``: which cells of a block in a level's slice ``number`` are empty."""
     radius = tl.load(walk.levels + 4 * level)
     slices = row * cells.n_slices + tl.load(walk.levels + 4 * level + 2) + number
     start = tl.maximum(tl.load(cells.starts + slices, mask=exists, other=0), 0)
-    stop = tl.minimum(tl.load(cells.stops + slices, mask=exists, other=0), cells.n_points)
+    stop = tl.minimum(tl.load(cells.stops + slices, mask=exists, other=0), walk.n_others)
     center = cell_at(walk, row, level, DIM - 1, exists, DIM)
     occupied = tl.zeros_like(start)
     for step in range(0, tl.max(stop - start, 0)):
@@ -71,13 +70,9 @@ def empty_cells(
         cell = column - (center - radius + first)
         here = (place < stop) & (cell >= 0) & (cell < CELLS)
         occupied |= tl.where(here, 1 << tl.where(here, cell, 0), 0)
-    cell = tl.arange(0, CELLS)
-    there = first + cell < 2 * radius + 1
     group = group_at(walk, row, level, exists)
-    empty = (occupied[:, None] >> cell[None, :] & 1) == 0
-    empty = empty & (exists & (group >= 0))[:, None] & there[None, :]
-    slot = tl.load(walk.levels + 4 * level + 3) + number * (2 * radius + 1) + first + cell
-    return empty, slot, there
+    empty = (occupied[:, None] >> tl.arange(0, CELLS)[None, :] & 1) == 0
+    return empty & (exists & (group >= 0))[:, None] & there[None, :]
 
 
 @triton.jit
@@ -86,7 +81,7 @@ def values_of_cells(
 ):  # fmt: skip
     """``[ROWS, PADDED]``: what all empty cells of a level hold for each query."""
     group = group_at(walk, row, level, exists)
-    there = (group >= 0) & (group < cells.n_values)
+    there = (group >= 0) & (group < walk.n_groups)
     return load_rows(cells.value, group, there, head, WIDTH, PADDED)
 
 
@@ -101,13 +96,13 @@ def attend_cells(
     queries = load_rows(cells.query, row * LEVELS + level, exists, head, WIDTH, PADDED)
     share = tl.zeros([ROWS], tl.float32)
     for index in range(0, blocks_of_cells(walk, level, CELLS)):
-        number, first = place_of_cells(walk, level, index, CELLS)
-        empty, slot, there = empty_cells(walk, cells, row, exists, level, number, first, DIM, CELLS)
+        number, first, slot, there = place_of_cells(walk, level, index, CELLS)
+        empty = empty_cells(walk, cells, row, exists, level, number, first, there, DIM, CELLS)
         keys = load_rows(cells.key, slot, there, head, WIDTH, PADDED)
         logits = tl.where(empty, dot(queries, tl.trans(keys)) * scale, -float("inf"))
         weights, rescale, top, total = softmax_step(logits, top, total)
         if DROPS:
-            weights *= kept(dropout, head, row[:, None], (cells.n_points + slot)[None, :])
+            weights *= kept(dropout, head, row[:, None], (walk.n_others + slot)[None, :])
         attended *= rescale[:, None]
         share = share * rescale + tl.sum(weights, 1)
     values = values_of_cells(walk, cells, row, exists, level, head, VALUE_WIDTH, VALUE_PADDED).to(
@@ -124,7 +119,7 @@ def attend_cells(
 
 @triton.jit
 def slopes_of_cells(
-    cells, dropout, head, row, slot, empty, queries, keys, slope, base, less, scale,
+    walk, dropout, head, row, slot, empty, queries, keys, slope, base, less, scale,
     DROPS: tl.constexpr,
 ):  # fmt: skip
     """The weights of empty cells, dropped ones zero, and the gradients of their logits."""
@@ -133,7 +128,7 @@ def slopes_of_cells(
     slopes = slope[:, None]
     dropped = weights
     if DROPS:
-        factor = kept(dropout, head, row[:, None], (cells.n_points + slot)[None, :])
+        factor = kept(dropout, head, row[:, None], (walk.n_others + slot)[None, :])
         slopes = slopes * factor
         dropped = weights * factor
     return dropped, tl.where(empty, weights * (slopes - less[:, None]), 0.0)
@@ -155,13 +150,11 @@ def query_gradients_of_cells(
     gradient = tl.zeros([ROWS, PADDED], tl.float32)
     share = tl.zeros([ROWS], tl.float32)
     for index in range(0, blocks_of_cells(walk, level, CELLS)):
-        number, first = place_of_cells(walk, level, index, CELLS)
-        empty, slot, there = empty_cells(
-            walk, cells, row, takes_part, level, number, first, DIM, CELLS
-        )
+        number, first, slot, there = place_of_cells(walk, level, index, CELLS)
+        empty = empty_cells(walk, cells, row, takes_part, level, number, first, there, DIM, CELLS)
         keys = load_rows(cells.key, slot, there, head, WIDTH, PADDED)
         dropped, slopes = slopes_of_cells(
-            cells, dropout, head, row, slot, empty, queries, keys,
+            walk, dropout, head, row, slot, empty, queries, keys,
             slope, base, less, scale * LOG2_E, DROPS,
         )  # fmt: skip
         share += tl.sum(dropped, 1)
@@ -170,46 +163,44 @@ def query_gradients_of_cells(
     tl.store(gradients.weights + place * walk.n_heads + head, share, mask=exists)
 
 
-@triton.jit
-def cell_key_gradients(walk, cells, dropout, lse, delta, grad_out, partial, scale, n_parts, n_slots,
+@triton.jit(do_not_specialize=(*SIZES, "n_parts", "n_slots"))
+def cell_key_gradients(tiles, levels, n_rows, n_columns, n_others, n_runs, n_groups, n_heads,
+                       cells, dropout, lse, delta, grad_out, partial, scale, n_parts, n_slots,
                        DIM: tl.constexpr, LEVELS: tl.constexpr,
                        WIDTH: tl.constexpr, PADDED: tl.constexpr,
                        VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr,
                        DROPS: tl.constexpr, ROWS: tl.constexpr, CELLS: tl.constexpr):  # fmt: skip
     """A block of cells over every ``n_parts``-th tile of queries: Rows ``[n_parts * K, H, d]``."""
+    walk = Walk(tiles, levels, n_rows, n_columns, n_others, n_runs, n_groups, n_heads)
     program = tl.program_id(0)
-    head, part = program % walk.n_heads, program // walk.n_heads % n_parts
-    index = program // (walk.n_heads * n_parts)
+    head, part = program % n_heads, program // n_heads % n_parts
+    index = program // (n_heads * n_parts)
     level = 0
     while index >= blocks_of_cells(walk, level, CELLS):
         index -= blocks_of_cells(walk, level, CELLS)
         level += 1
-    number, first = place_of_cells(walk, level, index, CELLS)
+    number, first, slot, there = place_of_cells(walk, level, index, CELLS)
     gradient = tl.zeros([CELLS, PADDED], tl.float32)
-    radius = tl.load(walk.levels + 4 * level)
-    cell = first + tl.arange(0, CELLS)
-    there = cell < 2 * radius + 1
-    slot = tl.load(walk.levels + 4 * level + 3) + number * (2 * radius + 1) + cell
     keys = load_rows(cells.key, slot, there, head, WIDTH, PADDED)
-    for tile in range(part, tl.cdiv(walk.n_rows, ROWS), n_parts):
+    for tile in range(part, tl.cdiv(n_rows, ROWS), n_parts):
         row, exists = rows_of(walk, tile, ROWS)
-        base = tl.load(lse + row * walk.n_heads + head, mask=exists, other=-float("inf"))
-        less = tl.load(delta + row * walk.n_heads + head, mask=exists, other=0.0)
+        base = tl.load(lse + row * n_heads + head, mask=exists, other=-float("inf"))
+        less = tl.load(delta + row * n_heads + head, mask=exists, other=0.0)
         exists = exists & (base != -float("inf"))
-        empty, _, _ = empty_cells(walk, cells, row, exists, level, number, first, DIM, CELLS)
+        empty = empty_cells(walk, cells, row, exists, level, number, first, there, DIM, CELLS)
         queries = load_rows(cells.query, row * LEVELS + level, exists, head, WIDTH, PADDED)
         upstream = load_rows(grad_out, row, exists, head, VALUE_WIDTH, VALUE_PADDED)
         values = values_of_cells(walk, cells, row, exists, level, head, VALUE_WIDTH, VALUE_PADDED)
         slope = tl.sum(upstream.to(tl.float32) * values.to(tl.float32), 1)
         _, slopes = slopes_of_cells(
-            cells, dropout, head, row, slot, empty, queries, keys,
+            walk, dropout, head, row, slot, empty, queries, keys,
             slope, base * LOG2_E, less, scale * LOG2_E, DROPS,
         )  # fmt: skip
         gradient += dot(tl.trans(slopes).to(queries.dtype), finite_or_zero(queries))
     store_rows(partial, part * n_slots + slot, there, head, gradient * scale, WIDTH, PADDED)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("n_parts",))
 def cell_value_gradients(visits, bounds, weights, grad_out, partial, n_levels, n_heads, n_parts,
                          WIDTH: tl.constexpr, PADDED: tl.constexpr,
                          BLOCK: tl.constexpr):  # fmt: skip

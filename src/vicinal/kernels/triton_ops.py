@@ -33,7 +33,7 @@ def attend(
     lse = q.new_empty(q.shape[:2], dtype=torch.float32)
     with on_device_of(q):
         launch(
-            triton_attention.attend, problem.query_programs, problem.query_walk, problem.cells,
+            triton_attention.attend, problem.query_programs, *problem.query_walk, problem.cells,
             _dropout(seed, dropout_p), *problem.heads, problem.flags, heads(out), lse, scale,
             **problem.constants, DROPS=seed is not None, BACKGROUND=bool(background),
             ROWS=problem.query_rows, CELLS=_CELLS,
@@ -59,13 +59,13 @@ def attend_backward(
     dropout = _dropout(seed, dropout_p)
     with on_device_of(q):
         launch(
-            triton_attention.query_gradients, problem.query_programs, problem.query_walk,
+            triton_attention.query_gradients, problem.query_programs, *problem.query_walk,
             problem.cells, dropout, *problem.heads, problem.flags, lse, heads(out), upstream,
             grad_lse.contiguous(), delta, heads(grad_q), of_cells, scale,
             **settings, BACKGROUND=bool(background), ROWS=problem.query_rows, CELLS=_CELLS,
         )  # fmt: skip
         launch(
-            triton_attention.point_gradients, problem.point_programs, problem.point_walk, dropout,
+            triton_attention.point_gradients, problem.point_programs, *problem.point_walk, dropout,
             *problem.heads, lse, delta, upstream, heads(grad_k), heads(grad_v), scale,
             **settings, ROWS=problem.point_rows,
         )  # fmt: skip
@@ -88,7 +88,7 @@ def _key_gradients_of_cells(
     parts = lse.new_empty(n_parts, *key.shape)
     n_blocks = sum(width ** (problem.dim - 1) * cdiv(width, _CELLS) for width in problem.sizes)
     launch(
-        triton_cells.cell_key_gradients, n_blocks * n_parts * problem.n_heads, problem.query_walk,
+        triton_cells.cell_key_gradients, n_blocks * n_parts * problem.n_heads, *problem.query_walk,
         problem.cells, dropout, lse, delta, upstream, heads(parts.flatten(0, 1)), scale,
         n_parts, len(key), **settings, ROWS=TILE, CELLS=_CELLS,
     )  # fmt: skip

@@ -22,7 +22,7 @@ def bound(keys, wanted, n_keys, n_steps, AFTER: tl.constexpr):
     return low
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("n_keys", "n_steps", "n_queries", "n_slices", "n_places"))
 def find_slices(keys, centers, level, offset, radius, starts, stops, n_keys, n_steps, n_queries,
                 n_slices, n_places, BLOCK: tl.constexpr):  # fmt: skip
     """See `reference.find_slices`; an element of the results for each place of a block."""
@@ -45,7 +45,7 @@ def _join(stop, before, other_stop, other_before):
     return tl.maximum(stop, other_stop), tl.maximum(stop, other_before)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("n_rows", "n_slices", "n_levels", "level", "before"))
 def find_runs(visits, starts, stops, firsts, shifts, counts, n_rows, n_slices, n_levels,
               level, before, OWN: tl.constexpr, ROWS: tl.constexpr,
               SLOTS: tl.constexpr):  # fmt: skip

@@ -20,7 +20,7 @@ def angles_at(coordinates, frequencies, token, exists, head, n_coordinates, n_he
     return angles
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("n_tokens",))
 def rotate(x, coordinates, frequencies, out, n_tokens, n_coordinates, n_heads,
            PAIRS: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """See `reference.rotate`."""
@@ -38,7 +38,7 @@ def rotate(x, coordinates, frequencies, out, n_tokens, n_coordinates, n_heads,
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("n_tokens",))
 def rotate_backward(grad_out, out, coordinates, frequencies, grad_x, grad_coordinates, partial,
                     n_tokens, n_coordinates, n_heads,
                     PAIRS: tl.constexpr, PADDED: tl.constexpr,

@@ -1,6 +1,6 @@
 """Walking a tile: its rows, the columns that any of them sees, and who sees which.
 
-A tile is handed to the kernels as a `Walk`: the tensors of `tiles.Tiles` and their sizes.
+Kernels are handed the tensors of `tiles.Tiles` and sizes, and make a `Walk` of them.
 """
 
 from typing import Any, NamedTuple
@@ -10,23 +10,23 @@ import triton.language as tl
 
 
 class Walk(NamedTuple):
-    """`tiles.Tiles` as kernels take it; see there for the tensors."""
+    """What kernels of tiles take first, in this order.
 
-    visits: Any
-    order: Any
-    firsts: Any
-    shifts: Any
-    counts: Any
-    row_groups: Any
-    row_cells: Any
-    column_groups: Any
-    column_cells: Any
+    Sizes stand by themselves: Triton would compile a kernel for multiples of 16, for all else and
+    for one, of each number in a tuple, and cannot be told not to.
+    """
+
+    tiles: Any  # see `tiles.Tiles`
     levels: Any  # per level: a window's radius, slices, slices before, cells before
     n_rows: int
     n_columns: int
     n_others: int
     n_runs: int
+    n_groups: int  # images x levels, where a background has a value for each
     n_heads: int
+
+
+SIZES = Walk._fields[2:]
 
 
 @triton.jit
@@ -43,7 +43,7 @@ def rows_of(walk, tile, ROWS: tl.constexpr):
     """int64 ``[ROWS]``, the tile's rows, and which of them exist."""
     place = tl.full([ROWS], 0, tl.int64) + tile * ROWS + tl.arange(0, ROWS)
     exists = place < walk.n_rows
-    row = tl.load(walk.visits + place, mask=exists, other=0).to(tl.int64)
+    row = tl.load(walk.tiles.visits + place, mask=exists, other=0).to(tl.int64)
     return row, exists & (row >= 0) & (row < walk.n_rows)
 
 
@@ -55,7 +55,7 @@ def runs_of(walk, tile, level, ROWS: tl.constexpr, LEVELS: tl.constexpr):
     if LEVELS > 1:
         begin += ROWS * tl.load(walk.levels + 4 * level + 2)
         capacity = ROWS * tl.load(walk.levels + 4 * level + 1)
-    counts = walk.counts + (tile.to(tl.int64) * LEVELS + level) * 2
+    counts = walk.tiles.counts + (tile.to(tl.int64) * LEVELS + level) * 2
     return (
         begin,
         tl.minimum(tl.load(counts), capacity),
@@ -73,14 +73,14 @@ def columns_at(walk, entry, begin, n_runs, n_entries, LEVELS: tl.constexpr):
     span = n_runs
     while span > 1:
         middle = (low + high) // 2
-        reached = tl.load(walk.firsts + begin + middle) <= entry
+        reached = tl.load(walk.tiles.firsts + begin + middle) <= entry
         low = tl.where(reached, middle, low)
         high = tl.where(reached, high, middle)
         span = (span + 1) // 2
     exists = entry < n_entries
-    column = entry + tl.load(walk.shifts + begin + low, mask=exists, other=0)
+    column = entry + tl.load(walk.tiles.shifts + begin + low, mask=exists, other=0)
     exists = exists & (column >= 0) & (column < walk.n_columns)
-    index = tl.load(walk.order + column, mask=exists, other=-1).to(tl.int64)
+    index = tl.load(walk.tiles.order + column, mask=exists, other=-1).to(tl.int64)
     exists = exists & (index >= 0) & (index < walk.n_others)
     index = tl.where(exists, index, 0)
     level = tl.zeros_like(index)
@@ -93,14 +93,14 @@ def columns_at(walk, entry, begin, n_runs, n_entries, LEVELS: tl.constexpr):
 def group_at(walk, row, level, exists):
     """The group of rows at a level, -1 for those that do not exist."""
     place = (tl.zeros_like(row) + walk.n_rows) * level + row
-    return tl.load(walk.row_groups + place, mask=exists, other=-1)
+    return tl.load(walk.tiles.row_groups + place, mask=exists, other=-1)
 
 
 @triton.jit
 def cell_at(walk, row, level, axis, exists, DIM: tl.constexpr):
     """A coordinate of the cells that rows fall into at a level."""
     place = (tl.zeros_like(row) + walk.n_rows) * (level * DIM + axis) + row
-    return tl.load(walk.row_cells + place, mask=exists, other=0)
+    return tl.load(walk.tiles.row_cells + place, mask=exists, other=0)
 
 
 @triton.jit
@@ -112,14 +112,14 @@ def seen(
     group = group_at(walk, row, row_level, row_exists)
     n_others = tl.zeros_like(column) + walk.n_others  # of 64 bits, as all places are
     place = column_level * n_others + column
-    other = tl.load(walk.column_groups + place, mask=column_exists, other=-1)
+    other = tl.load(walk.tiles.column_groups + place, mask=column_exists, other=-1)
     takes_part = group >= 0
     radius = tl.load(walk.levels + 4 * (group % LEVELS), mask=takes_part, other=0)
     sees = takes_part[:, None] & (group[:, None] == other[None, :])
     for axis in tl.static_range(DIM):
         cell = cell_at(walk, row, row_level, axis, row_exists, DIM)
         place = (column_level * DIM + axis) * n_others + column
-        other_cell = tl.load(walk.column_cells + place, mask=column_exists, other=0)
+        other_cell = tl.load(walk.tiles.column_cells + place, mask=column_exists, other=0)
         # One comparison for both sides: what lies below is huge as an unsigned number.
         above = (other_cell[None, :] - (cell - radius)[:, None]).to(tl.uint32, bitcast=True)
         sees = sees & (above <= (2 * radius).to(tl.uint32, bitcast=True)[:, None])
