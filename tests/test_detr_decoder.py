@@ -1,0 +1,190 @@
+"""The decoder: its layers one after another, boxes that move and plans that follow them."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from detr_scenes import (
+    CLASSES,
+    EMBED,
+    SavedBytes,
+    gradients,
+    make_decoder,
+    make_pyramid,
+    make_queries,
+    refused,
+    stir,
+)
+from problems import assert_close
+from torch import Tensor
+
+from vicinal.detr import Decoder, ObjectQueries, Predictions
+
+QUERIES, POINTS = (4, 0, 6), (30, 12, 0)
+
+
+def stirred(decoder: Decoder) -> Decoder:
+    stir(decoder, 0.2)
+    return decoder.double()
+
+
+def by_hand(decoder: Any, queries: ObjectQueries, pyramid: Any) -> list[Predictions]:
+    """All layers spelled out, each with a plan of its own."""
+    embeddings, boxes, levels, offsets, groups = queries
+    dim, predictions = pyramid.position_dim, []
+    for layer, norm, head in zip(decoder.layers, decoder.norms, decoder.heads, strict=True):
+        embeddings = embeddings + decoder.sizes(boxes[:, dim:].log() / math.log(2))
+        now = ObjectQueries(embeddings, boxes, levels, offsets, groups)
+        embeddings = layer.cross_attention(
+            layer.self_attention(now), boxes[:, :dim], offsets, pyramid, query_level_indices=levels
+        )
+        embeddings = layer.feed_forward(embeddings)
+        logits, deltas = head.classes(norm(embeddings)), head.box(norm(embeddings))
+        center, size = boxes.chunk(2, 1)
+        moved = (center + deltas[:, :dim] * size, size * deltas[:, dim:].exp())
+        predictions.append(Predictions(logits, torch.cat(moved, 1), offsets))
+        boxes = predictions[-1].boxes.detach()
+    return predictions
+
+
+@pytest.mark.parametrize("position_dim", [1, 2, 3])
+def test_is_its_layers_one_after_another(position_dim: int) -> None:
+    decoder = stirred(make_decoder(3, position_dim))
+    queries, pyramid = make_queries(QUERIES, position_dim), make_pyramid(POINTS, position_dim)
+    predictions, _ = decoder(queries, pyramid)
+    expected = by_hand(decoder, queries, pyramid)
+    assert len(predictions) == 3
+    for ours, theirs in zip(predictions, expected, strict=True):
+        assert ours.logits.shape == (10, CLASSES)
+        assert_close(ours.logits, theirs.logits, 1e-9)
+        assert_close(ours.boxes, theirs.boxes, 1e-9)
+        assert torch.equal(ours.offsets, queries.offsets)
+
+
+def test_every_layer_has_a_plan_where_the_boxes_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = stirred(make_decoder(3))
+    asked: list[tuple[int, Tensor]] = []
+    for index, layer in enumerate(decoder.layers):
+        attention: Any = layer.cross_attention
+
+        def spy(
+            positions: Tensor,
+            *rest: Any,
+            index: int = index,
+            original: Any = attention.make_plan,
+        ) -> Any:
+            asked.append((index, positions))
+            return original(positions, *rest)
+
+        monkeypatch.setattr(attention, "make_plan", spy)
+    predictions, given = decoder(make_queries(QUERIES), make_pyramid(POINTS))
+    assert [index for index, _ in asked] == [0, 1, 2]
+    for (_, positions), queries in zip(asked, given, strict=True):
+        assert torch.equal(positions, queries.positions)
+    for before, after in zip(predictions, given[1:], strict=False):
+        assert torch.equal(before.boxes, after.boxes)
+    assert (asked[0][1] - asked[1][1]).abs().amin() > 0
+    assert (asked[1][1] - asked[2][1]).abs().amin() > 0
+
+
+def test_gradients_pass_between_layers_through_embeddings_and_not_through_boxes() -> None:
+    decoder = stirred(make_decoder(2))
+    predictions, given = decoder(make_queries(QUERIES), make_pyramid(POINTS))
+    assert not given[1].boxes.requires_grad
+    last = predictions[1].boxes.sum() + predictions[1].logits.sum()
+    first_head: Any = decoder.heads[0]
+    first_layer: Any = decoder.layers[0]
+    through_boxes = torch.autograd.grad(
+        last, list(first_head.parameters()), retain_graph=True, allow_unused=True
+    )
+    assert all(grad is None for grad in through_boxes)
+    for grad in torch.autograd.grad(last, list(first_layer.parameters())):
+        assert grad.isfinite().all()
+        assert grad.any()
+
+
+def test_checkpointing_gives_the_same_bits_and_stores_less() -> None:
+    plain = stirred(make_decoder(3, dropout=0.2))
+    again = make_decoder(3, checkpoint=True, dropout=0.2).double()
+    again.load_state_dict(plain.state_dict())
+    queries, pyramid = make_queries((25, 15)), make_pyramid((60, 40))
+    outs, stored, inputs = [], [], []
+    for decoder in (plain, again):
+        values = pyramid.values.clone().requires_grad_()
+        saved = SavedBytes()
+        torch.manual_seed(2)
+        with saved.counted():
+            predictions, _ = decoder(queries, pyramid.with_values(values))
+        out = torch.cat([torch.cat((p.logits, p.boxes), 1) for p in predictions])
+        leaves = (values, queries.embeddings, *decoder.parameters())
+        inputs.append(torch.autograd.grad(out.square().sum(), leaves))
+        outs.append(out)
+        stored.append(saved.nbytes)
+    assert torch.equal(*outs)
+    for ours, theirs in zip(*inputs, strict=True):
+        assert torch.equal(ours, theirs)
+    assert stored[1] < stored[0] / 2
+
+
+@pytest.mark.parametrize(
+    ("n_queries", "n_points"),
+    [((), ()), ((0,), (0,)), ((0, 0), (5, 3)), ((3, 1), (0, 0)), ((1,), (1,)), ((0, 2), (4, 0))],
+)
+def test_next_to_no_queries_or_points(
+    n_queries: tuple[int, ...], n_points: tuple[int, ...]
+) -> None:
+    decoder = stirred(make_decoder(2))
+    queries, pyramid = make_queries(n_queries), make_pyramid(n_points)
+    predictions, given = decoder(queries, pyramid)
+    for ours, theirs in zip(predictions, by_hand(decoder, queries, pyramid), strict=True):
+        assert_close(ours.logits, theirs.logits, 1e-9)
+        assert_close(ours.boxes, theirs.boxes, 1e-9)
+    sum(p.logits.sum() + p.boxes.sum() for p in predictions).backward()
+    assert all(grad is not None and grad.isfinite().all() for grad in gradients(decoder).values())
+    assert len(given) == 2
+
+
+def test_queries_far_from_all_points_are_answered_too() -> None:
+    decoder = stirred(make_decoder(2))
+    queries, pyramid = make_queries((3, 2)), make_pyramid((40, 30))
+    boxes = queries.boxes.detach().clone()
+    boxes[:, :2] += 1e6
+    predictions, _ = decoder(queries._replace(boxes=boxes), pyramid)
+    assert all(p.logits.isfinite().all() and p.boxes.isfinite().all() for p in predictions)
+    moved = pyramid.with_values(torch.randn_like(pyramid.values))
+    others, _ = decoder(queries._replace(boxes=boxes), moved)
+    assert torch.equal(predictions[-1].logits, others[-1].logits)
+
+
+def test_groups_do_not_see_each_other_in_any_layer() -> None:
+    decoder = stirred(make_decoder(3))
+    queries, pyramid = make_queries((6,)), make_pyramid((40,))
+    groups = torch.tensor([0, 0, 1, 0, 1, 1])
+    queries = queries._replace(groups=groups)
+    together, _ = decoder(queries, pyramid)
+    for group in (0, 1):
+        rows = (groups == group).nonzero().flatten()
+        alone = ObjectQueries(
+            queries.embeddings[rows],
+            queries.boxes[rows],
+            queries.levels[rows],
+            torch.tensor([0, len(rows)]),
+        )
+        for ours, theirs in zip(together, decoder(alone, pyramid)[0], strict=True):
+            assert_close(ours.logits[rows], theirs.logits, 1e-9)
+            assert_close(ours.boxes[rows], theirs.boxes, 1e-9)
+
+
+def test_what_does_not_fit_is_refused_by_name() -> None:
+    with refused("layers"):
+        Decoder([], EMBED, CLASSES)
+    decoder, queries = make_decoder().double(), make_queries((2, 1))
+    with refused("queries"):
+        decoder(queries.embeddings, make_pyramid((5, 5)))
+    with refused("queries.boxes"):
+        decoder(queries._replace(boxes=-queries.boxes), make_pyramid((5, 5)))
+    with refused("query_batch_offsets"):
+        decoder(queries, make_pyramid((5, 5, 5)))
+    with refused("query_level_indices"):
+        decoder(queries._replace(levels=queries.levels + 2), make_pyramid((5, 5)))
