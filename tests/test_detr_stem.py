@@ -1,0 +1,229 @@
+"""The stem against a dense map cut into windows, and what it does not depend on."""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from detr_scenes import EMBED, refused, stir
+from problems import assert_close
+from torch import Tensor
+
+from vicinal import FeaturePyramid
+from vicinal.detr import PointStem
+
+CHANNELS = 2
+EXACT = 1e-11
+
+
+def make_stem(position_dim: int, **options: Any) -> PointStem:
+    stem = PointStem(CHANNELS, EMBED, position_dim=position_dim, **options).double()
+    stir(stem)
+    return stem
+
+
+def random_points(
+    shape: Sequence[int], batch_size: int, n: int, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Points in no order, of which some share a cell; the last image has none."""
+    generator = torch.Generator().manual_seed(seed)
+    images = max(batch_size - 1, 1)
+    axes = [torch.randint(size, (n,), generator=generator) for size in (images, *shape)]
+    return torch.stack(axes, 1), torch.randn(n, CHANNELS, generator=generator, dtype=torch.float64)
+
+
+def pooled_map(
+    coordinates: Tensor, values: Tensor, shape: Sequence[int], batch_size: int, stride: int
+) -> Tensor:
+    """Dense ``[B, *shape / stride, C + 1]``: the mean of the points in a cell, and whether any."""
+    grid = [-(-size // stride) for size in shape]
+    dense = torch.zeros(batch_size, *grid, values.shape[1] + 1, dtype=values.dtype)
+    points: dict[tuple[int, ...], list[Tensor]] = {}
+    for (image, *cell), value in zip(coordinates.tolist(), values, strict=True):
+        points.setdefault((image, *[x // stride for x in cell]), []).append(value)
+    for place, here in points.items():
+        dense[place] = torch.cat((torch.stack(here).mean(0), torch.ones(1, dtype=values.dtype)))
+    return dense
+
+
+def window(dense: Tensor, image: int, center: Sequence[int], width: int) -> Tensor:
+    """The cells around ``center`` one after another, with zeros beyond the map."""
+    radius, dim = width // 2, len(center)
+    padded = F.pad(dense[image], (0, 0, *[radius, radius] * dim))
+    return padded[tuple(slice(x, x + width) for x in center)].flatten()
+
+
+def stem_by_hand(
+    stem: PointStem, coordinates: Tensor, values: Tensor, shape: Sequence[int], batch_size: int
+) -> dict[tuple[int, ...], Tensor]:
+    """Embeddings by (image, cell, level); grids whose sizes the strides divide."""
+    maps = [
+        pooled_map(coordinates, values, shape, batch_size, stride) for stride in stem.window_strides
+    ]
+    embedded: dict[tuple[int, ...], Tensor] = {}
+    for image, *cell in set(map(tuple, coordinates.tolist())):
+        seen = [
+            window(dense, image, [x // stride for x in cell], width)
+            for dense, stride, width in zip(
+                maps, stem.window_strides, stem.window_sizes, strict=True
+            )
+        ]
+        places = [(x % stride + 0.5) / stride - 0.5 for x in cell for stride in stem.strides]
+        features = torch.cat((*seen, torch.tensor(places, dtype=torch.float64)))
+        embedded[(image, *cell)] = stem.layers(features)
+    out = {}
+    for level, (stride, mix) in enumerate(zip(stem.strides, stem.mixes, strict=True)):
+        pooled: dict[tuple[int, ...], list[Tensor]] = {}
+        for (image, *cell), embedding in embedded.items():
+            pooled.setdefault((image, *[x // stride for x in cell]), []).append(embedding)
+        for place, here in pooled.items():
+            out[(*place, level)] = stem.norm(mix(torch.stack(here).mean(0)))
+    return out
+
+
+@pytest.mark.parametrize(
+    ("shape", "n", "strides", "sizes", "window_strides"),
+    [
+        ((24,), 15, (1, 4), (5, 3), (1, 2)),
+        ((8, 12), 40, (2, 4), (3, 5), (1, 4)),
+        ((8, 12), 40, (1,), (3,), (1,)),
+        ((4, 8, 4), 60, (1, 2, 4), (3, 3), (1, 2)),
+    ],
+)
+def test_embeds_what_a_dense_map_cut_into_windows_shows(
+    shape: tuple[int, ...],
+    n: int,
+    strides: tuple[int, ...],
+    sizes: tuple[int, ...],
+    window_strides: tuple[int, ...],
+) -> None:
+    stem = make_stem(len(shape), strides=strides, window_sizes=sizes, window_strides=window_strides)
+    coordinates, values = random_points(shape, 3, n)
+    assert len(coordinates.unique(dim=0)) < n  # cells are shared
+    pyramid = stem(coordinates, values, shape, 3)
+    expected = stem_by_hand(stem, coordinates, values, shape, 3)
+    assert pyramid.batch_size == 3
+    assert pyramid.level_shapes == tuple(tuple(x // s for x in shape) for s in strides)
+    assert len(pyramid) == len(expected)
+    assert (pyramid.batch.diff() >= 0).all()
+    for place, value in zip(pyramid.coordinates.tolist(), pyramid.values, strict=True):
+        assert_close(value, expected[tuple(place)], EXACT)
+
+
+def test_places_lie_within_half_a_cell_of_its_middle() -> None:
+    stem = make_stem(2, strides=(1, 2, 5))
+    cells = torch.tensor([[0, *cell] for cell in itertools.product(range(10), repeat=2)])
+    places = stem._places(cells, torch.zeros(0, dtype=torch.float64)).view(-1, 2, 3)
+    assert (places.abs() < 0.5).all()
+    assert not places[..., 0].any()
+    assert places[..., 1].unique().tolist() == [-0.25, 0.25]
+    assert_close(places[..., 2].unique(), torch.linspace(-0.4, 0.4, 5, dtype=torch.float64), 1e-12)
+    # Points of a cell lie evenly around its middle, so that their mean is there.
+    assert_close(places.mean(0), torch.zeros(2, 3, dtype=torch.float64), 1e-12)
+
+
+def test_the_order_of_points_and_other_images_do_not_matter() -> None:
+    stem = make_stem(2)
+    coordinates, values = random_points((32, 24), 3, 60)
+    pyramid = stem(coordinates, values, (32, 24), 3)
+    order = torch.randperm(60)
+    other = stem(coordinates[order], values[order], (32, 24), 3)
+    assert torch.equal(other.coordinates, pyramid.coordinates)
+    assert_close(other.values, pyramid.values, EXACT)
+    first = coordinates[:, 0] == 0
+    alone = stem(coordinates[first], values[first], (32, 24), 1)
+    assert_close(alone.values, pyramid.values[pyramid.batch == 0], EXACT)
+
+
+def test_gradients_reach_the_values_and_all_parameters() -> None:
+    stem = make_stem(2)
+    coordinates, values = random_points((16, 16), 2, 30)
+    values.requires_grad_()
+    out = stem(coordinates, values, (16, 16), 2).values
+    (out * torch.randn_like(out)).sum().backward()
+    assert values.grad is not None
+    assert values.grad.any(1).all()
+    assert all(p.grad is not None and p.grad.any() for p in stem.parameters())
+
+
+@pytest.mark.parametrize("batch_size", [0, 1, 3])
+def test_no_points_at_all(batch_size: int) -> None:
+    stem = make_stem(2)
+    empty = torch.empty(0, 3, dtype=torch.int64), torch.empty(0, CHANNELS, dtype=torch.float64)
+    pyramid = stem(*empty, (8, 8), batch_size)
+    assert pyramid.values.shape == (0, EMBED)
+    assert pyramid.batch_size == batch_size
+    pyramid.values.sum().backward()
+    assert all(p.grad is not None for p in stem.parameters())
+
+
+def test_grids_that_strides_do_not_divide() -> None:
+    stem = make_stem(2)
+    coordinates, values = random_points((13, 11), 2, 30)
+    pyramid = stem(coordinates, values, (13, 11), 2)
+    assert pyramid.level_shapes == ((13, 11), (7, 6), (4, 3), (2, 2))
+    assert not pyramid.misplaced().any()
+    assert pyramid.values.isfinite().all()
+
+
+def test_autocast_gives_nearly_the_same_in_full_precision() -> None:
+    stem = make_stem(2).float()
+    coordinates, values = random_points((16, 16), 2, 30)
+    exact = stem(coordinates, values.float(), (16, 16), 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = stem(coordinates, values.float(), (16, 16), 2)
+    assert out.values.dtype == torch.float32
+    assert_close(out.values, exact.values, 0.2)
+
+
+@pytest.mark.parametrize(
+    ("argument", "options"),
+    [
+        ("in_channels", {"in_channels": 0}),
+        ("embed_dim", {"embed_dim": 1.5}),
+        ("position_dim", {"position_dim": 0}),
+        ("strides", {"strides": ()}),
+        ("strides", {"strides": (1, 0)}),
+        ("window_strides", {"window_strides": (2, 4)}),
+        ("window_strides", {"window_strides": (1, 0)}),
+        ("window_strides", {"window_strides": ()}),
+        ("window_sizes", {"window_sizes": (3,)}),
+        ("window_sizes", {"window_sizes": (3, 4)}),
+        ("window_sizes", {"window_sizes": (3, -1)}),
+    ],
+)
+def test_options_that_cannot_be_are_refused_by_name(argument: str, options: dict[str, Any]) -> None:
+    with refused(argument):
+        PointStem(**{"in_channels": CHANNELS, "embed_dim": EMBED} | options)
+
+
+@pytest.mark.parametrize(
+    ("argument", "wrong"),
+    [
+        ("values", {"values": torch.zeros(4, CHANNELS + 1, dtype=torch.float64)}),
+        ("values", {"values": torch.zeros(4, CHANNELS, dtype=torch.int64)}),
+        ("coordinates", {"coordinates": torch.zeros(4, 4, dtype=torch.int64)}),
+        ("coordinates", {"coordinates": torch.zeros(3, 3, dtype=torch.int64)}),
+        ("coordinates", {"coordinates": torch.zeros(4, 3)}),
+        ("coordinates", {"coordinates": torch.full((4, 3), 9)}),
+        ("spatial_shape", {"spatial_shape": (8, 8, 8)}),
+        ("spatial_shape", {"spatial_shape": 8}),
+        ("spatial_shape", {"spatial_shape": (8, 0)}),
+        ("batch_size", {"batch_size": -1}),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused_by_name(
+    argument: str, wrong: dict[str, Any]
+) -> None:
+    arguments: dict[str, Any] = {
+        "coordinates": torch.zeros(4, 3, dtype=torch.int64),
+        "values": torch.zeros(4, CHANNELS, dtype=torch.float64),
+        "spatial_shape": (8, 8),
+        "batch_size": 1,
+    }
+    stem = make_stem(2)
+    assert isinstance(stem(**arguments), FeaturePyramid)
+    with pytest.raises(ValueError, match=rf"^{argument}( \(batch\))?: expected .*, got "):
+        stem(**arguments | wrong)
