@@ -1,0 +1,57 @@
+"""What the figures are made of. A cell of the full shape is a unit square, rows run down."""
+
+from typing import Any
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.collections import PatchCollection
+from matplotlib.colors import LinearSegmentedColormap, to_rgb
+from matplotlib.patches import Rectangle
+from torch import Tensor
+
+from .flat import Places
+from .palette import LIGHT
+from .picture import as_picture
+
+WEIGHTS = LinearSegmentedColormap.from_list("weights", LIGHT.weights)
+
+
+def rectangle(corners: Tensor, **style: Any) -> Rectangle:
+    """From low and high corner ``[2, 2]``, row then column."""
+    (top, left), (bottom, right) = corners.tolist()
+    return Rectangle((left, top), right - left, bottom - top, **style)
+
+
+def draw_squares(ax: Axes, squares: Tensor, **style: Any) -> PatchCollection:
+    """Cells from their corners ``[n, 2, 2]``, as one artist."""
+    collection = PatchCollection([rectangle(corners) for corners in squares], **style)
+    ax.add_collection(collection)
+    return collection
+
+
+def draw_picture(ax: Axes, image: Tensor | None, places: Places) -> None:
+    """Colours below the points, intensities above them as ink, over the whole of the map."""
+    if image is None:
+        return
+    picture = as_picture(image)
+    height, width = places.full_shape
+    extent = (0, width, height, 0)
+    if picture.dim() == 3:
+        ax.imshow(picture.tolist(), extent=extent, zorder=0)
+        return
+    ink = torch.tensor(to_rgb(LIGHT.ink)).expand(*picture.shape, 3)
+    opacity = picture[..., None] / 255 * 0.35
+    ax.imshow(torch.cat((ink, opacity), 2).tolist(), extent=extent, zorder=3)
+
+
+def frame(ax: Axes, view: Tensor, *, one_row: bool) -> None:
+    """Shows ``view`` ``[2, 2]`` and nothing else; a single row of cells is as high as fits."""
+    (top, left), (bottom, right) = view.tolist()
+    ax.set_xlim(left, right)
+    ax.set_ylim(bottom, top)
+    ax.set_aspect("auto" if one_row else "equal")
+    ax.tick_params(labelsize=8, color=LIGHT.edge, labelcolor=LIGHT.muted, length=2)
+    if one_row:
+        ax.set_yticks([])
+    for spine in ax.spines.values():
+        spine.set_color(LIGHT.edge)
