@@ -158,7 +158,8 @@ def _attend(plan: NeighborhoodPlan, case: Case) -> None:
         tensors, list(plan.neighborhood_sizes), plan.position_dim, 0.1, 0.2,
     )  # fmt: skip
     out, lse = triton_ops.attend(*arguments)
-    triton_ops.attend_backward(out, lse, out, lse, *arguments)
+    for needs_queries in (False, True):
+        triton_ops.attend_backward(out, lse, out, lse, *arguments, needs_queries, True)
 
 
 def variant(launch: Launch, target: GPUTarget) -> tuple[ASTSource, dict[str, Any]]:

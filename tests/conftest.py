@@ -1,5 +1,7 @@
+import importlib.util
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import hypothesis
 import pytest
@@ -29,6 +31,37 @@ def backend(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interpreter_prepares_once() -> Iterator[None]:
+    """Triton's interpreter changes its language anew for every function that a kernel calls, which
+    takes most of its time; for each kernel is enough.
+    """
+    if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
+        yield
+        return
+    from triton.runtime import interpreter
+
+    run, prepare = interpreter.GridExecutor.__call__, interpreter._patch_lang
+    done: set[str] = set()
+
+    def run_kernel(self: Any, *arguments: Any, **options: Any) -> None:
+        done.clear()
+        run(self, *arguments, **options)
+
+    def prepare_once(function: Any) -> Any:
+        """For what is called of a package; nobody asks nested calls what they changed."""
+        package = function.__module__.partition(".")[0]
+        if package in done:
+            return None
+        done.add(package)
+        return prepare(function)
+
+    with pytest.MonkeyPatch.context() as patches:
+        patches.setattr(interpreter.GridExecutor, "__call__", run_kernel)
+        patches.setattr(interpreter, "_patch_lang", prepare_once)
+        yield
 
 
 @pytest.fixture

@@ -138,6 +138,27 @@ def test_a_graph_of_maps_never_seen_is_refused() -> None:
         step(block, points, offsets)
 
 
+def test_a_graph_does_not_complete_a_plan() -> None:
+    """Made without gradients, it lacks the points' tiles; a run with gradients finds them."""
+    points = make_points(500)
+    x = torch.randn(len(points), 2, 16, device="cuda").requires_grad_()
+    with torch.no_grad():
+        plan = plan_neighborhoods(points.positions(), points.batch_offsets(), points, SIZES)
+        neighborhood_attention(x, x, x, plan)
+    torch.cuda.synchronize()
+    with (
+        pytest.raises(RuntimeError, match="point_slices of a plan: run once"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        neighborhood_attention(x, x, x, plan)
+    (expected,) = torch.autograd.grad(neighborhood_attention(x, x, x, plan).sum(), x)
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph := torch.cuda.CUDAGraph()):
+        (grad,) = torch.autograd.grad(neighborhood_attention(x, x, x, plan).sum(), x)
+    graph.replay()
+    assert torch.equal(grad, expected)
+
+
 def test_compiled_for_any_number_of_points() -> None:
     block = make_block()
 

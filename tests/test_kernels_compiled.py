@@ -40,6 +40,7 @@ KERNELS = {
     "query_gradients",
     "point_gradients",
     "find_flags",
+    "find_deltas",
     "cell_key_gradients",
     "cell_value_gradients",
     "find_slices",

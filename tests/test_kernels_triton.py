@@ -265,6 +265,28 @@ def test_the_same_bits_twice(uninitialised_is_nan: None) -> None:
         assert torch.equal(left, right)
 
 
+@pytest.mark.parametrize("name", ["cpu", "triton"])
+def test_gradients_of_some_are_those_of_all(name: str) -> None:
+    """Whatever else is frozen, or not asked for."""
+    device = torch.device("cpu") if name == "cpu" else DEVICE
+    plan = scene_2d(n_queries=18, n_points=30).plan().to(device)
+    inputs = make_inputs(plan.to("cpu"), heads=1, background=True, dtype=torch.float32)
+    leaves = inputs.map(lambda x: x.to(device)).fresh()
+    out, lse = leaves.attend(plan, name)
+    loss = out.square().sum() + lse.sin().sum()
+    expected = torch.autograd.grad(loss, leaves.leaves(), retain_graph=True)
+    for number, (leaf, wanted) in enumerate(zip(leaves.leaves(), expected, strict=True)):
+        assert wanted.count_nonzero()
+        (among_all,) = torch.autograd.grad(loss, [leaf], retain_graph=True)
+        frozen = [x.detach() for x in leaves.leaves()]
+        alone = frozen[number].requires_grad_()
+        out, lse = leaves.with_leaves(frozen).attend(plan, name)
+        (out.square().sum() + lse.sin().sum()).backward()
+        assert torch.equal(among_all, wanted)
+        assert alone.grad is not None
+        assert relative_error(alone.grad.cpu(), wanted.cpu().double()) < 1e-6
+
+
 def test_strides_of_any_kind() -> None:
     """A part of a wider tensor, heads before rows, channels apart, an expanded gradient."""
     plan = scene_2d().plan().to(DEVICE)
@@ -606,6 +628,9 @@ def test_opcheck() -> None:
             point_keys.sort().values, query_keys, slices.visits, *keys.window_rows()
         )
     assert len(ops.calls) == 7
+    backward, arguments = ops.calls["neighborhood_attention_backward"]
+    for needed in ((False, True), (True, False)):
+        ops.calls[f"backward {needed}"] = backward, (*arguments[:-2], *needed)
     for name, (op, arguments) in ops.calls.items():
         differentiable = name in ("neighborhood_attention", "rotate")
         results = torch.library.opcheck(op, as_leaves(arguments, requires_grad=differentiable))

@@ -116,6 +116,39 @@ def test_a_training_step_with_planning(
     assert set(launched) == kernels
 
 
+@pytest.mark.parametrize("frozen", ["queries", "points"])
+def test_what_is_frozen_is_not_computed(frozen: str, launched: list[str]) -> None:
+    points = make_points(50)
+    with torch.no_grad():
+        offsets = torch.zeros(3, dtype=torch.int64, device="meta")
+        plan = plan_neighborhoods(points.positions(), offsets, points, SIZES)
+    q, k = (torch.randn(50, 2, 16, device="meta") for _ in range(2))
+    (k if frozen == "queries" else q).requires_grad_()
+    neighborhood_attention(q, k, k, plan).sum().backward()
+    of_points, of_queries = {"point_gradients", "find_deltas"}, {"query_gradients"}
+    wanted, others = (of_points, of_queries) if frozen == "queries" else (of_queries, of_points)
+    assert wanted < set(launched)
+    assert not others & set(launched)
+    assert ("point_tiles" in plan._found) == (frozen == "queries")
+
+
+def test_a_graph_does_not_complete_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing would be there before the graph runs; what the graph plans itself it completes."""
+    points = make_points(50)
+    offsets = torch.zeros(3, dtype=torch.int64, device="meta")
+    with torch.no_grad():
+        plan = plan_neighborhoods(points.positions(), offsets, points, SIZES)
+        monkeypatch.setattr("vicinal.plan.capturing", lambda device: True)
+        captured = plan_neighborhoods(points.positions(), offsets, points, SIZES)
+    x = torch.randn(50, 2, 16, device="meta")
+    neighborhood_attention(x, x, x, plan)
+    x.requires_grad_()
+    with pytest.raises(RuntimeError, match="point_tiles of a plan: run once before capturing"):
+        neighborhood_attention(x, x, x, plan)
+    neighborhood_attention(x, x, x, captured)
+    assert "point_tiles" in captured._found
+
+
 def test_a_compiled_step_asks_for_what_the_gpu_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Numbers in a graph would be sent anew, and waited for, at every step."""
     monkeypatch.setattr(constants, "_KEEPING", ("meta",))

@@ -32,6 +32,13 @@ def constant(numbers: Numbers, device: torch.device, dtype: torch.dtype = torch.
     return _keep(tuple(flat), tuple(shape), dtype, device)
 
 
+def capturing(device: torch.device) -> bool:
+    """Whether what is computed on a device now goes into a CUDA graph instead."""
+    if device.type != "cuda" or torch.compiler.is_compiling() or not torch.cuda.is_available():
+        return False
+    return torch.cuda.is_current_stream_capturing()
+
+
 def _flattened(numbers: Numbers) -> tuple[list[int], list[int]]:
     """All the numbers, row by row, and the shape of the table."""
     flat: list[int] = []
@@ -50,9 +57,9 @@ def _keep(
 ) -> Tensor:
     """The table on the GPU that keeps it, sent if it was not yet."""
     key = flat, shape, dtype, device
-    capturing = torch.cuda.is_current_stream_capturing()
+    captured = torch.cuda.is_current_stream_capturing()
     if key not in _kept:
-        if capturing:
+        if captured:
             raise RuntimeError("run once with maps of this shape before capturing a CUDA graph")
         if len(_kept) == _KEPT:
             torch.cuda.synchronize(device)  # other streams may still read them
@@ -64,7 +71,7 @@ def _keep(
             return made
         _kept[key] = made, torch.cuda.current_stream(device).record_event()
     kept, sent = _kept[key]
-    if capturing:
+    if captured:
         _captured[key] = kept
     elif not sent.query():  # it may be another stream that sends it
         torch.cuda.current_stream(device).wait_event(sent)

@@ -24,7 +24,7 @@ from ._checks import (
     reads_contents,
     refuse,
 )
-from ._constants import constant
+from ._constants import capturing, constant
 from .backends import choose_backend
 from .cell_keys import CellKeys
 from .kernels.reference import search_slices
@@ -72,6 +72,7 @@ class NeighborhoodPlan:
     batch_size: int
     level_shapes: LevelShapes
     _places: "_Places"
+    _captured: bool = False  # made by a CUDA graph
     _found: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -92,6 +93,9 @@ class NeighborhoodPlan:
     def _once(self, name: str, find: Callable[[], T]) -> T:
         # By hand: compiled graphs do not take the lock of `functools.cached_property`.
         if name not in self._found:
+            if capturing(self.device) and not self._captured:
+                # The graph would find it, at every replay, where others trust it is there.
+                raise RuntimeError(f"{name} of a plan: run once before capturing a CUDA graph")
             self._found[name] = find()
         found: T = self._found[name]
         return found
@@ -233,6 +237,7 @@ class NeighborhoodPlan:
             center_columns=self.center_columns.to(device),
             point_columns=self.point_columns.to(device),
             _places=_Places(keys.to(device), *(part.to(device) for part in places)),
+            _captured=capturing(torch.device(device)),
             _found={},
         )
 
@@ -329,6 +334,7 @@ def _plan(
         batch_size=pyramid.batch_size,
         level_shapes=pyramid.level_shapes,
         _places=_Places(keys, centers, query_keys, point_keys, coordinates),
+        _captured=capturing(device),
     )
 
 

@@ -299,6 +299,10 @@ Tensor like_sums(const Tensor& x) {
   return new_tensor(x, {x.size(0), x.size(1), x.size(2)}, sum_type(x));
 }
 
+Tensor no_rows(const Tensor& x) {
+  return torch::stable::new_empty(x, {0, x.size(1), x.size(2)});
+}
+
 // Points that no query sees have no gradient.
 void clear_untouched(const Tensor& grad, const std::vector<int32_t>& touched) {
   if (grad.numel() == 0) return;
@@ -324,7 +328,8 @@ Tensor total(const Tensor& parts, const Tensor& like) {
 std::tuple<Tensor, Tensor, Tensor, Tensors> backward(
     Tensor grad_out, Tensor grad_lse, Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v,
     std::optional<Tensor> query_mask, std::optional<Tensor> seed, Tensors background, Tensors plan,
-    std::vector<int64_t> windows, int64_t position_dim, double scale, double dropout_p) {
+    std::vector<int64_t> windows, int64_t position_dim, double scale, double dropout_p,
+    bool needs_queries, bool needs_points) {
   Arguments arguments(q, k, v, query_mask, seed, background, plan, windows, position_dim, scale,
                       dropout_p);
   Problem& p = arguments.problem;
@@ -368,6 +373,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> backward(
     arguments.attend_backward(schedule);
     grads = {query, total(key, given[1]), total(value, given[2])};
   }
+  // One pass finds them all; those that nobody asks for have no rows.
+  if (!needs_queries) grad_q = no_rows(q), grads.clear();
+  if (!needs_points) return {grad_q, no_rows(k), no_rows(v), grads};
   for (const Tensor& grad : {grad_k, grad_v}) clear_untouched(grad, touched);
   return {grad_q, torch::stable::to(grad_k, k.scalar_type()),
           torch::stable::to(grad_v, v.scalar_type()), grads};

@@ -16,8 +16,8 @@ _ARGUMENTS = (
 _SCHEMAS = {
     "neighborhood_attention": f"({_ARGUMENTS}) -> (Tensor, Tensor)",
     "neighborhood_attention_backward": (
-        f"(Tensor grad_out, Tensor grad_lse, Tensor out, Tensor lse, {_ARGUMENTS}) "
-        "-> (Tensor, Tensor, Tensor, Tensor[])"
+        f"(Tensor grad_out, Tensor grad_lse, Tensor out, Tensor lse, {_ARGUMENTS}, "
+        "bool needs_queries, bool needs_points) -> (Tensor, Tensor, Tensor, Tensor[])"
     ),
     "rotate": "(Tensor x, Tensor coordinates, Tensor frequencies) -> Tensor",
     "rotate_backward": (
@@ -133,10 +133,21 @@ def _fake_attention(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, T
 
 def _fake_attention_backward(
     grad_out: Tensor, grad_lse: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor,
-    query_mask: Tensor | None, seed: Tensor | None, background: list[Tensor], *_: Any,
+    query_mask: Tensor | None, seed: Tensor | None, background: list[Tensor], plan: list[Tensor],
+    neighborhood_sizes: list[int], position_dim: int, scale: float, dropout_p: float,
+    needs_queries: bool, needs_points: bool,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
-    grads = [x.new_empty(x.shape) for x in (q, k, v)]
-    return grads[0], grads[1], grads[2], [x.new_empty(x.shape) for x in background]
+    grads = new_gradients(q, k, v, needs_queries, needs_points)
+    return *grads, [x.new_empty(x.shape) for x in background if needs_queries]
+
+
+def new_gradients(
+    q: Tensor, k: Tensor, v: Tensor, needs_queries: bool, needs_points: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for gradients; those that nobody needs have no rows."""
+    needed = (q, needs_queries), (k, needs_points), (v, needs_points)
+    of_q, of_k, of_v = (x.new_empty(x.shape[0] if yes else 0, *x.shape[1:]) for x, yes in needed)
+    return of_q, of_k, of_v
 
 
 def _setup_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -148,11 +159,17 @@ def _setup_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Te
 def _backward_attention(op: Any, ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
     out, lse, q, k, v, query_mask, seed, *rest = ctx.saved_tensors
     background, plan = rest[: ctx.n_background], rest[ctx.n_background :]
+    of_q, of_k, of_v, _, _, of_background, *_ = ctx.needs_input_grad
+    # A background gets its gradients along with the queries.
+    needs_queries, needs_points = of_q or any(of_background), of_k or of_v
     grad_q, grad_k, grad_v, grad_background = op(
-        grad_out, grad_lse, out, lse, q, k, v, query_mask, seed, background, plan, *ctx.settings
-    )
+        grad_out, grad_lse, out, lse, q, k, v, query_mask, seed, background, plan, *ctx.settings,
+        needs_queries, needs_points,
+    )  # fmt: skip
+    points = (grad_k, grad_v) if needs_points else (None, None)
+    of_cells = grad_background or [None] * len(background)
     without = [None] * len(plan), None, None, None, None
-    return grad_q, grad_k, grad_v, None, None, grad_background, *without
+    return grad_q if needs_queries else None, *points, None, None, of_cells, *without
 
 
 def _fake_rotate(x: Tensor, coordinates: Tensor, frequencies: Tensor) -> Tensor:

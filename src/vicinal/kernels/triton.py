@@ -27,7 +27,7 @@ def attend(
     slices = plan.query_slices
     flags = OPS.find_flags(k.detach(), v.detach())
     tensors = [*plan.query_tiles(find_runs), flags, *slices[1:3], plan.point_columns]
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *background)):
+    if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
         tensors += plan.point_tiles(find_runs)  # the backward pass must not plan
     return OPS.attend(
         q, k, v, tensors, plan.neighborhood_sizes, plan.position_dim,

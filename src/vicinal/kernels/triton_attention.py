@@ -94,6 +94,28 @@ def attend(tiles, levels, n_rows, n_columns, n_others, n_runs, n_groups, n_heads
     tl.store(lse + row * n_heads + head, result, mask=exists)
 
 
+@triton.jit
+def delta_of(upstream, out, grad_lse, row, exists, head, n_heads,
+             VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr):  # fmt: skip
+    """What the gradients of all weights of some queries are less by."""
+    result = load_rows(out, row, exists, head, VALUE_WIDTH, VALUE_PADDED)
+    delta = tl.sum(upstream.to(tl.float32) * result.to(tl.float32), 1)
+    return delta - tl.load(grad_lse + row * n_heads + head, mask=exists, other=0.0)
+
+
+@triton.jit(do_not_specialize=("n_queries", "n_heads"))
+def find_deltas(out, grad_out, grad_lse, delta, n_queries, n_heads,
+                VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr,
+                BLOCK: tl.constexpr):  # fmt: skip
+    """``delta`` alone, where no query needs a gradient."""
+    block, head = tl.program_id(0) // n_heads, tl.program_id(0) % n_heads
+    row = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    exists = row < n_queries
+    upstream = load_rows(grad_out, row, exists, head, VALUE_WIDTH, VALUE_PADDED)
+    less = delta_of(upstream, out, grad_lse, row, exists, head, n_heads, VALUE_WIDTH, VALUE_PADDED)
+    tl.store(delta + row * n_heads + head, less, mask=exists)
+
+
 @triton.jit(do_not_specialize=SIZES)
 def query_gradients(tiles, levels, n_rows, n_columns, n_others, n_runs, n_groups, n_heads,
                     cells, dropout, q, k, v, flags, lse, out, grad_out, grad_lse, delta, grad_q,
@@ -103,19 +125,15 @@ def query_gradients(tiles, levels, n_rows, n_columns, n_others, n_runs, n_groups
                     VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr,
                     DROPS: tl.constexpr, BACKGROUND: tl.constexpr,
                     ROWS: tl.constexpr, BLOCK: tl.constexpr, CELLS: tl.constexpr):  # fmt: skip
-    """Rows are queries, columns points: ``grad_q``, and ``delta`` ``[N, H]``, what every weight's
-    gradient is less by.
-    """
+    """Rows are queries, columns points: ``grad_q``, and ``delta`` ``[N, H]``."""
     walk = Walk(tiles, levels, n_rows, n_columns, n_others, n_runs, n_groups, n_heads)
     tile, head = tile_and_head(n_heads)
     row, exists = rows_of(walk, tile, ROWS)
     queries = load_rows(q, row, exists, head, WIDTH, PADDED)
     upstream = load_rows(grad_out, row, exists, head, VALUE_WIDTH, VALUE_PADDED)
-    result = load_rows(out, row, exists, head, VALUE_WIDTH, VALUE_PADDED)
     base = tl.load(lse + row * n_heads + head, mask=exists, other=-float("inf"))
     takes_part = base != -float("inf")
-    less = tl.sum(upstream.to(tl.float32) * result.to(tl.float32), 1)
-    less -= tl.load(grad_lse + row * n_heads + head, mask=exists, other=0.0)
+    less = delta_of(upstream, out, grad_lse, row, exists, head, n_heads, VALUE_WIDTH, VALUE_PADDED)
     tl.store(delta + row * n_heads + head, less, mask=exists)
     base *= LOG2_E
     gradient = tl.zeros([ROWS, PADDED], tl.float32)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..tiles import TILE
 from . import reference, triton_attention, triton_cells, triton_plan, triton_rotation
+from .library import new_gradients
 from .triton_arguments import Problem, cdiv, heads, launch, on_device_of, power_of_2, widths
 from .triton_cells import CellGradients
 from .triton_parts import Dropout, Rows
@@ -45,30 +46,35 @@ def attend_backward(
     grad_out: Tensor, grad_lse: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor,
     query_mask: Tensor | None, seed: Tensor | None, background: list[Tensor], plan: list[Tensor],
     neighborhood_sizes: list[int], position_dim: int, scale: float, dropout_p: float,
+    needs_queries: bool, needs_points: bool,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
     """See `library`; the gradients of q, k, v and the background."""
     problem = Problem(q, k, v, query_mask, background, plan, neighborhood_sizes, position_dim)
-    grad_q, grad_k, grad_v = (x.new_empty(x.shape) for x in (q, k, v))
-    grad_background = [x.new_empty(x.shape) for x in background]
-    upstream, delta = heads(grad_out), torch.empty_like(lse)
+    grad_q, grad_k, grad_v = new_gradients(q, k, v, needs_queries, needs_points)
+    grad_background = [x.new_empty(x.shape) for x in background if needs_queries]
+    upstream, delta, grad_lse = heads(grad_out), torch.empty_like(lse), grad_lse.contiguous()
     of_cells = None
-    if background:
+    if grad_background:
         weights = lse.new_empty(len(lse), problem.n_levels, problem.n_heads)
         of_cells = CellGradients(heads(grad_background[0].flatten(0, 1)), weights)
     settings = {**problem.constants, "DROPS": seed is not None}
     dropout = _dropout(seed, dropout_p)
     with on_device_of(q):
-        launch(
-            triton_attention.query_gradients, problem.query_programs, *problem.query_walk,
-            problem.cells, dropout, *problem.heads, problem.flags, lse, heads(out), upstream,
-            grad_lse.contiguous(), delta, heads(grad_q), of_cells, scale,
-            **settings, BACKGROUND=bool(background), ROWS=problem.query_rows, CELLS=_CELLS,
-        )  # fmt: skip
-        launch(
-            triton_attention.point_gradients, problem.point_programs, *problem.point_walk, dropout,
-            *problem.heads, lse, delta, upstream, heads(grad_k), heads(grad_v), scale,
-            **settings, ROWS=problem.point_rows,
-        )  # fmt: skip
+        if needs_queries:
+            launch(
+                triton_attention.query_gradients, problem.query_programs, *problem.query_walk,
+                problem.cells, dropout, *problem.heads, problem.flags, lse, heads(out), upstream,
+                grad_lse, delta, heads(grad_q), of_cells, scale,
+                **settings, BACKGROUND=bool(background), ROWS=problem.query_rows, CELLS=_CELLS,
+            )  # fmt: skip
+        else:
+            _find_deltas(heads(out), upstream, grad_lse, delta, v.shape[2])
+        if needs_points:
+            launch(
+                triton_attention.point_gradients, problem.point_programs, *problem.point_walk,
+                dropout, *problem.heads, lse, delta, upstream, heads(grad_k), heads(grad_v), scale,
+                **settings, ROWS=problem.point_rows,
+            )  # fmt: skip
         if of_cells is not None:
             del settings["BLOCK"]
             grad_background[1] = _key_gradients_of_cells(
@@ -76,6 +82,15 @@ def attend_backward(
             )
             grad_background[2] = _value_gradients_of_cells(problem, of_cells.weights, upstream)
     return grad_q, grad_k, grad_v, grad_background
+
+
+def _find_deltas(out: Rows, upstream: Rows, grad_lse: Tensor, delta: Tensor, width: int) -> None:
+    (n_queries, n_heads), block = delta.shape, 32
+    launch(
+        triton_attention.find_deltas, cdiv(n_queries, block) * n_heads, out, upstream, grad_lse,
+        delta, n_queries, n_heads,
+        VALUE_WIDTH=width, VALUE_PADDED=power_of_2(width), BLOCK=block, num_warps=1,
+    )  # fmt: skip
 
 
 def _key_gradients_of_cells(
