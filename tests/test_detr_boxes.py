@@ -146,9 +146,11 @@ def test_overlaps_do_not_depend_on_scale_in_float32(scale: float) -> None:
     assert torch.isfinite(grad).all()
 
 
-def test_a_speck_far_from_a_huge_box_gives_finite_gradients() -> None:
-    boxes = torch.tensor([[0.0, 0, 0, 1e-20, 1e-20, 1e-20], [1e18, 0, 0, 1e15, 1, 1]])
-    boxes.requires_grad_()
+def test_specks_far_from_each_other_and_from_a_huge_box_give_finite_gradients() -> None:
+    # What two of them cover of their hull is 1e-39, whose inverse is no finite float32.
+    sizes = torch.tensor([[1e-20] * 3, [1e-13] * 3, [1e-13] * 3, [1e15, 1, 1]])
+    centers = torch.tensor([[0.0] * 3, [0] * 3, [1] * 3, [1e18, 0, 0]])
+    boxes = torch.cat((centers, sizes), 1).requires_grad_()
     values = pairwise_generalized_iou(boxes, boxes)
     (grad,) = torch.autograd.grad(values.sum(), boxes)
     assert torch.isfinite(values).all()

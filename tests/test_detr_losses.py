@@ -305,8 +305,10 @@ def train_apart(rank: int, directory: str) -> None:
     store, patience = f"file://{directory}/store", timedelta(seconds=60)
     torch.distributed.init_process_group("gloo", store, patience, world_size=2, rank=rank)
     try:
-        result = *loss_and_gradient([rank]), mean_objects(0, torch.device("cpu"))
-        torch.save(result, f"{directory}/{rank}.pt")
+        loss, grad = loss_and_gradient([rank])
+        n = torch.tensor(6.0 * rank)
+        means = [mean_objects(number, torch.device("cpu")).item() for number in (0, n)]
+        torch.save((loss, grad, [*means, n.item()]), f"{directory}/{rank}.pt")
     finally:
         torch.distributed.destroy_process_group()
 
@@ -322,7 +324,7 @@ def test_two_processes_average_to_the_loss_and_gradient_of_one(tmp_path: Path) -
     results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     assert_close((results[0][0] + results[1][0]) / 2, loss, 1e-13)
     assert_close((results[0][1] + results[1][1]) / 2, grad, 1e-12)
-    assert [none.item() for _, _, none in results] == [1, 1]
+    assert [numbers for _, _, numbers in results] == [[1, 3, 0], [1, 3, 6]]
 
 
 ACCEPTED = HungarianMatcher()(PREDICTIONS, TARGETS)

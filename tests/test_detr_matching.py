@@ -242,6 +242,12 @@ def test_borders_belong_to_the_box_and_the_first_of_equals_wins() -> None:
     assert assigned.tolist() == [0, 1, 1, 2, 0, -1, 0]
 
 
+def test_the_smallest_box_is_that_of_least_volume() -> None:
+    boxes = torch.tensor([[5.0, 5, 3, 3], [5, 5, 6, 1]])
+    targets = Targets(boxes, torch.zeros(2, dtype=torch.int64), torch.tensor([0, 2]))
+    assert assign_inside(torch.tensor([[5.0, 5]]), torch.tensor([0, 1]), targets).item() == 1
+
+
 def test_boxes_hold_positions_of_their_own_image_alone() -> None:
     boxes = torch.tensor([[4.0, 8.0]]).repeat(2, 1)
     targets = Targets(boxes, torch.zeros(2, dtype=torch.int64), torch.tensor([0, 0, 1, 2]))
