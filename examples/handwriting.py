@@ -10,8 +10,6 @@ Run it from the root of the repository: ``python -m examples.handwriting``.
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import os
 import sys
 import time
 from pathlib import Path
@@ -20,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.measure import median_time, peak_memory
+from examples.arguments import at_least_1, require, require_folder, seed
 from examples.canvas import Canvas, draw, load_digits
 from examples.comparison import compare
 from examples.encoder import BLOCKS, EMBED_DIM, HEADS, STRIDES, WINDOWS, Encoder, make_plan
@@ -48,42 +47,23 @@ def parse_arguments() -> argparse.Namespace:
         description="Attention over handwritten digits on a large canvas.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--digits", type=_count, default=200, help="digits on the canvas")
-    parser.add_argument("--seed", type=_seed, default=0, help="of the canvas and the training")
-    parser.add_argument("--steps", type=_count, default=80, help="optimisation steps")
+    parser.add_argument("--digits", type=at_least_1, default=200, help="digits on the canvas")
+    parser.add_argument("--seed", type=seed, default=0, help="of the canvas and the training")
+    parser.add_argument("--steps", type=at_least_1, default=80, help="optimisation steps")
     parser.add_argument(
         "--out", type=Path, default=Path("out/handwriting.png"), help="where the figure goes"
     )
     arguments = parser.parse_args()
-    missing = [
-        name for name in ("matplotlib", "mlxtend", "tqdm") if importlib.util.find_spec(name) is None
-    ]
-    if missing:
-        parser.exit(1, f"The demo needs {', '.join(missing)}: pip install vicinal[demo]\n")
+    require(parser, "matplotlib", "mlxtend", "tqdm")
     if arguments.digits > HELD_OUT:
         parser.error(f"argument --digits: at most {HELD_OUT}, got {arguments.digits}")
     if arguments.out.suffix not in FIGURE_TYPES:
         expected = f"a file ending in {', '.join(FIGURE_TYPES)}"
         parser.error(f"argument --out: expected {expected}, got {arguments.out}")
-    try:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as problem:
-        parser.error(f"argument --out: {problem}")
-    if arguments.out.is_dir() or not os.access(arguments.out.parent, os.W_OK):
+    require_folder(parser, arguments.out.parent)
+    if arguments.out.is_dir():
         parser.error(f"argument --out: cannot write {arguments.out}")
     return arguments
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text}")
-    return int(text)
-
-
-def _seed(text: str) -> int:
-    if not text.isdecimal() or int(text) >= 2**63:
-        raise argparse.ArgumentTypeError(f"expected an integer from 0 to 2^63 - 1, got {text}")
-    return int(text)
 
 
 def run(arguments: argparse.Namespace) -> None:

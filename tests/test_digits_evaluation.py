@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from examples.digits.evaluation import Detections, average_precision
+from examples.digits.evaluation import average_precision
 from examples.digits.scenes import Batch
+from vicinal.detr import Detections
 
 BOXES = torch.tensor(
     [[50.0, 60.0, 20.0, 40.0], [200.0, 300.0, 30.0, 10.0], [30.0, 400.0, 24.0, 24.0]]
@@ -27,7 +28,8 @@ def found(
     labels: Tensor = LABELS,
     offsets: Tensor = OFFSETS,
 ) -> Detections:
-    return Detections(boxes, torch.tensor(scores or [0.9] * len(boxes)), labels, offsets)
+    scored = torch.tensor(scores or [0.9] * len(boxes))
+    return Detections(boxes, labels, scored, torch.arange(len(boxes)), offsets)
 
 
 def test_boxes_that_fit_make_one() -> None:

@@ -11,20 +11,7 @@ import torch
 from torch import Tensor
 
 from examples.digits.scenes import CLASSES, Batch
-
-
-class Detections(NamedTuple):
-    """What was found on the canvases of a batch.
-
-    ``boxes`` ``[n, 4]`` (centre row, centre column, height, width) in cells, ``scores`` ``[n]``,
-    ``labels`` int64 ``[n]``; image ``b`` owns the rows ``offsets[b]:offsets[b + 1]``, int64
-    ``[B + 1]``.
-    """
-
-    boxes: Tensor
-    scores: Tensor
-    labels: Tensor
-    offsets: Tensor
+from vicinal.detr import Detections
 
 
 class AveragePrecision(NamedTuple):
@@ -39,7 +26,9 @@ class AveragePrecision(NamedTuple):
 def average_precision(
     detections: Iterable[Detections], targets: Iterable[Batch]
 ) -> AveragePrecision:
-    """Of ``detections``, batch by batch those of ``targets``; the best 100 per image count.
+    """Of what was found on the canvases of ``targets``, batch by batch.
+
+    The best 100 per image count. Boxes are in the units of the targets'.
 
     Raises:
         ValueError: not as many batches or images of one as of the other.

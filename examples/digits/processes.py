@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 from collections.abc import Iterator, Sequence
 from types import FrameType
 
@@ -78,3 +79,13 @@ def noted_signals() -> Iterator[list[int]]:
 def leave_signals(worker: int) -> None:
     """Called in a process that composes batches ahead: whoever asked for them will stop it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes that this process has held at most: on a GPU what torch had there, else all of it."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource  # which Windows lacks
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

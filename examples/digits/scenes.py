@@ -21,6 +21,7 @@ DIGITS = (4, 10)  # on a canvas, at least and at most, as below
 DIGIT_SIDES = (28, 56)  # cells a side that a digit's image of 28 x 28 pixels is enlarged to
 FRAGMENTS = (10, 20)
 FRAGMENT_SIDES = (6, 16)  # cells a side of the piece that is cut out
+CUT_SIDES = (44, 56)  # cells a side of the image it is cut from: no piece is most of a digit
 FAINTEST = 0.15  # ink from here on is a point
 CLASSES = 10
 TEST_SHARE = 0.2
@@ -147,12 +148,12 @@ def _enlarged(images: Tensor, generator: torch.Generator) -> _Pieces:
 
 
 def _fragments(images: Tensor, generator: torch.Generator) -> _Pieces:
-    """Squares around pixels with ink, of any images, enlarged just as the digits are."""
+    """Squares around pixels with ink, of any images, enlarged."""
     n = int(_draw(FRAGMENTS, 1, generator))
     images = images[torch.randint(len(images), (n,), generator=generator)]
     pixel = torch.multinomial(images.flatten(1), 1, generator=generator)  # [n, 1]
     pixel = torch.cat((pixel // images.shape[2], pixel % images.shape[2]), 1)
-    sides = _draw(DIGIT_SIDES, n, generator)
+    sides = _draw(CUT_SIDES, n, generator)
     widths = _draw(FRAGMENT_SIDES, n, generator)[:, None]
     center = (pixel + 0.5) * sides[:, None] / images.shape[1]
     ink = _window(images, sides, (center - widths / 2).floor(), FRAGMENT_SIDES[1])

@@ -1,0 +1,100 @@
+"""A picture of what was found on some canvases, and of what each detection attended to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch, Rectangle
+from torch import Tensor
+
+from examples.digits.scenes import SIZE, Batch
+from vicinal import FeaturePyramid
+from vicinal.detr import corners, pairwise_iou
+from vicinal.visualize import AttentionRecord, draw_overview
+
+TRUE, SHOWN, MISSED = "#2b303b", "#0072b2", "#b3243c"
+OVERLAP = 0.5  # IoU from which on a digit counts as found
+COLUMNS, PANEL = 2, 9.0  # panels in a row, and inches a side of each
+LEGEND = (
+    Patch(fill=False, edgecolor=TRUE, linestyle="--", label="true box"),
+    Patch(fill=False, edgecolor=MISSED, linestyle="--", label="true box that was not found"),
+    Patch(fill=False, edgecolor=SHOWN, linewidth=1.6, label="detection: digit and score"),
+    Line2D(
+        [], [], marker="o", color=SHOWN, linestyle="none", label="point it attended to, by weight"
+    ),
+)
+
+
+def draw_detections(
+    batch: Batch, pyramid: FeaturePyramid, records: Sequence[AttentionRecord]
+) -> Figure:
+    """Draws canvases of ``batch``, one for each record.
+
+    Args:
+        batch: what is on the canvases.
+        pyramid: the points that were attended to, of the same images.
+        records: each the detections of an image as queries with boxes, in cells of the pyramid's
+            full shape, the digits as labels, and the weights of the points.
+    """
+    rows = -(-len(records) // COLUMNS)
+    figure = Figure(figsize=(PANEL * COLUMNS, (PANEL + 0.4) * rows + 0.5), layout="constrained")
+    panels = list(figure.subplots(rows, COLUMNS, squeeze=False).flat)
+    figure.legend(
+        handles=LEGEND, loc="outside lower center", ncols=len(LEGEND), frameon=False, fontsize=14
+    )
+    # Labels avoid one another, so all panels have to be in place before the first is filled.
+    for ax in panels:
+        ax.set_title(" ", fontsize=14)
+        ax.set_aspect("equal")
+        ax.set_xticks([])
+        ax.set_yticks([])
+    figure.draw_without_rendering()
+    for ax, record in zip(panels, records, strict=False):
+        _draw(ax, batch, pyramid, record)
+    for ax in panels[len(records) :]:
+        ax.axis("off")
+    return figure
+
+
+def _draw(ax: Axes, batch: Batch, pyramid: FeaturePyramid, record: AttentionRecord) -> None:
+    image = record.batch_index
+    on_canvas = batch.coordinates[:, 0] == image
+    ink = torch.zeros(SIZE, SIZE)
+    ink[tuple(batch.coordinates[on_canvas, 1:].t())] = batch.ink[on_canvas].float()
+    draw_overview(pyramid, record, image=ink, ax=ax)
+    ax.set_xticks([])
+    ax.set_yticks([])
+
+    own = slice(*batch.box_offsets[image : image + 2].tolist())
+    boxes = batch.boxes[own] * (pyramid.level_shapes[0][0] / SIZE)
+    found = _found(boxes, batch.labels[own], record)
+    for (top, left), (bottom, right), is_found in zip(*corners(boxes), found, strict=True):
+        ax.add_patch(
+            Rectangle(
+                (float(left), float(top)),
+                float(right - left),
+                float(bottom - top),
+                fill=False,
+                edgecolor=TRUE if is_found else MISSED,
+                linestyle="--",
+                zorder=5.5,
+            )
+        )
+    n_found = int(found.sum())
+    ax.set_title(
+        f"{n_found} of {len(boxes)} digits found, {len(record) - n_found} other detections",
+        fontsize=14,
+    )
+
+
+def _found(boxes: Tensor, labels: Tensor, record: AttentionRecord) -> Tensor:
+    """Which digits, bool ``[m]``, a detection of the right class overlaps with."""
+    assert record.boxes is not None
+    assert record.labels is not None
+    digits = torch.tensor([int(label) for label in record.labels], dtype=torch.int64)
+    overlap = pairwise_iou(boxes, record.boxes.to(boxes)) >= OVERLAP
+    return (overlap & (labels[:, None] == digits)).any(1)

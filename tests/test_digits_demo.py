@@ -1,0 +1,102 @@
+"""`examples.detect_digits` from its command line to its checkpoint."""
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_digits_scenes import strokes
+
+from examples import detect_digits
+from examples.digits.checkpoints import STATE, WEIGHTS
+from examples.digits.training import DivergenceError, InterruptionError
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *options: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["detect_digits", *map(str, options)])
+    return detect_digits.main()
+
+
+def refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *options: object
+) -> str:
+    with pytest.raises(SystemExit) as exit_:
+        call(monkeypatch, *options)
+    assert exit_.value.code != 0
+    return capsys.readouterr().err
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(detect_digits, "TEST_CANVASES", 2)
+    monkeypatch.setattr(detect_digits, "DRAWN", 1)
+    monkeypatch.setattr(detect_digits, "load_digits", lambda: strokes(200))
+
+
+@pytest.mark.usefixtures("small")
+def test_trains_tests_draws_and_loads_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    options = ("--steps", 2, "--batch", 2, "--out", tmp_path)
+    assert call(monkeypatch, *options) == 0
+    printed, progress = capsys.readouterr()
+    for part in (
+        r"with neighborhood attention, on 1 x cpu",
+        r"A step takes \d+ ms: .*data \d+ ms \(\d+%\)",
+        r"AP50 [01]\.\d{3}, AP75 [01]\.\d{3}",
+        r"Training and evaluation: \d+ s, peak memory \d\.\d\d GiB",
+        rf"Loaded again from {re.escape(str(tmp_path / WEIGHTS))}, it finds nothing on a canvas",
+    ):
+        assert re.search(part, printed), part
+    assert re.search(r"2/2 .* loss \d+\.\d+, [\d,]+ points/s", progress)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        (detect_digits.PICTURE, WEIGHTS, STATE)
+    )
+
+    assert "was begun with neighborhood" in refused(
+        monkeypatch, capsys, *options, "--resume", "--attention", "deformable"
+    )
+    with pytest.raises(SystemExit, match=r"was begun with: seed 0"):
+        call(monkeypatch, *options, "--resume", "--seed", 1)
+
+
+def test_refuses_what_it_cannot_do(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    for options, message in (
+        (("--steps", 0), "argument --steps: expected an integer of at least 1, got 0"),
+        (("--seed", "-1"), "expected an integer from 0"),
+        (("--attention", "dense"), "argument --attention: invalid choice"),
+        (("--out", tmp_path / "file"), "argument --out: "),
+        (("--out", tmp_path, "--resume"), f"argument --resume: there is no {tmp_path / STATE}"),
+    ):
+        assert message in refused(monkeypatch, capsys, *options)
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "expected"),
+    [
+        (InterruptionError("interrupted after step 3 of 9"), 130, "after step 3 of 9. To go on: "),
+        (KeyboardInterrupt(), 130, "from its last checkpoint: "),
+        (DivergenceError("step 3 of 9: the loss is not finite"), 1, "Stopped at step 3 of 9: the"),
+    ],
+)
+def test_says_how_to_go_on(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    error: BaseException,
+    status: int,
+    expected: str,
+) -> None:
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(detect_digits, "run", fail)
+    assert call(monkeypatch, "--steps", 9, "--out", tmp_path) == status
+    printed = capsys.readouterr().out
+    assert expected in printed
+    command = f"python -m examples.detect_digits --steps 9 --out {tmp_path} --resume"
+    assert (command in printed) == (status == 130)

@@ -1,0 +1,101 @@
+"""What a detector finds on canvases, in the canvas's own cells, and where it looks."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from test_digits_scenes import strokes
+
+from examples.digits.finding import attended, evaluate, find, surest
+from examples.digits.model import HEADS, STRIDES, DigitDetector
+from examples.digits.scenes import CLASSES, Batch, Scene, Scenes, collate
+from vicinal.detr import Detections, Predictions
+
+
+class Oracle:
+    """Finds all digits, at the places it is told to be off by."""
+
+    def __init__(self, off: float = 0.0) -> None:
+        self.off = off
+
+    def eval(self) -> "Oracle":
+        return self
+
+    def detect(self, batch: Batch) -> Any:
+        boxes = batch.boxes.clone()
+        boxes[:, 0] += self.off * boxes[:, 2]
+        logits = torch.where(torch.eye(CLASSES, dtype=torch.bool)[batch.labels], 4.0, -4.0)
+        return SimpleNamespace(layers=[Predictions(logits, boxes / STRIDES[0], batch.box_offsets)])
+
+
+@pytest.fixture(scope="module")
+def detector() -> DigitDetector:
+    torch.manual_seed(0)
+    return DigitDetector()
+
+
+def canvases(n: int) -> Batch:
+    return Scenes(strokes(), seed=2).batch(range(n))
+
+
+@pytest.mark.parametrize(("off", "expected"), [(0.0, (1, 1, 1)), (0.2, (0.4, 1, 0))])
+def test_evaluation_asks_for_every_canvas_once(
+    off: float, expected: tuple[float, float, float]
+) -> None:
+    asked: list[int] = []
+
+    def batches(numbers: range) -> Batch:
+        asked.extend(numbers)
+        return Scenes(strokes(), seed=2).batch(numbers)
+
+    oracle: Any = Oracle(off)
+    assert evaluate(oracle, batches, 5, at_once=2) == pytest.approx(expected)
+    assert asked == list(range(5))
+
+
+def test_boxes_are_in_cells_of_the_canvas() -> None:
+    oracle: Any = Oracle()
+    batch = canvases(2)
+    found, _ = find(oracle, batch)
+    best = torch.cat(list(surest(found, 0.5)))
+    assert torch.allclose(found.boxes[best].sort(0).values, batch.boxes.sort(0).values)
+
+
+def test_surest_are_rows_of_each_image() -> None:
+    scores = torch.tensor([0.9, 0.2, 0.5, 0.4, 0.8])
+    rows = torch.arange(5)
+    found = Detections(torch.zeros(5, 4), rows, scores, rows, torch.tensor([0, 2, 2, 5]))
+    assert [list(chosen) for chosen in surest(found, 0.5)] == [[0], [], [2, 4]]
+
+
+def test_attended_points_are_those_the_last_layer_weighs(detector: DigitDetector) -> None:
+    batch = canvases(2)
+    found, output = find(detector, batch)
+    least = float(found.scores.sort(descending=True).values[8])
+    records = attended(detector, output, found, least)
+    assert [record.batch_index for record in records] == [0, 1]
+    assert sum(map(len, records)) >= 9
+    for record, rows in zip(records, surest(found, least), strict=True):
+        assert record.labels == [str(label) for label in found.labels[rows].tolist()]
+        assert record.boxes is not None
+        assert torch.equal(record.boxes * STRIDES[0], found.boxes[rows])
+        assert torch.equal(record.positions, output.queries[-1].positions[found.queries[rows]])
+        offsets, points, weights, _ = record.weights
+        assert (output.pyramid.batch[points] == record.batch_index).all()
+        query = torch.arange(len(record)).repeat_interleave(offsets.diff())
+        sums = weights.new_zeros(len(record), HEADS).index_add(0, query, weights)
+        assert torch.allclose(sums[offsets.diff() > 0], torch.ones(()))
+
+
+def test_canvases_without_points_or_digits(detector: DigitDetector) -> None:
+    canvas = Scenes(strokes(), seed=2).scene(0)
+    blank = Scene(*(part[:0] for part in canvas))
+    clutter = Scene(canvas.cells, canvas.ink, blank.boxes, blank.labels)
+    found, _ = find(detector, collate([blank, canvas]))
+    assert found.offsets[1] == 0
+    assert len(found.scores) > 0
+    for batch in (collate([blank, canvas]), collate([clutter]), collate([blank])):
+        losses = detector.train()(batch)
+        assert all(torch.isfinite(loss) for loss in losses.values())
+        torch.stack(list(losses.values())).sum().backward()
