@@ -66,7 +66,7 @@ class AttentionRecord:
         ):
             if value is not None:
                 check_tensor(name, value, shape, kind="floating")
-                check_finite(name, value.reshape(n, -1))
+                check_finite(name, value if value.dim() == 2 else value[:, None])
         if self.labels is not None:
             if isinstance(self.labels, str) or not all(isinstance(x, str) for x in self.labels):
                 refuse("labels", f"{n} texts", str(self.labels))
