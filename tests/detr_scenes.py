@@ -14,6 +14,7 @@ from vicinal import FeaturePyramid, SparseNeighborhoodAttentionBlock
 from vicinal.detr import (
     Decoder,
     DecoderLayer,
+    Denoiser,
     Detector,
     Encoder,
     EncoderLayer,
@@ -145,11 +146,13 @@ def make_detector(
     n_queries: int = 5,
     levels: Sequence[int] | None = None,
     checkpoint: bool = False,
+    denoiser: Denoiser | None = None,
 ) -> Detector:
     return Detector(
         make_encoder(2, position_dim, checkpoint=checkpoint),
         QuerySelection(EMBED, CLASSES, n_queries, levels, position_dim),
         make_decoder(2, position_dim, checkpoint=checkpoint),
+        denoiser,
     )
 
 

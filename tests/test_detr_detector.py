@@ -26,6 +26,7 @@ from torch import Tensor
 
 from vicinal import FeaturePyramid
 from vicinal.detr import (
+    Denoiser,
     DetectionLoss,
     Detector,
     DetectorLoss,
@@ -324,6 +325,90 @@ def test_targets_of_another_batch_or_that_are_none_are_refused_by_name() -> None
     }.items():
         with refused(argument):
             loss(output, wrong)
+    with refused("output"):
+        loss(output.layers, targets)
+
+
+# --------------------------------------------------------------------------------------- denoising
+
+
+@pytest.mark.parametrize("position_dim", [2, 3])
+def test_denoising_queries_find_their_objects_and_change_nothing_for_others(
+    position_dim: int,
+) -> None:
+    detector = stirred(make_detector(position_dim, denoiser=Denoiser(EMBED, CLASSES, 2)))
+    pyramid, targets = make_pyramid(POINTS, position_dim), make_targets(OBJECTS, position_dim)
+    output, plain = detector(pyramid, targets), detector(pyramid)
+    assert plain.denoised is None
+    assert detector.eval()(pyramid, targets).denoised is None
+    for ours, theirs in zip(output.layers, plain.layers, strict=True):
+        assert torch.equal(ours.offsets, theirs.offsets)
+        assert_close(ours.logits, theirs.logits, 1e-9)
+        assert_close(ours.boxes, theirs.boxes, 1e-9)
+
+    layers, matches = output.denoised
+    assert torch.equal(matches.prediction, torch.arange(2 * sum(OBJECTS)))
+    assert torch.equal(matches.target.bincount(), torch.full((sum(OBJECTS),), 2))
+    given = output.queries[0]
+    noisy = given.boxes[given.groups > 0]
+    near = targets.boxes[matches.target]
+    size = near[:, position_dim:].repeat(1, 2)
+    assert ((noisy - near).abs() <= 0.4 * size + 1e-9).all()
+    assert noisy.unique(dim=0).shape == noisy.shape
+    for predictions in layers:
+        assert torch.equal(predictions.offsets, 2 * targets.offsets)
+    assert given.offsets.tolist() == (plain.layers[0].offsets + 2 * targets.offsets).tolist()
+
+
+def test_denoising_queries_live_where_their_boxes_are_some_cells_wide() -> None:
+    sizes = [[1.0, 1, 3, 3], [1, 1, 4.5, 4.5], [1, 1, 6, 6], [1, 1, 50, 50], [1, 1, 18, 1]]
+    targets = Targets(
+        torch.tensor(sizes, dtype=torch.float64), torch.arange(5) % CLASSES, torch.tensor([0, 5])
+    )
+    denoiser = Denoiser(EMBED, CLASSES, 1, box_noise=0.0, box_size=4.0)
+    detector = stirred(make_detector(denoiser=denoiser))
+    given = detector(make_pyramid((0,)), targets).queries[0]
+    assert given.levels.tolist() == [0, 0, 1, 1, 0]  # cells of level 1 are twice as wide
+
+
+def test_denoising_is_learned_by_the_loss_of_layers() -> None:
+    detector = stirred(make_detector(denoiser=Denoiser(EMBED, CLASSES)))
+    pyramid, targets = make_pyramid(POINTS), make_targets(OBJECTS)
+    output = detector(pyramid, targets)
+    losses = DetectorLoss()(output, targets)
+    without = DetectorLoss()(output._replace(denoised=None), targets)
+    layers, matches = output.denoised
+    for index, predictions in enumerate(layers):
+        part = DetectionLoss()(predictions, targets, matches, 3 * sum(OBJECTS))
+        for name, value in part._asdict().items():
+            assert_close(losses.pop(f"denoising {index} {name}"), value, 1e-12)
+    assert losses.keys() == without.keys()
+    assert all(torch.equal(losses[name], without[name]) for name in without)
+    total(DetectorLoss()(output, targets)).backward()
+    assert all(grad is not None and grad.isfinite().all() for grad in gradients(detector).values())
+
+
+@pytest.mark.parametrize(("n_points", "n_objects"), [((), ()), ((0, 5), (2, 0)), ((3, 4), (0, 0))])
+def test_denoising_at_the_edges_of_its_world(
+    n_points: Sequence[int], n_objects: Sequence[int]
+) -> None:
+    detector = stirred(make_detector(denoiser=Denoiser(EMBED, CLASSES)))
+    targets = make_targets(n_objects)
+    losses = DetectorLoss()(detector(make_pyramid(n_points), targets), targets)
+    total(losses).backward()
+    assert total(losses).isfinite()
+    assert all(grad is not None and grad.isfinite().all() for grad in gradients(detector).values())
+
+
+def test_denoising_refuses_what_cannot_be_by_name() -> None:
+    options: dict[str, Any] = {"embed_dim": EMBED, "n_classes": CLASSES}
+    for argument, wrong in {"embed_dim": 0, "n_classes": 0, "n_groups": 0, "box_size": 0.0}.items():
+        with refused(argument):
+            Denoiser(**options | {argument: wrong})
+    detector = stirred(make_detector(denoiser=Denoiser(EMBED, CLASSES)))
+    for argument, targets in {"targets.offsets": make_targets((1,)), "targets": [1, 2]}.items():
+        with refused(argument):
+            detector(make_pyramid((4, 4)), targets)
 
 
 # -------------------------------------------------------------------------------------- detections

@@ -23,9 +23,11 @@ def test_images_and_offsets_are_each_others_inverse(counts: list[int]) -> None:
     torch.testing.assert_close(module.offsets_of(image, len(counts)), offsets, rtol=0, atol=0)
 
 
-def test_images_are_found_from_offsets_of_any_integer_dtype() -> None:
+def test_images_are_found_from_offsets_of_any_integer_dtype_and_layout() -> None:
+    offsets = offsets_of([2, 0, 1])
     for dtype in (torch.int32, torch.int64, torch.uint8):
-        assert images_of(offsets_of([2, 0, 1]).to(dtype), 3).tolist() == [0, 0, 2]
+        assert images_of(offsets.to(dtype), 3).tolist() == [0, 0, 2]
+    assert images_of(torch.stack((offsets, offsets), 1)[:, 0], 3).tolist() == [0, 0, 2]
 
 
 @given(COUNTS, st.integers(1, 6), st.integers(0, 100))

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from .._checks import refuse
 from .detector import DetectorOutput
 from .losses import DetectionLoss, mean_objects
 from .matching import HungarianMatcher, Matches, assign_inside
@@ -46,6 +47,8 @@ class DetectorLoss(nn.Module):
         Raises:
             ValueError: targets that cannot be, predictions that are not finite, named.
         """
+        if not isinstance(output, DetectorOutput):
+            refuse("output", "a DetectorOutput", output)
         candidates, device = output.selection.candidates, output.layers[0].logits.device
         found = assign_inside(output.selection.positions, candidates.offsets, targets)
         inside = Matches.inside(found)

@@ -1,5 +1,6 @@
 """Denoising queries beside a detector's own, in training."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -55,7 +56,7 @@ class Denoiser(nn.Module):
         box_size: a query lives on the level where so many cells come nearest to its box.
 
     Raises:
-        ValueError: sizes below 1.
+        ValueError: sizes below 1, a ``box_size`` that is not positive.
     """
 
     def __init__(
@@ -68,10 +69,12 @@ class Denoiser(nn.Module):
         box_size: float = 4.0,
     ) -> None:
         super().__init__()
-        if not isinstance(n_groups, int) or n_groups < 1:
-            refuse("n_groups", "an integer of at least 1", n_groups)
-        if not box_size > 0:
-            refuse("box_size", "a size above 0, in cells", box_size)
+        sizes = {"embed_dim": embed_dim, "n_classes": n_classes, "n_groups": n_groups}
+        for name, size in sizes.items():
+            if not isinstance(size, int) or size < 1:
+                refuse(name, "an integer of at least 1", size)
+        if not isinstance(box_size, int | float) or not 0 < box_size < math.inf:
+            refuse("box_size", "a finite size above 0, in cells", box_size)
         self.n_classes, self.n_groups = n_classes, n_groups
         self.label_noise, self.box_noise, self.box_size = label_noise, box_noise, box_size
         self.labels = nn.Embedding(n_classes, embed_dim)
@@ -83,7 +86,6 @@ class Denoiser(nn.Module):
             ValueError: targets that cannot be, or of another batch than the queries.
         """
         n_own, device = len(queries.embeddings), queries.embeddings.device
-        check_tensor("targets.offsets", targets.offsets, queries.offsets.shape, device=device)
         noisy = noisy_queries(
             targets,
             self.n_groups,
@@ -91,6 +93,7 @@ class Denoiser(nn.Module):
             box_noise=self.box_noise,
             n_classes=self.n_classes,
         )
+        check_tensor("targets.offsets", targets.offsets, queries.offsets.shape, device=device)
         embeddings = self.labels(noisy.labels).to(queries.embeddings.dtype)
         image = torch.cat(
             (images_of(queries.offsets, n_own), images_of(noisy.offsets, len(noisy.boxes)))
@@ -110,6 +113,7 @@ class Denoiser(nn.Module):
         )
 
     def _levels(self, boxes: Tensor, pyramid: FeaturePyramid) -> Tensor:
-        size = boxes[:, boxes.shape[1] // 2 :].log().mean(1)
-        cells = -level_scales(pyramid.level_shapes, boxes).log().mean(1)
-        return (size[:, None] - cells - torch.tensor(self.box_size).log()).abs().argmin(1)
+        """int64 ``[D]``: where ``box_size`` cells come nearest to the boxes, in logarithms."""
+        size = boxes[:, pyramid.position_dim :].log().mean(1)
+        cell = -level_scales(pyramid.level_shapes, boxes).log().mean(1)
+        return (size[:, None] - cell - math.log(self.box_size)).abs().argmin(1)

@@ -63,5 +63,4 @@ class DetectionHead(nn.Module):
         where = (len(embeddings), 2 * self.position_dim)
         check_tensor("boxes", boxes, where, kind="floating", device=embeddings.device)
         logits: Tensor = self.classes(embeddings)
-        # The boxes' own dtype tells cells apart, which autocast's may not.
-        return logits, refine(boxes, self.box(embeddings).to(boxes.dtype))
+        return logits, refine(boxes, self.box(embeddings))

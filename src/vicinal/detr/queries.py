@@ -57,7 +57,7 @@ def check_queries(queries: ObjectQueries, embed_dim: int, position_dim: int) -> 
 def images_of(offsets: Tensor, n: int) -> Tensor:
     """int64 ``[n]``: the image of every row of a ragged batch with ``offsets`` ``[B + 1]``."""
     rows = torch.arange(n, device=offsets.device)
-    return torch.searchsorted(offsets[1:].long(), rows, right=True)
+    return torch.searchsorted(offsets[1:].contiguous(), rows, right=True)
 
 
 def offsets_of(image: Tensor, batch_size: int) -> Tensor:
