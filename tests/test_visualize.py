@@ -11,13 +11,15 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from matplotlib.axes import Axes
-from matplotlib.collections import PatchCollection, PathCollection
+from matplotlib.collections import PathCollection, PolyCollection
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
-from problems import Scene, make_inputs, make_scene, run_python, window_slots
+from problems import Scene, make_inputs, make_scene, run_python, scenes, window_slots
 from torch import Tensor
 
 from vicinal import FeaturePyramid, NeighborhoodWeights, neighborhood_attention_weights
@@ -66,14 +68,14 @@ def seeing(scene: Scene, image: int) -> int:
     return int(scene.plan().counts()[first:last].argmax())
 
 
-def corners(collection: PatchCollection) -> list[tuple[float, ...]]:
+def corners(collection: PolyCollection) -> list[tuple[float, ...]]:
     """Left, top, right and bottom of each square."""
     return [tuple(map(float, path.get_extents().extents)) for path in collection.get_paths()]
 
 
-def squares(ax: Axes, zorder: int) -> PatchCollection:
+def squares(ax: Axes, zorder: int) -> PolyCollection:
     (found,) = (x for x in ax.collections if x.get_zorder() == zorder)
-    assert isinstance(found, PatchCollection)
+    assert isinstance(found, PolyCollection)
     return found
 
 
@@ -305,6 +307,41 @@ def test_a_query_that_sees_nothing() -> None:
 
 
 # ------------------------------------------------------------------------------- other dimensions
+
+
+@given(scene=scenes(), axis=st.integers(0, 2))
+@settings(max_examples=30)
+def test_windows_places_and_weights_in_two_axes(scene: Scene, axis: int) -> None:
+    dim, shapes = scene.pyramid.position_dim, scene.pyramid.level_shapes
+    shown = [other for other in range(dim) if dim < 3 or other != axis]
+    full = [max(sizes) for sizes in zip(*shapes, strict=True)]
+    for image in range(scene.pyramid.batch_size):
+        record, by_point = look(scene, image)
+        places = find_places(scene.pyramid, image, axis if dim == 3 else None)
+        flat = flatten(record, places)
+        assert flat.windows is not None
+        for query, weights in by_point.items():
+            slots = window_slots(record.positions[query], shapes, scene.sizes)
+            for level in range(len(shapes)):
+                cells = [slot.cell for slot in slots if slot.level == level]
+                widths = [full[i] / shapes[level][i] for i in range(dim)]
+                edges = [
+                    [min(cell[i] for cell in cells) * widths[i] for i in shown],
+                    [max(cell[i] + 1 for cell in cells) * widths[i] for i in shown],
+                ]
+                window = flat.windows[query, level].tolist()
+                for corner, edge, row in zip(window, edges, (0, 1), strict=True):
+                    assert corner == pytest.approx(edge if dim > 1 else [row, *edge])
+            sums: dict[tuple[int, ...], Tensor] = {}
+            for point, heads in weights.items():
+                _, *cell, level = scene.pyramid.coordinates[point].tolist()
+                place = (level, *([0] * (dim == 1)), *(cell[i] for i in shown))
+                sums[place] = sums.get(place, torch.zeros(HEADS)) + heads
+            seen, summed = flat.of(query)
+            named = torch.cat((places.levels[seen, None], places.cells[seen]), 1).tolist()
+            assert {tuple(place) for place in named} == sums.keys()
+            for place, heads in zip(named, summed, strict=True):
+                torch.testing.assert_close(heads, sums[tuple(place)], check_dtype=False)
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2, None])

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from problems import make_scene
+from problems import Scene, make_scene
 from test_visualize import CUBE, LINE, boxes_around, look, seeing
 from torch import Tensor
 
@@ -37,6 +37,7 @@ QUIET = [
 ]
 
 SCENE = make_scene(((32, 24), (16, 12)), (5, 7), (8,), 260, distinct=True)
+UNEVEN = make_scene(((6, 10), (9, 4), (9, 12)), (3, 3, 5), (4,), 130, distinct=True)
 Place = tuple[int, int, int]  # level, row, column
 
 
@@ -247,27 +248,29 @@ def inside(box: Tensor, others: list[Tensor]) -> tuple[float, float]:
     raise AssertionError("the boxes cover each other")
 
 
-def test_a_click_on_a_point_shows_what_it_attends_to(show: Open) -> None:
-    queries = torch.randperm(len(SCENE.pyramid))[:40]
+@pytest.mark.parametrize("scene", [SCENE, UNEVEN])
+def test_a_click_on_a_point_shows_what_it_attends_to(scene: Scene, show: Open) -> None:
+    pyramid = scene.pyramid
+    queries = torch.randperm(len(pyramid))[:40]
     scene = dataclasses.replace(
-        SCENE,
-        positions=SCENE.pyramid.positions(torch.float64)[queries],
+        scene,
+        positions=pyramid.positions(torch.float64)[queries],
         offsets=torch.tensor([0, 40]),
     )
-    record, by_point = look(scene, 0, levels=SCENE.pyramid.levels[queries], name="block 1")
-    page = show(View(SCENE.pyramid, [record], image=torch.rand(32, 24)))
+    record, by_point = look(scene, 0, levels=pyramid.levels[queries], name="block 1")
+    page = show(View(pyramid, [record], image=torch.rand(32, 24)))
     assert page.inner_text("#name") == "Click a query"
     for query in (0, 7, 23):
-        _, row, column, level = SCENE.pyramid.coordinates[queries[query]].tolist()
+        _, row, column, level = pyramid.coordinates[queries[query]].tolist()
         click(page, level, row, column)
         assert page.inner_text("#name") == f"query {query}"
         assert f"level {level}" in page.inner_text("#where")
-        assert_shown(page, places_of(by_point[query]))
+        assert_shown(page, places_of(by_point[query], pyramid))
         shares = page.eval_on_selector_all(
             "#shares tbody tr", "rows => rows.map(row => [...row.cells].map(x => x.textContent))"
         )
         for at, cells in enumerate(shares):
-            here = [w for place, w in places_of(by_point[query]).items() if place[0] == at]
+            here = [w for place, w in places_of(by_point[query], pyramid).items() if place[0] == at]
             total = sum(float(heads.mean()) for heads in here)
             assert cells[:2] == [str(at), str(len(here))]
             assert float(cells[2].split()[0]) == pytest.approx(100 * total, abs=0.02)
@@ -307,6 +310,16 @@ def test_clicked_again_boxes_take_turns(show: Open) -> None:
         chosen.append(page.inner_text("#name"))
     by_size = [3, 0, 6, 2, 7, 4, 5, 1, 3]
     assert chosen == [f"query {query}" for query in by_size]
+
+
+def test_a_click_in_the_panel_of_a_level_prefers_its_queries(show: Open) -> None:
+    record, _ = look(SCENE, 0)
+    positions = torch.arange(8)[:, None] // 2 * 5.0 + torch.tensor([9.0, 3])  # pairs in one place
+    record = dataclasses.replace(record, positions=positions, levels=torch.tensor([0, 1] * 4))
+    page = show(View(SCENE.pyramid, [record]))
+    for level, query in ((0, 2), (1, 3)):
+        click(page, level, 14 / 2**level - 0.5, 8 / 2**level - 0.5)
+        assert page.inner_text("#name") == f"query {query}"
 
 
 def test_heads_and_levels(show: Open) -> None:
