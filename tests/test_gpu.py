@@ -204,6 +204,29 @@ def test_memory_of_many_queries() -> None:
     assert torch.cuda.max_memory_allocated() - before < 8 * q.nbytes
 
 
+def test_places_that_32_bits_do_not_hold() -> None:
+    """The last of 2.26e9 numbers: the same as if they stood by themselves."""
+    if torch.cuda.get_device_properties().total_memory < 48 * 2**30:
+        pytest.skip("takes some 40 GiB")
+    side, width = 2100, 512
+    cells = torch.cartesian_prod(torch.arange(side), torch.arange(side)).cuda()
+    numbers = torch.randn(side**2, 8, width // 8, device="cuda", dtype=torch.bfloat16)
+    assert numbers.numel() > 2**31
+    found = []
+    for n_rows in (16, side):  # the last rows of the map, and all
+        places, x = (part[-n_rows * side :] for part in (cells, numbers))
+        coordinates = torch.nn.functional.pad(places, (1, 1))
+        points = FeaturePyramid(torch.zeros(len(x), 1).cuda(), coordinates, ((side, side),), 1)
+        offsets = torch.tensor([0, len(x)], device="cuda")
+        plan = plan_neighborhoods(places + 0.5, offsets, points, [5])
+        leaf = x.detach().requires_grad_()
+        out = neighborhood_attention(leaf, leaf, leaf, plan)
+        (grad,) = torch.autograd.grad(out, leaf, x)
+        found.append((out.detach()[-8 * side :].float(), grad[-8 * side :].float()))
+    for of_few, of_all in zip(*found, strict=True):
+        torch.testing.assert_close(of_all, of_few, rtol=2e-2, atol=2e-2)
+
+
 def test_a_plan_of_one_device_serves_another() -> None:
     scene = make_scene(((20, 20),), (5,), (40,), 200)
     here, there = scene.plan(), scene.plan().to("cuda")

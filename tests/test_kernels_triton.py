@@ -169,7 +169,7 @@ def test_any_number_of_points(n_points: int) -> None:
 @pytest.mark.parametrize(("width", "value_width"), [(1, 1), (2, 33), (17, 16), (72, 5), (130, 256)])
 def test_any_width(width: int, value_width: int) -> None:
     scene = scene_2d(n_queries=20, n_points=40)
-    assert_exact(scene, heads=3, width=width, value_width=value_width, background=True)
+    assert_exact(scene, heads=2, width=width, value_width=value_width, background=True)
 
 
 def test_many_tiles() -> None:
@@ -193,7 +193,7 @@ def test_few_among_many(counts: tuple[int, int]) -> None:
         else plan.query_tiles(back_end.find_runs)
     )
     assert len(other.firsts) == math.ceil(len(other.visits) / TILE)
-    assert_exact(scene, heads=2, background=True, dropout_p=0.2)
+    assert_exact(scene, heads=1, background=True, dropout_p=0.2)
 
 
 def test_windows_wider_than_a_block_of_cells() -> None:
@@ -275,7 +275,8 @@ def test_gradients_of_some_are_those_of_all(name: str) -> None:
     out, lse = leaves.attend(plan, name)
     loss = out.square().sum() + lse.sin().sum()
     expected = torch.autograd.grad(loss, leaves.leaves(), retain_graph=True)
-    for number, (leaf, wanted) in enumerate(zip(leaves.leaves(), expected, strict=True)):
+    for number in (0, 2, 5):  # of queries, points and cells
+        leaf, wanted = leaves.leaves()[number], expected[number]
         assert wanted.count_nonzero()
         (among_all,) = torch.autograd.grad(loss, [leaf], retain_graph=True)
         frozen = [x.detach() for x in leaves.leaves()]
@@ -614,13 +615,13 @@ def test_the_bounds_are_checked(checked: Checked) -> None:
 
 @pytest.mark.usefixtures("runs_by_triton")
 def test_opcheck() -> None:
-    scene = scene_2d(n_queries=17, n_points=30)
+    scene = scene_2d(n_queries=6, n_points=9)
     plan = scene.plan().to(DEVICE)
     with OwnOps("vicinal_triton") as ops:
         inputs = on_device(make_inputs(plan, heads=1, background=True, mask=True)).fresh()
         inputs.attend(plan, "triton", dropout_p=0.1)[0].sum().backward()
         encoding = RotaryEncoding(4, 2, 2, backend="triton").to(DEVICE)
-        encoding(inputs.q.expand(-1, 2, -1), torch.rand(17, 3, device=DEVICE)).sum().backward()
+        encoding(inputs.q.expand(-1, 2, -1), torch.rand(6, 3, device=DEVICE)).sum().backward()
         slices = plan.query_slices
         back_end.find_runs(*slices[:3], plan.neighborhood_sizes, 2, TILE)
         keys, _, query_keys, point_keys, _ = plan._places

@@ -203,8 +203,8 @@ def _fake_find_runs(
     visits: Tensor, starts: Tensor, stops: Tensor, sizes: list[int], position_dim: int, rows: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     n_tiles = (visits.shape[0] + rows - 1) // rows
-    firsts = visits.new_empty(n_tiles, rows * starts.shape[1])
-    return firsts, torch.empty_like(firsts), visits.new_empty(n_tiles, len(sizes), 2)
+    firsts, shifts = (visits.new_empty(n_tiles, rows * starts.shape[1]) for _ in range(2))
+    return firsts, shifts, visits.new_empty(n_tiles, len(sizes), 2)
 
 
 def _fake_find_flags(k: Tensor, v: Tensor) -> Tensor:
