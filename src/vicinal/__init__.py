@@ -8,6 +8,7 @@ from .attention import (
     neighborhood_attention_weights,
 )
 from .block import SparseNeighborhoodAttentionBlock
+from .deformable import SparseDeformableAttention
 from .neighborhoods import get_multilevel_neighborhoods
 from .plan import NeighborhoodPlan, plan_neighborhoods
 from .pyramid import FeaturePyramid
@@ -21,6 +22,7 @@ __all__ = [
     "NeighborhoodPlan",
     "NeighborhoodWeights",
     "RotaryEncoding",
+    "SparseDeformableAttention",
     "SparseNeighborhoodAttentionBlock",
     "__version__",
     "get_multilevel_neighborhoods",
