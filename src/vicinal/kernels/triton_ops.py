@@ -85,11 +85,12 @@ def attend_backward(
 
 
 def _find_deltas(out: Rows, upstream: Rows, grad_lse: Tensor, delta: Tensor, width: int) -> None:
-    (n_queries, n_heads), block = delta.shape, 32
+    (n_queries, n_heads), padded = delta.shape, power_of_2(width)
+    block = max(1, min(32, 2048 // padded))  # two such blocks stay in registers
     launch(
         triton_attention.find_deltas, cdiv(n_queries, block) * n_heads, out, upstream, grad_lse,
         delta, n_queries, n_heads,
-        VALUE_WIDTH=width, VALUE_PADDED=power_of_2(width), BLOCK=block, num_warps=1,
+        VALUE_WIDTH=width, VALUE_PADDED=padded, BLOCK=block, num_warps=1,
     )  # fmt: skip
 
 
