@@ -38,8 +38,8 @@ class QuerySelection(nn.Module):
     """Scores points of the encoder and makes the best of each image object queries.
 
     The two stages of Deformable DETR (Zhu et al., 2021): every point of the chosen levels predicts
-    classes and a box, that begins as ``box_size`` cells around it. Trained well by letting every
-    point inside an object's box predict it (`matching.assign_inside`).
+    classes and a box, which begins as ``box_size`` cells around it. It trains well if every
+    point inside an object's box is to predict it (`assign_inside`).
 
     Args:
         embed_dim: E.
