@@ -382,7 +382,7 @@ def test_three_dimensions_add_up_along_an_axis(axis: int | None) -> None:
 def test_one_dimension_is_a_row_of_cells() -> None:
     record, by_point = look(LINE, 0, boxes=boxes_around(LINE.positions))
     query = seeing(LINE, 0)
-    figure = draw_attention(LINE.pyramid, record, query)
+    figure = draw_attention(LINE.pyramid, record, query, image=torch.rand(1, 40))
     for level, ax in enumerate(figure.axes[:2]):
         side = 2**level
         cells = {
@@ -393,6 +393,7 @@ def test_one_dimension_is_a_row_of_cells() -> None:
         expected = {(float(c * side), 0.0, float((c + 1) * side), 1.0) for c in cells}
         assert set(corners(squares(ax, 2))) == expected
         assert ax.get_ylim() == (1, 0)
+        assert ax.get_aspect() == "auto"
         assert markers(ax) == [[float(record.positions[query, 0]), 0.5]]
 
 

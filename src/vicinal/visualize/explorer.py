@@ -157,7 +157,9 @@ def _pack(x: Tensor | None, code: str) -> str | None:
         return None
     numbers = x.detach().cpu().flatten()
     numbers = numbers.float() if code == "f" else numbers.long()
-    packed = struct.pack(f"<{numbers.numel()}{code}", *numbers.tolist())
+    packed = bytearray()
+    for part in numbers.split(2**20):  # as lists, numbers take much more memory
+        packed += struct.pack(f"<{len(part)}{code}", *part.tolist())
     return base64.b64encode(packed).decode()
 
 

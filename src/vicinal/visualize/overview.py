@@ -11,7 +11,7 @@ from ..neighborhoods import finest_level
 from ..pyramid import FeaturePyramid
 from .flat import find_places, flatten
 from .palette import DISTINCT, LIGHT
-from .panels import draw_picture, draw_squares, frame, rectangle
+from .panels import as_array, draw_picture, draw_squares, frame, rectangle
 from .record import AttentionRecord, check_record
 
 LARGEST_DOT = 60.0  # the area of the heaviest point, in points squared
@@ -67,7 +67,7 @@ def draw_overview(
     finest = finest_level(pyramid.level_shapes)
     cells = places.squares((places.levels == finest).nonzero().squeeze(1))
     draw_squares(ax, cells, facecolor=LIGHT.cell, zorder=1)
-    draw_picture(ax, image, places)
+    draw_picture(ax, as_array(image), places)
     frame(
         ax,
         torch.tensor([[0, 0], places.full_shape]),

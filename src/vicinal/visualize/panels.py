@@ -32,19 +32,24 @@ def draw_squares(ax: Axes, squares: Tensor, **style: Any) -> PolyCollection:
     return collection
 
 
-def draw_picture(ax: Axes, image: Tensor | None, places: Places) -> None:
-    """Colours below the points, intensities above them as ink, over the whole of the map."""
+def as_array(image: Tensor | None) -> Any:
+    """What `draw_picture` takes: colours, or ink as opaque as the intensities are high."""
     if image is None:
-        return
+        return None
     picture = as_picture(image)
-    height, width = places.full_shape
-    extent = (0, width, height, 0)
     if picture.dim() == 3:
-        ax.imshow(picture.numpy(), extent=extent, zorder=0)
-        return
+        return picture.numpy()
     ink = torch.tensor(to_rgb(LIGHT.ink)).expand(*picture.shape, 3)
-    opacity = picture[..., None] / 255 * 0.35
-    ax.imshow(torch.cat((ink, opacity), 2).numpy(), extent=extent, zorder=3)
+    return torch.cat((ink, picture[..., None] / 255 * 0.35), 2).numpy()
+
+
+def draw_picture(ax: Axes, array: Any, places: Places) -> None:
+    """Colours below the points, ink above them, over the whole of the map."""
+    if array is None:
+        return
+    height, width = places.full_shape
+    is_ink = array.shape[2] == 4
+    ax.imshow(array, extent=(0, width, height, 0), zorder=3 if is_ink else 0)
 
 
 def frame(ax: Axes, view: Tensor, *, one_row: bool) -> None:
