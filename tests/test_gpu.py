@@ -105,6 +105,12 @@ def test_a_compiled_training_step_waits_for_nothing(stalls_allowed_again: None) 
     attend(points.values, points, positions, offsets).sum().backward()
 
 
+def test_compiled_graphs_get_copies_of_what_is_kept() -> None:
+    arguments = [1, 2], [2], torch.int64, torch.device("cuda")
+    torch.ops.vicinal.numbers(*arguments).zero_()
+    assert torch.ops.vicinal.numbers(*arguments).tolist() == [1, 2]
+
+
 def test_a_training_step_in_a_cuda_graph() -> None:
     block, points = make_block(), make_points(3000)
     offsets = points.batch_offsets()

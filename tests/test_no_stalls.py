@@ -181,6 +181,12 @@ def test_a_compiled_step_asks_for_what_the_gpu_keeps(monkeypatch: pytest.MonkeyP
             assert isinstance(node.args[1], torch.dtype)
 
 
+def test_numbers_as_an_op() -> None:
+    arguments = [1, 2, 3, 4], [2, 2], torch.float32, torch.device("cpu")
+    assert torch.ops.vicinal.numbers(*arguments).tolist() == [[1, 2], [3, 4]]
+    torch.library.opcheck(torch.ops.vicinal.numbers.default, arguments)
+
+
 def test_asking_for_contents_fails() -> None:
     """The check itself: it would notice."""
     with pytest.raises(Exception, match=r"meta"):
