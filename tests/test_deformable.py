@@ -318,6 +318,19 @@ def test_queries_of_no_image_take_no_part(monkeypatch: pytest.MonkeyPatch) -> No
     assert torch.equal(module(**short._asdict()), module(**masked._asdict()))
 
 
+def test_offsets_that_are_not_finite_are_seen_in_the_output() -> None:
+    scene = SCENES[2]
+    module, arguments = make_module(scene), make_arguments(scene)
+    with torch.no_grad():
+        module.offset_proj.bias[0] = math.nan
+    assert module(**arguments._asdict()).isnan().all()
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_memory_without_contents_is_not_read(background: bool, uninitialised_is_nan: None) -> None:
+    assert_as_by_hand(make_module(SCENES[2]), make_arguments(SCENES[2], background=background))
+
+
 def test_misplaced_points_take_no_part() -> None:
     scene = SCENES[2]
     pyramid = scene.pyramid
@@ -483,7 +496,7 @@ def test_memory_is_linear_in_queries_times_places() -> None:
             out = module(query, scene.positions, scene.offsets, pyramid, plan=plan)
         out.sum().backward()
     places = n * heads * levels * points
-    floats = places * (dim + 2) + 6 * (n + 2000) * embed
+    floats = places * (dim + 2) + 3 * (n + 2000) * embed
     assert sum(kept.values()) < 4 * floats
     # Eight bytes for each corner that is looked at together, and no table of 2 ** P rows per place.
     assert largest.nbytes <= max(8 * sampling._CHUNK["cpu"], 4 * places * dim)

@@ -39,10 +39,10 @@ class CellIndex:
     level_shapes: LevelShapes
     _origins: Tensor  # int64 [B, L], the key of each level's first cell
     _steps: Tensor  # int64 [P, L], from the key of a cell to that of the next along an axis
-    _starts: Tensor  # int64 [buckets], where each begins among the entries
+    _starts: Tensor  # int32 [buckets], where each begins among the entries
     _fullest: int  # entries in the fullest bucket
     _keys: Tensor  # int64 [entries], bucket by bucket; the last are nobody's
-    _corners: Tensor  # int64 [entries, 2 ** P], row-major; M where a cell is empty
+    _corners: Tensor  # int32 [entries, 2 ** P], row-major; M where a cell is empty
 
     @property
     def n_points(self) -> int:
@@ -58,7 +58,7 @@ class CellIndex:
         return cells.index_add(0, self.cell_of_point, values)
 
     def find(self, images: Tensor, levels: Tensor, firsts: Sequence[Tensor]) -> Tensor:
-        """The cells at the corners of places, int64 ``[n, H, 2 ** P, S]``; M where one is empty.
+        """The cells at the corners of places, int32 ``[n, H, 2 ** P, S]``; M where one is empty.
 
         Args:
             images: int64 ``[n]``, in [0, B).
@@ -73,7 +73,7 @@ class CellIndex:
             key = key + first.clamp(min=-2).minimum(size).long() * step
         wanted = key.flatten()
         start = self._starts.index_select(0, _bucket(wanted, len(self._starts)))
-        entry = torch.full_like(wanted, len(self._keys) - 1)
+        entry = torch.full_like(start, len(self._keys) - 1)
         for place in range(self._fullest):
             here = start + place
             entry = torch.where(self._keys.index_select(0, here) == wanted, here, entry)
@@ -93,7 +93,7 @@ def index_cells(pyramid: FeaturePyramid) -> CellIndex:
     How many there are depends on the contents, so on a GPU this waits for the device.
 
     Raises:
-        ValueError: not a pyramid, or too many cells for 64-bit keys.
+        ValueError: not a pyramid, too many cells for 64-bit keys, or too many of them with points.
     """
     if not isinstance(pyramid, FeaturePyramid):
         refuse("pyramid", "a FeaturePyramid", pyramid)
@@ -135,6 +135,8 @@ def _hash(keys: Tensor) -> tuple[Tensor, int, Tensor, Tensor]:
     """
     n_corners, n_cells = keys.shape
     unique, entry = torch.unique(keys, return_inverse=True)
+    if len(unique) >= 2**31:
+        refuse("pyramid", "fewer than 2^31 places with points around them", str(len(unique)))
     corners = keys.new_full((n_corners, len(unique)), n_cells)
     corners.scatter_(1, entry, torch.arange(n_cells, device=keys.device).expand_as(keys))
     n_buckets = 1 << (4 * len(unique)).bit_length()
@@ -142,10 +144,10 @@ def _hash(keys: Tensor) -> tuple[Tensor, int, Tensor, Tensor]:
     starts = torch.searchsorted(bucket, torch.arange(n_buckets + 1, device=keys.device))
     fullest = int(starts.diff().max())
     return (
-        starts[:-1].contiguous(),
+        starts[:-1].int(),
         fullest,
         F.pad(unique[order], (0, fullest + 1), value=-1),
-        F.pad(corners.t()[order], (0, 0, 0, fullest + 1), value=n_cells),
+        F.pad(corners.t()[order].int(), (0, 0, 0, fullest + 1), value=n_cells),
     )
 
 

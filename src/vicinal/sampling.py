@@ -20,10 +20,10 @@ _LARGE_CHUNK = 2**22
 class _Corners(NamedTuple):
     """Corners ``[m]``, bag by bag; a bag is a query's head."""
 
-    rows: Tensor  # int64 [m], of the flat table
+    rows: Tensor  # int32 [m], of the flat table
     shares: Tensor  # [m], what a row is multiplied with
-    bags: Tensor  # int64 [m]
-    starts: Tensor  # int64 [bags]
+    bags: Tensor  # [m]
+    starts: Tensor  # [bags]
 
 
 def sample(
@@ -107,10 +107,12 @@ def _corners(
         shares = torch.cat((shares - upper, upper), 2)
     cells = index.find(images, levels, firsts)
     if len(table) > index.n_cells + 1:
-        empty = index.n_cells + images[:, None] * n_levels + levels
+        empty = (index.n_cells + images[:, None] * n_levels + levels).to(cells.dtype)
         cells = torch.where(cells == index.n_cells, empty[:, None, None], cells)
-    rows = cells * heads + torch.arange(heads, device=places.device)[:, None, None]
-    bags = torch.arange(n * heads, device=places.device)
+    numbers = torch.int32 if len(table) * heads < 2**31 else torch.int64
+    head = torch.arange(heads, device=places.device, dtype=numbers)[:, None, None]
+    rows = cells.to(numbers) * heads + head
+    bags = torch.arange(n * heads, device=places.device, dtype=numbers)
     per_bag = rows.shape[2] * rows.shape[3]
     return _Corners(
         rows.flatten(),
@@ -126,7 +128,7 @@ def _without(corners: _Corners, n_rows: int) -> _Corners:
     number = here.nonzero().squeeze(1)
     counts = here.view(len(corners.starts), -1).sum(1)
     rows, shares, bags = (part.index_select(0, number) for part in corners[:3])
-    return _Corners(rows, shares, bags, counts.cumsum(0) - counts)
+    return _Corners(rows, shares, bags, (counts.cumsum(0) - counts).to(bags.dtype))
 
 
 def _sum(table: Tensor, corners: _Corners) -> Tensor:
@@ -140,13 +142,12 @@ def _spread(corners: _Corners, grads: Tensor, n_rows: int) -> Tensor:
     """``[n_rows, d]``, the transpose of `_sum`: for each row of the table the sum, in order, of
     its bags' grads times its shares.
     """
-    narrow = torch.int32 if n_rows < 2**31 else torch.int64
-    order = corners.rows.to(narrow).sort(stable=True).indices
+    order = corners.rows.sort(stable=True).indices
     counts = torch.bincount(corners.rows, minlength=n_rows)
     return F.embedding_bag(
         corners.bags.index_select(0, order),
         grads,
-        counts.cumsum(0) - counts,
+        (counts.cumsum(0) - counts).to(corners.bags.dtype),
         mode="sum",
         per_sample_weights=corners.shares.detach().index_select(0, order),
     )
