@@ -48,7 +48,7 @@ class Config:
     steps: int
     batch: int
     seed: int = 0
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     warm_up: float = 0.1
     weight_decay: float = 1e-4
     max_gradient: float = 1.0
