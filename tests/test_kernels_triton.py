@@ -173,7 +173,7 @@ def test_any_width(width: int, value_width: int) -> None:
 
 
 def test_many_tiles() -> None:
-    assert_exact(crowded_scene(), heads=2, mask=True)
+    assert_exact(crowded_scene(100, 200), heads=2, mask=True)
 
 
 @pytest.mark.parametrize("counts", [(3, 2), (20, 80)])
@@ -269,7 +269,7 @@ def test_the_same_bits_twice(uninitialised_is_nan: None) -> None:
 def test_gradients_of_some_are_those_of_all(name: str) -> None:
     """Whatever else is frozen, or not asked for."""
     device = torch.device("cpu") if name == "cpu" else DEVICE
-    plan = scene_2d(n_queries=18, n_points=30).plan().to(device)
+    plan = make_scene(((6, 4), (5, 5)), (3, 3), (7, 11), 30).plan().to(device)
     inputs = make_inputs(plan.to("cpu"), heads=1, background=True, dtype=torch.float32)
     leaves = inputs.map(lambda x: x.to(device)).fresh()
     out, lse = leaves.attend(plan, name)
@@ -615,8 +615,7 @@ def test_the_bounds_are_checked(checked: Checked) -> None:
 
 @pytest.mark.usefixtures("runs_by_triton")
 def test_opcheck() -> None:
-    scene = scene_2d(n_queries=6, n_points=9)
-    plan = scene.plan().to(DEVICE)
+    plan = make_scene(((5, 4), (3, 3)), (3, 3), (4, 2), 9).plan().to(DEVICE)
     with OwnOps("vicinal_triton") as ops:
         inputs = on_device(make_inputs(plan, heads=1, background=True, mask=True)).fresh()
         inputs.attend(plan, "triton", dropout_p=0.1)[0].sum().backward()
