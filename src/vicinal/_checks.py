@@ -99,6 +99,13 @@ def check_neighborhood_sizes(neighborhood_sizes: Sequence[int], n_levels: int) -
     return cast(tuple[int, ...], sizes)
 
 
+def check_counts(**counts: int) -> None:
+    """Refuses all but integers of at least one, by name."""
+    for name, count in counts.items():
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            refuse(name, "an integer of at least 1", count)
+
+
 def check_dropout(argument: str, rate: float) -> None:
     if not isinstance(rate, int | float) or not 0.0 <= rate < 1.0:
         refuse(argument, "a rate in [0, 1)", rate)

@@ -6,12 +6,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ._arguments import Expected, check_sizes
 from ._checks import (
-    as_level_shapes,
     check_dropout,
     check_neighborhood_sizes,
-    check_range,
-    check_tensor,
     reads_contents,
     refuse,
 )
@@ -19,7 +17,6 @@ from ._constants import constant
 from .attention import (
     Background,
     NeighborhoodWeights,
-    autocasts,
     neighborhood_attention,
     neighborhood_attention_weights,
 )
@@ -96,16 +93,7 @@ class SparseNeighborhoodAttentionBlock(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        for name, size in {
-            "embed_dim": embed_dim,
-            "n_heads": n_heads,
-            "n_levels": n_levels,
-            "position_dim": position_dim,
-        }.items():
-            if not isinstance(size, int) or size < 1:
-                refuse(name, "an integer of at least 1", size)
-        if embed_dim % n_heads:
-            refuse("embed_dim", f"a multiple of n_heads ({n_heads})", embed_dim)
+        check_sizes(embed_dim, n_heads, n_levels=n_levels, position_dim=position_dim)
         if embed_dim // n_heads % 2:
             width = embed_dim // n_heads
             refuse(
@@ -328,9 +316,11 @@ class SparseNeighborhoodAttentionBlock(nn.Module):
         plan: NeighborhoodPlan | None,
     ) -> "_Call":
         """Refuses what does not fit; fills in pyramid, plan and level where they are left out."""
-        self._check_queries(query, positions, background, levels, mask)
-        pyramid = self._pyramid(maps, level_spatial_shapes, query)
-        plan = self._plan(plan, positions, offsets, pyramid, background)
+        weight, sizes = self.norm.weight, (self.embed_dim, self.n_levels, self.position_dim)
+        expected = Expected(*sizes, weight.dtype, weight.device)
+        expected.check_queries(query, positions, background, levels, mask)
+        pyramid = expected.pyramid(maps, level_spatial_shapes, background)
+        plan = self._plan(plan, positions, offsets, pyramid)
         # A query at no finite place takes no part; its angles must not spoil the gradients.
         positions = positions.to(coordinate_dtype(positions.dtype)).nan_to_num(0.0, 0.0, 0.0)
         level: Tensor | int = finest_level(pyramid.level_shapes)
@@ -341,71 +331,13 @@ class SparseNeighborhoodAttentionBlock(nn.Module):
                 mask = nowhere if mask is None else mask | nowhere
         return _Call(query, positions, level, mask, pyramid, plan, background)
 
-    def _check_queries(
-        self,
-        query: Tensor,
-        positions: Tensor,
-        background: Tensor | None,
-        levels: Tensor | None,
-        mask: Tensor | None,
-    ) -> None:
-        device = self.norm.weight.device
-        check_tensor("query", query, ("N", self.embed_dim), kind="floating", device=device)
-        self._check_dtype("query", query)
-        n = query.shape[0]
-        where = (n, self.position_dim)
-        check_tensor("query_spatial_positions", positions, where, kind="floating", device=device)
-        if background is not None:
-            cells = ("B", self.n_levels, self.embed_dim)
-            check_tensor("background_embedding", background, cells, kind="floating", device=device)
-            self._check_dtype("background_embedding", background)
-        if levels is not None:
-            check_tensor("query_level_indices", levels, (n,), kind="integer", device=device)
-            if reads_contents(None, device):
-                check_range("query_level_indices", levels, self.n_levels)
-        if mask is not None:
-            check_tensor("query_mask", mask, (n,), kind="bool", device=device)
-
-    def _pyramid(
-        self,
-        maps: Tensor | FeaturePyramid,
-        level_spatial_shapes: Tensor | Sequence[Sequence[int]] | None,
-        query: Tensor,
-    ) -> FeaturePyramid:
-        if not isinstance(maps, FeaturePyramid | Tensor):
-            refuse("stacked_feature_maps", "a sparse COO tensor or a FeaturePyramid", maps)
-        shapes = None if level_spatial_shapes is None else as_level_shapes(level_spatial_shapes)
-        if isinstance(maps, FeaturePyramid):
-            if shapes not in (None, maps.level_shapes):
-                refuse("level_spatial_shapes", f"the pyramid's {maps.level_shapes}", str(shapes))
-            shapes = maps.level_shapes
-        elif shapes is None:
-            refuse("level_spatial_shapes", "[L, P] sizes beside a sparse tensor", None)
-        if (len(shapes), len(shapes[0])) != (self.n_levels, self.position_dim):
-            expected = f"{self.n_levels} levels of {self.position_dim} sizes"
-            refuse("level_spatial_shapes", expected, str(shapes))
-        values = maps.values if isinstance(maps, FeaturePyramid) else maps
-        if values.shape[-1:] != (self.embed_dim,) or values.device != query.device:
-            expected = f"embeddings of width {self.embed_dim} on {query.device}"
-            refuse("stacked_feature_maps", expected, values)
-        self._check_dtype("stacked_feature_maps", values)
-        return maps if isinstance(maps, FeaturePyramid) else FeaturePyramid.from_coo(maps, shapes)
-
-    def _check_dtype(self, argument: str, value: Tensor) -> None:
-        dtype = self.norm.weight.dtype
-        if value.dtype != dtype and not autocasts(value.device):
-            refuse(argument, f"the dtype of the module, {dtype}", value)
-
     def _plan(
         self,
         plan: NeighborhoodPlan | None,
         positions: Tensor,
         offsets: Tensor,
         pyramid: FeaturePyramid,
-        background: Tensor | None,
     ) -> NeighborhoodPlan:
-        if background is not None and background.shape[0] != pyramid.batch_size:
-            refuse("background_embedding", f"{pyramid.batch_size} images", background)
         if plan is None:
             return self.make_plan(positions, offsets, pyramid)
         if not isinstance(plan, NeighborhoodPlan):

@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ._arguments import Expected, check_sizes
 from ._checks import check_dropout, refuse
-from .arguments import Expected, check_sizes
 from .cell_index import CellIndex, index_cells
 from .neighborhoods import coordinate_dtype, level_scales
-from .plan import check_placement
+from .plan import check_placement, query_images
 from .pyramid import FeaturePyramid
 from .sampling import sample
 
@@ -162,25 +162,17 @@ class SparseDeformableAttention(nn.Module):
         check_placement(query_spatial_positions, query_batch_offsets, pyramid)
         index = index_cells(pyramid) if plan is None else self._check_plan(plan, pyramid)
 
-        images, silent = self._images(query_spatial_positions, query_batch_offsets, pyramid)
+        images = query_images(query_spatial_positions, query_batch_offsets, pyramid.batch_size)
+        silent = images < 0
         if query_mask is not None:
             silent = silent | query_mask
         x = self.norm(query) if self.norm_first else query
         places = self._places(x, query_spatial_positions, pyramid)
         table = self._table(index, pyramid.values, background_embedding)
         weights = self._weights(x, silent).to(table.dtype)
-        attended = sample(table, index, images, places, weights).flatten(1)
+        attended = sample(table, index, images.clamp(min=0), places, weights).flatten(1)
         out: Tensor = query + self.dropout(self.out_proj(attended.to(x.dtype)))
         return out if self.norm_first else self.norm(out)
-
-    def _images(
-        self, positions: Tensor, offsets: Tensor, pyramid: FeaturePyramid
-    ) -> tuple[Tensor, Tensor]:
-        """The image of every query ``[N]``, and which of them have none or are nowhere."""
-        numbers = torch.arange(len(positions), device=positions.device)
-        image = torch.searchsorted(offsets.contiguous(), numbers, right=True) - 1
-        nowhere = (image < 0) | (image >= pyramid.batch_size) | ~positions.isfinite().all(1)
-        return image.masked_fill(nowhere, 0), nowhere
 
     def _places(self, x: Tensor, positions: Tensor, pyramid: FeaturePyramid) -> Tensor:
         """``[N, H, L, K, P]``: where each head looks, in cells of each level."""

@@ -338,15 +338,22 @@ def _plan(
     )
 
 
+def query_images(positions: Tensor, offsets: Tensor, batch_size: int) -> Tensor:
+    """int64 ``[N]``: the image of queries at ``positions`` ``[N, P]``, whose images begin at
+    ``offsets`` ``[B + 1]``; -1 for those of no image or at no finite place.
+    """
+    numbers = torch.arange(positions.shape[0], device=positions.device)
+    image = torch.searchsorted(offsets.contiguous(), numbers, right=True) - 1
+    nowhere = (image >= batch_size) | ~positions.isfinite().all(1)
+    return image.masked_fill(nowhere, -1)
+
+
 def _place_queries(
     positions: Tensor, offsets: Tensor, pyramid: FeaturePyramid, keys: CellKeys
 ) -> tuple[Tensor, Tensor]:
     """The image of every query ``[N]``, -1 if it takes no part, and its windows' centres, int64
     ``[L, N, P]``.
     """
-    numbers = torch.arange(positions.shape[0], device=positions.device)
-    image = torch.searchsorted(offsets.contiguous(), numbers, right=True) - 1
-    nowhere = (image >= pyramid.batch_size) | ~positions.isfinite().all(1)
-    image = image.masked_fill(nowhere, -1)
+    image = query_images(positions, offsets, pyramid.batch_size)
     positions = positions.masked_fill(image[:, None] < 0, math.nan)
     return image, keys.clamp(window_centers(positions, pyramid.level_shapes))

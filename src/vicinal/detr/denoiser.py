@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_tensor, refuse
+from .._checks import check_counts, check_tensor, refuse
 from ..neighborhoods import level_scales
 from ..pyramid import FeaturePyramid
 from .denoising import noisy_queries
@@ -69,10 +69,7 @@ class Denoiser(nn.Module):
         box_size: float = 4.0,
     ) -> None:
         super().__init__()
-        sizes = {"embed_dim": embed_dim, "n_classes": n_classes, "n_groups": n_groups}
-        for name, size in sizes.items():
-            if not isinstance(size, int) or size < 1:
-                refuse(name, "an integer of at least 1", size)
+        check_counts(embed_dim=embed_dim, n_classes=n_classes, n_groups=n_groups)
         if not isinstance(box_size, int | float) or not 0 < box_size < math.inf:
             refuse("box_size", "a finite size above 0, in cells", box_size)
         self.n_classes, self.n_groups = n_classes, n_groups

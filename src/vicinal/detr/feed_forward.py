@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from .._checks import check_dropout, check_tensor, refuse
+from .._checks import check_counts, check_dropout, check_tensor
 
 
 class FeedForward(nn.Module):
@@ -29,9 +29,7 @@ class FeedForward(nn.Module):
     ) -> None:
         super().__init__()
         hidden_dim = 4 * embed_dim if hidden_dim is None else hidden_dim
-        for name, width in {"embed_dim": embed_dim, "hidden_dim": hidden_dim}.items():
-            if not isinstance(width, int) or width < 1:
-                refuse(name, "an integer of at least 1", width)
+        check_counts(embed_dim=embed_dim, hidden_dim=hidden_dim)
         check_dropout("dropout", dropout)
         self.embed_dim, self.norm_first = embed_dim, norm_first
         self.norm = nn.LayerNorm(embed_dim)

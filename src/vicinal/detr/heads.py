@@ -4,7 +4,7 @@ import math
 
 from torch import Tensor, nn
 
-from .._checks import check_tensor, refuse
+from .._checks import check_counts, check_tensor
 from .boxes import refine
 
 _PRIOR = 0.01  # what scores begin with, so that the many empty places do not drown the objects
@@ -27,10 +27,7 @@ class DetectionHead(nn.Module):
 
     def __init__(self, embed_dim: int, n_classes: int, position_dim: int = 2) -> None:
         super().__init__()
-        sizes = {"embed_dim": embed_dim, "n_classes": n_classes, "position_dim": position_dim}
-        for name, size in sizes.items():
-            if not isinstance(size, int) or size < 1:
-                refuse(name, "an integer of at least 1", size)
+        check_counts(embed_dim=embed_dim, n_classes=n_classes, position_dim=position_dim)
         self.embed_dim, self.position_dim = embed_dim, position_dim
         self.classes = nn.Linear(embed_dim, n_classes)
         self.box = nn.Sequential(

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._arguments import check_sizes
 from .._checks import check_dropout, refuse
 from ..neighborhoods import coordinate_dtype
 from ..rotary import RotaryEncoding
@@ -43,10 +44,7 @@ class QuerySelfAttention(nn.Module):
         norm_first: bool = True,
     ) -> None:
         super().__init__()
-        sizes = {"embed_dim": embed_dim, "n_heads": n_heads, "position_dim": position_dim}
-        for name, size in sizes.items():
-            if not isinstance(size, int) or size < 1:
-                refuse(name, "an integer of at least 1", size)
+        check_sizes(embed_dim, n_heads, position_dim=position_dim)
         if embed_dim % (2 * n_heads):
             refuse("embed_dim", f"an even multiple of n_heads ({n_heads})", embed_dim)
         check_dropout("dropout", dropout)

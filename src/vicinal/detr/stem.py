@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_tensor, refuse
+from .._checks import check_counts, check_tensor, refuse
 from .._constants import constant
 from ..plan import plan_neighborhoods
 from ..pyramid import FeaturePyramid
@@ -44,10 +44,7 @@ class PointStem(nn.Module):
         position_dim: int = 2,
     ) -> None:
         super().__init__()
-        sizes = {"in_channels": in_channels, "embed_dim": embed_dim, "position_dim": position_dim}
-        for name, size in sizes.items():
-            if not isinstance(size, int) or size < 1:
-                refuse(name, "an integer of at least 1", size)
+        check_counts(in_channels=in_channels, embed_dim=embed_dim, position_dim=position_dim)
         for name, numbers in {
             "strides": strides,
             "window_sizes": window_sizes,

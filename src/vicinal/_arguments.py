@@ -6,16 +6,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._checks import as_level_shapes, check_range, check_tensor, reads_contents, refuse
+from ._checks import (
+    as_level_shapes,
+    check_counts,
+    check_range,
+    check_tensor,
+    reads_contents,
+    refuse,
+)
 from .attention import autocasts
 from .pyramid import FeaturePyramid
 
 
 def check_sizes(embed_dim: int, n_heads: int, **others: int) -> None:
     """Refuses sizes below one, and an ``embed_dim`` that the heads cannot share."""
-    for name, size in {"embed_dim": embed_dim, "n_heads": n_heads, **others}.items():
-        if not isinstance(size, int) or size < 1:
-            refuse(name, "an integer of at least 1", size)
+    check_counts(embed_dim=embed_dim, n_heads=n_heads, **others)
     if embed_dim % n_heads:
         refuse("embed_dim", f"a multiple of n_heads ({n_heads})", embed_dim)
 
