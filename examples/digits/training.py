@@ -20,17 +20,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.measure import wait_for
 from examples.digits.checkpoints import load_state, save_state, save_weights
-from examples.digits.processes import (
-    give_back_freed_memory,
-    leave_signals,
-    noted_signals,
-    rank_and_number,
-    sums,
-)
+from examples.digits.processes import leave_signals, noted_signals, rank_and_number, sums
 from examples.digits.scenes import Batch, mixed_seed
 
 PRECISIONS = {"full": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
-TRIM_EVERY = 5  # steps after which freed memory goes back to the system
 SHOWN = 20  # steps that the loss on the progress bar is the mean of
 
 Losses = dict[str, float]
@@ -140,8 +133,6 @@ def train(
             stop = run.step(step, batch, bool(signals)) and step + 1 < config.steps
             if stop or (step + 1) % save_every == 0 or step + 1 == config.steps:
                 run.save()
-            if (step + 1) % TRIM_EVERY == 0:
-                give_back_freed_memory()
             progress.set_postfix_str(run.summary(), refresh=False)
             progress.update()
             if stop:
