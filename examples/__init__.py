@@ -2,6 +2,9 @@
 
 import os
 
-# Before torch starts its threads: waiting threads sleep instead of spinning. On a machine with
-# other work to do, threads that spin slow this down several times over.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Before torch starts. Threads that wait spin for some tens of microseconds, then sleep: longer, and
+# they slow down a machine that has other work several times over; sleeping at once takes a quarter
+# more time. And oneDNN keeps what it compiles for every new number of points, which in a training
+# with a new one at every step takes gigabytes and no less time.
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "0")

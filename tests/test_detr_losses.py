@@ -307,7 +307,7 @@ def train_apart(rank: int, directory: str) -> None:
     try:
         loss, grad = loss_and_gradient([rank])
         n = torch.tensor(6.0 * rank)
-        means = [mean_objects(number, torch.device("cpu")).item() for number in (0, n)]
+        means = [mean_objects(number, torch.device("cpu")).item() for number in (0, rank, n)]
         torch.save((loss, grad, [*means, n.item()]), f"{directory}/{rank}.pt")
     finally:
         torch.distributed.destroy_process_group()
@@ -324,7 +324,7 @@ def test_two_processes_average_to_the_loss_and_gradient_of_one(tmp_path: Path) -
     results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     assert_close((results[0][0] + results[1][0]) / 2, loss, 1e-13)
     assert_close((results[0][1] + results[1][1]) / 2, grad, 1e-12)
-    assert [numbers for _, _, numbers in results] == [[1, 3, 0], [1, 3, 6]]
+    assert [numbers for _, _, numbers in results] == [[0.5, 0.5, 3, 0], [0.5, 0.5, 3, 6]]
 
 
 ACCEPTED = HungarianMatcher()(PREDICTIONS, TARGETS)

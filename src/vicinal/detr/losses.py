@@ -105,7 +105,7 @@ def _check_matches(matches: Matches, predictions: Predictions, targets: Targets)
 
 
 def mean_objects(n: Tensor | int, device: torch.device) -> Tensor:
-    """The number of objects per process, at least 1: what a loss is divided by.
+    """The number of objects per process, of at least 1 in all: what a loss is divided by.
 
     Where processes train together (``torch.distributed``), their gradients are averaged; divided
     by the mean, losses weigh every object alike, whichever process has it. All of them have to
@@ -115,7 +115,8 @@ def mean_objects(n: Tensor | int, device: torch.device) -> Tensor:
         a float32 scalar on ``device``.
     """
     objects = torch.as_tensor(n, dtype=torch.float32, device=device).clone()
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(objects)
-        objects /= dist.get_world_size()
-    return objects.clamp(min=1)
+    if not (dist.is_available() and dist.is_initialized()):
+        return objects.clamp(min=1)
+    dist.all_reduce(objects)
+    # At least 1 before it is shared out, or one object on two processes would count half.
+    return objects.clamp(min=1) / dist.get_world_size()
