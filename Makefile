@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 help:
-	@echo "make demo   attention over real handwriting on a large canvas; figure in out/"
+	@echo "make demo   trains a detector of handwritten digits on large canvases; pictures in out/"
 	@echo "make test   the tests"
 	@echo "make lint   ruff and mypy"
 	@echo "make bench  the study: floors, peers, scaling; figures in benchmarks/results/"
@@ -16,7 +16,7 @@ help:
 	@echo "All of them first create .venv, with what constraints.txt pins."
 
 demo: .venv/ready
-	$(BIN)/python -m examples.handwriting
+	$(BIN)/python -m examples.detect_digits
 
 test: .venv/ready
 	$(BIN)/python -m pytest -n auto

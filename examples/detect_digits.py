@@ -12,6 +12,7 @@ Run it from the root of the repository: ``python -m examples.detect_digits``, or
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 import sys
 import time
@@ -36,12 +37,14 @@ from examples.digits.training import (
 )
 
 if TYPE_CHECKING:
+    from examples.digits.evaluation import AveragePrecision
     from examples.digits.model import DigitDetector
 
 TEST_CANVASES, TEST_SEED = 100, 0  # the same ones for all runs
 DRAWN = 4  # canvases in the picture
-SURE = 0.5  # score of the detections that are drawn and listed
-PICTURE = "detections.png"
+SURE = 0.35  # score of the detections that are drawn and listed
+PICTURE, PAGE = "detections.png", "explorer.html"
+FIGURES = "figures.json"
 
 
 def main() -> int:
@@ -120,12 +123,18 @@ def run(arguments: argparse.Namespace, device: torch.device) -> None:
         return
     _print_times(history)
     tests = Scenes(for_test, TEST_SEED)
-    _test(model, tests, arguments)
-    print(
-        f"Training and evaluation: {time.perf_counter() - start:.0f} s, "
-        f"peak memory {peak_memory(device) / 2**30:.2f} GiB"
-    )
-    _draw(model, tests.batch(range(DRAWN)).to(device), arguments.out / PICTURE)
+    result = _test(model, tests, arguments)
+    seconds, memory = time.perf_counter() - start, peak_memory(device)
+    print(f"Training and evaluation: {seconds:.0f} s, peak memory {memory / 2**30:.2f} GiB")
+    figures = {
+        **{name: getattr(arguments, name) for name in ("attention", "seed", "steps", "batch")},
+        **result._asdict(),
+        "seconds": seconds,
+        "seconds_of_a_step": history.seconds,
+        "peak_memory": memory,
+    }
+    (arguments.out / FIGURES).write_text(json.dumps(figures, indent=2) + "\n")
+    _draw(model, tests.batch(range(DRAWN)).to(device), arguments.out)
     _load_again(arguments.out, tests.batch(range(1)))
 
 
@@ -157,7 +166,7 @@ def _print_times(history: History) -> None:
     print(f"  {history.points_per_second:,.0f} points/s")
 
 
-def _test(model: DigitDetector, tests: Scenes, arguments: argparse.Namespace) -> None:
+def _test(model: DigitDetector, tests: Scenes, arguments: argparse.Namespace) -> AveragePrecision:
     from examples.digits.finding import evaluate
 
     device = next(model.parameters()).device
@@ -170,16 +179,24 @@ def _test(model: DigitDetector, tests: Scenes, arguments: argparse.Namespace) ->
         f"On {TEST_CANVASES} canvases of digits it never saw: AP50 {result.ap50:.3f}, "
         f"AP75 {result.ap75:.3f}, AP {result.ap:.3f}"
     )
+    return result
 
 
-def _draw(model: DigitDetector, canvases: Batch, path: Path) -> None:
+def _draw(model: DigitDetector, canvases: Batch, folder: Path) -> None:
     from examples.digits.finding import attended, find
     from examples.digits.picture import draw_detections
+    from vicinal.visualize import View, write_explorer
 
     found, output = find(model, canvases)
-    figure = draw_detections(canvases, output.pyramid, attended(model, output, found, SURE))
-    figure.savefig(path)
-    print(f"Some of them, with the points that each detection attended to: {path}")
+    records = attended(model, output, found, SURE)
+    draw_detections(canvases, output.pyramid, records).savefig(folder / PICTURE)
+    views = [
+        View(output.pyramid, [record], f"canvas {number}", canvases.drawn(number))
+        for number, record in enumerate(records)
+    ]
+    write_explorer(folder / PAGE, views, title="What each detection attended to")
+    print(f"Some of them, with the points that each detection attended to: {folder / PICTURE}")
+    print(f"The same to click at, in a browser: {folder / PAGE}")
 
 
 def _load_again(folder: Path, canvas: Batch) -> None:

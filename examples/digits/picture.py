@@ -62,10 +62,7 @@ def draw_detections(
 
 def _draw(ax: Axes, batch: Batch, pyramid: FeaturePyramid, record: AttentionRecord) -> None:
     image = record.batch_index
-    on_canvas = batch.coordinates[:, 0] == image
-    ink = torch.zeros(SIZE, SIZE)
-    ink[tuple(batch.coordinates[on_canvas, 1:].t())] = batch.ink[on_canvas].float()
-    draw_overview(pyramid, record, image=ink, ax=ax)
+    draw_overview(pyramid, record, image=batch.drawn(image), ax=ax)
     ax.set_xticks([])
     ax.set_yticks([])
 

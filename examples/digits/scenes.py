@@ -55,6 +55,13 @@ class Batch(NamedTuple):
     labels: Tensor
     box_offsets: Tensor
 
+    def drawn(self, image: int) -> Tensor:
+        """The ink of an image as ``[SIZE, SIZE]``."""
+        rows = self.coordinates[:, 0] == image
+        ink = torch.zeros(SIZE, SIZE)
+        ink[tuple(self.coordinates[rows, 1:].cpu().t())] = self.ink[rows].cpu().float()
+        return ink
+
     @property
     def batch_size(self) -> int:
         return len(self.box_offsets) - 1
