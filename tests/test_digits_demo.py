@@ -1,5 +1,6 @@
 """`examples.detect_digits` from its command line to its checkpoint."""
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -51,8 +52,11 @@ def test_trains_tests_draws_and_loads_again(
         assert re.search(part, printed), part
     assert re.search(r"2/2 .* loss \d+\.\d+, [\d,]+ points/s", progress)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
-        (detect_digits.PICTURE, WEIGHTS, STATE)
+        (detect_digits.PICTURE, detect_digits.PAGE, detect_digits.FIGURES, WEIGHTS, STATE)
     )
+    figures = json.loads((tmp_path / detect_digits.FIGURES).read_text())
+    assert (figures["attention"], figures["steps"], figures["batch"]) == ("neighborhood", 2, 2)
+    assert 0 <= figures["ap50"] <= 1
 
     assert "was begun with neighborhood" in refused(
         monkeypatch, capsys, *options, "--resume", "--attention", "deformable"

@@ -1,19 +1,24 @@
-"""The README's code runs as it stands."""
+"""The code in the README and in the page on detection runs as it stands."""
 
 import re
 from pathlib import Path
 
 import pytest
 
-README = Path(__file__).parent.parent / "README.md"
-BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+ROOT = Path(__file__).parent.parent
+PAGES = ("README.md", "docs/detection.md")
+BLOCKS = [
+    (page, code)
+    for page in PAGES
+    for code in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+]
 
 
-@pytest.mark.parametrize("code", BLOCKS)
-def test_code_block(code: str, capsys: pytest.CaptureFixture[str]) -> None:
-    exec(compile(code, str(README), "exec"), {})
+@pytest.mark.parametrize(("page", "code"), BLOCKS)
+def test_code_block(page: str, code: str, capsys: pytest.CaptureFixture[str]) -> None:
+    exec(compile(code, page, "exec"), {})
     assert "torch.Size" in capsys.readouterr().out
 
 
 def test_there_are_blocks() -> None:
-    assert BLOCKS
+    assert {page for page, _ in BLOCKS} == set(PAGES)
