@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from detr_scenes import make_pyramid, make_queries, stir
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import LargestTensor, Scene, assert_close, make_scene, scenes, sparse_coo
@@ -16,6 +17,14 @@ from torch import Tensor, nn
 from vicinal import FeaturePyramid, SparseDeformableAttention, sampling
 from vicinal.cell_index import index_cells
 from vicinal.deformable import head_directions
+from vicinal.detr import (
+    Decoder,
+    DecoderLayer,
+    Encoder,
+    EncoderLayer,
+    FeedForward,
+    QuerySelfAttention,
+)
 
 EMBED, HEADS, POINTS = 6, 2, 3
 EXACT = 1e-12
@@ -369,6 +378,166 @@ def test_the_same_bits_twice(background: bool, restored_threads: None) -> None:
         assert all(map(torch.equal, others[0], other))
     for left, right in zip(first, others[0], strict=True):
         assert_close(left, right, 1e-11)
+
+
+# ------------------------------------------------------------------------------- the weights
+
+
+def by_weights(module: Any, arguments: Arguments, queries: Tensor | None = None) -> Tensor:
+    """The output for ``queries``, all if None, from the weights and the values they belong to;
+    for modules without biases, which would count for every point instead of every cell.
+    """
+    weights = module.attention_weights(**arguments._asdict(), queries=queries)
+    chosen = torch.arange(len(arguments.query)) if queries is None else queries
+    query, values = arguments.query[chosen], arguments.stacked_feature_maps.values
+    v = module.value_proj(values).unflatten(-1, (HEADS, -1))
+    row = torch.repeat_interleave(weights.offsets.diff())
+    attended = query.new_zeros(len(chosen), HEADS, EMBED // HEADS)
+    attended = attended.index_add(0, row, weights.weights[..., None] * v[weights.points])
+    assert (weights.background is None) == (arguments.background_embedding is None)
+    if arguments.background_embedding is not None:
+        image = torch.searchsorted(arguments.query_batch_offsets, chosen, right=True) - 1
+        empty = module.value_proj(arguments.background_embedding).unflatten(-1, (HEADS, -1))
+        attended = attended + torch.einsum("nlh,nlhd->nhd", weights.background, empty[image])
+    out: Tensor = query + module.out_proj(attended.flatten(1))
+    return out if module.norm_first else module.norm(out)
+
+
+@given(scene=scenes(), background=st.booleans(), mask=st.booleans(), norm_first=st.booleans())
+@settings(max_examples=25)
+def test_weights_times_values_give_the_output(
+    scene: Scene, background: bool, mask: bool, norm_first: bool
+) -> None:
+    module = make_module(scene, bias=False, norm_first=norm_first)
+    arguments = make_arguments(scene, background=background, mask=mask)
+    whole = by_weights(module, arguments)
+    assert_close(whole, module(**arguments._asdict()), EXACT)
+    queries = torch.arange(len(scene.positions))[1::2].flip(0)
+    assert_close(by_weights(module, arguments, queries), whole[queries], EXACT)
+
+
+@pytest.mark.parametrize("dim", [1, 2, 3])
+def test_each_query_has_the_points_around_its_places_in_order(dim: int) -> None:
+    scene = SCENES[dim]
+    module, arguments = make_module(scene), make_arguments(scene)
+    offsets, points, weights, _ = module.attention_weights(**arguments._asdict())
+    assert (offsets.dtype, points.dtype) == (torch.int64, torch.int64)
+    assert weights.shape == (len(points), HEADS)
+    pyramid = scene.pyramid
+    shifts = module.offset_proj(module.norm(arguments.query))
+    shifts = shifts.view(-1, HEADS, pyramid.n_levels, POINTS, dim)
+    scales = torch.tensor(pyramid.level_shapes).double() / torch.tensor(
+        [max(axis) for axis in zip(*pyramid.level_shapes, strict=True)]
+    )
+    images = torch.searchsorted(scene.offsets, torch.arange(11), right=True) - 1
+    for query, (position, image) in enumerate(
+        zip(arguments.query_spatial_positions, images.tolist(), strict=True)
+    ):
+        around = []
+        for number, (of_image, *cell, level) in enumerate(pyramid.coordinates.tolist()):
+            places = (position * scales[level] + shifts[query, :, level]).flatten(0, 1)
+            near = (places - torch.tensor(cell) - 0.5).abs().lt(1).all(1).any()
+            if of_image == image and near:
+                around.append(number)
+        assert points[offsets[query] : offsets[query + 1]].tolist() == around
+
+
+def test_points_that_share_a_cell_each_have_its_weight() -> None:
+    coordinates = torch.tensor([[0, 1, 2, 0], [0, 1, 3, 0], [0, 1, 2, 0], [0, 3, 0, 0]])
+    pyramid = FeaturePyramid(torch.randn(4, EMBED).double(), coordinates, ((4, 5),), 1)
+    module = SparseDeformableAttention(EMBED, HEADS, 1, POINTS).double()
+    with torch.no_grad():
+        module.offset_proj.bias.zero_()
+    position = torch.tensor([[1.5, 2.75]], dtype=torch.float64)
+    query, offsets = torch.randn(1, EMBED).double(), torch.tensor([0, 1])
+    seen = module.attention_weights(query, position, offsets, pyramid)
+    assert seen.offsets.tolist() == [0, 3]
+    assert seen.points.tolist() == [0, 1, 2]
+    expected = torch.tensor([0.75, 0.25, 0.75]).double()[:, None].expand(-1, HEADS)
+    assert_close(seen.weights, expected, EXACT)
+
+
+def test_weights_of_cells_and_background_sum_to_one() -> None:
+    scene = make_scene(((6, 4), (5, 5)), (1, 1), (5, 0, 6), 40, distinct=True)
+    module, arguments = make_module(scene), make_arguments(scene, background=True, mask=True)
+    offsets, _, weights, background = module.attention_weights(**arguments._asdict())
+    assert background is not None
+    assert background.shape == (11, 2, HEADS)
+    row = torch.repeat_interleave(offsets.diff())
+    sums = background.sum(1).index_add(0, row, weights)
+    assert arguments.query_mask is not None
+    assert 0 < arguments.query_mask.sum() < 11
+    looks = ~arguments.query_mask
+    assert_close(sums, looks[:, None].expand(-1, HEADS).double(), EXACT)
+    assert not offsets.diff()[~looks].any()
+    assert (background.sum(1) < 1)[looks].any(), "some look at points"
+    bare = module.attention_weights(**arguments._replace(background_embedding=None)._asdict())
+    assert bare.background is None
+    assert torch.equal(bare.weights, weights)
+
+
+def test_weights_where_there_is_nothing_to_look_at() -> None:
+    empty = make_scene(((6, 4), (9, 8)), (1, 1), (3, 2), 0)
+    for scene in (empty, make_scene(((6, 4), (9, 8)), (1, 1), (0, 0), 9)):
+        module, n = make_module(scene), len(scene.positions)
+        arguments = make_arguments(scene, background=True)
+        offsets, points, weights, background = module.attention_weights(**arguments._asdict())
+        assert offsets.tolist() == [0] * (n + 1)
+        assert (len(points), weights.shape) == (0, (0, HEADS))
+        assert background is not None
+        assert_close(background.sum(1), torch.ones(n, HEADS).double(), EXACT)
+
+
+@pytest.mark.parametrize(
+    ("queries", "came"),
+    [
+        (torch.tensor([0, 11]), "11"),
+        (torch.tensor([-1]), "-1"),
+        (torch.tensor([[0]]), "[1, 1]"),
+        (torch.tensor([0.0]), "float32"),
+        ([0], "list"),
+    ],
+)
+def test_refusals_of_queries_to_look_at(queries: Any, came: str) -> None:
+    call = make_arguments(SCENES[2])._asdict()
+    with pytest.raises(ValueError, match=r"^queries: expected") as refusal:
+        make_module(SCENES[2]).attention_weights(**call, queries=queries)
+    assert came in str(refusal.value).split("got")[-1]
+
+
+# ------------------------------------------------------------------------- encoder and decoder
+
+
+def test_an_encoder_and_a_decoder_learn_with_it() -> None:
+    def attention() -> SparseDeformableAttention:
+        return SparseDeformableAttention(8, HEADS, 2, POINTS)
+
+    encoder = Encoder([EncoderLayer(attention(), FeedForward(8, 16)) for _ in range(2)], 8)
+    layers = [
+        DecoderLayer(QuerySelfAttention(8, HEADS), attention(), FeedForward(8, 16))
+        for _ in range(2)
+    ]
+    decoder = Decoder(layers, 8, 3)
+    parts = nn.ModuleList((encoder, decoder)).double()
+    stir(parts, 0.1)
+    pyramid, queries = make_pyramid((30, 0, 12)), make_queries((4, 2, 6))
+    optimizer = torch.optim.SGD(parts.parameters(), 1e-4)
+
+    def loss() -> Tensor:
+        predictions, _ = decoder(queries, encoder(pyramid))
+        return sum(
+            (part.logits.pow(2).mean() + part.boxes.pow(2).mean() for part in predictions),
+            torch.zeros(()),
+        )
+
+    before = loss()
+    before.backward()
+    for name, parameter in parts.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.any(), name
+    optimizer.step()
+    assert loss() < before
 
 
 # -------------------------------------------------------------------------------------- plans

@@ -97,6 +97,19 @@ def test_a_generator_repeats_the_noise_and_leaves_others_alone() -> None:
     assert all(map(torch.equal, first, noisy_queries(targets, 3, n_classes=3)))
 
 
+def test_noise_is_that_of_the_object_whatever_shares_its_batch() -> None:
+    """So two processes with an image each make the noise of one process with both."""
+    targets = random_targets([3, 0, 2])
+    whole = noisy_queries(targets, 2, n_classes=3, generator=torch.Generator().manual_seed(3))
+    for image, (start, stop) in enumerate(itertools.pairwise(targets.offsets.tolist())):
+        offsets = torch.tensor([0, stop - start])
+        alone = Targets(targets.boxes[start:stop], targets.labels[start:stop], offsets)
+        part = noisy_queries(alone, 2, n_classes=3, generator=torch.Generator().manual_seed(3))
+        rows = slice(*whole.offsets[image : image + 2].tolist())
+        assert torch.equal(part.boxes, whole.boxes[rows])
+        assert torch.equal(part.labels, whole.labels[rows])
+
+
 def test_groups_differ_in_their_noise() -> None:
     queries = noisy_queries(random_targets([4]), 2, n_classes=3)
     assert (queries.boxes[:4] != queries.boxes[4:]).all()

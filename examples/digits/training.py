@@ -180,8 +180,9 @@ class _Run:
         """Takes a step; whether any of the processes is to stop."""
         batch = batch.to(self.device, self.dtype)
         self.watch.lap("data")
-        # Whatever is random in the module depends on the step alone: no state to save.
-        torch.manual_seed(mixed_seed(self.config.seed, step, self.rank))
+        # Whatever is random in the module depends on the step alone, not on who computes it: no
+        # state to save, and noise of objects is that of one process.
+        torch.manual_seed(mixed_seed(self.config.seed, step))
         parts = self._forward(step, batch)
         *values, n_points, n_stop = sums([*parts.values(), len(batch.ink), stop], self.device)
         means = [value / self.n_processes for value in values]

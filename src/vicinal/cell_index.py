@@ -57,6 +57,17 @@ class CellIndex:
         cells = values.new_zeros(self.n_cells, values.shape[1])
         return cells.index_add(0, self.cell_of_point, values)
 
+    def points_in(self, cells: Tensor) -> tuple[Tensor, Tensor]:
+        """The points of ``cells`` (int64 ``[n]``), cell by cell, int64 ``[m]`` each: where in
+        ``cells`` a point's cell is, and the point.
+        """
+        order = self.cell_of_point.sort(stable=True).indices
+        counts = torch.bincount(self.cell_of_point, minlength=self.n_cells)
+        lengths = counts[cells]
+        place = torch.repeat_interleave(lengths)
+        first = (counts.cumsum(0) - counts)[cells] - (lengths.cumsum(0) - lengths)
+        return place, order[first[place] + torch.arange(len(place), device=self.device)]
+
     def find(self, images: Tensor, levels: Tensor, firsts: Sequence[Tensor]) -> Tensor:
         """The cells at the corners of places, int32 ``[n, H, 2 ** P, S]``; M where one is empty.
 
@@ -77,8 +88,8 @@ class CellIndex:
         for place in range(self._fullest):
             here = start + place
             entry = torch.where(self._keys.index_select(0, here) == wanted, here, entry)
-        corners = self._corners.index_select(0, entry)
-        return corners.view(*key.shape, -1).transpose(2, 3).contiguous()
+        corners: Tensor = self._corners.index_select(0, entry).unflatten(0, key.shape)
+        return corners.transpose(2, 3).contiguous()
 
     def __repr__(self) -> str:
         return (

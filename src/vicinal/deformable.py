@@ -2,18 +2,30 @@
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._arguments import Expected, check_sizes
-from ._checks import check_dropout, refuse
+from ._checks import check_dropout, check_range, check_tensor, reads_contents, refuse
+from .attention import NeighborhoodWeights
 from .cell_index import CellIndex, index_cells
 from .neighborhoods import coordinate_dtype, level_scales
 from .plan import check_placement, query_images
 from .pyramid import FeaturePyramid
-from .sampling import sample
+from .sampling import cell_weights, sample
+
+
+class _Look(NamedTuple):
+    """Where queries look, from arguments that are checked."""
+
+    pyramid: FeaturePyramid
+    cells: CellIndex
+    images: Tensor  # int64 [N], -1: takes no part
+    places: Tensor  # [N, H, L, K, P], in cells of each level
+    weights: Tensor  # [N, H, L, K], zero for those that take no part
 
 
 class SparseDeformableAttention(nn.Module):
@@ -152,27 +164,108 @@ class SparseDeformableAttention(nn.Module):
             ValueError: any argument of the wrong shape, dtype or device, and on the CPU contents
                 that cannot be right; names the argument, what was expected and what came.
         """
-        weight = self.norm.weight
-        sizes = self.embed_dim, self.n_levels, self.position_dim
-        expected = Expected(*sizes, weight.dtype, weight.device)
-        expected.check_queries(
-            query, query_spatial_positions, background_embedding, query_level_indices, query_mask
+        look = self._look(
+            query,
+            query_spatial_positions,
+            query_batch_offsets,
+            stacked_feature_maps,
+            level_spatial_shapes,
+            background_embedding,
+            query_level_indices,
+            query_mask,
+            plan,
         )
-        pyramid = expected.pyramid(stacked_feature_maps, level_spatial_shapes, background_embedding)
-        check_placement(query_spatial_positions, query_batch_offsets, pyramid)
+        table = self._table(look.cells, look.pyramid.values, background_embedding)
+        weights = look.weights.to(table.dtype)
+        attended = sample(table, look.cells, look.images.clamp(min=0), look.places, weights)
+        projected = self.out_proj(attended.flatten(1).to(self.out_proj.weight.dtype))
+        out: Tensor = query + self.dropout(projected)
+        return out if self.norm_first else self.norm(out)
+
+    def attention_weights(
+        self,
+        query: Tensor,
+        query_spatial_positions: Tensor,
+        query_batch_offsets: Tensor,
+        stacked_feature_maps: Tensor | FeaturePyramid,
+        level_spatial_shapes: Tensor | Sequence[Sequence[int]] | None = None,
+        background_embedding: Tensor | None = None,
+        query_level_indices: Tensor | None = None,
+        query_mask: Tensor | None = None,
+        *,
+        plan: CellIndex | None = None,
+        queries: Tensor | None = None,
+    ) -> NeighborhoodWeights:
+        """What `forward` multiplies each point's projected embedding with, for looking.
+
+        A query's points are those in the cells around its places, ascending. A cell's weight is,
+        summed over the places of a head, the place's softmax weight times the cell's share in the
+        interpolation there. Points that share a cell each carry its whole weight, as their
+        embeddings add.
+
+        Counting each cell once and with a background, the weights of a query and head sum to one.
+        Without a background they do not: what places give to empty cells is in no weight.
+
+        Args:
+            queries: integer ``[n]``, the queries to look at; None: all, which stores every pair.
+
+        The other arguments, and the errors, are those of `forward`. Masked queries have no points.
+        """
+        look = self._look(
+            query,
+            query_spatial_positions,
+            query_batch_offsets,
+            stacked_feature_maps,
+            level_spatial_shapes,
+            background_embedding,
+            query_level_indices,
+            query_mask,
+            plan,
+        )
+        images, places, weights = look.images, look.places, look.weights
+        if queries is not None:
+            check_tensor("queries", queries, ("n",), kind="integer", device=query.device)
+            if reads_contents(None, query.device):
+                check_range("queries", queries, len(query))
+            images, places, weights = (part[queries.long()] for part in look[2:])
+        row, cells, of_cells, empty = cell_weights(look.cells, images, places, weights)
+        pair, points = look.cells.points_in(cells)
+        row = row[pair]
+        order = (row * len(look.pyramid) + points).argsort()
+        counts = torch.bincount(row, minlength=len(images))
+        return NeighborhoodWeights(
+            F.pad(counts.cumsum(0), (1, 0)),
+            points[order],
+            of_cells[pair[order]],
+            None if background_embedding is None else empty,
+        )
+
+    def _look(
+        self,
+        query: Tensor,
+        positions: Tensor,
+        offsets: Tensor,
+        maps: Tensor | FeaturePyramid,
+        level_spatial_shapes: Tensor | Sequence[Sequence[int]] | None,
+        background: Tensor | None,
+        levels: Tensor | None,
+        mask: Tensor | None,
+        plan: CellIndex | None,
+    ) -> "_Look":
+        """Refuses what does not fit; says where queries look, and how much each place counts."""
+        weight, sizes = self.norm.weight, (self.embed_dim, self.n_levels, self.position_dim)
+        expected = Expected(*sizes, weight.dtype, weight.device)
+        expected.check_queries(query, positions, background, levels, mask)
+        pyramid = expected.pyramid(maps, level_spatial_shapes, background)
+        check_placement(positions, offsets, pyramid)
         index = index_cells(pyramid) if plan is None else self._check_plan(plan, pyramid)
 
-        images = query_images(query_spatial_positions, query_batch_offsets, pyramid.batch_size)
-        silent = images < 0
-        if query_mask is not None:
-            silent = silent | query_mask
+        images = query_images(positions, offsets, pyramid.batch_size)
+        if mask is not None:
+            images = images.masked_fill(mask, -1)
         x = self.norm(query) if self.norm_first else query
-        places = self._places(x, query_spatial_positions, pyramid)
-        table = self._table(index, pyramid.values, background_embedding)
-        weights = self._weights(x, silent).to(table.dtype)
-        attended = sample(table, index, images.clamp(min=0), places, weights).flatten(1)
-        out: Tensor = query + self.dropout(self.out_proj(attended.to(x.dtype)))
-        return out if self.norm_first else self.norm(out)
+        places = self._places(x, positions, pyramid)
+        return _Look(pyramid, index, images, places, self._weights(x, images < 0))
 
     def _places(self, x: Tensor, positions: Tensor, pyramid: FeaturePyramid) -> Tensor:
         """``[N, H, L, K, P]``: where each head looks, in cells of each level."""

@@ -51,6 +51,38 @@ def sample(
     return out
 
 
+class CellWeights(NamedTuple):
+    """What n queries give to the cells around their places: a row per query and cell, in order."""
+
+    queries: Tensor  # int64 [m]
+    cells: Tensor  # int64 [m]
+    weights: Tensor  # [m, H]
+    empty: Tensor  # [n, L, H], the sum over the empty cells of each level
+
+
+def cell_weights(index: CellIndex, images: Tensor, places: Tensor, weights: Tensor) -> CellWeights:
+    """The factors by which `sample` multiplies each cell's values, for looking: all are stored.
+
+    Args:
+        index, places, weights: as for `sample`.
+        images: int64 ``[n]``, -1 for queries that take no part: they have no cells.
+    """
+    n_cells, heads = index.n_cells, weights.shape[1]
+    cells, shares = _around(index, images.clamp(min=0), places, weights)
+    full = cells < n_cells
+    looked_at = full & (images >= 0)[:, None, None, None]
+    query, head, _, _ = looked_at.nonzero(as_tuple=True)
+    keys = query * n_cells + cells[looked_at]
+    pairs, pair = torch.unique(keys, return_inverse=True)
+    summed = weights.new_zeros(len(pairs) * heads)
+    summed = summed.index_add(0, pair * heads + head, shares[looked_at])
+    empty = shares.masked_fill(full, 0).unflatten(3, weights.shape[2:]).sum((2, 4))
+    n_cells = max(n_cells, 1)
+    return CellWeights(
+        pairs // n_cells, pairs % n_cells, summed.view(-1, heads), empty.transpose(1, 2)
+    )
+
+
 class _Sample(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -96,19 +128,12 @@ def _chunks(places: Tensor) -> Iterator[slice]:
 def _corners(
     table: Tensor, index: CellIndex, images: Tensor, places: Tensor, weights: Tensor
 ) -> _Corners:
-    """All corners of ``places``, and what interpolation and ``weights`` give each."""
-    n, heads, n_levels, n_points = weights.shape
-    levels = torch.arange(n_levels, device=places.device).repeat_interleave(n_points)
-    centered = [axis.flatten(2) - 0.5 for axis in places.unbind(-1)]
-    firsts = [axis.detach().floor() for axis in centered]
-    shares = weights.flatten(2)[:, :, None]
-    for axis, first in zip(reversed(centered), reversed(firsts), strict=True):
-        upper = shares * (axis - first).to(shares.dtype)[:, :, None]
-        shares = torch.cat((shares - upper, upper), 2)
-    cells = index.find(images, levels, firsts)
+    """All corners of ``places`` in the flat table."""
+    n, heads, n_levels, _ = weights.shape
+    cells, shares = _around(index, images, places, weights)
     if len(table) > index.n_cells + 1:
-        empty = (index.n_cells + images[:, None] * n_levels + levels).to(cells.dtype)
-        cells = torch.where(cells == index.n_cells, empty[:, None, None], cells)
+        empty = index.n_cells + images[:, None] * n_levels + _levels(weights)
+        cells = torch.where(cells == index.n_cells, empty.to(cells.dtype)[:, None, None], cells)
     numbers = torch.int32 if len(table) * heads < 2**31 else torch.int64
     head = torch.arange(heads, device=places.device, dtype=numbers)[:, None, None]
     rows = cells.to(numbers) * heads + head
@@ -120,6 +145,27 @@ def _corners(
         bags[:, None].expand(-1, per_bag).flatten(),
         bags * per_bag,
     )
+
+
+def _around(
+    index: CellIndex, images: Tensor, places: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The corners of ``places``, ``[n, H, 2 ** P, L * K]`` each: their cells, as `CellIndex.find`
+    numbers them, and what interpolation and ``weights`` give them.
+    """
+    centered = [axis.flatten(2) - 0.5 for axis in places.unbind(-1)]
+    firsts = [axis.detach().floor() for axis in centered]
+    shares = weights.flatten(2)[:, :, None]
+    for axis, first in zip(reversed(centered), reversed(firsts), strict=True):
+        upper = shares * (axis - first).to(shares.dtype)[:, :, None]
+        shares = torch.cat((shares - upper, upper), 2)
+    return index.find(images, _levels(weights), firsts), shares
+
+
+def _levels(weights: Tensor) -> Tensor:
+    """int64 ``[L * K]``: the level of each place of a head."""
+    n_levels, n_points = weights.shape[2:]
+    return torch.arange(n_levels, device=weights.device).repeat_interleave(n_points)
 
 
 def _without(corners: _Corners, n_rows: int) -> _Corners:

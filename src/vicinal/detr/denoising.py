@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .._checks import refuse
+from .._hash import uniform_of
 from .matching import Matches
 from .targets import Targets, check_targets
 
@@ -53,7 +54,7 @@ def noisy_queries(
         label_noise: how often a label is changed to another class, in [0, 1].
         box_noise: in [0, 1).
         n_classes: number of classes, C.
-        generator: of the noise; None: PyTorch's own.
+        generator: what the seed of the noise is drawn from; None: PyTorch's own.
 
     Returns:
         ``D = n_groups * M`` queries.
@@ -72,19 +73,30 @@ def noisy_queries(
     group = place // counts[image]
     target = offsets[image] + place % counts[image]
 
+    seed = torch.randint(2**62, (), generator=generator, device=noise_device).to(device)
+    noise = _noise(seed, boxes[target], labels[target], group)
     # Centres take half as much as sizes: half the noise is half the box.
-    noise = torch.rand(n_rows, boxes.shape[1], generator=generator, device=noise_device)
-    shift, growth = (box_noise * (2 * noise - 1)).to(boxes).chunk(2, 1)
+    shift, growth = (box_noise * (2 * noise[:, :-2] - 1)).to(boxes).chunk(2, 1)
     center, size = boxes[target].chunk(2, 1)
     noisy = torch.cat((center + shift * size / 2, size * (1 + growth)), 1)
 
-    changed = torch.rand(n_rows, generator=generator, device=noise_device) < label_noise
-    others = max(n_classes - 1, 1)
-    step = torch.randint(others, (n_rows,), generator=generator, device=noise_device) + 1
-    step = torch.where(changed, step, 0).to(device)
+    step = (noise[:, -1] * max(n_classes - 1, 1)).long() + 1
+    step = torch.where(noise[:, -2] < label_noise, step, 0)
     return DenoisingQueries(
         noisy, (labels[target] + step) % n_classes, target, group, offsets * n_groups
     )
+
+
+def _noise(seed: Tensor, boxes: Tensor, labels: Tensor, group: Tensor) -> Tensor:
+    """``[D, 2P + 2]``, uniform in [0, 1), of objects ``[D]`` in groups ``[D]``.
+
+    It follows from the seed, the object and its group alone, so it does not matter which objects
+    share a batch: processes that share one and draw the same seed make the noise of one process.
+    """
+    bits = boxes.float().view(torch.int32).long()
+    columns = torch.arange(boxes.shape[1] + 2, device=boxes.device)
+    about = (*bits.unbind(1), labels, group)
+    return uniform_of(seed, [*(number[:, None] for number in about), columns])
 
 
 def _check(

@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from .._hash import hash_of
+
 if TYPE_CHECKING:
     from ..plan import NeighborhoodPlan
 
-
 CHUNK = 1024  # queries
-_LOW_32_BITS = 0xFFFFFFFF
 
 
 def attend(
@@ -91,18 +91,10 @@ def softmax(logits: Tensor, row: Tensor, n_rows: int) -> tuple[Tensor, Tensor]:
 
 def keep_mask(seed: Tensor, query: Tensor, column: Tensor, n_heads: int, rate: float) -> Tensor:
     """Which weights ``[M, H]`` dropout keeps: a hash of seed, head, query and column, so that any
-    back end and any pass can tell without storing it (finaliser of A. Appleby's MurmurHash3).
+    back end and any pass can tell without storing it.
     """
-
-    def mix(x: Tensor) -> Tensor:
-        x = (x ^ (x >> 16)) * 0x85EBCA6B & _LOW_32_BITS
-        x = (x ^ (x >> 13)) * 0xC2B2AE35 & _LOW_32_BITS
-        return x ^ (x >> 16)
-
     head = torch.arange(n_heads, device=query.device)
-    key = mix(mix(seed & _LOW_32_BITS) ^ (seed >> 32 & _LOW_32_BITS))
-    key = mix(mix(mix(key ^ head) ^ query[:, None]) ^ column[:, None])
-    return key >= int(rate * 2**32)
+    return hash_of(seed, (head, query[:, None], column[:, None])) >= int(rate * 2**32)
 
 
 def rotate(x: Tensor, coordinates: Tensor, frequencies: Tensor) -> Tensor:
