@@ -364,6 +364,23 @@ def test_masked_queries_give_no_gradient() -> None:
     assert {name for name, grad in grads.items() if grad.any()} == {"query", "out_proj.bias"}
 
 
+def test_masked_queries_see_nothing_of_other_images() -> None:
+    scene = SCENES[2]
+    module, arguments = make_module(scene), make_arguments(scene, background=True)
+    pyramid, background = arguments.stacked_feature_maps, arguments.background_embedding
+    assert background is not None
+    spoilt = arguments._replace(
+        stacked_feature_maps=pyramid.with_values(
+            pyramid.values.masked_fill(pyramid.batch[:, None] == 0, math.nan)
+        ),
+        background_embedding=background.index_fill(0, torch.tensor(0), math.nan),
+        query_mask=torch.arange(11) >= 7,
+    )
+    out = module(**spoilt._asdict())
+    assert out[:5].isnan().all()
+    assert out[5:].isfinite().all()
+
+
 @pytest.mark.parametrize("background", [False, True])
 def test_the_same_bits_twice(background: bool, restored_threads: None) -> None:
     scene = make_scene(((30, 20), (15, 10)), (1, 1), (200, 100), 200)

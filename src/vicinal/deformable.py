@@ -23,9 +23,10 @@ class _Look(NamedTuple):
 
     pyramid: FeaturePyramid
     cells: CellIndex
-    images: Tensor  # int64 [N], -1: takes no part
+    images: Tensor  # int64 [N], in [0, B)
+    silent: Tensor  # bool [N], True: takes no part
     places: Tensor  # [N, H, L, K, P], in cells of each level
-    weights: Tensor  # [N, H, L, K], zero for those that take no part
+    weights: Tensor  # [N, H, L, K], nothing for those that take no part
 
 
 class SparseDeformableAttention(nn.Module):
@@ -177,7 +178,7 @@ class SparseDeformableAttention(nn.Module):
         )
         table = self._table(look.cells, look.pyramid.values, background_embedding)
         weights = look.weights.to(table.dtype)
-        attended = sample(table, look.cells, look.images.clamp(min=0), look.places, weights)
+        attended = sample(table, look.cells, look.images, look.places, weights)
         projected = self.out_proj(attended.flatten(1).to(self.out_proj.weight.dtype))
         out: Tensor = query + self.dropout(projected)
         return out if self.norm_first else self.norm(out)
@@ -222,17 +223,17 @@ class SparseDeformableAttention(nn.Module):
             query_mask,
             plan,
         )
-        images, places, weights = look.images, look.places, look.weights
+        chosen: tuple[Tensor, ...] = look[2:]
         if queries is not None:
             check_tensor("queries", queries, ("n",), kind="integer", device=query.device)
             if reads_contents(None, query.device):
                 check_range("queries", queries, len(query))
-            images, places, weights = (part[queries.long()] for part in look[2:])
-        row, cells, of_cells, empty = cell_weights(look.cells, images, places, weights)
+            chosen = tuple(part[queries.long()] for part in chosen)
+        row, cells, of_cells, empty = cell_weights(look.cells, *chosen)
         pair, points = look.cells.points_in(cells)
         row = row[pair]
         order = (row * len(look.pyramid) + points).argsort()
-        counts = torch.bincount(row, minlength=len(images))
+        counts = torch.bincount(row, minlength=len(empty))
         return NeighborhoodWeights(
             F.pad(counts.cumsum(0), (1, 0)),
             points[order],
@@ -261,11 +262,11 @@ class SparseDeformableAttention(nn.Module):
         index = index_cells(pyramid) if plan is None else self._check_plan(plan, pyramid)
 
         images = query_images(positions, offsets, pyramid.batch_size)
-        if mask is not None:
-            images = images.masked_fill(mask, -1)
+        silent = images < 0 if mask is None else mask | (images < 0)
         x = self.norm(query) if self.norm_first else query
         places = self._places(x, positions, pyramid)
-        return _Look(pyramid, index, images, places, self._weights(x, images < 0))
+        weights = self._weights(x, silent)
+        return _Look(pyramid, index, images.clamp(min=0), silent, places, weights)
 
     def _places(self, x: Tensor, positions: Tensor, pyramid: FeaturePyramid) -> Tensor:
         """``[N, H, L, K, P]``: where each head looks, in cells of each level."""

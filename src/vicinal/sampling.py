@@ -60,17 +60,19 @@ class CellWeights(NamedTuple):
     empty: Tensor  # [n, L, H], the sum over the empty cells of each level
 
 
-def cell_weights(index: CellIndex, images: Tensor, places: Tensor, weights: Tensor) -> CellWeights:
+def cell_weights(
+    index: CellIndex, images: Tensor, silent: Tensor, places: Tensor, weights: Tensor
+) -> CellWeights:
     """The factors by which `sample` multiplies each cell's values, for looking: all are stored.
 
     Args:
-        index, places, weights: as for `sample`.
-        images: int64 ``[n]``, -1 for queries that take no part: they have no cells.
+        index, images, places, weights: as for `sample`.
+        silent: bool ``[n]``, True: the query, whose weights are zero, has no cells.
     """
     n_cells, heads = index.n_cells, weights.shape[1]
-    cells, shares = _around(index, images.clamp(min=0), places, weights)
+    cells, shares = _around(index, images, places, weights)
     full = cells < n_cells
-    looked_at = full & (images >= 0)[:, None, None, None]
+    looked_at = full & ~silent[:, None, None, None]
     query, head, _, _ = looked_at.nonzero(as_tuple=True)
     keys = query * n_cells + cells[looked_at]
     pairs, pair = torch.unique(keys, return_inverse=True)
