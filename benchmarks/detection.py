@@ -1,8 +1,11 @@
-"""The detector of the demo, measured: ``python -m benchmarks.detection shares`` or ``study``.
+"""The detector of the demo, measured: ``python -m benchmarks.detection shares``, and so on.
 
 ``shares`` tells how much of a training step goes into what is not attention, projections or
 feed-forward maps: making batches, finding windows and plans, choosing queries, matching and losses,
 the optimizer. What of these runs in the backward pass counts for the others.
+
+``processes`` trains in float64 on one process and on two, of the same canvases, and tells how far
+their losses are apart.
 
 ``study`` trains with both attentions, all else equal, over some seeds, one run after another, and
 writes a table of average precision, time and memory.
@@ -13,8 +16,11 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import os
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,10 +29,14 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch.multiprocessing.spawn import spawn
 
 from examples.canvas import load_digits
+from examples.digits.checkpoints import load_state
 from examples.digits.model import DigitDetector
+from examples.digits.processes import joined
 from examples.digits.scenes import Scenes, split_digits
+from examples.digits.training import Config, train
 from vicinal import FeaturePyramid, block
 from vicinal.detr import Denoiser, DetectorLoss, PointStem, decoder, selection
 
@@ -100,6 +110,38 @@ def shares(steps: int, batch: int) -> None:
     print(f"{'a step':24} {1000 * whole / steps:7.1f} ms")
 
 
+def processes(steps: int, batch: int) -> None:
+    """Prints the largest relative difference of the losses over all steps."""
+    with tempfile.TemporaryDirectory() as name, socket.socket() as free:
+        free.bind(("localhost", 0))
+        port, folder = free.getsockname()[1], Path(name)
+        free.close()
+        for n_processes in (1, 2):
+            place = (n_processes, port, steps, batch, folder / str(n_processes))
+            spawn(_train_apart, place, nprocs=n_processes)
+        one, two = (load_state(folder / n, torch.device("cpu"))["losses"] for n in ("1", "2"))
+    apart = [
+        max(abs(ours[name] - theirs[name]) / abs(theirs[name]) for name in theirs)
+        for ours, theirs in zip(two, one, strict=True)
+    ]
+    print(f"{len(apart)} steps, {len(one[0])} losses each: at most {max(apart):.1e} apart")
+
+
+def _train_apart(
+    rank: int, n_processes: int, port: int, steps: int, batch: int, folder: Path
+) -> None:
+    if n_processes > 1:
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": n_processes, "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in place.items()})
+        os.environ["MASTER_ADDR"] = "localhost"
+    torch.set_num_threads(1)
+    with joined() as device:
+        torch.manual_seed(0)
+        model = DigitDetector().double().to(device)
+        scenes = Scenes(split_digits(load_digits())[0], 0)
+        train(model, scenes.batch, Config(steps=steps, batch=batch), folder)
+
+
 def study(seeds: list[int], steps: int, folder: Path) -> None:
     """Trains with both attentions by every seed and writes ``study.md`` beside their figures."""
     rows = []
@@ -129,14 +171,20 @@ def _row(figures: dict[str, Any]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.detection", description=__doc__)
-    parser.add_argument("what", choices=("shares", "study"))
-    parser.add_argument("--steps", type=int, help="of training; 30 for shares, 600 for the study")
-    parser.add_argument("--batch", type=int, default=4, help="canvases of a step, for shares")
+    parser.add_argument("what", choices=("shares", "processes", "study"))
+    parser.add_argument(
+        "--steps", type=int, help="of training; 30 for shares, 20 for processes, 600 for the study"
+    )
+    parser.add_argument(
+        "--batch", type=int, default=4, help="canvases of a step, not for the study"
+    )
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path("out/study"))
     arguments = parser.parse_args()
     if arguments.what == "shares":
         shares(arguments.steps or 30, arguments.batch)
+    elif arguments.what == "processes":
+        processes(arguments.steps or 20, arguments.batch)
     else:
         study(arguments.seeds, arguments.steps or 600, arguments.out)
     return 0
