@@ -153,7 +153,7 @@ def test_a_graph_does_not_complete_a_plan() -> None:
         neighborhood_attention(x, x, x, plan)
     torch.cuda.synchronize()
     with (
-        pytest.raises(RuntimeError, match="point_slices of a plan: run once"),
+        pytest.raises(RuntimeError, match="point_tiles of a plan: run once"),
         torch.cuda.graph(torch.cuda.CUDAGraph()),
     ):
         neighborhood_attention(x, x, x, plan)

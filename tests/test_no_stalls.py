@@ -151,7 +151,6 @@ def test_a_graph_does_not_complete_a_plan(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_compiled_step_asks_for_what_the_gpu_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Numbers in a graph would be sent anew, and waited for, at every step."""
-    monkeypatch.setattr(constants, "_KEEPING", ("meta",))
     with torch.device("meta"):
         block = SparseNeighborhoodAttentionBlock(32, 2, 3, SIZES)
         offsets = torch.zeros(3, dtype=torch.int64)
@@ -168,8 +167,10 @@ def test_a_compiled_step_asks_for_what_the_gpu_keeps(monkeypatch: pytest.MonkeyP
         return graph.forward
 
     points = make_points(50)
+    positions = points.positions()
+    monkeypatch.setattr(constants, "_KEEPING", ("meta",))
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=record)
-    compiled(points, points.positions()).sum().backward()
+    compiled(points, positions).sum().backward()
     (graph,) = graphs
     called = [node.target for node in graph.graph.nodes if node.op.startswith("call")]
     assert called.count(torch.ops.vicinal.numbers) > 5

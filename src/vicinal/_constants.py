@@ -26,17 +26,18 @@ def constant(numbers: Numbers, device: torch.device, dtype: torch.dtype = torch.
     if device.type not in _KEEPING:
         return torch.tensor(numbers, dtype=dtype, device=device)
     flat, shape = _flattened(numbers)
-    if torch.compiler.is_compiling() or not torch.cuda.is_available():
-        made: Tensor = torch.ops.vicinal.numbers(flat, shape, dtype, device)
-        return made
-    return _keep(tuple(flat), tuple(shape), dtype, device)
+    if device.type == "cuda" and not torch.compiler.is_compiling() and torch.cuda.is_available():
+        return _keep(tuple(flat), tuple(shape), dtype, device)
+    made: Tensor = torch.ops.vicinal.numbers(flat, shape, dtype, device)
+    return made
 
 
 def capturing(device: torch.device) -> bool:
     """Whether what is computed on a device now goes into a CUDA graph instead."""
     if device.type != "cuda" or torch.compiler.is_compiling() or not torch.cuda.is_available():
         return False
-    return torch.cuda.is_current_stream_capturing()
+    with torch.cuda.device(device):  # whose current stream it is, not that of another GPU
+        return torch.cuda.is_current_stream_capturing()
 
 
 def _flattened(numbers: Numbers) -> tuple[list[int], list[int]]:
@@ -57,7 +58,7 @@ def _keep(
 ) -> Tensor:
     """The table on the GPU that keeps it, sent if it was not yet."""
     key = flat, shape, dtype, device
-    captured = torch.cuda.is_current_stream_capturing()
+    captured = capturing(device)
     if key not in _kept:
         if captured:
             raise RuntimeError("run once with maps of this shape before capturing a CUDA graph")
