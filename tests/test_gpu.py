@@ -183,6 +183,27 @@ def test_compiled_for_any_number_of_points() -> None:
             )
 
 
+def test_compiled_plans_are_those_without_a_compiler() -> None:
+    """A third of a cell's number is a number of a cell, or just below."""
+    generator = torch.Generator().manual_seed(0)
+    coordinates = torch.randint(0, 99, (3000, 3), generator=generator)
+    coordinates[:, 0] = 0
+    points = FeaturePyramid.from_points(
+        coordinates, torch.zeros(3000, 1), (99, 99), 1, strides=(1, 3)
+    ).to("cuda")
+    positions = torch.cartesian_prod(*[torch.arange(99.0, device="cuda")] * 2)
+    offsets = torch.tensor([0, 99**2], device="cuda")
+
+    def find(points: FeaturePyramid, positions: Tensor) -> tuple[Tensor, ...]:
+        plan = plan_neighborhoods(positions, offsets, points, (3, 1))
+        return *plan.query_slices, plan.center_columns
+
+    torch.compiler.reset()
+    compiled = torch.compile(find, fullgraph=True, dynamic=True)
+    for actual, expected in zip(compiled(points, positions), find(points, positions), strict=True):
+        assert torch.equal(actual, expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(dtype: torch.dtype) -> None:
     block, points = make_block(), make_points(2000)

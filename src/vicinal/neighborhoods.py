@@ -38,8 +38,13 @@ def level_scales(level_shapes: LevelShapes, like: Tensor) -> Tensor:
     """``[L, P]``: each level's size over the full shape, in the dtype and on the device of
     ``like``.
     """
-    shapes = constant(level_shapes, like.device, like.dtype)
-    return shapes / constant(full_shape(level_shapes), like.device, like.dtype)
+    # Divided in float64 and rounded: what compilers make of float32 need not be the closest number,
+    # and a cell's border may lie between the two.
+    shapes, full = (
+        constant(sizes, like.device, torch.float64)
+        for sizes in (level_shapes, full_shape(level_shapes))
+    )
+    return (shapes / full).to(like.dtype)
 
 
 def window_centers(positions: Tensor, level_shapes: LevelShapes) -> Tensor:
