@@ -38,7 +38,7 @@ from examples.digits.processes import joined
 from examples.digits.scenes import Scenes, split_digits
 from examples.digits.training import Config, train
 from vicinal import FeaturePyramid, block
-from vicinal.detr import Denoiser, DetectorLoss, PointStem, decoder, selection
+from vicinal.detr import Denoiser, PointStem, SetCriterion, decoder, selection
 
 ATTENTIONS = ("neighborhood", "deformable")
 COLUMNS = "| attention | seed | AP50 | AP75 | AP | s a step | peak MiB |\n|" + " --- |" * 7
@@ -93,7 +93,7 @@ def shares(steps: int, batch: int) -> None:
         watch.patch("choice of queries", selection, "best_per_image"),
         watch.patch("denoising queries", Denoiser, "forward"),
         watch.patch("checks", decoder, "check_queries"),
-        watch.patch("matching and losses", DetectorLoss, "forward"),
+        watch.patch("matching and losses", SetCriterion, "forward"),
     ):
         for step in range(-5, steps):
             if step == 0:

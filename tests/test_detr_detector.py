@@ -29,12 +29,12 @@ from vicinal.detr import (
     Denoiser,
     DetectionLoss,
     Detector,
-    DetectorLoss,
     DetectorOutput,
     HungarianMatcher,
     Matches,
     PointStem,
     Predictions,
+    SetCriterion,
     Targets,
     detections,
     total,
@@ -51,7 +51,7 @@ def stirred(detector: Detector, share: float = 0.1) -> Detector:
 def step(detector: Detector, pyramid: FeaturePyramid, targets: Targets) -> Tensor:
     """The loss; its gradients are in the parameters."""
     detector.zero_grad()
-    loss = total(DetectorLoss()(detector(pyramid), targets))
+    loss = total(SetCriterion()(detector(pyramid), targets))
     loss.backward()
     return loss.detach()
 
@@ -152,7 +152,7 @@ def test_points_that_are_not_finite_are_refused_before_anything_is_learned() -> 
     detector, pyramid = stirred(make_detector()), make_pyramid((9, 8))
     values = pyramid.values.clone()
     values[2] = math.nan
-    with refused("queries.boxes"):
+    with refused("pyramid.values"):
         step(detector, pyramid.with_values(values), make_targets((2, 1)))
     assert all(grad is None for grad in gradients(detector).values())
 
@@ -235,7 +235,7 @@ def test_autocast_keeps_embeddings_and_boxes_in_full_precision() -> None:
     targets = make_targets(OBJECTS, dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         output = detector(pyramid)
-        losses = DetectorLoss()(output, targets)
+        losses = SetCriterion()(output, targets)
     assert output.pyramid.values.dtype == torch.float32
     for queries, predictions in zip(output.queries, output.layers, strict=True):
         assert queries.embeddings.dtype == queries.boxes.dtype == torch.float32
@@ -295,7 +295,7 @@ def test_layers_are_matched_one_to_one_and_candidates_one_to_many(position_dim: 
         matches = matcher(predictions, targets)
         assert len(matches.target) == len(matches.target.unique())
         parts[f"layer {index}"] = loss(predictions, targets, matches, sum(OBJECTS))
-    losses = DetectorLoss(matcher, loss, candidate_loss)(output, targets)
+    losses = SetCriterion(matcher, loss, candidate_loss)(output, targets)
     assert list(losses) == [
         f"{stage} {part}"
         for stage in ("candidates", "layer 0", "layer 1")
@@ -309,13 +309,13 @@ def test_layers_are_matched_one_to_one_and_candidates_one_to_many(position_dim: 
 
 def test_candidates_learn_by_the_loss_of_layers_unless_told_otherwise() -> None:
     loss = DetectionLoss(class_weight=0.25)
-    assert DetectorLoss(loss=loss).candidate_loss is loss
+    assert SetCriterion(loss=loss).candidate_loss is loss
     other = DetectionLoss()
-    assert DetectorLoss(loss=loss, candidate_loss=other).candidate_loss is other
+    assert SetCriterion(loss=loss, candidate_loss=other).candidate_loss is other
 
 
 def test_targets_of_another_batch_or_that_are_none_are_refused_by_name() -> None:
-    output, loss = stirred(make_detector())(make_pyramid((9, 8))), DetectorLoss()
+    output, loss = stirred(make_detector())(make_pyramid((9, 8))), SetCriterion()
     targets = make_targets((2, 1))
     for argument, wrong in {
         "targets": tuple(targets),
@@ -338,9 +338,12 @@ def test_denoising_queries_find_their_objects_and_change_nothing_for_others(
 ) -> None:
     detector = stirred(make_detector(position_dim, denoiser=Denoiser(EMBED, CLASSES, 2)))
     pyramid, targets = make_pyramid(POINTS, position_dim), make_targets(OBJECTS, position_dim)
-    output, plain = detector(pyramid, targets), detector(pyramid)
+    output = detector(pyramid, targets)
+    with refused("targets"):
+        detector(pyramid)
+    plain = detector.eval()(pyramid)
     assert plain.denoised is None
-    assert detector.eval()(pyramid, targets).denoised is None
+    assert detector(pyramid, targets).denoised is None
     for ours, theirs in zip(output.layers, plain.layers, strict=True):
         assert torch.equal(ours.offsets, theirs.offsets)
         assert_close(ours.logits, theirs.logits, 1e-9)
@@ -360,6 +363,12 @@ def test_denoising_queries_find_their_objects_and_change_nothing_for_others(
     assert given.offsets.tolist() == (plain.layers[0].offsets + 2 * targets.offsets).tolist()
 
 
+def test_targets_of_another_dimension_are_refused_by_the_denoiser() -> None:
+    detector = stirred(make_detector(3, denoiser=Denoiser(EMBED, CLASSES)))
+    with refused("targets.boxes"):
+        detector(make_pyramid((6,), 3), make_targets((2,), 2))
+
+
 def test_denoising_queries_live_where_their_boxes_are_some_cells_wide() -> None:
     sizes = [[1.0, 1, 3, 3], [1, 1, 4.5, 4.5], [1, 1, 6, 6], [1, 1, 50, 50], [1, 1, 18, 1]]
     targets = Targets(
@@ -375,8 +384,8 @@ def test_denoising_is_learned_by_the_loss_of_layers() -> None:
     detector = stirred(make_detector(denoiser=Denoiser(EMBED, CLASSES)))
     pyramid, targets = make_pyramid(POINTS), make_targets(OBJECTS)
     output = detector(pyramid, targets)
-    losses = DetectorLoss()(output, targets)
-    without = DetectorLoss()(output._replace(denoised=None), targets)
+    losses = SetCriterion()(output, targets)
+    without = SetCriterion()(output._replace(denoised=None), targets)
     layers, matches = output.denoised
     for index, predictions in enumerate(layers):
         part = DetectionLoss()(predictions, targets, matches, 3 * sum(OBJECTS))
@@ -384,7 +393,7 @@ def test_denoising_is_learned_by_the_loss_of_layers() -> None:
             assert_close(losses.pop(f"denoising {index} {name}"), value, 1e-12)
     assert losses.keys() == without.keys()
     assert all(torch.equal(losses[name], without[name]) for name in without)
-    total(DetectorLoss()(output, targets)).backward()
+    total(SetCriterion()(output, targets)).backward()
     assert all(grad is not None and grad.isfinite().all() for grad in gradients(detector).values())
 
 
@@ -394,7 +403,7 @@ def test_denoising_at_the_edges_of_its_world(
 ) -> None:
     detector = stirred(make_detector(denoiser=Denoiser(EMBED, CLASSES)))
     targets = make_targets(n_objects)
-    losses = DetectorLoss()(detector(make_pyramid(n_points), targets), targets)
+    losses = SetCriterion()(detector(make_pyramid(n_points), targets), targets)
     total(losses).backward()
     assert total(losses).isfinite()
     assert all(grad is not None and grad.isfinite().all() for grad in gradients(detector).values())

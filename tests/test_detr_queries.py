@@ -9,8 +9,9 @@ from detr_scenes import EMBED, make_queries, offsets_of, refused
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vicinal._ragged import images_of
 from vicinal.detr import queries as module
-from vicinal.detr.queries import best_per_image, check_queries, images_of
+from vicinal.detr.queries import best_per_image, check_queries
 
 COUNTS = st.lists(st.integers(0, 5), max_size=5)
 

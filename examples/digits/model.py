@@ -11,7 +11,6 @@ from vicinal.detr import (
     DecoderLayer,
     Denoiser,
     Detector,
-    DetectorLoss,
     DetectorOutput,
     Encoder,
     EncoderLayer,
@@ -19,6 +18,7 @@ from vicinal.detr import (
     PointStem,
     QuerySelection,
     QuerySelfAttention,
+    SetCriterion,
     Targets,
 )
 
@@ -68,7 +68,7 @@ class DigitDetector(nn.Module):
         )
         denoiser = Denoiser(EMBED_DIM, CLASSES, DENOISING)
         self.detector = Detector(encoder, selection, decoder, denoiser)
-        self.loss = DetectorLoss()
+        self.loss = SetCriterion()
 
     def detect(self, batch: Batch, targets: Targets | None = None) -> DetectorOutput:
         pyramid = self.stem(batch.coordinates, batch.ink[:, None], (SIZE, SIZE), batch.batch_size)

@@ -1,6 +1,7 @@
 """Argument checks. Every refusal names the argument, what was expected and what came."""
 
 import itertools
+import math
 import operator
 from collections.abc import Sequence
 from typing import Any, NoReturn, cast
@@ -104,6 +105,12 @@ def check_counts(**counts: int) -> None:
     for name, count in counts.items():
         if not isinstance(count, int) or isinstance(count, bool) or count < 1:
             refuse(name, "an integer of at least 1", count)
+
+
+def check_cells(argument: str, size: float) -> None:
+    """Refuses all but a length in cells above zero."""
+    if not isinstance(size, int | float) or not 0 < size < math.inf:
+        refuse(argument, "a finite size above 0, in cells", size)
 
 
 def check_dropout(argument: str, rate: float) -> None:

@@ -24,7 +24,8 @@ from ._checks import (
     reads_contents,
     refuse,
 )
-from ._constants import capturing, constant
+from ._constants import computing, constant
+from ._ragged import images_of
 from .backends import choose_backend
 from .cell_keys import CellKeys
 from .kernels.reference import search_slices
@@ -72,7 +73,7 @@ class NeighborhoodPlan:
     batch_size: int
     level_shapes: LevelShapes
     _places: "_Places"
-    _captured: bool = False  # made by a CUDA graph
+    _maker: str = "python"  # see `computing`
     _found: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -92,13 +93,23 @@ class NeighborhoodPlan:
 
     def _once(self, name: str, find: Callable[[], T]) -> T:
         # By hand: compiled graphs do not take the lock of `functools.cached_property`.
-        if name not in self._found:
-            if capturing(self.device) and not self._captured:
-                # The graph would find it, at every replay, where others trust it is there.
-                raise RuntimeError(f"{name} of a plan: run once before capturing a CUDA graph")
-            self._found[name] = find()
-        found: T = self._found[name]
-        return found
+        if name in self._found:
+            found: T = self._found[name]
+            return found
+        computer = computing(self.device)
+        if computer != self._maker:
+            return self._find_elsewhere(name, find, computer)
+        return self._found.setdefault(name, find())
+
+    def _find_elsewhere(self, name: str, find: Callable[[], T], computer: str) -> T:
+        """For one who did not make the plan: what a graph finds is there after a replay, and of
+        that one alone, so nobody else may keep it, nor may it keep what others find.
+        """
+        if "compiler" in (computer, self._maker):
+            return find()
+        if computer == "graph":
+            raise RuntimeError(f"{name} of a plan: run once before capturing a CUDA graph")
+        raise RuntimeError(f"{name} of a plan: to be found in the CUDA graph that makes it")
 
     def _find_point_slices(self) -> NeighborSlices:
         keys, _, query_keys, point_keys, coordinates = self._places
@@ -237,7 +248,7 @@ class NeighborhoodPlan:
             center_columns=self.center_columns.to(device),
             point_columns=self.point_columns.to(device),
             _places=_Places(keys.to(device), *(part.to(device) for part in places)),
-            _captured=capturing(torch.device(device)),
+            _maker=computing(torch.device(device)),
             _found={},
         )
 
@@ -334,7 +345,7 @@ def _plan(
         batch_size=pyramid.batch_size,
         level_shapes=pyramid.level_shapes,
         _places=_Places(keys, centers, query_keys, point_keys, coordinates),
-        _captured=capturing(device),
+        _maker=computing(device),
     )
 
 
@@ -342,8 +353,7 @@ def query_images(positions: Tensor, offsets: Tensor, batch_size: int) -> Tensor:
     """int64 ``[N]``: the image of queries at ``positions`` ``[N, P]``, whose images begin at
     ``offsets`` ``[B + 1]``; -1 for those of no image or at no finite place.
     """
-    numbers = torch.arange(positions.shape[0], device=positions.device)
-    image = torch.searchsorted(offsets.contiguous(), numbers, right=True) - 1
+    image = images_of(offsets, positions.shape[0])
     nowhere = (image >= batch_size) | ~positions.isfinite().all(1)
     return image.masked_fill(nowhere, -1)
 

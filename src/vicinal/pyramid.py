@@ -18,6 +18,7 @@ from ._checks import (
     refuse,
 )
 from ._constants import constant
+from ._ragged import offsets_of
 from .neighborhoods import coordinate_dtype, full_shape, level_scales
 
 Pool = Callable[[Tensor, Tensor, int], Tensor]
@@ -131,8 +132,7 @@ class FeaturePyramid:
         """
         if not (self.batch[1:] >= self.batch[:-1]).all():
             refuse("coordinates", "points sorted by image", "images out of order")
-        counts = torch.bincount(self.batch, minlength=self.batch_size)
-        return torch.cat((counts.new_zeros(1), counts.cumsum(0)))
+        return offsets_of(self.batch, self.batch_size)
 
     def with_values(self, values: Tensor) -> "FeaturePyramid":
         """The same points with other embeddings ``[nnz, E']``."""

@@ -16,16 +16,17 @@ from .boxes import (
     refine,
     relative_l1,
 )
-from .criterion import DetectorLoss, total
+from .criterion import SetCriterion, total
 from .decoder import Decoder, DecoderLayer
-from .denoiser import Denoiser
-from .detector import Detections, Detector, DetectorOutput, detections
+from .denoising import Denoiser, Joined
+from .detector import Denoised, Detections, Detector, DetectorOutput, detections
 from .encoder import Encoder, EncoderLayer
 from .feed_forward import FeedForward
 from .focal import sigmoid_focal_loss, varifocal_loss
 from .heads import DetectionHead
 from .losses import DetectionLoss, LossParts, mean_objects
 from .matching import HungarianMatcher, Matches, assign_inside
+from .noisy_queries import DenoisingQueries, noisy_queries
 from .queries import ObjectQueries
 from .selection import QuerySelection, Selection
 from .self_attention import QuerySelfAttention
@@ -35,17 +36,19 @@ from .targets import Predictions, Targets, check_predictions, check_targets
 __all__ = [
     "Decoder",
     "DecoderLayer",
+    "Denoised",
     "Denoiser",
+    "DenoisingQueries",
     "DetectionHead",
     "DetectionLoss",
     "Detections",
     "Detector",
-    "DetectorLoss",
     "DetectorOutput",
     "Encoder",
     "EncoderLayer",
     "FeedForward",
     "HungarianMatcher",
+    "Joined",
     "LossParts",
     "Matches",
     "ObjectQueries",
@@ -54,6 +57,7 @@ __all__ = [
     "QuerySelection",
     "QuerySelfAttention",
     "Selection",
+    "SetCriterion",
     "Targets",
     "assign_inside",
     "check_predictions",
@@ -65,6 +69,7 @@ __all__ = [
     "generalized_iou",
     "iou",
     "mean_objects",
+    "noisy_queries",
     "pairwise_generalized_iou",
     "pairwise_iou",
     "refine",

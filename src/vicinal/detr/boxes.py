@@ -102,7 +102,7 @@ def deltas(boxes: Tensor, targets: Tensor) -> Tensor:
     check_tensor("targets", targets, boxes.shape, kind="floating", device=boxes.device)
     for argument, value in {"boxes": boxes, "targets": targets}.items():
         if reads_contents(None, boxes.device):
-            check_sizes(argument, value)
+            check_box_sizes(argument, value)
     (center, size), (to_center, to_size) = boxes.chunk(2, -1), targets.chunk(2, -1)
     return torch.cat(((to_center - center) / size, (to_size / size).log()), -1)
 
@@ -114,7 +114,7 @@ def check_boxes(argument: str, boxes: Tensor) -> None:
         refuse(argument, "a floating tensor of shape [n, 2P]", boxes)
 
 
-def check_sizes(argument: str, boxes: Tensor) -> None:
+def check_box_sizes(argument: str, boxes: Tensor) -> None:
     """Refuses boxes ``[n, 2P]`` of a size that is not positive. Reads contents."""
     positive = (boxes.chunk(2, -1)[1] > 0).all(-1)
     if not positive.all():

@@ -10,7 +10,7 @@ from .matching import HungarianMatcher, Matches, assign_inside
 from .targets import Targets
 
 
-class DetectorLoss(nn.Module):
+class SetCriterion(nn.Module):
     """Every decoder layer matched one to one, the selection one to many.
 
     One to one, an object is to be found once (Carion et al., 2020), and each layer is matched anew.

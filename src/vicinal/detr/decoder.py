@@ -5,9 +5,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .._checks import refuse
+from .._checks import check_counts, refuse
 from ..pyramid import FeaturePyramid
-from .encoder import run
+from .checkpointing import call
 from .heads import DetectionHead
 from .queries import ObjectQueries, check_queries
 from .targets import Predictions
@@ -83,6 +83,7 @@ class Decoder(nn.Module):
         super().__init__()
         if not layers:
             refuse("layers", "at least one", "none")
+        check_counts(embed_dim=embed_dim, n_classes=n_classes, position_dim=position_dim)
         self.embed_dim, self.position_dim = embed_dim, position_dim
         self.layers = nn.ModuleList(layers)
         self.sizes = nn.Sequential(
@@ -109,7 +110,9 @@ class Decoder(nn.Module):
             size = queries.boxes[:, self.position_dim :].log2().to(queries.embeddings.dtype)
             queries = queries._replace(embeddings=queries.embeddings + self.sizes(size))
             given.append(queries)
-            embeddings = run(layer, queries, pyramid, again=self.checkpoint)
+            where = (queries.positions, queries.offsets, pyramid)
+            plan = layer.cross_attention.make_plan(*where)  # type: ignore[union-attr, operator]
+            embeddings = call(layer, queries, pyramid, plan, again=self.checkpoint)
             logits, boxes = head(norm(embeddings), queries.boxes)
             predictions.append(Predictions(logits, boxes, queries.offsets))
             queries = queries._replace(embeddings=embeddings, boxes=boxes.detach())

@@ -1,112 +1,118 @@
-"""Queries that start from objects with noise, which need no matching (Li et al. 2022, DN-DETR)."""
+"""Denoising queries beside a detector's own, in training."""
 
+import math
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .._checks import refuse
-from .._hash import uniform_of
+from .._checks import check_cells, check_counts, refuse
+from .._ragged import images_of
+from ..neighborhoods import level_scales
+from ..pyramid import FeaturePyramid
 from .matching import Matches
-from .targets import Targets, check_targets
+from .noisy_queries import noisy_queries
+from .queries import ObjectQueries
+from .targets import Predictions, Targets, check_targets
 
 
-class DenoisingQueries(NamedTuple):
-    """Noisy copies of every object; image by image, and in an image group by group.
+class Joined(NamedTuple):
+    """Queries with denoising ones among them.
 
     Attributes:
-        boxes: ``[D, 2P]``, the objects' boxes with noise.
-        labels: int64 ``[D]``, the objects' classes, some of them changed: to be embedded.
-        target: int64 ``[D]``, the row of the targets that each is to find.
-        group: int64 ``[D]``, from 0: queries of different groups are not to see each other.
-        offsets: int64 ``[B + 1]``: image ``b`` owns the rows ``offsets[b]:offsets[b + 1]``.
+        queries: all of them, image by image, a detector's own in group 0.
+        own: int64 ``[N]``, the rows of the detector's own queries, in their order.
+        offsets: int64 ``[B + 1]`` of these.
+        noisy: int64 ``[D]``, the rows of the denoising queries.
+        noisy_offsets: int64 ``[B + 1]`` of these.
+        matches: which object each denoising query is to find.
     """
 
-    boxes: Tensor
-    labels: Tensor
-    target: Tensor
-    group: Tensor
+    queries: ObjectQueries
+    own: Tensor
     offsets: Tensor
+    noisy: Tensor
+    noisy_offsets: Tensor
+    matches: Matches
 
-    @property
-    def matches(self) -> Matches:
-        """Every query with its target: what `DetectionLoss` takes for predictions made of them."""
-        return Matches(torch.arange(len(self.target), device=self.target.device), self.target)
+    def split(self, predictions: Predictions) -> tuple[Predictions, Predictions]:
+        """Predictions of a detector's own queries, and of the denoising ones."""
+        logits, boxes, _ = predictions
+        return (
+            Predictions(logits[self.own], boxes[self.own], self.offsets),
+            Predictions(logits[self.noisy], boxes[self.noisy], self.noisy_offsets),
+        )
 
 
-def noisy_queries(
-    targets: Targets,
-    n_groups: int,
-    *,
-    label_noise: float = 0.2,
-    box_noise: float = 0.4,
-    n_classes: int,
-    generator: torch.Generator | None = None,
-) -> DenoisingQueries:
-    """``n_groups`` noisy copies of every object, to be turned back into the object by a decoder.
+class Denoiser(nn.Module):
+    """Adds objects with noise to the queries, for the decoder to turn back into the objects.
 
-    A centre moves by up to ``box_noise / 2`` of the object's size, so that it stays inside the
-    box, and a size is multiplied by up to ``1 ± box_noise``, each axis apart and uniformly.
+    It learns what to do with a box before matching is of any use (Li et al., "DN-DETR", 2022).
 
     Args:
-        targets: the objects.
-        n_groups: number of copies; 0 for none.
-        label_noise: how often a label is changed to another class, in [0, 1].
-        box_noise: in [0, 1).
+        embed_dim: E.
         n_classes: number of classes, C.
-        generator: what the seed of the noise is drawn from; None: PyTorch's own.
-
-    Returns:
-        ``D = n_groups * M`` queries.
+        n_groups: copies of every object; those of one group see one another alone.
+        label_noise, box_noise: see `noisy_queries`.
+        box_size: a query lives on the level where so many cells come nearest to its box.
 
     Raises:
-        ValueError: targets that cannot be (`check_targets`), rates outside their range.
+        ValueError: sizes below 1, a ``box_size`` that is not positive.
     """
-    _check(targets, n_groups, label_noise, box_noise, n_classes)
-    boxes, labels, offsets = targets.boxes, targets.labels.long(), targets.offsets.long()
-    device, n_rows = boxes.device, n_groups * len(labels)
-    noise_device = device if generator is None else generator.device
 
-    counts = offsets.diff()
-    image = torch.repeat_interleave(counts * n_groups, output_size=n_rows)
-    place = torch.arange(n_rows, device=device) - n_groups * offsets[image]
-    group = place // counts[image]
-    target = offsets[image] + place % counts[image]
+    def __init__(
+        self,
+        embed_dim: int,
+        n_classes: int,
+        n_groups: int = 3,
+        label_noise: float = 0.2,
+        box_noise: float = 0.4,
+        box_size: float = 4.0,
+    ) -> None:
+        super().__init__()
+        check_counts(embed_dim=embed_dim, n_classes=n_classes, n_groups=n_groups)
+        check_cells("box_size", box_size)
+        self.n_classes, self.n_groups = n_classes, n_groups
+        self.label_noise, self.box_noise, self.box_size = label_noise, box_noise, box_size
+        self.labels = nn.Embedding(n_classes, embed_dim)
 
-    seed = torch.randint(2**62, (), generator=generator, device=noise_device).to(device)
-    noise = _noise(seed, boxes[target], labels[target], group)
-    # Centres take half as much as sizes: half the noise is half the box.
-    shift, growth = (box_noise * (2 * noise[:, :-2] - 1)).to(boxes).chunk(2, 1)
-    center, size = boxes[target].chunk(2, 1)
-    noisy = torch.cat((center + shift * size / 2, size * (1 + growth)), 1)
+    def forward(self, queries: ObjectQueries, targets: Targets, pyramid: FeaturePyramid) -> Joined:
+        """The queries of a batch with noisy copies of its objects among them.
 
-    step = (noise[:, -1] * max(n_classes - 1, 1)).long() + 1
-    step = torch.where(noise[:, -2] < label_noise, step, 0)
-    return DenoisingQueries(
-        noisy, (labels[target] + step) % n_classes, target, group, offsets * n_groups
-    )
+        Raises:
+            ValueError: targets that cannot be, or of another batch than the queries.
+        """
+        n_own, device = len(queries.embeddings), queries.embeddings.device
+        check_targets(targets, pyramid.position_dim, self.n_classes, len(queries.offsets) - 1)
+        if targets.boxes.device != device:
+            refuse("targets.boxes", f"boxes on {device}", targets.boxes)
+        noisy = noisy_queries(
+            targets,
+            self.n_groups,
+            label_noise=self.label_noise,
+            box_noise=self.box_noise,
+            n_classes=self.n_classes,
+        )
+        embeddings = self.labels(noisy.labels).to(queries.embeddings.dtype)
+        image = torch.cat(
+            (images_of(queries.offsets, n_own), images_of(noisy.offsets, len(noisy.boxes)))
+        )
+        order = torch.argsort(image, stable=True)
+        groups = torch.cat((noisy.group.new_zeros(n_own), noisy.group + 1))
+        joined = ObjectQueries(
+            torch.cat((queries.embeddings, embeddings))[order],
+            torch.cat((queries.boxes, noisy.boxes.to(queries.boxes)))[order],
+            torch.cat((queries.levels, self._levels(noisy.boxes, pyramid)))[order],
+            queries.offsets + noisy.offsets,
+            groups[order],
+        )
+        row_of = torch.argsort(order)
+        return Joined(
+            joined, row_of[:n_own], queries.offsets, row_of[n_own:], noisy.offsets, noisy.matches
+        )
 
-
-def _noise(seed: Tensor, boxes: Tensor, labels: Tensor, group: Tensor) -> Tensor:
-    """``[D, 2P + 2]``, uniform in [0, 1), of objects ``[D]`` in groups ``[D]``.
-
-    It follows from the seed, the object and its group alone, so it does not matter which objects
-    share a batch: processes that share one and draw the same seed make the noise of one process.
-    """
-    bits = boxes.float().view(torch.int32).long()
-    columns = torch.arange(boxes.shape[1] + 2, device=boxes.device)
-    about = (*bits.unbind(1), labels, group)
-    return uniform_of(seed, [*(number[:, None] for number in about), columns])
-
-
-def _check(
-    targets: Targets, n_groups: int, label_noise: float, box_noise: float, n_classes: int
-) -> None:
-    for name, number, least in (("n_groups", n_groups, 0), ("n_classes", n_classes, 1)):
-        if not isinstance(number, int) or number < least:
-            refuse(name, f"an integer of at least {least}", number)
-    if not isinstance(label_noise, int | float) or not 0 <= label_noise <= 1:
-        refuse("label_noise", "a rate in [0, 1]", label_noise)
-    if not isinstance(box_noise, int | float) or not 0 <= box_noise < 1:
-        refuse("box_noise", "a rate in [0, 1)", box_noise)
-    check_targets(targets, None, n_classes, None)
+    def _levels(self, boxes: Tensor, pyramid: FeaturePyramid) -> Tensor:
+        """int64 ``[D]``: where ``box_size`` cells come nearest to the boxes, in logarithms."""
+        size = boxes[:, pyramid.position_dim :].log().mean(1)
+        cell = -level_scales(pyramid.level_shapes, boxes).log().mean(1)
+        return (size[:, None] - cell - math.log(self.box_size)).abs().argmin(1)

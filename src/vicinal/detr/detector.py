@@ -5,14 +5,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .._checks import refuse
+from .._checks import check_counts, check_finite, reads_contents, refuse
+from .._ragged import images_of
 from ..neighborhoods import coordinate_dtype
 from ..pyramid import FeaturePyramid
 from .decoder import Decoder
-from .denoiser import Denoiser
+from .denoising import Denoiser
 from .encoder import Encoder
 from .matching import Matches
-from .queries import ObjectQueries, best_per_image, images_of
+from .queries import ObjectQueries, best_per_image
 from .selection import QuerySelection, Selection
 from .targets import Predictions, Targets, check_predictions
 
@@ -92,17 +93,23 @@ class Detector(nn.Module):
 
         Args:
             pyramid: what to look at.
-            targets: what is there, for the denoiser in training; no one else looks at it.
+            targets: what is there, which the denoiser needs in training; no one else looks at it.
 
         Raises:
-            ValueError: a pyramid or targets that do not fit the parts.
+            ValueError: a pyramid or targets that do not fit the parts, embeddings that are not
+                finite (on the CPU), or no targets in training with a denoiser.
         """
+        denoiser = self.denoiser if self.training else None
+        if denoiser is not None and targets is None:
+            refuse("targets", "Targets, for the denoiser in training", None)
+        if isinstance(pyramid, FeaturePyramid) and reads_contents(None, pyramid.values.device):
+            check_finite("pyramid.values", pyramid.values)
         encoded = self.encoder(pyramid)
         selection = self.selection(encoded)
-        if self.denoiser is None or targets is None or not self.training:
+        if denoiser is None:
             layers, queries = self.decoder(selection.queries, encoded)
             return DetectorOutput(encoded, selection, layers, queries)
-        joined = self.denoiser(selection.queries, targets, encoded)
+        joined = denoiser(selection.queries, targets, encoded)
         layers, queries = self.decoder(joined.queries, encoded)
         own, noisy = map(list, zip(*map(joined.split, layers), strict=True))
         return DetectorOutput(encoded, selection, own, queries, Denoised(noisy, joined.matches))
@@ -120,8 +127,7 @@ def detections(predictions: Predictions, n_most: int = 100) -> Detections:
         ValueError: predictions that cannot be (`check_predictions`), ``n_most`` below 1.
     """
     check_predictions(predictions)
-    if not isinstance(n_most, int) or n_most < 1:
-        refuse("n_most", "an integer of at least 1", n_most)
+    check_counts(n_most=n_most)
     # Halves would make equals of scores that are not.
     scores = predictions.logits.to(coordinate_dtype(predictions.logits.dtype)).sigmoid()
     n_queries, n_classes = scores.shape

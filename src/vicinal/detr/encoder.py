@@ -3,12 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from .._checks import check_tensor, refuse
+from .._checks import check_counts, check_tensor, refuse
 from ..pyramid import FeaturePyramid
+from .checkpointing import call
 
 
 class EncoderLayer(nn.Module):
@@ -69,12 +68,13 @@ class Encoder(nn.Module):
         super().__init__()
         if not layers:
             refuse("layers", "at least one", "none")
+        check_counts(embed_dim=embed_dim)
         self.layers = nn.ModuleList(layers)
         self.norm = nn.LayerNorm(embed_dim)
         self.checkpoint = checkpoint
 
     def forward(self, pyramid: FeaturePyramid) -> FeaturePyramid:
-        """The same points with new values ``[nnz, E]``.
+        """The same points with new values ``[nnz, E]``. Waits for a GPU, to see where images begin.
 
         Raises:
             ValueError: embeddings of another width, points that are not sorted by image, or what
@@ -90,12 +90,5 @@ class Encoder(nn.Module):
         where = (pyramid, positions, offsets, attention.make_plan(positions, offsets, pyramid))
         values = pyramid.values
         for layer in self.layers:
-            values = run(layer, values, *where, again=self.checkpoint)
+            values = call(layer, values, *where, again=self.checkpoint)
         return pyramid.with_values(self.norm(values))
-
-
-def run(layer: nn.Module, *arguments: Any, again: bool) -> Any:
-    """Calls a layer, if ``again`` so that the backward pass calls it once more."""
-    if again and torch.is_grad_enabled():
-        return checkpoint(layer, *arguments, use_reentrant=False)
-    return layer(*arguments)

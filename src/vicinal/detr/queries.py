@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from .._checks import check_finite, check_offsets, check_tensor, reads_contents, refuse
-from .boxes import check_sizes
+from .._ragged import offsets_of
+from .boxes import check_box_sizes
 
 
 class ObjectQueries(NamedTuple):
@@ -51,19 +52,7 @@ def check_queries(queries: ObjectQueries, embed_dim: int, position_dim: int) -> 
     if reads_contents(None, device):
         check_offsets("queries.offsets", queries.offsets, n)
         check_finite("queries.boxes", queries.boxes)
-        check_sizes("queries.boxes", queries.boxes)
-
-
-def images_of(offsets: Tensor, n: int) -> Tensor:
-    """int64 ``[n]``: the image of every row of a ragged batch with ``offsets`` ``[B + 1]``."""
-    rows = torch.arange(n, device=offsets.device)
-    return torch.searchsorted(offsets[1:].contiguous(), rows, right=True)
-
-
-def offsets_of(image: Tensor, batch_size: int) -> Tensor:
-    """int64 ``[B + 1]``: where the rows of each image begin, of rows sorted by ``image`` [n]."""
-    counts = torch.bincount(image, minlength=batch_size)
-    return torch.cat((counts.new_zeros(1), counts.cumsum(0)))
+        check_box_sizes("queries.boxes", queries.boxes)
 
 
 def best_per_image(

@@ -1,13 +1,12 @@
 """Which points of the encoder become object queries."""
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .._checks import as_integer, check_tensor, refuse
+from .._checks import as_integer, check_cells, check_counts, check_tensor, refuse
 from .._constants import constant
 from ..neighborhoods import level_scales
 from ..pyramid import FeaturePyramid
@@ -63,10 +62,8 @@ class QuerySelection(nn.Module):
         box_size: float = 4.0,
     ) -> None:
         super().__init__()
-        if not isinstance(n_queries, int) or n_queries < 1:
-            refuse("n_queries", "an integer of at least 1", n_queries)
-        if not isinstance(box_size, int | float) or not 0 < box_size < math.inf:
-            refuse("box_size", "a finite size above 0, in cells", box_size)
+        check_counts(n_queries=n_queries)
+        check_cells("box_size", box_size)
         if levels is not None and not (levels and all(map(_is_level, levels))):
             refuse("levels", "at least one level, none below 0", str(list(levels)))
         self.n_queries, self.box_size = n_queries, box_size

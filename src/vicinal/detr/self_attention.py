@@ -6,9 +6,10 @@ from torch import Tensor, nn
 
 from .._arguments import check_sizes
 from .._checks import check_dropout, refuse
+from .._ragged import images_of
 from ..neighborhoods import coordinate_dtype
 from ..rotary import RotaryEncoding
-from .queries import ObjectQueries, check_queries, images_of
+from .queries import ObjectQueries, check_queries
 
 _FILLER = torch.iinfo(torch.int64).min  # no query's group
 

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 from .._checks import check_counts, check_tensor, refuse
 from .._constants import constant
+from .._ragged import offsets_of
 from ..plan import plan_neighborhoods
 from ..pyramid import FeaturePyramid
-from .queries import offsets_of
 
 
 class PointStem(nn.Module):

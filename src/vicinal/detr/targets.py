@@ -12,7 +12,7 @@ from .._checks import (
     reads_contents,
     refuse,
 )
-from .boxes import check_boxes, check_sizes
+from .boxes import check_box_sizes, check_boxes
 
 _MOST_CLASSES = 2**62
 
@@ -122,4 +122,4 @@ def _check_rows(name: str, boxes: Tensor, offsets: Tensor, check_contents: bool 
     if reads_contents(check_contents, boxes.device):
         check_offsets(f"{name}.offsets", offsets, len(boxes))
         check_finite(f"{name}.boxes", boxes)
-        check_sizes(f"{name}.boxes", boxes)
+        check_box_sizes(f"{name}.boxes", boxes)

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from problems import assert_close
 from test_detr_matching import WRONG_TARGETS, assert_refusal, random_images
 
-from vicinal.detr.denoising import noisy_queries
 from vicinal.detr.losses import DetectionLoss
+from vicinal.detr.noisy_queries import noisy_queries
 from vicinal.detr.targets import Predictions, Targets
 
 
