@@ -22,9 +22,10 @@ from ..pyramid import FeaturePyramid
 class AttentionRecord:
     """What n queries of one image attend to in one attention module.
 
-    Weights come from `SparseNeighborhoodAttentionBlock.attention_weights` or
-    `neighborhood_attention_weights` with ``queries``; those of any other attention will do, if
-    told point by point.
+    Weights come from ``attention_weights`` of `SparseNeighborhoodAttentionBlock` or
+    `SparseDeformableAttention`, or from `neighborhood_attention_weights`, with ``queries``; those
+    of any other attention will do, if told point by point. What points of one cell have is added
+    up, so points that share a cell look heavier than they are where they share its weight.
 
     Args:
         positions: floating ``[n, P]``, where the queries are, in cells of the full shape.
