@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vicinal import (
     FeaturePyramid,
+    NeighborhoodPlan,
     SparseNeighborhoodAttentionBlock,
     neighborhood_attention,
     plan_neighborhoods,
@@ -163,6 +164,29 @@ def test_a_graph_does_not_complete_a_plan() -> None:
         (grad,) = torch.autograd.grad(neighborhood_attention(x, x, x, plan).sum(), x)
     graph.replay()
     assert torch.equal(grad, expected)
+
+
+def test_a_plan_of_a_graph_serves_gradients_outside() -> None:
+    """Also made without any: whatever follows from where points are is found anew by a replay."""
+    points = make_points(500)
+    offsets, positions = points.batch_offsets(), points.positions()
+    x = torch.randn(len(points), 2, 16, device="cuda").requires_grad_()
+
+    def gradient(plan: NeighborhoodPlan) -> Tensor:
+        return torch.autograd.grad(neighborhood_attention(x, x, x, plan).square().sum(), x)[0]
+
+    def make_plan() -> NeighborhoodPlan:
+        return plan_neighborhoods(positions, offsets, points, SIZES)
+
+    gradient(make_plan())
+    torch.cuda.synchronize()
+    with torch.no_grad(), torch.cuda.graph(graph := torch.cuda.CUDAGraph()):
+        plan = make_plan()
+    graph.replay()
+    gradient(plan)
+    positions += 8
+    graph.replay()
+    assert torch.equal(gradient(plan), gradient(make_plan()))
 
 
 def test_compiled_for_any_number_of_points() -> None:

@@ -21,6 +21,7 @@ from vicinal import (
     plan_neighborhoods,
 )
 from vicinal import _constants as constants
+from vicinal import plan as plan_module
 from vicinal.kernels import triton
 
 if importlib.util.find_spec("triton") is None:
@@ -132,21 +133,48 @@ def test_what_is_frozen_is_not_computed(frozen: str, launched: list[str]) -> Non
     assert ("point_tiles" in plan._found) == (frozen == "queries")
 
 
-def test_a_graph_does_not_complete_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing would be there before the graph runs; what the graph plans itself it completes."""
+def run_by(computer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (plan_module, triton):
+        monkeypatch.setattr(module, "computing", lambda device: computer)
+
+
+def test_a_graph_completes_its_own_plans_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it finds is there after it ran, so nobody else can trust in it, nor add to it."""
     points = make_points(50)
     offsets = torch.zeros(3, dtype=torch.int64, device="meta")
+    x = torch.randn(50, 2, 16, device="meta")
     with torch.no_grad():
         plan = plan_neighborhoods(points.positions(), offsets, points, SIZES)
-        monkeypatch.setattr("vicinal.plan.capturing", lambda device: True)
+        run_by("graph", monkeypatch)
         captured = plan_neighborhoods(points.positions(), offsets, points, SIZES)
-    x = torch.randn(50, 2, 16, device="meta")
+    assert "point_tiles" in captured._found
     neighborhood_attention(x, x, x, plan)
     x.requires_grad_()
     with pytest.raises(RuntimeError, match="point_tiles of a plan: run once before capturing"):
         neighborhood_attention(x, x, x, plan)
+    run_by("python", monkeypatch)
     neighborhood_attention(x, x, x, captured)
-    assert "point_tiles" in captured._found
+    del captured._found["point_tiles"]
+    with pytest.raises(RuntimeError, match="point_tiles of a plan: to be found in the CUDA graph"):
+        neighborhood_attention(x, x, x, captured)
+
+
+@pytest.mark.parametrize("makers", [("python", "compiler"), ("compiler", "graph")])
+def test_what_a_compiler_makes_leaves_plans_as_they_are(
+    makers: tuple[str, str], launched: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It cannot know that it runs in a graph."""
+    points = make_points(50)
+    offsets = torch.zeros(3, dtype=torch.int64, device="meta")
+    run_by(makers[0], monkeypatch)
+    with torch.no_grad():
+        plan = plan_neighborhoods(points.positions(), offsets, points, SIZES)
+    before = set(plan._found)
+    run_by(makers[1], monkeypatch)
+    x = torch.randn(50, 2, 16, device="meta").requires_grad_()
+    neighborhood_attention(x, x, x, plan).sum().backward()
+    assert "point_gradients" in launched
+    assert set(plan._found) == before
 
 
 def test_a_compiled_step_asks_for_what_the_gpu_keeps(monkeypatch: pytest.MonkeyPatch) -> None:

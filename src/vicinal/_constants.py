@@ -32,12 +32,18 @@ def constant(numbers: Numbers, device: torch.device, dtype: torch.dtype = torch.
     return made
 
 
-def capturing(device: torch.device) -> bool:
-    """Whether what is computed on a device now goes into a CUDA graph instead."""
-    if device.type != "cuda" or torch.compiler.is_compiling() or not torch.cuda.is_available():
-        return False
+def computing(device: torch.device) -> str:
+    """Who will compute what is asked of a device now: Python itself, what a compiler makes, or a
+    CUDA graph; "python", "compiler" or "graph".
+    """
+    if device.type != "cuda":
+        return "python"
+    if torch.compiler.is_compiling():
+        return "compiler"
+    if not torch.cuda.is_available():
+        return "python"
     with torch.cuda.device(device):  # whose current stream it is, not that of another GPU
-        return torch.cuda.is_current_stream_capturing()
+        return "graph" if torch.cuda.is_current_stream_capturing() else "python"
 
 
 def _flattened(numbers: Numbers) -> tuple[list[int], list[int]]:
@@ -58,7 +64,7 @@ def _keep(
 ) -> Tensor:
     """The table on the GPU that keeps it, sent if it was not yet."""
     key = flat, shape, dtype, device
-    captured = capturing(device)
+    captured = computing(device) == "graph"
     if key not in _kept:
         if captured:
             raise RuntimeError("run once with maps of this shape before capturing a CUDA graph")

@@ -93,17 +93,17 @@ class NeighborhoodPlan:
 
     def _once(self, name: str, find: Callable[[], T]) -> T:
         # By hand: compiled graphs do not take the lock of `functools.cached_property`.
-        if name in self._found:
-            found: T = self._found[name]
-            return found
-        computer = computing(self.device)
-        if computer != self._maker:
-            return self._find_elsewhere(name, find, computer)
-        return self._found.setdefault(name, find())
+        if name not in self._found:
+            computer = computing(self.device)
+            if computer != self._maker:
+                return self._find_elsewhere(name, find, computer)
+            self._found[name] = find()
+        found: T = self._found[name]
+        return found
 
     def _find_elsewhere(self, name: str, find: Callable[[], T], computer: str) -> T:
-        """For one who did not make the plan: what a graph finds is there after a replay, and of
-        that one alone, so nobody else may keep it, nor may it keep what others find.
+        """For others than the plan's maker. What a CUDA graph finds is there after its replays
+        alone, so no plan of others may keep it; nor what a compiler makes, which may run in one.
         """
         if "compiler" in (computer, self._maker):
             return find()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .._constants import computing
 from . import reference
 from .library import Ops
 
@@ -36,11 +37,13 @@ def attend(
 
 
 def prepare(plan: "NeighborhoodPlan") -> None:
-    """Finds the tiles that layers will ask for, those of points for gradients alone."""
+    """Finds the tiles that layers will ask for; those of points for gradients alone, but for plans
+    of CUDA graphs, which nobody completes later.
+    """
     if not plan.fits_32_bits:
         return  # another back end may take it
     plan.query_tiles(find_runs)
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or computing(plan.device) == "graph":
         plan.point_tiles(find_runs)
 
 
