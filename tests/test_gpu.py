@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -205,6 +205,28 @@ def test_compiled_for_any_number_of_points() -> None:
             torch.testing.assert_close(
                 compiled(*arguments), attend(*arguments), rtol=1e-4, atol=1e-4
             )
+
+
+def test_compiled_to_cuda_graphs() -> None:
+    block, points = make_block(), make_points(1000)
+    offsets, positions = points.batch_offsets(), points.positions()
+
+    def attend(x: Tensor) -> Tensor:
+        out: Tensor = block(x, positions, offsets, points)
+        return out
+
+    def step(attend: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        x = points.values.clone().requires_grad_()
+        out = attend(x)
+        return out.detach().clone(), torch.autograd.grad(out.square().sum(), x)[0].clone()
+
+    expected = step(attend)  # which sends what kernels ask for
+    torch.compiler.reset()
+    compiled = torch.compile(attend, fullgraph=True, mode="reduce-overhead")
+    for _ in range(4):
+        torch.compiler.cudagraph_mark_step_begin()
+        for actual, wanted in zip(step(compiled), expected, strict=True):
+            torch.testing.assert_close(actual, wanted, rtol=1e-3, atol=1e-3)
 
 
 def test_compiled_plans_are_those_without_a_compiler() -> None:

@@ -214,6 +214,7 @@ def test_numbers_as_an_op() -> None:
     arguments = [1, 2, 3, 4], [2, 2], torch.float32, torch.device("cpu")
     assert torch.ops.vicinal.numbers(*arguments).tolist() == [[1, 2], [3, 4]]
     torch.library.opcheck(torch.ops.vicinal.numbers.default, arguments)
+    assert torch.Tag.cudagraph_unsafe in torch.ops.vicinal.numbers.default.tags
 
 
 def test_asking_for_contents_fails() -> None:

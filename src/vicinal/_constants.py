@@ -85,10 +85,12 @@ def _keep(
     return kept
 
 
-# A compiled graph may overwrite what an op gives it, so it gets a copy, made on the GPU.
+# A compiled graph may overwrite what an op gives it, so it gets a copy, made on the GPU. Where a
+# compiler captures CUDA graphs it leaves the op out of them, since it may send.
 torch.library.define(
     "vicinal::numbers",
     "(SymInt[] flat, SymInt[] shape, ScalarType dtype, Device device) -> Tensor",
+    tags=(torch.Tag.cudagraph_unsafe,),
 )
 
 
