@@ -23,6 +23,17 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
 
+def pytest_terminal_summary(terminalreporter: "pytest.TerminalReporter") -> None:
+    """What compiled kernels take of a card, which their tests tell."""
+    reports = terminalreporter.getreports("passed")
+    told = [
+        value for report in reports for name, value in report.user_properties if name == "kernel"
+    ]
+    if told:
+        terminalreporter.section("Compute capability, kernel, the most that any variant takes")
+        terminalreporter.write("\n".join(map(str, told)) + "\n")
+
+
 @pytest.fixture(scope="session", params=["reference", "cpu"])
 def backend(request: pytest.FixtureRequest) -> str:
     return str(request.param)
