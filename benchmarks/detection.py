@@ -16,8 +16,6 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -29,12 +27,11 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch.multiprocessing.spawn import spawn
 
 from examples.canvas import load_digits
 from examples.digits.checkpoints import load_state
 from examples.digits.model import DigitDetector
-from examples.digits.processes import joined
+from examples.digits.processes import spawned
 from examples.digits.scenes import Scenes, split_digits
 from examples.digits.training import Config, train
 from vicinal import FeaturePyramid, block
@@ -112,13 +109,10 @@ def shares(steps: int, batch: int) -> None:
 
 def processes(steps: int, batch: int) -> None:
     """Prints the largest relative difference of the losses over all steps."""
-    with tempfile.TemporaryDirectory() as name, socket.socket() as free:
-        free.bind(("localhost", 0))
-        port, folder = free.getsockname()[1], Path(name)
-        free.close()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
         for n_processes in (1, 2):
-            place = (n_processes, port, steps, batch, folder / str(n_processes))
-            spawn(_train_apart, place, nprocs=n_processes)
+            spawned(n_processes, _train_apart, steps, batch, folder / str(n_processes))
         one, two = (load_state(folder / n, torch.device("cpu"))["losses"] for n in ("1", "2"))
     apart = [
         max(abs(ours[name] - theirs[name]) / abs(theirs[name]) for name in theirs)
@@ -127,19 +121,11 @@ def processes(steps: int, batch: int) -> None:
     print(f"{len(apart)} steps, {len(one[0])} losses each: at most {max(apart):.1e} apart")
 
 
-def _train_apart(
-    rank: int, n_processes: int, port: int, steps: int, batch: int, folder: Path
-) -> None:
-    if n_processes > 1:
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": n_processes, "MASTER_PORT": port}
-        os.environ.update({name: str(value) for name, value in place.items()})
-        os.environ["MASTER_ADDR"] = "localhost"
-    torch.set_num_threads(1)
-    with joined() as device:
-        torch.manual_seed(0)
-        model = DigitDetector().double().to(device)
-        scenes = Scenes(split_digits(load_digits())[0], 0)
-        train(model, scenes.batch, Config(steps=steps, batch=batch), folder)
+def _train_apart(device: torch.device, steps: int, batch: int, folder: Path) -> None:
+    torch.manual_seed(0)
+    model = DigitDetector().double().to(device)
+    scenes = Scenes(split_digits(load_digits())[0], 0)
+    train(model, scenes.batch, Config(steps=steps, batch=batch), folder)
 
 
 def study(seeds: list[int], steps: int, folder: Path) -> None:

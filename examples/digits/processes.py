@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.multiprocessing.spawn import spawn
 
 
 @contextlib.contextmanager
@@ -76,9 +78,27 @@ def noted_signals() -> Iterator[list[int]]:
         restore()
 
 
-def leave_signals(worker: int) -> None:
-    """Called in a process that composes batches ahead: whoever asked for them will stop it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def spawned(n_processes: int, work: Callable[..., object], *arguments: object) -> None:
+    """Calls ``work(device, *arguments)`` in new processes that are `joined`, of one thread each."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    spawn(_work, (n_processes, port, work, arguments), nprocs=n_processes)
+
+
+def _work(
+    rank: int,
+    n_processes: int,
+    port: int,
+    work: Callable[..., object],
+    arguments: tuple[object, ...],
+) -> None:
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": n_processes, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in place.items()})
+    os.environ["MASTER_ADDR"] = "localhost"
+    torch.set_num_threads(1)
+    with joined() as device:
+        work(device, *arguments)
 
 
 def peak_memory(device: torch.device) -> int:

@@ -16,11 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset
 
-from benchmarks.measure import wait_for
 from examples.digits.checkpoints import load_state, save_state, save_weights
-from examples.digits.processes import leave_signals, noted_signals, rank_and_number, sums
+from examples.digits.processes import noted_signals, rank_and_number, sums
 from examples.digits.scenes import Batch, mixed_seed
 
 PRECISIONS = {"full": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -85,14 +83,14 @@ def train(
     *,
     resume: bool = False,
     save_every: int = 50,
-    workers: int = 0,
     metadata: dict[str, str] | None = None,
 ) -> History:
     """Takes the steps that are left of ``config.steps``, with AdamW.
 
     If torch.distributed is initialised, each process takes its share of every batch. Losses divided
     by the mean number of objects over the processes (`vicinal.detr.mean_objects`) make any number
-    of processes give the same curve.
+    of processes give the same curve; dropout, which draws for the canvases that a process has,
+    makes another one for each.
 
     Args:
         model: called with a `Batch`, returns losses by name; their sum is minimised.
@@ -102,7 +100,6 @@ def train(
         resume: go on from the state in ``folder``.
         save_every: steps from one checkpoint to the next. There is one before the first step and
             one after the last.
-        workers: processes that make batches ahead.
         metadata: what ``model.safetensors`` says of itself.
 
     Raises:
@@ -120,16 +117,10 @@ def train(
         run.resume()
     else:
         run.save()
-    steps = range(len(run.losses), config.steps)
-    loader = DataLoader(
-        _Shares(batches, config.batch, rank, n_processes),
-        batch_size=None,
-        sampler=steps,
-        num_workers=workers,
-        worker_init_fn=leave_signals,
-    )
     with noted_signals() as signals, run.progress() as progress:
-        for step, batch in zip(steps, loader, strict=True):
+        for step in range(len(run.losses), config.steps):
+            first, last = step * config.batch, (step + 1) * config.batch
+            batch = batches(range(first + rank, last, n_processes))
             stop = run.step(step, batch, bool(signals)) and step + 1 < config.steps
             if stop or (step + 1) % save_every == 0 or step + 1 == config.steps:
                 run.save()
@@ -274,20 +265,6 @@ def _named(losses: Losses) -> str:
     return ", ".join(f"{name} {value:.3g}" for name, value in losses.items())
 
 
-class _Shares(Dataset[Batch]):
-    """This process's part of each step's batch."""
-
-    def __init__(
-        self, batches: Callable[[range], Batch], batch: int, rank: int, n_processes: int
-    ) -> None:
-        self.batches, self.batch = batches, batch
-        self.rank, self.n_processes = rank, n_processes
-
-    def __getitem__(self, step: int) -> Batch:
-        first, last = step * self.batch, (step + 1) * self.batch
-        return self.batches(range(first + self.rank, last, self.n_processes))
-
-
 class _Watch:
     """Where the time goes."""
 
@@ -299,7 +276,8 @@ class _Watch:
 
     def lap(self, name: str) -> None:
         """What passed since the lap before went into ``name``."""
-        wait_for(self.device)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
         now = time.perf_counter()
         self.seconds[name] = self.seconds.get(name, 0.0) + now - self.last
         self.last = now
