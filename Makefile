@@ -30,6 +30,7 @@ lint: .venv/ready
 ENVIRONMENT ?= .venv/ready
 GPU_PYTHON = $(if $(ENVIRONMENT),$(BIN)/python,env PYTHONPATH=src $(PYTHON))
 gpu-test: $(ENVIRONMENT)
+	$(if $(ENVIRONMENT),,$(PYTHON) setup.py build_ext --inplace)
 	$(GPU_PYTHON) -m pytest tests/test_gpu.py tests/test_kernels_triton.py tests/test_no_stalls.py
 
 gpu-bench: $(ENVIRONMENT)
