@@ -1,5 +1,6 @@
 """One graph for any number of points: the op and the block, compiled and exported."""
 
+import io
 from collections.abc import Callable
 from typing import Any
 
@@ -135,9 +136,10 @@ def test_the_block(planned: bool, backend: str) -> None:
 class OnPoints(nn.Module):
     """A block whose points are its queries, as tensors alone."""
 
-    def __init__(self) -> None:
+    def __init__(self, backend: str) -> None:
         super().__init__()
-        self.block = SparseNeighborhoodAttentionBlock(EMBED, 2, 3, SIZES).double()
+        heads = HEADS[backend]
+        self.block = SparseNeighborhoodAttentionBlock(EMBED, heads, 3, SIZES, backend=backend)
 
     def forward(self, x: Tensor, coordinates: Tensor, positions: Tensor, offsets: Tensor) -> Tensor:
         shapes = ((24, 24), (12, 12), (6, 6))
@@ -161,22 +163,21 @@ class AttendOn(nn.Module):
         return neighborhood_attention(x, x, x, plan, backend=self.backend)
 
 
+@pytest.mark.parametrize("module", [AttendOn, OnPoints])
 @pytest.mark.parametrize("backend", BACK_ENDS)
-def test_an_exported_op_takes_any_number_of_points(backend: str) -> None:
+def test_exports_take_any_number_of_points(
+    backend: str, module: Callable[[str], nn.Module]
+) -> None:
     dtype, (few, *_, many) = BACK_ENDS[backend]
     # One tile is another graph: torch's own look at strides asks whether there is one.
     least = TILE + 1 if backend == "triton" else 0
-    assert_exports(AttendOn(backend), dtype, (few, many), least)
-
-
-def test_an_exported_block_takes_any_number_of_points() -> None:
-    assert_exports(OnPoints(), torch.float64, (60, 140))
+    assert_exports(module(backend).to(dtype), dtype, (few, many), least)
 
 
 def assert_exports(
     module: nn.Module, dtype: torch.dtype, counts: tuple[int, ...], least: int = 0
 ) -> None:
-    """For any number of points from ``least`` on."""
+    """For any number of points from ``least`` on, also when saved and loaded again."""
 
     def arguments(n_points: int) -> tuple[Tensor, ...]:
         pyramid = make_pyramid(n_points, dtype)
@@ -189,9 +190,12 @@ def assert_exports(
 
     # So many queries, times levels, that 32-bit numbers still tell them apart.
     points = {0: torch.export.Dim("points", min=least, max=2**29)}
-    exported = torch.export.export(
+    program = torch.export.export(
         module, arguments(counts[0]), dynamic_shapes=(points, points, points, None)
-    ).module()
+    )
+    torch.export.save(program, file := io.BytesIO())
+    file.seek(0)
+    exported = torch.export.load(file).module()
     tolerance = 1e-13 if dtype == torch.float64 else 1e-6
     for n_points in counts:
         assert_close(exported(*arguments(n_points)), module(*arguments(n_points)), tolerance)
