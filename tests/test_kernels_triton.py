@@ -275,17 +275,19 @@ def test_gradients_of_some_are_those_of_all(name: str) -> None:
     out, lse = leaves.attend(plan, name)
     loss = out.square().sum() + lse.sin().sum()
     expected = torch.autograd.grad(loss, leaves.leaves(), retain_graph=True)
-    for number in (0, 2, 5):  # of queries, points and cells
-        leaf, wanted = leaves.leaves()[number], expected[number]
-        assert wanted.count_nonzero()
-        (among_all,) = torch.autograd.grad(loss, [leaf], retain_graph=True)
+    # Of queries, points, cells; queries and the keys of cells, keys and the values of cells.
+    for numbers in ((0,), (2,), (5,), (0, 4), (1, 5)):
+        some, wanted = ([x[i] for i in numbers] for x in (leaves.leaves(), expected))
+        among_all = torch.autograd.grad(loss, some, retain_graph=True)
         frozen = [x.detach() for x in leaves.leaves()]
-        alone = frozen[number].requires_grad_()
+        alone = [frozen[i].requires_grad_() for i in numbers]
         out, lse = leaves.with_leaves(frozen).attend(plan, name)
         (out.square().sum() + lse.sin().sum()).backward()
-        assert torch.equal(among_all, wanted)
-        assert alone.grad is not None
-        assert relative_error(alone.grad.cpu(), wanted.cpu().double()) < 1e-6
+        for leaf, of_some, of_all in zip(alone, among_all, wanted, strict=True):
+            assert of_all.count_nonzero()
+            assert torch.equal(of_some, of_all)
+            assert leaf.grad is not None
+            assert relative_error(leaf.grad.cpu(), of_all.cpu().double()) < 1e-6
 
 
 def test_strides_of_any_kind() -> None:
