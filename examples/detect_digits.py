@@ -25,11 +25,12 @@ from torch import Tensor
 from examples.arguments import at_least_1, require, require_folder, seed
 from examples.canvas import Digits, load_digits
 from examples.digits.checkpoints import STATE, WEIGHTS, load_weights, read_metadata
-from examples.digits.processes import joined, peak_memory, rank_and_number
+from examples.digits.processes import PeerError, joined, peak_memory, rank_and_number
 from examples.digits.scenes import Batch, Scenes, split_digits
 from examples.digits.training import (
     PRECISIONS,
     Config,
+    ConfigError,
     DivergenceError,
     History,
     InterruptionError,
@@ -49,18 +50,25 @@ FIGURES = "figures.json"
 
 def main() -> int:
     arguments = parse_arguments()
+    before = _last_written(arguments.out)
     with joined() as device:
         try:
             run(arguments, device)
         except InterruptionError as interruption:
             _tell(f"\nStopped: {interruption}. To go on: {_command()}")
             return 130
-        except DivergenceError as problem:
-            _tell(f"\nStopped at {problem}.")
-            return 1
         except KeyboardInterrupt:
-            _tell(f"\nStopped. Training goes on from its last checkpoint: {_command()}")
+            if arguments.resume or _last_written(arguments.out) not in (None, before):
+                _tell(f"\nStopped. Training goes on from its last checkpoint: {_command()}")
+            else:
+                _tell("\nStopped. There is no checkpoint yet.")
             return 130
+        except DivergenceError as problem:
+            _tell(f"\nStopped at {problem}.", everyone=problem.alone)
+            return 1
+        except (ConfigError, PeerError) as problem:
+            _tell(f"\nStopped: {problem}.")
+            return 1
     return 0
 
 
@@ -141,17 +149,14 @@ def run(arguments: argparse.Namespace, device: torch.device) -> None:
 def _train(model: DigitDetector, digits: Digits, arguments: argparse.Namespace) -> History:
     config = Config(arguments.steps, arguments.batch, arguments.seed, precision=arguments.precision)
     model.train()
-    try:
-        return train(
-            model,
-            Scenes(digits, arguments.seed).batch,
-            config,
-            arguments.out,
-            resume=arguments.resume,
-            metadata={"attention": arguments.attention},
-        )
-    except ValueError as problem:
-        raise SystemExit(str(problem)) from None
+    return train(
+        model,
+        Scenes(digits, arguments.seed).batch,
+        config,
+        arguments.out,
+        resume=arguments.resume,
+        metadata={"attention": arguments.attention},
+    )
 
 
 def _print_times(history: History) -> None:
@@ -219,17 +224,26 @@ def _listed(labels: Tensor) -> str:
     return " ".join(str(label) for label in labels.sort().values.tolist())
 
 
+def _last_written(folder: Path) -> int | None:
+    state = folder / STATE
+    return state.stat().st_mtime_ns if state.is_file() else None
+
+
 def _command() -> str:
-    """How to go on."""
-    n_processes = rank_and_number()[1]
-    program = "python" if n_processes == 1 else f"torchrun --nproc-per-node {n_processes}"
+    """How to go on, with the interpreter that runs, which may be no other's ``python``."""
+    python, n_processes = Path(sys.executable), rank_and_number()[1]
+    if python.is_relative_to(Path.cwd()):
+        python = python.relative_to(Path.cwd())
+    command = [str(python), "-m"]
+    if n_processes > 1:
+        command += ["torch.distributed.run", "--nproc-per-node", str(n_processes), "-m"]
     options = [option for option in sys.argv[1:] if option != "--resume"]
-    return f"{program} -m examples.detect_digits {shlex.join([*options, '--resume'])}"
+    return shlex.join([*command, "examples.detect_digits", *options, "--resume"])
 
 
-def _tell(text: str) -> None:
-    """From one of the processes."""
-    if rank_and_number()[0] == 0:
+def _tell(text: str, everyone: bool = False) -> None:
+    """From one of the processes, if not from this one in any case."""
+    if everyone or rank_and_number()[0] == 0:
         print(text, flush=True)
 
 

@@ -11,7 +11,8 @@ from test_digits_scenes import strokes
 
 from examples import detect_digits
 from examples.digits.checkpoints import STATE, WEIGHTS
-from examples.digits.training import DivergenceError, InterruptionError
+from examples.digits.processes import PeerError
+from examples.digits.training import ConfigError, DivergenceError, InterruptionError
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *options: object) -> int:
@@ -61,8 +62,8 @@ def test_trains_tests_draws_and_loads_again(
     assert "was begun with neighborhood" in refused(
         monkeypatch, capsys, *options, "--resume", "--attention", "deformable"
     )
-    with pytest.raises(SystemExit, match=r"was begun with: seed 0"):
-        call(monkeypatch, *options, "--resume", "--seed", 1)
+    assert call(monkeypatch, *options, "--resume", "--seed", 1) == 1
+    assert "was begun with: seed 0" in capsys.readouterr().out
 
 
 def test_refuses_what_it_cannot_do(
@@ -85,6 +86,8 @@ def test_refuses_what_it_cannot_do(
         (InterruptionError("interrupted after step 3 of 9"), 130, "after step 3 of 9. To go on: "),
         (KeyboardInterrupt(), 130, "from its last checkpoint: "),
         (DivergenceError("step 3 of 9: the loss is not finite"), 1, "Stopped at step 3 of 9: the"),
+        (ConfigError("batch: expected at least 2"), 1, "Stopped: batch: expected at least 2"),
+        (PeerError("another process stopped"), 1, "Stopped: another process stopped."),
     ],
 )
 def test_says_how_to_go_on(
@@ -96,11 +99,58 @@ def test_says_how_to_go_on(
     expected: str,
 ) -> None:
     def fail(*_: Any) -> None:
+        (tmp_path / STATE).touch()
         raise error
 
     monkeypatch.setattr(detect_digits, "run", fail)
     assert call(monkeypatch, "--steps", 9, "--out", tmp_path) == status
     printed = capsys.readouterr().out
     assert expected in printed
-    command = f"python -m examples.detect_digits --steps 9 --out {tmp_path} --resume"
+    command = f" -m examples.detect_digits --steps 9 --out {tmp_path} --resume"
     assert (command in printed) == (status == 130)
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_promises_no_checkpoint_that_is_not_the_run_s(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    older: bool,
+) -> None:
+    def fail(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    if older:
+        (tmp_path / STATE).touch()
+    monkeypatch.setattr(detect_digits, "run", fail)
+    assert call(monkeypatch, "--out", tmp_path) == 130
+    assert capsys.readouterr().out == "\nStopped. There is no checkpoint yet.\n"
+
+
+def test_the_command_to_go_on_calls_the_interpreter_that_runs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["detect_digits", "--out", "a folder", "--resume"])
+    monkeypatch.setattr(sys, "executable", str(tmp_path / ".venv" / "bin" / "python"))
+    end = "-m examples.detect_digits --out 'a folder' --resume"
+    assert detect_digits._command() == f".venv/bin/python {end}"
+    monkeypatch.setattr(detect_digits, "rank_and_number", lambda: (0, 2))
+    monkeypatch.setattr(sys, "executable", "/opt/my python")
+    assert detect_digits._command() == (
+        f"'/opt/my python' -m torch.distributed.run --nproc-per-node 2 {end}"
+    )
+
+
+def test_one_process_alone_tells_what_it_alone_knows(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def fail(*_: Any) -> None:
+        raise problem
+
+    monkeypatch.setattr(detect_digits, "run", fail)
+    monkeypatch.setattr(detect_digits, "rank_and_number", lambda: (1, 2))
+    for alone, expected in ((True, "\nStopped at step 3.\n"), (False, "")):
+        problem = DivergenceError("step 3", alone)
+        assert call(monkeypatch, "--out", tmp_path) == 1
+        assert capsys.readouterr().out == expected

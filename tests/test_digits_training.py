@@ -10,6 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from test_digits_scenes import strokes
 from torch import Tensor, nn
 
@@ -24,10 +25,11 @@ from examples.digits.checkpoints import (
     save_state,
 )
 from examples.digits.model import DigitDetector
-from examples.digits.processes import spawned
+from examples.digits.processes import PeerError, spawned
 from examples.digits.scenes import CLASSES, Batch, Scenes, split_digits
 from examples.digits.training import (
     Config,
+    ConfigError,
     DivergenceError,
     History,
     InterruptionError,
@@ -70,13 +72,14 @@ class Counter(nn.Module):
 class Broken(Counter):
     """Loses its numbers at a step, in one way or another."""
 
-    def __init__(self, how: str, step: int) -> None:
+    def __init__(self, how: str, step: int, last: int | None = None) -> None:
         super().__init__()
-        self.how, self.calls, self.step = how, itertools.count(), step
+        self.how, self.calls = how, itertools.count()
+        self.steps = range(step, (last or step) + 1)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         losses = super().forward(batch)
-        if next(self.calls) != self.step:
+        if next(self.calls) not in self.steps:
             return losses
         if self.how == "error":
             raise ValueError("predictions: expected finite ones")
@@ -101,6 +104,11 @@ def signalling(step: int, *signals: int) -> Callable[[range], Batch]:
 
 def run(folder: Path, model: nn.Module | None = None, **options: object) -> History:
     return train(model or Counter(), canvases(), CONFIG, folder, **options)  # type: ignore[arg-type]
+
+
+def interrupt(folder: Path, steps: int) -> None:
+    with pytest.raises(InterruptionError):
+        train(Counter(), signalling(steps - 1, signal.SIGINT), CONFIG, folder)
 
 
 def test_losses_fall(tmp_path: Path) -> None:
@@ -181,12 +189,61 @@ def test_a_run_that_diverges_keeps_its_last_good_checkpoint(
         assert torch.equal(kept.state_dict()[name], value)
 
 
-def test_a_run_that_diverges_at_once_leaves_what_it_began_with(tmp_path: Path) -> None:
-    with pytest.raises(DivergenceError, match="step 1 of 6"):
+def test_a_run_that_diverges_at_once_leaves_what_was_there(tmp_path: Path) -> None:
+    with pytest.raises(DivergenceError, match=r"step 1 of 6: .*; none is saved"):
         run(tmp_path, Broken("loss", step=0))
-    kept = Counter()
-    load_weights(tmp_path, kept)
-    assert torch.equal(kept.layers[0].weight, Counter().layers[0].weight)  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
+    interrupt(tmp_path, 2)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(DivergenceError):
+        run(tmp_path, Broken("loss", step=0))
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_unfinished_runs_are_kept_beside_a_new_one_and_said_to_be(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = run(tmp_path / "whole").losses
+    for steps in (2, 3):
+        interrupt(tmp_path, steps)
+    run(tmp_path)
+    printed = capsys.readouterr().out
+    for number, steps in ((1, 2), (2, 3)):
+        names = f"training_state.{number}.pt and model.{number}.safetensors"
+        assert f"{tmp_path} held {steps} of 6 steps of a run, now in {names}\n" in printed
+        for name in (STATE, WEIGHTS):
+            path = tmp_path / name
+            path.with_suffix(f".{number}{path.suffix}").rename(path)
+        assert len(load_state(tmp_path, CPU)["losses"]) == steps
+        assert run(tmp_path, resume=True).losses == expected
+    run(tmp_path)  # over a finished one
+    assert capsys.readouterr().out == ""
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted((WEIGHTS, STATE, "whole"))
+
+
+def test_gradients_that_are_finite_at_no_scale_end_a_run(tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, steps=30, precision="float16")
+    with pytest.raises(DivergenceError, match=r"step 20 of 30: gradients .* at any scale"):
+        train(Broken("gradient", 3, 30), canvases(), config, tmp_path)  # 2^16 halved 17 times
+
+
+def test_a_process_that_stops_says_why_and_the_other_that_it_is_gone(tmp_path: Path) -> None:
+    spawned(2, _train_broken_on_one, tmp_path)
+    alone, gone = (tmp_path / str(rank) for rank in (1, 0))
+    message = "step 4 of 6, on process 1 of 2: predictions: expected finite ones; the last good"
+    assert alone.read_text().startswith(f"True {message}")
+    assert gone.read_text() == "another process stopped, and says why"
+    assert len(load_state(tmp_path, CPU)["losses"]) == 1
+
+
+def _train_broken_on_one(_: torch.device, folder: Path) -> None:
+    rank = dist.get_rank()
+    try:
+        run(folder, Broken("error", step=3) if rank == 1 else Counter())
+    except DivergenceError as problem:
+        (folder / str(rank)).write_text(f"{problem.alone} {problem}")
+    except PeerError as problem:
+        (folder / str(rank)).write_text(str(problem))
 
 
 def test_weights_say_what_they_are(tmp_path: Path) -> None:
@@ -239,7 +296,7 @@ def test_refuses_to_resume_what_is_not_there_or_another_run(tmp_path: Path) -> N
         run(tmp_path, resume=True)
     run(tmp_path)
     other = dataclasses.replace(CONFIG, batch=3, seed=5)
-    with pytest.raises(ValueError, match=r"config: expected what .* with: batch 2, seed 1"):
+    with pytest.raises(ConfigError, match=r"config: expected what .* with: batch 2, seed 1"):
         train(Counter(), canvases(), other, tmp_path, resume=True)
 
 

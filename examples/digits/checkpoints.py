@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -49,6 +50,22 @@ def load_state(folder: Path, device: torch.device) -> dict[str, Any]:
     """Reads ``training_state.pt``; nothing in it is run as code."""
     state: dict[str, Any] = torch.load(folder / STATE, map_location=device, weights_only=True)
     return state
+
+
+def set_aside(folder: Path) -> list[Path]:
+    """Renames both files, to ``training_state.1.pt`` and so on by the first number not in use."""
+    for number in itertools.count(1):
+        files = {folder / name: _numbered(folder / name, number) for name in (STATE, WEIGHTS)}
+        if not any(path.exists() for path in files.values()):
+            break
+    moved = [(path, aside) for path, aside in files.items() if path.exists()]
+    for path, aside in moved:
+        path.rename(aside)
+    return [aside for _, aside in moved]
+
+
+def _numbered(path: Path, number: int) -> Path:
+    return path.with_suffix(f".{number}{path.suffix}")
 
 
 @contextlib.contextmanager

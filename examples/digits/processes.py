@@ -35,6 +35,22 @@ def joined() -> Iterator[torch.device]:
             dist.destroy_process_group()
 
 
+class PeerError(Exception):
+    """Another of the processes that train together is gone."""
+
+
+@contextlib.contextmanager
+def noticed_peers() -> Iterator[None]:
+    """Turns what an exchange raises without its other side into a `PeerError`."""
+    try:
+        yield
+    except RuntimeError as problem:
+        # gloo has no class of its own for that.
+        if isinstance(problem, dist.DistError) or "gloo/transport" in str(problem):
+            raise PeerError("another process stopped, and says why") from problem
+        raise
+
+
 def rank_and_number() -> tuple[int, int]:
     """Which of the processes that train together this one is, and how many there are."""
     if dist.is_available() and dist.is_initialized():

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from examples.digits.checkpoints import load_state, save_state, save_weights
-from examples.digits.processes import noted_signals, rank_and_number, sums
+from examples.digits.checkpoints import load_state, save_state, save_weights, set_aside
+from examples.digits.processes import noted_signals, noticed_peers, rank_and_number, sums
 from examples.digits.scenes import Batch, mixed_seed
 
 PRECISIONS = {"full": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -67,12 +67,24 @@ class History(NamedTuple):
     points_per_second: float
 
 
+class ConfigError(ValueError):
+    """The configuration does not fit the number of processes, or the state to resume."""
+
+
 class InterruptionError(Exception):
     """The training was asked to stop; its state is saved."""
 
 
 class DivergenceError(Exception):
-    """Predictions, a loss or a gradient are not finite; the last good checkpoint is kept."""
+    """Predictions, a loss or a gradient are not finite; the last good checkpoint is kept.
+
+    Attributes:
+        alone: whether only this process knows, and the others but notice that it is gone.
+    """
+
+    def __init__(self, message: str, alone: bool = False) -> None:
+        super().__init__(message)
+        self.alone = alone
 
 
 def train(
@@ -96,33 +108,34 @@ def train(
         model: called with a `Batch`, returns losses by name; their sum is minimised.
         batches: makes the canvases of the numbers it is given. Those of step ``s`` begin at
             ``s * config.batch``.
-        folder: for ``model.safetensors`` and ``training_state.pt``, each always whole.
+        folder: for ``model.safetensors`` and ``training_state.pt``, each always whole. Those of a
+            run that was not finished are renamed.
         resume: go on from the state in ``folder``.
-        save_every: steps from one checkpoint to the next. There is one before the first step and
+        save_every: steps from one checkpoint to the next. There is one after the first step and
             one after the last.
         metadata: what ``model.safetensors`` says of itself.
 
     Raises:
-        ValueError: a batch has fewer canvases than there are processes, or the state is of another
+        ConfigError: a batch has fewer canvases than there are processes, or the state is of another
             configuration.
         FileNotFoundError: no state to resume from.
         DivergenceError: a loss or a gradient is not finite, or ``model`` raised a ValueError.
         InterruptionError: by SIGINT (Ctrl-C) or SIGTERM.
+        PeerError: another process raised one of these.
     """
     rank, n_processes = rank_and_number()
     if config.batch < n_processes:
-        raise ValueError(f"batch: expected at least {n_processes} canvases, got {config.batch}")
+        raise ConfigError(f"batch: expected at least {n_processes} canvases, got {config.batch}")
     run = _Run(model, config, folder, metadata or {})
     if resume:
         run.resume()
-    else:
-        run.save()
-    with noted_signals() as signals, run.progress() as progress:
+    with noted_signals() as signals, noticed_peers(), run.progress() as progress:
         for step in range(len(run.losses), config.steps):
             first, last = step * config.batch, (step + 1) * config.batch
             batch = batches(range(first + rank, last, n_processes))
             stop = run.step(step, batch, bool(signals)) and step + 1 < config.steps
-            if stop or (step + 1) % save_every == 0 or step + 1 == config.steps:
+            due = (step + 1) % save_every == 0 or step + 1 == config.steps
+            if stop or due or not run.saved:
                 run.save()
             progress.set_postfix_str(run.summary(), refresh=False)
             progress.update()
@@ -163,6 +176,7 @@ class _Run:
         self.autocast = PRECISIONS[config.precision]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "float16")
         self.losses: list[Losses] = []
+        self.saved = False
         self.rank, self.n_processes = rank_and_number()
         self.parallel = DistributedDataParallel(model) if self.n_processes > 1 else model
         self.watch = _Watch(self.device)
@@ -195,7 +209,7 @@ class _Run:
             with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
                 parts: dict[str, Tensor] = self.parallel(batch)
         except ValueError as problem:  # such as predictions that nothing can be matched to
-            raise self._diverged(step, str(problem)) from problem
+            raise self._diverged(step, str(problem), alone=self.n_processes > 1) from problem
         return parts
 
     def _update(self, step: int, losses: Losses) -> None:
@@ -208,16 +222,22 @@ class _Run:
             raise self._diverged(step, f"a gradient is not finite (losses: {_named(losses)})")
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if self.scaler.get_scale() < 1:  # it began at 2^16 and halves at every step it skips
+            raise self._diverged(step, "gradients are not finite at any scale")
 
-    def _diverged(self, step: int, what: str) -> DivergenceError:
-        return DivergenceError(
-            f"step {step + 1} of {self.config.steps}: {what}; "
-            f"the last good checkpoint is kept in {self.folder}"
-        )
+    def _diverged(self, step: int, what: str, alone: bool = False) -> DivergenceError:
+        place = f"step {step + 1} of {self.config.steps}"
+        if alone:
+            place += f", on process {self.rank} of {self.n_processes}"
+        kept = f"the last good checkpoint is kept in {self.folder}"
+        return DivergenceError(f"{place}: {what}; {kept if self.saved else 'none is saved'}", alone)
 
     def save(self) -> None:
+        first, self.saved = not self.saved, True
         if self.rank != 0:
             return
+        if first:
+            self._keep_unfinished()
         weights = self.model.state_dict()
         state = {
             "config": dataclasses.asdict(self.config),
@@ -230,18 +250,32 @@ class _Run:
         save_weights(self.folder, weights, self.metadata)
         self.watch.lap("saving")
 
+    def _keep_unfinished(self) -> None:
+        """Moves the checkpoint of a run that can still go on out of the way."""
+        from tqdm import tqdm
+
+        try:
+            state = load_state(self.folder, torch.device("cpu"))
+        except FileNotFoundError:
+            return
+        done, steps = len(state["losses"]), state["config"]["steps"]
+        if done < steps:
+            names = " and ".join(path.name for path in set_aside(self.folder))
+            tqdm.write(f"{self.folder} held {done} of {steps} steps of a run, now in {names}")
+
     def resume(self) -> None:
         state = load_state(self.folder, self.device)
         mine, saved = dataclasses.asdict(self.config), state["config"]
         differing = [f"{name} {saved[name]}" for name in mine if saved[name] != mine[name]]
         if differing:
-            raise ValueError(
+            raise ConfigError(
                 f"config: expected what {self.folder} was begun with: {', '.join(differing)}"
             )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.losses = state["losses"]
+        self.saved = True
 
     def progress(self) -> Any:
         """The progress bar, of one process."""
