@@ -1,4 +1,4 @@
-"""The detector of handwritten digits: a stem, an encoder, a decoder of some tens of queries."""
+"""The detector of handwritten digits: a stem, an encoder, a decoder of a hundred queries."""
 
 from __future__ import annotations
 
