@@ -160,7 +160,7 @@ def _backward_attention(op: Any, ctx: Any, grad_out: Tensor, grad_lse: Tensor) -
     out, lse, q, k, v, query_mask, seed, *rest = ctx.saved_tensors
     background, plan = rest[: ctx.n_background], rest[ctx.n_background :]
     of_q, of_k, of_v, _, _, of_background, *_ = ctx.needs_input_grad
-    # A background gets its gradients along with the queries.
+    # A background gets its gradients along with the queries, whichever of them are asked for.
     needs_queries, needs_points = of_q or any(of_background), of_k or of_v
     grad_q, grad_k, grad_v, grad_background = op(
         grad_out, grad_lse, out, lse, q, k, v, query_mask, seed, background, plan, *ctx.settings,
