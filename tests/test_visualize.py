@@ -5,6 +5,7 @@ import io
 import itertools
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -34,6 +35,7 @@ ONE_LEVEL = make_scene(((400, 300),), (5,), (3,), 3000, distinct=True)
 LINE = make_scene(((40,), (20,)), (5, 7), (5, 0), 40)
 CUBE = make_scene(((6, 5, 7), (3, 5, 4)), (3, 5), (4,), 120)
 IMAGE = 1  # queries 6 to 9
+PAGE = "src/vicinal/visualize/page"
 
 
 def look(
@@ -620,3 +622,24 @@ def test_matplotlib_is_imported_for_figures_only_which_say_so_where_it_is_missin
         "assert 'matplotlib' in sys.modules and 'matplotlib.pyplot' not in sys.modules\n"
     )
     assert "draw_attention needs matplotlib: pip install 'vicinal[visualize]'" in run_python(code)
+
+
+def test_scipy_is_imported_for_matching_only() -> None:
+    assert run_python("import sys, vicinal.detr\nprint('scipy' in sys.modules)") == "False\n"
+
+
+def test_a_built_package_holds_the_page() -> None:
+    root = Path(__file__).parents[1]
+    code = (
+        f"import os; os.chdir({str(root)!r})\n"
+        "from setuptools import Distribution\n"
+        "distribution = Distribution()\n"
+        "distribution.parse_config_files(['pyproject.toml'])\n"
+        "build = distribution.get_command_obj('build_py')\n"
+        "build.ensure_finalized()\n"
+        "for _, folder, _, names in build.get_data_files_without_manifest():\n"
+        "    print(*(os.path.join(folder, name) for name in names), sep='\\n')\n"
+    )
+    page = {str(path.relative_to(root)) for path in (root / PAGE).iterdir() if path.is_file()}
+    assert len(page) >= 3
+    assert page <= set(run_python(code).splitlines())
