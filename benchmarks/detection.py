@@ -2,7 +2,9 @@
 
 ``shares`` tells how much of a training step goes into what is not attention, projections or
 feed-forward maps: making batches, finding windows and plans, choosing queries, matching and losses,
-the optimizer. What of these runs in the backward pass counts for the others.
+the optimizer. What of these runs in the backward pass is not among them, so there is a bound from
+above too: the time of all but the ops that attention, projections and feed-forward maps are made
+of, in both passes, as PyTorch's profiler tells it.
 
 ``processes`` trains in float64 on one process and on two, of the same canvases, and tells how far
 their losses are apart.
@@ -16,6 +18,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -38,6 +41,10 @@ from vicinal import FeaturePyramid, block
 from vicinal.detr import Denoiser, PointStem, SetCriterion, decoder, selection
 
 ATTENTIONS = ("neighborhood", "deformable")
+INSIDE = re.compile(
+    r"aten::(mm|addmm_?|bmm|baddbmm|gelu(_backward)?|native_layer_norm(_backward)?)"
+    r"|.*vicinal_*:*(neighborhood_attention|rotate|project).*|.*scaled_dot_product.*"
+)
 COLUMNS = "| attention | seed | AP50 | AP75 | AP | s a step | peak MiB |\n|" + " --- |" * 7
 
 
@@ -92,11 +99,11 @@ def shares(steps: int, batch: int) -> None:
         watch.patch("checks", decoder, "check_queries"),
         watch.patch("matching and losses", SetCriterion, "forward"),
     ):
-        for step in range(-5, steps):
-            if step == 0:
+        for number in range(-5, steps):
+            if number == 0:
                 watch.seconds.clear()
                 start = time.perf_counter()
-            losses = model(make(range((step + 5) * batch, (step + 6) * batch)))
+            losses = model(make(range((number + 5) * batch, (number + 6) * batch)))
             torch.stack(list(losses.values())).sum().backward()
             change()
     whole = time.perf_counter() - start
@@ -105,6 +112,23 @@ def shares(steps: int, batch: int) -> None:
     outside = sum(watch.seconds.values())
     print(f"{'outside':24} {1000 * outside / steps:7.1f} ms  {outside / whole:6.1%}")
     print(f"{'a step':24} {1000 * whole / steps:7.1f} ms")
+
+    def step() -> None:
+        losses = model(scenes.batch(range(batch)))
+        torch.stack(list(losses.values())).sum().backward()
+        update()
+
+    print(f"{'outside, at most':24} {'':10}  {_share_of_other_ops(step):6.1%}")
+
+
+def _share_of_other_ops(step: Callable[[], None]) -> float:
+    """Of the time of a few steps, that of all ops but those named in `INSIDE`."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        for _ in range(3):
+            step()
+    spent = {event.key: event.self_cpu_time_total for event in profile.key_averages()}
+    inside = sum(time for name, time in spent.items() if INSIDE.fullmatch(name))
+    return float(1 - inside / sum(spent.values()))
 
 
 def processes(steps: int, batch: int) -> None:
