@@ -9,8 +9,8 @@ from detr_scenes import EMBED, make_queries, offsets_of, refused
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vicinal import _ragged
 from vicinal._ragged import images_of
-from vicinal.detr import queries as module
 from vicinal.detr.queries import best_per_image, check_queries
 
 COUNTS = st.lists(st.integers(0, 5), max_size=5)
@@ -21,7 +21,7 @@ def test_images_and_offsets_are_each_others_inverse(counts: list[int]) -> None:
     offsets = offsets_of(counts)
     image = images_of(offsets, sum(counts))
     assert image.tolist() == [b for b, count in enumerate(counts) for _ in range(count)]
-    torch.testing.assert_close(module.offsets_of(image, len(counts)), offsets, rtol=0, atol=0)
+    torch.testing.assert_close(_ragged.offsets_of(image, len(counts)), offsets, rtol=0, atol=0)
 
 
 def test_images_are_found_from_offsets_of_any_integer_dtype_and_layout() -> None:
