@@ -196,7 +196,7 @@ def main() -> int:
     elif arguments.what == "processes":
         processes(arguments.steps or 20, arguments.batch)
     else:
-        study(arguments.seeds, arguments.steps or 600, arguments.out)
+        study(arguments.seeds, arguments.steps or 560, arguments.out)
     return 0
 
 

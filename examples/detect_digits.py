@@ -85,7 +85,7 @@ def parse_arguments() -> argparse.Namespace:
         help="how queries look at points, all else equal",
     )
     parser.add_argument("--seed", type=seed, default=0, help="of the canvases and the training")
-    parser.add_argument("--steps", type=at_least_1, default=600, help="optimisation steps")
+    parser.add_argument("--steps", type=at_least_1, default=560, help="optimisation steps")
     parser.add_argument(
         "--batch", type=at_least_1, default=4, help="canvases of a step, of all processes together"
     )
