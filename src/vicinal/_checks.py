@@ -141,6 +141,16 @@ def check_offsets(argument: str, offsets: Tensor, total: int) -> None:
         refuse(argument, f"offsets that rise from 0 to {total}", str(values))
 
 
+def check_rows(argument: str, rows: Tensor | None, n: int, device: torch.device) -> Tensor:
+    """``rows`` ``[m]`` of something with ``n`` rows, or all of them for None, as int64."""
+    if rows is None:
+        return torch.arange(n, device=device)
+    check_tensor(argument, rows, ("n",), kind="integer", device=device)
+    if reads_contents(None, device):
+        check_range(argument, rows, n)
+    return rows.long()
+
+
 def check_range(argument: str, indices: Tensor, stop: int) -> None:
     if indices.numel() and (int(indices.min()) < 0 or int(indices.max()) >= stop):
         span = f"indices from {int(indices.min())} to {int(indices.max())}"

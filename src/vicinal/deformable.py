@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._arguments import Expected, check_sizes
-from ._checks import check_dropout, check_range, check_tensor, reads_contents, refuse
+from ._checks import check_dropout, check_rows, refuse
 from .attention import NeighborhoodWeights
 from .cell_index import CellIndex, index_cells
 from .neighborhoods import coordinate_dtype, level_scales
@@ -223,12 +223,8 @@ class SparseDeformableAttention(nn.Module):
             query_mask,
             plan,
         )
-        chosen: tuple[Tensor, ...] = look[2:]
-        if queries is not None:
-            check_tensor("queries", queries, ("n",), kind="integer", device=query.device)
-            if reads_contents(None, query.device):
-                check_range("queries", queries, len(query))
-            chosen = tuple(part[queries.long()] for part in chosen)
+        queries = check_rows("queries", queries, len(query), query.device)
+        chosen: tuple[Tensor, ...] = tuple(part[queries] for part in look[2:])
         row, cells, of_cells, empty = cell_weights(look.cells, *chosen)
         pair, points = look.cells.points_in(cells)
         row = row[pair]

@@ -19,7 +19,7 @@ from ._checks import (
     check_finite,
     check_neighborhood_sizes,
     check_offsets,
-    check_range,
+    check_rows,
     check_tensor,
     reads_contents,
     refuse,
@@ -196,12 +196,7 @@ class NeighborhoodPlan:
 
     def check_queries(self, queries: Tensor | None) -> Tensor:
         """``queries``, or all of them for None, as int64; refuses what are none."""
-        if queries is None:
-            return torch.arange(self.n_queries, device=self.device)
-        check_tensor("queries", queries, ("n",), kind="integer", device=self.device)
-        if reads_contents(None, self.device):
-            check_range("queries", queries, self.n_queries)
-        return queries.long()
+        return check_rows("queries", queries, self.n_queries, self.device)
 
     def pairs_and_slots(self, queries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """int64 ``[M]`` each: a pair's place in ``queries``, its point, and which of the K cells
