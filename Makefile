@@ -31,7 +31,7 @@ ENVIRONMENT ?= .venv/ready
 GPU_PYTHON = $(if $(ENVIRONMENT),$(BIN)/python,env PYTHONPATH=src $(PYTHON))
 gpu-test: $(ENVIRONMENT)
 	$(if $(ENVIRONMENT),,$(PYTHON) setup.py build_ext --inplace)
-	$(GPU_PYTHON) -m pytest tests/test_gpu.py tests/test_kernels_triton.py tests/test_no_stalls.py
+	$(GPU_PYTHON) -m pytest tests/test_gpu.py tests/backends/test_triton.py tests/backends/test_no_stalls.py
 
 gpu-bench: $(ENVIRONMENT)
 	$(GPU_PYTHON) -m benchmarks.gpu
@@ -45,7 +45,7 @@ bench-compare: .venv/ready
 
 # torch comes first: building the kernel needs its headers, and any other package that asks for
 # torch would fetch the build with CUDA.
-.venv/ready: pyproject.toml setup.py constraints.txt $(wildcard src/vicinal/kernels/cpu*)
+.venv/ready: pyproject.toml setup.py constraints.txt $(wildcard src/vicinal/backends/cpu/csrc/*)
 	@echo "Setting up .venv: a virtual environment with torch, the tools and vicinal itself"
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch setuptools
@@ -61,4 +61,4 @@ bench-compare: .venv/ready
 	touch $@
 
 clean:
-	rm -rf .venv build dist out src/*.egg-info src/vicinal/kernels/_cpu*.so
+	rm -rf .venv build dist out src/*.egg-info src/vicinal/backends/cpu/_cpu*.so

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 
-KERNELS = "src/vicinal/kernels"
+KERNELS = "src/vicinal/backends/cpu/csrc"
 
 
 def cpu_kernel() -> list[Extension]:
@@ -22,9 +22,9 @@ def cpu_kernel() -> list[Extension]:
     root = Path(torch.__file__).parent
     return [
         Extension(
-            "vicinal.kernels._cpu",
-            sources=[f"{KERNELS}/cpu.cpp"],
-            depends=[str(path) for path in Path(KERNELS).glob("cpu*.h")],
+            "vicinal.backends.cpu._cpu",
+            sources=[f"{KERNELS}/ops.cpp"],
+            depends=[str(path) for path in Path(KERNELS).glob("*.h")],
             include_dirs=[str(root / "include")],
             library_dirs=[str(root / "lib")],
             libraries=["torch_cpu"],

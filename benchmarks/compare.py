@@ -48,7 +48,7 @@ def built(commit: str, folder: Path) -> Iterator[Path]:
     _run(["git", "worktree", "add", "--quiet", "--detach", str(folder), commit], ROOT)
     try:
         said = _run([sys.executable, "setup.py", "build_ext", "--inplace"], folder)
-        if not list(folder.glob("src/vicinal/kernels/_cpu*.so")):
+        if not list(folder.glob("src/vicinal/**/_cpu*.so")):
             raise SystemExit(f"The kernel of {commit} does not build:\n{said}")
         yield folder / "src"
     finally:

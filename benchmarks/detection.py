@@ -37,8 +37,9 @@ from examples.digits.model import DigitDetector
 from examples.digits.processes import spawned
 from examples.digits.scenes import Scenes, split_digits
 from examples.digits.training import Config, train
-from vicinal import FeaturePyramid, block
+from vicinal import FeaturePyramid
 from vicinal.detr import Denoiser, PointStem, SetCriterion, decoder, selection
+from vicinal.nn import block
 
 ATTENTIONS = ("neighborhood", "deformable")
 INSIDE = re.compile(

@@ -26,8 +26,9 @@ from triton.runtime.jit import create_function_from_signature
 
 from benchmarks.scenes import particle_tracks
 from vicinal import FeaturePyramid, NeighborhoodPlan, plan_neighborhoods
-from vicinal.kernels import reference, triton_ops
-from vicinal.tiles import tile_rows
+from vicinal._index.tiles import tile_rows
+from vicinal.backends import reference
+from vicinal.backends.triton import ops as triton_ops
 
 ARCHITECTURES = (80, 90, 100)
 _NAMES = {
@@ -124,9 +125,9 @@ def _plan(case: Case) -> NeighborhoodPlan:
 
 
 def _plan_tiles(plan: NeighborhoodPlan, case: Case) -> None:
-    keys, _, query_keys, point_keys, _ = plan._places
+    keys, _, query_keys, point_keys, _ = plan._keyed_cells
     slices = plan.query_slices
-    triton_ops.find_slices(point_keys, query_keys, slices.visits, *keys.window_rows())
+    triton_ops.find_slices(point_keys, query_keys, slices.traversal, *keys.window_rows())
     rows = tile_rows(plan.n_queries, plan.n_points)
     sizes = list(plan.neighborhood_sizes)
     triton_ops.find_runs(*slices[:3], sizes, plan.position_dim, rows)

@@ -95,10 +95,10 @@ def restored_threads() -> Iterator[None]:
 def runs_by_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where Triton is interpreted, a program that sorts takes a third of a second."""
     if os.environ.get("TRITON_INTERPRET") == "1":
-        monkeypatch.setattr("vicinal.kernels.triton_ops.LARGEST_SORT", 0)
+        monkeypatch.setattr("vicinal.backends.triton.ops.LARGEST_SORT", 0)
 
 
 @pytest.fixture
 def runs_by_triton(runs_by_reference: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests of just that."""
-    monkeypatch.setattr("vicinal.kernels.triton_ops.LARGEST_SORT", 2048)
+    monkeypatch.setattr("vicinal.backends.triton.ops.LARGEST_SORT", 2048)

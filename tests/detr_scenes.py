@@ -35,7 +35,7 @@ SHAPES: dict[int, Shapes] = {
 }
 
 
-def offsets_of(counts: Sequence[int]) -> Tensor:
+def offsets_from_ids(counts: Sequence[int]) -> Tensor:
     return torch.tensor([0, *itertools.accumulate(counts)])
 
 
@@ -87,7 +87,7 @@ def make_queries(
         embeddings.to(dtype).requires_grad_(),
         torch.cat((center, size), 1).to(dtype).requires_grad_(),
         torch.randint(2, (n,), generator=generator),
-        offsets_of(counts),
+        offsets_from_ids(counts),
     )
 
 
@@ -105,7 +105,7 @@ def make_targets(
     center[::4] = full
     size = 2 + 3 * torch.rand(n, position_dim, generator=generator, dtype=torch.float64)
     labels = torch.randint(CLASSES, (n,), generator=generator)
-    return Targets(torch.cat((center, size), 1).to(dtype), labels, offsets_of(counts))
+    return Targets(torch.cat((center, size), 1).to(dtype), labels, offsets_from_ids(counts))
 
 
 def make_block(position_dim: int = 2, embed_dim: int = EMBED, **options: Any) -> Any:

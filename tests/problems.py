@@ -440,10 +440,12 @@ def forged(x: Tensor, kind: int, generator: torch.Generator) -> Tensor:
 def run_python(code: str, *, path: Path | None = None, **environment: str) -> str:
     """What ``code`` prints in a fresh interpreter, where warnings are errors as they are here.
 
-    It imports this module, and the library from ``path`` or from where it is here.
+    It can import this module, the tests of back ends, and the library from ``path`` or from where
+    it is here.
     """
     library = Path(vicinal.__file__).parents[1] if path is None else path
-    paths = os.pathsep.join([str(library), str(Path(__file__).parent)])
+    tests = Path(__file__).parent
+    paths = os.pathsep.join(map(str, (library, tests, tests / "backends")))
     finished = subprocess.run(
         [sys.executable, "-W", "error", "-c", code],
         env={**os.environ, **environment, "PYTHONPATH": paths},

@@ -18,7 +18,7 @@ from vicinal import (
     plan_neighborhoods,
 )
 from vicinal.backends import choose_backend
-from vicinal.tiles import TILE
+from vicinal.backends.types import TILE
 
 EMBED, SIZES = 16, [3, 5, 3]
 # Triton's kernels are float32's, and slow where they are interpreted.

@@ -1,5 +1,5 @@
 """What only a GPU can show: `make gpu-test`. Whether kernels are right is asked everywhere, in
-`test_kernels_triton`, on a GPU where there is one.
+`backends.test_triton`, on a GPU where there is one.
 """
 
 import os
@@ -348,7 +348,7 @@ def sanitize(tool: str, *command: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_compute_sanitizer(tool: str) -> None:
     """Good contents, bad ones and plans of garbage, every kernel."""
-    file = Path(__file__).parent / "test_kernels_triton.py"
+    file = Path(__file__).parent / "backends" / "test_triton.py"
     tests = "test_kernels_stay_in_their_buffers", "test_forged_plans_stay_in_their_buffers"
     watched = [f"{file}::{test}" for test in tests]
     done = sanitize(tool, "-m", "pytest", "-q", "-p", "no:cacheprovider", *watched)
@@ -357,8 +357,8 @@ def test_compute_sanitizer(tool: str) -> None:
 
 OVERRUN = """
 import torch
-from vicinal.kernels import triton_attention
-from vicinal.kernels.triton_arguments import heads, launch, widths
+from vicinal.backends.triton import attention as triton_attention
+from vicinal.backends.triton.launch import heads, launch, widths
 
 x = torch.zeros({there}, 1, 16, device="cuda")
 flags = torch.zeros({there}, 1, device="cuda")

@@ -24,7 +24,7 @@ from problems import (
 from torch import Tensor
 
 from vicinal import FeaturePyramid, NeighborhoodPlan, NeighborSlices, plan_neighborhoods
-from vicinal.cell_keys import CellKeys
+from vicinal._index.cell_keys import CellKeys
 
 
 def listed(slices: NeighborSlices) -> list[tuple[int, int]]:
@@ -52,7 +52,7 @@ def assert_right(plan: NeighborhoodPlan, scene: Scene) -> None:
     counts = [sum(query == i for query, _ in expected) for i in range(n)]
     assert plan.counts().tolist() == counts
     for slices, rows in ((plan.query_slices, n), (plan.point_slices, plan.n_points)):
-        assert sorted(slices.visits.tolist()) == list(range(rows))
+        assert sorted(slices.traversal.tolist()) == list(range(rows))
         assert all(part.dtype == torch.int32 for part in slices)
 
 

@@ -59,7 +59,7 @@ def _stages(layer: Layer) -> dict[str, Work]:
 
     # Here, so that `benchmarks.compare` can run on commits that do not have them.
     from vicinal.backends import choose_backend
-    from vicinal.projections import add_projected, project
+    from vicinal.nn.projections import add_projected, project
 
     backend = choose_backend(block.backend, layer.x.device)
     modules = (block.norm, block.q_in_proj, block.kv_proj, block.out_proj)

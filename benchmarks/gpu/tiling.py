@@ -11,12 +11,11 @@ from unittest import mock
 
 import torch
 
-import vicinal.tiles
+import vicinal._index.tiles
 from benchmarks.layer import Layer
 from vicinal import NeighborhoodPlan
-from vicinal.backends import choose_backend
-from vicinal.kernels import triton
-from vicinal.tiles import Tiles
+from vicinal.backends import choose_backend, triton
+from vicinal.backends.types import Tiles
 
 
 def query_tiles(plan: NeighborhoodPlan) -> Tiles:
@@ -45,9 +44,9 @@ def plan_of_step(layer: Layer) -> object:
 
 def chosen_rows(n_rows: int, n_others: int) -> int:
     """The library's choice."""
-    return vicinal.tiles.tile_rows(n_rows, n_others)
+    return vicinal._index.tiles.tile_rows(n_rows, n_others)
 
 
 def choosing(rows: Callable[[int, int], int]) -> AbstractContextManager[object]:
     """Tiles found in here have as many rows as ``rows(n_rows, n_others)`` says."""
-    return mock.patch.object(vicinal.tiles, "tile_rows", rows)
+    return mock.patch.object(vicinal._index.tiles, "tile_rows", rows)

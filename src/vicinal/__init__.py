@@ -7,13 +7,13 @@ from .attention import (
     neighborhood_attention,
     neighborhood_attention_weights,
 )
-from .block import SparseNeighborhoodAttentionBlock
-from .deformable import SparseDeformableAttention
-from .neighborhoods import get_multilevel_neighborhoods
+from .backends.types import NeighborSlices
+from .nn.block import SparseNeighborhoodAttentionBlock
+from .nn.deformable import SparseDeformableAttention
+from .nn.rotary import RotaryEncoding
 from .plan import NeighborhoodPlan, plan_neighborhoods
 from .pyramid import FeaturePyramid
-from .rotary import RotaryEncoding
-from .tiles import NeighborSlices
+from .windows import get_multilevel_neighborhoods
 
 __all__ = [
     "Background",

@@ -5,9 +5,8 @@ from typing import Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from ._checks import check_dropout, check_tensor, refuse
-from .backends import choose_backend
-from .kernels import reference
+from ._utils.checks import check_dropout, check_tensor, refuse
+from .backends import choose_backend, reference
 from .plan import NeighborhoodPlan
 
 _CELLS = ("background.query", "background.key", "background.value")

@@ -14,7 +14,9 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from ._checks import (
+from ._index.cell_keys import CellKeys
+from ._index.tiles import GroupedCells, find_tiles
+from ._utils.checks import (
     LevelShapes,
     check_finite,
     check_neighborhood_sizes,
@@ -24,20 +26,19 @@ from ._checks import (
     reads_contents,
     refuse,
 )
-from ._constants import computing, constant
-from ._ragged import images_of
+from ._utils.constants import computing, constant
+from ._utils.ragged import batch_ids
 from .backends import choose_backend
-from .cell_keys import CellKeys
-from .kernels.reference import search_slices
-from .neighborhoods import window_centers
+from .backends.reference import search_slices
+from .backends.types import FindRuns, NeighborSlices, Tiles
 from .pyramid import FeaturePyramid
-from .tiles import FindRuns, NeighborSlices, Places, Tiles, find_tiles
+from .windows import window_centers
 
 _INT32_MAX = 2**31 - 1
 T = TypeVar("T")
 
 
-class _Places(NamedTuple):
+class _KeyedCells(NamedTuple):
     """Where queries and points are: what the second direction of a plan is made of."""
 
     keys: CellKeys
@@ -72,7 +73,7 @@ class NeighborhoodPlan:
     position_dim: int
     batch_size: int
     level_shapes: LevelShapes
-    _places: "_Places"
+    _keyed_cells: "_KeyedCells"
     _maker: str = "python"  # see `computing`
     _found: dict[str, Any] = field(default_factory=dict)
 
@@ -112,7 +113,7 @@ class NeighborhoodPlan:
         raise RuntimeError(f"{name} of a plan: to be found in the CUDA graph that makes it")
 
     def _find_point_slices(self) -> NeighborSlices:
-        keys, _, query_keys, point_keys, coordinates = self._places
+        keys, _, query_keys, point_keys, coordinates = self._keyed_cells
         image, cells, levels = coordinates[:, 0], coordinates[:, 1:-1], coordinates[:, -1]
         sorted_queries, order = torch.sort(query_keys, dim=1, stable=True)
         first, last = keys.rows_around(point_keys, levels)
@@ -121,37 +122,39 @@ class NeighborhoodPlan:
         starts, stops = search_slices(sorted_queries.flatten(), first, last)
         # Level by level: neighbors of one level see much the same queries, those of two do not.
         curve = keys.along_curve(cells, levels * self.batch_size + image)
-        visits = torch.argsort(curve, stable=True)
-        return NeighborSlices(visits.int(), starts, stops, order.flatten().int())
+        traversal = torch.argsort(curve, stable=True)
+        return NeighborSlices(traversal.int(), starts, stops, order.flatten().int())
 
     def _find_query_tiles(self, find_runs: FindRuns) -> Tiles:
         if not self.fits_32_bits:
             refuse("level_shapes", "sizes below 2^30 for backend 'triton'", str(self.level_shapes))
         windows = self.neighborhood_sizes, self.position_dim
-        places = self._query_places(), self._point_places()
-        return find_tiles(self.query_slices, *places, *windows, find_runs)
+        cells = self._query_cells(), self._point_cells()
+        return find_tiles(self.query_slices, *cells, *windows, find_runs)
 
     def _find_point_tiles(self, find_runs: FindRuns) -> Tiles:
         windows = [max(self.neighborhood_sizes)], self.position_dim
-        places = self._point_places(), self._query_places()
-        return find_tiles(self.point_slices, *places, *windows, find_runs)
+        cells = self._point_cells(), self._query_cells()
+        return find_tiles(self.point_slices, *cells, *windows, find_runs)
 
-    def _query_places(self) -> Places:
-        return self._once("query_places", self._find_query_places)
+    def _query_cells(self) -> GroupedCells:
+        return self._once("query_cells", self._find_query_cells)
 
-    def _point_places(self) -> Places:
-        return self._once("point_places", self._find_point_places)
+    def _point_cells(self) -> GroupedCells:
+        return self._once("point_cells", self._find_point_cells)
 
-    def _find_query_places(self) -> Places:
+    def _find_query_cells(self) -> GroupedCells:
         levels = torch.arange(self.n_levels, device=self.device)[:, None]
         groups = torch.where(self.query_batch < 0, -1, self.query_batch * self.n_levels + levels)
-        return Places(groups.int(), self._places.centers.transpose(1, 2).int().contiguous())
+        return GroupedCells(
+            groups.int(), self._keyed_cells.centers.transpose(1, 2).int().contiguous()
+        )
 
-    def _find_point_places(self) -> Places:
-        coordinates = self._places.coordinates
+    def _find_point_cells(self) -> GroupedCells:
+        coordinates = self._keyed_cells.coordinates
         groups = coordinates[:, 0] * self.n_levels + coordinates[:, -1]
-        groups = torch.where(self._places.point_keys < 0, -2, groups)
-        return Places(groups.int()[None], coordinates[:, 1:-1].t().int().contiguous()[None])
+        groups = torch.where(self._keyed_cells.point_keys < 0, -2, groups)
+        return GroupedCells(groups.int()[None], coordinates[:, 1:-1].t().int().contiguous()[None])
 
     @property
     def fits_32_bits(self) -> bool:
@@ -235,14 +238,14 @@ class NeighborhoodPlan:
         """The same plan on another device."""
         if torch.device(device) == self.device:
             return self
-        keys, *places = self._places
+        keys, *cells = self._keyed_cells
         return dataclasses.replace(
             self,
             query_slices=NeighborSlices(*(part.to(device) for part in self.query_slices)),
             query_batch=self.query_batch.to(device),
             center_columns=self.center_columns.to(device),
             point_columns=self.point_columns.to(device),
-            _places=_Places(keys.to(device), *(part.to(device) for part in places)),
+            _keyed_cells=_KeyedCells(keys.to(device), *(part.to(device) for part in cells)),
             _maker=computing(torch.device(device)),
             _found={},
         )
@@ -327,11 +330,11 @@ def _plan(
     point_keys = keys.of(cells, point_levels, coordinates[:, 0]).masked_fill(misplaced, -1)
 
     sorted_points, order = torch.sort(point_keys, stable=True)
-    visits = torch.argsort(keys.along_curve(centers[keys.finest], image), stable=True).int()
+    traversal = torch.argsort(keys.along_curve(centers[keys.finest], image), stable=True).int()
     find_slices = choose_backend(None, device).find_slices
-    starts, stops = find_slices(sorted_points, query_keys, visits, *keys.window_rows())
+    starts, stops = find_slices(sorted_points, query_keys, traversal, *keys.window_rows())
     return NeighborhoodPlan(
-        query_slices=NeighborSlices(visits, starts, stops, order.int()),
+        query_slices=NeighborSlices(traversal, starts, stops, order.int()),
         query_batch=image.int(),
         center_columns=centers[..., -1].t().int().contiguous(),
         point_columns=cells[order, -1].int(),
@@ -339,7 +342,7 @@ def _plan(
         position_dim=pyramid.position_dim,
         batch_size=pyramid.batch_size,
         level_shapes=pyramid.level_shapes,
-        _places=_Places(keys, centers, query_keys, point_keys, coordinates),
+        _keyed_cells=_KeyedCells(keys, centers, query_keys, point_keys, coordinates),
         _maker=computing(device),
     )
 
@@ -348,7 +351,7 @@ def query_images(positions: Tensor, offsets: Tensor, batch_size: int) -> Tensor:
     """int64 ``[N]``: the image of queries at ``positions`` ``[N, P]``, whose images begin at
     ``offsets`` ``[B + 1]``; -1 for those of no image or at no finite place.
     """
-    image = images_of(offsets, positions.shape[0])
+    image = batch_ids(offsets, positions.shape[0])
     nowhere = (image >= batch_size) | ~positions.isfinite().all(1)
     return image.masked_fill(nowhere, -1)
 

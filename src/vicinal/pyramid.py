@@ -8,7 +8,7 @@ from dataclasses import InitVar, dataclass
 import torch
 from torch import Tensor
 
-from ._checks import (
+from ._utils.checks import (
     LevelShapes,
     as_level_shapes,
     check_range,
@@ -17,9 +17,9 @@ from ._checks import (
     reads_contents,
     refuse,
 )
-from ._constants import constant
-from ._ragged import offsets_of
-from .neighborhoods import coordinate_dtype, full_shape, level_scales
+from ._utils.constants import constant
+from ._utils.ragged import offsets_from_ids
+from .windows import coordinate_dtype, full_shape, level_scales
 
 Pool = Callable[[Tensor, Tensor, int], Tensor]
 
@@ -132,7 +132,7 @@ class FeaturePyramid:
         """
         if not (self.batch[1:] >= self.batch[:-1]).all():
             refuse("coordinates", "points sorted by image", "images out of order")
-        return offsets_of(self.batch, self.batch_size)
+        return offsets_from_ids(self.batch, self.batch_size)
 
     def with_values(self, values: Tensor) -> "FeaturePyramid":
         """The same points with other embeddings ``[nnz, E']``."""

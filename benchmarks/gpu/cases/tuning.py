@@ -59,14 +59,16 @@ def _passes(layer: Layer, repeats: int) -> tuple[float, float]:
 
 def _compiled_for(**others: int) -> AbstractContextManager[object]:
     """Kernels of tiles with ``others`` in place of the constants that the library chooses."""
-    from vicinal.kernels import triton_arguments  # not before it is known who runs the kernels
+    from vicinal.backends.triton import (
+        launch as launching,  # not before it is known who runs the kernels
+    )
 
-    chosen = triton_arguments._constants
+    chosen = launching._constants
 
     def replaced(k: Tensor, v: Tensor) -> dict[str, Any]:
         return chosen(k, v) | others
 
-    return mock.patch.object(triton_arguments, "_constants", replaced)
+    return mock.patch.object(launching, "_constants", replaced)
 
 
 def scattered(layer: Layer, n_queries: int, repeats: int) -> Figures:

@@ -6,8 +6,8 @@ import operator
 import torch
 from torch import Tensor
 
-from .._checks import check_tensor, reads_contents, refuse
-from ..neighborhoods import coordinate_dtype
+from .._utils.checks import check_tensor, reads_contents, refuse
+from ..windows import coordinate_dtype
 
 LARGEST_LOG_SIZE = 4.0
 

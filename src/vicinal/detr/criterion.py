@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from .._checks import refuse
+from .._utils.checks import refuse
 from .detector import DetectorOutput
 from .losses import DetectionLoss, mean_objects
 from .matching import HungarianMatcher, Matches, assign_inside

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .._checks import check_counts, refuse
+from .._utils.checks import check_counts, refuse
 from ..pyramid import FeaturePyramid
 from .checkpointing import call
 from .heads import DetectionHead

@@ -6,10 +6,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_cells, check_counts, refuse
-from .._ragged import images_of
-from ..neighborhoods import level_scales
+from .._utils.checks import check_cells, check_counts, refuse
+from .._utils.ragged import batch_ids
 from ..pyramid import FeaturePyramid
+from ..windows import level_scales
 from .matching import Matches
 from .noisy_queries import noisy_queries
 from .queries import ObjectQueries
@@ -95,7 +95,7 @@ class Denoiser(nn.Module):
         )
         embeddings = self.labels(noisy.labels).to(queries.embeddings.dtype)
         image = torch.cat(
-            (images_of(queries.offsets, n_own), images_of(noisy.offsets, len(noisy.boxes)))
+            (batch_ids(queries.offsets, n_own), batch_ids(noisy.offsets, len(noisy.boxes)))
         )
         order = torch.argsort(image, stable=True)
         groups = torch.cat((noisy.group.new_zeros(n_own), noisy.group + 1))

@@ -5,10 +5,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_counts, check_finite, reads_contents, refuse
-from .._ragged import images_of
-from ..neighborhoods import coordinate_dtype
+from .._utils.checks import check_counts, check_finite, reads_contents, refuse
+from .._utils.ragged import batch_ids
 from ..pyramid import FeaturePyramid
+from ..windows import coordinate_dtype
 from .decoder import Decoder
 from .denoising import Denoiser
 from .encoder import Encoder
@@ -131,7 +131,7 @@ def detections(predictions: Predictions, n_most: int = 100) -> Detections:
     # Halves would make equals of scores that are not.
     scores = predictions.logits.to(coordinate_dtype(predictions.logits.dtype)).sigmoid()
     n_queries, n_classes = scores.shape
-    image = images_of(predictions.offsets, n_queries).repeat_interleave(n_classes)
+    image = batch_ids(predictions.offsets, n_queries).repeat_interleave(n_classes)
     batch_size = len(predictions.offsets) - 1
     chosen, offsets = best_per_image(scores.flatten(), image, batch_size, n_most)
     query = chosen.div(n_classes, rounding_mode="floor")

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .._checks import check_counts, check_tensor, refuse
+from .._utils.checks import check_counts, check_tensor, refuse
 from ..pyramid import FeaturePyramid
 from .checkpointing import call
 

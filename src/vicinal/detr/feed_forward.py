@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from .._checks import check_counts, check_dropout, check_tensor
+from .._utils.checks import check_counts, check_dropout, check_tensor
 
 
 class FeedForward(nn.Module):

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from .._checks import check_tensor, reads_contents, refuse
-from ..neighborhoods import coordinate_dtype
+from .._utils.checks import check_tensor, reads_contents, refuse
+from ..windows import coordinate_dtype
 
 
 def focal_terms(logits: Tensor, alpha: float, gamma: float) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@ import math
 
 from torch import Tensor, nn
 
-from .._checks import check_counts, check_tensor
+from .._utils.checks import check_counts, check_tensor
 from .boxes import refine
 
 _PRIOR = 0.01  # what scores begin with, so that the many empty places do not drown the objects

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from .._checks import check_range, check_tensor, reads_contents, refuse
+from .._utils.checks import check_range, check_tensor, reads_contents, refuse
 from .boxes import generalized_iou, iou, relative_l1
 from .focal import sigmoid_focal_loss, varifocal_loss
 from .matching import Matches

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._checks import check_finite, check_offsets, check_tensor, reads_contents, refuse
-from ..neighborhoods import coordinate_dtype
+from .._utils.checks import check_finite, check_offsets, check_tensor, reads_contents, refuse
+from ..windows import coordinate_dtype
 from .boxes import corners, generalized_iou, relative_l1
 from .focal import focal_terms
 from .targets import Predictions, Targets, check_pair, check_predictions, check_targets

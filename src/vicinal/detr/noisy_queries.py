@@ -5,8 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._checks import refuse
-from .._hash import uniform_of
+from .._utils.checks import refuse
+from .._utils.random import uniform_from_hash
 from .matching import Matches
 from .targets import Targets, check_targets
 
@@ -96,7 +96,7 @@ def _noise(seed: Tensor, boxes: Tensor, labels: Tensor, group: Tensor) -> Tensor
     bits = boxes.float().view(torch.int32).long()
     columns = torch.arange(boxes.shape[1] + 2, device=boxes.device)
     about = (*bits.unbind(1), labels, group)
-    return uniform_of(seed, [*(number[:, None] for number in about), columns])
+    return uniform_from_hash(seed, [*(number[:, None] for number in about), columns])
 
 
 def _check(

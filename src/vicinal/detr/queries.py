@@ -5,8 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._checks import check_finite, check_offsets, check_tensor, reads_contents, refuse
-from .._ragged import offsets_of
+from .._utils.checks import check_finite, check_offsets, check_tensor, reads_contents, refuse
+from .._utils.ragged import offsets_from_ids
 from .boxes import check_box_sizes
 
 
@@ -64,7 +64,7 @@ def best_per_image(
     """
     by_score = torch.argsort(scores, descending=True, stable=True)
     order = by_score[torch.argsort(image[by_score], stable=True)]
-    starts = offsets_of(image, batch_size)
+    starts = offsets_from_ids(image, batch_size)
     rank = torch.arange(len(order), device=order.device) - starts[image[order]]
     chosen = order[rank < n_best]
-    return chosen, offsets_of(image[chosen], batch_size)
+    return chosen, offsets_from_ids(image[chosen], batch_size)

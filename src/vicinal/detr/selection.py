@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .._checks import as_integer, check_cells, check_counts, check_tensor, refuse
-from .._constants import constant
-from ..neighborhoods import level_scales
+from .._utils.checks import as_integer, check_cells, check_counts, check_tensor, refuse
+from .._utils.constants import constant
 from ..pyramid import FeaturePyramid
+from ..windows import level_scales
 from .heads import DetectionHead
 from .queries import ObjectQueries, best_per_image
 from .targets import Predictions

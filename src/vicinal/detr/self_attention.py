@@ -4,11 +4,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._arguments import check_sizes
-from .._checks import check_dropout, refuse
-from .._ragged import images_of
-from ..neighborhoods import coordinate_dtype
-from ..rotary import RotaryEncoding
+from .._utils.checks import check_dropout, refuse
+from .._utils.ragged import batch_ids
+from ..nn._base import check_sizes
+from ..nn.rotary import RotaryEncoding
+from ..windows import coordinate_dtype
 from .queries import ObjectQueries, check_queries
 
 _FILLER = torch.iinfo(torch.int64).min  # no query's group
@@ -80,7 +80,7 @@ class QuerySelfAttention(nn.Module):
         offsets = queries.offsets.long()
         counts = offsets.diff()
         longest = int(counts.max()) if len(counts) else 0
-        image = images_of(offsets, len(q))
+        image = batch_ids(offsets, len(q))
         place = torch.arange(len(q), device=q.device) - offsets[image]
         # What fills up is a group of its own, so no row is without anything to see.
         group = torch.full((len(counts), longest), _FILLER, device=q.device)

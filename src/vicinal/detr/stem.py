@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_counts, check_tensor, refuse
-from .._constants import constant
-from .._ragged import offsets_of
+from .._utils.checks import check_counts, check_tensor, refuse
+from .._utils.constants import constant
+from .._utils.ragged import offsets_from_ids
 from ..plan import plan_neighborhoods
 from ..pyramid import FeaturePyramid
 
@@ -120,7 +120,7 @@ class PointStem(nn.Module):
     def _windows(self, raw: FeaturePyramid, points: Tensor) -> Tensor:
         """``[n, cells of the windows * (channels + 1)]``, zero where nothing is stored."""
         positions, image = raw.positions(raw.values.dtype)[points], raw.batch[points]
-        offsets = offsets_of(image, raw.batch_size)
+        offsets = offsets_from_ids(image, raw.batch_size)
         plan = plan_neighborhoods(positions, offsets, raw, self.window_sizes, check_contents=False)
         row, point, slot = plan.pairs_and_slots(torch.arange(len(points), device=points.device))
         windows = raw.values.new_zeros(len(points), plan.window_slots, raw.embed_dim)

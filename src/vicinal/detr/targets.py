@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from .._checks import (
+from .._utils.checks import (
     check_finite,
     check_offsets,
     check_range,

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, fields
 
-from .._checks import refuse
+from .._utils.checks import refuse
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import refuse
+from .._utils.checks import refuse
 from ..pyramid import FeaturePyramid
 from .flat import Places, find_places, flatten
 from .palette import DARK, LIGHT, Palette

@@ -13,7 +13,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 from torch import Tensor
 
-from .._checks import as_integer, check_range, refuse
+from .._utils.checks import as_integer, check_range, refuse
 from ..pyramid import FeaturePyramid
 from .flat import Flat, Places, find_places, flatten
 from .palette import LIGHT

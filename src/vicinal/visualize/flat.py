@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._checks import LevelShapes, refuse
-from ..neighborhoods import level_scales, window_centers
+from .._utils.checks import LevelShapes, refuse
 from ..pyramid import FeaturePyramid
+from ..windows import level_scales, window_centers
 from .record import AttentionRecord, check_record
 
 

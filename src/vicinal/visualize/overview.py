@@ -6,9 +6,9 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from torch import Tensor
 
-from .._checks import check_range, check_tensor, refuse
-from ..neighborhoods import finest_level
+from .._utils.checks import check_range, check_tensor, refuse
 from ..pyramid import FeaturePyramid
+from ..windows import finest_level
 from .flat import find_places, flatten
 from .palette import DISTINCT, LIGHT
 from .panels import as_array, draw_picture, draw_squares, frame, rectangle

@@ -6,7 +6,7 @@ import zlib
 import torch
 from torch import Tensor
 
-from .._checks import check_tensor, refuse
+from .._utils.checks import check_tensor, refuse
 
 
 def as_picture(image: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .._checks import (
+from .._utils.checks import (
     check_finite,
     check_neighborhood_sizes,
     check_offsets,

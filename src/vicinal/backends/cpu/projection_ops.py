@@ -1,0 +1,101 @@
+"""Schemas, fakes and gradients of the ops of dense projections, which the CPU alone has."""
+
+import functools
+import math
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from ..ops import refuse_double_backward
+
+_PROJECT = "vicinal::project"
+_PROJECT_BACKWARD = "vicinal::project_backward"
+
+torch.library.define(
+    _PROJECT,
+    "(Tensor x, Tensor[] weights, Tensor[] biases, Tensor[] norm, float eps, Tensor? residual) "
+    "-> Tensor[]",
+)
+torch.library.define(
+    _PROJECT_BACKWARD,
+    "(Tensor[] grads, Tensor x, Tensor[] weights, Tensor[] norm, float eps, "
+    "bool needs_x, bool needs_weights, bool needs_biases) "
+    "-> (Tensor, Tensor[], Tensor[], Tensor[])",
+)
+torch.library.define("vicinal::new_rows", "(Tensor like, int n_rows, int n_columns) -> Tensor")
+
+
+def project(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], norm: Sequence[Tensor],
+    eps: float, residual: Tensor | None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """``residual + norm(x) @ weight.t() + bias`` for each of the weights; see `reference`."""
+    lists = (list(group) for group in (weights, biases, norm))
+    return tuple(torch.ops.vicinal.project(x, *lists, eps, residual))
+
+
+@torch.library.register_fake(_PROJECT)
+def _(x: Tensor, weights: list[Tensor], *_: Any) -> list[Tensor]:
+    return [x.new_empty(x.shape[0], weight.shape[0]) for weight in weights]
+
+
+@torch.library.register_fake(_PROJECT_BACKWARD)
+def _(
+    grads: list[Tensor], x: Tensor, weights: list[Tensor], norm: list[Tensor], eps: float,
+    needs_x: bool, needs_weights: bool, needs_biases: bool,
+) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:  # fmt: skip
+    widths = [grad.shape[1] for grad in grads]
+    return (
+        x.new_empty(x.shape[0] if needs_x else 0, x.shape[1]),
+        [x.new_empty(width, x.shape[1]) for width in widths if needs_weights],
+        [x.new_empty(width) for width in widths if needs_biases],
+        [x.new_empty(x.shape[1]) for _ in norm if needs_x],
+    )
+
+
+@register_flop_formula(torch.ops.vicinal.project)
+def _(x: list[int], weights: list[list[int]], *_: Any, **__: Any) -> int:
+    return sum(2 * x[0] * math.prod(weight) for weight in weights)
+
+
+@register_flop_formula(torch.ops.vicinal.project_backward)
+def _(
+    grads: list[list[int]], x: list[int], weights: Any, norm: Any, eps: float,
+    needs_x: bool, needs_weights: bool, *_: Any, **__: Any,
+) -> int:  # fmt: skip
+    return sum(2 * math.prod(grad) * x[1] for grad in grads) * (needs_x + needs_weights)
+
+
+@torch.library.register_fake("vicinal::new_rows")
+def _(like: Tensor, n_rows: int, n_columns: int) -> Tensor:
+    return like.new_empty(n_rows, n_columns)
+
+
+def _setup_project(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    x, weights, biases, norm, ctx.eps, _ = inputs
+    ctx.lengths = len(weights), len(biases), len(norm)
+    # Weights count for x alone: whoever trains nothing before them may change them in place.
+    ctx.needs_x = any(part.requires_grad for part in (x, *norm))
+    ctx.save_for_backward(x, *norm, *(weights if ctx.needs_x else ()))
+
+
+def _backward_project(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
+    _, of_weights, of_biases, _, _, of_residual = ctx.needs_input_grad
+    x, *parameters = ctx.saved_tensors
+    norm, weights = parameters[: ctx.lengths[2]], parameters[ctx.lengths[2] :]
+    grad_x, *lists = torch.ops.vicinal.project_backward(
+        grads, x, weights, norm, ctx.eps, ctx.needs_x, any(of_weights), any(of_biases)
+    )
+    lists = [part or [None] * n for part, n in zip(lists, ctx.lengths, strict=True)]
+    grad_residual = functools.reduce(operator.add, grads) if of_residual else None
+    return grad_x if ctx.needs_x else None, *lists, None, grad_residual
+
+
+torch.library.register_autograd(_PROJECT, _backward_project, setup_context=_setup_project)
+
+
+torch.library.register_autograd(_PROJECT_BACKWARD, refuse_double_backward)

@@ -1,0 +1,222 @@
+"""Our ops as torch sees them: schema, shapes, gradient. Kernels register for a device.
+
+`torch.compile`, `torch.export`, saved-tensor hooks and `opcheck` work with whatever kernel that is.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_ARGUMENTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor? query_mask, Tensor? seed, Tensor[] background, "
+    "Tensor[] plan, int[] neighborhood_sizes, int position_dim, float scale, float dropout_p"
+)
+_SCHEMAS = {
+    "neighborhood_attention": f"({_ARGUMENTS}) -> (Tensor, Tensor)",
+    "neighborhood_attention_backward": (
+        f"(Tensor grad_out, Tensor grad_lse, Tensor out, Tensor lse, {_ARGUMENTS}, "
+        "bool needs_queries, bool needs_points) -> (Tensor, Tensor, Tensor, Tensor[])"
+    ),
+    "rotate": "(Tensor x, Tensor coordinates, Tensor frequencies) -> Tensor",
+    "rotate_backward": (
+        "(Tensor grad_out, Tensor out, Tensor coordinates, Tensor frequencies) "
+        "-> (Tensor, Tensor, Tensor)"
+    ),
+    "find_slices": (
+        "(Tensor sorted_keys, Tensor centers, Tensor traversal, Tensor level, Tensor offset, "
+        "Tensor radius) -> (Tensor, Tensor)"
+    ),
+    "find_runs": (
+        "(Tensor traversal, Tensor starts, Tensor stops, int[] sizes, int position_dim, int rows) "
+        "-> (Tensor, Tensor, Tensor)"
+    ),
+    "find_flags": "(Tensor k, Tensor v) -> Tensor",
+}
+
+_EVERYWHERE = (
+    "neighborhood_attention",
+    "neighborhood_attention_backward",
+    "rotate",
+    "rotate_backward",
+    "find_slices",
+)
+
+
+class Ops:
+    """The ops in a namespace of one back end's, which two that run on one device need."""
+
+    def __init__(self, namespace: str, *others: str) -> None:
+        """``others`` are the ops beside those that every back end has."""
+        self._ops = getattr(torch.ops, namespace)
+        self.namespace = namespace
+        for name in (*_EVERYWHERE, *others):
+            torch.library.define(f"{namespace}::{name}", _SCHEMAS[name])
+            torch.library.register_fake(f"{namespace}::{name}", _FAKES[name])
+        self._differentiate("neighborhood_attention", _backward_attention, _setup_attention)
+        self._differentiate("rotate", _backward_rotate, _setup_rotate)
+
+    def _differentiate(self, name: str, backward: Callable[..., Any], setup: Any) -> None:
+        """Registers ``backward``, which is given the op that does the work."""
+
+        def call(ctx: Any, *grads: Tensor) -> Any:
+            return backward(getattr(self._ops, f"{name}_backward"), ctx, *grads)
+
+        torch.library.register_autograd(f"{self.namespace}::{name}", call, setup_context=setup)
+        torch.library.register_autograd(
+            f"{self.namespace}::{name}_backward", refuse_double_backward
+        )
+
+    def register(self, device: str, kernels: dict[str, Callable[..., Any]]) -> None:
+        """Makes ``kernels`` those of a device, by the names of the ops."""
+        for name, kernel in kernels.items():
+            torch.library.impl(f"{self.namespace}::{name}", device, kernel)
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, plan: Sequence[Tensor],
+        neighborhood_sizes: Sequence[int], position_dim: int, background: Sequence[Tensor],
+        query_mask: Tensor | None, seed: Tensor | None, scale: float, dropout_p: float,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """See `reference.attend`; ``plan`` is what the kernel needs of it."""
+        result: tuple[Tensor, Tensor] = self._ops.neighborhood_attention(
+            q, k, v, query_mask, seed, list(background), list(plan),
+            list(neighborhood_sizes), position_dim, scale, dropout_p,
+        )  # fmt: skip
+        return result
+
+    def rotate(self, x: Tensor, coordinates: Tensor, frequencies: Tensor) -> Tensor:
+        """See `reference.rotate`."""
+        sums = torch.promote_types(x.dtype, coordinates.dtype)
+        storage = torch.float64 if sums == torch.float64 else x.dtype
+        coordinates, frequencies = (y.to(sums).contiguous() for y in (coordinates, frequencies))
+        table = frequencies.expand(-1, x.shape[1], -1).contiguous()
+        turned: Tensor = self._ops.rotate(x.to(storage), coordinates, table)
+        return turned.to(x.dtype)
+
+    def find_slices(
+        self, sorted_keys: Tensor, centers: Tensor, traversal: Tensor, level: Tensor,
+        offset: Tensor, radius: Tensor,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """See `reference.find_slices`."""
+        slices: tuple[Tensor, Tensor] = self._ops.find_slices(
+            sorted_keys, centers, traversal, level, offset, radius
+        )
+        return slices
+
+    def find_runs(
+        self, traversal: Tensor, starts: Tensor, stops: Tensor, sizes: Sequence[int],
+        position_dim: int, rows: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """See `reference.find_runs`."""
+        runs: tuple[Tensor, Tensor, Tensor] = self._ops.find_runs(
+            traversal, starts, stops, list(sizes), position_dim, rows
+        )
+        return runs
+
+    def find_flags(self, k: Tensor, v: Tensor) -> Tensor:
+        """float32 ``[nnz, H]``: NaN for points that hold a number that is not finite, else zero."""
+        flags: Tensor = self._ops.find_flags(k, v)
+        return flags
+
+
+def refuse_double_backward(ctx: Any, *_: Any) -> None:
+    raise NotImplementedError(
+        "the compiled kernels are differentiable once; use backend='reference' for higher orders"
+    )
+
+
+def _fake_attention(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    lse_dtype = torch.promote_types(q.dtype, torch.float32)
+    return q.new_empty(*q.shape[:2], v.shape[2]), q.new_empty(q.shape[:2], dtype=lse_dtype)
+
+
+def _fake_attention_backward(
+    grad_out: Tensor, grad_lse: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor,
+    query_mask: Tensor | None, seed: Tensor | None, background: list[Tensor], plan: list[Tensor],
+    neighborhood_sizes: list[int], position_dim: int, scale: float, dropout_p: float,
+    needs_queries: bool, needs_points: bool,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
+    grads = new_gradients(q, k, v, needs_queries, needs_points)
+    return *grads, [x.new_empty(x.shape) for x in background if needs_queries]
+
+
+def new_gradients(
+    q: Tensor, k: Tensor, v: Tensor, needs_queries: bool, needs_points: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for gradients; those that nobody needs have no rows."""
+    needed = (q, needs_queries), (k, needs_points), (v, needs_points)
+    of_q, of_k, of_v = (x.new_empty(x.shape[0] if yes else 0, *x.shape[1:]) for x, yes in needed)
+    return of_q, of_k, of_v
+
+
+def _setup_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, query_mask, seed, background, plan, *ctx.settings = inputs
+    ctx.n_background = len(background)
+    ctx.save_for_backward(*output, q, k, v, query_mask, seed, *background, *plan)
+
+
+def _backward_attention(op: Any, ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
+    out, lse, q, k, v, query_mask, seed, *rest = ctx.saved_tensors
+    background, plan = rest[: ctx.n_background], rest[ctx.n_background :]
+    of_q, of_k, of_v, _, _, of_background, *_ = ctx.needs_input_grad
+    # A background gets its gradients along with the queries, whichever of them are asked for.
+    needs_queries, needs_points = of_q or any(of_background), of_k or of_v
+    grad_q, grad_k, grad_v, grad_background = op(
+        grad_out, grad_lse, out, lse, q, k, v, query_mask, seed, background, plan, *ctx.settings,
+        needs_queries, needs_points,
+    )  # fmt: skip
+    points = (grad_k, grad_v) if needs_points else (None, None)
+    of_cells = grad_background or [None] * len(background)
+    without = [None] * len(plan), None, None, None, None
+    return grad_q if needs_queries else None, *points, None, None, of_cells, *without
+
+
+def _fake_rotate(x: Tensor, coordinates: Tensor, frequencies: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _fake_rotate_backward(
+    grad_out: Tensor, out: Tensor, coordinates: Tensor, frequencies: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return out.new_empty(out.shape), torch.empty_like(coordinates), torch.empty_like(frequencies)
+
+
+def _setup_rotate(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    # The result instead of the input: turned by a right angle it is the slope in the angles.
+    ctx.save_for_backward(output, *inputs[1:])
+
+
+def _backward_rotate(op: Any, ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    grads: tuple[Tensor, Tensor, Tensor] = op(grad_out, *ctx.saved_tensors)
+    return grads
+
+
+def _fake_find_slices(
+    sorted_keys: Tensor, centers: Tensor, traversal: Tensor, level: Tensor, *_: Tensor
+) -> tuple[Tensor, Tensor]:
+    starts = centers.new_empty(centers.shape[1], len(level), dtype=torch.int32)
+    return starts, torch.empty_like(starts)
+
+
+def _fake_find_runs(
+    traversal: Tensor, starts: Tensor, stops: Tensor, sizes: list[int], position_dim: int, rows: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    n_tiles = (traversal.shape[0] + rows - 1) // rows
+    firsts, shifts = (traversal.new_empty(n_tiles, rows * starts.shape[1]) for _ in range(2))
+    return firsts, shifts, traversal.new_empty(n_tiles, len(sizes), 2)
+
+
+def _fake_find_flags(k: Tensor, v: Tensor) -> Tensor:
+    return k.new_empty(k.shape[:2], dtype=torch.float32)
+
+
+_FAKES: dict[str, Callable[..., Any]] = {
+    "neighborhood_attention": _fake_attention,
+    "neighborhood_attention_backward": _fake_attention_backward,
+    "rotate": _fake_rotate,
+    "rotate_backward": _fake_rotate_backward,
+    "find_slices": _fake_find_slices,
+    "find_runs": _fake_find_runs,
+    "find_flags": _fake_find_flags,
+}

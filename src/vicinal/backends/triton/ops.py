@@ -1,0 +1,239 @@
+"""The ops of `backends.ops` by kernels in Triton."""
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from .. import reference
+from ..ops import new_gradients
+from ..types import TILE
+from . import attention as attention_kernels
+from . import background as background_kernels
+from . import plan as plan_kernels
+from . import rotary as rotary_kernels
+from .background import CellGradients
+from .launch import Problem, cdiv, heads, launch, on_device_of, power_of_2, widths
+from .parts import Dropout, Rows
+
+INTERPRETS = bool(triton.knobs.runtime.interpret)  # kernels run on the CPU, to be tested
+
+LARGEST_SORT = 2048  # slices of a tile; networks that sort more take long to compile
+_PARTS = 64  # into which sums over all queries are cut
+_CELLS = 16  # cells of a window at a time: bits of a word, and what a matrix unit takes
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, query_mask: Tensor | None, seed: Tensor | None,
+    background: list[Tensor], plan: list[Tensor], neighborhood_sizes: list[int],
+    position_dim: int, scale: float, dropout_p: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """See `backends.ops`; ``plan`` is what `triton.attend` makes of it."""
+    problem = Problem(q, k, v, query_mask, background, plan, neighborhood_sizes, position_dim)
+    out = q.new_empty(*q.shape[:2], v.shape[2])
+    lse = q.new_empty(q.shape[:2], dtype=torch.float32)
+    with on_device_of(q):
+        launch(
+            attention_kernels.attend, problem.query_programs, *problem.query_walk, problem.cells,
+            _dropout(seed, dropout_p), *problem.heads, problem.flags, heads(out), lse, scale,
+            **problem.constants, DROPS=seed is not None, BACKGROUND=bool(background),
+            ROWS=problem.query_rows, CELLS=_CELLS,
+        )  # fmt: skip
+    return out, lse
+
+
+def attend_backward(
+    grad_out: Tensor, grad_lse: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor,
+    query_mask: Tensor | None, seed: Tensor | None, background: list[Tensor], plan: list[Tensor],
+    neighborhood_sizes: list[int], position_dim: int, scale: float, dropout_p: float,
+    needs_queries: bool, needs_points: bool,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
+    """See `backends.ops`; the gradients of q, k, v and the background."""
+    problem = Problem(q, k, v, query_mask, background, plan, neighborhood_sizes, position_dim)
+    grad_q, grad_k, grad_v = new_gradients(q, k, v, needs_queries, needs_points)
+    grad_background = [x.new_empty(x.shape) for x in background if needs_queries]
+    upstream, delta, grad_lse = heads(grad_out), torch.empty_like(lse), grad_lse.contiguous()
+    of_cells = None
+    if grad_background:
+        weights = lse.new_empty(len(lse), problem.n_levels, problem.n_heads)
+        of_cells = CellGradients(heads(grad_background[0].flatten(0, 1)), weights)
+    settings = {**problem.constants, "DROPS": seed is not None}
+    dropout = _dropout(seed, dropout_p)
+    with on_device_of(q):
+        if needs_queries:
+            launch(
+                attention_kernels.query_gradients, problem.query_programs, *problem.query_walk,
+                problem.cells, dropout, *problem.heads, problem.flags, lse, heads(out), upstream,
+                grad_lse, delta, heads(grad_q), of_cells, scale,
+                **settings, BACKGROUND=bool(background), ROWS=problem.query_rows, CELLS=_CELLS,
+            )  # fmt: skip
+        else:
+            _find_deltas(heads(out), upstream, grad_lse, delta, v.shape[2])
+        if needs_points:
+            launch(
+                attention_kernels.point_gradients, problem.point_programs, *problem.point_walk,
+                dropout, *problem.heads, lse, delta, upstream, heads(grad_k), heads(grad_v), scale,
+                **settings, ROWS=problem.point_rows,
+            )  # fmt: skip
+        if of_cells is not None:
+            del settings["BLOCK"]
+            grad_background[1] = _key_gradients_of_cells(
+                problem, dropout, lse, delta, upstream, scale, settings
+            )
+            grad_background[2] = _value_gradients_of_cells(problem, of_cells.weights, upstream)
+    return grad_q, grad_k, grad_v, grad_background
+
+
+def _find_deltas(out: Rows, upstream: Rows, grad_lse: Tensor, delta: Tensor, width: int) -> None:
+    (n_queries, n_heads), padded = delta.shape, power_of_2(width)
+    block = max(1, min(32, 2048 // padded))  # two such blocks stay in registers
+    launch(
+        attention_kernels.find_deltas, cdiv(n_queries, block) * n_heads, out, upstream, grad_lse,
+        delta, n_queries, n_heads,
+        VALUE_WIDTH=width, VALUE_PADDED=padded, BLOCK=block, num_warps=1,
+    )  # fmt: skip
+
+
+def _key_gradients_of_cells(
+    problem: Problem, dropout: Dropout | None, lse: Tensor, delta: Tensor, upstream: Rows,
+    scale: float, settings: dict[str, Any],
+) -> Tensor:  # fmt: skip
+    """Sums over all queries, made of `_PARTS` sums in one order."""
+    key = problem.background[1]
+    n_parts = min(_PARTS, cdiv(len(lse), TILE))
+    parts = lse.new_empty(n_parts, *key.shape)
+    n_blocks = sum(width ** (problem.dim - 1) * cdiv(width, _CELLS) for width in problem.sizes)
+    launch(
+        background_kernels.cell_key_gradients, n_blocks * n_parts * problem.n_heads,
+        *problem.query_walk, problem.cells, dropout,
+        lse, delta, upstream, heads(parts.flatten(0, 1)), scale,
+        n_parts, len(key), **settings, ROWS=TILE, CELLS=_CELLS,
+    )  # fmt: skip
+    return parts.sum(0).to(key.dtype)
+
+
+def _value_gradients_of_cells(problem: Problem, weights: Tensor, upstream: Rows) -> Tensor:
+    """Sums over the queries of an image, likewise."""
+    value, tiles = problem.background[2], problem.query_tiles
+    # Visits go image by image, those that take no part first.
+    images = tiles.row_groups[0][tiles.traversal.long()].div(
+        problem.n_levels, rounding_mode="floor"
+    )
+    bounds = torch.searchsorted(images, torch.arange(len(value) + 1, device=value.device))
+    n_parts = min(cdiv(_PARTS, max(len(value), 1)), cdiv(len(weights), 32))
+    parts = weights.new_empty(*value.shape[:2], n_parts, *value.shape[2:])
+    launch(
+        background_kernels.cell_value_gradients, math.prod(parts.shape[:-1]),
+        tiles.traversal, bounds, weights, upstream, heads(parts.flatten(0, 2)),
+        problem.n_levels, problem.n_heads, n_parts,
+        WIDTH=value.shape[3], PADDED=power_of_2(value.shape[3]), BLOCK=32, num_warps=1,
+    )  # fmt: skip
+    return parts.sum(2).to(value.dtype)
+
+
+def _tokens(width: int) -> int:
+    """How many a program rotates at a time."""
+    return max(8, 2048 // power_of_2(width))
+
+
+def rotate(x: Tensor, coordinates: Tensor, frequencies: Tensor) -> Tensor:
+    """See `backends.ops`."""
+    out = x.new_empty(x.shape)
+    n, n_heads, width = x.shape
+    block = _tokens(width)
+    with on_device_of(x):
+        launch(
+            rotary_kernels.rotate, cdiv(n, block) * n_heads, heads(x), coordinates,
+            frequencies, heads(out), n, coordinates.shape[1], n_heads,
+            PAIRS=width // 2, PADDED=power_of_2(width // 2), BLOCK=block, num_warps=4,
+        )  # fmt: skip
+    return out
+
+
+def rotate_backward(
+    grad_out: Tensor, out: Tensor, coordinates: Tensor, frequencies: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `backends.ops`; the gradients of x, of coordinates and of frequencies."""
+    n, n_heads, width = out.shape
+    block, n_coordinates = _tokens(width), coordinates.shape[1]
+    grad_x, grad_coordinates = out.new_empty(out.shape), torch.empty_like(coordinates)
+    parts = frequencies.new_empty(cdiv(n, block), *frequencies.shape)
+    with on_device_of(out):
+        launch(
+            rotary_kernels.rotate_backward, len(parts), heads(grad_out), heads(out),
+            coordinates, frequencies, heads(grad_x), grad_coordinates, parts,
+            n, n_coordinates, n_heads, PAIRS=width // 2, PADDED=power_of_2(width // 2),
+            AXES=power_of_2(n_coordinates), BLOCK=block, num_warps=4,
+        )  # fmt: skip
+    return grad_x, grad_coordinates, parts.sum(0)
+
+
+def find_slices(
+    sorted_keys: Tensor, centers: Tensor, traversal: Tensor, level: Tensor, offset: Tensor,
+    radius: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """See `backends.ops`."""
+    n_queries, n_slices, block = centers.shape[1], len(level), 256
+    starts = traversal.new_empty(n_queries, n_slices)
+    stops = torch.empty_like(starts)
+    tensors = [x.contiguous() for x in (sorted_keys, centers, level, offset, radius)]
+    with on_device_of(centers):
+        launch(
+            plan_kernels.find_slices, cdiv(starts.numel(), block), *tensors, starts, stops,
+            len(sorted_keys), len(sorted_keys).bit_length(), n_queries, n_slices, starts.numel(),
+            BLOCK=block, num_warps=4,
+        )  # fmt: skip
+    return starts, stops
+
+
+def find_runs(
+    traversal: Tensor, starts: Tensor, stops: Tensor, sizes: list[int], position_dim: int, rows: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `backends.ops`."""
+    slices = [size ** (position_dim - 1) for size in sizes]
+    if rows * max(slices) > LARGEST_SORT:
+        return reference.find_runs(traversal, starts, stops, sizes, position_dim, rows)
+    n_tiles, n_slices, n_levels = cdiv(len(traversal), rows), sum(slices), len(slices)
+    firsts = traversal.new_zeros(n_tiles, rows * n_slices)
+    shifts, counts = torch.zeros_like(firsts), traversal.new_empty(n_tiles, n_levels, 2)
+    before = itertools.accumulate(slices, initial=0)
+    with on_device_of(traversal):
+        for level, (own, others) in enumerate(zip(slices, before, strict=False)):
+            slots = power_of_2(rows * own)
+            launch(
+                plan_kernels.find_runs, n_tiles, traversal, starts, stops, firsts, shifts, counts,
+                len(traversal), n_slices, n_levels, level, others,
+                OWN=own, ROWS=rows, SLOTS=slots, num_warps=max(1, min(8, slots // 256)),
+            )  # fmt: skip
+    return firsts, shifts, counts
+
+
+def find_flags(k: Tensor, v: Tensor) -> Tensor:
+    """See `backends.ops`."""
+    n_points, n_heads = k.shape[:2]
+    flags, block = k.new_empty(n_points, n_heads, dtype=torch.float32), 32
+    with on_device_of(k):
+        launch(
+            attention_kernels.find_flags, cdiv(n_points, block) * n_heads, heads(k), heads(v),
+            flags, n_points, n_heads, **widths(k, v), BLOCK=block, num_warps=1,
+        )  # fmt: skip
+    return flags
+
+
+def _dropout(seed: Tensor | None, rate: float) -> Dropout | None:
+    return None if seed is None else Dropout(seed, int(rate * 2**32), 1 / (1 - rate))
+
+
+KERNELS: dict[str, Callable[..., Any]] = {
+    "neighborhood_attention": attend,
+    "neighborhood_attention_backward": attend_backward,
+    "rotate": rotate,
+    "rotate_backward": rotate_backward,
+    "find_slices": find_slices,
+    "find_runs": find_runs,
+    "find_flags": find_flags,
+}

@@ -1,0 +1,242 @@
+"""A training step never asks what tensors hold, so that a GPU need not be waited for.
+
+Tensors without contents show it: on torch's meta device, whatever asks for them fails. All that
+runs on the host is what runs for a GPU; kernels are not launched.
+"""
+
+import importlib.util
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from problems import OwnOps
+from torch import Tensor
+
+from vicinal import (
+    FeaturePyramid,
+    SparseNeighborhoodAttentionBlock,
+    backends,
+    neighborhood_attention,
+    plan_neighborhoods,
+)
+from vicinal import plan as plan_module
+from vicinal._utils import constants
+from vicinal.backends import triton
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("Triton is not installed", allow_module_level=True)
+
+from vicinal.backends.triton import ops as triton_ops
+
+SHAPES = ((24, 24), (12, 12), (6, 6))
+SIZES = (3, 5, 3)
+
+
+@pytest.fixture(autouse=True)
+def meta_as_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    able = backends._BACKENDS["triton"]._replace(problem=lambda device, dtype: None)
+    monkeypatch.setitem(backends._BACKENDS, "triton", able)
+    monkeypatch.setitem(backends._BY_DEVICE, "meta", "triton")
+
+
+class HostCode(OwnOps):
+    """The back end's own code in place of the fakes; what it gives must look like theirs."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        expected = super().__torch_dispatch__(func, types, args, kwargs)
+        if func.namespace != self.namespace:
+            return expected
+        found = triton_ops.KERNELS[func._opname](*args)
+        flat, flat_expected = (torch.utils._pytree.tree_leaves(x) for x in (found, expected))
+        for ours, fake in zip(flat, flat_expected, strict=True):
+            assert (ours.shape, ours.dtype, ours.device) == (fake.shape, fake.dtype, fake.device)
+            assert ours.stride() == fake.stride()
+        return found
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The kernels that would run."""
+    names: list[str] = []
+
+    def launch(kernel: Any, n_programs: int, *arguments: Any, **options: Any) -> None:
+        assert isinstance(n_programs, int)
+        names.append(kernel.fn.__name__)
+
+    monkeypatch.setattr(triton_ops, "launch", launch)
+    with HostCode("vicinal_triton"):
+        yield names
+
+
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The modules that make tensors of numbers, which a GPU must be sent."""
+    senders = []
+    for name in ("tensor", "as_tensor"):
+        plain = getattr(torch, name)
+
+        def spy(*args: Any, plain: Any = plain, **options: Any) -> Tensor:
+            frame = __import__("sys")._getframe(1)
+            senders.append(frame.f_globals["__name__"])
+            made: Tensor = plain(*args, **options)
+            return made
+
+        monkeypatch.setattr(torch, name, spy)
+    return senders
+
+
+def make_points(n: int) -> FeaturePyramid:
+    coordinates = torch.zeros(n, 4, dtype=torch.int64, device="meta")
+    return FeaturePyramid(
+        torch.randn(n, 32, device="meta").requires_grad_(), coordinates, SHAPES, 2
+    )
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_training_step_with_planning(
+    background: bool, sent: list[str], launched: list[str]
+) -> None:
+    with torch.device("meta"):
+        block = SparseNeighborhoodAttentionBlock(32, 2, 3, SIZES, dropout=0.1)
+        offsets = torch.zeros(3, dtype=torch.int64)
+        level, mask = torch.zeros(50, dtype=torch.int64), torch.zeros(50, dtype=torch.bool)
+        cells = torch.randn(2, 3, 32).requires_grad_() if background else None
+    points = make_points(50)
+    sent.clear()
+    out = block(points.values, points.positions(), offsets, points, SHAPES, cells, level, mask)
+    out.sum().backward()
+    assert points.values.grad is not None
+    assert all(parameter.grad is not None for parameter in block.parameters())
+    # What is sent is kept on the GPU, and sent once.
+    assert set(sent) == {constants.__name__}
+    kernels = {"find_slices", "find_runs", "find_flags", "attend", "query_gradients"}
+    kernels |= {"point_gradients", "rotate", "rotate_backward"}
+    if background:
+        kernels |= {"cell_key_gradients", "cell_value_gradients"}
+    assert set(launched) == kernels
+
+
+@pytest.mark.parametrize("frozen", ["queries", "points"])
+def test_what_is_frozen_is_not_computed(frozen: str, launched: list[str]) -> None:
+    points = make_points(50)
+    with torch.no_grad():
+        offsets = torch.zeros(3, dtype=torch.int64, device="meta")
+        plan = plan_neighborhoods(points.positions(), offsets, points, SIZES)
+    q, k = (torch.randn(50, 2, 16, device="meta") for _ in range(2))
+    (k if frozen == "queries" else q).requires_grad_()
+    neighborhood_attention(q, k, k, plan).sum().backward()
+    of_points, of_queries = {"point_gradients", "find_deltas"}, {"query_gradients"}
+    wanted, others = (of_points, of_queries) if frozen == "queries" else (of_queries, of_points)
+    assert wanted < set(launched)
+    assert not others & set(launched)
+    assert ("point_tiles" in plan._found) == (frozen == "queries")
+
+
+def run_by(computer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (plan_module, triton):
+        monkeypatch.setattr(module, "computing", lambda device: computer)
+
+
+def test_a_graph_completes_its_own_plans_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it finds is there after it ran, so nobody else can trust in it, nor add to it."""
+    points = make_points(50)
+    offsets = torch.zeros(3, dtype=torch.int64, device="meta")
+    x = torch.randn(50, 2, 16, device="meta")
+    with torch.no_grad():
+        plan = plan_neighborhoods(points.positions(), offsets, points, SIZES)
+        run_by("graph", monkeypatch)
+        captured = plan_neighborhoods(points.positions(), offsets, points, SIZES)
+    assert "point_tiles" in captured._found
+    neighborhood_attention(x, x, x, plan)
+    x.requires_grad_()
+    with pytest.raises(RuntimeError, match="point_tiles of a plan: run once before capturing"):
+        neighborhood_attention(x, x, x, plan)
+    run_by("python", monkeypatch)
+    neighborhood_attention(x, x, x, captured)
+    del captured._found["point_tiles"]
+    with pytest.raises(RuntimeError, match="point_tiles of a plan: to be found in the CUDA graph"):
+        neighborhood_attention(x, x, x, captured)
+
+
+@pytest.mark.parametrize("makers", [("python", "compiler"), ("compiler", "graph")])
+def test_what_a_compiler_makes_leaves_plans_as_they_are(
+    makers: tuple[str, str], launched: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It cannot know that it runs in a graph."""
+    points = make_points(50)
+    offsets = torch.zeros(3, dtype=torch.int64, device="meta")
+    run_by(makers[0], monkeypatch)
+    with torch.no_grad():
+        plan = plan_neighborhoods(points.positions(), offsets, points, SIZES)
+    before = set(plan._found)
+    run_by(makers[1], monkeypatch)
+    x = torch.randn(50, 2, 16, device="meta").requires_grad_()
+    neighborhood_attention(x, x, x, plan).sum().backward()
+    assert "point_gradients" in launched
+    assert set(plan._found) == before
+
+
+def test_a_compiled_step_asks_for_what_the_gpu_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbers in a graph would be sent anew, and waited for, at every step."""
+    with torch.device("meta"):
+        block = SparseNeighborhoodAttentionBlock(32, 2, 3, SIZES)
+        offsets = torch.zeros(3, dtype=torch.int64)
+        cells = torch.randn(2, 3, 32)
+
+    def step(points: FeaturePyramid, positions: Tensor) -> Tensor:
+        out: Tensor = block(points.values, positions, offsets, points, None, cells)
+        return out
+
+    graphs = []
+
+    def record(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    points = make_points(50)
+    positions = points.positions()
+    monkeypatch.setattr(constants, "_KEEPING", ("meta",))
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=record)
+    compiled(points, positions).sum().backward()
+    (graph,) = graphs
+    called = [node.target for node in graph.graph.nodes if node.op.startswith("call")]
+    assert called.count(torch.ops.vicinal.numbers) > 5
+    assert not {torch.tensor, torch.as_tensor} & {*called}
+    assert not [node for node in graph.graph.nodes if node.op == "get_attr"]
+    for node in graph.graph.nodes:  # from one dtype to another alone
+        if node.target in ("to", "cuda", "copy_"):
+            assert len(node.args) == 2
+            assert isinstance(node.args[1], torch.dtype)
+
+
+def test_numbers_as_an_op() -> None:
+    arguments = [1, 2, 3, 4], [2, 2], torch.float32, torch.device("cpu")
+    assert torch.ops.vicinal.numbers(*arguments).tolist() == [[1, 2], [3, 4]]
+    torch.library.opcheck(torch.ops.vicinal.numbers.default, arguments)
+    assert torch.Tag.cudagraph_unsafe in torch.ops.vicinal.numbers.default.tags
+
+
+def test_asking_for_contents_fails() -> None:
+    """The check itself: it would notice."""
+    with pytest.raises(Exception, match=r"meta"):
+        torch.zeros(3, device="meta").sum().item()
+    points = make_points(5)
+    with pytest.raises(Exception, match=r"meta|Meta"):
+        points.batch_offsets()
+
+
+def test_shapes_follow_from_sizes_alone(launched: list[str]) -> None:
+    """Also with few queries among many points, which are taken one by one."""
+    points = make_points(400)
+    offsets = torch.zeros(3, dtype=torch.int64, device="meta")
+    positions = torch.rand(7, 2, device="meta")
+    plan = plan_neighborhoods(positions, offsets, points, SIZES)
+    assert plan.query_tiles(triton.find_runs).firsts.shape == (7, 3 + 5 + 3)
+    assert plan.point_tiles(triton.find_runs).firsts.shape == (25, 16 * 5)
+    q, k = (torch.randn(n, 2, 16, device="meta").requires_grad_() for n in (7, 400))
+    out, lse = neighborhood_attention(q, k, k, plan, return_lse=True)
+    (out.sum() + lse.sum()).backward()
+    assert out.shape == (7, 2, 16)
+    assert {"find_runs", "query_gradients", "point_gradients"} < set(launched)
+    assert k.grad is not None

@@ -1,0 +1,682 @@
+"""Triton's kernels: on a GPU if there is one, else interpreted, which asks for small problems."""
+
+import importlib.util
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import golden_cases
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from problems import (
+    Answer,
+    Inputs,
+    OwnOps,
+    Scene,
+    answer,
+    as_leaves,
+    crowded_scene,
+    differentiate,
+    forged,
+    make_inputs,
+    make_scene,
+    one_room,
+    rotate_by_hand,
+    scene_2d,
+    scenes,
+)
+from torch import Tensor
+
+from vicinal import (
+    FeaturePyramid,
+    NeighborhoodPlan,
+    RotaryEncoding,
+    SparseNeighborhoodAttentionBlock,
+    neighborhood_attention,
+    plan_neighborhoods,
+)
+from vicinal.backends import choose_backend, reference
+from vicinal.backends import triton as back_end
+from vicinal.backends.types import TILE
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("Triton is not installed", allow_module_level=True)
+
+from vicinal.backends.triton import ops as triton_ops
+from vicinal.backends.triton.launch import launch
+
+# The interpreter computes with numpy, which warns of what kernels mask out.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.* encountered in :RuntimeWarning"),
+    pytest.mark.usefixtures("runs_by_reference"),
+]
+
+DEVICE = torch.device("cpu" if triton_ops.INTERPRETS else "cuda")
+
+
+@pytest.fixture(autouse=True)
+def interpreted_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter keeps bfloat16 as integers of 16 bits, and multiplies these as such."""
+    if triton_ops.INTERPRETS:
+        from triton.language import bfloat16, float32
+        from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+        create_dot = InterpreterBuilder.create_dot
+
+        def widened(x: Any) -> Any:
+            if x.dtype.scalar != bfloat16:
+                return x
+            bits = x.data.astype(np.uint32) << 16
+            return TensorHandle(bits.view(np.float32), float32)
+
+        def dot(builder: Any, a: Any, b: Any, *rest: Any) -> Any:
+            return create_dot(builder, widened(a), widened(b), *rest)
+
+        monkeypatch.setattr(InterpreterBuilder, "create_dot", dot)
+
+
+choose_backend("triton", DEVICE, torch.float32)  # which registers the kernels
+
+TOLERANCE = 2e-5  # of float32, relative to the largest number of a result in float64
+
+
+def on_device(inputs: Inputs, dtype: torch.dtype = torch.float32) -> Inputs:
+    mask = None if inputs.query_mask is None else inputs.query_mask.to(DEVICE)
+    return inputs.map(lambda x: x.to(DEVICE, dtype))._replace(query_mask=mask)
+
+
+def back(result: Answer) -> Answer:
+    return Answer(result.out.cpu(), result.lse.cpu(), tuple(x.cpu() for x in result.grads))
+
+
+def relative_error(actual: Tensor, exact: Tensor) -> float:
+    """The largest error over the largest number; infinities and NaN must be the same."""
+    actual = actual.double()
+    assert torch.equal(actual.isfinite(), exact.isfinite())
+    if not exact.numel():
+        return 0.0
+    off, scale = (torch.where(exact.isfinite(), x, 0).abs().max() for x in (actual - exact, exact))
+    return float(off / scale.clamp(min=1e-3))
+
+
+def assert_exact(
+    scene: Scene, *, dropout_p: float = 0.0, tolerance: float = TOLERANCE, **options: Any
+) -> None:
+    """Output, log-sum-exp and all gradients in float32 against the reference in float64."""
+    plan = scene.plan()
+    inputs = make_inputs(plan, **options)
+    there = plan.to(DEVICE)  # both: a seed is drawn on the device
+    exact = back(answer(on_device(inputs, torch.float64), there, "reference", dropout_p=dropout_p))
+    ours = back(answer(on_device(inputs), there, "triton", dropout_p=dropout_p))
+    errors = [relative_error(ours.out, exact.out), relative_error(ours.lse, exact.lse)]
+    errors += [relative_error(*pair) for pair in zip(ours.grads, exact.grads, strict=True)]
+    assert max(errors) < tolerance, errors
+
+
+# -------------------------------------------------------------------------------- precision
+
+
+@pytest.mark.parametrize("name", golden_cases.NAMES)
+def test_golden_case(name: str) -> None:
+    """Positions stay in float64, or some would fall into another cell."""
+    case = golden_cases.load(name)
+    block = SparseNeighborhoodAttentionBlock(**case.config, backend="triton").to(DEVICE)
+    block.load_state_dict(case.state_dict, strict=True)
+    arguments = case.arguments()
+    for key, value in arguments.items():
+        if value.is_floating_point() and key != "query_spatial_positions":
+            arguments[key] = value.detach().float().to(DEVICE).requires_grad_()
+        else:
+            arguments[key] = value.detach().to(DEVICE).requires_grad_(value.is_floating_point())
+    out = block(**arguments)
+    (out * case.cotangent.to(out)).sum().backward()
+
+    errors = {"out": relative_error(out.detach().cpu(), case.out)}
+    for key, expected in case.grads.items():
+        if key.startswith("param."):
+            grad = block.get_parameter(key.removeprefix("param.").replace("subset_attn.", "")).grad
+        elif key == "map_values":
+            grad = arguments["stacked_feature_maps"].grad
+            grad = None if grad is None else grad.coalesce().values()
+        else:
+            grad = arguments[key].grad
+        assert grad is not None, key
+        errors[key] = relative_error(grad.cpu(), expected)
+    assert max(errors.values()) < TOLERANCE, errors
+
+
+@settings(max_examples=8)
+@given(scene=scenes(), background=st.booleans(), mask=st.booleans(), drops=st.booleans())
+def test_any_scene(scene: Scene, background: bool, mask: bool, drops: bool) -> None:
+    dropout_p = 0.4 if drops else 0.0
+    assert_exact(scene, heads=1, background=background, mask=mask, dropout_p=dropout_p)
+
+
+@pytest.mark.parametrize("n_queries", [1, TILE - 1, TILE, TILE + 1, 2 * TILE + 5])
+def test_any_number_of_queries(n_queries: int) -> None:
+    assert_exact(scene_2d(n_queries=n_queries, n_points=50), heads=1)
+
+
+@pytest.mark.parametrize("n_points", [1, 31, 32, 33, 70])
+def test_any_number_of_points(n_points: int) -> None:
+    assert_exact(one_room(20, n_points), heads=1)
+
+
+@pytest.mark.parametrize(("width", "value_width"), [(1, 1), (2, 33), (17, 16), (72, 5), (130, 256)])
+def test_any_width(width: int, value_width: int) -> None:
+    scene = scene_2d(n_queries=20, n_points=40)
+    assert_exact(scene, heads=2, width=width, value_width=value_width, background=True)
+
+
+def test_many_tiles() -> None:
+    assert_exact(crowded_scene(100, 200), heads=2, mask=True)
+
+
+@pytest.mark.parametrize("counts", [(3, 2), (20, 80)])
+def test_few_among_many(counts: tuple[int, int]) -> None:
+    """A tile is a single row where rows are so few that they stand apart, on either side."""
+    scene = make_scene(((16, 10), (8, 5)), (7, 5), counts, 200 if counts[0] < 10 else 3)
+    plan = scene.plan()
+    tiles = (
+        plan.query_tiles(back_end.find_runs)
+        if counts[0] < 10
+        else plan.point_tiles(back_end.find_runs)
+    )
+    assert len(tiles.firsts) == len(tiles.traversal)
+    other = (
+        plan.point_tiles(back_end.find_runs)
+        if counts[0] < 10
+        else plan.query_tiles(back_end.find_runs)
+    )
+    assert len(other.firsts) == math.ceil(len(other.traversal) / TILE)
+    assert_exact(scene, heads=1, background=True, dropout_p=0.2)
+
+
+def test_windows_wider_than_a_block_of_cells() -> None:
+    assert_exact(make_scene(((60,), (9,)), (37, 5), (5, 8), 30), heads=1, background=True)
+
+
+@pytest.mark.usefixtures("runs_by_triton")
+def test_more_slices_than_a_program_sorts() -> None:
+    scene = make_scene(((4, 4, 4), (3, 3, 3)), (13, 3), (9, 9), 30)
+    assert triton_ops.LARGEST_SORT < TILE * 13**2
+    assert_exact(scene, heads=1)
+
+
+def test_no_queries_no_points_and_no_heads() -> None:
+    assert_exact(make_scene(((4,),), (3,), (0, 0), 6), background=True)
+    assert_exact(make_scene(((4,),), (3,), (3, 2), 0), background=True)
+    assert_exact(make_scene(((4,),), (3,), (3, 2), 5), heads=0)
+    assert_exact(make_scene(((4,),), (3,), (3, 2), 5), value_width=0, background=True)
+
+
+def test_a_scale_of_ones_own() -> None:
+    plan = scene_2d().plan()
+    inputs = make_inputs(plan)
+    exact, _ = inputs.attend(plan, "reference", scale=0.9)
+    ours, _ = on_device(inputs).attend(plan.to(DEVICE), "triton", scale=0.9)
+    assert relative_error(ours.cpu(), exact) < TOLERANCE
+
+
+def dense_attention(scene: Scene) -> Callable[[Inputs], tuple[Tensor, Tensor]]:
+    """As one writes it in PyTorch, in the dtype of its inputs; every query must see a point."""
+    seen = torch.zeros(len(scene.positions), len(scene.pyramid), dtype=torch.bool)
+    for query, point in scene.pairs():
+        seen[query, point] = True
+
+    def attend(inputs: Inputs) -> tuple[Tensor, Tensor]:
+        logits = torch.einsum("nhd,mhd->nhm", inputs.q, inputs.k) * inputs.q.shape[-1] ** -0.5
+        logits = logits.masked_fill(~seen[:, None], -torch.inf)
+        return torch.einsum("nhm,mhe->nhe", logits.softmax(-1), inputs.v), logits.logsumexp(-1)
+
+    return attend
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_that_of_plain_pytorch(dtype: torch.dtype) -> None:
+    scene = one_room(40, 60)
+    scene.positions = scene.positions.clamp(0, 4)
+    plan = scene.plan()
+    inputs = make_inputs(plan, width=32, dtype=dtype)
+    exact = answer(inputs.map(Tensor.double), plan, "reference")
+    ours = back(answer(on_device(inputs, dtype), plan.to(DEVICE), "triton"))
+    theirs = differentiate(inputs, dense_attention(scene))
+    for ours_, theirs_, exact_ in zip(
+        (ours.out, *ours.grads), (theirs.out, *theirs.grads), (exact.out, *exact.grads), strict=True
+    ):
+        assert ours_.dtype == dtype
+        our, their = ((x.double() - exact_).pow(2).mean().sqrt() for x in (ours_, theirs_))
+        assert 0 < our <= 2 * their
+    assert ours.lse.dtype == torch.float32
+    assert relative_error(ours.lse, exact.lse) < 2e-5
+
+
+def test_the_same_bits_twice(uninitialised_is_nan: None) -> None:
+    plan = crowded_scene(40, 80).plan().to(DEVICE)
+    inputs = on_device(make_inputs(plan, background=True, mask=True, heads=1))
+    first, second = (answer(inputs, plan, "triton", dropout_p=0.3) for _ in range(2))
+    assert torch.equal(first.out, second.out)
+    assert torch.equal(first.lse, second.lse)
+    for left, right in zip(first.grads, second.grads, strict=True):
+        assert torch.equal(left, right)
+
+
+@pytest.mark.parametrize("name", ["cpu", "triton"])
+def test_gradients_of_some_are_those_of_all(name: str) -> None:
+    """Whatever else is frozen, or not asked for."""
+    device = torch.device("cpu") if name == "cpu" else DEVICE
+    plan = make_scene(((6, 4), (5, 5)), (3, 3), (7, 11), 30).plan().to(device)
+    inputs = make_inputs(plan.to("cpu"), heads=1, background=True, dtype=torch.float32)
+    leaves = inputs.map(lambda x: x.to(device)).fresh()
+    out, lse = leaves.attend(plan, name)
+    loss = out.square().sum() + lse.sin().sum()
+    expected = torch.autograd.grad(loss, leaves.leaves(), retain_graph=True)
+    # Of queries, points, cells; queries and the keys of cells, keys and the values of cells.
+    for numbers in ((0,), (2,), (5,), (0, 4), (1, 5)):
+        some, wanted = ([x[i] for i in numbers] for x in (leaves.leaves(), expected))
+        among_all = torch.autograd.grad(loss, some, retain_graph=True)
+        frozen = [x.detach() for x in leaves.leaves()]
+        alone = [frozen[i].requires_grad_() for i in numbers]
+        out, lse = leaves.with_leaves(frozen).attend(plan, name)
+        (out.square().sum() + lse.sin().sum()).backward()
+        for leaf, of_some, of_all in zip(alone, among_all, wanted, strict=True):
+            assert of_all.count_nonzero()
+            assert torch.equal(of_some, of_all)
+            assert leaf.grad is not None
+            assert relative_error(leaf.grad.cpu(), of_all.cpu().double()) < 1e-6
+
+
+def test_strides_of_any_kind() -> None:
+    """A part of a wider tensor, heads before rows, channels apart, an expanded gradient."""
+    plan = scene_2d().plan().to(DEVICE)
+    inputs = on_device(make_inputs(plan, width=6))
+    wide = torch.cat((inputs.k, inputs.v), 2)
+    k, v = wide.split(6, 2)
+    q = inputs.q.transpose(0, 1).contiguous().transpose(0, 1)
+    apart = inputs.q.transpose(1, 2).contiguous().transpose(1, 2)
+    assert apart.stride(2) != 1
+    expected, _ = inputs.attend(plan, "triton")
+    for queries in (q, apart):
+        leaf = queries.detach().requires_grad_()
+        out = neighborhood_attention(leaf, k, v, plan, backend="triton")
+        assert torch.equal(out.detach(), expected)
+        out.sum().backward()
+        grad = leaf.grad
+        plain = inputs.q.clone().requires_grad_()
+        (neighborhood_attention(plain, k, v, plan, backend="triton") * 1.0).sum().backward()
+        assert grad is not None
+        assert torch.equal(grad, plain.grad)  # type: ignore[arg-type]
+
+
+# ------------------------------------------------------------------- numbers that are not finite
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_what_is_not_finite_reaches_those_that_see_it(name: str, value: float) -> None:
+    scene = scene_2d(n_queries=20, n_points=60)
+    plan = scene.plan()
+    inputs = on_device(make_inputs(plan, heads=2)).fresh()
+    pairs, head = plan.pairs(), 1
+    index = int(pairs[0, 0 if name == "q" else 1])
+    poisoned = getattr(inputs, name).detach().clone()
+    poisoned[index, head, 1] = value
+    poisoned.requires_grad_()
+    spoiled = inputs._replace(**{name: poisoned})
+    seeing = pairs[:, 0] == index if name == "q" else pairs[:, 1] == index
+    touched = pairs[seeing, 0].unique()
+    # Whoever shares a query with the number gets part of what is left of it.
+    reached = pairs[(pairs[:, :1] == touched).any(1), 1].unique()
+
+    out, _ = spoiled.attend(plan.to(DEVICE), "triton")
+    clean, _ = inputs.attend(plan.to(DEVICE), "triton")
+    safe = torch.ones(out.shape[:2], dtype=torch.bool)
+    safe[touched, head] = False
+    assert torch.equal(out.detach().cpu()[safe], clean.detach().cpu()[safe])
+    assert not out.detach().cpu()[~safe].isfinite().all(-1).any()
+
+    out.sum().backward()
+    clean.sum().backward()
+    points = torch.ones(inputs.k.shape[:2], dtype=torch.bool)
+    points[reached, head] = False
+    for leaf, plain, unaffected in (
+        (spoiled.q, inputs.q, safe), (spoiled.k, inputs.k, points), (spoiled.v, inputs.v, points),
+    ):  # fmt: skip
+        grad, expected = leaf.grad, plain.grad
+        if leaf is plain:  # it took part in both
+            continue
+        assert grad is not None
+        assert expected is not None
+        assert torch.equal(grad.cpu()[unaffected], expected.cpu()[unaffected])
+
+
+def test_a_gradient_that_is_not_finite_reaches_what_its_query_sees() -> None:
+    plan = scene_2d(n_queries=20, n_points=60).plan()
+    inputs = on_device(make_inputs(plan, heads=1))
+    grads = []
+    for spoil in (False, True):
+        leaves = inputs.fresh()
+        out, _ = leaves.attend(plan.to(DEVICE), "triton")
+        cotangent = torch.ones_like(out)
+        if spoil:
+            cotangent[3, 0, 0] = math.nan
+        out.backward(cotangent)
+        grads.append([leaf.grad.cpu() for leaf in leaves.leaves()])  # type: ignore[union-attr]
+    pairs = plan.pairs()
+    points = torch.ones(plan.n_points, dtype=torch.bool)
+    points[pairs[pairs[:, 0] == 3, 1]] = False
+    assert 0 < points.sum() < plan.n_points
+    queries = torch.arange(20) != 3
+    for (plain, spoiled), unaffected in zip(
+        zip(*grads, strict=True), (queries, points, points), strict=True
+    ):
+        assert torch.equal(plain[unaffected], spoiled[unaffected])
+        assert not spoiled[~unaffected].isfinite().all(-1).any()
+
+
+# ---------------------------------------------------------------------------- rotation, plan
+
+
+@pytest.mark.parametrize("pattern", ["single", "closure"])
+@pytest.mark.parametrize("far", [1.0, 1e3])
+def test_rotation(pattern: str, far: float) -> None:
+    torch.manual_seed(1)
+    width = 34 if pattern == "single" else 18
+    exact = RotaryEncoding(
+        width, 3, 2, freq_group_pattern=pattern, enforce_freq_groups_equal=False
+    ).double()
+    ours = RotaryEncoding(
+        width, 3, 2, freq_group_pattern=pattern, enforce_freq_groups_equal=False, backend="triton"
+    ).to(DEVICE)
+    ours.load_state_dict(exact.state_dict())
+    # What float32 holds of these is where both rotate to.
+    exact.load_state_dict(ours.state_dict())
+    x = torch.randn(130, 3, width).requires_grad_()
+    place = (torch.rand(130, 3) * far).requires_grad_()
+    x64, place64 = (leaf.detach().double().requires_grad_() for leaf in (x, place))
+    expected = rotate_by_hand(exact, x64, place64)
+    leaves = [leaf.detach().to(DEVICE).requires_grad_() for leaf in (x, place)]
+    turned = ours(*leaves)
+    assert turned.dtype == torch.float32
+    cotangent = torch.randn(x.shape)
+    expected.backward(cotangent.double())
+    turned.backward(cotangent.to(DEVICE))
+    # An angle of a thousand radians is known to some 6e-5 of a radian.
+    tolerance = TOLERANCE * max(1.0, far / 100)
+    assert relative_error(turned.detach().cpu(), expected.detach()) < tolerance
+    pairs = [(leaves[0].grad, x64.grad), (leaves[1].grad, place64.grad)]
+    pairs += [(p.grad, e.grad) for p, e in zip(ours.freqs, exact.freqs, strict=True)]
+    for grad, wanted in pairs:
+        assert grad is not None
+        assert wanted is not None
+        assert relative_error(grad.cpu(), wanted) < tolerance
+
+
+def test_rotation_at_far_places_in_float64() -> None:
+    """Cells 2^25 and 2^25 + 1 are one in float32, and turn alike."""
+    encoding = RotaryEncoding(4, 1, 1, backend="triton").to(DEVICE)
+    places = torch.tensor([[2.0**25, 0.0], [2.0**25 + 1, 0.0]], dtype=torch.float64)
+    x = torch.ones(2, 1, 4)
+    exact = RotaryEncoding(4, 1, 1).double()
+    exact.load_state_dict(encoding.state_dict())
+    expected = rotate_by_hand(exact, x.double(), places)
+    turned = encoding(x.to(DEVICE), places.to(DEVICE)).detach().cpu()
+    assert relative_error(turned, expected.detach()) < TOLERANCE
+
+
+@settings(max_examples=20)
+@given(scene=scenes())
+def test_slices(scene: Scene) -> None:
+    plan = scene.plan()
+    keys, _, query_keys, point_keys, _ = plan._keyed_cells
+    traversal = plan.query_slices.traversal
+    arguments = [point_keys.sort().values, query_keys, traversal, *keys.window_rows()]
+    found = back_end.find_slices(*[x.to(DEVICE) for x in arguments])
+    for ours, expected in zip(found, reference.find_slices(*arguments), strict=True):
+        assert torch.equal(ours.cpu(), expected)
+
+
+@settings(max_examples=10)
+@given(scene=scenes(), rows=st.sampled_from([1, 4, TILE]))
+@pytest.mark.usefixtures("runs_by_triton")
+def test_runs(scene: Scene, rows: int) -> None:
+    """Those of the reference, and they list what the tile's rows see, each once."""
+    plan = scene.plan()
+    slices = plan.query_slices
+    levels = [size ** (plan.position_dim - 1) for size in plan.neighborhood_sizes]
+    windows = plan.neighborhood_sizes, plan.position_dim, rows
+    expected = reference.find_runs(*slices[:3], *windows)
+    traversal, starts, stops = (part.to(DEVICE) for part in slices[:3])
+    found = back_end.find_runs(traversal, starts, stops, *windows)
+    assert torch.equal(found[2].cpu(), expected[2])
+    begins = [rows * sum(levels[:level]) for level in range(len(levels))]
+    for tile, counts in enumerate(expected[2].tolist()):
+        for level, (n_runs, n_entries) in enumerate(counts):
+            used = slice(begins[level], begins[level] + n_runs)
+            for ours, theirs in zip(found[:2], expected[:2], strict=True):
+                assert torch.equal(ours.cpu()[tile, used], theirs[tile, used])
+            firsts, shifts = (part[tile, used] for part in expected[:2])
+            entries = torch.arange(n_entries)
+            run = torch.searchsorted(firsts, entries.int(), right=True) - 1
+            columns = entries + shifts[run]
+            members = slices.traversal[tile * rows : (tile + 1) * rows].tolist()
+            before = sum(levels[:level])
+            seen = {
+                column
+                for row in members
+                for number in range(before, before + levels[level])
+                for column in range(slices.starts[row, number], slices.stops[row, number])
+            }
+            assert columns.tolist() == sorted(seen)
+
+
+# ----------------------------------------------------------------------------- bounds of buffers
+
+
+class Checked:
+    """Triton's interpreter, which reads and writes only inside tensors that kernels were given."""
+
+    def __init__(self, plain: Any) -> None:
+        self._plain = plain
+        self.ranges = np.zeros((0, 2), dtype=np.uint64)
+        self.n_checked = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._plain, name)
+
+    def allow(self, arguments: Any) -> None:
+        storages = [x.untyped_storage() for x in _tensors(arguments)]
+        ranges = [(x.data_ptr(), x.data_ptr() + x.nbytes()) for x in storages]
+        self.ranges = np.array(ranges, dtype=np.uint64)
+
+    def _check(self, places: Any, mask: Any, n_bytes: int) -> None:
+        used = places[mask].ravel()
+        inside = np.zeros(used.shape, dtype=bool)
+        for start, stop in self.ranges:
+            inside |= (used >= start) & (used + np.uint64(n_bytes) <= stop)
+        self.n_checked += inside.size
+        assert inside.all(), "a kernel left its buffers"
+
+    def load(self, places: Any, mask: Any, other: Any, dtype: Any) -> Any:
+        self._check(places, mask, np.dtype(dtype).itemsize)
+        return self._plain.load(places, mask, other, dtype)
+
+    def store(self, places: Any, value: Any, mask: Any) -> Any:
+        self._check(places, mask, value.dtype.itemsize)
+        return self._plain.store(places, value, mask)
+
+
+def _tensors(arguments: Any) -> Iterator[Tensor]:
+    for x in arguments:
+        if isinstance(x, Tensor):
+            yield x
+        elif isinstance(x, tuple):
+            yield from _tensors(x)
+
+
+@pytest.fixture
+def checked(monkeypatch: pytest.MonkeyPatch) -> Checked | None:
+    """None on a GPU, where compute-sanitizer watches kernels; see `test_gpu`."""
+    if not triton_ops.INTERPRETS:
+        return None
+    import triton.runtime.interpreter as interpreter
+
+    checked = Checked(interpreter._interpreter)
+
+    def checked_launch(kernel: Any, n_programs: int, *arguments: Any, **options: Any) -> None:
+        checked.allow(arguments)
+        launch(kernel, n_programs, *arguments, **options)
+
+    monkeypatch.setattr(interpreter, "_interpreter", checked)
+    monkeypatch.setattr(triton_ops, "launch", checked_launch)
+    return checked
+
+
+def bad_plan(scene: Scene) -> NeighborhoodPlan:
+    """Unsorted offsets, places nowhere, points beyond the map, of no image and of no level."""
+    scene.positions[::5] = math.nan
+    scene.positions[1] = math.inf
+    scene.positions[2] = -1e30
+    coordinates = scene.pyramid.coordinates.clone()
+    coordinates[::7, 1] = 10**9
+    coordinates[1::7, 2] = -5
+    coordinates[2::7, 0] = 77
+    coordinates[3::7, -1] = -(2**40)
+    values, shapes = scene.pyramid.values.to(DEVICE), scene.pyramid.level_shapes
+    pyramid = FeaturePyramid(values, coordinates.to(DEVICE), shapes, 3, check_contents=False)
+    offsets = torch.tensor([9, 3, 2**40, -5], device=DEVICE)
+    return plan_neighborhoods(
+        scene.positions.to(DEVICE), offsets, pyramid, scene.sizes, check_contents=False
+    )
+
+
+@pytest.mark.usefixtures("runs_by_triton")
+@pytest.mark.parametrize("bad", [False, True])
+def test_kernels_stay_in_their_buffers(
+    bad: bool, checked: Checked | None, uninitialised_is_nan: None
+) -> None:
+    """And whoever stands nowhere takes no part."""
+    scene = scene_2d(n_queries=19, n_points=45)
+    plan = bad_plan(scene) if bad else scene.plan()
+    inputs = make_inputs(plan, heads=1, width=5, background=True, mask=True)
+    there = plan.to(DEVICE)
+    exact = back(answer(on_device(inputs, torch.float64), there, "reference", dropout_p=0.2))
+    ours = back(answer(on_device(inputs), there, "triton", dropout_p=0.2))
+    for actual, expected in zip(
+        (ours.out, ours.lse, *ours.grads), (exact.out, exact.lse, *exact.grads), strict=True
+    ):
+        assert relative_error(actual, expected) < TOLERANCE
+    keys, _, query_keys, point_keys, _ = there._keyed_cells
+    traversal = there.query_slices.traversal
+    back_end.find_slices(point_keys.sort().values, query_keys, traversal, *keys.window_rows())
+    encoding = RotaryEncoding(6, 1, 2, backend="triton").to(DEVICE)
+    x = torch.randn(19, 1, 6, device=DEVICE).requires_grad_()
+    encoding(x, torch.full((19, 3), math.nan, device=DEVICE)).sum().backward()
+    assert checked is None or checked.n_checked > 10_000
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_forged_plans_stay_in_their_buffers(seed: int, checked: Checked | None) -> None:
+    plan = scene_2d(n_queries=19, n_points=45).plan().to(DEVICE)
+    inputs = on_device(make_inputs(plan, heads=1, width=5))
+    with OwnOps("vicinal_triton") as ops:
+        out, _ = inputs.fresh().attend(plan, "triton")
+        out.sum().backward()
+    generator = torch.Generator().manual_seed(seed)
+    for op, arguments in ops.calls.values():
+        spoiled = [
+            [forged(part.cpu(), seed % 4 + 1, generator).to(DEVICE) for part in x]
+            if isinstance(x, list) and x and isinstance(x[0], Tensor) else x
+            for x in arguments
+        ]  # fmt: skip
+        op(*spoiled)
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()  # or another test would be told
+    assert checked is None or checked.n_checked
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="it is the interpreter that is checked")
+def test_the_bounds_are_checked(checked: Checked) -> None:
+    plan = scene_2d().plan()
+    inputs = make_inputs(plan, dtype=torch.float32)
+    allow = checked.allow
+
+    def all_but_the_last(arguments: Any) -> None:
+        allow(arguments)
+        checked.ranges = checked.ranges[:-1]
+
+    checked.allow = all_but_the_last  # type: ignore[method-assign]
+    with pytest.raises(Exception, match="left its buffers"):
+        inputs.attend(plan, "triton")
+
+
+# ----------------------------------------------------------------------------- ops of torch
+
+
+@pytest.mark.usefixtures("runs_by_triton")
+def test_opcheck() -> None:
+    plan = make_scene(((5, 4), (3, 3)), (3, 3), (4, 2), 9).plan().to(DEVICE)
+    with OwnOps("vicinal_triton") as ops:
+        inputs = on_device(make_inputs(plan, heads=1, background=True, mask=True)).fresh()
+        inputs.attend(plan, "triton", dropout_p=0.1)[0].sum().backward()
+        encoding = RotaryEncoding(4, 2, 2, backend="triton").to(DEVICE)
+        encoding(inputs.q.expand(-1, 2, -1), torch.rand(6, 3, device=DEVICE)).sum().backward()
+        slices = plan.query_slices
+        back_end.find_runs(*slices[:3], plan.neighborhood_sizes, 2, TILE)
+        keys, _, query_keys, point_keys, _ = plan._keyed_cells
+        back_end.find_slices(
+            point_keys.sort().values, query_keys, slices.traversal, *keys.window_rows()
+        )
+    assert len(ops.calls) == 7
+    backward, arguments = ops.calls["neighborhood_attention_backward"]
+    for needed in ((False, True), (True, False)):
+        some = as_leaves((*arguments[:-2], *needed), requires_grad=False)
+        torch.library.opcheck(backward, some, test_utils=("test_schema", "test_faketensor"))
+    for name, (op, arguments) in ops.calls.items():
+        differentiable = name in ("neighborhood_attention", "rotate")
+        results = torch.library.opcheck(op, as_leaves(arguments, requires_grad=differentiable))
+        assert set(results.values()) == {"SUCCESS"}
+
+
+def test_autocast_keeps_positions_exact() -> None:
+    """Under bfloat16, cell 300 must not be cell 301."""
+    cells = torch.arange(290, 310)[:, None]
+    pyramid = FeaturePyramid(
+        torch.randn(20, 8, device=DEVICE),
+        torch.nn.functional.pad(cells, (1, 1)).to(DEVICE),
+        ((400,),),
+        1,
+    )
+    block = SparseNeighborhoodAttentionBlock(8, 2, 1, [3], 1, backend="triton").to(DEVICE)
+    arguments = pyramid.positions(), pyramid.batch_offsets(), pyramid
+    exact = block(pyramid.values, *arguments)
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        rounded = block(pyramid.values, *arguments)
+    assert rounded.dtype == torch.float32
+    assert 0 < relative_error(rounded.detach().cpu(), exact.detach().cpu().double()) < 2e-2
+
+
+def test_which_back_end_runs() -> None:
+    if DEVICE.type == "cuda":
+        assert choose_backend(None, DEVICE, torch.float32).attend is back_end.attend
+        assert choose_backend(None, DEVICE, torch.bfloat16).attend is back_end.attend
+    assert choose_backend(None, DEVICE, torch.float64).attend is not back_end.attend
+    with pytest.raises(ValueError, match=r"backend: .*float64 is left to 'reference'"):
+        choose_backend("triton", DEVICE, torch.float64)
+    with pytest.raises(ValueError, match=r"backend: .*it does not take torch.float8_e5m2"):
+        choose_backend("triton", DEVICE, torch.float8_e5m2)
+    with pytest.raises(ValueError, match=r"backend: .*at most 256 wide"):
+        choose_backend("triton", DEVICE, torch.float32, 257)
+    assert choose_backend(None, DEVICE, torch.float32, 257).attend is not back_end.attend
+    with pytest.raises(ValueError, match=r"backend: .*it runs on GPUs"):
+        choose_backend("triton", torch.device("meta"), torch.float32)
+
+
+def test_maps_too_long_for_32_bits_are_refused() -> None:
+    scene = make_scene(((2**31,),), (3,), (2,), 3)
+    plan, inputs = scene.plan(), make_inputs(scene.plan(), dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"level_shapes: expected sizes below 2\^30 for backend"):
+        on_device(inputs).attend(plan.to(DEVICE), "triton")

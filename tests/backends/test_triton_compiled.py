@@ -1,0 +1,119 @@
+"""Triton's kernels compiled ahead of time, for cards that need not be there."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+COMPILE = """
+import json, sys
+from benchmarks.kernels import CASES, usages
+
+for case in CASES:
+    for usage in usages(case, int(sys.argv[1])):
+        allowed = case.spills_allowed(usage.kernel)
+        print(json.dumps([str(case), allowed, usage._asdict()]))
+"""
+VARIANTS = """
+import json, torch
+from triton.backends.compiler import GPUTarget
+from benchmarks.kernels import Case, launches, variant
+
+found = {}
+for n_queries, n_points in ((1, 1), (16, 17), (15, 48)):
+    for everything in (True, False):
+        case = Case(torch.float16, 32, everything, 1, n_points, n_queries)
+        for launch in launches(case):
+            source, _ = variant(launch, GPUTarget("cuda", 90, 32))
+            name = f"{launch.kernel.fn.__name__} {everything}"
+            found.setdefault(name, set()).add(source.hash())
+print(json.dumps({name: len(hashes) for name, hashes in found.items()}))
+"""
+FOR_AMD = """
+import json, torch, triton
+from triton.backends.compiler import GPUTarget
+from benchmarks.kernels import Case, launches, variant
+
+target = GPUTarget("hip", "gfx942", 64)
+for everything in (True, False):
+    for launch in launches(Case(torch.bfloat16, 32, everything)):
+        source, options = variant(launch, target)
+        compiled = triton.compile(source, target=target, options=options)
+        print(json.dumps([launch.kernel.fn.__name__, compiled.metadata.shared]))
+"""
+KERNELS = {
+    "attend",
+    "query_gradients",
+    "point_gradients",
+    "find_flags",
+    "find_deltas",
+    "cell_key_gradients",
+    "cell_value_gradients",
+    "find_slices",
+    "find_runs",
+    "rotate",
+    "rotate_backward",
+}
+# Of a program, on any card from compute capability 8.0 on: 8.6, 8.9 and 12.0 have the least. 8.0
+# has 163 KiB, 9.0 and 10.0 have 227.
+SHARED_BYTES = 99 * 1024
+pytestmark = [
+    pytest.mark.skipif(
+        importlib.util.find_spec("triton") is None, reason="Triton is not installed"
+    ),
+    pytest.mark.skipif(sys.platform != "linux", reason="needs NVIDIA's assembler"),
+]
+
+
+def run(code: str, folder: Path, *arguments: str) -> list[Any]:
+    """The lines of JSON that ``code`` prints where Triton compiles, into ``folder``."""
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(folder), "PYTHONPATH": str(ROOT)}
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code, *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_one_variant_for_any_number_of_queries_and_points(tmp_path: Path) -> None:
+    """Multiples of 16 and one are no numbers of their own, so nothing is compiled for them."""
+    (variants,) = run(VARIANTS, tmp_path)
+    assert {name.split()[0] for name in variants} == KERNELS
+    assert {name for name, count in variants.items() if count > 1} == set()
+
+
+@pytest.mark.parametrize("architecture", [80, 90, 100])
+def test_kernels_compile_fit_and_hardly_spill(
+    architecture: int, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    lines = run(COMPILE, tmp_path, str(architecture))
+    assert {usage["kernel"] for _, _, usage in lines} == KERNELS
+    spilling = [line for line in lines if line[2]["spilled_bytes"] > line[1]]
+    assert not spilling
+    too_large = [line for line in lines if line[2]["shared_bytes"] > SHARED_BYTES]
+    assert not too_large
+    counts = "registers", "spilled_bytes", "shared_bytes"
+    for kernel in sorted(KERNELS):
+        own = [usage for _, _, usage in lines if usage["kernel"] == kernel]
+        most = "  ".join(f"{name} {max(usage[name] for usage in own)}" for name in counts)
+        record_property("kernel", f"{architecture}  {kernel}  {most}")
+
+
+def test_kernels_compile_for_amd(tmp_path: Path) -> None:
+    if importlib.util.find_spec("triton.backends.amd") is None:
+        pytest.skip("Triton was built for NVIDIA's cards alone")
+    lines = run(FOR_AMD, tmp_path)
+    assert {kernel for kernel, _ in lines} == KERNELS
+    assert max(shared for _, shared in lines) <= 64 * 1024

@@ -1,0 +1,202 @@
+"""The encoder: its layers one after another, on one plan, with and without checkpointing."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from detr_scenes import (
+    EMBED,
+    SavedBytes,
+    gradients,
+    make_block,
+    make_encoder,
+    make_pyramid,
+    refused,
+    spans,
+    stir,
+)
+from problems import assert_close
+from torch import Tensor, nn
+
+from vicinal import FeaturePyramid, SparseNeighborhoodAttentionBlock, plan_neighborhoods
+from vicinal.detr import Encoder, EncoderLayer, FeedForward
+
+COUNTS = (20, 0, 7, 1)
+
+
+def stirred(encoder: Encoder) -> Encoder:
+    stir(encoder)
+    return encoder.double()
+
+
+def by_hand(encoder: Encoder, pyramid: FeaturePyramid) -> Tensor:
+    """Attention and feed-forward of every layer, each with a plan of its own."""
+    positions = (pyramid.cells + 0.5) * torch.tensor(
+        [
+            [full / size for full, size in zip(pyramid.level_shapes[0], shape, strict=True)]
+            for shape in pyramid.level_shapes
+        ],
+        dtype=pyramid.values.dtype,
+    )[pyramid.levels]
+    offsets = torch.tensor([0, *[sum(COUNTS[: i + 1]) for i in range(len(COUNTS))]])
+    values = pyramid.values
+    for layer in encoder.layers:
+        attention: Any = layer.attention
+        feed_forward: Any = layer.feed_forward
+        values = feed_forward(
+            attention(
+                values,
+                positions,
+                offsets,
+                FeaturePyramid(
+                    values, pyramid.coordinates, pyramid.level_shapes, pyramid.batch_size
+                ),
+                query_level_indices=pyramid.coordinates[:, -1],
+            )
+        )
+    out: Tensor = encoder.norm(values)
+    return out
+
+
+@pytest.mark.parametrize("position_dim", [1, 2, 3])
+def test_is_its_layers_one_after_another(position_dim: int) -> None:
+    encoder = stirred(make_encoder(3, position_dim))
+    pyramid = make_pyramid(COUNTS, position_dim)
+    out = encoder(pyramid)
+    assert torch.equal(out.coordinates, pyramid.coordinates)
+    assert (out.level_shapes, out.batch_size) == (pyramid.level_shapes, len(COUNTS))
+    assert_close(out.values, by_hand(encoder, pyramid), 1e-12)
+
+
+def test_one_plan_serves_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def spy(*arguments: Any) -> Any:
+        calls.append(arguments)
+        return plan_neighborhoods(*arguments)
+
+    monkeypatch.setattr("vicinal.nn.block.plan_neighborhoods", spy)
+    for checkpoint in (False, True):
+        calls.clear()
+        encoder = stirred(make_encoder(4, checkpoint=checkpoint))
+        encoder(make_pyramid(COUNTS)).values.sum().backward()
+        assert len(calls) == 1
+
+
+def test_checkpointing_gives_the_same_bits_and_stores_less() -> None:
+    plain = stirred(make_encoder(3, dropout=0.2))
+    again = make_encoder(3, checkpoint=True, dropout=0.2).double()
+    again.load_state_dict(plain.state_dict())
+    pyramid = make_pyramid((60, 40))
+    outs, stored, input_grads = [], [], []
+    for encoder in (plain, again):
+        values = pyramid.values.clone().requires_grad_()
+        saved = SavedBytes()
+        torch.manual_seed(2)
+        with saved.counted():
+            out = encoder(pyramid.with_values(values)).values
+        (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)).sum().backward()
+        outs.append(out)
+        stored.append(saved.nbytes)
+        assert values.grad is not None
+        input_grads.append(values.grad)
+    assert torch.equal(*outs)
+    assert torch.equal(*input_grads)
+    others = gradients(again)
+    for name, grad in gradients(plain).items():
+        other = others[name]
+        assert grad is not None, name
+        assert other is not None, name
+        assert torch.equal(grad, other), name
+    assert stored[1] < stored[0] / 4
+
+
+class MeanOfImage(nn.Module):
+    """Something else that is called as the attentions are: all of an image see its mean."""
+
+    def make_plan(self, positions: Tensor, offsets: Tensor, pyramid: FeaturePyramid) -> list[slice]:
+        return spans(offsets)
+
+    def forward(
+        self,
+        query: Tensor,
+        query_spatial_positions: Tensor,
+        query_batch_offsets: Tensor,
+        stacked_feature_maps: FeaturePyramid,
+        level_spatial_shapes: Any = None,
+        background_embedding: Tensor | None = None,
+        query_level_indices: Tensor | None = None,
+        query_mask: Tensor | None = None,
+        *,
+        plan: list[slice] | None = None,
+    ) -> Tensor:
+        assert plan is not None
+        means = [stacked_feature_maps.values[rows].mean(0).expand_as(query[rows]) for rows in plan]
+        return query + torch.cat(means)
+
+
+def test_takes_whatever_is_called_like_the_attentions() -> None:
+    layers = [EncoderLayer(MeanOfImage(), nn.Identity()) for _ in range(2)]
+    encoder = Encoder(layers, EMBED).double()
+    pyramid = make_pyramid((5, 3))
+    values = pyramid.values
+    for _ in range(2):
+        means = torch.cat((values[:5].mean(0).expand(5, -1), values[5:].mean(0).expand(3, -1)))
+        values = values + means
+    assert_close(encoder(pyramid).values, encoder.norm(values), 1e-12)
+
+
+def test_a_layer_without_a_plan_makes_its_own() -> None:
+    pyramid = make_pyramid(COUNTS)
+    layer = EncoderLayer(make_block(), FeedForward(EMBED)).double()
+    where = pyramid.positions(torch.float64), pyramid.batch_offsets()
+    plan = layer.attention.make_plan(*where, pyramid)  # type: ignore[operator]
+    values = torch.randn_like(pyramid.values)
+    expected = layer(values, pyramid.with_values(values), *where, plan)
+    assert torch.equal(layer(values, pyramid, *where), expected)
+
+
+@pytest.mark.parametrize("counts", [(), (0,), (0, 0, 0), (0, 1)])
+def test_next_to_no_points(counts: tuple[int, ...]) -> None:
+    encoder = stirred(make_encoder(2))
+    out = encoder(make_pyramid(counts))
+    assert out.values.shape == (sum(counts), EMBED)
+    assert out.batch_size == len(counts)
+    out.values.sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in encoder.parameters())
+
+
+def test_images_are_apart() -> None:
+    encoder = stirred(make_encoder(2))
+    pyramid = make_pyramid((12, 9))
+    out = encoder(pyramid).values
+    for bad in (torch.nan, 1e3):
+        spoilt = pyramid.values.clone()
+        spoilt[3] = bad
+        assert torch.equal(encoder(pyramid.with_values(spoilt)).values[12:], out[12:])
+
+
+def test_what_does_not_fit_is_refused_by_name() -> None:
+    with refused("layers"):
+        Encoder([], EMBED)
+    encoder = make_encoder().double()
+    with refused("pyramid"):
+        encoder(torch.zeros(3, EMBED))
+    with refused("pyramid.values"):
+        encoder(make_pyramid((5,), embed_dim=EMBED + 2))
+    pyramid = make_pyramid((5, 4))
+    with refused("coordinates"):
+        encoder(
+            FeaturePyramid(pyramid.values, pyramid.coordinates.flip(0), pyramid.level_shapes, 2)
+        )
+
+
+def test_layers_of_other_windows_are_refused() -> None:
+    other = SparseNeighborhoodAttentionBlock(EMBED, 2, 2, (3, 3))
+    layers = [
+        EncoderLayer(attention, FeedForward(EMBED))
+        for attention in (make_block(), copy.copy(other))
+    ]
+    with refused("plan"):
+        Encoder(layers, EMBED).double()(make_pyramid((5,)))

@@ -1,0 +1,375 @@
+"""Matching against all permutations, assignment against loops, and what neither takes."""
+
+import itertools
+import math
+import sys
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from vicinal.detr import matching
+from vicinal.detr.matching import HungarianMatcher, Matches, assign_inside
+from vicinal.detr.targets import Predictions, Targets
+
+MATCHER = HungarianMatcher(class_weight=1.5, l1_weight=0.7, giou_weight=2.5, alpha=0.3, gamma=1.5)
+N_CLASSES = 3
+
+
+def random_boxes(n: int, position_dim: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    draws = torch.rand(2, n, position_dim, generator=generator, dtype=torch.float64)
+    return torch.cat((6 * draws[0], 2 * draws[1] + 0.2), 1)
+
+
+def offsets_from_ids(counts: list[int]) -> Tensor:
+    return torch.tensor([0, *itertools.accumulate(counts)])
+
+
+def random_images(
+    sizes: list[tuple[int, int]], position_dim: int = 2, seed: int = 0
+) -> tuple[Predictions, Targets]:
+    """Images of so many predictions and so many objects."""
+    queries, objects = [n for n, _ in sizes], [m for _, m in sizes]
+    generator = torch.Generator().manual_seed(seed)
+    logits = 2 * torch.randn(sum(queries), N_CLASSES, generator=generator, dtype=torch.float64)
+    labels = torch.randint(N_CLASSES, (sum(objects),), generator=generator)
+    return (
+        Predictions(
+            logits, random_boxes(sum(queries), position_dim, seed), offsets_from_ids(queries)
+        ),
+        Targets(
+            random_boxes(sum(objects), position_dim, seed + 1), labels, offsets_from_ids(objects)
+        ),
+    )
+
+
+def plain_giou(a: list[float], b: list[float]) -> float:
+    dim = len(a) // 2
+    shared = hull = a_volume = b_volume = 1.0
+    for axis in range(dim):
+        (a_low, a_high), (b_low, b_high) = (
+            (box[axis] - box[dim + axis] / 2, box[axis] + box[dim + axis] / 2) for box in (a, b)
+        )
+        shared *= max(min(a_high, b_high) - max(a_low, b_low), 0)
+        hull *= max(a_high, b_high) - min(a_low, b_low)
+        a_volume, b_volume = a_volume * (a_high - a_low), b_volume * (b_high - b_low)
+    union = a_volume + b_volume - shared
+    return shared / union - (hull - union) / hull
+
+
+def plain_cost(logit: float, box: list[float], target: list[float]) -> float:
+    p = 1 / (1 + math.exp(-logit))
+    focal = -0.3 * math.pow(1 - p, 1.5) * math.log(p) + 0.7 * math.pow(p, 1.5) * math.log(1 - p)
+    size = target[len(target) // 2 :] * 2
+    off = [abs(a - b) / s for a, b, s in zip(box, target, size, strict=True)]
+    return 1.5 * focal + 0.7 * sum(off) / len(off) - 2.5 * plain_giou(box, target)
+
+
+def best_by_permutations(predictions: Predictions, targets: Targets) -> set[tuple[int, int]]:
+    """The pairs of least cost, over all ways to pair each image's rows."""
+    logits, boxes, offsets = (part.tolist() for part in predictions)
+    objects, labels, object_offsets = (part.tolist() for part in targets)
+    found: set[tuple[int, int]] = set()
+    for queries, rows in zip(
+        itertools.starmap(range, itertools.pairwise(offsets)),
+        itertools.starmap(range, itertools.pairwise(object_offsets)),
+        strict=True,
+    ):
+        few, many = sorted((queries, rows), key=len)
+        ways = [
+            [(a, b) if few is queries else (b, a) for a, b in zip(few, way, strict=True)]
+            for way in itertools.permutations(many, len(few))
+        ]
+        costs = [
+            sum(plain_cost(logits[q][labels[t]], boxes[q], objects[t]) for q, t in way)
+            for way in ways
+        ]
+        found |= set(ways[costs.index(min(costs))])
+    return found
+
+
+def pairs(matches: Matches) -> list[tuple[int, int]]:
+    return list(zip(matches.prediction.tolist(), matches.target.tolist(), strict=True))
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 5), st.integers(0, 4)), min_size=1, max_size=4),
+    st.integers(1, 3),
+    st.integers(0, 1000),
+)
+def test_matches_cost_least_of_all_permutations(
+    sizes: list[tuple[int, int]], position_dim: int, seed: int
+) -> None:
+    predictions, targets = random_images(sizes, position_dim, seed)
+    found = pairs(MATCHER(predictions, targets))
+    assert len(found) == len(set(found)) == sum(min(n, m) for n, m in sizes)
+    assert set(found) == best_by_permutations(predictions, targets)
+    assert [prediction for prediction, _ in found] == sorted(prediction for prediction, _ in found)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [[(0, 0)], [(5, 0)], [(0, 5)], [(0, 3), (3, 0), (0, 0)], [(1, 1)], [(1, 4)], [(2, 1), (1, 6)]],
+)
+def test_images_without_objects_or_queries_and_with_one_query(sizes: list[tuple[int, int]]) -> None:
+    predictions, targets = random_images(sizes)
+    matches = MATCHER(predictions, targets)
+    assert matches.prediction.dtype == matches.target.dtype == torch.int64
+    assert set(pairs(matches)) == best_by_permutations(predictions, targets)
+
+
+def test_no_images() -> None:
+    predictions, targets = random_images([])
+    assert pairs(MATCHER(predictions, targets)) == []
+
+
+def test_good_predictions_are_matched_with_their_objects() -> None:
+    _, targets = random_images([(0, 20), (0, 30)])
+    shuffled = torch.cat((torch.randperm(20), 20 + torch.randperm(30)))
+    logits = torch.nn.functional.one_hot(targets.labels[shuffled], N_CLASSES).double()
+    predictions = Predictions(logits, targets.boxes[shuffled] + 1e-3, targets.offsets)
+    matches = HungarianMatcher()(predictions, targets)
+    assert torch.equal(matches.target, shuffled)
+
+
+def test_the_class_decides_between_equal_boxes() -> None:
+    targets = Targets(torch.tensor([[5.0, 5, 2, 2]]), torch.tensor([1]), torch.tensor([0, 1]))
+    logits = torch.tensor([[4.0, -4.0, 0.0], [-4.0, -3.0, 0.0], [4.0, -3.5, 0.0]])
+    predictions = Predictions(logits, targets.boxes.expand(3, 4), torch.tensor([0, 3]))
+    assert pairs(HungarianMatcher()(predictions, targets)) == [(1, 0)]
+
+
+def test_costs_are_those_of_pairs_in_the_same_image_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def counting(a: Tensor, b: Tensor) -> Tensor:
+        seen.append(a.shape)
+        return a.new_zeros(len(a))
+
+    monkeypatch.setattr(matching, "generalized_iou", counting)
+    MATCHER(*random_images([(7, 3)] * 50))
+    assert seen == [(50 * 7 * 3, 4)]
+
+
+def test_matching_takes_no_part_in_the_gradient() -> None:
+    predictions, targets = random_images([(4, 2)])
+    with torch.enable_grad():
+        matches = MATCHER(
+            predictions._replace(boxes=predictions.boxes.clone().requires_grad_()), targets
+        )
+    assert not matches.prediction.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_logits_of_any_precision_and_offsets_of_any_integer_type(dtype: torch.dtype) -> None:
+    predictions, targets = random_images([(6, 3), (4, 5)])
+    half = predictions._replace(
+        logits=predictions.logits.to(dtype),
+        boxes=predictions.boxes.float(),
+        offsets=predictions.offsets.int(),
+    )
+    wide = predictions._replace(logits=half.logits.double(), boxes=half.boxes.double())
+    expected = MATCHER(wide, targets)
+    assert pairs(MATCHER(half, targets._replace(labels=targets.labels.int()))) == pairs(expected)
+
+
+def test_logits_of_any_size_give_finite_costs() -> None:
+    predictions, targets = random_images([(6, 3)])
+    huge = predictions._replace(logits=predictions.logits.float() * 1e30)
+    assert len(pairs(HungarianMatcher(gamma=0.5)(huge, targets))) == 3
+
+
+def test_boxes_too_far_for_a_finite_cost_are_refused() -> None:
+    predictions, targets = random_images([(2, 2)])
+    far = predictions._replace(boxes=(predictions.boxes * 3e37).float())
+    targets = targets._replace(boxes=(targets.boxes / 1e3).float())
+    with pytest.raises(ValueError, match="predictions: expected boxes near enough"):
+        MATCHER(far, targets)
+
+
+def test_without_scipy_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "scipy.optimize", None)
+    with pytest.raises(ImportError, match=r"pip install 'vicinal\[detr\]'"):
+        MATCHER(*random_images([(2, 2)]))
+
+
+def plain_assignment(positions: Tensor, offsets: Tensor, targets: Targets) -> list[int]:
+    dim, boxes = positions.shape[1], targets.boxes.tolist()
+    edges = zip(
+        itertools.pairwise(offsets.tolist()),
+        itertools.pairwise(targets.offsets.tolist()),
+        strict=True,
+    )
+    found = []
+    for (start, stop), (first, last) in edges:
+        for position in positions[start:stop].tolist():
+            holding = [
+                (math.prod(boxes[row][dim:]), row)
+                for row in range(first, last)
+                if all(
+                    center - size / 2 <= x <= center + size / 2
+                    for x, center, size in zip(
+                        position, boxes[row][:dim], boxes[row][dim:], strict=True
+                    )
+                )
+            ]
+            found.append(min(holding)[1] if holding else -1)
+    return found
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 9), st.integers(0, 4)), min_size=1, max_size=4),
+    st.integers(1, 3),
+    st.integers(0, 1000),
+)
+def test_positions_go_to_the_smallest_box_that_holds_them(
+    sizes: list[tuple[int, int]], position_dim: int, seed: int
+) -> None:
+    predictions, targets = random_images(sizes, position_dim, seed)
+    # On halves, so that many positions lie on borders and many boxes are equal in volume.
+    places = (predictions.boxes[:, :position_dim] * 2).round() / 2
+    targets = targets._replace(boxes=(targets.boxes * 2).ceil() / 2)
+    assigned = assign_inside(places, predictions.offsets, targets)
+    assert assigned.dtype == torch.int64
+    assert assigned.tolist() == plain_assignment(places, predictions.offsets, targets)
+
+
+def test_borders_belong_to_the_box_and_the_first_of_equals_wins() -> None:
+    boxes = torch.tensor([[4.0, 4, 8, 8], [2, 2, 2, 2], [4, 2, 2, 2], [2, 2, 2, 2]])
+    targets = Targets(boxes, torch.zeros(4, dtype=torch.int64), torch.tensor([0, 4]))
+    places = torch.tensor([[0.0, 0], [1, 1], [3, 2], [5, 3], [8, 8], [8.001, 8], [2, 3.5]])
+    assigned = assign_inside(places, torch.tensor([0, 7]), targets)
+    assert assigned.tolist() == [0, 1, 1, 2, 0, -1, 0]
+
+
+def test_the_smallest_box_is_that_of_least_volume() -> None:
+    boxes = torch.tensor([[5.0, 5, 3, 3], [5, 5, 6, 1]])
+    targets = Targets(boxes, torch.zeros(2, dtype=torch.int64), torch.tensor([0, 2]))
+    assert assign_inside(torch.tensor([[5.0, 5]]), torch.tensor([0, 1]), targets).item() == 1
+
+
+def test_boxes_hold_positions_of_their_own_image_alone() -> None:
+    boxes = torch.tensor([[4.0, 8.0]]).repeat(2, 1)
+    targets = Targets(boxes, torch.zeros(2, dtype=torch.int64), torch.tensor([0, 0, 1, 2]))
+    places = torch.full((6, 1), 3.0)
+    assigned = assign_inside(places, torch.tensor([0, 2, 3, 6]), targets)
+    assert assigned.tolist() == [-1, -1, 0, 1, 1, 1]
+
+
+def test_pairs_of_all_positions_inside() -> None:
+    matches = Matches.inside(torch.tensor([-1, 3, 0, -1, 3]))
+    assert pairs(matches) == [(1, 3), (2, 0), (4, 3)]
+    assert pairs(Matches.inside(torch.tensor([-1, -1]))) == []
+
+
+PREDICTIONS, TARGETS = random_images([(4, 2), (3, 2)])
+
+
+def changed(of: Predictions | Targets, part: str, row: int, value: Any) -> Any:
+    """With one row of one part set to ``value``."""
+    replaced = getattr(of, part).clone()
+    replaced[row] = value
+    return of._replace(**{part: replaced})
+
+
+WRONG_PREDICTIONS: list[tuple[Any, str, str]] = [
+    (None, "predictions", "NoneType"),
+    (changed(PREDICTIONS, "logits", 5, torch.nan), "predictions.logits", "in row 5"),
+    (changed(PREDICTIONS, "logits", 2, -torch.inf), "predictions.logits", "in row 2"),
+    (changed(PREDICTIONS, "boxes", 6, torch.inf), "predictions.boxes", "in row 6"),
+    (changed(PREDICTIONS, "boxes", 1, torch.tensor([1, 1, 0, 1.0])), "predictions.boxes", "row 1"),
+    (PREDICTIONS._replace(boxes=torch.rand(6, 4)), "predictions.boxes", "[6, 4]"),
+    (PREDICTIONS._replace(boxes=torch.rand(7, 3)), "predictions.boxes", "[7, 3]"),
+    (PREDICTIONS._replace(logits=torch.rand(7)), "predictions.logits", "[7]"),
+    (changed(PREDICTIONS, "offsets", 2, 6), "predictions.offsets", "[0, 4, 6]"),
+    (changed(PREDICTIONS, "offsets", 1, 8), "predictions.offsets", "[0, 8, 7]"),
+    (PREDICTIONS._replace(offsets=torch.tensor([0.0, 4, 7])), "predictions.offsets", "float32"),
+    (PREDICTIONS._replace(offsets=torch.tensor([]).long()), "predictions.offsets", "[0]"),
+]
+WRONG_TARGETS: list[tuple[Any, str, str]] = [
+    ((TARGETS.boxes, TARGETS.labels, TARGETS.offsets), "targets", "tuple"),
+    (changed(TARGETS, "labels", 0, -1), "targets.labels", "from -1"),
+    (changed(TARGETS, "boxes", 3, torch.nan), "targets.boxes", "in row 3"),
+    (changed(TARGETS, "boxes", 2, torch.tensor([1, 1, 1, 0.0])), "targets.boxes", "0.0] in row 2"),
+    (changed(TARGETS, "boxes", 1, torch.tensor([1, 1, -2, 1.0])), "targets.boxes", "-2.0, 1.0]"),
+    (TARGETS._replace(labels=torch.zeros(4)), "targets.labels", "float32"),
+    (TARGETS._replace(labels=torch.zeros(3).long()), "targets.labels", "[3]"),
+    (TARGETS._replace(boxes=torch.rand(4, 5)), "targets.boxes", "[4, 5]"),
+    (TARGETS._replace(offsets=torch.tensor([]).long()), "targets.offsets", "[0]"),
+    (changed(TARGETS, "offsets", 0, 1), "targets.offsets", "[1, 2, 4]"),
+]
+# These may be right elsewhere.
+TARGETS_OF_OTHERS: list[tuple[Any, str, str]] = [
+    (TARGETS._replace(boxes=torch.rand(4, 6)), "targets.boxes", "[4, 6]"),
+    (TARGETS._replace(offsets=torch.tensor([0, 4])), "targets.offsets", "[2]"),
+]
+
+
+def assert_refusal(refusal: pytest.ExceptionInfo[ValueError], argument: str, came: str) -> None:
+    message = str(refusal.value)
+    assert message.startswith(f"{argument}: ")
+    assert came in message.split("got")[-1]
+
+
+@pytest.mark.parametrize(("predictions", "argument", "came"), WRONG_PREDICTIONS)
+def test_refused_predictions(predictions: Any, argument: str, came: str) -> None:
+    with pytest.raises(ValueError, match="expected") as refusal:
+        MATCHER(predictions, TARGETS)
+    assert_refusal(refusal, argument, came)
+
+
+@pytest.mark.parametrize(
+    ("targets", "argument", "came"),
+    [
+        *WRONG_TARGETS,
+        *TARGETS_OF_OTHERS,
+        (changed(TARGETS, "labels", 3, 3), "targets.labels", "to 3"),
+    ],
+)
+def test_refused_targets(targets: Any, argument: str, came: str) -> None:
+    with pytest.raises(ValueError, match="expected") as refusal:
+        MATCHER(PREDICTIONS, targets)
+    assert_refusal(refusal, argument, came)
+
+
+@pytest.mark.parametrize(("targets", "argument", "came"), [*WRONG_TARGETS, *TARGETS_OF_OTHERS])
+def test_refused_targets_of_positions(targets: Any, argument: str, came: str) -> None:
+    with pytest.raises(ValueError, match="expected") as refusal:
+        assign_inside(torch.rand(5, 2), torch.tensor([0, 2, 5]), targets)
+    assert_refusal(refusal, argument, came)
+
+
+@pytest.mark.parametrize(
+    ("positions", "offsets", "argument", "came"),
+    [
+        (torch.rand(5), [0, 2, 5], "positions", "[5]"),
+        (torch.ones(5, 2).long(), [0, 2, 5], "positions", "int64"),
+        (torch.full((5, 2), torch.nan), [0, 2, 5], "positions", "in row 0"),
+        (torch.rand(5, 2), [0, 2, 4], "offsets", "[0, 2, 4]"),
+        (torch.rand(5, 2), [0, 2, 1, 5], "targets.offsets", "[3]"),
+        (torch.rand(5, 3), [0, 2, 5], "targets.boxes", "[4, 4]"),
+    ],
+)
+def test_refused_positions(positions: Tensor, offsets: list[int], argument: str, came: str) -> None:
+    with pytest.raises(ValueError, match="expected") as refusal:
+        assign_inside(positions, torch.tensor(offsets), TARGETS)
+    assert_refusal(refusal, argument, came)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("class_weight", -1.0),
+        ("l1_weight", math.inf),
+        ("giou_weight", math.nan),
+        ("alpha", 1.5),
+        ("gamma", "2"),
+    ],
+)
+def test_refused_weights(argument: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"{argument}: expected a finite number"):
+        HungarianMatcher(**{argument: value})

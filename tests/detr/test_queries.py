@@ -1,0 +1,89 @@
+"""Object queries: ragged batches, the best of each image, and what is no set of queries."""
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from detr_scenes import EMBED, make_queries, offsets_from_ids, refused
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vicinal._utils import ragged as _ragged
+from vicinal._utils.ragged import batch_ids
+from vicinal.detr.queries import best_per_image, check_queries
+
+COUNTS = st.lists(st.integers(0, 5), max_size=5)
+
+
+@given(COUNTS)
+def test_images_and_offsets_are_each_others_inverse(counts: list[int]) -> None:
+    offsets = offsets_from_ids(counts)
+    image = batch_ids(offsets, sum(counts))
+    assert image.tolist() == [b for b, count in enumerate(counts) for _ in range(count)]
+    torch.testing.assert_close(
+        _ragged.offsets_from_ids(image, len(counts)), offsets, rtol=0, atol=0
+    )
+
+
+def test_images_are_found_from_offsets_of_any_integer_dtype_and_layout() -> None:
+    offsets = offsets_from_ids([2, 0, 1])
+    for dtype in (torch.int32, torch.int64, torch.uint8):
+        assert batch_ids(offsets.to(dtype), 3).tolist() == [0, 0, 2]
+    assert batch_ids(torch.stack((offsets, offsets), 1)[:, 0], 3).tolist() == [0, 0, 2]
+
+
+@given(COUNTS, st.integers(1, 6), st.integers(0, 100))
+def test_the_best_of_each_image_as_sorting_each_alone_finds_them(
+    counts: list[int], n_best: int, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    offsets = offsets_from_ids(counts)
+    scores = torch.randint(4, (sum(counts),), generator=generator).float()  # with many ties
+    chosen, chosen_offsets = best_per_image(
+        scores, batch_ids(offsets, len(scores)), len(counts), n_best
+    )
+    expected = [
+        sorted(range(first, last), key=lambda row: (-float(scores[row]), row))[:n_best]
+        for first, last in itertools.pairwise(offsets.tolist())
+    ]
+    assert chosen.tolist() == [row for rows in expected for row in rows]
+    assert chosen_offsets.tolist() == offsets_from_ids(list(map(len, expected))).tolist()
+
+
+def test_positions_are_the_centres_of_the_boxes() -> None:
+    queries = make_queries([2, 1], 3)
+    assert torch.equal(queries.positions, queries.boxes[:, :3])
+
+
+@pytest.mark.parametrize(
+    ("argument", "wrong"),
+    [
+        ("queries.embeddings", torch.zeros(3, EMBED + 1)),
+        ("queries.embeddings", torch.zeros(3, EMBED, dtype=torch.int64)),
+        ("queries.embeddings", None),
+        ("queries.boxes", torch.ones(3, 3)),
+        ("queries.boxes", torch.ones(2, 4)),
+        ("queries.boxes", torch.tensor([[1, 1, 1, 1], [1, 1, 1, 1], [1, torch.nan, 1, 1]])),
+        ("queries.boxes", torch.tensor([[1.0, 1, 1, 1], [1, 1, 1, 0], [1, 1, 1, 1]])),
+        ("queries.levels", torch.zeros(3)),
+        ("queries.levels", torch.zeros(2, dtype=torch.int64)),
+        ("queries.offsets", torch.tensor([0, 2, 4])),
+        ("queries.offsets", torch.tensor([0, 2, 1, 3])),
+        ("queries.offsets", torch.tensor([0.0, 3.0])),
+        ("queries.offsets", torch.tensor([], dtype=torch.int64)),
+        ("queries.groups", torch.zeros(3)),
+        ("queries.groups", torch.zeros(4, dtype=torch.int64)),
+    ],
+)
+def test_what_is_no_set_of_queries_is_refused_by_name(argument: str, wrong: Any) -> None:
+    queries = make_queries([2, 1])
+    check_queries(queries, EMBED, 2)
+    changed = queries._replace(**{argument.removeprefix("queries."): wrong})
+    with refused(argument):
+        check_queries(changed, EMBED, 2)
+
+
+def test_something_else_than_queries_is_refused() -> None:
+    with refused("queries"):
+        check_queries(tuple(make_queries([1])), EMBED, 2)  # type: ignore[arg-type]

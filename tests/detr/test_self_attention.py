@@ -1,0 +1,221 @@
+"""Self-attention of object queries against loops over images, and what it keeps apart."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from detr_scenes import EMBED, HEADS, make_queries, offsets_from_ids, refused, spans, stir
+from hypothesis import given
+from hypothesis import strategies as st
+from problems import assert_close, rotate_by_hand
+from torch import Tensor
+
+from vicinal.detr import ObjectQueries, QuerySelfAttention
+
+EXACT = 1e-12
+
+
+def make_attention(position_dim: int = 2, **options: Any) -> QuerySelfAttention:
+    attention = QuerySelfAttention(EMBED, HEADS, position_dim, **options).double()
+    stir(attention)
+    return attention
+
+
+def by_hand(attention: QuerySelfAttention, queries: ObjectQueries) -> Tensor:
+    """Query by query over those that it sees; positions turn pairs of channels as complex
+    numbers.
+    """
+    x = attention.norm(queries.embeddings) if attention.norm_first else queries.embeddings
+    parts = attention.in_proj(x).chunk(3, -1)
+    q, k, v = (part.unflatten(-1, (HEADS, -1)) for part in parts)
+    where = torch.cat((queries.positions, queries.levels[:, None].double()), 1)
+    q, k = (rotate_by_hand(attention.pos_encoding, part, where) for part in (q, k))
+    rows = []
+    for image in spans(queries.offsets):
+        for row in range(image.start, image.stop):
+            seen = list(range(image.start, image.stop))
+            if queries.groups is not None:
+                seen = [i for i in seen if queries.groups[i] == queries.groups[row]]
+            weights = ((k[seen] * q[row]).sum(-1) / math.sqrt(EMBED / HEADS)).softmax(0)
+            attended = (weights[..., None] * v[seen]).sum(0).flatten()
+            rows.append(queries.embeddings[row] + attention.out_proj(attended))
+    out = torch.stack(rows) if rows else queries.embeddings
+    return out if attention.norm_first else attention.norm(out)
+
+
+def differentiated(out: Tensor, queries: ObjectQueries, *more: Tensor) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(1)
+    cotangent = torch.randn(out.shape, generator=generator, dtype=out.dtype)
+    return torch.autograd.grad(out, (queries.embeddings, queries.boxes, *more), cotangent)
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("position_dim", [1, 2, 3])
+def test_is_attention_among_the_queries_of_an_image(
+    position_dim: int, bias: bool, norm_first: bool
+) -> None:
+    attention = make_attention(position_dim, bias=bias, norm_first=norm_first)
+    queries = make_queries([4, 0, 1, 17], position_dim)
+    parameters = list(attention.parameters())
+    out, expected = attention(queries), by_hand(attention, queries)
+    assert_close(out, expected, EXACT)
+    for ours, theirs in zip(
+        differentiated(out, queries, *parameters),
+        differentiated(expected, queries, *parameters),
+        strict=True,
+    ):
+        assert_close(ours, theirs, 1e-10)
+
+
+@given(
+    st.lists(st.integers(0, 6), max_size=4),
+    st.integers(0, 100),
+    st.booleans(),
+)
+def test_of_any_images_and_groups(counts: list[int], seed: int, grouped: bool) -> None:
+    attention, queries = make_attention(), make_queries(counts, seed=seed)
+    if grouped:
+        generator = torch.Generator().manual_seed(seed)
+        groups = torch.randint(-2, 2, (sum(counts),), generator=generator)
+        queries = queries._replace(groups=groups)
+    assert_close(attention(queries), by_hand(attention, queries), EXACT)
+
+
+def test_boxes_get_gradients_through_their_centres_alone() -> None:
+    queries = make_queries([3, 5])
+    embeddings, boxes = differentiated(make_attention()(queries), queries)
+    assert embeddings.abs().amin() > 0
+    assert (boxes[:, :2] != 0).all()
+    assert (boxes[:, 2:] == 0).all()
+
+
+def test_gradients_are_those_of_finite_differences() -> None:
+    attention, queries = make_attention(), make_queries([1, 3])
+
+    def attend(embeddings: Tensor, boxes: Tensor) -> Tensor:
+        out: Tensor = attention(queries._replace(embeddings=embeddings, boxes=boxes))
+        return out
+
+    assert torch.autograd.gradcheck(attend, (queries.embeddings, queries.boxes))
+
+
+def jacobian_blocks(queries: ObjectQueries) -> Tensor:
+    """Bool ``[N, N]``: whether an output depends on an embedding."""
+    attention = make_attention()
+
+    def attend(embeddings: Tensor) -> Tensor:
+        out: Tensor = attention(queries._replace(embeddings=embeddings)).sum(1)
+        return out
+
+    jacobian = torch.autograd.functional.jacobian(attend, queries.embeddings.detach())
+    assert isinstance(jacobian, Tensor)
+    return (jacobian != 0).any(-1)
+
+
+def test_queries_see_their_image_and_group_alone() -> None:
+    groups = torch.tensor([0, 1, 0, 1, 0, 5, 5])
+    queries = make_queries([4, 3])
+    image = torch.tensor([0, 0, 0, 0, 1, 1, 1])
+    same_image = image[:, None] == image
+    assert torch.equal(jacobian_blocks(queries), same_image)
+    same_group = groups[:, None] == groups
+    blocks = jacobian_blocks(queries._replace(groups=groups))
+    assert torch.equal(blocks, same_image & same_group)
+
+
+def reordered(queries: ObjectQueries, order: Sequence[int]) -> tuple[ObjectQueries, Tensor]:
+    """The images in another order, and the rows that the queries come from."""
+    images = spans(queries.offsets)
+    rows = torch.cat([torch.arange(images[i].start, images[i].stop) for i in order])
+    counts = [images[i].stop - images[i].start for i in order]
+    embeddings, boxes, levels = queries.embeddings[rows], queries.boxes[rows], queries.levels[rows]
+    return ObjectQueries(embeddings, boxes, levels, offsets_from_ids(counts)), rows
+
+
+def test_the_order_of_images_does_not_matter() -> None:
+    attention, queries = make_attention(), make_queries([3, 0, 6, 1])
+    other, rows = reordered(queries, [2, 3, 1, 0])
+    assert_close(attention(other), attention(queries)[rows], EXACT)
+
+
+def test_other_images_do_not_matter() -> None:
+    attention, queries = make_attention(), make_queries([3, 9])
+    alone, rows = reordered(queries, [0])
+    assert_close(attention(alone), attention(queries)[rows], EXACT)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_not_finite_stays_in_its_image(bad: float) -> None:
+    attention, queries = make_attention(), make_queries([3, 4, 2])
+    clean = attention(queries)
+    spoilt = queries.embeddings.detach().clone()
+    spoilt[4] = bad
+    out = attention(queries._replace(embeddings=spoilt))
+    assert out[3:7].isnan().all()
+    others = [0, 1, 2, 7, 8]
+    assert torch.equal(out[others], clean[others])
+
+
+@pytest.mark.parametrize("counts", [[], [0], [0, 0]])
+def test_no_queries_at_all(counts: list[int]) -> None:
+    attention, queries = make_attention(), make_queries(counts)
+    out = attention(queries)
+    assert out.shape == (0, EMBED)
+    out.sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in attention.parameters())
+
+
+def test_one_query_attends_to_itself() -> None:
+    attention, queries = make_attention(), make_queries([1])
+    _, _, v = attention.in_proj(attention.norm(queries.embeddings)).chunk(3, -1)
+    assert_close(attention(queries), queries.embeddings + attention.out_proj(v), EXACT)
+
+
+def test_dropout_is_for_training_alone() -> None:
+    attention, queries = make_attention(dropout=0.5), make_queries([3, 0, 4])
+    exact = by_hand(attention, queries)
+    assert (attention(queries) - exact).abs().amax() > 0.01
+    torch.manual_seed(3)
+    first = attention(queries)
+    torch.manual_seed(3)
+    assert torch.equal(attention(queries), first)
+    assert_close(attention.eval()(queries), exact, EXACT)
+
+
+def test_autocast_keeps_the_residual_and_tells_far_places_apart() -> None:
+    attention = make_attention().float()
+    queries = make_queries([5, 2], dtype=torch.float32)
+    boxes = queries.boxes.detach() + torch.tensor([300.0, 300, 0, 0])
+    queries = queries._replace(boxes=boxes)
+    exact = attention(queries)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = attention(queries)
+    assert out.dtype == torch.float32
+    assert_close(out, exact, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("argument", "options"),
+    [
+        ("embed_dim", {"embed_dim": 9}),
+        ("embed_dim", {"embed_dim": 6}),  # heads of width 3
+        ("embed_dim", {"embed_dim": 0}),
+        ("n_heads", {"n_heads": 0}),
+        ("n_heads", {"n_heads": 2.0}),
+        ("position_dim", {"position_dim": 0}),
+        ("dropout", {"dropout": 1.0}),
+    ],
+)
+def test_options_that_cannot_be_are_refused_by_name(argument: str, options: dict[str, Any]) -> None:
+    with refused(argument):
+        QuerySelfAttention(**{"embed_dim": EMBED, "n_heads": HEADS} | options)
+
+
+def test_queries_of_another_width_or_dimension_are_refused() -> None:
+    with refused("queries.embeddings"):
+        make_attention()(make_queries([2], embed_dim=EMBED + 2))
+    with refused("queries.boxes"):
+        make_attention(3)(make_queries([2], 2))
