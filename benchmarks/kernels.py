@@ -126,7 +126,7 @@ def _plan(case: Case) -> NeighborhoodPlan:
 
 def _plan_tiles(plan: NeighborhoodPlan, case: Case) -> None:
     keys, _, query_keys, point_keys, _ = plan._keyed_cells
-    slices = plan.query_slices
+    slices = plan._tensors.query_slices
     triton_ops.find_slices(point_keys, query_keys, slices.traversal, *keys.window_rows())
     rows = tile_rows(plan.n_queries, plan.n_points)
     sizes = list(plan.neighborhood_sizes)
@@ -150,10 +150,10 @@ def _attend(plan: NeighborhoodPlan, case: Case) -> None:
         seed = torch.tensor(5)
         levels = plan.n_levels
         background = [zeros(plan.n_queries, levels), zeros(plan.window_slots), zeros(1, levels)]
-    slices = plan.query_slices
-    tiles = plan.query_tiles(reference.find_runs), plan.point_tiles(reference.find_runs)
+    slices = plan._tensors.query_slices
+    tiles = plan._query_tiles(reference.find_runs), plan._point_tiles(reference.find_runs)
     flags = triton_ops.find_flags(zeros(plan.n_points), zeros(plan.n_points))
-    tensors = [*tiles[0], flags, *slices[1:3], plan.point_columns, *tiles[1]]
+    tensors = [*tiles[0], flags, *slices[1:3], plan._tensors.point_columns, *tiles[1]]
     arguments = (
         zeros(plan.n_queries), zeros(plan.n_points), zeros(plan.n_points), None, seed, background,
         tensors, list(plan.neighborhood_sizes), plan.position_dim, 0.1, 0.2,

@@ -534,8 +534,8 @@ def test_the_same_plan_for_any_number_of_threads() -> None:
     torch.set_num_threads(3)
     second = scene.plan()
     for left, right in (
-        (first.query_slices, second.query_slices),
-        (first.point_slices, second.point_slices),
+        (first._tensors.query_slices, second._tensors.query_slices),
+        (first._point_slices, second._point_slices),
     ):
         assert all(map(torch.equal, left, right))
 

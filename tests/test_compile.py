@@ -19,6 +19,7 @@ from vicinal import (
 )
 from vicinal.backends import choose_backend
 from vicinal.backends.types import TILE
+from vicinal.plan import tensors_for
 
 EMBED, SIZES = 16, [3, 5, 3]
 # Triton's kernels are float32's, and slow where they are interpreted.
@@ -49,7 +50,7 @@ def make_pyramid(n_points: int, dtype: torch.dtype = torch.float64) -> FeaturePy
 def make_plan(pyramid: FeaturePyramid, backend: str) -> NeighborhoodPlan:
     """As `plan_neighborhoods` makes it on the back end's own device."""
     plan = plan_neighborhoods(pyramid.positions(), pyramid.batch_offsets(), pyramid, SIZES)
-    choose_backend(backend, plan.device).prepare(plan)
+    tensors_for(plan, choose_backend(backend, plan.device), points_need_grad=True)
     return plan
 
 

@@ -21,13 +21,13 @@ from vicinal.backends.types import Tiles
 def query_tiles(plan: NeighborhoodPlan) -> Tiles:
     """All that a forward needs beside the plan; found once."""
     choose_backend("triton", plan.device)  # loads the kernels, or says why it cannot
-    return plan.query_tiles(triton.find_runs)
+    return plan._query_tiles(triton.find_runs)
 
 
 def point_tiles(plan: NeighborhoodPlan) -> Tiles:
     """What a backward pass needs as well."""
     choose_backend("triton", plan.device)
-    return plan.point_tiles(triton.find_runs)
+    return plan._point_tiles(triton.find_runs)
 
 
 def plan_of_forward(layer: Layer) -> object:

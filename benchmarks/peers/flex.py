@@ -59,7 +59,7 @@ def prepare(layer: Layer) -> Contest:
 
 def prepare_sorted(layer: Layer) -> Contest:
     """Points and queries first put in the order of a curve through space, for emptier blocks."""
-    return prepare(layer.reordered(layer.plan.query_slices.traversal.long()))
+    return prepare(layer.reordered(layer.plan._tensors.query_slices.traversal.long()))
 
 
 def sees(layer: Layer) -> MaskMod:

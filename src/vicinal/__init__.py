@@ -7,7 +7,6 @@ from .attention import (
     neighborhood_attention,
     neighborhood_attention_weights,
 )
-from .backends.types import NeighborSlices
 from .nn.block import SparseNeighborhoodAttentionBlock
 from .nn.deformable import SparseDeformableAttention
 from .nn.rotary import RotaryEncoding
@@ -18,7 +17,6 @@ from .windows import get_multilevel_neighborhoods
 __all__ = [
     "Background",
     "FeaturePyramid",
-    "NeighborSlices",
     "NeighborhoodPlan",
     "NeighborhoodWeights",
     "RotaryEncoding",

@@ -1,4 +1,4 @@
-"""The functional op: checks its arguments and hands them to a back end."""
+"""The functional op: validates its arguments and hands them to a back end."""
 
 from typing import Literal, NamedTuple, overload
 
@@ -6,23 +6,37 @@ import torch
 from torch import Tensor
 
 from ._utils.checks import check_dropout, check_tensor, refuse
+from ._utils.ragged import offsets_from_counts
 from .backends import choose_backend, reference
-from .plan import NeighborhoodPlan
+from .plan import NeighborhoodPlan, tensors_for
 
-_CELLS = ("background.query", "background.key", "background.value")
+_BACKGROUND_NAMES = ("background.query", "background.key", "background.value")
 
 
 class Background(NamedTuple):
-    """What the empty cells of the windows hold; ``K = sum(w[l] ** P)`` counts a query's cells.
+    """What the empty cells of the windows hold; ``K = sum(w[l] ** P)`` cells per query.
 
-    An empty cell's logit is ``scale * query[i, l] . key[slot]`` for the query it has been given at
-    that level, and its value is ``value[image, l]``. A cell's key thus depends on its place in the
-    window alone; what depends on where the window lies belongs into ``query``.
+    The logit of an empty cell is ``scale * query[i, l] . key[slot]``, with one query vector per
+    level; its value is ``value[image, l]``. So a cell's key depends only on its offset within the
+    window. Whatever depends on where the window lies goes into ``query``.
 
     Attributes:
-        query: ``[N, L, H, d]``, each query as the empty cells of each level see it.
-        key: ``[K, H, d]``, a key per cell of the windows, levels in order, windows row-major.
+        query: ``[N, L, H, d]``, the query vectors for empty cells, one per query and level.
+        key: ``[K, H, d]``, one key per cell of the windows, levels in order, windows row-major.
         value: ``[B, L, H, dv]``, by image and level.
+
+    Example:
+        ```python
+        import torch
+        from vicinal import Background, FeaturePyramid, neighborhood_attention, plan_neighborhoods
+
+        points = FeaturePyramid(torch.randn(1, 8), torch.tensor([[0, 2, 2, 0]]), [(8, 8)], 1)
+        positions, offsets = torch.tensor([[2.5, 2.5]]), torch.tensor([0, 1])
+        plan = plan_neighborhoods(positions, offsets, points, [3])
+        q, k, v = (torch.randn(1, 2, 4) for _ in range(3))
+        background = Background(q[:, None], torch.randn(9, 2, 4), torch.zeros(1, 1, 2, 4))
+        out = neighborhood_attention(q, k, v, plan, background=background)
+        ```
     """
 
     query: Tensor
@@ -31,13 +45,26 @@ class Background(NamedTuple):
 
 
 class NeighborhoodWeights(NamedTuple):
-    """Attention weights of n queries, ragged.
+    """Attention weights of n queries, ragged; from `neighborhood_attention_weights`.
 
     Attributes:
         offsets: int64 ``[n + 1]``: query ``i`` has the rows ``offsets[i]:offsets[i + 1]``.
-        points: int64 ``[M]``, the points it attends to, in the pyramid's order.
+        points: int64 ``[M]``, the points attended to, as rows of the pyramid.
         weights: ``[M, H]``, their softmax weights.
         background: ``[n, L, H]``, the sum over each level's empty cells, or None.
+
+    Example:
+        ```python
+        import torch
+        from vicinal import FeaturePyramid, neighborhood_attention_weights, plan_neighborhoods
+
+        coordinates = torch.tensor([[0, 2, 2, 0], [0, 3, 2, 0], [0, 7, 7, 0]])
+        points = FeaturePyramid(torch.randn(3, 8), coordinates, [(8, 8)], batch_size=1)
+        plan = plan_neighborhoods(points.positions(), points.batch_offsets(), points, [3])
+        q, k = torch.randn(3, 2, 4), torch.randn(3, 2, 4)
+        offsets, neighbors, weights, _ = neighborhood_attention_weights(q, k, plan)
+        assert neighbors[offsets[2] : offsets[3]].tolist() == [2]  # the last point is alone
+        ```
     """
 
     offsets: Tensor
@@ -87,34 +114,50 @@ def neighborhood_attention(
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Every query attends to all points in its neighborhood and to nothing else.
+    """Attends from every query to all points in its neighborhood and to nothing else.
 
-    The softmax runs as a stream over the neighborhood and saves only its log-sum-exp (Dao et al.,
-    "FlashAttention", 2022); the backward pass computes the weights anew. The same bits on every
-    run and for any number of threads. Under autocast q, k, v and the background are cast.
+    The softmax streams over the neighborhood and saves only its log-sum-exp; the backward pass
+    recomputes the weights (Dao et al., "FlashAttention", 2022). Results are the same bits on every
+    run and for any number of threads. Under autocast, q, k, v and the background are cast.
 
     Args:
-        q: ``[N, H, d]``, in float16, bfloat16, float32 or float64; half precisions are summed in
+        q: ``[N, H, d]``, float16, bfloat16, float32 or float64. Half precisions are accumulated in
             float32.
-        k: ``[nnz, H, d]`` and v: ``[nnz, H, dv]``, in the pyramid's order.
-        plan: who sees whom, from `plan_neighborhoods`.
-        scale: what the logits are multiplied with; None: ``d ** -0.5``.
-        dropout_p: the rate at which weights are dropped, the others divided by one minus it.
-        background: what empty cells hold, also those beyond the map; None: they take no part.
-        query_mask: bool ``[N]``, True: the query takes no part; its result is zero.
-        return_lse: also return the log-sum-exp of the logits, ``[N, H]`` in float32 or float64,
-            minus infinity where there is nothing to attend to.
-        backend: ``"cpu"`` or ``"triton"`` (on GPUs, all but float64 and heads wider than 256),
-            both differentiable once;
-            ``"reference"`` (slower; differentiable twice, any dtype on any device); or None to
-            choose by device and dtype.
+        k: ``[nnz, H, d]``, in the pyramid's order.
+        v: ``[nnz, H, dv]``, in the pyramid's order.
+        plan: the neighbors of each query, from `plan_neighborhoods`.
+        scale: factor of the logits; None (default): ``d ** -0.5``.
+        dropout_p: probability of dropping a weight; the others are divided by ``1 - dropout_p``.
+        background: what empty cells hold, also cells beyond the map. None (default): empty cells
+            are not attended to.
+        query_mask: bool ``[N]``, True: the query is masked and its result is zero.
+        return_lse: also return the log-sum-exp of the logits.
+        backend: ``"cpu"`` or ``"triton"`` (GPUs; no float64, heads of at most 256 channels), both
+            once differentiable; ``"reference"`` (slower, twice differentiable, any dtype and
+            device); None (default): chosen by device, dtype and head width.
 
     Returns:
-        ``[N, H, dv]`` in q's dtype, zero for a query that sees nothing.
+        ``[N, H, dv]`` in the dtype of q, zero for a query without neighbors. With ``return_lse``
+        also the log-sum-exp ``[N, H]`` in float32 or float64, minus infinity for such queries.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit each other or the plan, ``dropout_p`` is
-            outside [0, 1), or the backend is unknown or cannot run here (says why).
+        ValueError: shapes, dtypes or devices do not match each other or the plan, ``dropout_p`` is
+            outside [0, 1), or the back end is unknown or cannot run here (says why).
+
+    Example:
+        ```python
+        import torch
+        from vicinal import FeaturePyramid, neighborhood_attention, plan_neighborhoods
+
+        cells = torch.randint(0, 16, (100, 2))
+        points = torch.nn.functional.pad(cells, (1, 0))  # image, row, column
+        values = torch.randn(100, 8)
+        pyramid = FeaturePyramid.from_points(points, values, (16, 16), 1, strides=(1, 2))
+        plan = plan_neighborhoods(pyramid.positions(), pyramid.batch_offsets(), pyramid, [3, 5])
+        q, k, v = torch.randn(3, len(pyramid), 2, 4)  # 2 heads of 4 channels
+        out = neighborhood_attention(q, k, v, plan)
+        assert out.shape == (len(pyramid), 2, 4)
+        ```
     """
     check_dropout("dropout_p", dropout_p)
     _check(q, k, plan, background, query_mask)
@@ -122,12 +165,13 @@ def neighborhood_attention(
     if background is not None and background.value.shape[-1] != v.shape[-1]:
         refuse("background.value", f"the width of v, {v.shape[-1]}", background.value)
     q, k, v, *cells = _autocast(q, k, v, *(background or ()))
-    _check_dtypes(q, k=k, v=v, **dict(zip(_CELLS, cells, strict=False)))
-    width = max(q.shape[2], v.shape[2])
-    attend = choose_backend(backend, q.device, q.dtype, width).attend
+    _check_dtypes(q, k=k, v=v, **dict(zip(_BACKGROUND_NAMES, cells, strict=False)))
+    chosen = choose_backend(backend, q.device, q.dtype, max(q.shape[2], v.shape[2]))
+    points_need_grad = torch.is_grad_enabled() and (k.requires_grad or v.requires_grad)
+    tensors = tensors_for(plan, chosen, points_need_grad=points_need_grad)
     seed = torch.randint(2**62, (), device=q.device) if dropout_p > 0 else None
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    out, lse = attend(q, k, v, plan, tuple(cells), query_mask, seed, scale, dropout_p)
+    out, lse = chosen.attend(q, k, v, tensors, tuple(cells), query_mask, seed, scale, dropout_p)
     return (out, lse) if return_lse else out
 
 
@@ -141,30 +185,45 @@ def neighborhood_attention_weights(
     query_mask: Tensor | None = None,
     queries: Tensor | None = None,
 ) -> NeighborhoodWeights:
-    """The softmax weights that `neighborhood_attention` gives each point, for looking.
+    """Returns the softmax weights of `neighborhood_attention`, for inspection.
+
+    It stores every pair of the queries, in plain PyTorch.
 
     Args:
-        queries: integer ``[n]``, the queries to look at; None: all, which stores every pair.
+        queries: integer ``[n]``, the queries to return; None (default): all of them.
 
     The other arguments, and the errors, are those of `neighborhood_attention`.
+
+    Example:
+        ```python
+        import torch
+        from vicinal import FeaturePyramid, neighborhood_attention_weights, plan_neighborhoods
+
+        coordinates = torch.tensor([[0, 2, 2, 0], [0, 3, 2, 0], [0, 7, 7, 0]])
+        points = FeaturePyramid(torch.randn(3, 8), coordinates, [(8, 8)], batch_size=1)
+        plan = plan_neighborhoods(points.positions(), points.batch_offsets(), points, [3])
+        q, k = torch.randn(3, 2, 4), torch.randn(3, 2, 4)
+        first = neighborhood_attention_weights(q, k, plan, queries=torch.tensor([0]))
+        torch.testing.assert_close(first.weights.sum(0), torch.ones(2))
+        ```
     """
     _check(q, k, plan, background, query_mask)
     q, k, *cells = _autocast(q, k, *(background or ()))
-    _check_dtypes(q, k=k, **dict(zip(_CELLS, cells, strict=False)))
+    _check_dtypes(q, k=k, **dict(zip(_BACKGROUND_NAMES, cells, strict=False)))
     if cells:
-        cells[2] = cells[2][..., :0]  # values are of no use here
-    queries = plan.check_queries(queries)
+        cells[2] = cells[2][..., :0]  # values do not affect the weights
+    queries = plan._check_queries(queries)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    row, column, logits, _ = reference.pairs(
-        queries, q, k, k[..., :0], plan, tuple(cells), query_mask, scale
+    tensors = plan._tensors
+    row, column, logits, _ = reference.score_pairs(
+        queries, q, k, k[..., :0], tensors, tuple(cells), query_mask, scale
     )
     weights, _ = reference.softmax(logits, row, len(queries))
     n_pairs = int((column < plan.n_points).sum())
-    counts = torch.bincount(row[:n_pairs], minlength=len(queries))
-    offsets = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
+    offsets = offsets_from_counts(torch.bincount(row[:n_pairs], minlength=len(queries)))
     empty = None
     if background is not None:
-        level = plan.slot_levels()[column[n_pairs:] - plan.n_points]
+        level = reference.slot_levels(tensors)[column[n_pairs:] - plan.n_points]
         empty = weights.new_zeros(len(queries) * plan.n_levels, q.shape[1])
         empty = empty.index_add(0, row[n_pairs:] * plan.n_levels + level, weights[n_pairs:])
         empty = empty.unflatten(0, (len(queries), plan.n_levels))
@@ -172,9 +231,9 @@ def neighborhood_attention_weights(
 
 
 def autocasts(device: torch.device) -> bool:
-    """Whether autocast is on for the device; there are devices that do not know it."""
-    known = torch.amp.is_autocast_available(device.type)
-    return known and torch.is_autocast_enabled(device.type)
+    """Whether autocast is enabled for the device; some devices do not support it."""
+    available = torch.amp.is_autocast_available(device.type)
+    return available and torch.is_autocast_enabled(device.type)
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -207,7 +266,7 @@ def _check(
             (plan.window_slots, heads, width),
             (plan.batch_size, plan.n_levels, heads, "dv"),
         )
-        shapes |= dict(zip(_CELLS, zip(background, sizes, strict=True), strict=True))
+        shapes |= dict(zip(_BACKGROUND_NAMES, zip(background, sizes, strict=True), strict=True))
     for name, (tensor, shape) in shapes.items():
         check_tensor(name, tensor, shape, kind="floating", device=q.device)
     if query_mask is not None:

@@ -1,8 +1,8 @@
-"""Who sees whom, as contiguous slices of sorted orders, both ways.
+"""The plan: every query's neighbors as contiguous slices of sorted orders, in both directions.
 
-Sorted by (level, image, cell), the points of every row of a window stand side by side, so a
-neighborhood is ``R = sum(w[l] ** (P - 1))`` slices. The relation is symmetric: sorted by the cell
-a query falls into, level by level, the queries that see a point stand in slices as well.
+Sorted by (level, image, cell), the points of every window row are contiguous, so a neighborhood is
+``R = sum(w[l] ** (P - 1))`` slices. The relation is symmetric: with the queries sorted by the cell
+they fall into, one order per level, the queries whose window holds a point are slices as well.
 """
 
 import dataclasses
@@ -26,11 +26,11 @@ from ._utils.checks import (
     reads_contents,
     refuse,
 )
-from ._utils.constants import computing, constant
+from ._utils.constants import computing
 from ._utils.ragged import batch_ids
 from .backends import choose_backend
-from .backends.reference import search_slices
-from .backends.types import FindRuns, NeighborSlices, Tiles
+from .backends.reference import list_pairs, search_slices
+from .backends.types import Backend, FindRuns, NeighborSlices, PlanTensors, Tiles
 from .pyramid import FeaturePyramid
 from .windows import window_centers
 
@@ -39,10 +39,10 @@ T = TypeVar("T")
 
 
 class _KeyedCells(NamedTuple):
-    """Where queries and points are: what the second direction of a plan is made of."""
+    """The cells of queries and points with their keys, from which `point_slices` are found."""
 
     keys: CellKeys
-    centers: Tensor  # int64 [L, N, P], of the queries' windows
+    centers: Tensor  # int64 [L, N, P], the centers of the queries' windows
     query_keys: Tensor  # int64 [L, N]
     point_keys: Tensor  # int64 [nnz], -1 for points outside their level
     coordinates: Tensor  # int64 [nnz, P + 2]
@@ -50,201 +50,105 @@ class _KeyedCells(NamedTuple):
 
 @dataclass(frozen=True, repr=False, eq=False)
 class NeighborhoodPlan:
-    """The neighborhoods of N queries among nnz points; made by `plan_neighborhoods`.
+    """The neighborhoods of N queries among nnz points. `plan_neighborhoods` makes it.
 
-    Shapes depend on N, nnz, the number of levels and the windows alone, never on contents.
+    Layers with the same queries, points and windows share one plan. The shapes of its tensors
+    depend on N, nnz, the number of levels and the windows alone, never on tensor contents.
 
     Attributes:
-        query_slices: the points each query sees: starts and stops ``[N, R]``, order ``[nnz]``.
-        query_batch: int32 ``[N]``, the image of every query, -1 for one that takes no part.
-        center_columns: int32 ``[N, L]``, the last coordinate of every window's centre.
-        point_columns: int32 ``[nnz]``, the last coordinate of the points, in sorted order.
         neighborhood_sizes: window width of each level.
         position_dim: number of spatial dimensions, P.
-        batch_size: number of images.
-        level_shapes: sizes of the levels.
+        batch_size: number of images, B.
+        level_shapes: the spatial shape of each level.
+
+    Example:
+        ```python
+        import torch
+        from vicinal import FeaturePyramid, plan_neighborhoods
+
+        points = torch.tensor([[0, 3, 4], [0, 3, 5], [0, 9, 9]])  # image, row, column
+        pyramid = FeaturePyramid.from_points(points, torch.ones(3, 8), (16, 16), 1, strides=(1, 2))
+        plan = plan_neighborhoods(
+            pyramid.positions(), pyramid.batch_offsets(), pyramid, neighborhood_sizes=[3, 3]
+        )
+        assert plan.counts().tolist() == [3, 3, 2, 3, 2]  # neighbors of each of the five points
+        assert plan.pairs().shape == (13, 2)
+        ```
     """
 
-    query_slices: NeighborSlices
-    query_batch: Tensor
-    center_columns: Tensor
-    point_columns: Tensor
     neighborhood_sizes: tuple[int, ...]
     position_dim: int
     batch_size: int
     level_shapes: LevelShapes
-    _keyed_cells: "_KeyedCells"
+    _tensors: PlanTensors  # without tiles
+    _keyed_cells: _KeyedCells
     _maker: str = "python"  # see `computing`
     _found: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def point_slices(self) -> NeighborSlices:
-        """The queries that see each point: starts and stops ``[nnz, max R[l]]``, order ``[L * N]``
-        (one order of the queries per level, one after another). Found when first asked for.
-        """
-        return self._once("point_slices", self._find_point_slices)
-
-    def query_tiles(self, find_runs: FindRuns) -> Tiles:
-        """What tiles of queries see, by a back end's ``find_runs``. Found when first asked for."""
-        return self._once("query_tiles", lambda: self._find_query_tiles(find_runs))
-
-    def point_tiles(self, find_runs: FindRuns) -> Tiles:
-        """The queries that see tiles of points, likewise."""
-        return self._once("point_tiles", lambda: self._find_point_tiles(find_runs))
-
-    def _once(self, name: str, find: Callable[[], T]) -> T:
-        # By hand: compiled graphs do not take the lock of `functools.cached_property`.
-        if name not in self._found:
-            computer = computing(self.device)
-            if computer != self._maker:
-                return self._find_elsewhere(name, find, computer)
-            self._found[name] = find()
-        found: T = self._found[name]
-        return found
-
-    def _find_elsewhere(self, name: str, find: Callable[[], T], computer: str) -> T:
-        """For others than the plan's maker. What a CUDA graph finds is there after its replays
-        alone, so no plan of others may keep it; nor what a compiler makes, which may run in one.
-        """
-        if "compiler" in (computer, self._maker):
-            return find()
-        if computer == "graph":
-            raise RuntimeError(f"{name} of a plan: run once before capturing a CUDA graph")
-        raise RuntimeError(f"{name} of a plan: to be found in the CUDA graph that makes it")
-
-    def _find_point_slices(self) -> NeighborSlices:
-        keys, _, query_keys, point_keys, coordinates = self._keyed_cells
-        image, cells, levels = coordinates[:, 0], coordinates[:, 1:-1], coordinates[:, -1]
-        sorted_queries, order = torch.sort(query_keys, dim=1, stable=True)
-        first, last = keys.rows_around(point_keys, levels)
-        # A misplaced point's key is negative and so are all keys around it, or unused.
-        last = last.masked_fill(point_keys[:, None] < 0, -1)
-        starts, stops = search_slices(sorted_queries.flatten(), first, last)
-        # Level by level: neighbors of one level see much the same queries, those of two do not.
-        curve = keys.along_curve(cells, levels * self.batch_size + image)
-        traversal = torch.argsort(curve, stable=True)
-        return NeighborSlices(traversal.int(), starts, stops, order.flatten().int())
-
-    def _find_query_tiles(self, find_runs: FindRuns) -> Tiles:
-        if not self.fits_32_bits:
-            refuse("level_shapes", "sizes below 2^30 for backend 'triton'", str(self.level_shapes))
-        windows = self.neighborhood_sizes, self.position_dim
-        cells = self._query_cells(), self._point_cells()
-        return find_tiles(self.query_slices, *cells, *windows, find_runs)
-
-    def _find_point_tiles(self, find_runs: FindRuns) -> Tiles:
-        windows = [max(self.neighborhood_sizes)], self.position_dim
-        cells = self._point_cells(), self._query_cells()
-        return find_tiles(self.point_slices, *cells, *windows, find_runs)
-
-    def _query_cells(self) -> GroupedCells:
-        return self._once("query_cells", self._find_query_cells)
-
-    def _point_cells(self) -> GroupedCells:
-        return self._once("point_cells", self._find_point_cells)
-
-    def _find_query_cells(self) -> GroupedCells:
-        levels = torch.arange(self.n_levels, device=self.device)[:, None]
-        groups = torch.where(self.query_batch < 0, -1, self.query_batch * self.n_levels + levels)
-        return GroupedCells(
-            groups.int(), self._keyed_cells.centers.transpose(1, 2).int().contiguous()
-        )
-
-    def _find_point_cells(self) -> GroupedCells:
-        coordinates = self._keyed_cells.coordinates
-        groups = coordinates[:, 0] * self.n_levels + coordinates[:, -1]
-        groups = torch.where(self._keyed_cells.point_keys < 0, -2, groups)
-        return GroupedCells(groups.int()[None], coordinates[:, 1:-1].t().int().contiguous()[None])
-
-    @property
-    def fits_32_bits(self) -> bool:
-        """Whether 32-bit numbers hold all cells and the distances between them."""
-        return max(map(max, self.level_shapes)) < 2**30
-
-    @property
     def n_queries(self) -> int:
-        return self.query_batch.shape[0]
+        """N, the number of queries."""
+        return self._tensors.n_queries
 
     @property
     def n_points(self) -> int:
-        return self.point_columns.shape[0]
+        """nnz, the number of points of all images and levels."""
+        return self._tensors.n_points
 
     @property
     def n_levels(self) -> int:
+        """L, the number of levels."""
         return len(self.neighborhood_sizes)
 
     @property
     def window_slots(self) -> int:
-        """K, the number of cells in all windows of a query, empty ones counted."""
-        return sum(size**self.position_dim for size in self.neighborhood_sizes)
+        """K, the number of cells in all windows of a query, empty cells included."""
+        return self._tensors.window_slots
+
+    @property
+    def query_batch(self) -> Tensor:
+        """int32 ``[N]``, the image of every query, -1 for an invalid one without neighbors."""
+        return self._tensors.query_batch
 
     @property
     def device(self) -> torch.device:
+        """The device of all its tensors."""
         return self.query_batch.device
 
     def counts(self) -> Tensor:
-        """int64 ``[N]``: the number of points that each query sees."""
-        slices = self.query_slices
+        """Returns the number of neighbors of each query, int64 ``[N]``."""
+        slices = self._tensors.query_slices
         return (slices.stops - slices.starts).sum(1)
 
     def pairs(self, queries: Tensor | None = None) -> Tensor:
-        """int64 ``[M, 2]``: (query, point) rows, query by query, for looking and for tests.
+        """Lists (query, point) rows, int64 ``[M, 2]``, query by query.
+
+        It is for inspection and tests: the attention never builds a tensor of this size.
 
         Args:
-            queries: integer ``[n]``, the queries to list; all of them if None.
+            queries: integer ``[n]``, the queries to list; None (default): all of them.
+
+        Raises:
+            ValueError: ``queries`` is no integer tensor of indices in ``[0, N)``.
         """
-        queries = self.check_queries(queries)
-        row, point, _ = self.pairs_and_slots(queries)
+        queries = self._check_queries(queries)
+        row, point, _ = list_pairs(self._tensors, queries)
         return torch.stack((queries[row], point), 1)
 
-    def check_queries(self, queries: Tensor | None) -> Tensor:
-        """``queries``, or all of them for None, as int64; refuses what are none."""
-        return check_rows("queries", queries, self.n_queries, self.device)
-
-    def pairs_and_slots(self, queries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """int64 ``[M]`` each: a pair's place in ``queries``, its point, and which of the K cells
-        of the query's windows the point sits in.
-        """
-        starts, stops = (edge[queries].long() for edge in self.query_slices[1:3])
-        n_rows = starts.shape[1]
-        lengths = (stops - starts).flatten()
-        slice_of = torch.repeat_interleave(lengths)
-        first = starts.flatten() - (lengths.cumsum(0) - lengths)
-        place = first[slice_of] + torch.arange(len(slice_of), device=self.device)
-        query, row = slice_of // n_rows, slice_of % n_rows
-
-        radius, first_slot, level = self._rows()
-        column = self.point_columns[place] - self.center_columns[queries[query], level[row]]
-        slot = first_slot[row] + radius[row] + column
-        return query, self.query_slices.order[place].long(), slot
-
-    def _rows(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Of each of the R window rows: its radius, its first slot, its level."""
-        rows = [
-            (size // 2, size, level)
-            for level, size in enumerate(self.neighborhood_sizes)
-            for _ in range(size ** (self.position_dim - 1))
-        ]
-        radius, width, level = constant(rows, self.device).t()
-        return radius, width.cumsum(0) - width, level
-
-    def slot_levels(self) -> Tensor:
-        """int64 ``[K]``: the level of every slot of a query's windows."""
-        slots = [size**self.position_dim for size in self.neighborhood_sizes]
-        levels = [level for level, count in enumerate(slots) for _ in range(count)]
-        return constant(levels, self.device)
-
     def to(self, device: torch.device | str) -> "NeighborhoodPlan":
-        """The same plan on another device."""
+        """Returns the same plan on another device."""
         if torch.device(device) == self.device:
             return self
         keys, *cells = self._keyed_cells
+        tensors = self._tensors
         return dataclasses.replace(
             self,
-            query_slices=NeighborSlices(*(part.to(device) for part in self.query_slices)),
-            query_batch=self.query_batch.to(device),
-            center_columns=self.center_columns.to(device),
-            point_columns=self.point_columns.to(device),
+            _tensors=tensors._replace(
+                query_slices=NeighborSlices(*(part.to(device) for part in tensors.query_slices)),
+                query_batch=tensors.query_batch.to(device),
+                center_columns=tensors.center_columns.to(device),
+                point_columns=tensors.point_columns.to(device),
+            ),
             _keyed_cells=_KeyedCells(keys.to(device), *(part.to(device) for part in cells)),
             _maker=computing(torch.device(device)),
             _found={},
@@ -262,6 +166,102 @@ class NeighborhoodPlan:
             f"device={self.device})"
         )
 
+    def _check_queries(self, queries: Tensor | None) -> Tensor:
+        """``queries`` as int64, or all of them for None; raises ValueError for other indices."""
+        return check_rows("queries", queries, self.n_queries, self.device)
+
+    @property
+    def _point_slices(self) -> NeighborSlices:
+        """The queries whose window holds each point: starts and stops ``[nnz, max R[l]]``, order
+        ``[L * N]``: one order of the queries per level, level after level.
+        """
+        return self._once("point_slices", self._find_point_slices)
+
+    def _query_tiles(self, find_runs: FindRuns) -> Tiles:
+        """The points of tiles of queries, joined by a back end's ``find_runs``."""
+        return self._once("query_tiles", lambda: self._find_query_tiles(find_runs))
+
+    def _point_tiles(self, find_runs: FindRuns) -> Tiles:
+        """The queries of tiles of points, joined by a back end's ``find_runs``."""
+        return self._once("point_tiles", lambda: self._find_point_tiles(find_runs))
+
+    def _once(self, name: str, find: Callable[[], T]) -> T:
+        """The result of ``find``, computed when first asked for."""
+        # By hand: compiled graphs do not take the lock of `functools.cached_property`.
+        if name not in self._found:
+            computer = computing(self.device)
+            if computer != self._maker:
+                return self._find_uncached(name, find, computer)
+            self._found[name] = find()
+        found: T = self._found[name]
+        return found
+
+    def _find_uncached(self, name: str, find: Callable[[], T], computer: str) -> T:
+        """For a computer other than the plan's maker.
+
+        A CUDA graph fills its tensors when it is replayed, and compiled code may be part of one,
+        so a plan made elsewhere cannot keep what these find.
+        """
+        if "compiler" in (computer, self._maker):
+            return find()
+        if computer == "graph":
+            raise RuntimeError(
+                f"the plan lacks what its back end needs ({name}); run one eager step before "
+                "CUDA-graph capture"
+            )
+        raise RuntimeError(
+            f"the plan was made in a CUDA graph without what its back end needs ({name}); "
+            "use it in that graph"
+        )
+
+    def _find_point_slices(self) -> NeighborSlices:
+        keys, _, query_keys, point_keys, coordinates = self._keyed_cells
+        image, cells, levels = coordinates[:, 0], coordinates[:, 1:-1], coordinates[:, -1]
+        sorted_queries, order = torch.sort(query_keys, dim=1, stable=True)
+        first, last = keys.rows_around(point_keys, levels)
+        # The key of a misplaced point is negative, and so are all keys around it, or unused.
+        last = last.masked_fill(point_keys[:, None] < 0, -1)
+        starts, stops = search_slices(sorted_queries.flatten(), first, last)
+        # Level by level: neighboring points of one level share queries, those of two do not.
+        curve = keys.along_curve(cells, levels * self.batch_size + image)
+        traversal = torch.argsort(curve, stable=True)
+        return NeighborSlices(traversal.int(), starts, stops, order.flatten().int())
+
+    def _find_query_tiles(self, find_runs: FindRuns) -> Tiles:
+        if not self._fits_int32:
+            refuse("level_shapes", "sizes below 2^30 for backend 'triton'", str(self.level_shapes))
+        windows = self.neighborhood_sizes, self.position_dim
+        cells = self._query_cells(), self._point_cells()
+        return find_tiles(self._tensors.query_slices, *cells, *windows, find_runs)
+
+    def _find_point_tiles(self, find_runs: FindRuns) -> Tiles:
+        windows = [max(self.neighborhood_sizes)], self.position_dim
+        cells = self._point_cells(), self._query_cells()
+        return find_tiles(self._point_slices, *cells, *windows, find_runs)
+
+    def _query_cells(self) -> GroupedCells:
+        return self._once("query_cells", self._find_query_cells)
+
+    def _point_cells(self) -> GroupedCells:
+        return self._once("point_cells", self._find_point_cells)
+
+    def _find_query_cells(self) -> GroupedCells:
+        levels = torch.arange(self.n_levels, device=self.device)[:, None]
+        groups = torch.where(self.query_batch < 0, -1, self.query_batch * self.n_levels + levels)
+        cells = self._keyed_cells.centers.transpose(1, 2)
+        return GroupedCells(groups.int(), cells.int().contiguous())
+
+    def _find_point_cells(self) -> GroupedCells:
+        coordinates = self._keyed_cells.coordinates
+        groups = coordinates[:, 0] * self.n_levels + coordinates[:, -1]
+        groups = torch.where(self._keyed_cells.point_keys < 0, -2, groups)
+        return GroupedCells(groups.int()[None], coordinates[:, 1:-1].t().int().contiguous()[None])
+
+    @property
+    def _fits_int32(self) -> bool:
+        """Whether int32 holds all cells and the differences between them."""
+        return max(map(max, self.level_shapes)) < 2**30
+
 
 def plan_neighborhoods(
     query_spatial_positions: Tensor,
@@ -271,20 +271,39 @@ def plan_neighborhoods(
     *,
     check_contents: bool | None = None,
 ) -> NeighborhoodPlan:
-    """Finds every query's neighborhood, once, for all layers that share cells and queries.
+    """Finds every query's neighbors once, for all layers that share queries, points and windows.
 
     Args:
         query_spatial_positions: floating ``[N, P]``, in cells of the full shape.
-        query_batch_offsets: integer ``[B + 1]``: image ``b`` owns ``offsets[b]:offsets[b + 1]``.
+        query_batch_offsets: integer ``[B + 1]``: image ``b`` owns the queries
+            ``offsets[b]:offsets[b + 1]``.
         pyramid: the points.
         neighborhood_sizes: odd window width of each level, in cells of that level.
-        check_contents: whether to look for bad offsets and positions that are not finite, which
-            on a GPU waits for the device. None: on the CPU only. Unchecked, a query of no image
-            or at no finite place sees nothing.
+        check_contents: whether to validate offsets and positions. On a GPU that synchronizes. None
+            (default): on the CPU only. Without validation, a query that belongs to no image or has
+            a position that is not finite has no neighbors.
+
+    Returns:
+        the plan, on the device of the positions.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit each other, sizes are even or not
-            positive, contents fail the check, or there are too many cells for 64-bit keys.
+        ValueError: shapes, dtypes or devices do not match, a window is even or not positive,
+            offsets or positions fail the validation, or the cells are too many for 64-bit keys.
+
+    Example:
+        ```python
+        import torch
+        from vicinal import FeaturePyramid, neighborhood_attention, plan_neighborhoods
+
+        coordinates = torch.randint(0, 32, (200, 2))
+        points = torch.nn.functional.pad(coordinates, (1, 0))  # all in image 0
+        pyramid = FeaturePyramid.from_points(points, torch.randn(200, 16), (32, 32), batch_size=1)
+        positions = torch.tensor([[4.5, 8.0], [20.2, 17.9]])  # two object queries
+        plan = plan_neighborhoods(positions, torch.tensor([0, 2]), pyramid, [3, 5, 7, 9])
+        k = v = pyramid.values.unflatten(1, (2, 8))  # two heads
+        out = neighborhood_attention(torch.randn(2, 2, 8), k, v, plan)
+        assert out.shape == (2, 2, 8)
+        ```
     """
     if not isinstance(pyramid, FeaturePyramid):
         refuse("pyramid", "a FeaturePyramid", pyramid)
@@ -295,15 +314,31 @@ def plan_neighborhoods(
     if n_points > _INT32_MAX or n_queries > largest or pyramid.batch_size > largest:
         expected = "at most 2^31 points, queries x levels, and images x levels"
         refuse("query_spatial_positions", expected, query_spatial_positions)
-    plan = _plan(query_spatial_positions, query_batch_offsets, pyramid, sizes)
-    choose_backend(None, plan.device).prepare(plan)
+    backend = choose_backend(None, query_spatial_positions.device)
+    plan = _plan(query_spatial_positions, query_batch_offsets, pyramid, sizes, backend)
+    if plan._fits_int32:  # else another back end may still take the plan
+        # A plan that a CUDA graph makes cannot be completed later.
+        in_graph = computing(plan.device) == "graph"
+        tensors_for(plan, backend, points_need_grad=torch.is_grad_enabled() or in_graph)
     return plan
+
+
+def tensors_for(plan: NeighborhoodPlan, backend: Backend, *, points_need_grad: bool) -> PlanTensors:
+    """What ``backend`` takes of the plan; the tiles of points only if keys or values need
+    gradients, since a backward pass cannot complete the plan.
+    """
+    if backend.find_runs is None:
+        return plan._tensors
+    return plan._tensors._replace(
+        query_tiles=plan._query_tiles(backend.find_runs),
+        point_tiles=plan._point_tiles(backend.find_runs) if points_need_grad else None,
+    )
 
 
 def check_placement(
     positions: Tensor, offsets: Tensor, pyramid: FeaturePyramid, check_contents: bool | None = None
 ) -> None:
-    """Refuses positions and offsets that cannot be those of queries among the pyramid's points."""
+    """Raises ValueError unless positions and offsets can be those of queries on the pyramid."""
     device = pyramid.coordinates.device
     name, shape = "query_spatial_positions", ("N", pyramid.position_dim)
     check_tensor(name, positions, shape, kind="floating", device=device)
@@ -315,51 +350,61 @@ def check_placement(
 
 
 def _plan(
-    positions: Tensor, offsets: Tensor, pyramid: FeaturePyramid, sizes: tuple[int, ...]
+    positions: Tensor,
+    offsets: Tensor,
+    pyramid: FeaturePyramid,
+    sizes: tuple[int, ...],
+    backend: Backend,
 ) -> NeighborhoodPlan:
     device = positions.device
     keys = CellKeys(pyramid.level_shapes, sizes, pyramid.batch_size, device)
-    image, centers = _place_queries(positions, offsets, pyramid, keys)
+    image, centers = _query_cells(positions, offsets, pyramid, keys)
     levels = torch.arange(pyramid.n_levels, device=device)[:, None]
     query_keys = keys.of(centers, levels, image.clamp(min=0))
 
     misplaced = pyramid.misplaced()
     coordinates = pyramid.coordinates.long().masked_fill(misplaced[:, None], 0)
     cells, point_levels = coordinates[:, 1:-1], coordinates[:, -1]
-    # Misplaced points come first, where no window reaches.
+    # Misplaced points sort to the front, outside every window.
     point_keys = keys.of(cells, point_levels, coordinates[:, 0]).masked_fill(misplaced, -1)
 
     sorted_points, order = torch.sort(point_keys, stable=True)
     traversal = torch.argsort(keys.along_curve(centers[keys.finest], image), stable=True).int()
-    find_slices = choose_backend(None, device).find_slices
-    starts, stops = find_slices(sorted_points, query_keys, traversal, *keys.window_rows())
-    return NeighborhoodPlan(
+    starts, stops = backend.find_slices(sorted_points, query_keys, traversal, *keys.window_rows())
+    tensors = PlanTensors(
         query_slices=NeighborSlices(traversal, starts, stops, order.int()),
         query_batch=image.int(),
         center_columns=centers[..., -1].t().int().contiguous(),
         point_columns=cells[order, -1].int(),
         neighborhood_sizes=sizes,
         position_dim=pyramid.position_dim,
+    )
+    return NeighborhoodPlan(
+        neighborhood_sizes=sizes,
+        position_dim=pyramid.position_dim,
         batch_size=pyramid.batch_size,
         level_shapes=pyramid.level_shapes,
+        _tensors=tensors,
         _keyed_cells=_KeyedCells(keys, centers, query_keys, point_keys, coordinates),
         _maker=computing(device),
     )
 
 
 def query_images(positions: Tensor, offsets: Tensor, batch_size: int) -> Tensor:
-    """int64 ``[N]``: the image of queries at ``positions`` ``[N, P]``, whose images begin at
-    ``offsets`` ``[B + 1]``; -1 for those of no image or at no finite place.
+    """int64 ``[N]``: the image of each query, -1 for an invalid query.
+
+    A query is invalid if it belongs to no image by ``offsets`` ``[B + 1]``, or if its position
+    ``[N, P]`` is not finite.
     """
     image = batch_ids(offsets, positions.shape[0])
-    nowhere = (image >= batch_size) | ~positions.isfinite().all(1)
-    return image.masked_fill(nowhere, -1)
+    invalid = (image >= batch_size) | ~positions.isfinite().all(1)
+    return image.masked_fill(invalid, -1)
 
 
-def _place_queries(
+def _query_cells(
     positions: Tensor, offsets: Tensor, pyramid: FeaturePyramid, keys: CellKeys
 ) -> tuple[Tensor, Tensor]:
-    """The image of every query ``[N]``, -1 if it takes no part, and its windows' centres, int64
+    """The image of every query ``[N]``, -1 if invalid, and its windows' centers int64
     ``[L, N, P]``.
     """
     image = query_images(positions, offsets, pyramid.batch_size)

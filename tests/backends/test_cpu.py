@@ -305,7 +305,12 @@ def test_nothing_of_the_pairs_is_kept_for_the_backward_pass(background: bool, ba
 
     (out, lse), sizes = allocations(attend)
     slack = 64 << 10
-    parts = (*plan.query_slices, plan.query_batch, plan.center_columns, plan.point_columns)
+    parts = (
+        *plan._tensors.query_slices,
+        plan.query_batch,
+        plan._tensors.center_columns,
+        plan._tensors.point_columns,
+    )
     assert sum(saved.values()) <= nbytes(*inputs.leaves(), out, lse, *parts) + slack
     # Whoever may hold it: what was allocated and not yet released.
     kept = sum(sizes)

@@ -53,7 +53,7 @@ def make_inputs(
     rows: int = 13, *, parts: int = 1, bias: bool = False, norm: bool = False,
     residual: bool = False, width: int = WIDTH,
 ) -> Inputs:  # fmt: skip
-    assert cpu.problem(torch.device("cpu"), None) is None
+    assert cpu.unsupported_reason(torch.device("cpu"), None) is None
     generator = torch.Generator().manual_seed(0)
 
     def draw(*size: int) -> Tensor:

@@ -181,15 +181,15 @@ def test_few_among_many(counts: tuple[int, int]) -> None:
     scene = make_scene(((16, 10), (8, 5)), (7, 5), counts, 200 if counts[0] < 10 else 3)
     plan = scene.plan()
     tiles = (
-        plan.query_tiles(back_end.find_runs)
+        plan._query_tiles(back_end.find_runs)
         if counts[0] < 10
-        else plan.point_tiles(back_end.find_runs)
+        else plan._point_tiles(back_end.find_runs)
     )
     assert len(tiles.firsts) == len(tiles.traversal)
     other = (
-        plan.point_tiles(back_end.find_runs)
+        plan._point_tiles(back_end.find_runs)
         if counts[0] < 10
-        else plan.query_tiles(back_end.find_runs)
+        else plan._query_tiles(back_end.find_runs)
     )
     assert len(other.firsts) == math.ceil(len(other.traversal) / TILE)
     assert_exact(scene, heads=1, background=True, dropout_p=0.2)
@@ -432,7 +432,7 @@ def test_rotation_at_far_places_in_float64() -> None:
 def test_slices(scene: Scene) -> None:
     plan = scene.plan()
     keys, _, query_keys, point_keys, _ = plan._keyed_cells
-    traversal = plan.query_slices.traversal
+    traversal = plan._tensors.query_slices.traversal
     arguments = [point_keys.sort().values, query_keys, traversal, *keys.window_rows()]
     found = back_end.find_slices(*[x.to(DEVICE) for x in arguments])
     for ours, expected in zip(found, reference.find_slices(*arguments), strict=True):
@@ -445,7 +445,7 @@ def test_slices(scene: Scene) -> None:
 def test_runs(scene: Scene, rows: int) -> None:
     """Those of the reference, and they list what the tile's rows see, each once."""
     plan = scene.plan()
-    slices = plan.query_slices
+    slices = plan._tensors.query_slices
     levels = [size ** (plan.position_dim - 1) for size in plan.neighborhood_sizes]
     windows = plan.neighborhood_sizes, plan.position_dim, rows
     expected = reference.find_runs(*slices[:3], *windows)
@@ -570,7 +570,7 @@ def test_kernels_stay_in_their_buffers(
     ):
         assert relative_error(actual, expected) < TOLERANCE
     keys, _, query_keys, point_keys, _ = there._keyed_cells
-    traversal = there.query_slices.traversal
+    traversal = there._tensors.query_slices.traversal
     back_end.find_slices(point_keys.sort().values, query_keys, traversal, *keys.window_rows())
     encoding = RotaryEncoding(6, 1, 2, backend="triton").to(DEVICE)
     x = torch.randn(19, 1, 6, device=DEVICE).requires_grad_()
@@ -624,7 +624,7 @@ def test_opcheck() -> None:
         inputs.attend(plan, "triton", dropout_p=0.1)[0].sum().backward()
         encoding = RotaryEncoding(4, 2, 2, backend="triton").to(DEVICE)
         encoding(inputs.q.expand(-1, 2, -1), torch.rand(6, 3, device=DEVICE)).sum().backward()
-        slices = plan.query_slices
+        slices = plan._tensors.query_slices
         back_end.find_runs(*slices[:3], plan.neighborhood_sizes, 2, TILE)
         keys, _, query_keys, point_keys, _ = plan._keyed_cells
         back_end.find_slices(
@@ -661,16 +661,16 @@ def test_autocast_keeps_positions_exact() -> None:
 
 def test_which_back_end_runs() -> None:
     if DEVICE.type == "cuda":
-        assert choose_backend(None, DEVICE, torch.float32).attend is back_end.attend
-        assert choose_backend(None, DEVICE, torch.bfloat16).attend is back_end.attend
-    assert choose_backend(None, DEVICE, torch.float64).attend is not back_end.attend
+        assert choose_backend(None, DEVICE, torch.float32).attend is back_end.BACKEND.attend
+        assert choose_backend(None, DEVICE, torch.bfloat16).attend is back_end.BACKEND.attend
+    assert choose_backend(None, DEVICE, torch.float64).attend is not back_end.BACKEND.attend
     with pytest.raises(ValueError, match=r"backend: .*float64 is left to 'reference'"):
         choose_backend("triton", DEVICE, torch.float64)
     with pytest.raises(ValueError, match=r"backend: .*it does not take torch.float8_e5m2"):
         choose_backend("triton", DEVICE, torch.float8_e5m2)
     with pytest.raises(ValueError, match=r"backend: .*at most 256 wide"):
         choose_backend("triton", DEVICE, torch.float32, 257)
-    assert choose_backend(None, DEVICE, torch.float32, 257).attend is not back_end.attend
+    assert choose_backend(None, DEVICE, torch.float32, 257).attend is not back_end.BACKEND.attend
     with pytest.raises(ValueError, match=r"backend: .*it runs on GPUs"):
         choose_backend("triton", torch.device("meta"), torch.float32)
 

@@ -1,4 +1,7 @@
-"""Chance that needs no memory: a hash of a seed and of what it is about."""
+"""Stateless (counter-based) random numbers: a hash of a seed and of integer counters.
+
+Every pass and every back end recomputes the same numbers, so none are stored.
+"""
 
 from collections.abc import Sequence
 
@@ -8,21 +11,21 @@ from torch import Tensor
 _LOW_32_BITS = 2**32 - 1
 
 
-def hash_integers(seed: Tensor, numbers: Sequence[Tensor]) -> Tensor:
-    """int64 below 2^32, of a seed of 64 bits and the low 32 bits of integers that broadcast.
+def hash_integers(seed: Tensor, counters: Sequence[Tensor]) -> Tensor:
+    """int64 in ``[0, 2^32)``: a hash of a 64-bit seed and the low 32 bits of ``counters``.
 
-    The finaliser of A. Appleby's MurmurHash3, once for every number. All back ends compute the
-    same.
+    The counters are integer tensors that broadcast. Each is mixed in with the finalizer of A.
+    Appleby's MurmurHash3. All back ends compute the same.
     """
     key = _mix(_mix(seed & _LOW_32_BITS) ^ (seed >> 32 & _LOW_32_BITS))
-    for number in numbers:
-        key = _mix(key ^ (number & _LOW_32_BITS))
+    for counter in counters:
+        key = _mix(key ^ (counter & _LOW_32_BITS))
     return key
 
 
-def uniform_from_hash(seed: Tensor, numbers: Sequence[Tensor]) -> Tensor:
-    """float32 in [0, 1) likewise."""
-    return (hash_integers(seed, numbers) >> 8).to(torch.float32) / 2**24
+def uniform_from_hash(seed: Tensor, counters: Sequence[Tensor]) -> Tensor:
+    """float32, uniform in ``[0, 1)``: `hash_integers` scaled."""
+    return (hash_integers(seed, counters) >> 8).to(torch.float32) / 2**24
 
 
 def _mix(x: Tensor) -> Tensor:

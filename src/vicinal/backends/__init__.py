@@ -1,57 +1,26 @@
-"""The back ends: the only place that knows which exist, and which of them runs."""
-
-from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+"""The registry of back ends: the only place that knows which exist and which of them runs."""
 
 import torch
-from torch import Tensor
 
 from .._utils.checks import refuse
 from . import cpu, reference, triton
-
-if TYPE_CHECKING:
-    from ..plan import NeighborhoodPlan
-
-
-class Backend(NamedTuple):
-    """A way to compute the four ops; see `backends.reference` for what they do."""
-
-    attend: Callable[..., tuple[Tensor, Tensor]]
-    rotate: Callable[[Tensor, Tensor, Tensor], Tensor]
-    project: Callable[..., tuple[Tensor, ...]]
-    find_slices: Callable[..., tuple[Tensor, Tensor]]
-    problem: Callable[[torch.device, torch.dtype | None], str | None]
-    """Why it cannot run on a device, with floating tensors of a dtype, or None."""
-    widest: int | None = None
-    """The widest head that it takes."""
-    prepare: Callable[["NeighborhoodPlan"], None] = lambda plan: None
-    """Finds what it needs of a plan, so that no layer has to."""
-
+from .types import Backend
 
 _BACKENDS = {
-    "reference": Backend(
-        reference.attend,
-        reference.rotate,
-        reference.project,
-        reference.find_slices,
-        lambda device, dtype: None,
-    ),
-    "cpu": Backend(cpu.attend, cpu.rotate, cpu.project, cpu.find_slices, cpu.problem),
-    "triton": Backend(
-        triton.attend,
-        triton.rotate,
-        triton.project,
-        triton.find_slices,
-        triton.problem,
-        triton.WIDEST,
-        triton.prepare,
-    ),
+    "reference": reference.BACKEND,
+    "cpu": cpu.BACKEND,
+    "triton": triton.BACKEND,
 }
 _BY_DEVICE = {"cpu": "cpu", "cuda": "triton"}
 
 
+def register_flop_formulas() -> None:
+    """Registers the ops of back ends with `torch.utils.flop_counter`, if that is imported."""
+    cpu.register_flop_formulas()
+
+
 def check_backend(backend: str | None) -> None:
-    """Refuses unknown names."""
+    """Raises ValueError for an unknown name."""
     if backend is not None and backend not in _BACKENDS:
         refuse("backend", f"None or one of {list(_BACKENDS)}", backend)
 
@@ -60,25 +29,29 @@ def choose_backend(
     backend: str | None,
     device: torch.device,
     dtype: torch.dtype | None = None,
-    width: int = 0,
+    head_dim: int = 0,
 ) -> Backend:
-    """The back end of that name, or if None the best for a device, floating dtype and head width.
+    """Returns the back end of that name; for None, the fastest for device, dtype and head width.
 
     Raises:
-        ValueError: an unknown back end, or one that cannot run on the device (says why).
+        ValueError: ``backend`` is unknown or cannot run on the device; the message says why.
     """
     check_backend(backend)
     if backend is None:
-        best = _BY_DEVICE.get(device.type, "reference")
-        return _BACKENDS["reference" if _problem(best, device, dtype, width) else best]
-    problem = _problem(backend, device, dtype, width)
-    if problem is not None:
-        refuse("backend", f"one that can run on {device}", f"{backend!r}: {problem}")
+        fastest = _BY_DEVICE.get(device.type, "reference")
+        if _unsupported_reason(fastest, device, dtype, head_dim) is not None:
+            return _BACKENDS["reference"]
+        return _BACKENDS[fastest]
+    reason = _unsupported_reason(backend, device, dtype, head_dim)
+    if reason is not None:
+        refuse("backend", f"one that can run on {device}", f"{backend!r}: {reason}")
     return _BACKENDS[backend]
 
 
-def _problem(name: str, device: torch.device, dtype: torch.dtype | None, width: int) -> str | None:
+def _unsupported_reason(
+    name: str, device: torch.device, dtype: torch.dtype | None, head_dim: int
+) -> str | None:
     backend = _BACKENDS[name]
-    if backend.widest is not None and width > backend.widest:
-        return f"its heads are at most {backend.widest} wide"
-    return backend.problem(device, dtype)
+    if backend.max_head_dim is not None and head_dim > backend.max_head_dim:
+        return f"heads are at most {backend.max_head_dim} wide"
+    return backend.unsupported_reason(device, dtype)

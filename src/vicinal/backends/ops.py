@@ -51,7 +51,8 @@ class Ops:
         """``others`` are the ops beside those that every back end has."""
         self._ops = getattr(torch.ops, namespace)
         self.namespace = namespace
-        for name in (*_EVERYWHERE, *others):
+        self.names = (*_EVERYWHERE, *others)
+        for name in self.names:
             torch.library.define(f"{namespace}::{name}", _SCHEMAS[name])
             torch.library.register_fake(f"{namespace}::{name}", _FAKES[name])
         self._differentiate("neighborhood_attention", _backward_attention, _setup_attention)

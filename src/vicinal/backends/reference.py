@@ -1,74 +1,79 @@
-"""The specification in code: plain PyTorch on any device, differentiable twice.
+"""The specification in code: plain PyTorch on any device, twice differentiable.
 
-Every other back end is held against this one. It takes a few queries at a time and computes
-each of these chunks anew in the backward pass, so no more than a chunk's pairs is ever stored.
+Every other back end is tested against this one. It processes a chunk of queries at a time and
+recomputes each chunk in the backward pass, so it stores the pairs of one chunk at most.
 """
 
 import itertools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from .._utils.constants import constant
 from .._utils.random import hash_integers
-
-if TYPE_CHECKING:
-    from ..plan import NeighborhoodPlan
+from .types import Backend, PlanTensors
 
 CHUNK = 1024  # queries
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, plan: "NeighborhoodPlan", background: tuple[Tensor, ...],
+    q: Tensor, k: Tensor, v: Tensor, plan: PlanTensors, background: tuple[Tensor, ...],
     query_mask: Tensor | None, seed: Tensor | None, scale: float, dropout_p: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The attended values ``[N, H, dv]`` and, in float32 or float64, the log-sum-exp ``[N, H]``."""
+    """Returns the attended values ``[N, H, dv]`` and the log-sum-exp ``[N, H]``, the latter in
+    float32 or float64.
+    """
 
-    def chunk(queries: Tensor) -> tuple[Tensor, Tensor]:
-        row, column, logits, values = pairs(queries, q, k, v, plan, background, query_mask, scale)
+    def attend_chunk(queries: Tensor) -> tuple[Tensor, Tensor]:
+        row, column, logits, values = score_pairs(
+            queries, q, k, v, plan, background, query_mask, scale
+        )
         weights, lse = softmax(logits, row, len(queries))
         if seed is not None:
-            kept = keep_mask(seed, queries[row], column, q.shape[1], dropout_p)
-            weights = weights * kept / (1 - dropout_p)
-        attended = values.new_zeros(len(queries), *values.shape[1:])
-        return attended.index_add(0, row, weights[..., None] * values).to(q.dtype), lse
+            keep = keep_mask(seed, queries[row], column, q.shape[1], dropout_p)
+            weights = weights * keep / (1 - dropout_p)
+        acc = values.new_zeros(len(queries), *values.shape[1:])
+        return acc.index_add(0, row, weights[..., None] * values).to(q.dtype), lse
 
     chunks = torch.arange(len(q), device=q.device).split(CHUNK)
-    parts = [checkpoint(chunk, queries, use_reentrant=False) for queries in chunks]
+    parts = [checkpoint(attend_chunk, queries, use_reentrant=False) for queries in chunks]
     out, lse = zip(*parts, strict=True)
     return torch.cat(out), torch.cat(lse)
 
 
-def pairs(
-    queries: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: "NeighborhoodPlan",
+def score_pairs(
+    queries: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: PlanTensors,
     background: tuple[Tensor, ...], query_mask: Tensor | None, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """A row per pair: its place in ``queries``, its column (the point, or nnz + the slot of an
-    empty cell), its logits ``[M, H]``, its value ``[M, H, dv]``. Masked queries have none.
+    """Lists the pairs of ``queries`` with their neighbors, then those with their empty cells.
+
+    Returns, for M pairs: the index into ``queries`` ``[M]``; the column ``[M]``, which is the point
+    or, for an empty cell, nnz + its slot; the logits ``[M, H]``; the values ``[M, H, dv]``. Masked
+    queries have no pairs.
     """
     dtype = torch.promote_types(q.dtype, torch.float32)
-    seeing = plan.query_batch[queries] >= 0
+    active = plan.query_batch[queries] >= 0
     if query_mask is not None:
-        seeing &= ~query_mask[queries]
-    row, column, slot = plan.pairs_and_slots(queries)
-    row, column, slot = (part[seeing[row]] for part in (row, column, slot))
+        active &= ~query_mask[queries]
+    row, column, slot = list_pairs(plan, queries)
+    row, column, slot = (part[active[row]] for part in (row, column, slot))
     # index_select: the gradient of plain indexing is not summed in the same order every time.
     logits = (_rows(q, queries[row], dtype) * _rows(k, column, dtype)).sum(-1)
     values = _rows(v, column, dtype)
     if background:
-        empty = seeing[:, None].repeat(1, plan.window_slots)
+        empty = active[:, None].repeat(1, plan.window_slots)
         empty[row, slot] = False
-        bg_row, bg_slot = empty.nonzero(as_tuple=True)
-        query, level = queries[bg_row], plan.slot_levels()[bg_slot]
-        seen, keys, cell_values = background
+        empty_row, empty_slot = empty.nonzero(as_tuple=True)
+        query, level = queries[empty_row], slot_levels(plan)[empty_slot]
+        level_queries, cell_keys, cell_values = background
         query_level = query * plan.n_levels + level
         image_level = plan.query_batch[query] * plan.n_levels + level
-        row, column = torch.cat((row, bg_row)), torch.cat((column, plan.n_points + bg_slot))
-        products = _rows(seen.flatten(0, 1), query_level, dtype) * _rows(keys, bg_slot, dtype)
-        logits = torch.cat((logits, products.sum(-1)))
+        row, column = torch.cat((row, empty_row)), torch.cat((column, plan.n_points + empty_slot))
+        q_rows = _rows(level_queries.flatten(0, 1), query_level, dtype)
+        logits = torch.cat((logits, (q_rows * _rows(cell_keys, empty_slot, dtype)).sum(-1)))
         values = torch.cat((values, _rows(cell_values.flatten(0, 1), image_level, dtype)))
     return row, column, logits * scale, values
 
@@ -77,30 +82,70 @@ def _rows(x: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
     return x.index_select(0, index).to(dtype)
 
 
+def list_pairs(plan: PlanTensors, queries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Lists the neighbors of ``queries`` int64 ``[n]``, int64 ``[M]`` each: the index into
+    ``queries``, the point, and its slot: which of the K cells of the query's windows it lies in.
+    """
+    _, starts, stops, order = plan.query_slices
+    starts, stops = (edge[queries].long() for edge in (starts, stops))
+    n_slices = starts.shape[1]
+    lengths = (stops - starts).flatten()
+    slice_index = torch.repeat_interleave(lengths)
+    first = starts.flatten() - (lengths.cumsum(0) - lengths)
+    index = first[slice_index] + torch.arange(len(slice_index), device=starts.device)
+    row, window_row = slice_index // n_slices, slice_index % n_slices
+
+    radius, first_slot, level = _window_rows(plan)
+    column = plan.point_columns[index] - plan.center_columns[queries[row], level[window_row]]
+    slot = first_slot[window_row] + radius[window_row] + column
+    return row, order[index].long(), slot
+
+
+def _window_rows(plan: PlanTensors) -> tuple[Tensor, Tensor, Tensor]:
+    """The radius, the first slot and the level of each row of the windows, int64 ``[R]`` each."""
+    rows = [
+        (size // 2, size, level)
+        for level, size in enumerate(plan.neighborhood_sizes)
+        for _ in range(size ** (plan.position_dim - 1))
+    ]
+    radius, width, level = constant(rows, plan.query_batch.device).t()
+    return radius, width.cumsum(0) - width, level
+
+
+def slot_levels(plan: PlanTensors) -> Tensor:
+    """int64 ``[K]``: the level of every slot of a query's windows."""
+    levels = [level for level, count in enumerate(plan.cells_per_level) for _ in range(count)]
+    return constant(levels, plan.query_batch.device)
+
+
 def softmax(logits: Tensor, row: Tensor, n_rows: int) -> tuple[Tensor, Tensor]:
     """Softmax of ``logits`` ``[M, H]`` within each row, and the rows' log-sum-exp ``[n, H]``."""
     lowest = logits.new_full((n_rows, logits.shape[1]), -torch.inf)
-    top = lowest.scatter_reduce(0, row[:, None].expand_as(logits), logits.detach(), "amax")
-    top = torch.where(top.isfinite(), top, 0)
-    exponentials = (logits - top.index_select(0, row)).exp()
-    total = torch.zeros_like(top).index_add(0, row, exponentials)
-    nonempty = torch.where(total == 0, 1, total)
-    lse = torch.where(total == 0, -torch.inf, nonempty.log() + top)
-    return exponentials / nonempty.index_select(0, row), lse
+    row_max = lowest.scatter_reduce(0, row[:, None].expand_as(logits), logits.detach(), "amax")
+    row_max = torch.where(row_max.isfinite(), row_max, 0)
+    exponentials = (logits - row_max.index_select(0, row)).exp()
+    row_sum = torch.zeros_like(row_max).index_add(0, row, exponentials)
+    divisor = torch.where(row_sum == 0, 1, row_sum)
+    lse = torch.where(row_sum == 0, -torch.inf, divisor.log() + row_max)
+    return exponentials / divisor.index_select(0, row), lse
 
 
 def keep_mask(seed: Tensor, query: Tensor, column: Tensor, n_heads: int, rate: float) -> Tensor:
-    """Which weights ``[M, H]`` dropout keeps: a hash of seed, head, query and column, so that any
-    back end and any pass can tell without storing it.
+    """Bool ``[M, H]``: which weights dropout keeps.
+
+    It is a hash of seed, head, query and column, so every back end and pass recomputes it and
+    nothing is stored.
     """
     head = torch.arange(n_heads, device=query.device)
     return hash_integers(seed, (head, query[:, None], column[:, None])) >= int(rate * 2**32)
 
 
 def rotate(x: Tensor, coordinates: Tensor, frequencies: Tensor) -> Tensor:
-    """Turns the channel pairs of ``x`` ``[n, H, d]`` by ``coordinates @ frequencies``, which are
-    ``[n, C]`` and ``[C, H or 1, d / 2]``. Sums products one by one: a matrix product would follow
-    autocast and TF32, in which cell 300 is cell 301.
+    """Rotates the channel pairs of ``x`` ``[n, H, d]`` by the angles ``coordinates @ frequencies``,
+    with coordinates ``[n, C]`` and frequencies ``[C, H or 1, d / 2]``.
+
+    The products are summed one by one. A matrix product would obey autocast and TF32, which cannot
+    tell cell 300 from cell 301.
     """
     table = frequencies.to(torch.promote_types(coordinates.dtype, torch.float32))
     columns = coordinates.to(table.dtype)[:, :, None, None].unbind(1)
@@ -111,19 +156,22 @@ def rotate(x: Tensor, coordinates: Tensor, frequencies: Tensor) -> Tensor:
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """``x`` ``[..., d]``, its channel pairs turned; cosine and sine are ``[..., d / 2]``."""
+    """Rotates the channel pairs of ``x`` ``[..., d]`` by angles of which ``cos`` and ``sin``
+    ``[..., d / 2]`` are given.
+    """
     even, odd = x.unflatten(-1, (-1, 2)).to(torch.promote_types(x.dtype, cos.dtype)).unbind(-1)
-    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1)
-    return turned.flatten(-2).to(x.dtype)
+    rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1)
+    return rotated.flatten(-2).to(x.dtype)
 
 
 def project(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], norm: Sequence[Tensor],
     eps: float, residual: Tensor | None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """``residual + norm(x) @ weight.t() + bias``, of ``x`` ``[n, E]``, for each of the weights.
+    """Computes ``residual + layer_norm(x) @ weight.t() + bias`` for each of ``weights``.
 
-    ``biases`` are as many or none; ``norm`` is the layer norm's weight and bias, or empty.
+    ``x`` is ``[n, E]``. ``biases`` holds one per weight or none; ``norm`` holds the weight and bias
+    of the layer norm or nothing; ``residual`` may be None.
     """
     if norm:
         x = F.layer_norm(x, x.shape[1:], norm[0], norm[1], eps)
@@ -135,15 +183,18 @@ def find_slices(
     sorted_keys: Tensor, centers: Tensor, traversal: Tensor, level: Tensor, offset: Tensor,
     radius: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Where the rows of windows begin and end among ``sorted_keys``, int32 ``[N, R]`` each, for
-    keys of ``centers`` ``[L, N]`` and rows of a level, offset and radius, ``[R]``.
+    """Searches the start and stop of every window row in ``sorted_keys``, int32 ``[N, R]`` each.
+
+    ``centers`` ``[L, N]`` are the keys of the windows' centers. Window row r belongs to level
+    ``level[r]``; its middle is at ``offset[r]`` from the center, and it extends by ``radius[r]``.
+    ``traversal`` is the order in which a back end may process the queries.
     """
     middle = (centers[level].t() + offset).contiguous()
     return search_slices(sorted_keys, middle - radius, middle + radius)
 
 
 def search_slices(sorted_keys: Tensor, first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
-    """Where keys from ``first`` to ``last`` begin and end among the sorted ones, int32."""
+    """Searches the start and stop of the keys ``first`` to ``last`` in ``sorted_keys``, int32."""
     starts = torch.searchsorted(sorted_keys, first, out_int32=True)
     stops = torch.searchsorted(sorted_keys, last, right=True, out_int32=True)
     return starts, torch.maximum(starts, stops)
@@ -153,9 +204,9 @@ def find_runs(
     traversal: Tensor, starts: Tensor, stops: Tensor, sizes: Sequence[int], position_dim: int,
     rows: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """What tiles of ``rows`` traversal see together: firsts, shifts and counts of `tiles.Tiles`.
+    """Joins the slices of tiles of ``rows`` rows: ``firsts``, ``shifts``, ``counts`` of `Tiles`.
 
-    The slices ``[n, R]`` of a row are those of windows of ``sizes``, one after another.
+    ``starts`` and ``stops`` ``[n, R]`` are the slices of windows of ``sizes``, level after level.
     """
     slices = [size ** (position_dim - 1) for size in sizes]
     edges = [_by_tile(edge[traversal.long()].long(), slices, rows) for edge in (starts, stops)]
@@ -165,15 +216,14 @@ def find_runs(
 
 
 def _by_tile(edge: Tensor, slices: Sequence[int], rows: int) -> list[Tensor]:
-    """``[n, R]`` as ``[T, rows * slices]`` for each level, filled up with empty slices."""
+    """``[n, R]`` as ``[T, rows * slices]`` for each level, padded with empty slices."""
     edge = F.pad(edge, (0, 0, 0, -edge.shape[0] % rows)).unflatten(0, (-1, rows))
     return [part.flatten(1) for part in edge.split(list(slices), 2)]
 
 
 def _join(starts: Tensor, stops: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The slices ``[T, C]`` of each tile as runs: firsts, shifts ``[T, C]`` and counts ``[T, 2]``.
-
-    What is left behind the runs means nothing.
+    """The union of each tile's slices ``[T, C]`` as runs: firsts and shifts ``[T, C]``, of which
+    ``counts`` ``[T, 2]`` are valid.
     """
     starts = torch.where(starts < stops, starts, torch.iinfo(torch.int64).max)
     starts, order = starts.sort(1)
@@ -183,8 +233,11 @@ def _join(starts: Tensor, stops: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     begins = filled & (starts > reached)
     new = torch.where(filled, (stops - torch.maximum(starts, reached)).clamp(min=0), 0)
     first = new.cumsum(1) - new
-    # Runs move to the front, in order; all others meet in one place behind them.
-    place = torch.where(begins, begins.cumsum(1) - 1, starts.shape[1])
-    room = torch.zeros_like(F.pad(first, (0, 1)))
-    firsts, shifts = (room.scatter(1, place, part)[:, :-1] for part in (first, starts - first))
+    # Runs move to the front, in order; everything else goes to one discarded column.
+    column = torch.where(begins, begins.cumsum(1) - 1, starts.shape[1])
+    zeros = torch.zeros_like(F.pad(first, (0, 1)))
+    firsts, shifts = (zeros.scatter(1, column, part)[:, :-1] for part in (first, starts - first))
     return firsts, shifts, torch.stack((begins.sum(1), new.sum(1)), 1)
+
+
+BACKEND = Backend(attend, rotate, project, find_slices, lambda device, dtype: None)

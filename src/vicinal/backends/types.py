@@ -1,8 +1,9 @@
-"""What back ends are given: plain tensors and numbers."""
+"""The arguments of back ends: plain tensors and numbers, never a plan object."""
 
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 FindRuns = Callable[..., tuple[Tensor, Tensor, Tensor]]  # see `backends.reference.find_runs`
@@ -44,3 +45,63 @@ class Tiles(NamedTuple):
     row_cells: Tensor
     column_groups: Tensor
     column_cells: Tensor
+
+
+class PlanTensors(NamedTuple):
+    """A plan as back ends take it.
+
+    Attributes:
+        query_slices: the points of each query: starts and stops ``[N, R]``, order ``[nnz]``.
+        query_batch: int32 ``[N]``, the image of every query, -1 for an invalid one.
+        center_columns: int32 ``[N, L]``, the last coordinate of every window's center.
+        point_columns: int32 ``[nnz]``, the last coordinate of the points, in sorted order.
+        neighborhood_sizes: window width of each level.
+        position_dim: number of spatial dimensions, P.
+        query_tiles: the points of tiles of queries, for back ends that have `Backend.find_runs`.
+        point_tiles: the queries of tiles of points, likewise, where points need gradients.
+    """
+
+    query_slices: NeighborSlices
+    query_batch: Tensor
+    center_columns: Tensor
+    point_columns: Tensor
+    neighborhood_sizes: tuple[int, ...]
+    position_dim: int
+    query_tiles: Tiles | None = None
+    point_tiles: Tiles | None = None
+
+    @property
+    def n_queries(self) -> int:
+        return self.query_batch.shape[0]
+
+    @property
+    def n_points(self) -> int:
+        return self.point_columns.shape[0]
+
+    @property
+    def n_levels(self) -> int:
+        return len(self.neighborhood_sizes)
+
+    @property
+    def cells_per_level(self) -> list[int]:
+        """The number of cells in a window of each level."""
+        return [size**self.position_dim for size in self.neighborhood_sizes]
+
+    @property
+    def window_slots(self) -> int:
+        """K, the number of cells in all windows of a query."""
+        return sum(self.cells_per_level)
+
+
+class Backend(NamedTuple):
+    """One implementation of the ops that `backends.reference` defines."""
+
+    attend: Callable[..., tuple[Tensor, Tensor]]
+    rotate: Callable[[Tensor, Tensor, Tensor], Tensor]
+    project: Callable[..., tuple[Tensor, ...]]
+    find_slices: Callable[..., tuple[Tensor, Tensor]]
+    unsupported_reason: Callable[[torch.device, torch.dtype | None], str | None]
+    """Why it cannot run on a device with floating-point tensors of a dtype; None if it can."""
+    max_head_dim: int | None = None
+    find_runs: FindRuns | None = None
+    """Where given, the back end takes ``query_tiles`` and ``point_tiles``, found by this op."""

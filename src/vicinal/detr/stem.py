@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from .._utils.checks import check_counts, check_tensor, refuse
 from .._utils.constants import constant
 from .._utils.ragged import offsets_from_ids
+from ..backends.reference import list_pairs
 from ..plan import plan_neighborhoods
 from ..pyramid import FeaturePyramid
 
@@ -122,7 +123,9 @@ class PointStem(nn.Module):
         positions, image = raw.positions(raw.values.dtype)[points], raw.batch[points]
         offsets = offsets_from_ids(image, raw.batch_size)
         plan = plan_neighborhoods(positions, offsets, raw, self.window_sizes, check_contents=False)
-        row, point, slot = plan.pairs_and_slots(torch.arange(len(points), device=points.device))
+        row, point, slot = list_pairs(
+            plan._tensors, torch.arange(len(points), device=points.device)
+        )
         windows = raw.values.new_zeros(len(points), plan.window_slots, raw.embed_dim)
         return windows.index_put((row, slot), raw.values[point]).flatten(1)
 

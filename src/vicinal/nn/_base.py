@@ -1,54 +1,206 @@
-"""What attention modules are given, and what of it they refuse."""
+"""The call form that the attention modules share: arguments, their validation, the plan."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .._utils.checks import (
     as_level_shapes,
     check_counts,
+    check_dropout,
     check_range,
     check_tensor,
     reads_contents,
     refuse,
 )
-from ..attention import autocasts
+from ..attention import NeighborhoodWeights, autocasts
+from ..plan import check_placement
 from ..pyramid import FeaturePyramid
+from ..windows import coordinate_dtype, finest_level
+
+PlanT = TypeVar("PlanT")
 
 
 def check_sizes(embed_dim: int, n_heads: int, **others: int) -> None:
-    """Refuses sizes below one, and an ``embed_dim`` that the heads cannot share."""
+    """Raises ValueError for sizes below one and an ``embed_dim`` that the heads do not divide."""
     check_counts(embed_dim=embed_dim, n_heads=n_heads, **others)
     if embed_dim % n_heads:
         refuse("embed_dim", f"a multiple of n_heads ({n_heads})", embed_dim)
 
 
-class Expected(NamedTuple):
-    """The sizes, dtype and device of a module, which its arguments should fit."""
+class Arguments(NamedTuple):
+    """The arguments of `SparseAttention.forward`, as passed."""
 
-    embed_dim: int
-    n_levels: int
-    position_dim: int
-    dtype: torch.dtype
-    device: torch.device
+    query: Tensor
+    query_spatial_positions: Tensor
+    query_batch_offsets: Tensor
+    stacked_feature_maps: Tensor | FeaturePyramid
+    level_spatial_shapes: Tensor | Sequence[Sequence[int]] | None = None
+    background_embedding: Tensor | None = None
+    query_level_indices: Tensor | None = None
+    query_mask: Tensor | None = None
+    plan: Any = None
 
-    def check_queries(
+
+class Inputs(NamedTuple):
+    """Validated arguments, with the defaults filled in."""
+
+    query: Tensor  # [N, E]
+    positions: Tensor  # [N, P]
+    offsets: Tensor  # [B + 1]
+    level: Tensor | int  # [N], in [0, L)
+    mask: Tensor | None  # bool [N]
+    pyramid: FeaturePyramid
+    background: Tensor | None  # [B, L, E]
+
+    def finite_positions(self) -> Tensor:
+        """``[N, P]`` in float32 or float64, zero for a position that is not finite: such a query is
+        invalid, and its angles must not spoil the gradients.
+        """
+        dtype = coordinate_dtype(self.positions.dtype)
+        return self.positions.to(dtype).nan_to_num(0.0, 0.0, 0.0)
+
+
+class SparseAttention(nn.Module, Generic[PlanT]):
+    """Base of the modules in which queries attend to a sparse feature pyramid."""
+
+    norm: nn.LayerNorm
+    _plan_type: type[PlanT]
+
+    def __init__(
+        self,
+        embed_dim: int,
+        n_heads: int,
+        n_levels: int,
+        position_dim: int,
+        dropout: float,
+        norm_first: bool,
+    ) -> None:
+        super().__init__()
+        check_dropout("dropout", dropout)
+        self.embed_dim, self.n_heads, self.n_levels = embed_dim, n_heads, n_levels
+        self.position_dim, self.norm_first = position_dim, norm_first
+
+    def forward(
         self,
         query: Tensor,
-        positions: Tensor,
-        background: Tensor | None,
-        levels: Tensor | None,
-        mask: Tensor | None,
-    ) -> None:
-        """Refuses what ``forward`` is given beside the map, all but the offsets."""
-        device = self.device
+        query_spatial_positions: Tensor,
+        query_batch_offsets: Tensor,
+        stacked_feature_maps: Tensor | FeaturePyramid,
+        level_spatial_shapes: Tensor | Sequence[Sequence[int]] | None = None,
+        background_embedding: Tensor | None = None,
+        query_level_indices: Tensor | None = None,
+        query_mask: Tensor | None = None,
+        *,
+        plan: PlanT | None = None,
+    ) -> Tensor:
+        """Attends, projects the result and adds the residual.
+
+        Args:
+            query: ``[N, E]``, the queries of all images, one image after another.
+            query_spatial_positions: floating ``[N, P]``, in cells of the full shape (the largest
+                size of each axis over the levels).
+            query_batch_offsets: integer ``[B + 1]``: image ``b`` owns the queries
+                ``offsets[b]:offsets[b + 1]``.
+            stacked_feature_maps: sparse COO ``[B, *full_shape, L, E]`` with one dense dimension,
+                coalesced or not, or a `FeaturePyramid`.
+            level_spatial_shapes: integer ``[L, P]``, the spatial shape of each level; may be None
+                for a pyramid.
+            background_embedding: ``[B, L, E]``, the embedding of empty cells by image and level,
+                also of cells beyond the map. None (default): empty cells contribute nothing.
+            query_level_indices: integer ``[N]``, the pyramid level of each query, which the rotary
+                encoding uses. None (default): the level with the most cells.
+            query_mask: bool ``[N]``, True: the query is masked; its attended value is zero, so its
+                result is ``query + out_proj.bias``.
+            plan: what `make_plan` returned for the same points, and for the block the same queries.
+                None (default): made here. Layers that share these share a plan.
+
+        Returns:
+            ``[N, E]``.
+
+        Raises:
+            ValueError: an argument has the wrong shape, dtype or device, or on the CPU invalid
+                contents. The message names the argument, what was expected and what came. On a
+                GPU values are not validated, to avoid a synchronization; invalid queries and points
+                are masked.
+        """
+        arguments = Arguments(
+            query,
+            query_spatial_positions,
+            query_batch_offsets,
+            stacked_feature_maps,
+            level_spatial_shapes,
+            background_embedding,
+            query_level_indices,
+            query_mask,
+            plan,
+        )
+        return self._forward(*self._validate(arguments))
+
+    def attention_weights(
+        self, *arguments: Any, queries: Tensor | None = None, **keywords: Any
+    ) -> NeighborhoodWeights:
+        """Returns the weights, before any dropout, that `forward` gives each point, for inspection.
+
+        Args:
+            *arguments: those of `forward`.
+            queries: integer ``[n]``, the queries to return. None (default): all of them, which
+                stores every pair.
+            **keywords: those of `forward`.
+
+        Raises:
+            ValueError: as `forward` does, or ``queries`` holds no indices of queries.
+        """
+        return self._weights(*self._validate(Arguments(*arguments, **keywords)), queries)
+
+    @abstractmethod
+    def make_plan(
+        self, query_spatial_positions: Tensor, query_batch_offsets: Tensor, pyramid: FeaturePyramid
+    ) -> PlanT:
+        """Makes the ``plan`` of `forward`."""
+
+    @abstractmethod
+    def _forward(self, inputs: Inputs, plan: PlanT) -> Tensor: ...
+
+    @abstractmethod
+    def _weights(
+        self, inputs: Inputs, plan: PlanT, queries: Tensor | None
+    ) -> NeighborhoodWeights: ...
+
+    @abstractmethod
+    def _made_for(self, plan: PlanT, inputs: Inputs) -> Mapping[str, tuple[Any, Any]]:
+        """What the plan was made for, beside what ``inputs`` holds, by name."""
+
+    def _validate(self, arguments: Arguments) -> tuple[Inputs, PlanT]:
+        """Raises ValueError for arguments that do not match; fills in pyramid, level and plan."""
+        self._check_queries(arguments)
+        pyramid = self._pyramid(arguments)
+        level, mask = self._levels(arguments, pyramid)
+        positions, offsets = arguments.query_spatial_positions, arguments.query_batch_offsets
+        background = arguments.background_embedding
+        inputs = Inputs(arguments.query, positions, offsets, level, mask, pyramid, background)
+        if arguments.plan is None:
+            return inputs, self.make_plan(positions, offsets, pyramid)
+        if not isinstance(arguments.plan, self._plan_type):
+            refuse("plan", f"a {self._plan_type.__name__} from make_plan, or None", arguments.plan)
+        check_placement(positions, offsets, pyramid)
+        made_for = self._made_for(arguments.plan, inputs)
+        if any(planned != given for planned, given in made_for.values()):
+            expected = ", ".join(f"{name} {given}" for name, (_, given) in made_for.items())
+            refuse("plan", f"one for {expected}", repr(arguments.plan))
+        return inputs, arguments.plan
+
+    def _check_queries(self, arguments: Arguments) -> None:
+        query, positions, _, _, _, background, levels, mask, _ = arguments
+        device = self._reference.device
         check_tensor("query", query, ("N", self.embed_dim), kind="floating", device=device)
         self._check_dtype("query", query)
         n = query.shape[0]
-        where = (n, self.position_dim)
-        check_tensor("query_spatial_positions", positions, where, kind="floating", device=device)
+        shape = (n, self.position_dim)
+        check_tensor("query_spatial_positions", positions, shape, kind="floating", device=device)
         if background is not None:
             cells = ("B", self.n_levels, self.embed_dim)
             check_tensor("background_embedding", background, cells, kind="floating", device=device)
@@ -60,16 +212,13 @@ class Expected(NamedTuple):
         if mask is not None:
             check_tensor("query_mask", mask, (n,), kind="bool", device=device)
 
-    def pyramid(
-        self,
-        maps: Tensor | FeaturePyramid,
-        level_spatial_shapes: Tensor | Sequence[Sequence[int]] | None,
-        background: Tensor | None,
-    ) -> FeaturePyramid:
-        """The map, sparse COO or a pyramid already, as a pyramid."""
+    def _pyramid(self, arguments: Arguments) -> FeaturePyramid:
+        """The feature maps as a pyramid."""
+        maps, background = arguments.stacked_feature_maps, arguments.background_embedding
         if not isinstance(maps, FeaturePyramid | Tensor):
             refuse("stacked_feature_maps", "a sparse COO tensor or a FeaturePyramid", maps)
-        shapes = None if level_spatial_shapes is None else as_level_shapes(level_spatial_shapes)
+        shapes = arguments.level_spatial_shapes
+        shapes = None if shapes is None else as_level_shapes(shapes)
         if isinstance(maps, FeaturePyramid):
             if shapes not in (None, maps.level_shapes):
                 refuse("level_spatial_shapes", f"the pyramid's {maps.level_shapes}", str(shapes))
@@ -80,8 +229,9 @@ class Expected(NamedTuple):
             expected = f"{self.n_levels} levels of {self.position_dim} sizes"
             refuse("level_spatial_shapes", expected, str(shapes))
         values = maps.values if isinstance(maps, FeaturePyramid) else maps
-        if values.shape[-1:] != (self.embed_dim,) or values.device != self.device:
-            expected = f"embeddings of width {self.embed_dim} on {self.device}"
+        device = self._reference.device
+        if values.shape[-1:] != (self.embed_dim,) or values.device != device:
+            expected = f"embeddings of width {self.embed_dim} on {device}"
             refuse("stacked_feature_maps", expected, values)
         self._check_dtype("stacked_feature_maps", values)
         if isinstance(maps, Tensor):
@@ -90,6 +240,25 @@ class Expected(NamedTuple):
             refuse("background_embedding", f"{maps.batch_size} images", background)
         return maps
 
+    def _levels(
+        self, arguments: Arguments, pyramid: FeaturePyramid
+    ) -> tuple[Tensor | int, Tensor | None]:
+        """The level of the queries, and the mask, which holds queries at no level as well."""
+        levels, mask = arguments.query_level_indices, arguments.query_mask
+        if levels is None:
+            return finest_level(pyramid.level_shapes), mask
+        level = levels.clamp(0, self.n_levels - 1)
+        if not reads_contents(None, levels.device):  # they were not validated
+            no_level = level.ne(levels)
+            mask = no_level if mask is None else mask | no_level
+        return level, mask
+
+    @property
+    def _reference(self) -> Tensor:
+        """A parameter, with whose dtype and device all arguments must agree."""
+        return self.norm.weight
+
     def _check_dtype(self, argument: str, value: Tensor) -> None:
-        if value.dtype != self.dtype and not autocasts(value.device):
-            refuse(argument, f"the dtype of the module, {self.dtype}", value)
+        dtype: torch.dtype = self._reference.dtype
+        if value.dtype != dtype and not autocasts(value.device):
+            refuse(argument, f"the dtype of the module, {dtype}", value)

@@ -1,27 +1,24 @@
-"""The CPU back end: C++ on PyTorch's stable ABI (`csrc/ops.cpp`), loaded on first use."""
+"""The CPU back end: C++ on PyTorch's stable ABI (`csrc/ops.cpp`)."""
 
 import functools
+import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .. import reference
 from ..ops import Ops
+from ..types import Backend, PlanTensors
 from . import projection_ops, projections
 
-if TYPE_CHECKING:
-    from ...plan import NeighborhoodPlan
-
 _OPS = Ops("vicinal")
-find_slices, rotate = _OPS.find_slices, _OPS.rotate
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, plan: "NeighborhoodPlan", background: tuple[Tensor, ...],
+    q: Tensor, k: Tensor, v: Tensor, plan: PlanTensors, background: tuple[Tensor, ...],
     query_mask: Tensor | None, seed: Tensor | None, scale: float, dropout_p: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See `backends.reference.attend`."""
@@ -37,35 +34,53 @@ def project(
     eps: float, residual: Tensor | None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """See `backends.reference.project`, which is faster where one chunk holds all rows."""
-    # A compiled graph is for any number of rows: it must not ask how many there are.
+    # A compiled graph is for any number of rows, so it must not depend on how many there are.
     if torch.compiler.is_compiling() or x.shape[0] > projections.chunk_rows(x):
         return projection_ops.project(x, weights, biases, norm, eps, residual)
     return reference.project(x, weights, biases, norm, eps, residual)
 
 
-@torch.compiler.assume_constant_result
-def problem(device: torch.device, dtype: torch.dtype | None) -> str | None:
-    """Why this back end cannot run on ``device``, or None if it can."""
-    return _load() if device.type == "cpu" else "it runs on the CPU alone"
+def unsupported_reason(device: torch.device, dtype: torch.dtype | None) -> str | None:
+    """Why this back end cannot run on ``device``; None if it can."""
+    if device.type != "cpu":
+        return "it runs on the CPU alone"
+    if _LOAD_ERROR is not None and not torch.compiler.is_compiling():
+        _warn_once()
+    return _LOAD_ERROR
+
+
+def register_flop_formulas() -> None:
+    """Registers the projections with `torch.utils.flop_counter`, if that is imported.
+
+    Importing it takes as long as all of vicinal, and only users of `FlopCounterMode` need it.
+    """
+    if "torch.utils.flop_counter" in sys.modules:
+        from . import flop_formulas  # noqa: F401
+
+
+def _load() -> str | None:
+    """Loads the compiled kernel. Returns None, or the reason why that failed."""
+    libraries = sorted(Path(__file__).parent.glob("_cpu*.so"))
+    if not libraries:
+        return "its kernel was not built when vicinal was installed (is there a C++ compiler?)"
+    try:
+        torch.ops.load_library(str(libraries[0]))
+    except OSError as error:
+        return f"its kernel does not load: {error}"
+    projections.register()
+    return None
 
 
 @functools.cache
-def _load() -> str | None:
-    """Loads the compiled kernel once. Returns, and warns of, what is in the way."""
-    libraries = sorted(Path(__file__).parent.glob("_cpu*.so"))
-    if not libraries:
-        reason = "its kernel was not built when vicinal was installed (is there a C++ compiler?)"
-    else:
-        try:
-            torch.ops.load_library(str(libraries[0]))
-            projections.register()
-            return None
-        except OSError as error:
-            reason = f"its kernel does not load: {error}"
+def _warn_once() -> None:
     warnings.warn(
-        f"vicinal: backend 'cpu' is missing, {reason}; attention falls back on the slower "
-        "backend 'reference'",
+        f"vicinal: backend 'cpu' is not available, {_LOAD_ERROR}; attention falls back on the "
+        "slower backend 'reference'",
         RuntimeWarning,
         stacklevel=2,
     )
-    return reason
+
+
+# Loaded on import: code that torch.compile traces cannot load a library.
+_LOAD_ERROR = _load()
+BACKEND = Backend(attend, _OPS.rotate, project, _OPS.find_slices, unsupported_reason)

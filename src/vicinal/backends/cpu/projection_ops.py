@@ -1,14 +1,12 @@
 """Schemas, fakes and gradients of the ops of dense projections, which the CPU alone has."""
 
 import functools
-import math
 import operator
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from ..ops import refuse_double_backward
 
@@ -55,19 +53,6 @@ def _(
         [x.new_empty(width) for width in widths if needs_biases],
         [x.new_empty(x.shape[1]) for _ in norm if needs_x],
     )
-
-
-@register_flop_formula(torch.ops.vicinal.project)
-def _(x: list[int], weights: list[list[int]], *_: Any, **__: Any) -> int:
-    return sum(2 * x[0] * math.prod(weight) for weight in weights)
-
-
-@register_flop_formula(torch.ops.vicinal.project_backward)
-def _(
-    grads: list[list[int]], x: list[int], weights: Any, norm: Any, eps: float,
-    needs_x: bool, needs_weights: bool, *_: Any, **__: Any,
-) -> int:  # fmt: skip
-    return sum(2 * math.prod(grad) * x[1] for grad in grads) * (needs_x + needs_weights)
 
 
 @torch.library.register_fake("vicinal::new_rows")

@@ -1,92 +1,115 @@
-"""The GPU back end: kernels in Triton (`triton.ops`), which are imported on first use."""
+"""The GPU back end: kernels in Triton, which is imported when the first of them runs."""
 
 import functools
+import importlib
+import importlib.util
+import os
 import warnings
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..._utils.constants import computing
 from .. import reference
 from ..ops import Ops
+from ..types import Backend, PlanTensors
 
-if TYPE_CHECKING:
-    from ...plan import NeighborhoodPlan
-
-OPS = Ops("vicinal_triton", "find_runs", "find_flags")
-find_slices, find_runs, rotate = OPS.find_slices, OPS.find_runs, OPS.rotate
-project = reference.project
-WIDEST = 256  # of heads: what shared memory and registers hold
+_OPS = Ops("vicinal_triton", "find_runs", "find_flags")
+find_slices, find_runs = _OPS.find_slices, _OPS.find_runs
+_MAX_HEAD_DIM = 256  # what shared memory and registers hold
+_DTYPES = (None, torch.float16, torch.bfloat16, torch.float32)
+_MISSING = None if importlib.util.find_spec("triton") else "it needs Triton, which is not installed"
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, plan: "NeighborhoodPlan", background: tuple[Tensor, ...],
+    q: Tensor, k: Tensor, v: Tensor, plan: PlanTensors, background: tuple[Tensor, ...],
     query_mask: Tensor | None, seed: Tensor | None, scale: float, dropout_p: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See `backends.reference.attend`."""
-    slices = plan.query_slices
-    flags = OPS.find_flags(k.detach(), v.detach())
-    tensors = [*plan.query_tiles(find_runs), flags, *slices[1:3], plan.point_columns]
-    if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
-        tensors += plan.point_tiles(find_runs)  # the backward pass must not plan
-    return OPS.attend(
+    assert plan.query_tiles is not None
+    _, starts, stops, _ = plan.query_slices
+    flags = _OPS.find_flags(k.detach(), v.detach())
+    tensors = [*plan.query_tiles, flags, starts, stops, plan.point_columns]
+    if plan.point_tiles is not None:  # for the backward pass
+        tensors += plan.point_tiles
+    return _OPS.attend(
         q, k, v, tensors, plan.neighborhood_sizes, plan.position_dim,
         background, query_mask, seed, scale, dropout_p,
     )  # fmt: skip
 
 
-def prepare(plan: "NeighborhoodPlan") -> None:
-    """Finds the tiles that layers will ask for; those of points for gradients alone, but for plans
-    of CUDA graphs, which nobody completes later.
-    """
-    if not plan.fits_32_bits:
-        return  # another back end may take it
-    plan.query_tiles(find_runs)
-    if torch.is_grad_enabled() or computing(plan.device) == "graph":
-        plan.point_tiles(find_runs)
-
-
-@torch.compiler.assume_constant_result
-def problem(device: torch.device, dtype: torch.dtype | None) -> str | None:
-    """Why this back end cannot run on ``device`` with tensors of a dtype, or None if it can."""
+def unsupported_reason(device: torch.device, dtype: torch.dtype | None) -> str | None:
+    """Why this back end cannot run on ``device`` with tensors of a dtype; None if it can."""
     if dtype == torch.float64:
         return "it computes in float32; float64 is left to 'reference'"
-    if dtype not in (None, torch.float16, torch.bfloat16, torch.float32):
+    if dtype not in _DTYPES:
         return f"it does not take {dtype}"
     if device.type not in ("cuda", "cpu"):
         return "it runs on GPUs"
-    interprets = _load()
-    if isinstance(interprets, str):
-        if device.type == "cuda":
-            _warn(interprets)
-        return interprets
-    if device.type == "cuda" and interprets:
+    # Code that torch.compile traces cannot import a module.
+    error = _MISSING if torch.compiler.is_compiling() else _import_error()
+    if error is not None:
+        if device.type == "cuda" and not torch.compiler.is_compiling():
+            _warn_once(error)
+        return error
+    return _unsupported_device(device)
+
+
+def _unsupported_device(device: torch.device) -> str | None:
+    if device.type == "cpu":
+        if _interprets():
+            return None
+        return "it runs on GPUs, or for tests, slowly, on the CPU with TRITON_INTERPRET=1"
+    if _interprets():
         return "TRITON_INTERPRET is set, so Triton runs on the CPU"
-    nvidia = device.type == "cuda" and torch.version.hip is None
-    if nvidia and torch.cuda.get_device_capability(device) < (8, 0):
+    if torch.version.hip is None and torch.cuda.get_device_properties(device).major < 8:
         return "it needs a compute capability of 8.0 or more"
-    if device.type == "cpu" and not interprets:
-        return "it runs on GPUs; on the CPU slowly, to be tested, if TRITON_INTERPRET=1 is set"
+    return None
+
+
+def _interprets() -> bool:
+    """Whether Triton interprets kernels on the CPU."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
+
+
+@functools.cache
+def _import_error() -> str | None:
+    try:
+        from . import ops  # noqa: F401
+    except ImportError as error:
+        return f"it needs Triton, which cannot be imported: {error}"
     return None
 
 
 @functools.cache
-def _load() -> bool | str:
-    """Whether Triton interprets kernels on the CPU, or what keeps it from loading."""
-    try:
-        from . import ops as triton_ops
-    except ImportError as error:
-        return f"it needs Triton, which cannot be imported: {error}"
-    OPS.register("CPU" if triton_ops.INTERPRETS else "CUDA", triton_ops.KERNELS)
-    return triton_ops.INTERPRETS
-
-
-@functools.cache
-def _warn(reason: str) -> None:
+def _warn_once(error: str) -> None:
     warnings.warn(
-        f"vicinal: backend 'triton' is missing, {reason}; attention falls back on the slower "
+        f"vicinal: backend 'triton' is not available, {error}; attention falls back on the slower "
         "backend 'reference'",
         RuntimeWarning,
         stacklevel=2,
     )
+
+
+def _importing(name: str) -> Callable[..., Any]:
+    """The kernel of the op ``name``, whose module is imported when it is called."""
+
+    def run(*arguments: Any) -> Any:
+        return importlib.import_module(".ops", __package__).KERNELS[name](*arguments)
+
+    return run
+
+
+for _device in ("CPU", "CUDA"):  # on the CPU in Triton's interpreter
+    _OPS.register(_device, {name: _importing(name) for name in _OPS.names})
+
+BACKEND = Backend(
+    attend,
+    _OPS.rotate,
+    reference.project,
+    find_slices,
+    unsupported_reason,
+    _MAX_HEAD_DIM,
+    find_runs,
+)
