@@ -1,7 +1,7 @@
-"""Random problems, and an oracle that answers them: the specification as loops over cells.
+"""Random problems, and an oracle: the specification as loops over queries and cells.
 
-Nothing here knows of slices, sorted orders or tiles. The oracle is differentiable, so autograd
-through it gives the gradients as well.
+This module uses no slices, sorted orders or tiles. The oracle is differentiable, so autograd
+gives the expected gradients.
 """
 
 import itertools
@@ -36,7 +36,7 @@ from vicinal import (
 Cell = tuple[int, ...]
 Shapes = tuple[Cell, ...]
 
-# Floating dtypes of queries and positions, as numpy computes with them; halves widen to float32.
+# NumPy types for the floating dtypes of positions; half-precision types use float32.
 _REALS: dict[torch.dtype, type[np.floating]] = {torch.float64: np.float64}
 
 
@@ -44,7 +44,7 @@ _REALS: dict[torch.dtype, type[np.floating]] = {torch.float64: np.float64}
 
 
 class Slot(NamedTuple):
-    """One of the K places in a query's windows."""
+    """One of the K cells in a query's windows."""
 
     level: int
     cell: Cell
@@ -76,7 +76,7 @@ def is_outside(slot: Slot, shapes: Shapes) -> bool:
 
 @dataclass
 class Scene:
-    """Queries among points: all that a plan is made of."""
+    """Queries and points: the inputs of a plan."""
 
     positions: Tensor  # [N, P]
     offsets: Tensor  # [B + 1]
@@ -93,12 +93,12 @@ class Scene:
         )
 
     def images(self) -> list[int]:
-        """The image of every query."""
+        """The batch index of every query."""
         offsets = self.offsets.tolist()
         return [b for b, (i, j) in enumerate(itertools.pairwise(offsets)) for _ in range(i, j)]
 
     def windows(self) -> list[list[tuple[Slot, list[int]]]]:
-        """Per query its K slots, each with the points that sit in it."""
+        """The K slots of every query, each with the points in that cell."""
         points = defaultdict(list)
         for index, row in enumerate(self.pyramid.coordinates.tolist()):
             image, *cell, level = row
@@ -112,7 +112,7 @@ class Scene:
         ]
 
     def pairs(self) -> set[tuple[int, int]]:
-        """All (query, point) of which the query sees the point."""
+        """All pairs (query, point) with the point in a window of the query."""
         return {
             (query, point)
             for query, window in enumerate(self.windows())
@@ -132,10 +132,10 @@ def make_scene(
     dtype: torch.dtype = torch.float64,
     distinct: bool = False,
 ) -> Scene:
-    """``query_counts`` queries per image among ``n_points`` points anywhere.
+    """``query_counts`` queries per image and ``n_points`` points at random cells.
 
-    Half the queries sit on cell borders, some beyond the map, some in one place. Points stand in
-    no order and, unless ``distinct``, may share a cell.
+    Half the queries are on cell borders, some outside the map, some at equal positions. Points
+    are unsorted and, unless ``distinct``, may share a cell.
     """
     rng = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -160,14 +160,14 @@ def make_scene(
     return Scene(positions, offsets, pyramid, tuple(sizes))
 
 
-# Per number of dimensions, the longest axis and the widest window: the oracle's loops are slow.
+# Longest axis and widest window per number of dimensions, as the loops of the oracle are slow.
 _LONGEST = {1: 40, 2: 9, 3: 5, 4: 3}
 _WIDEST = {1: 15, 2: 7, 3: 5, 4: 3}
 
 
 @st.composite
 def scenes(draw: st.DrawFn, max_dim: int = 3) -> Scene:
-    """Any scene of up to three levels and images, empty ones and no points or queries included."""
+    """Scenes of up to three levels and images; images, points and queries may be missing."""
     dim = draw(st.integers(1, max_dim))
     axes = st.tuples(*[st.integers(1, _LONGEST[dim])] * dim)
     shapes = tuple(draw(st.lists(axes, min_size=1, max_size=3)))
@@ -180,7 +180,7 @@ def scenes(draw: st.DrawFn, max_dim: int = 3) -> Scene:
 
 
 def scene_2d(*, n_queries: int = 12, n_points: int = 60, seed: int = 0) -> Scene:
-    """A small scene that has everything: ratios of 2/3 and 5/9, the finest level last."""
+    """A small scene with level ratios of 2/3 and 5/9, an empty image and the finest level last."""
     shapes = ((6, 4), (5, 5), (9, 8))
     return make_scene(shapes, (3, 5, 3), (n_queries // 2, 0, n_queries - n_queries // 2), n_points,
                       seed=seed)  # fmt: skip
@@ -194,17 +194,17 @@ def crowded_scene(n_queries: int = 150, n_points: int = 300) -> Scene:
 
 
 def wide_scene() -> Scene:
-    """A scene of thousands of queries, many chunks of work, that share points all over the map."""
+    """A scene of thousands of queries, which make many chunks of work."""
     return make_scene(((60, 50), (30, 25)), (5, 9), (1500, 2500), 2000)
 
 
 def one_room(n_queries: int, n_points: int) -> Scene:
-    """Every query sees every point: one image, one level, one window over all."""
+    """Every query attends to every point: one image, one level, a window over the whole map."""
     return make_scene(((5, 5),), (17,), (n_queries,), n_points)
 
 
 def sparse_coo(indices: Tensor, values: Tensor, size: Sequence[int]) -> Tensor:
-    """A sparse COO tensor, not yet coalesced; torch warns where its checks are left unspecified."""
+    """An uncoalesced sparse COO tensor; torch warns unless ``check_invariants`` is given."""
     return torch.sparse_coo_tensor(indices, values, tuple(size), check_invariants=True)
 
 
@@ -212,7 +212,7 @@ def sparse_coo(indices: Tensor, values: Tensor, size: Sequence[int]) -> Tensor:
 
 
 class Inputs(NamedTuple):
-    """What `neighborhood_attention` takes beside the plan."""
+    """The tensor arguments of `neighborhood_attention`."""
 
     q: Tensor
     k: Tensor
@@ -224,7 +224,7 @@ class Inputs(NamedTuple):
         return (self.q, self.k, self.v, *(self.background or ()))
 
     def with_leaves(self, leaves: Sequence[Tensor]) -> "Inputs":
-        """The same with other tensors in place of `leaves`."""
+        """The inputs with other tensors in place of `leaves`."""
         q, k, v, *cells = leaves
         return Inputs(q, k, v, Background(*cells) if cells else None, self.query_mask)
 
@@ -232,7 +232,7 @@ class Inputs(NamedTuple):
         return self.with_leaves([change(leaf) for leaf in self.leaves()])
 
     def fresh(self, dtype: torch.dtype | None = None) -> "Inputs":
-        """Copies that require gradients and have none."""
+        """Copies that require gradients and have no ``grad`` yet."""
         return self.map(lambda leaf: leaf.detach().clone().to(dtype or leaf.dtype).requires_grad_())
 
     def attend(
@@ -303,9 +303,9 @@ def differentiate(inputs: Inputs, attend: Callable[[Inputs], tuple[Tensor, Tenso
         torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype)
         for x in (out, lse)
     ]
-    # Minus infinity, where a query sees nothing, has no gradient but would spoil the sum.
-    seen = torch.where(lse.isfinite(), lse, 0)
-    loss = (out * weights[0]).sum() + (seen * weights[1]).sum()
+    # The log-sum-exp of a query without neighbors is minus infinity and has no gradient.
+    finite_lse = torch.where(lse.isfinite(), lse, 0)
+    loss = (out * weights[0]).sum() + (finite_lse * weights[1]).sum()
     loss.backward()
     grads = tuple(torch.zeros_like(x) if x.grad is None else x.grad for x in inputs.leaves())
     return Answer(out.detach(), lse.detach(), grads)
@@ -329,10 +329,10 @@ def oracle(scene: Scene, inputs: Inputs, scale: float | None = None) -> tuple[Te
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     out, lse = [], []
     for query, (image, window) in enumerate(zip(scene.images(), scene.windows(), strict=True)):
-        takes_part = mask is None or not bool(mask[query])
-        seen = [point for _, points in window for point in points if takes_part]
-        logits, values = (q[query] * k[seen]).sum(-1), v[seen]
-        if background is not None and takes_part:
+        unmasked = mask is None or not bool(mask[query])
+        neighbors = [point for _, points in window for point in points if unmasked]
+        logits, values = (q[query] * k[neighbors]).sum(-1), v[neighbors]
+        if background is not None and unmasked:
             empty = [slot for slot, (_, points) in enumerate(window) if not points]
             levels = [window[slot][0].level for slot in empty]
             cells = (background.query[query, levels] * background.key[empty]).sum(-1)
@@ -347,7 +347,7 @@ def oracle(scene: Scene, inputs: Inputs, scale: float | None = None) -> tuple[Te
 
 
 def assert_close(actual: Tensor, expected: Tensor, tolerance: float, what: object = "") -> None:
-    """Equal shapes and dtypes, and no element further off than ``tolerance``; NaN is far off."""
+    """Equal shapes and dtypes, and no absolute error above ``tolerance`` or NaN."""
     torch.testing.assert_close(
         actual, expected, rtol=0, atol=tolerance, msg=lambda text: f"{what} {text}"
     )
@@ -364,7 +364,7 @@ def assert_same_answers(actual: Answer, expected: Answer, tolerance: float) -> N
 
 
 def rotate_by_hand(encoding: RotaryEncoding, x: Tensor, coordinates: Tensor) -> Tensor:
-    """``x`` ``[n, H, d]`` at ``coordinates`` ``[n, P + 1]``: pairs as complex numbers."""
+    """``x`` ``[n, H, d]`` rotated at ``coordinates`` ``[n, P + 1]``: pairs as complex numbers."""
     freqs, dim = list(encoding.freqs), encoding.position_dim
     space, level, everything = slice(0, dim), slice(dim, dim + 1), slice(0, dim + 1)
     groups = {1: [everything], 2: [space, level], 3: [space, level, everything]}[len(freqs)]
@@ -376,11 +376,11 @@ def rotate_by_hand(encoding: RotaryEncoding, x: Tensor, coordinates: Tensor) -> 
         -1,
     )
     pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
-    turned = pairs * torch.polar(torch.ones_like(angles), angles)
-    return torch.view_as_real(turned).flatten(-2)
+    rotated = pairs * torch.polar(torch.ones_like(angles), angles)
+    return torch.view_as_real(rotated).flatten(-2)
 
 
-# ------------------------------------------------------------------------ looking at torch
+# ------------------------------------------------------------------------ inspecting torch
 
 
 class LargestTensor(TorchDispatchMode):
@@ -413,7 +413,7 @@ class OwnOps(TorchDispatchMode):
 
 
 def as_leaves(arguments: tuple[Any, ...], *, requires_grad: bool) -> tuple[Any, ...]:
-    """The arguments with every tensor a leaf."""
+    """The arguments with every tensor replaced by a leaf."""
 
     def change(x: Any) -> Any:
         if isinstance(x, list | tuple):
@@ -427,7 +427,7 @@ def as_leaves(arguments: tuple[Any, ...], *, requires_grad: bool) -> tuple[Any, 
 
 
 def forged(x: Tensor, kind: int, generator: torch.Generator) -> Tensor:
-    """Index tensor ``x`` with contents that no plan has."""
+    """Index tensor ``x`` with contents that are invalid in a plan."""
     lowest, highest = -(2**31), 2**31 - 1
     garbage = torch.randint(lowest, highest, x.shape, generator=generator).to(x)
     nearby = x + torch.randint(-3, 4, x.shape, generator=generator).to(x)
@@ -438,10 +438,10 @@ def forged(x: Tensor, kind: int, generator: torch.Generator) -> Tensor:
 
 
 def run_python(code: str, *, path: Path | None = None, **environment: str) -> str:
-    """What ``code`` prints in a fresh interpreter, where warnings are errors as they are here.
+    """The output of ``code`` in a fresh interpreter that raises warnings as errors.
 
-    It can import this module, the tests of back ends, and the library from ``path`` or from where
-    it is here.
+    ``code`` can import this module, the tests of back ends, and the library, from ``path`` if
+    given.
     """
     library = Path(vicinal.__file__).parents[1] if path is None else path
     tests = Path(__file__).parent
@@ -451,7 +451,7 @@ def run_python(code: str, *, path: Path | None = None, **environment: str) -> st
         env={**os.environ, **environment, "PYTHONPATH": paths},
         capture_output=True,
         text=True,
-        timeout=120,  # a deadlock is a failure as well
+        timeout=120,  # so that a deadlock fails the test
     )
     assert finished.returncode == 0, f"exit {finished.returncode}: {finished.stderr[-2000:]}"
     return finished.stdout

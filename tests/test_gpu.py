@@ -154,7 +154,7 @@ def test_a_graph_does_not_complete_a_plan() -> None:
         neighborhood_attention(x, x, x, plan)
     torch.cuda.synchronize()
     with (
-        pytest.raises(RuntimeError, match="plan lacks .*point_tiles"),
+        pytest.raises(RuntimeError, match=r"plan lacks .*point_tiles"),
         torch.cuda.graph(torch.cuda.CUDAGraph()),
     ):
         neighborhood_attention(x, x, x, plan)

@@ -149,12 +149,12 @@ def test_a_graph_completes_its_own_plans_alone(monkeypatch: pytest.MonkeyPatch) 
     assert "point_tiles" in captured._found
     neighborhood_attention(x, x, x, plan)
     x.requires_grad_()
-    with pytest.raises(RuntimeError, match="plan lacks .*point_tiles"):
+    with pytest.raises(RuntimeError, match=r"plan lacks .*point_tiles"):
         neighborhood_attention(x, x, x, plan)
     run_by("python", monkeypatch)
     neighborhood_attention(x, x, x, captured)
     del captured._found["point_tiles"]
-    with pytest.raises(RuntimeError, match="made in a CUDA graph .*point_tiles"):
+    with pytest.raises(RuntimeError, match=r"made in a CUDA graph .*point_tiles"):
         neighborhood_attention(x, x, x, captured)
 
 

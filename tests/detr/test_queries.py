@@ -9,28 +9,10 @@ from detr_scenes import EMBED, make_queries, offsets_from_ids, refused
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vicinal._utils import ragged as _ragged
 from vicinal._utils.ragged import batch_ids
 from vicinal.detr.queries import best_per_image, check_queries
 
 COUNTS = st.lists(st.integers(0, 5), max_size=5)
-
-
-@given(COUNTS)
-def test_images_and_offsets_are_each_others_inverse(counts: list[int]) -> None:
-    offsets = offsets_from_ids(counts)
-    image = batch_ids(offsets, sum(counts))
-    assert image.tolist() == [b for b, count in enumerate(counts) for _ in range(count)]
-    torch.testing.assert_close(
-        _ragged.offsets_from_ids(image, len(counts)), offsets, rtol=0, atol=0
-    )
-
-
-def test_images_are_found_from_offsets_of_any_integer_dtype_and_layout() -> None:
-    offsets = offsets_from_ids([2, 0, 1])
-    for dtype in (torch.int32, torch.int64, torch.uint8):
-        assert batch_ids(offsets.to(dtype), 3).tolist() == [0, 0, 2]
-    assert batch_ids(torch.stack((offsets, offsets), 1)[:, 0], 3).tolist() == [0, 0, 2]
 
 
 @given(COUNTS, st.integers(1, 6), st.integers(0, 100))

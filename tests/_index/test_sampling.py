@@ -1,0 +1,44 @@
+"""Multilinear sampling of sparse maps."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from deformable_scenes import EXACT
+from problems import assert_close, make_scene
+from torch import Tensor
+
+from vicinal import FeaturePyramid
+from vicinal._index import sampling
+from vicinal._index.cell_hash import index_cells
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_gradcheck(background: bool) -> None:
+    scene = make_scene(((3, 2), (2, 4)), (1, 1), (2, 1), 8)
+    index, images = index_cells(scene.pyramid), torch.tensor([0, 0, 1])
+    rows = index.n_cells + (4 if background else 1)
+
+    def sample(table: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
+        if not background:  # the last row must stay zero
+            table = torch.cat((table[:-1], torch.zeros_like(table[-1:])))
+        return sampling.sample(table, index, images, locations, weights)
+
+    table = torch.randn(rows, 2, 2, dtype=torch.float64, requires_grad=True)
+    locations = (4 * torch.rand(3, 2, 2, 2, 2, dtype=torch.float64)).requires_grad_()
+    weights = torch.randn(3, 2, 2, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(sample, (table, locations, weights))
+
+
+def test_linear_functions_are_interpolated_exactly_in_four_dimensions() -> None:
+    shape, dim = (4, 3, 4, 3), 4
+    cells = torch.cartesian_prod(*[torch.arange(size) for size in shape])
+    slope = torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=torch.float64)
+    table = F.pad(((cells.double() + 0.5) @ slope)[:, None, None], (0, 0, 0, 0, 0, 1))
+    coordinates = F.pad(cells, (1, 1))
+    pyramid = FeaturePyramid(torch.zeros(len(cells), 1), coordinates, (shape,), 1)
+    spans = torch.tensor([3.0, 2.0, 3.0, 2.0], dtype=torch.float64)
+    locations = 0.5 + spans * torch.rand(20, 1, 1, 1, dim, dtype=torch.float64)
+    weights = torch.ones(20, 1, 1, 1, dtype=torch.float64)
+    images = torch.zeros(20, dtype=torch.int64)
+    out = sampling.sample(table, index_cells(pyramid), images, locations, weights)
+    assert_close(out.flatten(), (locations @ slope).flatten(), EXACT)
