@@ -140,8 +140,8 @@ def test_plan_is_equal_for_any_number_of_threads() -> None:
     torch.set_num_threads(3)
     second = scene.plan()
     for left, right in (
-        (first._tensors.query_slices, second.query_slices),
-        (first._point_slices, second.point_slices),
+        (first._tensors.query_slices, second._tensors.query_slices),
+        (first._point_slices, second._point_slices),
     ):
         assert all(map(torch.equal, left, right))
 

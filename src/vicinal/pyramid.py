@@ -1,4 +1,4 @@
-"""A multi-level sparse feature map as plain dense tensors."""
+"""Feature pyramids: multi-level sparse feature maps as plain dense tensors."""
 
 import dataclasses
 import math
@@ -26,21 +26,34 @@ Pool = Callable[[Tensor, Tensor, int], Tensor]
 
 @dataclass(frozen=True, repr=False, eq=False)
 class FeaturePyramid:
-    """Points of a feature pyramid: a point exists because it is stored, whatever its values.
+    """The points of a multi-level sparse feature map.
+
+    A point is a stored row, whatever its values are. Points may come in any order, and two points
+    in one cell remain two points. Properties return what is stored or a view of it; methods
+    compute.
 
     Args:
         values: ``[nnz, E]``, an embedding per point.
-        coordinates: integer ``[nnz, P + 2]``: batch, cell along each axis, level.
-        level_shapes: ``[L, P]`` sizes of the levels, a tensor or nested sequences; kept as tuples.
-        batch_size: number of images, empty ones counted.
-        check_contents: whether to look for points outside their level, which on a GPU waits for
-            the device. None: on the CPU only.
-
-    The order of the points is free. Two points in one cell stay two points.
+        coordinates: integer ``[nnz, P + 2]``: image, cell along each axis, level.
+        level_shapes: ``[L, P]``, the spatial shape of each level, a tensor or nested sequences.
+            Kept as tuples.
+        batch_size: number of images B, empty images included.
+        check_contents: whether to validate that points lie inside their level. On a GPU that
+            synchronizes. None (default): on the CPU only.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit each other, or a point lies outside the
-            batch, the levels or its level's shape.
+        ValueError: shapes, dtypes or devices do not match, or a point lies outside the batch, the
+            levels or its level's shape.
+
+    Example:
+        ```python
+        import torch
+        from vicinal import FeaturePyramid
+
+        coordinates = torch.tensor([[0, 2, 3, 0], [0, 1, 1, 1]])  # image, row, column, level
+        pyramid = FeaturePyramid(torch.randn(2, 16), coordinates, [(8, 8), (4, 4)], batch_size=1)
+        assert pyramid.positions().tolist() == [[2.5, 3.5], [3.0, 3.0]]
+        ```
     """
 
     values: Tensor
@@ -78,33 +91,36 @@ class FeaturePyramid:
 
     @property
     def n_levels(self) -> int:
+        """L, the number of levels."""
         return len(self.level_shapes)
 
     @property
     def position_dim(self) -> int:
+        """P, the number of spatial dimensions."""
         return len(self.level_shapes[0])
 
     @property
     def embed_dim(self) -> int:
+        """E, the width of the embeddings."""
         return self.values.shape[1]
 
     @property
     def batch(self) -> Tensor:
-        """``[nnz]``: the image of every point."""
+        """int64 ``[nnz]``, the image of every point."""
         return self.coordinates[:, 0]
 
     @property
     def cells(self) -> Tensor:
-        """``[nnz, P]``: the cell of every point, in its own level's grid."""
+        """int64 ``[nnz, P]``, the cell of every point, on its own level."""
         return self.coordinates[:, 1:-1]
 
     @property
     def levels(self) -> Tensor:
-        """``[nnz]``: the level of every point."""
+        """int64 ``[nnz]``, the level of every point."""
         return self.coordinates[:, -1]
 
     def misplaced(self) -> Tensor:
-        """Bool ``[nnz]``: points of no image or level, or outside their level's shape."""
+        """Returns bool ``[nnz]``: points of no image or level, or outside their level's shape."""
         shapes = constant(self.level_shapes, self.coordinates.device)
         levels = self.levels.clamp(0, self.n_levels - 1)
         no_level = self.levels != levels
@@ -113,32 +129,35 @@ class FeaturePyramid:
         return no_level | no_image | no_cell
 
     def positions(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """``[nnz, P]``: the centres of the points' cells, in cells of the full shape.
+        """Returns the centers of the points' cells ``[nnz, P]``, in cells of the full shape.
 
-        Computed in ``dtype``, float32 at the least. With points as queries these are their
-        positions.
+        These are the query positions where every point is a query.
+
+        Args:
+            dtype: of the computation and the result, float32 or wider. Default: float32.
         """
         cells = self.cells.to(coordinate_dtype(dtype))
         levels = self.levels.clamp(0, self.n_levels - 1)
         return (cells + 0.5) / level_scales(self.level_shapes, cells)[levels]
 
     def batch_offsets(self) -> Tensor:
-        """``[B + 1]``: image ``b`` holds the points ``offsets[b]:offsets[b + 1]``.
+        """Returns int64 ``[B + 1]``: image ``b`` holds the points ``offsets[b]:offsets[b + 1]``.
 
-        With points as queries these are their offsets. Reads contents.
+        These are the query offsets where every point is a query. On a GPU this synchronizes.
 
         Raises:
-            ValueError: the points of an image do not stand together, images in order.
+            ValueError: the points are not sorted by image.
         """
         if not (self.batch[1:] >= self.batch[:-1]).all():
             refuse("coordinates", "points sorted by image", "images out of order")
         return offsets_from_ids(self.batch, self.batch_size)
 
     def with_values(self, values: Tensor) -> "FeaturePyramid":
-        """The same points with other embeddings ``[nnz, E']``."""
+        """Returns a pyramid of the same points with other embeddings ``[nnz, E']``."""
         return dataclasses.replace(self, values=values, check_contents=False)
 
     def to(self, device: torch.device | str) -> "FeaturePyramid":
+        """Returns the same pyramid on another device."""
         return dataclasses.replace(
             self,
             values=self.values.to(device),
@@ -147,7 +166,10 @@ class FeaturePyramid:
         )
 
     def to_coo(self) -> Tensor:
-        """The coalesced sparse COO map ``[B, *full_shape, L, E]`` with one dense dimension."""
+        """Returns the coalesced sparse COO map ``[B, *full_shape, L, E]`` with one dense dimension.
+
+        Points that share a cell become one point with the sum of their embeddings.
+        """
         size = (self.batch_size, *full_shape(self.level_shapes), self.n_levels, self.embed_dim)
         coo = torch.sparse_coo_tensor(
             self.coordinates.t(), self.values, size, check_invariants=False
@@ -162,13 +184,30 @@ class FeaturePyramid:
         *,
         check_contents: bool | None = None,
     ) -> "FeaturePyramid":
-        """From a sparse COO map ``[B, *full_shape, L, E]``, coalesced or not.
+        """Makes a pyramid from one sparse COO map of all levels.
 
-        Gradients reach the map's values. Points stand in the order of the coalesced map.
+        Gradients reach the map's values. Points are in the order of the coalesced map.
+
+        Args:
+            stacked_feature_maps: sparse COO ``[B, *full_shape, L, E]`` with one dense dimension,
+                coalesced or not. On a GPU, coalescing synchronizes.
+            level_spatial_shapes: integer ``[L, P]``, the spatial shape of each level.
+            check_contents: as for the class.
 
         Raises:
-            ValueError: not a sparse COO tensor with one dense dimension, sizes that do not match
-                ``level_spatial_shapes`` ``[L, P]``, or points outside their level's shape.
+            ValueError: the map is no sparse COO tensor with one dense dimension, its sizes do not
+                match ``level_spatial_shapes``, or points lie outside their level's shape.
+
+        Example:
+            ```python
+            import torch
+            from vicinal import FeaturePyramid
+
+            indices = torch.tensor([[0, 0], [5, 1], [7, 1], [0, 1]])  # image, row, column, level
+            coo = torch.sparse_coo_tensor(indices, torch.randn(2, 16), (1, 8, 8, 2, 16))
+            pyramid = FeaturePyramid.from_coo(coo, [(8, 8), (4, 4)])
+            assert len(pyramid) == 2
+            ```
         """
         shapes = as_level_shapes(level_spatial_shapes)
         sizes: list[int | str] = ["B", *full_shape(shapes), len(shapes), "E"]
@@ -183,11 +222,32 @@ class FeaturePyramid:
     def from_levels(
         cls, levels: Sequence[Tensor], *, check_contents: bool | None = None
     ) -> "FeaturePyramid":
-        """From one sparse COO map ``[B, *S[l], E]`` per level, coalesced or not.
+        """Makes a pyramid from one sparse COO map per level.
+
+        Points are sorted by image, then level.
+
+        Args:
+            levels: sparse COO ``[B, *S[l], E]`` with one dense dimension each, coalesced or not.
+            check_contents: as for the class.
 
         Raises:
-            ValueError: no level, a map that is not sparse COO with one dense dimension, or maps
-                that differ in batch size, number of dimensions, width, dtype or device.
+            ValueError: there is no level, a map is not sparse COO with one dense dimension, or maps
+                differ in batch size, number of dimensions, width, dtype or device.
+
+        Example:
+            ```python
+            import torch
+            from vicinal import FeaturePyramid
+
+            fine = torch.sparse_coo_tensor(
+                torch.tensor([[0], [5], [7]]), torch.randn(1, 16), (1, 8, 8, 16)
+            )
+            coarse = torch.sparse_coo_tensor(
+                torch.tensor([[0], [2], [3]]), torch.randn(1, 16), (1, 4, 4, 16)
+            )
+            pyramid = FeaturePyramid.from_levels([fine, coarse])
+            assert pyramid.level_shapes == ((8, 8), (4, 4))
+            ```
         """
         if not levels:
             refuse("levels", "at least one map", "none")
@@ -226,25 +286,40 @@ class FeaturePyramid:
         pooling: str = "mean",
         check_contents: bool | None = None,
     ) -> "FeaturePyramid":
-        """Pools points into levels: a cell exists where at least one point falls into it.
+        """Makes a pyramid from the points of one grid, pooled once per stride.
+
+        A level has a point in every cell that at least one of the given points falls into.
 
         Args:
             coordinates: integer ``[n, P + 1]``: image, then cell along each axis of a grid of
                 ``spatial_shape``. Points that share a cell are pooled as well.
             values: floating ``[n, E]``.
-            spatial_shape: ``P`` sizes of the grid; level ``l`` has ``ceil(size / strides[l])``.
-            batch_size: number of images, empty ones counted.
-            strides: width of each level's cells, in cells of the grid.
-            pooling: ``"mean"`` or ``"max"`` over all points in the cell.
+            spatial_shape: the ``P`` sizes of the grid. Level ``l`` has ``ceil(size / strides[l])``
+                cells along an axis.
+            batch_size: number of images, empty images included.
+            strides: the width of each level's cells, in cells of the grid. Default: 1, 2, 4, 8.
+            pooling: ``"mean"`` (default) or ``"max"`` over all points in the cell.
             check_contents: as for the class.
 
         Returns:
-            a pyramid sorted by image, level and cell. The number of its points depends on the
-            contents, so on a GPU this waits for the device.
+            a pyramid sorted by image, level and cell. The number of its points depends on tensor
+            contents, so on a GPU this synchronizes.
 
         Raises:
-            ValueError: shapes, dtypes or devices that do not fit, a stride below 1, unknown
-                ``pooling``, or points outside the grid.
+            ValueError: shapes, dtypes or devices do not match, a stride is below 1, ``pooling`` is
+                unknown, or points lie outside the grid.
+
+        Example:
+            ```python
+            import torch
+            from vicinal import FeaturePyramid
+
+            coordinates = torch.tensor([[0, 2, 3], [0, 3, 3], [0, 7, 0]])  # image, row, column
+            pyramid = FeaturePyramid.from_points(
+                coordinates, torch.randn(3, 16), spatial_shape=(8, 8), batch_size=1, strides=(1, 2)
+            )
+            assert pyramid.levels.tolist() == [0, 0, 0, 1, 1]
+            ```
         """
         shape = as_level_shapes([spatial_shape], "spatial_shape")
         if math.prod(shape[0]) * batch_size >= 2**62:
@@ -274,20 +349,20 @@ class FeaturePyramid:
 
 
 def _pool(grid: FeaturePyramid, stride: int, pool: Pool) -> tuple[Tensor, Tensor]:
-    """The values and coordinates of ``grid``'s points pooled into cells of ``stride``."""
+    """Pools the points of ``grid`` into cells of ``stride``: values and coordinates."""
     cells = grid.coordinates.clone()
     cells[:, 1:-1] //= stride
     key = cells[:, 0]
     for axis, size in enumerate(grid.level_shapes[0]):
         key = key * -(-size // stride) + cells[:, axis + 1]
     unique, cell_of = torch.unique(key, return_inverse=True)
-    # All points of a cell give the same row, so whichever is written last does not matter.
+    # All points of a cell write the same row, so their order does not matter.
     pooled_cells = cells.new_empty(len(unique), cells.shape[1]).index_copy_(0, cell_of, cells)
     return pool(grid.values, cell_of, len(unique)), pooled_cells
 
 
 def _mean(values: Tensor, cell_of: Tensor, n_cells: int) -> Tensor:
-    # Sums, whose gradient is read row by row: that of a scattered mean takes ten times as long.
+    # index_add, whose gradient reads rows: the gradient of scatter_reduce takes ten times as long.
     wide = values.to(coordinate_dtype(values.dtype))
     sums = wide.new_zeros(n_cells, values.shape[1]).index_add(0, cell_of, wide)
     counts = torch.bincount(cell_of, minlength=n_cells)

@@ -1,4 +1,4 @@
-"""The geometry: which cells are near a position, level by level."""
+"""The geometry of windows: scales, centers, and the cells around a position on each level."""
 
 import itertools
 import math
@@ -24,22 +24,20 @@ def full_shape(level_shapes: LevelShapes) -> tuple[int, ...]:
 
 
 def finest_level(level_shapes: LevelShapes) -> int:
-    """The level with the most cells, the first of equals."""
+    """The level with the most cells; the first one of several."""
     cells = [math.prod(shape) for shape in level_shapes]
     return cells.index(max(cells))
 
 
 def coordinate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Cells are told apart in float32 at the least: bfloat16 cannot tell cell 300 from 301."""
+    """The dtype for coordinates, float32 or wider: bfloat16 cannot tell cell 300 from 301."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def level_scales(level_shapes: LevelShapes, like: Tensor) -> Tensor:
-    """``[L, P]``: each level's size over the full shape, in the dtype and on the device of
-    ``like``.
-    """
-    # Divided in float64 and rounded: what compilers make of float32 need not be the closest number,
-    # and a cell's border may lie between the two.
+    """``[L, P]``: each level's size over the full shape, with the dtype and device of ``like``."""
+    # Divided in float64 and rounded: compiled float32 division need not round to nearest, and a
+    # cell's border may lie between the two results.
     shapes, full = (
         constant(sizes, like.device, torch.float64)
         for sizes in (level_shapes, full_shape(level_shapes))
@@ -48,15 +46,15 @@ def level_scales(level_shapes: LevelShapes, like: Tensor) -> Tensor:
 
 
 def window_centers(positions: Tensor, level_shapes: LevelShapes) -> Tensor:
-    """``[L, N, P]``: the cell, as a float, that each of ``positions`` ``[N, P]`` falls into."""
+    """``[L, N, P]``: the cell, as floats, that contains each of ``positions`` ``[N, P]``."""
     positions = positions.detach().to(coordinate_dtype(positions.dtype))
     return torch.floor(positions * level_scales(level_shapes, positions)[:, None])
 
 
 def window_offsets(neighborhood_size: int, position_dim: int) -> list[tuple[int, ...]]:
-    """``w ** P`` offsets from a window's centre to its cells, row-major.
+    """The ``w ** P`` offsets from a window's center to its cells, row-major.
 
-    With ``position_dim=P - 1`` these are the window's rows.
+    With ``position_dim=P - 1`` they are the offsets to the window's rows.
     """
     radius = neighborhood_size // 2
     return list(itertools.product(range(-radius, radius + 1), repeat=position_dim))
@@ -67,9 +65,10 @@ def get_multilevel_neighborhoods(
     level_spatial_shapes: Tensor | Sequence[Sequence[int]],
     neighborhood_sizes: Sequence[int] = (3, 5, 7, 9),
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Spells out the cells of every query's windows, for looking and for tests.
+    """Returns the cells of every query's windows, for inspection and tests.
 
-    The attention never builds these ``[N, K, ...]`` arrays; ``K = sum(w[l] ** P)``.
+    There are ``K = sum(w[l] ** P)`` per query. The attention never builds these ``[N, K, ...]``
+    tensors.
 
     Args:
         query_fullscale_spatial_positions: floating ``[N, P]``, in cells of the full shape (the
@@ -85,6 +84,19 @@ def get_multilevel_neighborhoods(
     Raises:
         ValueError: positions or shapes are not 2-D or do not agree on P, positions are integers
             or not finite, or a size is even or not positive.
+
+    Example:
+        ```python
+        import torch
+        from vicinal import get_multilevel_neighborhoods
+
+        positions = torch.tensor([[0.5, 5.5]])  # one query on a map of 8 x 8 cells
+        cells, outside, levels = get_multilevel_neighborhoods(positions, [[8, 8], [4, 4]], [3, 1])
+        assert cells.shape == (1, 3 * 3 + 1, 2)
+        assert cells[0, 4].tolist() == [0, 5]  # the center of the window on level 0
+        assert cells[0, 9].tolist() == [0, 2]  # the window of one cell on level 1
+        assert outside[0, :3].all()  # the row above the map
+        ```
     """
     positions = query_fullscale_spatial_positions
     shapes = as_level_shapes(level_spatial_shapes)
@@ -96,7 +108,7 @@ def get_multilevel_neighborhoods(
 
     device = positions.device
     offsets = [constant(window_offsets(size, dim), device) for size in sizes]
-    # The bound keeps absurdly far positions from overflowing the conversion to integers.
+    # Clamped, since the conversion of very large positions to integers would overflow.
     centers = window_centers(positions, shapes).clamp(-(2.0**62), 2.0**62).long()
     cells = torch.cat(
         [center[:, None] + window for center, window in zip(centers, offsets, strict=True)],

@@ -40,4 +40,4 @@ def test_regular_keys_do_not_overfill_buckets() -> None:
         pyramid = FeaturePyramid(
             torch.zeros(len(cells), 1), F.pad(cells, (1, 1)), ((4096, 4096),), 1
         )
-        assert index_cells(pyramid)._fullest <= 6
+        assert index_cells(pyramid)._largest <= 6

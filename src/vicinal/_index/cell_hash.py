@@ -1,4 +1,4 @@
-"""Which cells around a place hold points: a hash table, so that none is ever dense."""
+"""A hash table of the occupied cells around each location, so that no map is ever dense."""
 
 import itertools
 from collections.abc import Sequence
@@ -13,21 +13,21 @@ from .._utils.constants import constant
 from ..pyramid import FeaturePyramid
 from .cell_keys import CellKeys
 
-# 2^64 over the golden ratio, as a signed number: it spreads runs of neighboring keys evenly
-# (Knuth, "The Art of Computer Programming", volume 3, section 6.4).
-_SPREAD = -7046029254386353131
-_REACH = 3  # cells: windows of `CellKeys` that hold a cell and the next, beyond the edge too
+# 2^64 divided by the golden ratio, as a signed integer: multiplicative hashing spreads runs of
+# neighboring keys evenly (Knuth, "The Art of Computer Programming", volume 3, section 6.4).
+_MULTIPLIER = -7046029254386353131
+_WINDOW = 3  # cells of a `CellKeys` window, enough for a cell and the next one, also at the edge
 
 
 @dataclass(frozen=True, repr=False, eq=False)
 class CellIndex:
-    """The M cells of a pyramid that hold points; made by `index_cells`, good for any values.
+    """The M occupied cells of a pyramid. `index_cells` makes it; it does not depend on values.
 
-    A place between cells has ``2 ** P`` of them around it, its corners. Where any of these holds
-    a point, the table has an entry for all, under the key of the first.
+    The corners of a location are the ``2 ** P`` cells whose centers surround it. If any of them is
+    occupied, the table has an entry for all of them under the key of the first.
 
     Attributes:
-        cell_of_point: int64 ``[nnz]``, the number of every point's cell. Points may share one.
+        cell_of_point: int64 ``[nnz]``, the index of every point's cell. Points may share a cell.
         n_cells: M.
         batch_size: number of images.
         level_shapes: sizes of the levels.
@@ -39,9 +39,9 @@ class CellIndex:
     level_shapes: LevelShapes
     _origins: Tensor  # int64 [B, L], the key of each level's first cell
     _steps: Tensor  # int64 [P, L], from the key of a cell to that of the next along an axis
-    _starts: Tensor  # int32 [buckets], where each begins among the entries
-    _fullest: int  # entries in the fullest bucket
-    _keys: Tensor  # int64 [entries], bucket by bucket; the last are nobody's
+    _starts: Tensor  # int32 [buckets], the first entry of each
+    _largest: int  # number of entries in the largest bucket
+    _keys: Tensor  # int64 [entries], bucket by bucket; the last ones match no key
     _corners: Tensor  # int32 [entries, 2 ** P], row-major; M where a cell is empty
 
     @property
@@ -58,8 +58,8 @@ class CellIndex:
         return cells.index_add(0, self.cell_of_point, values)
 
     def points_in(self, cells: Tensor) -> tuple[Tensor, Tensor]:
-        """The points of ``cells`` (int64 ``[n]``), cell by cell, int64 ``[m]`` each: where in
-        ``cells`` a point's cell is, and the point.
+        """The points in ``cells`` int64 ``[n]``, cell by cell, int64 ``[m]`` each: the index into
+        ``cells``, and the point.
         """
         order = self.cell_of_point.sort(stable=True).indices
         counts = torch.bincount(self.cell_of_point, minlength=self.n_cells)
@@ -69,25 +69,26 @@ class CellIndex:
         return place, order[first[place] + torch.arange(len(place), device=self.device)]
 
     def find(self, images: Tensor, levels: Tensor, firsts: Sequence[Tensor]) -> Tensor:
-        """The cells at the corners of places, int32 ``[n, H, 2 ** P, S]``; M where one is empty.
+        """Returns the cells at the corners of locations, int32 ``[n, H, 2 ** P, S]``; M if empty.
 
         Args:
             images: int64 ``[n]``, in [0, B).
             levels: int64 ``[S]``.
-            firsts: for each axis whole floating numbers ``[n, H, S]``, the first of the corners,
-                on the map or not.
+            firsts: for each axis the coordinates ``[n, H, S]`` of the first corner, integers in a
+                floating dtype, inside the map or not.
         """
         key = self._origins[images][:, None, levels]
         sizes = constant(self.level_shapes, self.device, firsts[0].dtype)[levels].t()
         for first, step, size in zip(firsts, self._steps[:, levels], sizes, strict=True):
-            # Beyond the map one cell is as empty as the next.
+            # All cells beyond the map are empty, so their distance does not matter.
             key = key + first.clamp(min=-2).minimum(size).long() * step
         wanted = key.flatten()
         start = self._starts.index_select(0, _bucket(wanted, len(self._starts)))
         entry = torch.full_like(start, len(self._keys) - 1)
-        for place in range(self._fullest):
-            here = start + place
-            entry = torch.where(self._keys.index_select(0, here) == wanted, here, entry)
+        for step in range(self._largest):
+            candidate = start + step
+            found = self._keys.index_select(0, candidate) == wanted
+            entry = torch.where(found, candidate, entry)
         corners: Tensor = self._corners.index_select(0, entry).unflatten(0, key.shape)
         return corners.transpose(2, 3).contiguous()
 
@@ -99,32 +100,33 @@ class CellIndex:
 
 
 def index_cells(pyramid: FeaturePyramid) -> CellIndex:
-    """Finds the cells of all points, once, for all layers that share them.
+    """Finds the occupied cells once, for all layers that share the points.
 
-    How many there are depends on the contents, so on a GPU this waits for the device.
+    Their number depends on tensor contents, so on a GPU this synchronizes.
 
     Raises:
-        ValueError: not a pyramid, too many cells for 64-bit keys, or too many of them with points.
+        ValueError: ``pyramid`` is no `FeaturePyramid`, has too many cells for 64-bit keys, or has
+            too many occupied cells.
     """
     if not isinstance(pyramid, FeaturePyramid):
         refuse("pyramid", "a FeaturePyramid", pyramid)
     dim, device = pyramid.position_dim, pyramid.coordinates.device
-    sizes = [_REACH] * pyramid.n_levels
+    sizes = [_WINDOW] * pyramid.n_levels
     keys = CellKeys(pyramid.level_shapes, sizes, pyramid.batch_size, device)
     levels = torch.arange(pyramid.n_levels, device=device)
     images = torch.arange(max(pyramid.batch_size, 1), device=device)
-    nowhere = levels.new_zeros(dim)
-    origins = keys.of(nowhere, levels, images[:, None])
+    zeros = levels.new_zeros(dim)
+    origins = keys.of(zeros, levels, images[:, None])
     unit = torch.eye(dim, dtype=torch.int64, device=device)[:, None]
-    steps = keys.of(unit, levels, nowhere[0]) - keys.of(nowhere, levels, nowhere[0])
+    steps = keys.of(unit, levels, zeros[0]) - keys.of(zeros, levels, zeros[0])
 
     misplaced = pyramid.misplaced()
     coordinates = pyramid.coordinates.masked_fill(misplaced[:, None], 0)
     point_keys = keys.of(coordinates[:, 1:-1], coordinates[:, -1], coordinates[:, 0])
-    # Far below the key of any place.
+    # Far below the key of any location.
     point_keys = point_keys.masked_fill(misplaced, -(2**62))
     cells, cell_of_point = torch.unique(point_keys, return_inverse=True)
-    # All points of a cell write the same, so whichever is last does not matter.
+    # All points of a cell write the same values, so their order does not matter.
     step = cells.new_zeros(dim, len(cells))
     step.index_copy_(1, cell_of_point, steps[:, coordinates[:, -1]])
     corners = constant(list(itertools.product((0, 1), repeat=dim)), device)
@@ -141,27 +143,28 @@ def index_cells(pyramid: FeaturePyramid) -> CellIndex:
 
 
 def _hash(keys: Tensor) -> tuple[Tensor, int, Tensor, Tensor]:
-    """Buckets, the fullest, keys and corners of the table: ``keys`` ``[2 ** P, M]`` are those of
-    the places that have a cell for their first corner, their second, and so on.
+    """Starts of the buckets, size of the largest, keys and corners of the table.
+
+    ``keys[c, m]`` ``[2 ** P, M]`` is the key of the entry that has cell ``m`` as its corner ``c``.
     """
     n_corners, n_cells = keys.shape
     unique, entry = torch.unique(keys, return_inverse=True)
     if len(unique) >= 2**31:
-        refuse("pyramid", "fewer than 2^31 places with points around them", str(len(unique)))
+        refuse("pyramid", "fewer than 2^31 occupied corners", str(len(unique)))
     corners = keys.new_full((n_corners, len(unique)), n_cells)
     corners.scatter_(1, entry, torch.arange(n_cells, device=keys.device).expand_as(keys))
     n_buckets = 1 << (4 * len(unique)).bit_length()
     bucket, order = _bucket(unique, n_buckets).sort(stable=True)
     starts = torch.searchsorted(bucket, torch.arange(n_buckets + 1, device=keys.device))
-    fullest = int(starts.diff().max())
+    largest = int(starts.diff().max())
     return (
         starts[:-1].int(),
-        fullest,
-        F.pad(unique[order], (0, fullest + 1), value=-1),
-        F.pad(corners.t()[order].int(), (0, 0, 0, fullest + 1), value=n_cells),
+        largest,
+        F.pad(unique[order], (0, largest + 1), value=-1),
+        F.pad(corners.t()[order].int(), (0, 0, 0, largest + 1), value=n_cells),
     )
 
 
 def _bucket(keys: Tensor, n_buckets: int) -> Tensor:
     bits = n_buckets.bit_length() - 1
-    return (keys * _SPREAD >> (64 - bits)) & (n_buckets - 1)
+    return (keys * _MULTIPLIER >> (64 - bits)) & (n_buckets - 1)

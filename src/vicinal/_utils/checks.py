@@ -1,4 +1,4 @@
-"""Argument checks. Every refusal names the argument, what was expected and what came."""
+"""Argument checks. Every error names the argument, what was expected and what came."""
 
 import itertools
 import math
@@ -13,7 +13,7 @@ LevelShapes = tuple[tuple[int, ...], ...]
 
 
 def describe(value: Any) -> str:
-    """A short account of ``value`` for an error message."""
+    """A short description of ``value`` for an error message."""
     if not isinstance(value, Tensor):
         return f"{type(value).__name__} {value!r}"
     layout = "" if value.layout == torch.strided else f"{value.layout} "
@@ -21,6 +21,7 @@ def describe(value: Any) -> str:
 
 
 def refuse(argument: str, expected: str, got: Any) -> NoReturn:
+    """Raises the ValueError of a wrong argument; ``got`` is its value or a description of it."""
     came = got if isinstance(got, str) else describe(got)
     raise ValueError(f"{argument}: expected {expected}, got {came}")
 
@@ -33,7 +34,10 @@ def check_tensor(
     kind: str = "any",
     device: torch.device | None = None,
 ) -> None:
-    """Refuses all but a dense tensor of ``shape`` (names stand for free sizes), kind and device."""
+    """Raises ValueError unless ``value`` is a dense tensor of ``shape``, kind and device.
+
+    A string in ``shape`` names a size that is free.
+    """
     kinds = {
         "any": lambda dtype: True,
         "floating": lambda dtype: dtype.is_floating_point,
@@ -63,7 +67,7 @@ def _is_integer(dtype: torch.dtype) -> bool:
 def as_level_shapes(
     level_spatial_shapes: Tensor | Sequence[Sequence[int]], argument: str = "level_spatial_shapes"
 ) -> LevelShapes:
-    """``[L, P]`` sizes as tuples of ints. Reads a tensor's contents: keep it off the GPU."""
+    """``[L, P]`` sizes as tuples of ints. It reads contents, so a GPU tensor synchronizes."""
     if isinstance(level_spatial_shapes, Tensor):
         check_tensor(argument, level_spatial_shapes, ("L", "P"), kind="integer")
         rows = level_spatial_shapes.tolist()
@@ -80,7 +84,7 @@ def as_level_shapes(
 
 
 def as_integer(value: Any) -> int | None:
-    """``value`` as an int if it is an integer of any kind, NumPy's too, else None."""
+    """``value`` as an int if it is an integer, NumPy integers included; None otherwise."""
     try:
         return None if isinstance(value, bool) else operator.index(value)
     except TypeError:
@@ -101,14 +105,14 @@ def check_neighborhood_sizes(neighborhood_sizes: Sequence[int], n_levels: int) -
 
 
 def check_counts(**counts: int) -> None:
-    """Refuses all but integers of at least one, by name."""
+    """Raises ValueError unless all ``counts`` are integers of at least one."""
     for name, count in counts.items():
         if not isinstance(count, int) or isinstance(count, bool) or count < 1:
             refuse(name, "an integer of at least 1", count)
 
 
 def check_cells(argument: str, size: float) -> None:
-    """Refuses all but a length in cells above zero."""
+    """Raises ValueError unless ``size`` is a positive, finite length in cells."""
     if not isinstance(size, int | float) or not 0 < size < math.inf:
         refuse(argument, "a finite size above 0, in cells", size)
 
@@ -119,8 +123,8 @@ def check_dropout(argument: str, rate: float) -> None:
 
 
 def reads_contents(check_contents: bool | None, device: torch.device) -> bool:
-    """Whether to run checks that read tensor contents: by default not where they stall a GPU, or
-    in a compiled graph, which has none yet.
+    """Whether to run the checks that read tensor contents. For None, the default: on the CPU only,
+    since they synchronize a GPU, and not in a compiled graph, where contents do not exist yet.
     """
     if check_contents is None:
         return device.type == "cpu" and not torch.compiler.is_compiling()
@@ -142,7 +146,7 @@ def check_offsets(argument: str, offsets: Tensor, total: int) -> None:
 
 
 def check_rows(argument: str, rows: Tensor | None, n: int, device: torch.device) -> Tensor:
-    """``rows`` ``[m]`` of something with ``n`` rows, or all of them for None, as int64."""
+    """``rows`` as int64, all of the ``n`` rows for None; raises ValueError for other indices."""
     if rows is None:
         return torch.arange(n, device=device)
     check_tensor(argument, rows, ("n",), kind="integer", device=device)

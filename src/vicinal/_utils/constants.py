@@ -1,4 +1,4 @@
-"""Small tables of numbers as tensors, on a GPU without a stall."""
+"""Small constant tensors, which reach a GPU without a synchronization."""
 
 from collections.abc import Sequence
 
@@ -7,34 +7,33 @@ from torch import Tensor
 
 Numbers = Sequence[int] | Sequence[Sequence[int]]
 
-_KEEPING = ("cuda",)  # kinds of devices that keep what they were sent
-_KEPT = 4096  # tables, of a few hundred bytes
-_kept: dict[object, tuple[Tensor, torch.cuda.Event]] = {}
-_captured: dict[object, Tensor] = {}  # which CUDA graphs read for good
+_CACHED_DEVICES = ("cuda",)
+_CACHE_SIZE = 4096  # tensors of a few hundred bytes
+_cache: dict[object, tuple[Tensor, torch.cuda.Event]] = {}
+_captured: dict[object, Tensor] = {}  # CUDA graphs read these for as long as they live
 
 
 def constant(numbers: Numbers, device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
-    """``numbers`` as a tensor that nobody may change.
+    """Returns ``numbers`` as a tensor, which must not be changed in place.
 
-    To send numbers to a GPU takes a wait, or memory that the system must leave alone until they
-    got there. So a GPU keeps what it has been sent. What `torch.compile` and `torch.export` make
-    asks for it by an op, `vicinal::numbers`.
+    Copying from the host to a GPU needs a synchronization or pinned memory, so the tensors of GPUs
+    are cached. Graphs of `torch.compile` and `torch.export` get them by the op `vicinal::numbers`.
 
     Raises:
-        RuntimeError: while a CUDA graph is captured, for numbers that were never sent before.
+        RuntimeError: a CUDA graph is being captured, and these numbers are not cached yet.
     """
-    if device.type not in _KEEPING:
+    if device.type not in _CACHED_DEVICES:
         return torch.tensor(numbers, dtype=dtype, device=device)
     flat, shape = _flattened(numbers)
     if device.type == "cuda" and not torch.compiler.is_compiling() and torch.cuda.is_available():
-        return _keep(tuple(flat), tuple(shape), dtype, device)
+        return _cached(tuple(flat), tuple(shape), dtype, device)
     made: Tensor = torch.ops.vicinal.numbers(flat, shape, dtype, device)
     return made
 
 
 def computing(device: torch.device) -> str:
-    """Who will compute what is asked of a device now: Python itself, what a compiler makes, or a
-    CUDA graph; "python", "compiler" or "graph".
+    """What runs the ops issued now on a device: "python" (eager mode), "compiler" (a graph that
+    torch.compile or torch.export traces) or "graph" (a CUDA graph being captured).
     """
     if device.type != "cuda":
         return "python"
@@ -42,12 +41,12 @@ def computing(device: torch.device) -> str:
         return "compiler"
     if not torch.cuda.is_available():
         return "python"
-    with torch.cuda.device(device):  # whose current stream it is, not that of another GPU
+    with torch.cuda.device(device):  # its current stream, not that of another GPU
         return "graph" if torch.cuda.is_current_stream_capturing() else "python"
 
 
 def _flattened(numbers: Numbers) -> tuple[list[int], list[int]]:
-    """All the numbers, row by row, and the shape of the table."""
+    """The numbers in row-major order, and the shape of the tensor."""
     flat: list[int] = []
     shape = [len(numbers)]
     for row in numbers:
@@ -59,34 +58,37 @@ def _flattened(numbers: Numbers) -> tuple[list[int], list[int]]:
     return flat, shape
 
 
-def _keep(
+def _cached(
     flat: tuple[int, ...], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """The table on the GPU that keeps it, sent if it was not yet."""
+    """The cached tensor on the GPU, copied there if it is not cached yet."""
     key = flat, shape, dtype, device
     captured = computing(device) == "graph"
-    if key not in _kept:
+    if key not in _cache:
         if captured:
-            raise RuntimeError("run once with maps of this shape before capturing a CUDA graph")
-        if len(_kept) == _KEPT:
-            torch.cuda.synchronize(device)  # other streams may still read them
-            _kept.clear()
-        with torch.inference_mode(False):  # others will compute gradients with it
-            waiting = torch.tensor(flat, dtype=dtype, pin_memory=True).view(shape)
-            made = waiting.to(device, non_blocking=True)
-        if type(made) is not Tensor:  # a tracer's stand-in for one
+            raise RuntimeError(
+                "constants for maps of this shape are not on the GPU yet; run one eager step "
+                "before CUDA-graph capture"
+            )
+        if len(_cache) == _CACHE_SIZE:
+            torch.cuda.synchronize(device)  # other streams may still read the tensors
+            _cache.clear()
+        with torch.inference_mode(False):  # it may be used in a training step later
+            pinned = torch.tensor(flat, dtype=dtype, pin_memory=True).view(shape)
+            made = pinned.to(device, non_blocking=True)
+        if type(made) is not Tensor:  # a fake tensor
             return made
-        _kept[key] = made, torch.cuda.current_stream(device).record_event()
-    kept, sent = _kept[key]
+        _cache[key] = made, torch.cuda.current_stream(device).record_event()
+    cached, copied = _cache[key]
     if captured:
-        _captured[key] = kept
-    elif not sent.query():  # it may be another stream that sends it
-        torch.cuda.current_stream(device).wait_event(sent)
-    return kept
+        _captured[key] = cached
+    elif not copied.query():  # another stream may be copying it
+        torch.cuda.current_stream(device).wait_event(copied)
+    return cached
 
 
-# A compiled graph may overwrite what an op gives it, so it gets a copy, made on the GPU. Where a
-# compiler captures CUDA graphs it leaves the op out of them, since it may send.
+# A compiled graph may overwrite the result of an op, so the op returns a copy, made on the GPU. The
+# tag keeps the op out of CUDA graphs, where it could not copy from the host.
 torch.library.define(
     "vicinal::numbers",
     "(SymInt[] flat, SymInt[] shape, ScalarType dtype, Device device) -> Tensor",
@@ -99,7 +101,7 @@ def _(
     flat: Sequence[int], shape: Sequence[int], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     if device.type == "cuda":
-        return _keep(tuple(flat), tuple(shape), dtype, device).clone()
+        return _cached(tuple(flat), tuple(shape), dtype, device).clone()
     return torch.tensor(flat, dtype=dtype, device=device).view(shape)
 
 

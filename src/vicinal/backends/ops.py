@@ -1,6 +1,6 @@
-"""Our ops as torch sees them: schema, shapes, gradient. Kernels register for a device.
+"""Schemas, fake kernels and gradients of the ops; back ends register kernels for a device.
 
-`torch.compile`, `torch.export`, saved-tensor hooks and `opcheck` work with whatever kernel that is.
+So `torch.compile`, `torch.export`, saved-tensor hooks and `opcheck` work with any kernel.
 """
 
 from collections.abc import Callable, Sequence
@@ -45,10 +45,10 @@ _EVERYWHERE = (
 
 
 class Ops:
-    """The ops in a namespace of one back end's, which two that run on one device need."""
+    """The ops of one back end, in a namespace of its own: two back ends may share a device."""
 
     def __init__(self, namespace: str, *others: str) -> None:
-        """``others`` are the ops beside those that every back end has."""
+        """``others`` names ops beyond those that every back end has."""
         self._ops = getattr(torch.ops, namespace)
         self.namespace = namespace
         self.names = (*_EVERYWHERE, *others)
@@ -59,7 +59,7 @@ class Ops:
         self._differentiate("rotate", _backward_rotate, _setup_rotate)
 
     def _differentiate(self, name: str, backward: Callable[..., Any], setup: Any) -> None:
-        """Registers ``backward``, which is given the op that does the work."""
+        """Registers ``backward``, which gets the op that computes the gradients."""
 
         def call(ctx: Any, *grads: Tensor) -> Any:
             return backward(getattr(self._ops, f"{name}_backward"), ctx, *grads)
@@ -70,7 +70,7 @@ class Ops:
         )
 
     def register(self, device: str, kernels: dict[str, Callable[..., Any]]) -> None:
-        """Makes ``kernels`` those of a device, by the names of the ops."""
+        """Registers ``kernels``, by the names of the ops, for a device."""
         for name, kernel in kernels.items():
             torch.library.impl(f"{self.namespace}::{name}", device, kernel)
 
@@ -79,7 +79,7 @@ class Ops:
         neighborhood_sizes: Sequence[int], position_dim: int, background: Sequence[Tensor],
         query_mask: Tensor | None, seed: Tensor | None, scale: float, dropout_p: float,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """See `reference.attend`; ``plan`` is what the kernel needs of it."""
+        """See `reference.attend`; ``plan`` holds the tensors of it that the kernel needs."""
         result: tuple[Tensor, Tensor] = self._ops.neighborhood_attention(
             q, k, v, query_mask, seed, list(background), list(plan),
             list(neighborhood_sizes), position_dim, scale, dropout_p,
@@ -92,8 +92,8 @@ class Ops:
         storage = torch.float64 if sums == torch.float64 else x.dtype
         coordinates, frequencies = (y.to(sums).contiguous() for y in (coordinates, frequencies))
         table = frequencies.expand(-1, x.shape[1], -1).contiguous()
-        turned: Tensor = self._ops.rotate(x.to(storage), coordinates, table)
-        return turned.to(x.dtype)
+        rotated: Tensor = self._ops.rotate(x.to(storage), coordinates, table)
+        return rotated.to(x.dtype)
 
     def find_slices(
         self, sorted_keys: Tensor, centers: Tensor, traversal: Tensor, level: Tensor,
@@ -116,7 +116,7 @@ class Ops:
         return runs
 
     def find_flags(self, k: Tensor, v: Tensor) -> Tensor:
-        """float32 ``[nnz, H]``: NaN for points that hold a number that is not finite, else zero."""
+        """float32 ``[nnz, H]``: NaN where a key or value is not finite, zero elsewhere."""
         flags: Tensor = self._ops.find_flags(k, v)
         return flags
 
@@ -145,10 +145,12 @@ def _fake_attention_backward(
 def new_gradients(
     q: Tensor, k: Tensor, v: Tensor, needs_queries: bool, needs_points: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Room for gradients; those that nobody needs have no rows."""
+    """Uninitialized gradients; those that are not needed have no rows."""
     needed = (q, needs_queries), (k, needs_points), (v, needs_points)
-    of_q, of_k, of_v = (x.new_empty(x.shape[0] if yes else 0, *x.shape[1:]) for x, yes in needed)
-    return of_q, of_k, of_v
+    grad_q, grad_k, grad_v = (
+        x.new_empty(x.shape[0] if needs else 0, *x.shape[1:]) for x, needs in needed
+    )
+    return grad_q, grad_k, grad_v
 
 
 def _setup_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -160,17 +162,17 @@ def _setup_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Te
 def _backward_attention(op: Any, ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
     out, lse, q, k, v, query_mask, seed, *rest = ctx.saved_tensors
     background, plan = rest[: ctx.n_background], rest[ctx.n_background :]
-    of_q, of_k, of_v, _, _, of_background, *_ = ctx.needs_input_grad
-    # A background gets its gradients along with the queries, whichever of them are asked for.
-    needs_queries, needs_points = of_q or any(of_background), of_k or of_v
+    needs_q, needs_k, needs_v, _, _, needs_background, *_ = ctx.needs_input_grad
+    # The gradients of the background are computed together with those of the queries.
+    needs_queries, needs_points = needs_q or any(needs_background), needs_k or needs_v
     grad_q, grad_k, grad_v, grad_background = op(
         grad_out, grad_lse, out, lse, q, k, v, query_mask, seed, background, plan, *ctx.settings,
         needs_queries, needs_points,
     )  # fmt: skip
     points = (grad_k, grad_v) if needs_points else (None, None)
-    of_cells = grad_background or [None] * len(background)
+    grad_cells = grad_background or [None] * len(background)
     without = [None] * len(plan), None, None, None, None
-    return grad_q if needs_queries else None, *points, None, None, of_cells, *without
+    return grad_q if needs_queries else None, *points, None, None, grad_cells, *without
 
 
 def _fake_rotate(x: Tensor, coordinates: Tensor, frequencies: Tensor) -> Tensor:
@@ -184,7 +186,7 @@ def _fake_rotate_backward(
 
 
 def _setup_rotate(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-    # The result instead of the input: turned by a right angle it is the slope in the angles.
+    # The result, not the input: rotated by a right angle it is the derivative by the angles.
     ctx.save_for_backward(output, *inputs[1:])
 
 

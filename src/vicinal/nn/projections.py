@@ -1,26 +1,35 @@
-"""The block's dense maps: by the back end, unless somebody changed the modules that hold them.
+"""The block's dense projections, computed by the back end where modules are unmodified.
 
-What the back end is given is what the modules hold, as tensors; see `backends.reference.project`.
+The back end gets the tensors that the modules hold; see `backends.reference.project`. It bypasses
+calling the modules, so it must not skip hooks. Torch has no public way to ask for them: where its
+private names are missing, the modules are called.
 """
 
+import importlib
+from collections.abc import Callable
+
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from ..attention import autocasts
 from ..backends.types import Backend
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_has_any_global_hook: Callable[[], bool] | None
+try:
+    _has_any_global_hook = importlib.import_module("torch.nn.modules.module")._has_any_global_hook
+except (ImportError, AttributeError):
+    _has_any_global_hook = None
 
 
 def project(
     backend: Backend, x: Tensor, linear: nn.Linear, norm: nn.LayerNorm | None = None, parts: int = 1
 ) -> tuple[Tensor, ...]:
-    """``linear(norm(x))`` of ``x`` ``[n, E]``, its channels as ``parts`` of equal width.
+    """``linear(norm(x))`` for ``x`` ``[n, E]``, its channels in ``parts`` of equal width.
 
-    ``[n, width]`` each, in memory of its own where the back end computes it: the gradient of parts
-    of one tensor would have to be put together first.
+    Returns ``[n, width]`` each. A back end allocates each part by itself: the gradients of parts of
+    one tensor would have to be concatenated first.
     """
-    if not (_is_plain(linear, x) and (norm is None or _is_plain(norm, x))):
+    if not (_is_unmodified(linear, x) and (norm is None or _is_unmodified(norm, x))):
         projected: Tensor = linear(x if norm is None else norm(x))
         return projected.chunk(parts, -1)
     affine, eps = ([], 0.0) if norm is None else ([norm.weight, norm.bias], norm.eps)
@@ -30,8 +39,8 @@ def project(
 
 
 def add_projected(backend: Backend, residual: Tensor, x: Tensor, linear: nn.Linear) -> Tensor:
-    """``residual + linear(x)``, of ``x`` ``[n, E]`` and ``residual`` ``[n, width]``."""
-    if not _is_plain(linear, x):
+    """``residual + linear(x)`` for ``x`` ``[n, E]`` and ``residual`` ``[n, width]``."""
+    if not _is_unmodified(linear, x):
         projected: Tensor = linear(x)
         return residual + projected
     weights, biases = _parts(linear.weight, 1), _parts(linear.bias, 1)
@@ -39,7 +48,7 @@ def add_projected(backend: Backend, residual: Tensor, x: Tensor, linear: nn.Line
 
 
 def _parts(parameter: Tensor | None, parts: int) -> list[Tensor]:
-    """Its rows in equal shares; itself if that is one, so that autograd sees no view."""
+    """The rows in equal parts; the parameter itself for one part, so that autograd has no view."""
     if parameter is None:
         return []
     if parts == 1:
@@ -48,9 +57,9 @@ def _parts(parameter: Tensor | None, parts: int) -> list[Tensor]:
     return [parameter.narrow(0, part * rows, rows) for part in range(parts)]
 
 
-def _is_plain(module: nn.Module, x: Tensor) -> bool:
-    """Whether calling it is its kind's function and nothing more: no subclass, adapter or hook,
-    nothing that autocast would round.
+def _is_unmodified(module: nn.Module, x: Tensor) -> bool:
+    """Whether calling the module runs the function of its class and nothing else: it has no
+    subclass, adapter or hook, and autocast is off.
     """
     kind = type(module)
     if kind not in (nn.Linear, nn.LayerNorm) or autocasts(x.device):
@@ -60,6 +69,12 @@ def _is_plain(module: nn.Module, x: Tensor) -> bool:
     return (
         all(type(parameter) is nn.Parameter for parameter in parameters)
         and "forward" not in vars(module)
-        and not any(getattr(module, hooks) for hooks in _HOOKS)
-        and not _has_any_global_hook()
+        and not _has_hooks(module)
     )
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether a call of the module may run hooks; True where torch does not tell."""
+    if _has_any_global_hook is None or _has_any_global_hook():
+        return True
+    return any(vars(module).get(hooks, True) for hooks in _HOOKS)

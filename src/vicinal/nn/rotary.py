@@ -1,4 +1,4 @@
-"""N-D rotary positions: rotations of channel pairs by learned combinations of coordinates."""
+"""N-D rotary position encoding with learned frequencies."""
 
 import math
 from typing import Any
@@ -22,27 +22,41 @@ _EARLIER_BUFFERS = (
 
 
 class RotaryEncoding(nn.Module):
-    """Rotates each head's channel pairs by angles linear in position, with learned frequencies.
+    """Rotates each head's channel pairs by angles that are linear in the position.
 
     Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding" (2021), in N
-    dimensions. A position has P spatial coordinates and then its level.
+    dimensions with learned frequencies. A position has P spatial coordinates, then its level.
 
     Args:
-        head_dim: channels per head, even: the pairs are (0, 1), (2, 3), ...
-        n_heads: number of heads.
+        head_dim: channels per head, d. Even: the pairs are (0, 1), (2, 3), ...
+        n_heads: number of heads, H.
         position_dim: number of spatial dimensions, P.
-        spatial_base_theta, level_base_theta: bases of the initial frequencies.
-        share_heads: one set of frequencies for all heads.
-        freq_group_pattern: which coordinates the pairs see. ``"single"``: one group of pairs sees
-            all; ``"partition"``: one sees space, one the level; ``"closure"``: space, level, all.
-        enforce_freq_groups_equal: refuse groups of unequal size. Otherwise the first groups get
-            one pair more.
-        backend: see `neighborhood_attention`.
+        spatial_base_theta: base of the initial frequencies of spatial coordinates. Default: 100.
+        level_base_theta: base of the initial frequencies of the level. Default: 10.
+        share_heads: whether all heads share one set of frequencies. Default: False.
+        freq_group_pattern: the coordinates of each group of pairs. ``"single"`` (default): one
+            group with all coordinates. ``"partition"``: space; level. ``"closure"``: space; level;
+            all.
+        enforce_freq_groups_equal: whether groups of unequal size are refused (default). Otherwise
+            the first groups get one more pair each.
+        backend: back end of the rotation, see `neighborhood_attention`.
 
-    ``freqs[g]`` is group g's parameter, ``[its coordinates, H or 1, its pairs]``.
+    ``freqs[g]`` is the parameter of group g, ``[coordinates of g, H or 1, pairs of g]``.
 
     Raises:
-        ValueError: an odd ``head_dim``, an unknown pattern, or groups of unequal size.
+        ValueError: ``head_dim`` is odd, the pattern is unknown, or groups have unequal sizes.
+
+    Example:
+        ```python
+        import torch
+        from vicinal import RotaryEncoding
+
+        rotary = RotaryEncoding(head_dim=8, n_heads=2, position_dim=2)
+        x = torch.randn(5, 2, 8)
+        coordinates = torch.tensor([[3.5, 7.5, 0.0]]).expand(5, -1)  # row, column, level
+        rotated = rotary(x, coordinates)
+        torch.testing.assert_close(rotated.norm(dim=-1), x.norm(dim=-1))
+        ```
     """
 
     def __init__(
@@ -88,7 +102,7 @@ class RotaryEncoding(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draws all frequencies anew."""
+        """Draws all frequencies from their initial distribution."""
         for group, freqs in zip(self.groups, self.freqs, strict=True):
             n_pairs = freqs.shape[-1]
             steps = torch.arange(n_pairs, dtype=freqs.dtype, device=freqs.device) / max(n_pairs, 1)
@@ -98,12 +112,13 @@ class RotaryEncoding(nn.Module):
             freqs.copy_((2 * math.pi * angle).cos() * theta[:, None, None] ** -steps)
 
     def forward(self, x: Tensor, coordinates: Tensor) -> Tensor:
-        """Rotates ``x`` ``[n, H, d]`` to ``coordinates`` ``[n, P + 1]``; same shape and dtype.
+        """Rotates ``x`` ``[n, H, d]`` by the angles of ``coordinates`` ``[n, P + 1]``.
 
-        Angles and rotation are computed in the coordinates' dtype or wider, float32 at the least.
+        Angles and rotation are computed in the dtype of the coordinates, or float32 if that is
+        wider. The result has the shape and dtype of ``x``.
 
         Raises:
-            ValueError: shapes or devices do not fit, or coordinates are integers.
+            ValueError: shapes or devices do not match, or coordinates are integers.
         """
         check_tensor("x", x, ("n", self.n_heads, self.head_dim), kind="floating")
         shape = (x.shape[0], self.position_dim + 1)
@@ -113,7 +128,7 @@ class RotaryEncoding(nn.Module):
         return backend.rotate(x, coordinates, self.frequencies())
 
     def frequencies(self) -> Tensor:
-        """``[P + 1, H or 1, d / 2]``: all pairs' frequencies, zero where a pair does not see."""
+        """Returns all frequencies ``[P + 1, H or 1, d / 2]``, zero outside a pair's group."""
         blocks = []
         for group, freqs in zip(self.groups, self.freqs, strict=True):
             above, below = group[0], self.position_dim - group[-1]
@@ -127,6 +142,6 @@ class RotaryEncoding(nn.Module):
 def _drop_constant_buffers(
     module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any
 ) -> None:
-    """The earlier implementation saved index tables beside the frequencies."""
+    """Accepts checkpoints of the earlier implementation, which hold index tables as well."""
     for name in _EARLIER_BUFFERS:
         state_dict.pop(prefix + name, None)

@@ -63,20 +63,20 @@ def _(like: Tensor, n_rows: int, n_columns: int) -> Tensor:
 def _setup_project(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     x, weights, biases, norm, ctx.eps, _ = inputs
     ctx.lengths = len(weights), len(biases), len(norm)
-    # Weights count for x alone: whoever trains nothing before them may change them in place.
+    # Only the gradient of x needs the weights. Where it is not needed they may change in place.
     ctx.needs_x = any(part.requires_grad for part in (x, *norm))
     ctx.save_for_backward(x, *norm, *(weights if ctx.needs_x else ()))
 
 
 def _backward_project(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
-    _, of_weights, of_biases, _, _, of_residual = ctx.needs_input_grad
+    _, needs_weights, needs_biases, _, _, needs_residual = ctx.needs_input_grad
     x, *parameters = ctx.saved_tensors
     norm, weights = parameters[: ctx.lengths[2]], parameters[ctx.lengths[2] :]
     grad_x, *lists = torch.ops.vicinal.project_backward(
-        grads, x, weights, norm, ctx.eps, ctx.needs_x, any(of_weights), any(of_biases)
+        grads, x, weights, norm, ctx.eps, ctx.needs_x, any(needs_weights), any(needs_biases)
     )
     lists = [part or [None] * n for part, n in zip(lists, ctx.lengths, strict=True)]
-    grad_residual = functools.reduce(operator.add, grads) if of_residual else None
+    grad_residual = functools.reduce(operator.add, grads) if needs_residual else None
     return grad_x if ctx.needs_x else None, *lists, None, grad_residual
 
 
