@@ -11,7 +11,7 @@ from torch import Tensor
 from examples.digits.evaluation import AveragePrecision, average_precision
 from examples.digits.model import STRIDES, DigitDetector
 from examples.digits.scenes import Batch
-from vicinal.detr import DecoderLayer, Detections, DetectorOutput, detections
+from vicinal.detr import DecoderLayer, Detections, DetectorOutput, select_detections
 from vicinal.visualize import AttentionRecord
 
 
@@ -19,7 +19,7 @@ from vicinal.visualize import AttentionRecord
 def find(model: DigitDetector, batch: Batch) -> tuple[Detections, DetectorOutput]:
     """The digits that were found, boxes in cells of the canvas, and what they came from."""
     output = model.eval().detect(batch)
-    found = detections(output.layers[-1])
+    found = select_detections(output.layers[-1])
     return found._replace(boxes=found.boxes * STRIDES[0]), output
 
 

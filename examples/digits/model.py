@@ -9,7 +9,7 @@ from vicinal import SparseDeformableAttention, SparseNeighborhoodAttentionBlock
 from vicinal.detr import (
     Decoder,
     DecoderLayer,
-    Denoiser,
+    DenoisingQueryGenerator,
     Detector,
     DetectorOutput,
     Encoder,
@@ -66,7 +66,7 @@ class DigitDetector(nn.Module):
             CLASSES,
             checkpoint=checkpoint,
         )
-        denoiser = Denoiser(EMBED_DIM, CLASSES, DENOISING)
+        denoiser = DenoisingQueryGenerator(EMBED_DIM, CLASSES, DENOISING)
         self.detector = Detector(encoder, selection, decoder, denoiser)
         self.loss = SetCriterion()
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from examples.digits.scenes import SIZE, Batch
 from vicinal import FeaturePyramid
-from vicinal.detr import corners, pairwise_iou
+from vicinal.detr import boxes_to_corners, pairwise_iou
 from vicinal.visualize import AttentionRecord, draw_overview
 
 TRUE, SHOWN, MISSED = "#2b303b", "#0072b2", "#b3243c"
@@ -69,7 +69,7 @@ def _draw(ax: Axes, batch: Batch, pyramid: FeaturePyramid, record: AttentionReco
     own = slice(*batch.box_offsets[image : image + 2].tolist())
     boxes = batch.boxes[own] * (pyramid.level_shapes[0][0] / SIZE)
     found = _found(boxes, batch.labels[own], record)
-    for (top, left), (bottom, right), is_found in zip(*corners(boxes), found, strict=True):
+    for (top, left), (bottom, right), is_found in zip(*boxes_to_corners(boxes), found, strict=True):
         ax.add_patch(
             Rectangle(
                 (float(left), float(top)),

@@ -100,7 +100,7 @@ def train(
     """Takes the steps that are left of ``config.steps``, with AdamW.
 
     If torch.distributed is initialised, each process takes its share of every batch. Losses divided
-    by the mean number of objects over the processes (`vicinal.detr.mean_objects`) make any number
+    by the mean number of objects over the processes (`vicinal.detr.mean_object_count`) make any number
     of processes give the same curve; dropout, which draws for the canvases that a process has,
     makes another one for each.
 

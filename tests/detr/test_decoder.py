@@ -14,7 +14,7 @@ from detr_scenes import (
     make_pyramid,
     make_queries,
     refused,
-    stir,
+    stirred,
 )
 from problems import assert_close
 from torch import Tensor
@@ -22,11 +22,6 @@ from torch import Tensor
 from vicinal.detr import Decoder, ObjectQueries, Predictions
 
 QUERIES, POINTS = (4, 0, 6), (30, 12, 0)
-
-
-def stirred(decoder: Decoder) -> Decoder:
-    stir(decoder, 0.2)
-    return decoder.double()
 
 
 def by_hand(decoder: Any, queries: ObjectQueries, pyramid: Any) -> list[Predictions]:

@@ -14,7 +14,7 @@ from detr_scenes import (
     make_pyramid,
     refused,
     spans,
-    stir,
+    stirred,
 )
 from problems import assert_close
 from torch import Tensor, nn
@@ -23,11 +23,6 @@ from vicinal import FeaturePyramid, SparseNeighborhoodAttentionBlock, plan_neigh
 from vicinal.detr import Encoder, EncoderLayer, FeedForward
 
 COUNTS = (20, 0, 7, 1)
-
-
-def stirred(encoder: Encoder) -> Encoder:
-    stir(encoder)
-    return encoder.double()
 
 
 def by_hand(encoder: Encoder, pyramid: FeaturePyramid) -> Tensor:

@@ -11,7 +11,7 @@ from problems import assert_close
 from torch import Tensor
 
 from vicinal import FeaturePyramid
-from vicinal.detr import QuerySelection, refine
+from vicinal.detr import QuerySelection, apply_deltas
 
 EXACT = 1e-12
 
@@ -145,7 +145,7 @@ def test_halves_tell_cells_of_large_maps_apart() -> None:
 def test_candidates_move_as_heads_move_boxes() -> None:
     selection, pyramid = make_selection(), make_pyramid((9,))
     deltas = selection.head.box(pyramid.values)
-    expected = refine(first_boxes(pyramid, selection.box_size), deltas)
+    expected = apply_deltas(first_boxes(pyramid, selection.box_size), deltas)
     assert_close(selection(pyramid).candidates.boxes, expected, EXACT)
 
 

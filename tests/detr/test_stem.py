@@ -112,16 +112,18 @@ def test_embeds_what_a_dense_map_cut_into_windows_shows(
         assert_close(value, expected[tuple(place)], EXACT)
 
 
-def test_places_lie_within_half_a_cell_of_its_middle() -> None:
+def test_offsets_within_cells_are_below_half_a_cell_and_average_to_zero() -> None:
     stem = make_stem(2, strides=(1, 2, 5))
+    features: list[Tensor] = []
+    stem.layers.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
     cells = torch.tensor([[0, *cell] for cell in itertools.product(range(10), repeat=2)])
-    places = stem._places(cells, torch.zeros(0, dtype=torch.float64)).view(-1, 2, 3)
-    assert (places.abs() < 0.5).all()
-    assert not places[..., 0].any()
-    assert places[..., 1].unique().tolist() == [-0.25, 0.25]
-    assert_close(places[..., 2].unique(), torch.linspace(-0.4, 0.4, 5, dtype=torch.float64), 1e-12)
-    # Points of a cell lie evenly around its middle, so that their mean is there.
-    assert_close(places.mean(0), torch.zeros(2, 3, dtype=torch.float64), 1e-12)
+    stem(cells, torch.ones(100, CHANNELS, dtype=torch.float64), (10, 10), 1)
+    offsets = features[0][:, -6:].unflatten(1, (2, 3))  # [n, axis, level], after the windows
+    assert (offsets.abs() < 0.5).all()
+    assert not offsets[..., 0].any()
+    assert offsets[..., 1].unique().tolist() == [-0.25, 0.25]
+    assert_close(offsets[..., 2].unique(), torch.linspace(-0.4, 0.4, 5, dtype=torch.float64), 1e-12)
+    assert_close(offsets.mean(0), torch.zeros(2, 3, dtype=torch.float64), 1e-12)
 
 
 def test_the_order_of_points_and_other_images_do_not_matter() -> None:

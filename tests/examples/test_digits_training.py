@@ -36,7 +36,7 @@ from examples.digits.training import (
     learning_rate,
     train,
 )
-from vicinal.detr import mean_objects
+from vicinal.detr import mean_object_count
 
 CONFIG = Config(steps=6, batch=2, seed=1)
 CPU = torch.device("cpu")
@@ -62,7 +62,7 @@ class Counter(nn.Module):
         image = torch.arange(batch.batch_size).repeat_interleave(batch.box_offsets.diff())
         counts = torch.zeros(batch.batch_size, CLASSES, dtype=points.dtype)
         counts.index_put_((image, batch.labels), points.new_ones(()), accumulate=True)
-        n_objects = mean_objects(len(batch.labels), CPU)
+        n_objects = mean_object_count(len(batch.labels), CPU)
         return {
             "squares": (guess - counts).square().sum() / n_objects,
             "sizes": 0.1 * guess.abs().sum() / n_objects,
