@@ -56,7 +56,7 @@ def make_pyramid(
     seed: int = 0,
     dtype: torch.dtype = torch.float64,
 ) -> FeaturePyramid:
-    """``counts`` points per image, in cells of their own, of two levels in turns."""
+    """``counts`` points per image, in distinct cells, half of them on each of two levels."""
     generator = torch.Generator().manual_seed(seed)
     shapes = SHAPES[position_dim]
     cells = [
@@ -73,6 +73,15 @@ def make_pyramid(
     return FeaturePyramid(values.to(dtype), coordinates, shapes, len(counts))
 
 
+def _centers_and_sizes(
+    n: int, position_dim: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """``[n, P]`` each: centers anywhere on the map, and sizes from 0 to 3 cells."""
+    center = torch.rand(n, position_dim, generator=generator, dtype=torch.float64)
+    size = 3 * torch.rand(n, position_dim, generator=generator, dtype=torch.float64)
+    return center * torch.tensor(SHAPES[position_dim][0], dtype=torch.float64), size
+
+
 def make_queries(
     counts: Sequence[int],
     position_dim: int = 2,
@@ -82,14 +91,12 @@ def make_queries(
     dtype: torch.dtype = torch.float64,
 ) -> ObjectQueries:
     """``counts`` queries per image, anywhere on the map; embeddings and boxes require gradients."""
-    generator = torch.Generator().manual_seed(seed)
-    n, full = sum(counts), torch.tensor(SHAPES[position_dim][0], dtype=torch.float64)
-    center = torch.rand(n, position_dim, generator=generator, dtype=torch.float64) * full
-    size = 1 + 3 * torch.rand(n, position_dim, generator=generator, dtype=torch.float64)
+    generator, n = torch.Generator().manual_seed(seed), sum(counts)
+    center, size = _centers_and_sizes(n, position_dim, generator)
     embeddings = torch.randn(n, embed_dim, generator=generator, dtype=torch.float64)
     return ObjectQueries(
         embeddings.to(dtype).requires_grad_(),
-        torch.cat((center, size), 1).to(dtype).requires_grad_(),
+        torch.cat((center, 1 + size), 1).to(dtype).requires_grad_(),
         torch.randint(2, (n,), generator=generator),
         offsets_from_counts(counts),
     )
@@ -102,14 +109,12 @@ def make_targets(
     seed: int = 0,
     dtype: torch.dtype = torch.float64,
 ) -> Targets:
-    """``counts`` objects per image, some beyond the edge of the map by half."""
-    generator = torch.Generator().manual_seed(seed)
-    n, full = sum(counts), torch.tensor(SHAPES[position_dim][0], dtype=torch.float64)
-    center = torch.rand(n, position_dim, generator=generator, dtype=torch.float64) * full
-    center[::4] = full
-    size = 2 + 3 * torch.rand(n, position_dim, generator=generator, dtype=torch.float64)
+    """``counts`` objects per image, some of them centered on the corner of the map."""
+    generator, n = torch.Generator().manual_seed(seed), sum(counts)
+    center, size = _centers_and_sizes(n, position_dim, generator)
+    center[::4] = torch.tensor(SHAPES[position_dim][0], dtype=torch.float64)
     labels = torch.randint(CLASSES, (n,), generator=generator)
-    return Targets(torch.cat((center, size), 1).to(dtype), labels, offsets_from_counts(counts))
+    return Targets(torch.cat((center, 2 + size), 1).to(dtype), labels, offsets_from_counts(counts))
 
 
 def random_boxes(n: int, position_dim: int, seed: int = 0) -> Tensor:
@@ -121,7 +126,7 @@ def random_boxes(n: int, position_dim: int, seed: int = 0) -> Tensor:
 def random_images(
     sizes: list[tuple[int, int]], position_dim: int = 2, seed: int = 0
 ) -> tuple[Predictions, Targets]:
-    """Images of so many predictions and so many objects."""
+    """Images with the given numbers of predictions and objects."""
     queries, objects = [n for n, _ in sizes], [m for _, m in sizes]
     generator = torch.Generator().manual_seed(seed)
     logits = 2 * torch.randn(sum(queries), CLASSES, generator=generator, dtype=torch.float64)
@@ -211,7 +216,7 @@ def make_detector(
 
 
 def stir(module: nn.Module, share: float = 0.3) -> None:
-    """Moves all parameters, so that what starts as nothing or as the identity is neither."""
+    """Perturbs all parameters, so that none are zero or the identity."""
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=share)
@@ -237,9 +242,9 @@ class SavedBytes:
     @contextmanager
     def counted(self) -> Iterator[None]:
         def pack(x: Tensor) -> Tensor:
-            place = x.untyped_storage().data_ptr()
-            if place not in self._storages:
-                self._storages[place] = x  # kept, so that nothing else gets its place
+            address = x.untyped_storage().data_ptr()
+            if address not in self._storages:
+                self._storages[address] = x  # kept alive, so its address is not reused
                 self.nbytes += x.untyped_storage().nbytes()
             return x
 
@@ -289,7 +294,7 @@ WRONG_TARGETS: list[tuple[Any, str, str]] = [
     (TARGETS._replace(offsets=torch.tensor([]).long()), "targets.offsets", "[0]"),
     (changed(TARGETS, "offsets", 0, 1), "targets.offsets", "[1, 2, 4]"),
 ]
-# These may be right elsewhere.
+# Valid by themselves, but not for these predictions.
 TARGETS_OF_OTHERS: list[tuple[Any, str, str]] = [
     (TARGETS._replace(boxes=torch.rand(4, 6)), "targets.boxes", "[4, 6]"),
     (TARGETS._replace(offsets=torch.tensor([0, 4])), "targets.offsets", "[2]"),

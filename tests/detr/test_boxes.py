@@ -147,7 +147,7 @@ def test_overlaps_do_not_depend_on_scale_in_float32(scale: float) -> None:
     assert torch.isfinite(grad).all()
 
 
-def test_specks_far_from_each_other_and_from_a_huge_box_give_finite_gradients() -> None:
+def test_tiny_boxes_far_apart_and_a_huge_box_have_finite_gradients() -> None:
     # What two of them cover of their hull is 1e-39, whose inverse is no finite float32.
     sizes = torch.tensor([[1e-20] * 3, [1e-13] * 3, [1e-13] * 3, [1e15, 1, 1]])
     centers = torch.tensor([[0.0] * 3, [0] * 3, [1] * 3, [1e18, 0, 0]])
@@ -182,7 +182,7 @@ def test_relative_l1_by_hand() -> None:
 
 
 @pytest.mark.parametrize("position_dim", [1, 2, 3])
-def test_deltas_undo_refine(position_dim: int) -> None:
+def test_encode_boxes_inverts_apply_deltas(position_dim: int) -> None:
     boxes, targets = random_boxes(30, position_dim), random_boxes(30, position_dim)
     assert_close(apply_deltas(boxes, encode_boxes(boxes, targets)), targets, 1e-14)
     moves = torch.randn(30, 2 * position_dim, dtype=torch.float64)
@@ -190,7 +190,7 @@ def test_deltas_undo_refine(position_dim: int) -> None:
     assert torch.autograd.gradcheck(apply_deltas, (boxes.requires_grad_(), moves.requires_grad_()))
 
 
-def test_refine_by_hand() -> None:
+def test_apply_deltas_by_hand() -> None:
     boxes = torch.tensor([[10.0, 20.0, 2.0, 4.0]] * 2)
     moves = torch.tensor([[0.5, -1.0, 0.0, 2.0], [0.0, 0.0, 100.0, -100.0]])
     large, small = 2 * torch.e**4, 4 * torch.e**-4
@@ -198,7 +198,7 @@ def test_refine_by_hand() -> None:
     assert_close(apply_deltas(boxes, moves), expected, 1e-4)
 
 
-def test_refine_keeps_the_precision_of_the_boxes() -> None:
+def test_apply_deltas_keeps_the_precision_of_the_boxes() -> None:
     boxes = torch.tensor([[300.1, 301.2, 2.0, 4.0]])
     moved = apply_deltas(boxes, torch.zeros(1, 4, dtype=torch.bfloat16))
     assert torch.equal(moved, boxes)

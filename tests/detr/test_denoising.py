@@ -69,7 +69,9 @@ def test_without_noise_queries_are_the_objects() -> None:
 
 @pytest.mark.parametrize("position_dim", [1, 2, 3])
 @pytest.mark.parametrize("box_noise", [0.1, 0.4, 0.99])
-def test_boxes_spread_uniformly_and_hold_their_centre(position_dim: int, box_noise: float) -> None:
+def test_noise_of_boxes_is_uniform_and_keeps_centers_inside(
+    position_dim: int, box_noise: float
+) -> None:
     targets = random_targets([3, 2], position_dim)
     queries = make_denoising_queries(targets, 1000, box_noise=box_noise, n_classes=3)
     (center, size), (to_center, to_size) = (
@@ -86,7 +88,7 @@ def test_boxes_spread_uniformly_and_hold_their_centre(position_dim: int, box_noi
 
 
 @pytest.mark.parametrize("label_noise", [0.0, 0.2, 1.0])
-def test_labels_change_as_often_as_asked_to_any_other_class(label_noise: float) -> None:
+def test_labels_change_to_any_other_class_with_the_given_probability(label_noise: float) -> None:
     targets = random_targets([3, 2])._replace(labels=torch.tensor([0, 1, 2, 3, 3]))
     queries = make_denoising_queries(targets, 2000, label_noise=label_noise, n_classes=4)
     step = (queries.labels - targets.labels[queries.target]) % 4
@@ -96,13 +98,13 @@ def test_labels_change_as_often_as_asked_to_any_other_class(label_noise: float) 
     assert ((queries.labels >= 0) & (queries.labels < 4)).all()
 
 
-def test_a_single_class_stays() -> None:
+def test_a_single_class_is_not_changed() -> None:
     targets = random_targets([3])._replace(labels=torch.zeros(3, dtype=torch.int64))
     queries = make_denoising_queries(targets, 5, label_noise=1, n_classes=1)
     assert queries.labels.tolist() == [0] * 15
 
 
-def test_a_generator_repeats_the_noise_and_leaves_others_alone() -> None:
+def test_a_generator_repeats_the_noise_and_leaves_the_global_one_alone() -> None:
     targets = random_targets([3, 2])
     state = torch.get_rng_state()
     first, second = (
@@ -119,8 +121,8 @@ def test_a_generator_repeats_the_noise_and_leaves_others_alone() -> None:
     assert all(map(torch.equal, first, make_denoising_queries(targets, 3, n_classes=3)))
 
 
-def test_noise_is_that_of_the_object_whatever_shares_its_batch() -> None:
-    """So two processes with an image each make the noise of one process with both."""
+def test_noise_does_not_depend_on_the_rest_of_the_batch() -> None:
+    """So two processes with an image each have the noise of one process with both."""
     targets = random_targets([3, 0, 2])
     whole = make_denoising_queries(
         targets, 2, n_classes=3, generator=torch.Generator().manual_seed(3)
@@ -149,7 +151,7 @@ def test_boxes_keep_their_dtype_and_integers_become_int64(dtype: torch.dtype) ->
     assert [part.dtype for part in queries] == [dtype, *[torch.int64] * 4]
 
 
-def test_queries_turned_back_into_their_objects_cost_nothing() -> None:
+def test_restored_objects_have_no_loss() -> None:
     targets = random_targets([3, 0, 2])
     queries = make_denoising_queries(targets, 3, n_classes=3)
     logits = 40 * torch.nn.functional.one_hot(targets.labels[queries.target], 3).double() - 20
@@ -184,7 +186,7 @@ def test_refused_targets(targets: Any, argument: str, came: str) -> None:
 
 
 @pytest.mark.parametrize("position_dim", [2, 3])
-def test_denoising_queries_find_their_objects_and_change_nothing_for_others(
+def test_denoising_queries_match_their_objects_and_do_not_affect_others(
     position_dim: int,
 ) -> None:
     detector = stirred(
@@ -222,7 +224,7 @@ def test_targets_of_another_dimension_are_refused_by_the_denoiser() -> None:
         detector(make_pyramid((6,), 3), make_targets((2,), 2))
 
 
-def test_denoising_queries_live_where_their_boxes_are_some_cells_wide() -> None:
+def test_levels_of_denoising_queries_follow_the_size_of_their_boxes() -> None:
     sizes = [[1.0, 1, 3, 3], [1, 1, 4.5, 4.5], [1, 1, 6, 6], [1, 1, 50, 50], [1, 1, 18, 1]]
     targets = Targets(
         torch.tensor(sizes, dtype=torch.float64), torch.arange(5) % CLASSES, torch.tensor([0, 5])
@@ -233,7 +235,7 @@ def test_denoising_queries_live_where_their_boxes_are_some_cells_wide() -> None:
     assert given.levels.tolist() == [0, 0, 1, 1, 0]  # cells of level 1 are twice as wide
 
 
-def test_denoising_is_learned_by_the_loss_of_layers() -> None:
+def test_denoising_losses_are_those_of_layers() -> None:
     detector = stirred(make_detector(denoiser=DenoisingQueryGenerator(EMBED, CLASSES)))
     pyramid, targets = make_pyramid(POINTS), make_targets(OBJECTS)
     output = detector(pyramid, targets)
@@ -251,7 +253,7 @@ def test_denoising_is_learned_by_the_loss_of_layers() -> None:
 
 
 @pytest.mark.parametrize(("n_points", "n_objects"), [((), ()), ((0, 5), (2, 0)), ((3, 4), (0, 0))])
-def test_denoising_at_the_edges_of_its_world(
+def test_denoising_with_few_or_no_points_and_objects(
     n_points: Sequence[int], n_objects: Sequence[int]
 ) -> None:
     detector = stirred(make_detector(denoiser=DenoisingQueryGenerator(EMBED, CLASSES)))
@@ -262,7 +264,7 @@ def test_denoising_at_the_edges_of_its_world(
     assert all(grad is not None and grad.isfinite().all() for grad in gradients(detector).values())
 
 
-def test_denoising_refuses_what_cannot_be_by_name() -> None:
+def test_invalid_denoising_arguments_are_refused_by_name() -> None:
     options: dict[str, Any] = {"embed_dim": EMBED, "n_classes": CLASSES}
     for argument, wrong in {"embed_dim": 0, "n_classes": 0, "n_groups": 0, "box_size": 0.0}.items():
         with refused(argument):

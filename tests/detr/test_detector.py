@@ -63,8 +63,8 @@ def test_a_step_gives_all_parameters_gradients(position_dim: int) -> None:
         assert grad.any(), name
 
 
-def test_the_first_step_moves_all_but_what_boxes_are_made_of() -> None:
-    """The last map of a box begins at zero, so nothing reaches those before it yet."""
+def test_the_first_step_has_gradients_for_all_but_hidden_layers_of_boxes() -> None:
+    """The last layer of a box is initialized to zero, so earlier ones have no gradient yet."""
     detector = make_detector().double()
     step(detector, make_pyramid(POINTS), make_targets(OBJECTS))
     still = {name for name, grad in gradients(detector).items() if grad is None or not grad.any()}
@@ -74,7 +74,7 @@ def test_the_first_step_moves_all_but_what_boxes_are_made_of() -> None:
 
 
 @pytest.mark.parametrize("position_dim", [2, 3])
-def test_learns_a_batch_by_heart(position_dim: int) -> None:
+def test_overfits_a_batch(position_dim: int) -> None:
     detector = make_detector(position_dim, n_queries=6)
     pyramid = make_pyramid((25, 20), position_dim, dtype=torch.float32)
     targets = make_targets((2, 3), position_dim, dtype=torch.float32)
@@ -93,8 +93,8 @@ def test_learns_a_batch_by_heart(position_dim: int) -> None:
     [
         ((), (), 5),  # no images
         ((0,), (0,), 5),
-        ((0, 0), (2, 1), 5),  # objects, and nothing to see them by
-        ((9, 7), (0, 0), 5),  # nothing to find
+        ((0, 0), (2, 1), 5),  # objects without points
+        ((9, 7), (0, 0), 5),  # no objects
         ((9, 0, 7), (0, 3, 1), 5),
         ((9, 7), (2, 1), 1),  # one query
         ((1, 1), (1, 2), 5),  # one point
@@ -102,7 +102,7 @@ def test_learns_a_batch_by_heart(position_dim: int) -> None:
     ],
 )
 @pytest.mark.parametrize("position_dim", [2, 3])
-def test_losses_and_gradients_are_finite_at_the_edges_of_its_world(
+def test_losses_and_gradients_are_finite_with_few_or_no_points_and_objects(
     position_dim: int, n_points: Sequence[int], n_objects: Sequence[int], n_queries: int
 ) -> None:
     detector = stirred(make_detector(position_dim, n_queries=n_queries))
@@ -133,7 +133,7 @@ def test_boxes_at_edges_give_finite_losses(box: list[float]) -> None:
     assert all(grad is not None and grad.isfinite().all() for grad in gradients(detector).values())
 
 
-def test_points_that_are_not_finite_are_refused_before_anything_is_learned() -> None:
+def test_values_that_are_not_finite_are_refused() -> None:
     detector, pyramid = stirred(make_detector()), make_pyramid((9, 8))
     values = pyramid.values.clone()
     values[2] = math.nan
@@ -153,7 +153,7 @@ def test_predictions_that_are_not_finite_are_refused_by_the_matcher() -> None:
             step(detector, make_pyramid((9, 8)), targets)
 
 
-def test_images_do_not_know_of_each_other() -> None:
+def test_images_are_independent() -> None:
     detector, pyramid = stirred(make_detector()), make_pyramid(POINTS)
     output = detector(pyramid)
     for image, rows in enumerate(spans(pyramid.batch_offsets())):
@@ -228,7 +228,7 @@ def test_autocast_keeps_embeddings_and_boxes_in_full_precision() -> None:
     assert all(grad is not None and grad.isfinite().all() for grad in gradients(detector).values())
 
 
-def test_a_stem_and_a_detector_go_together() -> None:
+def test_a_stem_and_a_detector_train_together() -> None:
     stem, detector = PointStem(1, EMBED, (1, 2), (3,), (1,)), make_detector()
     cells = torch.cartesian_prod(torch.arange(2), torch.arange(12), torch.arange(10))[::3]
     order = torch.randperm(len(cells))
@@ -243,7 +243,7 @@ def test_a_stem_and_a_detector_go_together() -> None:
     st.integers(1, 8),
     st.integers(0, 100),
 )
-def test_detections_are_the_surest_pairs_of_query_and_class(
+def test_detections_are_the_top_k_pairs_of_query_and_class(
     counts: list[int], top_k: int, seed: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -263,7 +263,7 @@ def test_detections_are_the_surest_pairs_of_query_and_class(
     assert_close(found.scores, torch.tensor(scores, dtype=torch.float64), 1e-12)
 
 
-def test_detections_of_halves_tell_high_scores_apart() -> None:
+def test_detections_of_half_precision_logits_rank_high_scores() -> None:
     logits = torch.tensor([[7.0], [7.0625]], dtype=torch.bfloat16)
     assert logits.sigmoid().unique().numel() == 1
     found = select_detections(Predictions(logits, torch.ones(2, 4), torch.tensor([0, 2])))
@@ -271,7 +271,7 @@ def test_detections_of_halves_tell_high_scores_apart() -> None:
     assert found.scores.dtype == torch.float32
 
 
-def test_detections_carry_no_gradient_and_refuse_what_is_none() -> None:
+def test_detections_have_no_gradient_and_refuse_invalid_predictions() -> None:
     predictions = stirred(make_detector())(make_pyramid((9, 8))).layers[-1]
     assert not select_detections(predictions).scores.requires_grad
     assert not select_detections(predictions).boxes.requires_grad

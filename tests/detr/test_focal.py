@@ -22,7 +22,7 @@ from vicinal.detr import sigmoid_focal_loss, varifocal_loss
     st.floats(0, 1),
     st.floats(0, 5),
 )
-def test_focal_loss_is_its_formula(
+def test_focal_loss_matches_its_formula(
     rows: list[tuple[list[float], int]], alpha: float, gamma: float
 ) -> None:
     logits = torch.tensor([row for row, _ in rows], dtype=torch.float64)
@@ -35,7 +35,7 @@ def test_focal_loss_is_its_formula(
     torch.testing.assert_close(loss, torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=0)
 
 
-def test_focal_loss_without_focus_is_cross_entropy() -> None:
+def test_focal_loss_with_gamma_0_is_cross_entropy() -> None:
     logits, labels = torch.randn(20, 4, dtype=torch.float64), torch.randint(-1, 4, (20,))
     classes = torch.nn.functional.one_hot(labels + 1, 5)[:, 1:].double()
     entropy = torch.nn.functional.binary_cross_entropy_with_logits(
@@ -44,7 +44,7 @@ def test_focal_loss_without_focus_is_cross_entropy() -> None:
     assert_close(2 * sigmoid_focal_loss(logits, labels, 0.5, 0), entropy.sum(1), 1e-14)
 
 
-def test_varifocal_loss_is_its_formula() -> None:
+def test_varifocal_loss_matches_its_formula() -> None:
     logits, labels = torch.randn(20, 3, dtype=torch.float64), torch.randint(-1, 3, (20,))
     quality = torch.rand(20, dtype=torch.float64)
     expected = [
@@ -60,7 +60,7 @@ def test_varifocal_loss_is_its_formula() -> None:
     assert_close(loss, torch.tensor(expected, dtype=torch.float64), 1e-14)
 
 
-def test_varifocal_loss_of_scores_as_good_as_they_should_be_has_no_gradient() -> None:
+def test_varifocal_loss_has_no_gradient_where_scores_equal_quality() -> None:
     quality = torch.rand(5, dtype=torch.float64)
     logits = torch.logit(quality)[:, None].requires_grad_()
     varifocal_loss(logits, torch.zeros(5).long(), quality).sum().backward()

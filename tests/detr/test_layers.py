@@ -31,7 +31,7 @@ def start(position_dim: int = 2) -> tuple[DetectionHead, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("position_dim", [1, 2, 3])
-def test_a_head_begins_with_the_boxes_it_is_given_and_scores_of_a_hundredth(
+def test_a_new_head_keeps_boxes_and_has_low_scores(
     position_dim: int,
 ) -> None:
     head, embeddings, boxes = start(position_dim)
@@ -42,7 +42,7 @@ def test_a_head_begins_with_the_boxes_it_is_given_and_scores_of_a_hundredth(
     assert_close(head(0 * embeddings, boxes)[0].sigmoid(), torch.full_like(logits, 0.01), 1e-6)
 
 
-def test_reset_parameters_draws_anew_what_a_head_begins_with() -> None:
+def test_reset_parameters_reinitializes_a_head() -> None:
     head, embeddings, boxes = start()
     head.reset_parameters()
     before = {name: x.clone() for name, x in head.state_dict().items()}
@@ -55,7 +55,7 @@ def test_reset_parameters_draws_anew_what_a_head_begins_with() -> None:
         assert torch.equal(x, before[name]) == (name in constant), name
 
 
-def test_a_head_moves_boxes_by_shares_of_their_size() -> None:
+def test_a_head_moves_boxes_relative_to_their_size() -> None:
     head, embeddings, boxes = start(3)
     stir(head)
     logits, refined = head(embeddings, boxes)
@@ -76,7 +76,7 @@ def test_a_head_of_far_boxes_keeps_their_dtype_under_autocast() -> None:
     assert torch.equal(refined, boxes)
 
 
-def test_a_head_of_nothing() -> None:
+def test_a_head_of_no_embeddings() -> None:
     head, embeddings, boxes = start()
     logits, refined = head(embeddings[:0], boxes[:0])
     assert logits.shape == (0, CLASSES)
@@ -85,7 +85,7 @@ def test_a_head_of_nothing() -> None:
 
 @pytest.mark.parametrize("argument", ["embed_dim", "n_classes", "position_dim"])
 @pytest.mark.parametrize("wrong", [0, 1.5])
-def test_sizes_of_a_head_that_cannot_be_are_refused(argument: str, wrong: Any) -> None:
+def test_invalid_sizes_of_a_head_are_refused(argument: str, wrong: Any) -> None:
     sizes: dict[str, Any] = {"embed_dim": EMBED, "n_classes": CLASSES, "position_dim": 2}
     with refused(argument):
         DetectionHead(**sizes | {argument: wrong})
@@ -104,7 +104,7 @@ def test_embeddings_and_boxes_that_do_not_fit_a_head_are_refused() -> None:
 
 
 @pytest.mark.parametrize("norm_first", [True, False])
-def test_feed_forward_is_two_maps_with_a_gelu_between_and_a_residual(norm_first: bool) -> None:
+def test_feed_forward_matches_its_formula(norm_first: bool) -> None:
     part = FeedForward(EMBED, 12, norm_first=norm_first).double()
     stir(part)
     x = torch.randn(5, EMBED, dtype=torch.float64)
@@ -114,7 +114,7 @@ def test_feed_forward_is_two_maps_with_a_gelu_between_and_a_residual(norm_first:
     assert_close(part(x), out if norm_first else part.norm(out), 1e-12)
 
 
-def test_feed_forward_is_four_times_as_wide_within_and_drops_in_training_alone() -> None:
+def test_feed_forward_default_width_and_dropout() -> None:
     part, x = FeedForward(EMBED, dropout=0.5), torch.randn(5, EMBED)
     assert part.layers[0].out_features == 4 * EMBED
     assert not torch.equal(part(x), part(x))
@@ -131,7 +131,7 @@ def test_feed_forward_is_four_times_as_wide_within_and_drops_in_training_alone()
         ("dropout", {"dropout": -0.1}),
     ],
 )
-def test_options_of_feed_forward_that_cannot_be_are_refused(
+def test_invalid_options_of_feed_forward_are_refused(
     argument: str, options: dict[str, Any]
 ) -> None:
     with refused(argument):
@@ -153,9 +153,7 @@ def make_attention(position_dim: int = 2, **options: Any) -> QuerySelfAttention:
 
 
 def by_hand(attention: QuerySelfAttention, queries: ObjectQueries) -> Tensor:
-    """Query by query over those that it sees; positions turn pairs of channels as complex
-    numbers.
-    """
+    """Loops over queries; rotary encodings rotate pairs of channels as complex numbers."""
     x = attention.norm(queries.embeddings) if attention.norm_first else queries.embeddings
     parts = attention.in_proj(x).chunk(3, -1)
     q, k, v = (part.unflatten(-1, (HEADS, -1)) for part in parts)
@@ -183,7 +181,7 @@ def differentiated(out: Tensor, queries: ObjectQueries, *more: Tensor) -> tuple[
 @pytest.mark.parametrize("norm_first", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("position_dim", [1, 2, 3])
-def test_is_attention_among_the_queries_of_an_image(
+def test_self_attention_matches_loops_over_images(
     position_dim: int, bias: bool, norm_first: bool
 ) -> None:
     attention = make_attention(position_dim, bias=bias, norm_first=norm_first)
@@ -204,7 +202,9 @@ def test_is_attention_among_the_queries_of_an_image(
     st.integers(0, 100),
     st.booleans(),
 )
-def test_of_any_images_and_groups(counts: list[int], seed: int, grouped: bool) -> None:
+def test_self_attention_of_any_images_and_groups(
+    counts: list[int], seed: int, grouped: bool
+) -> None:
     attention, queries = make_attention(), make_queries(counts, seed=seed)
     if grouped:
         generator = torch.Generator().manual_seed(seed)
@@ -213,7 +213,7 @@ def test_of_any_images_and_groups(counts: list[int], seed: int, grouped: bool) -
     assert_close(attention(queries), by_hand(attention, queries), EXACT)
 
 
-def test_boxes_get_gradients_through_their_centres_alone() -> None:
+def test_boxes_get_gradients_through_their_centers_only() -> None:
     queries = make_queries([3, 5])
     embeddings, boxes = differentiated(make_attention()(queries), queries)
     assert embeddings.abs().amin() > 0
@@ -221,7 +221,7 @@ def test_boxes_get_gradients_through_their_centres_alone() -> None:
     assert (boxes[:, 2:] == 0).all()
 
 
-def test_gradients_are_those_of_finite_differences() -> None:
+def test_gradients_match_finite_differences() -> None:
     attention, queries = make_attention(), make_queries([1, 3])
 
     def attend(embeddings: Tensor, boxes: Tensor) -> Tensor:
@@ -244,7 +244,7 @@ def jacobian_blocks(queries: ObjectQueries) -> Tensor:
     return (jacobian != 0).any(-1)
 
 
-def test_queries_see_their_image_and_group_alone() -> None:
+def test_queries_attend_to_their_image_and_group_only() -> None:
     groups = torch.tensor([0, 1, 0, 1, 0, 5, 5])
     queries = make_queries([4, 3])
     image = torch.tensor([0, 0, 0, 0, 1, 1, 1])
@@ -277,7 +277,7 @@ def test_other_images_do_not_matter() -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_what_is_not_finite_stays_in_its_image(bad: float) -> None:
+def test_values_that_are_not_finite_stay_in_their_image(bad: float) -> None:
     attention, queries = make_attention(), make_queries([3, 4, 2])
     clean = attention(queries)
     spoilt = queries.embeddings.detach().clone()
@@ -303,7 +303,7 @@ def test_one_query_attends_to_itself() -> None:
     assert_close(attention(queries), queries.embeddings + attention.out_proj(v), EXACT)
 
 
-def test_dropout_is_for_training_alone() -> None:
+def test_dropout_is_active_in_training_only() -> None:
     attention, queries = make_attention(dropout=0.5), make_queries([3, 0, 4])
     exact = by_hand(attention, queries)
     assert (attention(queries) - exact).abs().amax() > 0.01
@@ -314,7 +314,7 @@ def test_dropout_is_for_training_alone() -> None:
     assert_close(attention.eval()(queries), exact, EXACT)
 
 
-def test_autocast_keeps_the_residual_and_tells_far_places_apart() -> None:
+def test_autocast_keeps_the_residual_and_distant_positions_precise() -> None:
     attention = make_attention().float()
     queries = make_queries([5, 2], dtype=torch.float32)
     boxes = queries.boxes.detach() + torch.tensor([300.0, 300, 0, 0])
@@ -338,7 +338,7 @@ def test_autocast_keeps_the_residual_and_tells_far_places_apart() -> None:
         ("dropout", {"dropout": 1.0}),
     ],
 )
-def test_options_that_cannot_be_are_refused_by_name(argument: str, options: dict[str, Any]) -> None:
+def test_invalid_options_are_refused_by_name(argument: str, options: dict[str, Any]) -> None:
     with refused(argument):
         QuerySelfAttention(**{"embed_dim": EMBED, "n_heads": HEADS} | options)
 

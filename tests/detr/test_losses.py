@@ -96,7 +96,7 @@ def near_images(position_dim: int = 2) -> tuple[Predictions, Targets]:
 
 @pytest.mark.parametrize("position_dim", [1, 2, 3])
 @pytest.mark.parametrize("quality", [False, True])
-def test_parts_are_their_formulas(position_dim: int, quality: bool) -> None:
+def test_terms_match_their_formulas(position_dim: int, quality: bool) -> None:
     predictions, targets = near_images(position_dim)
     matches = HungarianMatcher(**WEIGHTS)(predictions, targets)
     parts = DetectionLoss(**WEIGHTS, quality=quality)(predictions, targets, matches, 7.0)
@@ -104,7 +104,7 @@ def test_parts_are_their_formulas(position_dim: int, quality: bool) -> None:
     assert_close(torch.stack(parts), torch.tensor(expected, dtype=torch.float64), 1e-13)
 
 
-def test_parts_of_all_positions_inside_boxes() -> None:
+def test_terms_of_one_to_many_assignment() -> None:
     predictions, targets = near_images()
     assigned = assign_points_to_boxes(predictions.boxes[:, :2], predictions.offsets, targets)
     matches = Matches.from_assignment(assigned)
@@ -115,7 +115,7 @@ def test_parts_of_all_positions_inside_boxes() -> None:
 
 
 @pytest.mark.parametrize("quality", [False, True])
-def test_gradients_of_all_parts(quality: bool) -> None:
+def test_gradients_of_all_terms(quality: bool) -> None:
     predictions, targets = near_images()
     matches = HungarianMatcher(**WEIGHTS)(predictions, targets)
     loss = DetectionLoss(**WEIGHTS, quality=quality)
@@ -155,7 +155,7 @@ def test_images_without_objects_or_queries(sizes: list[tuple[int, int]], quality
         assert torch.isfinite(value.grad).all()
 
 
-def test_perfect_predictions_cost_next_to_nothing() -> None:
+def test_perfect_predictions_have_almost_no_loss() -> None:
     _, targets = random_images([(0, 5), (0, 3)])
     logits = 40 * torch.nn.functional.one_hot(targets.labels, 3).double() - 20
     predictions = Predictions(logits, targets.boxes, targets.offsets)
@@ -275,7 +275,7 @@ def test_refused_matches(matches: Any, argument: str, came: str) -> None:
 
 
 def inside_by_hand(positions: Tensor, offsets: Tensor, targets: Targets) -> Matches:
-    """Every position with the smallest object around it."""
+    """Each position with the smallest object that contains it."""
     pairs = []
     for rows, objects in zip(spans(offsets), spans(targets.offsets), strict=True):
         for row in range(rows.start, rows.stop):
@@ -324,14 +324,14 @@ def test_layers_are_matched_one_to_one_and_candidates_one_to_many(position_dim: 
     )
 
 
-def test_candidates_learn_by_the_loss_of_layers_unless_told_otherwise() -> None:
+def test_the_candidate_loss_defaults_to_that_of_layers() -> None:
     loss = DetectionLoss(class_weight=0.25)
     assert SetCriterion(loss=loss).candidate_loss is loss
     other = DetectionLoss()
     assert SetCriterion(loss=loss, candidate_loss=other).candidate_loss is other
 
 
-def test_targets_of_another_batch_or_that_are_none_are_refused_by_name() -> None:
+def test_invalid_targets_and_outputs_are_refused_by_name() -> None:
     output, loss = stirred(make_detector())(make_pyramid((9, 8))), SetCriterion()
     targets = make_targets((2, 1))
     for argument, wrong in {

@@ -117,7 +117,9 @@ def test_the_class_decides_between_equal_boxes() -> None:
     assert pairs(HungarianMatcher()(predictions, targets)) == [(1, 0)]
 
 
-def test_costs_are_those_of_pairs_in_the_same_image_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_costs_are_computed_for_pairs_of_the_same_image_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     seen = []
 
     def counting(a: Tensor, b: Tensor) -> Tensor:
@@ -129,7 +131,7 @@ def test_costs_are_those_of_pairs_in_the_same_image_alone(monkeypatch: pytest.Mo
     assert seen == [(50 * 7 * 3, 4)]
 
 
-def test_matching_takes_no_part_in_the_gradient() -> None:
+def test_matches_have_no_gradient() -> None:
     predictions, targets = random_images([(4, 2)])
     with torch.enable_grad():
         matches = MATCHER(
@@ -165,7 +167,7 @@ def test_boxes_too_far_for_a_finite_cost_are_refused() -> None:
         MATCHER(far, targets)
 
 
-def test_without_scipy_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_scipy_the_error_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "scipy.optimize", None)
     with pytest.raises(ImportError, match=r"pip install 'vicinal\[detr\]'"):
         MATCHER(*random_images([(2, 2)]))
@@ -200,7 +202,7 @@ def plain_assignment(positions: Tensor, offsets: Tensor, targets: Targets) -> li
     st.integers(1, 3),
     st.integers(0, 1000),
 )
-def test_positions_go_to_the_smallest_box_that_holds_them(
+def test_points_are_assigned_to_the_smallest_box_that_contains_them(
     sizes: list[tuple[int, int]], position_dim: int, seed: int
 ) -> None:
     predictions, targets = random_images(sizes, position_dim, seed)
@@ -212,7 +214,7 @@ def test_positions_go_to_the_smallest_box_that_holds_them(
     assert assigned.tolist() == plain_assignment(places, predictions.offsets, targets)
 
 
-def test_borders_belong_to_the_box_and_the_first_of_equals_wins() -> None:
+def test_borders_are_inside_and_the_first_of_equal_boxes_is_chosen() -> None:
     boxes = torch.tensor([[4.0, 4, 8, 8], [2, 2, 2, 2], [4, 2, 2, 2], [2, 2, 2, 2]])
     targets = Targets(boxes, torch.zeros(4, dtype=torch.int64), torch.tensor([0, 4]))
     places = torch.tensor([[0.0, 0], [1, 1], [3, 2], [5, 3], [8, 8], [8.001, 8], [2, 3.5]])
@@ -228,7 +230,7 @@ def test_the_smallest_box_is_that_of_least_volume() -> None:
     )
 
 
-def test_boxes_hold_positions_of_their_own_image_alone() -> None:
+def test_points_are_assigned_to_boxes_of_their_own_image_only() -> None:
     boxes = torch.tensor([[4.0, 8.0]]).repeat(2, 1)
     targets = Targets(boxes, torch.zeros(2, dtype=torch.int64), torch.tensor([0, 0, 1, 2]))
     places = torch.full((6, 1), 3.0)

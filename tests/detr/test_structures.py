@@ -23,7 +23,7 @@ COUNTS = st.lists(st.integers(0, 5), max_size=5)
 
 
 @given(COUNTS)
-def test_images_and_offsets_are_each_others_inverse(counts: list[int]) -> None:
+def test_batch_ids_and_offsets_are_inverse(counts: list[int]) -> None:
     offsets = offsets_from_counts(counts)
     image = batch_ids(offsets, sum(counts))
     assert image.tolist() == [b for b, count in enumerate(counts) for _ in range(count)]
@@ -32,7 +32,7 @@ def test_images_and_offsets_are_each_others_inverse(counts: list[int]) -> None:
     assert torch.equal(ragged.offsets_from_counts(counted), offsets)
 
 
-def test_images_are_found_from_offsets_of_any_integer_dtype_and_layout() -> None:
+def test_batch_ids_of_offsets_of_any_integer_dtype_and_layout() -> None:
     offsets = offsets_from_counts([2, 0, 1])
     for dtype in (torch.int32, torch.int64, torch.uint8):
         assert batch_ids(offsets.to(dtype), 3).tolist() == [0, 0, 2]
@@ -40,7 +40,7 @@ def test_images_are_found_from_offsets_of_any_integer_dtype_and_layout() -> None
 
 
 @given(COUNTS, st.integers(1, 6), st.integers(0, 100))
-def test_the_best_of_each_image_as_sorting_each_alone_finds_them(
+def test_top_k_per_image_matches_sorting_each_image(
     counts: list[int], n_best: int, seed: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -57,7 +57,7 @@ def test_the_best_of_each_image_as_sorting_each_alone_finds_them(
     assert chosen_offsets.tolist() == offsets_from_counts(list(map(len, expected))).tolist()
 
 
-def test_positions_are_the_centres_of_the_boxes() -> None:
+def test_positions_are_the_centers_of_the_boxes() -> None:
     queries = make_queries([2, 1], 3)
     assert torch.equal(queries.positions, queries.boxes[:, :3])
 
@@ -82,7 +82,7 @@ def test_positions_are_the_centres_of_the_boxes() -> None:
         ("queries.groups", torch.zeros(4, dtype=torch.int64)),
     ],
 )
-def test_what_is_no_set_of_queries_is_refused_by_name(argument: str, wrong: Any) -> None:
+def test_invalid_queries_are_refused_by_name(argument: str, wrong: Any) -> None:
     queries = make_queries([2, 1])
     check_object_queries(queries, EMBED, 2)
     changed = queries._replace(**{argument.removeprefix("queries."): wrong})
@@ -90,12 +90,12 @@ def test_what_is_no_set_of_queries_is_refused_by_name(argument: str, wrong: Any)
         check_object_queries(changed, EMBED, 2)
 
 
-def test_something_else_than_queries_is_refused() -> None:
+def test_other_types_are_refused() -> None:
     with refused("queries"):
         check_object_queries(tuple(make_queries([1])), EMBED, 2)  # type: ignore[arg-type]
 
 
-def test_pairs_of_all_positions_inside() -> None:
+def test_matches_from_an_assignment() -> None:
     matches = Matches.from_assignment(torch.tensor([-1, 3, 0, -1, 3]))
     assert matches.prediction.tolist() == [1, 2, 4]
     assert matches.target.tolist() == [3, 0, 3]

@@ -64,7 +64,7 @@ def dashed(ax: Axes) -> list[tuple[str, tuple[float, float, float, float]]]:
     ]
 
 
-def test_true_boxes_are_drawn_where_they_are_and_missed_ones_stand_out() -> None:
+def test_true_boxes_are_drawn_and_missed_ones_highlighted() -> None:
     batch, pyramid = scene(1)
     boxes, labels = digits_of(batch, 0)
     wrong = labels.clone()
@@ -80,7 +80,7 @@ def test_true_boxes_are_drawn_where_they_are_and_missed_ones_stand_out() -> None
     assert not empty.axison
 
 
-def test_detections_carry_their_digit_score_and_points() -> None:
+def test_detections_have_their_digit_score_and_points() -> None:
     batch, pyramid = scene(2)
     records = [detected(pyramid, image, *digits_of(batch, image)) for image in (1, 0)]
     for ax, record in zip(draw_detections(batch, pyramid, records).axes, records, strict=True):
