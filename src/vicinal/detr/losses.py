@@ -62,12 +62,12 @@ class DetectionLoss(LossWeights):
     Example:
         ```python
         import torch
-        from vicinal.detr import DetectionLoss, HungarianMatcher, Predictions, Targets
+        from vicinal.detr import DetectionLoss, Matches, Predictions, Targets
 
         boxes = torch.tensor([[10.0, 8.0, 4.0, 6.0], [30.0, 9.0, 5.0, 5.0]])
         predictions = Predictions(torch.zeros(2, 3), boxes, torch.tensor([0, 2]))
         targets = Targets(boxes[:1] + 1, torch.tensor([2]), torch.tensor([0, 1]))
-        matches = HungarianMatcher()(predictions, targets)
+        matches = Matches(prediction=torch.tensor([0]), target=torch.tensor([0]))
         terms = DetectionLoss()(predictions, targets, matches, n_objects=1)
         assert all(term > 0 for term in terms)
         ```
