@@ -34,11 +34,11 @@ import torch
 from examples.canvas import load_digits
 from examples.digits.checkpoints import load_state
 from examples.digits.model import DigitDetector
-from examples.digits.processes import spawned
+from examples.digits.processes import spawn_processes
 from examples.digits.scenes import Scenes, split_digits
 from examples.digits.training import Config, train
 from vicinal import FeaturePyramid
-from vicinal.detr import Denoiser, PointStem, SetCriterion, decoder, selection
+from vicinal.detr import DenoisingQueryGenerator, PointStem, SetCriterion, decoder, selection
 from vicinal.nn import block
 
 ATTENTIONS = ("neighborhood", "deformable")
@@ -95,9 +95,9 @@ def shares(steps: int, batch: int) -> None:
         watch.patch("plans", block, "plan_neighborhoods"),
         watch.patch("windows of the stem", PointStem, "_windows"),
         mock.patch.object(FeaturePyramid, "from_points", watch.over("pooling", pooling)),
-        watch.patch("choice of queries", selection, "best_per_image"),
-        watch.patch("denoising queries", Denoiser, "forward"),
-        watch.patch("checks", decoder, "check_queries"),
+        watch.patch("choice of queries", selection, "top_k_per_image"),
+        watch.patch("denoising queries", DenoisingQueryGenerator, "forward"),
+        watch.patch("checks", decoder, "check_object_queries"),
         watch.patch("matching and losses", SetCriterion, "forward"),
     ):
         for number in range(-5, steps):
@@ -137,7 +137,7 @@ def processes(steps: int, batch: int) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for n_processes in (1, 2):
-            spawned(n_processes, _train_apart, steps, batch, folder / str(n_processes))
+            spawn_processes(n_processes, _train_apart, steps, batch, folder / str(n_processes))
         one, two = (load_state(folder / n, torch.device("cpu"))["losses"] for n in ("1", "2"))
     apart = [
         max(abs(ours[name] - theirs[name]) / abs(theirs[name]) for name in theirs)

@@ -2,9 +2,10 @@
 
 import os
 
-# Before torch starts. Threads that wait spin for some tens of microseconds, then sleep: longer, and
-# they slow down a machine that has other work several times over; sleeping at once takes a quarter
-# more time. And oneDNN keeps what it compiles for every new number of points, which in a training
-# with a new one at every step takes gigabytes and no less time.
+# These have to be set before torch is imported. Idle OpenMP threads spin for some tens of
+# microseconds before they sleep: spinning longer makes training several times slower on a machine
+# with other load, sleeping at once makes it a quarter slower. oneDNN caches a compiled primitive
+# for every new number of points; where it differs at every step, this takes gigabytes and saves no
+# time.
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "0")

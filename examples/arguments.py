@@ -1,4 +1,4 @@
-"""What the examples' command lines have in common."""
+"""Command-line arguments that the examples share."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from pathlib import Path
 
 
 def at_least_1(text: str) -> int:
-    """An integer of at least 1."""
+    """Parses an integer of at least 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text}")
     return int(text)
 
 
 def seed(text: str) -> int:
-    """What torch takes as a seed."""
+    """Parses a seed for torch, an integer in [0, 2^63)."""
     if not text.isdecimal() or int(text) >= 2**63:
         raise argparse.ArgumentTypeError(f"expected an integer from 0 to 2^63 - 1, got {text}")
     return int(text)
 
 
 def require(parser: argparse.ArgumentParser, *modules: str) -> None:
-    """Exits, naming the packages to install, unless all ``modules`` are there."""
+    """Exits with the packages to install unless all ``modules`` are installed."""
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
         parser.exit(1, f"The demo needs {', '.join(missing)}: pip install vicinal[demo]\n")
 
 
 def require_folder(parser: argparse.ArgumentParser, folder: Path) -> None:
-    """Makes the folder that ``--out`` writes to; exits if nothing can be written there."""
+    """Creates the output folder of ``--out``; exits if it is not writable."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as problem:

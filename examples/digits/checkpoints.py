@@ -1,4 +1,4 @@
-"""What is kept of a run: weights to use, and a state to go on from."""
+"""Checkpoints of a run: weights for inference, and the state to resume training from."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ WEIGHTS, STATE = "model.safetensors", "training_state.pt"
 
 
 def save_weights(folder: Path, weights: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """Writes ``model.safetensors``; ``metadata`` is what it says of itself."""
+    """Writes ``model.safetensors`` with ``metadata`` in its header."""
     from safetensors.torch import save_file
 
     contiguous = {name: tensor.contiguous() for name, tensor in weights.items()}
-    with _replacing(folder / WEIGHTS) as path:
+    with _atomic_write(folder / WEIGHTS) as path:
         save_file(contiguous, path, metadata)
 
 
 def load_weights(folder: Path, model: nn.Module) -> None:
-    """Gives ``model`` the weights in ``model.safetensors``."""
+    """Loads the weights in ``model.safetensors`` into ``model``."""
     from safetensors.torch import load_file
 
     model.load_state_dict(load_file(folder / WEIGHTS))
 
 
 def read_metadata(folder: Path) -> dict[str, str]:
-    """What ``model.safetensors`` says of itself."""
+    """Reads the metadata in the header of ``model.safetensors``."""
     from safetensors import safe_open
 
     with safe_open(folder / WEIGHTS, "pt") as file:
@@ -42,18 +42,18 @@ def read_metadata(folder: Path) -> dict[str, str]:
 
 def save_state(folder: Path, state: Mapping[str, Any]) -> None:
     """Writes ``training_state.pt``: tensors, numbers, strings, and lists and dicts of them."""
-    with _replacing(folder / STATE) as path:
+    with _atomic_write(folder / STATE) as path:
         torch.save(dict(state), path)
 
 
 def load_state(folder: Path, device: torch.device) -> dict[str, Any]:
-    """Reads ``training_state.pt``; nothing in it is run as code."""
+    """Reads ``training_state.pt``, without executing any code in it."""
     state: dict[str, Any] = torch.load(folder / STATE, map_location=device, weights_only=True)
     return state
 
 
-def set_aside(folder: Path) -> list[Path]:
-    """Renames both files, to ``training_state.1.pt`` and so on by the first number not in use."""
+def rename_existing(folder: Path) -> list[Path]:
+    """Renames both files with the first unused number, such as ``training_state.1.pt``."""
     for number in itertools.count(1):
         files = {folder / name: _numbered(folder / name, number) for name in (STATE, WEIGHTS)}
         if not any(path.exists() for path in files.values()):
@@ -69,8 +69,8 @@ def _numbered(path: Path, number: int) -> Path:
 
 
 @contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A path to write to, which takes the place of ``path`` only once it is whole."""
+def _atomic_write(path: Path) -> Iterator[Path]:
+    """Yields a temporary path that replaces ``path`` once it is completely written."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     try:

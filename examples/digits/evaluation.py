@@ -1,4 +1,4 @@
-"""How well digits are found: average precision as COCO defines it."""
+"""Average precision of detections, as COCO defines it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from vicinal.detr import Detections
 
 
 class AveragePrecision(NamedTuple):
-    """Means over the classes that occur: NaN if none does."""
+    """Average precision, averaged over the classes that occur; NaN if none does."""
 
     ap: float
-    """Mean over the overlaps 0.50, 0.55, ..., 0.95 from which on a box counts as found."""
+    """Mean over the IoU thresholds 0.50, 0.55, ..., 0.95."""
     ap50: float
     ap75: float
 
@@ -26,14 +26,16 @@ class AveragePrecision(NamedTuple):
 def average_precision(
     detections: Iterable[Detections], targets: Iterable[Batch]
 ) -> AveragePrecision:
-    """Of what was found on the canvases of ``targets``, batch by batch.
+    """Evaluates detections with pycocotools; the best 100 per image count.
 
-    The best 100 per image count. Boxes are in the units of the targets'.
+    Args:
+        detections: of each batch, boxes in the units of the targets.
+        targets: the batches.
 
     Raises:
-        ValueError: not as many batches or images of one as of the other.
+        ValueError: the numbers of batches or of images differ.
     """
-    from pycocotools.cocoeval import COCOeval  # only those who evaluate need it
+    from pycocotools.cocoeval import COCOeval  # optional: required for evaluation only
 
     found: list[dict[str, Any]] = []
     true: list[dict[str, Any]] = []
@@ -51,14 +53,14 @@ def average_precision(
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-    # Where there was nothing to find, COCO says -1.
+    # COCO returns -1 if there are no objects.
     return AveragePrecision(*(float(s) if s >= 0 else float("nan") for s in evaluation.stats[:3]))
 
 
 def _records(
     boxes: Tensor, scores: Tensor, labels: Tensor, offsets: Tensor, first_image: int
 ) -> list[dict[str, Any]]:
-    """Boxes in COCO's terms: left, top, width and height."""
+    """COCO annotations, with boxes as left, top, width and height."""
     image = first_image + torch.arange(len(offsets) - 1).repeat_interleave(offsets.diff().cpu())
     corners = torch.cat((boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, 2:]), 1)[:, [1, 0, 3, 2]]
     return [
@@ -83,7 +85,9 @@ def _index(records: Sequence[dict[str, Any]], n_images: int) -> Any:
     index.dataset = {
         "images": [{"id": image} for image in range(n_images)],
         "categories": [{"id": label} for label in range(CLASSES)],
-        "annotations": [{"id": i, **record} for i, record in enumerate(records, 1)],  # 0: no match
+        "annotations": [
+            {"id": i, **record} for i, record in enumerate(records, 1)
+        ],  # id 0 means no match
     }
     index.createIndex()
     return index

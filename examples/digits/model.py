@@ -1,4 +1,4 @@
-"""The detector of handwritten digits: a stem, an encoder, a decoder of a hundred queries."""
+"""The detector of handwritten digits: stem, encoder, decoder with 100 object queries."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from vicinal import SparseDeformableAttention, SparseNeighborhoodAttentionBlock
 from vicinal.detr import (
     Decoder,
     DecoderLayer,
-    Denoiser,
+    DenoisingQueryGenerator,
     Detector,
     DetectorOutput,
     Encoder,
@@ -26,57 +26,65 @@ EMBED_DIM = 128
 HEADS = 8
 STRIDES = (2, 4, 8, 16)
 WINDOWS = (5, 5, 5, 5)
-SAMPLES = 4  # of deformable attention, by head and level
+SAMPLES = 4  # of deformable attention, per head and level
 ENCODER_LAYERS = 3
 DECODER_LAYERS = 2
 QUERIES = 100
 CANDIDATE_LEVELS = (2, 3)
-DENOISING = 3  # noisy copies of every digit
+DENOISING_GROUPS = 3  # noisy copies of every digit
 
 
 class DigitDetector(nn.Module):
-    """Batches of canvases to losses, or to what was found."""
+    """Maps batches of canvases to losses or predictions.
+
+    Args:
+        attention: ``"neighborhood"`` or ``"deformable"``.
+        checkpoint: recompute activations in the backward pass.
+    """
 
     def __init__(self, attention: str = "neighborhood", checkpoint: bool = False) -> None:
         super().__init__()
         self.stem = PointStem(1, EMBED_DIM, STRIDES)
 
-        def attend() -> nn.Module:
+        def make_attention() -> nn.Module:
             if attention == "deformable":
                 return SparseDeformableAttention(EMBED_DIM, HEADS, len(STRIDES), SAMPLES)
             return SparseNeighborhoodAttentionBlock(
                 EMBED_DIM, HEADS, len(STRIDES), WINDOWS, bias=True
             )
 
-        def feed_forward() -> FeedForward:
+        def make_feed_forward() -> FeedForward:
             return FeedForward(EMBED_DIM, 2 * EMBED_DIM)
 
         encoder = Encoder(
-            [EncoderLayer(attend(), feed_forward()) for _ in range(ENCODER_LAYERS)],
+            [EncoderLayer(make_attention(), make_feed_forward()) for _ in range(ENCODER_LAYERS)],
             EMBED_DIM,
             checkpoint=checkpoint,
         )
         selection = QuerySelection(EMBED_DIM, CLASSES, QUERIES, CANDIDATE_LEVELS)
         decoder = Decoder(
             [
-                DecoderLayer(QuerySelfAttention(EMBED_DIM, HEADS), attend(), feed_forward())
+                DecoderLayer(
+                    QuerySelfAttention(EMBED_DIM, HEADS), make_attention(), make_feed_forward()
+                )
                 for _ in range(DECODER_LAYERS)
             ],
             EMBED_DIM,
             CLASSES,
             checkpoint=checkpoint,
         )
-        denoiser = Denoiser(EMBED_DIM, CLASSES, DENOISING)
+        denoiser = DenoisingQueryGenerator(EMBED_DIM, CLASSES, DENOISING_GROUPS)
         self.detector = Detector(encoder, selection, decoder, denoiser)
         self.loss = SetCriterion()
 
     def detect(self, batch: Batch, targets: Targets | None = None) -> DetectorOutput:
+        """Predicts digits; boxes are in cells of the finest level."""
         pyramid = self.stem(batch.coordinates, batch.ink[:, None], (SIZE, SIZE), batch.batch_size)
         output: DetectorOutput = self.detector(pyramid, targets)
         return output
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Losses by name. Boxes are in cells of the finest level."""
+        """Computes the training losses by name."""
         targets = Targets(batch.boxes / STRIDES[0], batch.labels, batch.box_offsets)
         losses: dict[str, Tensor] = self.loss(self.detect(batch, targets), targets)
         return losses

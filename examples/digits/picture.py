@@ -1,4 +1,4 @@
-"""A picture of what was found on some canvases, and of what each detection attended to."""
+"""A picture of canvases with true boxes, detections and the points they attended to."""
 
 from __future__ import annotations
 
@@ -13,18 +13,23 @@ from torch import Tensor
 
 from examples.digits.scenes import SIZE, Batch
 from vicinal import FeaturePyramid
-from vicinal.detr import corners, pairwise_iou
+from vicinal.detr import boxes_to_corners, pairwise_iou
 from vicinal.visualize import AttentionRecord, draw_overview
 
-TRUE, SHOWN, MISSED = "#2b303b", "#0072b2", "#b3243c"
-OVERLAP = 0.5  # IoU from which on a digit counts as found
-COLUMNS, PANEL = 2, 9.0  # panels in a row, and inches a side of each
+TRUE, DETECTED, MISSED = "#2b303b", "#0072b2", "#b3243c"
+MIN_IOU = 0.5  # of a detection with a digit that counts as found
+COLUMNS, PANEL = 2, 9.0  # panels per row, and their width and height in inches
 LEGEND = (
     Patch(fill=False, edgecolor=TRUE, linestyle="--", label="true box"),
-    Patch(fill=False, edgecolor=MISSED, linestyle="--", label="true box that was not found"),
-    Patch(fill=False, edgecolor=SHOWN, linewidth=1.6, label="detection: digit and score"),
+    Patch(fill=False, edgecolor=MISSED, linestyle="--", label="true box, not found"),
+    Patch(fill=False, edgecolor=DETECTED, linewidth=1.6, label="detection: digit and score"),
     Line2D(
-        [], [], marker="o", color=SHOWN, linestyle="none", label="point it attended to, by weight"
+        [],
+        [],
+        marker="o",
+        color=DETECTED,
+        linestyle="none",
+        label="attended point, sized by weight",
     ),
 )
 
@@ -32,13 +37,13 @@ LEGEND = (
 def draw_detections(
     batch: Batch, pyramid: FeaturePyramid, records: Sequence[AttentionRecord]
 ) -> Figure:
-    """Draws canvases of ``batch``, one for each record.
+    """Draws one canvas per record.
 
     Args:
-        batch: what is on the canvases.
-        pyramid: the points that were attended to, of the same images.
-        records: each the detections of an image as queries with boxes, in cells of the pyramid's
-            full shape, the digits as labels, and the weights of the points.
+        batch: the canvases.
+        pyramid: the points of the same images that the detections attended to.
+        records: the detections of an image each: boxes in cells of the pyramid's full shape, digits
+            as labels, and attention weights.
     """
     rows = -(-len(records) // COLUMNS)
     figure = Figure(figsize=(PANEL * COLUMNS, (PANEL + 0.4) * rows + 0.5), layout="constrained")
@@ -46,7 +51,7 @@ def draw_detections(
     figure.legend(
         handles=LEGEND, loc="outside lower center", ncols=len(LEGEND), frameon=False, fontsize=14
     )
-    # Labels avoid one another, so all panels have to be in place before the first is filled.
+    # Labels are placed to avoid each other, so the layout has to be final before any are drawn.
     for ax in panels:
         ax.set_title(" ", fontsize=14)
         ax.set_aspect("equal")
@@ -62,14 +67,14 @@ def draw_detections(
 
 def _draw(ax: Axes, batch: Batch, pyramid: FeaturePyramid, record: AttentionRecord) -> None:
     image = record.batch_index
-    draw_overview(pyramid, record, image=batch.drawn(image), ax=ax)
+    draw_overview(pyramid, record, image=batch.dense_ink(image), ax=ax)
     ax.set_xticks([])
     ax.set_yticks([])
 
     own = slice(*batch.box_offsets[image : image + 2].tolist())
     boxes = batch.boxes[own] * (pyramid.level_shapes[0][0] / SIZE)
     found = _found(boxes, batch.labels[own], record)
-    for (top, left), (bottom, right), is_found in zip(*corners(boxes), found, strict=True):
+    for (top, left), (bottom, right), is_found in zip(*boxes_to_corners(boxes), found, strict=True):
         ax.add_patch(
             Rectangle(
                 (float(left), float(top)),
@@ -89,9 +94,9 @@ def _draw(ax: Axes, batch: Batch, pyramid: FeaturePyramid, record: AttentionReco
 
 
 def _found(boxes: Tensor, labels: Tensor, record: AttentionRecord) -> Tensor:
-    """Which digits, bool ``[m]``, a detection of the right class overlaps with."""
+    """Bool ``[m]``: the digits that a detection of the same class overlaps with."""
     assert record.boxes is not None
     assert record.labels is not None
     digits = torch.tensor([int(label) for label in record.labels], dtype=torch.int64)
-    overlap = pairwise_iou(boxes, record.boxes.to(boxes)) >= OVERLAP
+    overlap = pairwise_iou(boxes, record.boxes.to(boxes)) >= MIN_IOU
     return (overlap & (labels[:, None] == digits)).any(1)

@@ -1,4 +1,4 @@
-"""Several processes that train one model, as torchrun starts them, or a single one."""
+"""Distributed training with torchrun, or a single process."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from torch.multiprocessing.spawn import spawn
 
 
 @contextlib.contextmanager
-def joined() -> Iterator[torch.device]:
-    """Joins the processes that torchrun started, if it did; gives the device of this one.
+def process_group() -> Iterator[torch.device]:
+    """Initializes the process group under torchrun; yields the device of this process.
 
-    They exchange gradients by nccl on GPUs, one each, and else by gloo.
+    The back end is nccl on GPUs, one per process, and gloo on CPUs.
     """
     n_processes, local_rank = int(os.environ.get("WORLD_SIZE", 1)), os.environ.get("LOCAL_RANK", 0)
     device = torch.device("cuda", int(local_rank)) if torch.cuda.is_available() else None
@@ -36,66 +36,67 @@ def joined() -> Iterator[torch.device]:
 
 
 class PeerError(Exception):
-    """Another of the processes that train together is gone."""
+    """Another process of the process group has stopped."""
 
 
 @contextlib.contextmanager
-def noticed_peers() -> Iterator[None]:
-    """Turns what an exchange raises without its other side into a `PeerError`."""
+def peer_errors() -> Iterator[None]:
+    """Raises a `PeerError` where a collective operation fails since another process stopped."""
     try:
         yield
     except RuntimeError as problem:
-        # gloo has no class of its own for that.
+        # gloo raises a plain RuntimeError.
         if isinstance(problem, dist.DistError) or "gloo/transport" in str(problem):
-            raise PeerError("another process stopped, and says why") from problem
+            raise PeerError("another process stopped; it prints the reason") from problem
         raise
 
 
-def rank_and_number() -> tuple[int, int]:
-    """Which of the processes that train together this one is, and how many there are."""
+def rank_and_world_size() -> tuple[int, int]:
+    """The rank of this process and the number of processes."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
 
 
-def sums(values: Sequence[Tensor | float], device: torch.device) -> list[float]:
-    """The sum over the processes of each of ``values``; one exchange for all of them."""
+def all_reduce_sums(values: Sequence[Tensor | float], device: torch.device) -> list[float]:
+    """Sums each of ``values`` over the processes, in a single all-reduce."""
     packed = torch.stack(
         [torch.as_tensor(v, dtype=torch.float64, device=device).detach() for v in values]
     )
-    if rank_and_number()[1] > 1:
+    if rank_and_world_size()[1] > 1:
         dist.all_reduce(packed)
     summed: list[float] = packed.tolist()
     return summed
 
 
 @contextlib.contextmanager
-def noted_signals() -> Iterator[list[int]]:
-    """A list that SIGINT (Ctrl-C) and SIGTERM are noted in, instead of acting at once.
+def deferred_signals() -> Iterator[list[int]]:
+    """Yields a list that collects SIGINT (Ctrl-C) and SIGTERM instead of raising at once.
 
-    Of a single process, the second acts: it may hang. torchrun, though, passes on what the terminal
-    has sent already, and ends by force those that do not stop in time.
+    In a single process, a second signal acts at once, in case the process hangs. Under torchrun
+    it does not: torchrun forwards signals that the terminal has sent to all processes already,
+    and kills processes that do not stop in time.
     """
-    noted: list[int] = []
+    received: list[int] = []
 
-    def note(number: int, frame: FrameType | None) -> None:
-        noted.append(number)
-        if rank_and_number()[1] == 1:
+    def record(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        if rank_and_world_size()[1] == 1:
             restore()
 
     def restore() -> None:
         for number, handler in before.items():
             signal.signal(number, handler)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, record) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield noted
+        yield received
     finally:
         restore()
 
 
-def spawned(n_processes: int, work: Callable[..., object], *arguments: object) -> None:
-    """Calls ``work(device, *arguments)`` in new processes that are `joined`, of one thread each."""
+def spawn_processes(n_processes: int, work: Callable[..., object], *arguments: object) -> None:
+    """Calls ``work(device, *arguments)`` in new single-threaded processes of a process group."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -109,19 +110,19 @@ def _work(
     work: Callable[..., object],
     arguments: tuple[object, ...],
 ) -> None:
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": n_processes, "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in place.items()})
+    variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": n_processes, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in variables.items()})
     os.environ["MASTER_ADDR"] = "localhost"
     torch.set_num_threads(1)
-    with joined() as device:
+    with process_group() as device:
         work(device, *arguments)
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes that this process has held at most: on a GPU what torch had there, else all of it."""
+    """Peak memory in bytes: what torch allocated on a GPU, else that of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource  # which Windows lacks
+    import resource  # not available on Windows
 
     unit = 1 if sys.platform == "darwin" else 1024
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

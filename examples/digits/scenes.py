@@ -1,7 +1,7 @@
-"""Canvases of real handwriting: digits to find, and fragments of strokes that are none.
+"""Canvases of handwritten digits, with fragments of strokes as distractors.
 
-A canvas is determined by the digits it may use, the seed of the run and its number in the run, so
-several processes that share a run's canvases see the same ones as a single process.
+A canvas is determined by the available digits, the seed of the run and its number in the run, so
+a run has the same canvases on any number of processes.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from examples.canvas import Digits, free_place
+from examples.canvas import Digits, find_free_position
 
-SIZE = 512  # cells a side
-DIGITS = (4, 10)  # on a canvas, at least and at most, as below
-DIGIT_SIDES = (28, 56)  # cells a side that a digit's image of 28 x 28 pixels is enlarged to
-FRAGMENTS = (10, 20)
-FRAGMENT_SIDES = (6, 16)  # cells a side of the piece that is cut out
-CUT_SIDES = (44, 56)  # cells a side of the image it is cut from: no piece is most of a digit
-FAINTEST = 0.15  # ink from here on is a point
+SIZE = 512  # width and height of a canvas in cells
+DIGITS = (4, 10)  # digits per canvas; this and the following are bounds, both included
+DIGIT_SIDES = (28, 56)  # width in cells that an image of 28 x 28 pixels is enlarged to
+FRAGMENTS = (10, 20)  # fragments per canvas
+FRAGMENT_SIDES = (6, 16)  # width of a fragment in cells
+CUT_SIDES = (44, 56)  # width of the image it is cut from, so no fragment is most of a digit
+MIN_INK = 0.15  # cells with at least this much ink are points
 CLASSES = 10
 TEST_SHARE = 0.2
 
@@ -30,9 +30,12 @@ TEST_SHARE = 0.2
 class Scene(NamedTuple):
     """The points of one canvas and its digits.
 
-    ``cells`` int64 ``[n, 2]`` (row, column), no two the same, with ``ink`` ``[n]`` in (0, 1].
-    ``boxes`` ``[m, 4]``: centre row, centre column, height and width in cells, tight around the
-    ink, where the cell ``r`` covers ``[r, r + 1)``; ``labels`` int64 ``[m]``: which digit.
+    Attributes:
+        cells: int64 ``[n, 2]``, distinct (row, column).
+        ink: ``[n]``, in (0, 1].
+        boxes: ``[m, 4]``, center row, center column, height and width in cells, tight around the
+            ink of a digit; cell ``r`` covers ``[r, r + 1)``.
+        labels: int64 ``[m]``, the digits.
     """
 
     cells: Tensor
@@ -42,11 +45,15 @@ class Scene(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """The points and digits of several canvases, one canvas after another.
+    """The points and digits of several canvases, concatenated.
 
-    ``coordinates`` int64 ``[n, 3]`` (image, row, column), ``ink`` ``[n]``, ``boxes`` ``[m, 4]`` and
-    ``labels`` int64 ``[m]`` as in `Scene`. Image ``b`` owns the boxes
-    ``box_offsets[b]:box_offsets[b + 1]``, int64 ``[B + 1]``.
+    Attributes:
+        coordinates: int64 ``[n, 3]``, (image, row, column).
+        ink: ``[n]``, as in `Scene`.
+        boxes: ``[m, 4]``, as in `Scene`.
+        labels: int64 ``[m]``, as in `Scene`.
+        box_offsets: int64 ``[B + 1]``: image ``b`` owns the boxes
+            ``box_offsets[b]:box_offsets[b + 1]``.
     """
 
     coordinates: Tensor
@@ -55,8 +62,8 @@ class Batch(NamedTuple):
     labels: Tensor
     box_offsets: Tensor
 
-    def drawn(self, image: int) -> Tensor:
-        """The ink of an image as ``[SIZE, SIZE]``."""
+    def dense_ink(self, image: int) -> Tensor:
+        """The ink of an image, dense ``[SIZE, SIZE]``."""
         rows = self.coordinates[:, 0] == image
         ink = torch.zeros(SIZE, SIZE)
         ink[tuple(self.coordinates[rows, 1:].cpu().t())] = self.ink[rows].cpu().float()
@@ -67,7 +74,7 @@ class Batch(NamedTuple):
         return len(self.box_offsets) - 1
 
     def to(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Batch:
-        """On ``device``, ink and boxes as ``dtype``."""
+        """Copies the batch to ``device``, ink and boxes in ``dtype``."""
         return Batch(
             self.coordinates.to(device),
             self.ink.to(device, dtype),
@@ -78,30 +85,35 @@ class Batch(NamedTuple):
 
 
 class Scenes(NamedTuple):
-    """The canvases of a run, composed anew from ``digits`` whenever they are asked for."""
+    """The canvases of a run, generated from ``digits`` on demand."""
 
     digits: Digits
     seed: int
 
     def batch(self, numbers: Iterable[int]) -> Batch:
-        """The canvases of these numbers."""
+        """Generates the canvases with these numbers."""
         return collate([self.scene(number) for number in numbers])
 
     def scene(self, number: int) -> Scene:
-        generator = torch.Generator().manual_seed(mixed_seed(self.seed, number))
+        """Generates the canvas with this number."""
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, number))
         return compose(self.digits, generator)
 
 
-def mixed_seed(*numbers: int) -> int:
-    """One seed from several: torch.Generator looks at 32 bits alone, and likes them well mixed."""
+def derive_seed(*numbers: int) -> int:
+    """Hashes several numbers to a seed of 32 bits, all that torch.Generator uses."""
     key = hashlib.blake2b(" ".join(map(str, numbers)).encode(), digest_size=4)
     return int.from_bytes(key.digest(), "little")
 
 
 class _Pieces(NamedTuple):
-    """Cut-out handwriting: ``extents`` ``[k, 2]`` of the boxes around it, in cells.
+    """Pieces of handwriting, k of them, cropped to their ink.
 
-    ``cells`` ``[n, 2]`` count from the first corner of the box of the piece ``number`` ``[n]``.
+    Attributes:
+        extents: ``[k, 2]``, height and width in cells.
+        number: ``[n]``, the piece of each point.
+        cells: ``[n, 2]``, (row, column) relative to the lower corner of the piece.
+        ink: ``[n]``.
     """
 
     extents: Tensor
@@ -111,9 +123,9 @@ class _Pieces(NamedTuple):
 
 
 def split_digits(digits: Digits) -> tuple[Digits, Digits]:
-    """For training and for testing: no image in both, the same share of every kind, always alike.
+    """Splits digits into disjoint sets for training and test, stratified by class.
 
-    Of a kind's images, in the order of ``digits``, the last go to the test.
+    The split is deterministic: the last images of each class are for the test.
     """
     test = torch.zeros(len(digits.labels), dtype=torch.bool)
     for label in range(CLASSES):
@@ -123,16 +135,16 @@ def split_digits(digits: Digits) -> tuple[Digits, Digits]:
 
 
 def compose(digits: Digits, generator: torch.Generator) -> Scene:
-    """Puts digits, none twice, and fragments of strokes on a canvas; no two of them touch."""
+    """Places distinct digits and fragments of strokes on a canvas, without contact."""
     n_digits = _draw(DIGITS, 1, generator).item()
     chosen = digits.take(torch.randperm(len(digits.images), generator=generator)[:n_digits])
     pieces = (_enlarged(chosen.images, generator), _fragments(digits.images, generator))
     extents = torch.cat([piece.extents for piece in pieces])
     corners = torch.stack((torch.zeros_like(extents), extents), 1).float()
     for i, extent in enumerate(extents):
-        corner = free_place(extent, corners[:i], SIZE, generator)
+        corner = find_free_position(extent, corners[:i], SIZE, generator)
         if corner is None:
-            raise ValueError(f"no place left on the canvas after {i} pieces")
+            raise ValueError(f"no free position on the canvas after {i} pieces")
         corners[i] += corner
     first, last = corners[:, 0], corners[:, 1]
     number = torch.cat((pieces[0].number, pieces[1].number + len(chosen.labels)))
@@ -142,7 +154,7 @@ def compose(digits: Digits, generator: torch.Generator) -> Scene:
 
 
 def collate(scenes: list[Scene]) -> Batch:
-    """Image ``b`` of the batch is ``scenes[b]``."""
+    """Concatenates scenes: image ``b`` of the batch is ``scenes[b]``."""
     image = torch.arange(len(scenes)).repeat_interleave(torch.tensor([len(s.ink) for s in scenes]))
     n_boxes = torch.tensor([0, *(len(scene.labels) for scene in scenes)])
     cells, ink, boxes, labels = (torch.cat(parts) for parts in zip(*scenes, strict=True))
@@ -155,7 +167,7 @@ def _enlarged(images: Tensor, generator: torch.Generator) -> _Pieces:
 
 
 def _fragments(images: Tensor, generator: torch.Generator) -> _Pieces:
-    """Squares around pixels with ink, of any images, enlarged."""
+    """Squares around random pixels with ink, cut out of enlarged images."""
     n = int(_draw(FRAGMENTS, 1, generator))
     images = images[torch.randint(len(images), (n,), generator=generator)]
     pixel = torch.multinomial(images.flatten(1), 1, generator=generator)  # [n, 1]
@@ -169,21 +181,21 @@ def _fragments(images: Tensor, generator: torch.Generator) -> _Pieces:
 
 
 def _window(images: Tensor, sides: Tensor, first: Tensor, width: int) -> Tensor:
-    """What squares of ``width`` cells from ``first`` ``[n, 2]`` on hold: ``[n, width, width]``.
+    """Crops squares of ``width`` cells from enlarged images: ``[n, width, width]``.
 
-    The ``images`` ``[n, 28, 28]`` are enlarged bilinearly to ``sides`` ``[n]`` cells a side, and
-    blank around. Enlarging needs no filter against aliasing.
+    The ``images`` ``[n, 28, 28]`` are enlarged bilinearly to a width of ``sides`` ``[n]`` cells and
+    padded with zeros; ``first`` ``[n, 2]`` is the lower corner of each square.
     """
-    cells = first[:, :, None] + torch.arange(width) + 0.5  # [n, 2, width]: centres
-    rows, columns = (2 * cells / sides[:, None, None] - 1).unbind(1)  # the image is [-1, 1]
+    cells = first[:, :, None] + torch.arange(width) + 0.5  # [n, 2, width]: centers
+    rows, columns = (2 * cells / sides[:, None, None] - 1).unbind(1)  # the image spans [-1, 1]
     shape = (len(images), width, width)
     grid = torch.stack((columns[:, None].expand(shape), rows[:, :, None].expand(shape)), -1)
     return F.grid_sample(images[:, None], grid, align_corners=False)[:, 0]
 
 
 def _cut(ink: Tensor) -> _Pieces:
-    """The points of ``ink`` ``[k, width, width]`` and the boxes around them."""
-    points = ink >= FAINTEST
+    """Crops ``ink`` ``[k, width, width]`` to the cells that are points."""
+    points = ink >= MIN_INK
     filled = torch.stack((points.any(2), points.any(1)))  # [2, k, width]: rows, columns
     first = filled.byte().argmax(2).t()
     last = ink.shape[1] - filled.flip(2).byte().argmax(2).t()
@@ -192,5 +204,5 @@ def _cut(ink: Tensor) -> _Pieces:
 
 
 def _draw(bounds: tuple[int, int], n: int, generator: torch.Generator) -> Tensor:
-    """int64 ``[n]``, uniform, both bounds included."""
+    """Uniform random integers, int64 ``[n]``, both bounds included."""
     return torch.randint(bounds[0], bounds[1] + 1, (n,), generator=generator)

@@ -1,7 +1,7 @@
-"""Trains a module that turns batches into losses: on one process or several, and never in vain.
+"""Training loop for a module that maps batches to losses, on one process or several.
 
-A run is determined by its configuration, the module's first parameters and its batches. It can be
-interrupted and resumed, and gives the same curve bit for bit.
+A run is determined by its configuration, the module's initial parameters and its batches. A run
+that is interrupted and resumed has bit-identical losses.
 """
 
 from __future__ import annotations
@@ -17,30 +17,35 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from examples.digits.checkpoints import load_state, save_state, save_weights, set_aside
-from examples.digits.processes import noted_signals, noticed_peers, rank_and_number, sums
-from examples.digits.scenes import Batch, mixed_seed
+from examples.digits.checkpoints import load_state, rename_existing, save_state, save_weights
+from examples.digits.processes import (
+    all_reduce_sums,
+    deferred_signals,
+    peer_errors,
+    rank_and_world_size,
+)
+from examples.digits.scenes import Batch, derive_seed
 
 PRECISIONS = {"full": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
-SHOWN = 20  # steps that the loss on the progress bar is the mean of
+SMOOTHED = 20  # steps that the loss in the progress bar is averaged over
 
 Losses = dict[str, float]
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What a run's curve depends on, beside its module and its batches.
+    """Everything that determines a run besides its module and its batches.
 
     Attributes:
-        steps: how many there are.
-        batch: canvases of a step, those of all processes together.
-        seed: of whatever is random in the module.
-        learning_rate: the highest; it rises to it for the share ``warm_up`` of the steps, in a
-            straight line, and falls to 0 along half a cosine.
-        weight_decay: of matrices; biases, norms and frequencies do not decay.
-        max_gradient: norm that all gradients together are clipped to.
-        precision: ``"full"``, that of the parameters, or ``"bfloat16"`` or ``"float16"``, which
-            products of matrices are then computed in (autocast).
+        steps: number of training steps.
+        batch: canvases per step, over all processes.
+        seed: of random operations in the module, such as dropout.
+        learning_rate: the maximum, reached by linear warm-up and followed by cosine decay to 0.
+        warm_up: fraction of the steps with linear warm-up.
+        weight_decay: of matrices; biases, norms and frequencies have no weight decay.
+        max_gradient: the gradient is clipped to this norm.
+        precision: ``"full"``, the precision of the parameters, or ``"bfloat16"`` or ``"float16"``
+            for mixed precision (autocast).
     """
 
     steps: int
@@ -54,12 +59,12 @@ class Config:
 
 
 class History(NamedTuple):
-    """How a run went.
+    """Losses and speed of a run.
 
     Attributes:
-        losses: of every step, by name, over all its canvases.
-        seconds: where the time of a step went, on average, since the run began or was resumed.
-        points_per_second: over the same time.
+        losses: of every step, by name, averaged over its canvases.
+        seconds: mean time per step of each part, since the run started or was resumed.
+        points_per_second: throughput over the same time.
     """
 
     losses: list[Losses]
@@ -68,23 +73,28 @@ class History(NamedTuple):
 
 
 class ConfigError(ValueError):
-    """The configuration does not fit the number of processes, or the state to resume."""
+    """The configuration does not fit the number of processes or the checkpoint."""
 
 
 class InterruptionError(Exception):
-    """The training was asked to stop; its state is saved."""
+    """Training was interrupted by a signal; its state is saved."""
 
 
 class DivergenceError(Exception):
     """Predictions, a loss or a gradient are not finite; the last good checkpoint is kept.
 
     Attributes:
-        alone: whether only this process knows, and the others but notice that it is gone.
+        step: the step, counted from 0.
+        losses: of this step, empty if they were not computed.
+        on_one_process: whether it occurred on this process only; the others raise a `PeerError`.
     """
 
-    def __init__(self, message: str, alone: bool = False) -> None:
+    def __init__(
+        self, message: str, step: int, losses: Losses | None = None, on_one_process: bool = False
+    ) -> None:
         super().__init__(message)
-        self.alone = alone
+        self.step, self.losses = step, losses or {}
+        self.on_one_process = on_one_process
 
 
 def train(
@@ -97,39 +107,38 @@ def train(
     save_every: int = 50,
     metadata: dict[str, str] | None = None,
 ) -> History:
-    """Takes the steps that are left of ``config.steps``, with AdamW.
+    """Trains with AdamW for the remaining steps of ``config.steps``.
 
-    If torch.distributed is initialised, each process takes its share of every batch. Losses divided
-    by the mean number of objects over the processes (`vicinal.detr.mean_objects`) make any number
-    of processes give the same curve; dropout, which draws for the canvases that a process has,
-    makes another one for each.
+    If torch.distributed is initialized, each process takes its share of every batch. With losses
+    that are divided by the mean number of objects per process (`vicinal.detr.mean_object_count`),
+    the losses of a run do not depend on the number of processes, unless there is dropout, whose
+    random numbers depend on how canvases are distributed.
 
     Args:
-        model: called with a `Batch`, returns losses by name; their sum is minimised.
-        batches: makes the canvases of the numbers it is given. Those of step ``s`` begin at
+        model: maps a `Batch` to losses by name; their sum is minimized.
+        batches: generates the canvases with the given numbers. The first canvas of step ``s`` is
             ``s * config.batch``.
-        folder: for ``model.safetensors`` and ``training_state.pt``, each always whole. Those of a
-            run that was not finished are renamed.
-        resume: go on from the state in ``folder``.
-        save_every: steps from one checkpoint to the next. There is one after the first step and
-            one after the last.
-        metadata: what ``model.safetensors`` says of itself.
+        folder: for ``model.safetensors`` and ``training_state.pt``, which are replaced atomically.
+            Files of an unfinished run are renamed.
+        resume: resume from the state in ``folder``.
+        save_every: steps between checkpoints. The first and the last step are always saved.
+        metadata: for the header of ``model.safetensors``.
 
     Raises:
-        ConfigError: a batch has fewer canvases than there are processes, or the state is of another
-            configuration.
-        FileNotFoundError: no state to resume from.
+        ConfigError: a batch has fewer canvases than there are processes, or the checkpoint was
+            written with another configuration.
+        FileNotFoundError: there is no checkpoint to resume from.
         DivergenceError: a loss or a gradient is not finite, or ``model`` raised a ValueError.
-        InterruptionError: by SIGINT (Ctrl-C) or SIGTERM.
+        InterruptionError: SIGINT (Ctrl-C) or SIGTERM was received.
         PeerError: another process raised one of these.
     """
-    rank, n_processes = rank_and_number()
+    rank, n_processes = rank_and_world_size()
     if config.batch < n_processes:
         raise ConfigError(f"batch: expected at least {n_processes} canvases, got {config.batch}")
     run = _Run(model, config, folder, metadata or {})
     if resume:
         run.resume()
-    with noted_signals() as signals, noticed_peers(), run.progress() as progress:
+    with deferred_signals() as signals, peer_errors(), run.progress() as progress:
         for step in range(len(run.losses), config.steps):
             first, last = step * config.batch, (step + 1) * config.batch
             batch = batches(range(first + rank, last, n_processes))
@@ -145,7 +154,7 @@ def train(
 
 
 def learning_rate(config: Config, step: int) -> float:
-    """Of ``step``, counted from 0; see `Config`."""
+    """The learning rate of ``step``, counted from 0; see `Config`."""
     warm_up = max(1, round(config.warm_up * config.steps))
     if step < warm_up:
         return config.learning_rate * (step + 1) / warm_up
@@ -154,7 +163,7 @@ def learning_rate(config: Config, step: int) -> float:
 
 
 class _Run:
-    """A module, its optimizer and its curve."""
+    """A module, its optimizer and its losses so far."""
 
     def __init__(
         self, model: nn.Module, config: Config, folder: Path, metadata: dict[str, str]
@@ -177,23 +186,25 @@ class _Run:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "float16")
         self.losses: list[Losses] = []
         self.saved = False
-        self.rank, self.n_processes = rank_and_number()
+        self.rank, self.n_processes = rank_and_world_size()
         self.parallel = DistributedDataParallel(model) if self.n_processes > 1 else model
-        self.watch = _Watch(self.device)
+        self.watch = _Stopwatch(self.device)
 
     def step(self, step: int, batch: Batch, stop: bool) -> bool:
-        """Takes a step; whether any of the processes is to stop."""
+        """Takes a training step; returns whether any process has to stop."""
         batch = batch.to(self.device, self.dtype)
         self.watch.lap("data")
-        # Whatever is random in the module depends on the step alone, not on who computes it: no
-        # state to save, and noise of objects is that of one process.
-        torch.manual_seed(mixed_seed(self.config.seed, step))
+        # Seeded per step, random operations need no state in checkpoints, and denoising noise is
+        # the same on any number of processes.
+        torch.manual_seed(derive_seed(self.config.seed, step))
         parts = self._forward(step, batch)
-        *values, n_points, n_stop = sums([*parts.values(), len(batch.ink), stop], self.device)
+        *values, n_points, n_stop = all_reduce_sums(
+            [*parts.values(), len(batch.ink), stop], self.device
+        )
         means = [value / self.n_processes for value in values]
         losses = dict(zip(parts, means, strict=True))
         if not all(map(math.isfinite, means)):
-            raise self._diverged(step, f"the loss is not finite ({_named(losses)})")
+            raise self._diverged(step, "the loss is not finite", losses)
         self.watch.lap("forward")
         self.optimizer.zero_grad()
         self.scaler.scale(torch.stack(list(parts.values())).sum()).backward()
@@ -208,8 +219,8 @@ class _Run:
         try:
             with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
                 parts: dict[str, Tensor] = self.parallel(batch)
-        except ValueError as problem:  # such as predictions that nothing can be matched to
-            raise self._diverged(step, str(problem), alone=self.n_processes > 1) from problem
+        except ValueError as problem:  # such as predictions that are not finite
+            raise self._diverged(step, str(problem)) from problem
         return parts
 
     def _update(self, step: int, losses: Losses) -> None:
@@ -217,32 +228,37 @@ class _Run:
             group["lr"] = learning_rate(self.config, step)
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_gradient)
-        # To a scaler this says that its scale is too large: it skips the step.
+        # With a scaler, a gradient that is not finite means that the scale is too large.
         if not norm.isfinite() and not self.scaler.is_enabled():
-            raise self._diverged(step, f"a gradient is not finite (losses: {_named(losses)})")
+            raise self._diverged(step, "a gradient is not finite", losses)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        if self.scaler.get_scale() < 1:  # it began at 2^16 and halves at every step it skips
-            raise self._diverged(step, "gradients are not finite at any scale")
+        if self.scaler.get_scale() < 1:  # from 2^16, halved at every skipped step
+            raise self._diverged(step, "gradients are not finite at any scale", losses)
 
-    def _diverged(self, step: int, what: str, alone: bool = False) -> DivergenceError:
-        place = f"step {step + 1} of {self.config.steps}"
-        if alone:
-            place += f", on process {self.rank} of {self.n_processes}"
-        kept = f"the last good checkpoint is kept in {self.folder}"
-        return DivergenceError(f"{place}: {what}; {kept if self.saved else 'none is saved'}", alone)
+    def _diverged(self, step: int, what: str, losses: Losses | None = None) -> DivergenceError:
+        """The error to raise; without ``losses``, the other processes do not know of it."""
+        where = f"step {step + 1} of {self.config.steps}"
+        on_one_process = losses is None and self.n_processes > 1
+        if on_one_process:
+            where += f", on process {self.rank} of {self.n_processes}"
+        if losses is not None:
+            what += f" ({', '.join(f'{name} {value:.3g}' for name, value in losses.items())})"
+        kept = f"the last good checkpoint is in {self.folder}" if self.saved else "no checkpoint"
+        return DivergenceError(f"{where}: {what}; {kept}", step, losses, on_one_process)
 
     def save(self) -> None:
+        """Writes a checkpoint, from the first process only."""
         first, self.saved = not self.saved, True
         if self.rank != 0:
             return
         if first:
-            self._keep_unfinished()
+            self._keep_unfinished_run()
         weights = self.model.state_dict()
         state = {
             "config": dataclasses.asdict(self.config),
             "losses": self.losses,
-            "model": weights,  # here too, as two files could be of different steps
+            "model": weights,  # repeated, since the two files may be of different steps
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
         }
@@ -250,8 +266,8 @@ class _Run:
         save_weights(self.folder, weights, self.metadata)
         self.watch.lap("saving")
 
-    def _keep_unfinished(self) -> None:
-        """Moves the checkpoint of a run that can still go on out of the way."""
+    def _keep_unfinished_run(self) -> None:
+        """Renames the checkpoint of an unfinished run, so it is not overwritten."""
         from tqdm import tqdm
 
         try:
@@ -260,16 +276,19 @@ class _Run:
             return
         done, steps = len(state["losses"]), state["config"]["steps"]
         if done < steps:
-            names = " and ".join(path.name for path in set_aside(self.folder))
-            tqdm.write(f"{self.folder} held {done} of {steps} steps of a run, now in {names}")
+            names = " and ".join(path.name for path in rename_existing(self.folder))
+            tqdm.write(
+                f"Renamed an unfinished run of {done} of {steps} steps in {self.folder}: {names}"
+            )
 
     def resume(self) -> None:
+        """Loads the checkpoint."""
         state = load_state(self.folder, self.device)
         mine, saved = dataclasses.asdict(self.config), state["config"]
         differing = [f"{name} {saved[name]}" for name in mine if saved[name] != mine[name]]
         if differing:
             raise ConfigError(
-                f"config: expected what {self.folder} was begun with: {', '.join(differing)}"
+                f"config: expected that of the run in {self.folder}: {', '.join(differing)}"
             )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -278,7 +297,7 @@ class _Run:
         self.saved = True
 
     def progress(self) -> Any:
-        """The progress bar, of one process."""
+        """A progress bar, shown by the first process."""
         from tqdm import tqdm
 
         return tqdm(
@@ -290,17 +309,14 @@ class _Run:
         )
 
     def summary(self) -> str:
-        recent = [sum(losses.values()) for losses in self.losses[-SHOWN:]]
+        """The smoothed loss and the throughput, for the progress bar."""
+        recent = [sum(losses.values()) for losses in self.losses[-SMOOTHED:]]
         loss = sum(recent) / len(recent)
         return f"loss {loss:.2f}, {self.watch.points_per_second:,.0f} points/s"
 
 
-def _named(losses: Losses) -> str:
-    return ", ".join(f"{name} {value:.3g}" for name, value in losses.items())
-
-
-class _Watch:
-    """Where the time goes."""
+class _Stopwatch:
+    """Measures the time of the parts of a step."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -309,7 +325,7 @@ class _Watch:
         self.last = time.perf_counter()
 
     def lap(self, name: str) -> None:
-        """What passed since the lap before went into ``name``."""
+        """Adds the time since the previous lap to the part ``name``."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         now = time.perf_counter()

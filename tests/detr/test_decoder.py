@@ -14,7 +14,7 @@ from detr_scenes import (
     make_pyramid,
     make_queries,
     refused,
-    stir,
+    stirred,
 )
 from problems import assert_close
 from torch import Tensor
@@ -22,11 +22,6 @@ from torch import Tensor
 from vicinal.detr import Decoder, ObjectQueries, Predictions
 
 QUERIES, POINTS = (4, 0, 6), (30, 12, 0)
-
-
-def stirred(decoder: Decoder) -> Decoder:
-    stir(decoder, 0.2)
-    return decoder.double()
 
 
 def by_hand(decoder: Any, queries: ObjectQueries, pyramid: Any) -> list[Predictions]:
@@ -49,7 +44,7 @@ def by_hand(decoder: Any, queries: ObjectQueries, pyramid: Any) -> list[Predicti
 
 
 @pytest.mark.parametrize("position_dim", [1, 2, 3])
-def test_is_its_layers_one_after_another(position_dim: int) -> None:
+def test_matches_its_layers_by_hand(position_dim: int) -> None:
     decoder = stirred(make_decoder(3, position_dim))
     queries, pyramid = make_queries(QUERIES, position_dim), make_pyramid(POINTS, position_dim)
     predictions, _ = decoder(queries, pyramid)
@@ -131,7 +126,7 @@ def test_checkpointing_gives_the_same_bits_and_stores_less() -> None:
     ("n_queries", "n_points"),
     [((), ()), ((0,), (0,)), ((0, 0), (5, 3)), ((3, 1), (0, 0)), ((1,), (1,)), ((0, 2), (4, 0))],
 )
-def test_next_to_no_queries_or_points(
+def test_few_or_no_queries_and_points(
     n_queries: tuple[int, ...], n_points: tuple[int, ...]
 ) -> None:
     decoder = stirred(make_decoder(2))
@@ -145,7 +140,7 @@ def test_next_to_no_queries_or_points(
     assert len(given) == 2
 
 
-def test_queries_far_from_all_points_are_answered_too() -> None:
+def test_queries_far_from_all_points_have_predictions() -> None:
     decoder = stirred(make_decoder(2))
     queries, pyramid = make_queries((3, 2)), make_pyramid((40, 30))
     boxes = queries.boxes.detach().clone()
@@ -157,7 +152,7 @@ def test_queries_far_from_all_points_are_answered_too() -> None:
     assert torch.equal(predictions[-1].logits, others[-1].logits)
 
 
-def test_groups_do_not_see_each_other_in_any_layer() -> None:
+def test_groups_are_independent_in_all_layers() -> None:
     decoder = stirred(make_decoder(3))
     queries, pyramid = make_queries((6,)), make_pyramid((40,))
     groups = torch.tensor([0, 0, 1, 0, 1, 1])
@@ -176,7 +171,7 @@ def test_groups_do_not_see_each_other_in_any_layer() -> None:
             assert_close(ours.boxes[rows], theirs.boxes, 1e-9)
 
 
-def test_what_does_not_fit_is_refused_by_name() -> None:
+def test_invalid_arguments_are_refused_by_name() -> None:
     with refused("layers"):
         Decoder([], EMBED, CLASSES)
     decoder, queries = make_decoder().double(), make_queries((2, 1))

@@ -1,4 +1,4 @@
-"""The whole detector and what it is trained on: steps, edges of its world, repeatability."""
+"""The whole detector: training steps, edge cases, repeatability and dtypes."""
 
 import copy
 import math
@@ -10,14 +10,16 @@ import torch
 from detr_scenes import (
     CLASSES,
     EMBED,
+    OBJECTS,
+    POINTS,
     gradients,
     make_detector,
     make_pyramid,
     make_targets,
-    offsets_from_ids,
+    offsets_from_counts,
     refused,
     spans,
-    stir,
+    stirred,
 )
 from hypothesis import given
 from hypothesis import strategies as st
@@ -26,32 +28,21 @@ from torch import Tensor
 
 from vicinal import FeaturePyramid
 from vicinal.detr import (
-    Denoiser,
-    DetectionLoss,
     Detector,
     DetectorOutput,
-    HungarianMatcher,
-    Matches,
     PointStem,
     Predictions,
     SetCriterion,
     Targets,
-    detections,
-    total,
+    select_detections,
+    sum_losses,
 )
-
-POINTS, OBJECTS = (30, 0, 12, 25), (3, 1, 0, 4)
-
-
-def stirred(detector: Detector, share: float = 0.1) -> Detector:
-    stir(detector, share)
-    return detector.double()
 
 
 def step(detector: Detector, pyramid: FeaturePyramid, targets: Targets) -> Tensor:
     """The loss; its gradients are in the parameters."""
     detector.zero_grad()
-    loss = total(SetCriterion()(detector(pyramid), targets))
+    loss = sum_losses(SetCriterion()(detector(pyramid), targets))
     loss.backward()
     return loss.detach()
 
@@ -59,9 +50,6 @@ def step(detector: Detector, pyramid: FeaturePyramid, targets: Targets) -> Tenso
 def tensors(output: DetectorOutput) -> list[Tensor]:
     last = output.layers[-1]
     return [output.pyramid.values, output.selection.chosen, last.logits, last.boxes]
-
-
-# ------------------------------------------------------------------------------------- training
 
 
 @pytest.mark.parametrize("position_dim", [1, 2, 3])
@@ -75,8 +63,8 @@ def test_a_step_gives_all_parameters_gradients(position_dim: int) -> None:
         assert grad.any(), name
 
 
-def test_the_first_step_moves_all_but_what_boxes_are_made_of() -> None:
-    """The last map of a box begins at zero, so nothing reaches those before it yet."""
+def test_the_first_step_has_gradients_for_all_but_hidden_layers_of_boxes() -> None:
+    """The last layer of a box is initialized to zero, so earlier ones have no gradient yet."""
     detector = make_detector().double()
     step(detector, make_pyramid(POINTS), make_targets(OBJECTS))
     still = {name for name, grad in gradients(detector).items() if grad is None or not grad.any()}
@@ -86,7 +74,7 @@ def test_the_first_step_moves_all_but_what_boxes_are_made_of() -> None:
 
 
 @pytest.mark.parametrize("position_dim", [2, 3])
-def test_learns_a_batch_by_heart(position_dim: int) -> None:
+def test_overfits_a_batch(position_dim: int) -> None:
     detector = make_detector(position_dim, n_queries=6)
     pyramid = make_pyramid((25, 20), position_dim, dtype=torch.float32)
     targets = make_targets((2, 3), position_dim, dtype=torch.float32)
@@ -96,11 +84,8 @@ def test_learns_a_batch_by_heart(position_dim: int) -> None:
         losses.append(float(step(detector, pyramid, targets)))
         optimizer.step()
     assert min(losses[-5:]) < losses[0] / 2
-    found = detections(detector.eval()(pyramid).layers[-1])
+    found = select_detections(detector.eval()(pyramid).layers[-1])
     assert found.scores.max() > 0.1  # a hundredth in the beginning
-
-
-# ----------------------------------------------------------------------- the edges of its world
 
 
 @pytest.mark.parametrize(
@@ -108,8 +93,8 @@ def test_learns_a_batch_by_heart(position_dim: int) -> None:
     [
         ((), (), 5),  # no images
         ((0,), (0,), 5),
-        ((0, 0), (2, 1), 5),  # objects, and nothing to see them by
-        ((9, 7), (0, 0), 5),  # nothing to find
+        ((0, 0), (2, 1), 5),  # objects without points
+        ((9, 7), (0, 0), 5),  # no objects
         ((9, 0, 7), (0, 3, 1), 5),
         ((9, 7), (2, 1), 1),  # one query
         ((1, 1), (1, 2), 5),  # one point
@@ -117,7 +102,7 @@ def test_learns_a_batch_by_heart(position_dim: int) -> None:
     ],
 )
 @pytest.mark.parametrize("position_dim", [2, 3])
-def test_losses_and_gradients_are_finite_at_the_edges_of_its_world(
+def test_losses_and_gradients_are_finite_with_few_or_no_points_and_objects(
     position_dim: int, n_points: Sequence[int], n_objects: Sequence[int], n_queries: int
 ) -> None:
     detector = stirred(make_detector(position_dim, n_queries=n_queries))
@@ -125,7 +110,7 @@ def test_losses_and_gradients_are_finite_at_the_edges_of_its_world(
     loss = step(detector, pyramid, make_targets(n_objects, position_dim))
     assert loss.isfinite()
     assert all(grad is not None and grad.isfinite().all() for grad in gradients(detector).values())
-    found = detections(detector.eval()(pyramid).layers[-1])
+    found = select_detections(detector.eval()(pyramid).layers[-1])
     assert len(found.offsets) == len(n_points) + 1
 
 
@@ -148,7 +133,7 @@ def test_boxes_at_edges_give_finite_losses(box: list[float]) -> None:
     assert all(grad is not None and grad.isfinite().all() for grad in gradients(detector).values())
 
 
-def test_points_that_are_not_finite_are_refused_before_anything_is_learned() -> None:
+def test_values_that_are_not_finite_are_refused() -> None:
     detector, pyramid = stirred(make_detector()), make_pyramid((9, 8))
     values = pyramid.values.clone()
     values[2] = math.nan
@@ -168,7 +153,7 @@ def test_predictions_that_are_not_finite_are_refused_by_the_matcher() -> None:
             step(detector, make_pyramid((9, 8)), targets)
 
 
-def test_images_do_not_know_of_each_other() -> None:
+def test_images_are_independent() -> None:
     detector, pyramid = stirred(make_detector()), make_pyramid(POINTS)
     output = detector(pyramid)
     for image, rows in enumerate(spans(pyramid.batch_offsets())):
@@ -180,9 +165,6 @@ def test_images_do_not_know_of_each_other() -> None:
             queries = spans(theirs.offsets)[image]
             assert_close(ours.logits, theirs.logits[queries], 1e-9)
             assert_close(ours.boxes, theirs.boxes[queries], 1e-9)
-
-
-# ----------------------------------------------------------------------- repeatability and dtypes
 
 
 def test_the_same_bits_twice_and_from_its_saved_state() -> None:
@@ -240,13 +222,13 @@ def test_autocast_keeps_embeddings_and_boxes_in_full_precision() -> None:
     for queries, predictions in zip(output.queries, output.layers, strict=True):
         assert queries.embeddings.dtype == queries.boxes.dtype == torch.float32
         assert predictions.boxes.dtype == torch.float32
-    assert total(losses).isfinite()
-    assert total(losses).dtype == torch.float32
-    total(losses).backward()
+    assert sum_losses(losses).isfinite()
+    assert sum_losses(losses).dtype == torch.float32
+    sum_losses(losses).backward()
     assert all(grad is not None and grad.isfinite().all() for grad in gradients(detector).values())
 
 
-def test_a_stem_and_a_detector_go_together() -> None:
+def test_a_stem_and_a_detector_train_together() -> None:
     stem, detector = PointStem(1, EMBED, (1, 2), (3,), (1,)), make_detector()
     cells = torch.cartesian_prod(torch.arange(2), torch.arange(12), torch.arange(10))[::3]
     order = torch.randperm(len(cells))
@@ -256,213 +238,46 @@ def test_a_stem_and_a_detector_go_together() -> None:
     assert all(grad is not None for grad in gradients(stem).values())
 
 
-# ------------------------------------------------------------------------------ what it learns by
-
-
-def inside_by_hand(positions: Tensor, offsets: Tensor, targets: Targets) -> Matches:
-    """Every position with the smallest object around it."""
-    pairs = []
-    for rows, objects in zip(spans(offsets), spans(targets.offsets), strict=True):
-        for row in range(rows.start, rows.stop):
-            around = [
-                target
-                for target in range(objects.start, objects.stop)
-                if all(
-                    abs(float(x - center)) <= float(size) / 2
-                    for x, center, size in zip(
-                        positions[row], *targets.boxes[target].chunk(2), strict=True
-                    )
-                )
-            ]
-            if around:
-                dim = positions.shape[1]
-                smallest = min(around, key=lambda target: float(targets.boxes[target, dim:].prod()))
-                pairs.append((row, smallest))
-    return Matches(*torch.tensor(pairs, dtype=torch.int64).view(-1, 2).t())
-
-
-@pytest.mark.parametrize("position_dim", [2, 3])
-def test_layers_are_matched_one_to_one_and_candidates_one_to_many(position_dim: int) -> None:
-    matcher, loss = HungarianMatcher(giou_weight=1.0), DetectionLoss(l1_weight=3.0)
-    candidate_loss = DetectionLoss(class_weight=0.5)
-    output = stirred(make_detector(position_dim))(make_pyramid(POINTS, position_dim))
-    targets = make_targets(OBJECTS, position_dim)
-    candidates = output.selection.candidates
-    inside = inside_by_hand(output.selection.positions, candidates.offsets, targets)
-    assert len(inside.target) > len(inside.target.unique()) > 1  # many to one
-    parts = {"candidates": candidate_loss(candidates, targets, inside, len(inside.target))}
-    for index, predictions in enumerate(output.layers):
-        matches = matcher(predictions, targets)
-        assert len(matches.target) == len(matches.target.unique())
-        parts[f"layer {index}"] = loss(predictions, targets, matches, sum(OBJECTS))
-    losses = SetCriterion(matcher, loss, candidate_loss)(output, targets)
-    assert list(losses) == [
-        f"{stage} {part}"
-        for stage in ("candidates", "layer 0", "layer 1")
-        for part in ("classes", "l1", "giou")
-    ]
-    for stage, part in parts.items():
-        for name, value in part._asdict().items():
-            assert_close(losses[f"{stage} {name}"], value, 1e-12)
-    assert_close(total(losses), sum(losses.values(), torch.zeros((), dtype=torch.float64)), 1e-12)
-
-
-def test_candidates_learn_by_the_loss_of_layers_unless_told_otherwise() -> None:
-    loss = DetectionLoss(class_weight=0.25)
-    assert SetCriterion(loss=loss).candidate_loss is loss
-    other = DetectionLoss()
-    assert SetCriterion(loss=loss, candidate_loss=other).candidate_loss is other
-
-
-def test_targets_of_another_batch_or_that_are_none_are_refused_by_name() -> None:
-    output, loss = stirred(make_detector())(make_pyramid((9, 8))), SetCriterion()
-    targets = make_targets((2, 1))
-    for argument, wrong in {
-        "targets": tuple(targets),
-        "targets.offsets": make_targets((2, 1, 1)),
-        "targets.labels": targets._replace(labels=targets.labels + CLASSES),
-        "targets.boxes": targets._replace(boxes=-targets.boxes),
-    }.items():
-        with refused(argument):
-            loss(output, wrong)
-    with refused("output"):
-        loss(output.layers, targets)
-
-
-# --------------------------------------------------------------------------------------- denoising
-
-
-@pytest.mark.parametrize("position_dim", [2, 3])
-def test_denoising_queries_find_their_objects_and_change_nothing_for_others(
-    position_dim: int,
-) -> None:
-    detector = stirred(make_detector(position_dim, denoiser=Denoiser(EMBED, CLASSES, 2)))
-    pyramid, targets = make_pyramid(POINTS, position_dim), make_targets(OBJECTS, position_dim)
-    output = detector(pyramid, targets)
-    with refused("targets"):
-        detector(pyramid)
-    plain = detector.eval()(pyramid)
-    assert plain.denoised is None
-    assert detector(pyramid, targets).denoised is None
-    for ours, theirs in zip(output.layers, plain.layers, strict=True):
-        assert torch.equal(ours.offsets, theirs.offsets)
-        assert_close(ours.logits, theirs.logits, 1e-9)
-        assert_close(ours.boxes, theirs.boxes, 1e-9)
-
-    layers, matches = output.denoised
-    assert torch.equal(matches.prediction, torch.arange(2 * sum(OBJECTS)))
-    assert torch.equal(matches.target.bincount(), torch.full((sum(OBJECTS),), 2))
-    given = output.queries[0]
-    noisy = given.boxes[given.groups > 0]
-    near = targets.boxes[matches.target]
-    size = near[:, position_dim:].repeat(1, 2)
-    assert ((noisy - near).abs() <= 0.4 * size + 1e-9).all()
-    assert noisy.unique(dim=0).shape == noisy.shape
-    for predictions in layers:
-        assert torch.equal(predictions.offsets, 2 * targets.offsets)
-    assert given.offsets.tolist() == (plain.layers[0].offsets + 2 * targets.offsets).tolist()
-
-
-def test_targets_of_another_dimension_are_refused_by_the_denoiser() -> None:
-    detector = stirred(make_detector(3, denoiser=Denoiser(EMBED, CLASSES)))
-    with refused("targets.boxes"):
-        detector(make_pyramid((6,), 3), make_targets((2,), 2))
-
-
-def test_denoising_queries_live_where_their_boxes_are_some_cells_wide() -> None:
-    sizes = [[1.0, 1, 3, 3], [1, 1, 4.5, 4.5], [1, 1, 6, 6], [1, 1, 50, 50], [1, 1, 18, 1]]
-    targets = Targets(
-        torch.tensor(sizes, dtype=torch.float64), torch.arange(5) % CLASSES, torch.tensor([0, 5])
-    )
-    denoiser = Denoiser(EMBED, CLASSES, 1, box_noise=0.0, box_size=4.0)
-    detector = stirred(make_detector(denoiser=denoiser))
-    given = detector(make_pyramid((0,)), targets).queries[0]
-    assert given.levels.tolist() == [0, 0, 1, 1, 0]  # cells of level 1 are twice as wide
-
-
-def test_denoising_is_learned_by_the_loss_of_layers() -> None:
-    detector = stirred(make_detector(denoiser=Denoiser(EMBED, CLASSES)))
-    pyramid, targets = make_pyramid(POINTS), make_targets(OBJECTS)
-    output = detector(pyramid, targets)
-    losses = SetCriterion()(output, targets)
-    without = SetCriterion()(output._replace(denoised=None), targets)
-    layers, matches = output.denoised
-    for index, predictions in enumerate(layers):
-        part = DetectionLoss()(predictions, targets, matches, 3 * sum(OBJECTS))
-        for name, value in part._asdict().items():
-            assert_close(losses.pop(f"denoising {index} {name}"), value, 1e-12)
-    assert losses.keys() == without.keys()
-    assert all(torch.equal(losses[name], without[name]) for name in without)
-    total(SetCriterion()(output, targets)).backward()
-    assert all(grad is not None and grad.isfinite().all() for grad in gradients(detector).values())
-
-
-@pytest.mark.parametrize(("n_points", "n_objects"), [((), ()), ((0, 5), (2, 0)), ((3, 4), (0, 0))])
-def test_denoising_at_the_edges_of_its_world(
-    n_points: Sequence[int], n_objects: Sequence[int]
-) -> None:
-    detector = stirred(make_detector(denoiser=Denoiser(EMBED, CLASSES)))
-    targets = make_targets(n_objects)
-    losses = SetCriterion()(detector(make_pyramid(n_points), targets), targets)
-    total(losses).backward()
-    assert total(losses).isfinite()
-    assert all(grad is not None and grad.isfinite().all() for grad in gradients(detector).values())
-
-
-def test_denoising_refuses_what_cannot_be_by_name() -> None:
-    options: dict[str, Any] = {"embed_dim": EMBED, "n_classes": CLASSES}
-    for argument, wrong in {"embed_dim": 0, "n_classes": 0, "n_groups": 0, "box_size": 0.0}.items():
-        with refused(argument):
-            Denoiser(**options | {argument: wrong})
-    detector = stirred(make_detector(denoiser=Denoiser(EMBED, CLASSES)))
-    for argument, targets in {"targets.offsets": make_targets((1,)), "targets": [1, 2]}.items():
-        with refused(argument):
-            detector(make_pyramid((4, 4)), targets)
-
-
-# -------------------------------------------------------------------------------------- detections
-
-
 @given(
     st.lists(st.integers(0, 5), max_size=4),
     st.integers(1, 8),
     st.integers(0, 100),
 )
-def test_detections_are_the_surest_pairs_of_query_and_class(
-    counts: list[int], n_most: int, seed: int
+def test_detections_are_the_top_k_pairs_of_query_and_class(
+    counts: list[int], top_k: int, seed: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     n = sum(counts)
     logits = torch.randint(-3, 3, (n, CLASSES), generator=generator).double()  # with ties
     boxes = torch.rand(n, 4, generator=generator, dtype=torch.float64) + 0.1
-    found = detections(Predictions(logits, boxes, offsets_from_ids(counts)), n_most)
+    found = select_detections(Predictions(logits, boxes, offsets_from_counts(counts)), top_k)
     expected = []
-    for rows in spans(offsets_from_ids(counts)):
+    for rows in spans(offsets_from_counts(counts)):
         pairs = [(row, label) for row in range(rows.start, rows.stop) for label in range(CLASSES)]
-        expected.append(sorted(pairs, key=lambda pair: (-float(logits[pair]), pair))[:n_most])
+        expected.append(sorted(pairs, key=lambda pair: (-float(logits[pair]), pair))[:top_k])
     flat = [pair for pairs in expected for pair in pairs]
     assert list(zip(found.queries.tolist(), found.labels.tolist(), strict=True)) == flat
-    assert found.offsets.tolist() == offsets_from_ids(list(map(len, expected))).tolist()
+    assert found.offsets.tolist() == offsets_from_counts(list(map(len, expected))).tolist()
     assert_close(found.boxes, boxes[[row for row, _ in flat]], 0)
     scores = [1 / (1 + math.exp(-float(logits[pair]))) for pair in flat]
     assert_close(found.scores, torch.tensor(scores, dtype=torch.float64), 1e-12)
 
 
-def test_detections_of_halves_tell_high_scores_apart() -> None:
+def test_detections_of_half_precision_logits_rank_high_scores() -> None:
     logits = torch.tensor([[7.0], [7.0625]], dtype=torch.bfloat16)
     assert logits.sigmoid().unique().numel() == 1
-    found = detections(Predictions(logits, torch.ones(2, 4), torch.tensor([0, 2])))
+    found = select_detections(Predictions(logits, torch.ones(2, 4), torch.tensor([0, 2])))
     assert found.queries.tolist() == [1, 0]
     assert found.scores.dtype == torch.float32
 
 
-def test_detections_carry_no_gradient_and_refuse_what_is_none() -> None:
+def test_detections_have_no_gradient_and_refuse_invalid_predictions() -> None:
     predictions = stirred(make_detector())(make_pyramid((9, 8))).layers[-1]
-    assert not detections(predictions).scores.requires_grad
-    assert not detections(predictions).boxes.requires_grad
-    with refused("n_most"):
-        detections(predictions, 0)
+    assert not select_detections(predictions).scores.requires_grad
+    assert not select_detections(predictions).boxes.requires_grad
+    with refused("top_k"):
+        select_detections(predictions, 0)
     with refused("predictions"):
-        detections(tuple(predictions))  # type: ignore[arg-type]
+        select_detections(tuple(predictions))  # type: ignore[arg-type]
     with refused("predictions.offsets"):
-        detections(predictions._replace(offsets=predictions.offsets + 1))
+        select_detections(predictions._replace(offsets=predictions.offsets + 1))

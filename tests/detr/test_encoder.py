@@ -14,7 +14,7 @@ from detr_scenes import (
     make_pyramid,
     refused,
     spans,
-    stir,
+    stirred,
 )
 from problems import assert_close
 from torch import Tensor, nn
@@ -23,11 +23,6 @@ from vicinal import FeaturePyramid, SparseNeighborhoodAttentionBlock, plan_neigh
 from vicinal.detr import Encoder, EncoderLayer, FeedForward
 
 COUNTS = (20, 0, 7, 1)
-
-
-def stirred(encoder: Encoder) -> Encoder:
-    stir(encoder)
-    return encoder.double()
 
 
 def by_hand(encoder: Encoder, pyramid: FeaturePyramid) -> Tensor:
@@ -60,7 +55,7 @@ def by_hand(encoder: Encoder, pyramid: FeaturePyramid) -> Tensor:
 
 
 @pytest.mark.parametrize("position_dim", [1, 2, 3])
-def test_is_its_layers_one_after_another(position_dim: int) -> None:
+def test_matches_its_layers_by_hand(position_dim: int) -> None:
     encoder = stirred(make_encoder(3, position_dim))
     pyramid = make_pyramid(COUNTS, position_dim)
     out = encoder(pyramid)
@@ -113,7 +108,7 @@ def test_checkpointing_gives_the_same_bits_and_stores_less() -> None:
 
 
 class MeanOfImage(nn.Module):
-    """Something else that is called as the attentions are: all of an image see its mean."""
+    """Another module with the signature of the attentions: adds the mean of the image."""
 
     def make_plan(self, positions: Tensor, offsets: Tensor, pyramid: FeaturePyramid) -> list[slice]:
         return spans(offsets)
@@ -136,7 +131,7 @@ class MeanOfImage(nn.Module):
         return query + torch.cat(means)
 
 
-def test_takes_whatever_is_called_like_the_attentions() -> None:
+def test_accepts_any_attention_with_the_same_signature() -> None:
     layers = [EncoderLayer(MeanOfImage(), nn.Identity()) for _ in range(2)]
     encoder = Encoder(layers, EMBED).double()
     pyramid = make_pyramid((5, 3))
@@ -158,7 +153,7 @@ def test_a_layer_without_a_plan_makes_its_own() -> None:
 
 
 @pytest.mark.parametrize("counts", [(), (0,), (0, 0, 0), (0, 1)])
-def test_next_to_no_points(counts: tuple[int, ...]) -> None:
+def test_few_or_no_points(counts: tuple[int, ...]) -> None:
     encoder = stirred(make_encoder(2))
     out = encoder(make_pyramid(counts))
     assert out.values.shape == (sum(counts), EMBED)
@@ -167,7 +162,7 @@ def test_next_to_no_points(counts: tuple[int, ...]) -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() for p in encoder.parameters())
 
 
-def test_images_are_apart() -> None:
+def test_images_are_independent() -> None:
     encoder = stirred(make_encoder(2))
     pyramid = make_pyramid((12, 9))
     out = encoder(pyramid).values
@@ -177,7 +172,7 @@ def test_images_are_apart() -> None:
         assert torch.equal(encoder(pyramid.with_values(spoilt)).values[12:], out[12:])
 
 
-def test_what_does_not_fit_is_refused_by_name() -> None:
+def test_invalid_arguments_are_refused_by_name() -> None:
     with refused("layers"):
         Encoder([], EMBED)
     encoder = make_encoder().double()

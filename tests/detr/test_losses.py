@@ -1,33 +1,47 @@
-"""Losses against their plain formulas, and summed over processes."""
+"""The training loss: its terms against their formulas, and averaged over processes."""
 
-import math
 import multiprocessing
-from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from problems import assert_close
-from test_matching import (
+from detr_scenes import (
+    CLASSES,
+    OBJECTS,
+    POINTS,
     PREDICTIONS,
     TARGETS,
     TARGETS_OF_OTHERS,
     WRONG_PREDICTIONS,
     WRONG_TARGETS,
-    assert_refusal,
+    make_detector,
+    make_pyramid,
+    make_targets,
+    plain_focal,
     plain_giou,
+    plain_varifocal,
     random_images,
+    refused,
+    spans,
+    stirred,
 )
+from problems import assert_close
 from torch import Tensor
 
-from vicinal.detr.focal import sigmoid_focal_loss, varifocal_loss
-from vicinal.detr.losses import DetectionLoss, LossParts, mean_objects
-from vicinal.detr.matching import HungarianMatcher, Matches, assign_inside
-from vicinal.detr.targets import Predictions, Targets
+from vicinal.detr import (
+    DetectionLoss,
+    HungarianMatcher,
+    LossTerms,
+    Matches,
+    Predictions,
+    SetCriterion,
+    Targets,
+    assign_points_to_boxes,
+    mean_object_count,
+    sum_losses,
+)
 
 WEIGHTS: dict[str, Any] = {
     "class_weight": 1.5,
@@ -37,103 +51,6 @@ WEIGHTS: dict[str, Any] = {
     "gamma": 1.5,
 }
 LOSS = DetectionLoss(**WEIGHTS)
-
-
-def plain_focal(logit: float, present: bool, alpha: float, gamma: float) -> float:
-    p = 1 / (1 + math.exp(-logit))
-    if present:
-        return -alpha * math.pow(1 - p, gamma) * math.log(p)
-    return -(1 - alpha) * math.pow(p, gamma) * math.log(1 - p)
-
-
-def plain_varifocal(logit: float, quality: float) -> float:
-    p = 1 / (1 + math.exp(-logit))
-    return -quality * (quality * math.log(p) + (1 - quality) * math.log(1 - p))
-
-
-@given(
-    st.lists(
-        st.tuples(st.lists(st.floats(-15, 15), min_size=3, max_size=3), st.integers(-1, 2)),
-        min_size=1,
-        max_size=5,
-    ),
-    st.floats(0, 1),
-    st.floats(0, 5),
-)
-def test_focal_loss_is_its_formula(
-    rows: list[tuple[list[float], int]], alpha: float, gamma: float
-) -> None:
-    logits = torch.tensor([row for row, _ in rows], dtype=torch.float64)
-    labels = torch.tensor([label for _, label in rows])
-    expected = [
-        sum(plain_focal(logit, column == label, alpha, gamma) for column, logit in enumerate(row))
-        for row, label in rows
-    ]
-    loss = sigmoid_focal_loss(logits, labels, alpha, gamma)
-    torch.testing.assert_close(loss, torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=0)
-
-
-def test_focal_loss_without_focus_is_cross_entropy() -> None:
-    logits, labels = torch.randn(20, 4, dtype=torch.float64), torch.randint(-1, 4, (20,))
-    classes = torch.nn.functional.one_hot(labels + 1, 5)[:, 1:].double()
-    entropy = torch.nn.functional.binary_cross_entropy_with_logits(
-        logits, classes, reduction="none"
-    )
-    assert_close(2 * sigmoid_focal_loss(logits, labels, 0.5, 0), entropy.sum(1), 1e-14)
-
-
-def test_varifocal_loss_is_its_formula() -> None:
-    logits, labels = torch.randn(20, 3, dtype=torch.float64), torch.randint(-1, 3, (20,))
-    quality = torch.rand(20, dtype=torch.float64)
-    expected = [
-        sum(
-            plain_varifocal(logit, score) if column == label else plain_focal(logit, False, 0.3, 2)
-            for column, logit in enumerate(row)
-        )
-        for row, label, score in zip(
-            logits.tolist(), labels.tolist(), quality.tolist(), strict=True
-        )
-    ]
-    loss = varifocal_loss(logits, labels, quality, 0.3, 2.0)
-    assert_close(loss, torch.tensor(expected, dtype=torch.float64), 1e-14)
-
-
-def test_varifocal_loss_of_scores_as_good_as_they_should_be_has_no_gradient() -> None:
-    quality = torch.rand(5, dtype=torch.float64)
-    logits = torch.logit(quality)[:, None].requires_grad_()
-    varifocal_loss(logits, torch.zeros(5).long(), quality).sum().backward()
-    assert logits.grad is not None
-    assert_close(logits.grad, torch.zeros_like(logits), 1e-15)
-
-
-@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
-def test_gradients_of_the_losses_of_logits(gamma: float) -> None:
-    logits = (3 * torch.randn(6, 3, dtype=torch.float64)).requires_grad_()
-    labels = torch.tensor([-1, 0, 1, 2, -1, 1])
-    quality = torch.rand(6, dtype=torch.float64)
-    losses: list[Callable[[Tensor], Tensor]] = [
-        lambda x: sigmoid_focal_loss(x, labels, 0.25, gamma),
-        lambda x: varifocal_loss(x, labels, quality, 0.25, gamma),
-    ]
-    for loss in losses:
-        assert torch.autograd.gradcheck(loss, (logits,))
-        assert torch.autograd.gradgradcheck(loss, (logits,))
-
-
-@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_extreme_logits_have_finite_losses_and_gradients(gamma: float, dtype: torch.dtype) -> None:
-    row = [-1e30, -1e4, -200.0, -90.0, 0.0, 90.0, 200.0, 1e4, 1e30]
-    logits = torch.tensor(row, dtype=dtype)[:, None].repeat(2, 1).requires_grad_()
-    labels = torch.tensor([0] * 9 + [-1] * 9)
-    for loss in (
-        sigmoid_focal_loss(logits, labels, 0.25, gamma),
-        varifocal_loss(logits, labels, torch.full((18,), 0.5), 0.25, gamma),
-    ):
-        assert loss.dtype == torch.float32
-        (grad,) = torch.autograd.grad(loss.sum(), logits)
-        assert torch.isfinite(loss).all()
-        assert torch.isfinite(grad).all()
 
 
 def plain_parts(
@@ -179,7 +96,7 @@ def near_images(position_dim: int = 2) -> tuple[Predictions, Targets]:
 
 @pytest.mark.parametrize("position_dim", [1, 2, 3])
 @pytest.mark.parametrize("quality", [False, True])
-def test_parts_are_their_formulas(position_dim: int, quality: bool) -> None:
+def test_terms_match_their_formulas(position_dim: int, quality: bool) -> None:
     predictions, targets = near_images(position_dim)
     matches = HungarianMatcher(**WEIGHTS)(predictions, targets)
     parts = DetectionLoss(**WEIGHTS, quality=quality)(predictions, targets, matches, 7.0)
@@ -187,10 +104,10 @@ def test_parts_are_their_formulas(position_dim: int, quality: bool) -> None:
     assert_close(torch.stack(parts), torch.tensor(expected, dtype=torch.float64), 1e-13)
 
 
-def test_parts_of_all_positions_inside_boxes() -> None:
+def test_terms_of_one_to_many_assignment() -> None:
     predictions, targets = near_images()
-    assigned = assign_inside(predictions.boxes[:, :2], predictions.offsets, targets)
-    matches = Matches.inside(assigned)
+    assigned = assign_points_to_boxes(predictions.boxes[:, :2], predictions.offsets, targets)
+    matches = Matches.from_assignment(assigned)
     assert len(set(matches.target.tolist())) < len(matches.target), "one object, many predictions"
     parts = LOSS(predictions, targets, matches, torch.tensor(3.0))
     expected = plain_parts(predictions, targets, matches, 3.0, False)
@@ -198,14 +115,14 @@ def test_parts_of_all_positions_inside_boxes() -> None:
 
 
 @pytest.mark.parametrize("quality", [False, True])
-def test_gradients_of_all_parts(quality: bool) -> None:
+def test_gradients_of_all_terms(quality: bool) -> None:
     predictions, targets = near_images()
     matches = HungarianMatcher(**WEIGHTS)(predictions, targets)
     loss = DetectionLoss(**WEIGHTS, quality=quality)
     logits = predictions.logits.clone().requires_grad_()
     boxes = predictions.boxes.clone().requires_grad_()
 
-    def parts(logits: Tensor, boxes: Tensor) -> LossParts:
+    def parts(logits: Tensor, boxes: Tensor) -> LossTerms:
         return loss(Predictions(logits, boxes, predictions.offsets), targets, matches, 4.0)
 
     assert torch.autograd.gradcheck(lambda x: tuple(parts(x, predictions.boxes)), (logits,))
@@ -228,7 +145,7 @@ def test_images_without_objects_or_queries(sizes: list[tuple[int, int]], quality
     predictions.logits.requires_grad_()
     predictions.boxes.requires_grad_()
     matches = HungarianMatcher(**WEIGHTS)(predictions, targets)
-    n_objects = mean_objects(len(targets.labels), torch.device("cpu"))
+    n_objects = mean_object_count(len(targets.labels), torch.device("cpu"))
     parts = DetectionLoss(**WEIGHTS, quality=quality)(predictions, targets, matches, n_objects)
     expected = plain_parts(predictions, targets, matches, max(len(targets.labels), 1), quality)
     assert_close(torch.stack(parts), torch.tensor(expected, dtype=torch.float64), 1e-13)
@@ -238,7 +155,7 @@ def test_images_without_objects_or_queries(sizes: list[tuple[int, int]], quality
         assert torch.isfinite(value.grad).all()
 
 
-def test_perfect_predictions_cost_next_to_nothing() -> None:
+def test_perfect_predictions_have_almost_no_loss() -> None:
     _, targets = random_images([(0, 5), (0, 3)])
     logits = 40 * torch.nn.functional.one_hot(targets.labels, 3).double() - 20
     predictions = Predictions(logits, targets.boxes, targets.offsets)
@@ -267,10 +184,10 @@ def test_half_precision_losses_are_computed_in_float32_under_autocast_too() -> N
 
 def test_number_of_objects_is_at_least_one() -> None:
     cpu = torch.device("cpu")
-    assert mean_objects(0, cpu).item() == 1
-    assert mean_objects(12, cpu).item() == 12
+    assert mean_object_count(0, cpu).item() == 1
+    assert mean_object_count(12, cpu).item() == 12
     n = torch.tensor(3)
-    assert mean_objects(n, cpu).item() == 3
+    assert mean_object_count(n, cpu).item() == 3
     assert n.item() == 3
 
 
@@ -294,7 +211,7 @@ def loss_and_gradient(images: list[int]) -> tuple[Tensor, Tensor]:
     predictions = Predictions(logits[rows] + added[0], boxes[rows] + added[1], offsets)
     targets = Targets(objects[object_rows], labels[object_rows], object_offsets)
     matches = HungarianMatcher()(predictions, targets)
-    n_objects = mean_objects(len(object_rows), torch.device("cpu"))
+    n_objects = mean_object_count(len(object_rows), torch.device("cpu"))
     loss = torch.stack(DetectionLoss()(predictions, targets, matches, n_objects)).sum()
     (grad,) = torch.autograd.grad(loss, added)
     return loss.detach(), grad
@@ -307,7 +224,7 @@ def train_apart(rank: int, directory: str) -> None:
     try:
         loss, grad = loss_and_gradient([rank])
         n = torch.tensor(6.0 * rank)
-        means = [mean_objects(number, torch.device("cpu")).item() for number in (0, rank, n)]
+        means = [mean_object_count(number, torch.device("cpu")).item() for number in (0, rank, n)]
         torch.save((loss, grad, [*means, n.item()]), f"{directory}/{rank}.pt")
     finally:
         torch.distributed.destroy_process_group()
@@ -332,16 +249,14 @@ ACCEPTED = HungarianMatcher()(PREDICTIONS, TARGETS)
 
 @pytest.mark.parametrize(("predictions", "argument", "came"), WRONG_PREDICTIONS)
 def test_refused_predictions(predictions: Any, argument: str, came: str) -> None:
-    with pytest.raises(ValueError, match="expected") as refusal:
+    with refused(argument, came):
         LOSS(predictions, TARGETS, ACCEPTED, 4.0)
-    assert_refusal(refusal, argument, came)
 
 
 @pytest.mark.parametrize(("targets", "argument", "came"), [*WRONG_TARGETS, *TARGETS_OF_OTHERS])
 def test_refused_targets(targets: Any, argument: str, came: str) -> None:
-    with pytest.raises(ValueError, match="expected") as refusal:
+    with refused(argument, came):
         LOSS(PREDICTIONS, targets, ACCEPTED, 4.0)
-    assert_refusal(refusal, argument, came)
 
 
 @pytest.mark.parametrize(
@@ -355,31 +270,77 @@ def test_refused_targets(targets: Any, argument: str, came: str) -> None:
     ],
 )
 def test_refused_matches(matches: Any, argument: str, came: str) -> None:
-    with pytest.raises(ValueError, match="expected") as refusal:
+    with refused(argument, came):
         LOSS(PREDICTIONS, TARGETS, matches, 4.0)
-    assert_refusal(refusal, argument, came)
 
 
-@pytest.mark.parametrize(
-    ("logits", "labels", "argument", "came"),
-    [
-        (torch.rand(4), torch.zeros(4).long(), "logits", "[4]"),
-        (torch.zeros(4, 3).long(), torch.zeros(4).long(), "logits", "int64"),
-        (torch.rand(4, 3), torch.zeros(3).long(), "labels", "[3]"),
-        (torch.rand(4, 3), torch.zeros(4), "labels", "float32"),
-        (torch.rand(4, 3), torch.tensor([0, 1, -1, 3]), "labels", "from -1 to 3"),
-        (torch.rand(4, 3), torch.tensor([0, 1, -2, 2]), "labels", "from -2 to 2"),
-    ],
-)
-def test_refused_logits_and_labels(
-    logits: Tensor, labels: Tensor, argument: str, came: str
-) -> None:
-    with pytest.raises(ValueError, match="expected") as refusal:
-        sigmoid_focal_loss(logits, labels)
-    assert_refusal(refusal, argument, came)
+def inside_by_hand(positions: Tensor, offsets: Tensor, targets: Targets) -> Matches:
+    """Each position with the smallest object that contains it."""
+    pairs = []
+    for rows, objects in zip(spans(offsets), spans(targets.offsets), strict=True):
+        for row in range(rows.start, rows.stop):
+            around = [
+                target
+                for target in range(objects.start, objects.stop)
+                if all(
+                    abs(float(x - center)) <= float(size) / 2
+                    for x, center, size in zip(
+                        positions[row], *targets.boxes[target].chunk(2), strict=True
+                    )
+                )
+            ]
+            if around:
+                dim = positions.shape[1]
+                smallest = min(around, key=lambda target: float(targets.boxes[target, dim:].prod()))
+                pairs.append((row, smallest))
+    return Matches(*torch.tensor(pairs, dtype=torch.int64).view(-1, 2).t())
 
 
-def test_refused_quality() -> None:
-    with pytest.raises(ValueError, match="expected") as refusal:
-        varifocal_loss(torch.rand(4, 3), torch.zeros(4).long(), torch.rand(4, 3))
-    assert_refusal(refusal, "quality", "[4, 3]")
+@pytest.mark.parametrize("position_dim", [2, 3])
+def test_layers_are_matched_one_to_one_and_candidates_one_to_many(position_dim: int) -> None:
+    matcher, loss = HungarianMatcher(giou_weight=1.0), DetectionLoss(l1_weight=3.0)
+    candidate_loss = DetectionLoss(class_weight=0.5)
+    output = stirred(make_detector(position_dim))(make_pyramid(POINTS, position_dim))
+    targets = make_targets(OBJECTS, position_dim)
+    candidates = output.selection.candidates
+    inside = inside_by_hand(output.selection.positions, candidates.offsets, targets)
+    assert len(inside.target) > len(inside.target.unique()) > 1  # many to one
+    parts = {"candidates": candidate_loss(candidates, targets, inside, len(inside.target))}
+    for index, predictions in enumerate(output.layers):
+        matches = matcher(predictions, targets)
+        assert len(matches.target) == len(matches.target.unique())
+        parts[f"layer {index}"] = loss(predictions, targets, matches, sum(OBJECTS))
+    losses = SetCriterion(matcher, loss, candidate_loss)(output, targets)
+    assert list(losses) == [
+        f"{stage} {part}"
+        for stage in ("candidates", "layer 0", "layer 1")
+        for part in ("classes", "l1", "giou")
+    ]
+    for stage, part in parts.items():
+        for name, value in part._asdict().items():
+            assert_close(losses[f"{stage} {name}"], value, 1e-12)
+    assert_close(
+        sum_losses(losses), sum(losses.values(), torch.zeros((), dtype=torch.float64)), 1e-12
+    )
+
+
+def test_the_candidate_loss_defaults_to_that_of_layers() -> None:
+    loss = DetectionLoss(class_weight=0.25)
+    assert SetCriterion(loss=loss).candidate_loss is loss
+    other = DetectionLoss()
+    assert SetCriterion(loss=loss, candidate_loss=other).candidate_loss is other
+
+
+def test_invalid_targets_and_outputs_are_refused_by_name() -> None:
+    output, loss = stirred(make_detector())(make_pyramid((9, 8))), SetCriterion()
+    targets = make_targets((2, 1))
+    for argument, wrong in {
+        "targets": tuple(targets),
+        "targets.offsets": make_targets((2, 1, 1)),
+        "targets.labels": targets._replace(labels=targets.labels + CLASSES),
+        "targets.boxes": targets._replace(boxes=-targets.boxes),
+    }.items():
+        with refused(argument):
+            loss(output, wrong)
+    with refused("output"):
+        loss(output.layers, targets)

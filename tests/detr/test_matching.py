@@ -1,4 +1,4 @@
-"""Matching against all permutations, assignment against loops, and what neither takes."""
+"""Matching against all permutations, assignment to boxes against loops, and refusals."""
 
 import itertools
 import math
@@ -7,58 +7,32 @@ from typing import Any
 
 import pytest
 import torch
+from detr_scenes import (
+    CLASSES,
+    PREDICTIONS,
+    TARGETS,
+    TARGETS_OF_OTHERS,
+    WRONG_PREDICTIONS,
+    WRONG_TARGETS,
+    changed,
+    plain_giou,
+    random_images,
+    refused,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vicinal.detr import matching
-from vicinal.detr.matching import HungarianMatcher, Matches, assign_inside
-from vicinal.detr.targets import Predictions, Targets
+from vicinal.detr import (
+    HungarianMatcher,
+    Matches,
+    Predictions,
+    Targets,
+    assign_points_to_boxes,
+    matching,
+)
 
 MATCHER = HungarianMatcher(class_weight=1.5, l1_weight=0.7, giou_weight=2.5, alpha=0.3, gamma=1.5)
-N_CLASSES = 3
-
-
-def random_boxes(n: int, position_dim: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    draws = torch.rand(2, n, position_dim, generator=generator, dtype=torch.float64)
-    return torch.cat((6 * draws[0], 2 * draws[1] + 0.2), 1)
-
-
-def offsets_from_ids(counts: list[int]) -> Tensor:
-    return torch.tensor([0, *itertools.accumulate(counts)])
-
-
-def random_images(
-    sizes: list[tuple[int, int]], position_dim: int = 2, seed: int = 0
-) -> tuple[Predictions, Targets]:
-    """Images of so many predictions and so many objects."""
-    queries, objects = [n for n, _ in sizes], [m for _, m in sizes]
-    generator = torch.Generator().manual_seed(seed)
-    logits = 2 * torch.randn(sum(queries), N_CLASSES, generator=generator, dtype=torch.float64)
-    labels = torch.randint(N_CLASSES, (sum(objects),), generator=generator)
-    return (
-        Predictions(
-            logits, random_boxes(sum(queries), position_dim, seed), offsets_from_ids(queries)
-        ),
-        Targets(
-            random_boxes(sum(objects), position_dim, seed + 1), labels, offsets_from_ids(objects)
-        ),
-    )
-
-
-def plain_giou(a: list[float], b: list[float]) -> float:
-    dim = len(a) // 2
-    shared = hull = a_volume = b_volume = 1.0
-    for axis in range(dim):
-        (a_low, a_high), (b_low, b_high) = (
-            (box[axis] - box[dim + axis] / 2, box[axis] + box[dim + axis] / 2) for box in (a, b)
-        )
-        shared *= max(min(a_high, b_high) - max(a_low, b_low), 0)
-        hull *= max(a_high, b_high) - min(a_low, b_low)
-        a_volume, b_volume = a_volume * (a_high - a_low), b_volume * (b_high - b_low)
-    union = a_volume + b_volume - shared
-    return shared / union - (hull - union) / hull
 
 
 def plain_cost(logit: float, box: list[float], target: list[float]) -> float:
@@ -130,7 +104,7 @@ def test_no_images() -> None:
 def test_good_predictions_are_matched_with_their_objects() -> None:
     _, targets = random_images([(0, 20), (0, 30)])
     shuffled = torch.cat((torch.randperm(20), 20 + torch.randperm(30)))
-    logits = torch.nn.functional.one_hot(targets.labels[shuffled], N_CLASSES).double()
+    logits = torch.nn.functional.one_hot(targets.labels[shuffled], CLASSES).double()
     predictions = Predictions(logits, targets.boxes[shuffled] + 1e-3, targets.offsets)
     matches = HungarianMatcher()(predictions, targets)
     assert torch.equal(matches.target, shuffled)
@@ -143,7 +117,9 @@ def test_the_class_decides_between_equal_boxes() -> None:
     assert pairs(HungarianMatcher()(predictions, targets)) == [(1, 0)]
 
 
-def test_costs_are_those_of_pairs_in_the_same_image_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_costs_are_computed_for_pairs_of_the_same_image_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     seen = []
 
     def counting(a: Tensor, b: Tensor) -> Tensor:
@@ -155,7 +131,7 @@ def test_costs_are_those_of_pairs_in_the_same_image_alone(monkeypatch: pytest.Mo
     assert seen == [(50 * 7 * 3, 4)]
 
 
-def test_matching_takes_no_part_in_the_gradient() -> None:
+def test_matches_have_no_gradient() -> None:
     predictions, targets = random_images([(4, 2)])
     with torch.enable_grad():
         matches = MATCHER(
@@ -191,7 +167,7 @@ def test_boxes_too_far_for_a_finite_cost_are_refused() -> None:
         MATCHER(far, targets)
 
 
-def test_without_scipy_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_scipy_the_error_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "scipy.optimize", None)
     with pytest.raises(ImportError, match=r"pip install 'vicinal\[detr\]'"):
         MATCHER(*random_images([(2, 2)]))
@@ -226,100 +202,46 @@ def plain_assignment(positions: Tensor, offsets: Tensor, targets: Targets) -> li
     st.integers(1, 3),
     st.integers(0, 1000),
 )
-def test_positions_go_to_the_smallest_box_that_holds_them(
+def test_points_are_assigned_to_the_smallest_box_that_contains_them(
     sizes: list[tuple[int, int]], position_dim: int, seed: int
 ) -> None:
     predictions, targets = random_images(sizes, position_dim, seed)
     # On halves, so that many positions lie on borders and many boxes are equal in volume.
     places = (predictions.boxes[:, :position_dim] * 2).round() / 2
     targets = targets._replace(boxes=(targets.boxes * 2).ceil() / 2)
-    assigned = assign_inside(places, predictions.offsets, targets)
+    assigned = assign_points_to_boxes(places, predictions.offsets, targets)
     assert assigned.dtype == torch.int64
     assert assigned.tolist() == plain_assignment(places, predictions.offsets, targets)
 
 
-def test_borders_belong_to_the_box_and_the_first_of_equals_wins() -> None:
+def test_borders_are_inside_and_the_first_of_equal_boxes_is_chosen() -> None:
     boxes = torch.tensor([[4.0, 4, 8, 8], [2, 2, 2, 2], [4, 2, 2, 2], [2, 2, 2, 2]])
     targets = Targets(boxes, torch.zeros(4, dtype=torch.int64), torch.tensor([0, 4]))
     places = torch.tensor([[0.0, 0], [1, 1], [3, 2], [5, 3], [8, 8], [8.001, 8], [2, 3.5]])
-    assigned = assign_inside(places, torch.tensor([0, 7]), targets)
+    assigned = assign_points_to_boxes(places, torch.tensor([0, 7]), targets)
     assert assigned.tolist() == [0, 1, 1, 2, 0, -1, 0]
 
 
 def test_the_smallest_box_is_that_of_least_volume() -> None:
     boxes = torch.tensor([[5.0, 5, 3, 3], [5, 5, 6, 1]])
     targets = Targets(boxes, torch.zeros(2, dtype=torch.int64), torch.tensor([0, 2]))
-    assert assign_inside(torch.tensor([[5.0, 5]]), torch.tensor([0, 1]), targets).item() == 1
+    assert (
+        assign_points_to_boxes(torch.tensor([[5.0, 5]]), torch.tensor([0, 1]), targets).item() == 1
+    )
 
 
-def test_boxes_hold_positions_of_their_own_image_alone() -> None:
+def test_points_are_assigned_to_boxes_of_their_own_image_only() -> None:
     boxes = torch.tensor([[4.0, 8.0]]).repeat(2, 1)
     targets = Targets(boxes, torch.zeros(2, dtype=torch.int64), torch.tensor([0, 0, 1, 2]))
     places = torch.full((6, 1), 3.0)
-    assigned = assign_inside(places, torch.tensor([0, 2, 3, 6]), targets)
+    assigned = assign_points_to_boxes(places, torch.tensor([0, 2, 3, 6]), targets)
     assert assigned.tolist() == [-1, -1, 0, 1, 1, 1]
-
-
-def test_pairs_of_all_positions_inside() -> None:
-    matches = Matches.inside(torch.tensor([-1, 3, 0, -1, 3]))
-    assert pairs(matches) == [(1, 3), (2, 0), (4, 3)]
-    assert pairs(Matches.inside(torch.tensor([-1, -1]))) == []
-
-
-PREDICTIONS, TARGETS = random_images([(4, 2), (3, 2)])
-
-
-def changed(of: Predictions | Targets, part: str, row: int, value: Any) -> Any:
-    """With one row of one part set to ``value``."""
-    replaced = getattr(of, part).clone()
-    replaced[row] = value
-    return of._replace(**{part: replaced})
-
-
-WRONG_PREDICTIONS: list[tuple[Any, str, str]] = [
-    (None, "predictions", "NoneType"),
-    (changed(PREDICTIONS, "logits", 5, torch.nan), "predictions.logits", "in row 5"),
-    (changed(PREDICTIONS, "logits", 2, -torch.inf), "predictions.logits", "in row 2"),
-    (changed(PREDICTIONS, "boxes", 6, torch.inf), "predictions.boxes", "in row 6"),
-    (changed(PREDICTIONS, "boxes", 1, torch.tensor([1, 1, 0, 1.0])), "predictions.boxes", "row 1"),
-    (PREDICTIONS._replace(boxes=torch.rand(6, 4)), "predictions.boxes", "[6, 4]"),
-    (PREDICTIONS._replace(boxes=torch.rand(7, 3)), "predictions.boxes", "[7, 3]"),
-    (PREDICTIONS._replace(logits=torch.rand(7)), "predictions.logits", "[7]"),
-    (changed(PREDICTIONS, "offsets", 2, 6), "predictions.offsets", "[0, 4, 6]"),
-    (changed(PREDICTIONS, "offsets", 1, 8), "predictions.offsets", "[0, 8, 7]"),
-    (PREDICTIONS._replace(offsets=torch.tensor([0.0, 4, 7])), "predictions.offsets", "float32"),
-    (PREDICTIONS._replace(offsets=torch.tensor([]).long()), "predictions.offsets", "[0]"),
-]
-WRONG_TARGETS: list[tuple[Any, str, str]] = [
-    ((TARGETS.boxes, TARGETS.labels, TARGETS.offsets), "targets", "tuple"),
-    (changed(TARGETS, "labels", 0, -1), "targets.labels", "from -1"),
-    (changed(TARGETS, "boxes", 3, torch.nan), "targets.boxes", "in row 3"),
-    (changed(TARGETS, "boxes", 2, torch.tensor([1, 1, 1, 0.0])), "targets.boxes", "0.0] in row 2"),
-    (changed(TARGETS, "boxes", 1, torch.tensor([1, 1, -2, 1.0])), "targets.boxes", "-2.0, 1.0]"),
-    (TARGETS._replace(labels=torch.zeros(4)), "targets.labels", "float32"),
-    (TARGETS._replace(labels=torch.zeros(3).long()), "targets.labels", "[3]"),
-    (TARGETS._replace(boxes=torch.rand(4, 5)), "targets.boxes", "[4, 5]"),
-    (TARGETS._replace(offsets=torch.tensor([]).long()), "targets.offsets", "[0]"),
-    (changed(TARGETS, "offsets", 0, 1), "targets.offsets", "[1, 2, 4]"),
-]
-# These may be right elsewhere.
-TARGETS_OF_OTHERS: list[tuple[Any, str, str]] = [
-    (TARGETS._replace(boxes=torch.rand(4, 6)), "targets.boxes", "[4, 6]"),
-    (TARGETS._replace(offsets=torch.tensor([0, 4])), "targets.offsets", "[2]"),
-]
-
-
-def assert_refusal(refusal: pytest.ExceptionInfo[ValueError], argument: str, came: str) -> None:
-    message = str(refusal.value)
-    assert message.startswith(f"{argument}: ")
-    assert came in message.split("got")[-1]
 
 
 @pytest.mark.parametrize(("predictions", "argument", "came"), WRONG_PREDICTIONS)
 def test_refused_predictions(predictions: Any, argument: str, came: str) -> None:
-    with pytest.raises(ValueError, match="expected") as refusal:
+    with refused(argument, came):
         MATCHER(predictions, TARGETS)
-    assert_refusal(refusal, argument, came)
 
 
 @pytest.mark.parametrize(
@@ -331,16 +253,14 @@ def test_refused_predictions(predictions: Any, argument: str, came: str) -> None
     ],
 )
 def test_refused_targets(targets: Any, argument: str, came: str) -> None:
-    with pytest.raises(ValueError, match="expected") as refusal:
+    with refused(argument, came):
         MATCHER(PREDICTIONS, targets)
-    assert_refusal(refusal, argument, came)
 
 
 @pytest.mark.parametrize(("targets", "argument", "came"), [*WRONG_TARGETS, *TARGETS_OF_OTHERS])
 def test_refused_targets_of_positions(targets: Any, argument: str, came: str) -> None:
-    with pytest.raises(ValueError, match="expected") as refusal:
-        assign_inside(torch.rand(5, 2), torch.tensor([0, 2, 5]), targets)
-    assert_refusal(refusal, argument, came)
+    with refused(argument, came):
+        assign_points_to_boxes(torch.rand(5, 2), torch.tensor([0, 2, 5]), targets)
 
 
 @pytest.mark.parametrize(
@@ -355,9 +275,8 @@ def test_refused_targets_of_positions(targets: Any, argument: str, came: str) ->
     ],
 )
 def test_refused_positions(positions: Tensor, offsets: list[int], argument: str, came: str) -> None:
-    with pytest.raises(ValueError, match="expected") as refusal:
-        assign_inside(positions, torch.tensor(offsets), TARGETS)
-    assert_refusal(refusal, argument, came)
+    with refused(argument, came):
+        assign_points_to_boxes(positions, torch.tensor(offsets), TARGETS)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from problems import assert_close
 from torch import Tensor
 
 from vicinal import FeaturePyramid
-from vicinal.detr import QuerySelection, refine
+from vicinal.detr import QuerySelection, apply_deltas
 
 EXACT = 1e-12
 
@@ -85,7 +85,7 @@ def test_of_any_images(counts: list[int], n_queries: int, seed: int) -> None:
     check_by_hand(make_selection(n_queries), make_pyramid(counts, seed=seed))
 
 
-def test_of_equals_the_first_points_are_chosen() -> None:
+def test_the_first_of_equal_points_are_chosen() -> None:
     selection, pyramid = make_selection(3), make_pyramid((6, 2, 5))
     torch.nn.init.zeros_(selection.head.classes.weight)
     assert selection(pyramid).chosen.tolist() == [0, 1, 2, 6, 7, 8, 9, 10]
@@ -93,7 +93,7 @@ def test_of_equals_the_first_points_are_chosen() -> None:
 
 
 @pytest.mark.parametrize("position_dim", [1, 2, 3])
-def test_boxes_begin_as_some_cells_around_the_point(position_dim: int) -> None:
+def test_initial_boxes_are_some_cells_around_the_point(position_dim: int) -> None:
     selection = QuerySelection(EMBED, CLASSES, 50, position_dim=position_dim, box_size=2.5).double()
     pyramid = make_pyramid((20, 3), position_dim)
     found = selection(pyramid)
@@ -132,7 +132,7 @@ def test_no_points_give_no_queries(counts: tuple[int, ...]) -> None:
     assert all(p.grad is not None for p in selection.parameters())
 
 
-def test_halves_tell_cells_of_large_maps_apart() -> None:
+def test_half_precision_distinguishes_cells_of_large_maps() -> None:
     coordinates = torch.tensor([[0, 1000, 0], [0, 1001, 0]])
     values = torch.randn(2, EMBED, dtype=torch.bfloat16)
     pyramid = FeaturePyramid(values, coordinates, ((2048,),), 1)
@@ -142,10 +142,10 @@ def test_halves_tell_cells_of_large_maps_apart() -> None:
     assert found.queries.boxes.dtype == torch.float32
 
 
-def test_candidates_move_as_heads_move_boxes() -> None:
+def test_boxes_of_candidates_are_refined_by_deltas() -> None:
     selection, pyramid = make_selection(), make_pyramid((9,))
     deltas = selection.head.box(pyramid.values)
-    expected = refine(first_boxes(pyramid, selection.box_size), deltas)
+    expected = apply_deltas(first_boxes(pyramid, selection.box_size), deltas)
     assert_close(selection(pyramid).candidates.boxes, expected, EXACT)
 
 
@@ -165,12 +165,12 @@ def test_candidates_move_as_heads_move_boxes() -> None:
         ("position_dim", {"position_dim": 0}),
     ],
 )
-def test_options_that_cannot_be_are_refused_by_name(argument: str, options: dict[str, Any]) -> None:
+def test_invalid_options_are_refused_by_name(argument: str, options: dict[str, Any]) -> None:
     with refused(argument):
         QuerySelection(**{"embed_dim": EMBED, "n_classes": CLASSES, "n_queries": 3} | options)
 
 
-def test_pyramids_that_do_not_fit_are_refused_by_name() -> None:
+def test_invalid_pyramids_are_refused_by_name() -> None:
     selection, pyramid = make_selection(levels=[2]), make_pyramid((5, 3))
     with refused("pyramid"):
         selection(pyramid)

@@ -27,7 +27,7 @@ def make_stem(position_dim: int, **options: Any) -> PointStem:
 def random_points(
     shape: Sequence[int], batch_size: int, n: int, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Points in no order, of which some share a cell; the last image has none."""
+    """Points in random order, some of which share a cell; the last image has none."""
     generator = torch.Generator().manual_seed(seed)
     images = max(batch_size - 1, 1)
     axes = [torch.randint(size, (n,), generator=generator) for size in (images, *shape)]
@@ -92,7 +92,7 @@ def stem_by_hand(
         ((4, 8, 4), 60, (1, 2, 4), (3, 3), (1, 2)),
     ],
 )
-def test_embeds_what_a_dense_map_cut_into_windows_shows(
+def test_embeddings_match_windows_of_a_dense_map(
     shape: tuple[int, ...],
     n: int,
     strides: tuple[int, ...],
@@ -112,16 +112,18 @@ def test_embeds_what_a_dense_map_cut_into_windows_shows(
         assert_close(value, expected[tuple(place)], EXACT)
 
 
-def test_places_lie_within_half_a_cell_of_its_middle() -> None:
+def test_offsets_within_cells_are_below_half_a_cell_and_average_to_zero() -> None:
     stem = make_stem(2, strides=(1, 2, 5))
+    features: list[Tensor] = []
+    stem.layers.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
     cells = torch.tensor([[0, *cell] for cell in itertools.product(range(10), repeat=2)])
-    places = stem._places(cells, torch.zeros(0, dtype=torch.float64)).view(-1, 2, 3)
-    assert (places.abs() < 0.5).all()
-    assert not places[..., 0].any()
-    assert places[..., 1].unique().tolist() == [-0.25, 0.25]
-    assert_close(places[..., 2].unique(), torch.linspace(-0.4, 0.4, 5, dtype=torch.float64), 1e-12)
-    # Points of a cell lie evenly around its middle, so that their mean is there.
-    assert_close(places.mean(0), torch.zeros(2, 3, dtype=torch.float64), 1e-12)
+    stem(cells, torch.ones(100, CHANNELS, dtype=torch.float64), (10, 10), 1)
+    offsets = features[0][:, -6:].unflatten(1, (2, 3))  # [n, axis, level], after the windows
+    assert (offsets.abs() < 0.5).all()
+    assert not offsets[..., 0].any()
+    assert offsets[..., 1].unique().tolist() == [-0.25, 0.25]
+    assert_close(offsets[..., 2].unique(), torch.linspace(-0.4, 0.4, 5, dtype=torch.float64), 1e-12)
+    assert_close(offsets.mean(0), torch.zeros(2, 3, dtype=torch.float64), 1e-12)
 
 
 def test_the_order_of_points_and_other_images_do_not_matter() -> None:
@@ -168,7 +170,7 @@ def test_grids_that_strides_do_not_divide() -> None:
     assert pyramid.values.isfinite().all()
 
 
-def test_autocast_gives_nearly_the_same_in_full_precision() -> None:
+def test_autocast_output_is_close_and_in_full_precision() -> None:
     stem = make_stem(2).float()
     coordinates, values = random_points((16, 16), 2, 30)
     exact = stem(coordinates, values.float(), (16, 16), 2)
@@ -194,7 +196,7 @@ def test_autocast_gives_nearly_the_same_in_full_precision() -> None:
         ("window_sizes", {"window_sizes": (3, -1)}),
     ],
 )
-def test_options_that_cannot_be_are_refused_by_name(argument: str, options: dict[str, Any]) -> None:
+def test_invalid_options_are_refused_by_name(argument: str, options: dict[str, Any]) -> None:
     with refused(argument):
         PointStem(**{"in_channels": CHANNELS, "embed_dim": EMBED} | options)
 
@@ -214,9 +216,7 @@ def test_options_that_cannot_be_are_refused_by_name(argument: str, options: dict
         ("batch_size", {"batch_size": -1}),
     ],
 )
-def test_arguments_that_do_not_fit_are_refused_by_name(
-    argument: str, wrong: dict[str, Any]
-) -> None:
+def test_invalid_arguments_are_refused_by_name(argument: str, wrong: dict[str, Any]) -> None:
     arguments: dict[str, Any] = {
         "coordinates": torch.zeros(4, 3, dtype=torch.int64),
         "values": torch.zeros(4, CHANNELS, dtype=torch.float64),

@@ -100,7 +100,7 @@ def test_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_refuses_other_numbers_of_images() -> None:
-    with pytest.raises(ValueError, match="detections: expected 1 images"):
+    with pytest.raises(ValueError, match=r"^detections: "):
         average_precision([found(BOXES)], [targets(offsets=torch.tensor([0, 3]))])
-    with pytest.raises(ValueError, match="zip"):
+    with pytest.raises(ValueError, match="argument"):
         average_precision([], [targets()])

@@ -1,5 +1,7 @@
 """The picture of what was found: true boxes, detections, and the points these attended to."""
 
+import re
+
 import numpy as np
 import torch
 from matplotlib.axes import Axes
@@ -45,8 +47,13 @@ def detected(pyramid: FeaturePyramid, image: int, boxes: Tensor, labels: Tensor)
     )
 
 
+def numbers(title: str) -> list[int]:
+    """The digits found, the digits, and the other detections."""
+    return [int(number) for number in re.findall(r"\d+", title)]
+
+
 def dashed(ax: Axes) -> list[tuple[str, tuple[float, float, float, float]]]:
-    """Colour and (top, left, height, width) of each true box."""
+    """Color and (top, left, height, width) of each true box."""
     return [
         (
             to_hex(patch.get_edgecolor()),
@@ -57,7 +64,7 @@ def dashed(ax: Axes) -> list[tuple[str, tuple[float, float, float, float]]]:
     ]
 
 
-def test_true_boxes_are_drawn_where_they_are_and_missed_ones_stand_out() -> None:
+def test_true_boxes_are_drawn_and_missed_ones_highlighted() -> None:
     batch, pyramid = scene(1)
     boxes, labels = digits_of(batch, 0)
     wrong = labels.clone()
@@ -67,13 +74,13 @@ def test_true_boxes_are_drawn_where_they_are_and_missed_ones_stand_out() -> None
     expected = torch.cat((boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, 2:]), 1).tolist()
     colors = [MISSED, *[TRUE] * (len(boxes) - 2), MISSED]
     assert dashed(ax) == [(color, tuple(box)) for color, box in zip(colors, expected, strict=True)]
-    assert ax.get_title() == f"{len(boxes) - 2} of {len(boxes)} digits found, 1 other detections"
+    assert numbers(ax.get_title()) == [len(boxes) - 2, len(boxes), 1]
     assert ax.get_xlim() == (0, SIDE)
     assert ax.get_ylim() == (SIDE, 0)
     assert not empty.axison
 
 
-def test_detections_carry_their_digit_score_and_points() -> None:
+def test_detections_have_their_digit_score_and_points() -> None:
     batch, pyramid = scene(2)
     records = [detected(pyramid, image, *digits_of(batch, image)) for image in (1, 0)]
     for ax, record in zip(draw_detections(batch, pyramid, records).axes, records, strict=True):
@@ -93,5 +100,5 @@ def test_canvases_without_detections_are_drawn() -> None:
     boxes, labels = digits_of(batch, 0)
     record = detected(pyramid, 0, boxes[:0], labels[:0])
     ax = draw_detections(batch, pyramid, [record]).axes[0]
-    assert ax.get_title() == f"0 of {len(boxes)} digits found, 0 other detections"
+    assert numbers(ax.get_title()) == [0, len(boxes), 0]
     assert len(dashed(ax)) == len(boxes)

@@ -10,7 +10,7 @@ from examples.digits import scenes as module
 from examples.digits.scenes import (
     DIGIT_SIDES,
     DIGITS,
-    FAINTEST,
+    MIN_INK,
     SIZE,
     Batch,
     Scene,
@@ -59,7 +59,7 @@ def test_points_are_distinct_cells_with_ink_on_the_canvas(canvases: list[Scene])
         assert len(torch.unique(scene.cells, dim=0)) == len(scene.cells) == len(scene.ink)
         assert scene.cells.min() >= 0
         assert scene.cells.max() < SIZE
-        assert scene.ink.min() >= FAINTEST
+        assert scene.ink.min() >= MIN_INK
         assert scene.ink.max() <= 1
 
 
@@ -104,10 +104,10 @@ def test_digits_are_images_enlarged_bilinearly(monkeypatch: pytest.MonkeyPatch) 
 
 
 def same_ink(box: Tensor, image: Tensor) -> bool:
-    rows, columns = (image >= FAINTEST).nonzero().unbind(1)
+    rows, columns = (image >= MIN_INK).nonzero().unbind(1)
     strokes = image[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
     return strokes.shape == box.shape and torch.allclose(
-        box, strokes * (strokes >= FAINTEST), atol=1e-5
+        box, strokes * (strokes >= MIN_INK), atol=1e-5
     )
 
 
@@ -163,7 +163,7 @@ def test_training_and_test_digits_are_disjoint_and_alike() -> None:
     assert torch.equal(both.unique(dim=0), digits.images.flatten(1).unique(dim=0))
 
 
-def test_a_full_canvas_is_said_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_canvas_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SIZE", 60)
-    with pytest.raises(ValueError, match="no place left on the canvas after"):
+    with pytest.raises(ValueError, match="canvas"):
         Scenes(strokes(), 0).scene(0)

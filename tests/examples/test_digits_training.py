@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 import math
 import signal
 from collections.abc import Callable
@@ -25,7 +26,7 @@ from examples.digits.checkpoints import (
     save_state,
 )
 from examples.digits.model import DigitDetector
-from examples.digits.processes import PeerError, spawned
+from examples.digits.processes import PeerError, spawn_processes
 from examples.digits.scenes import CLASSES, Batch, Scenes, split_digits
 from examples.digits.training import (
     Config,
@@ -36,7 +37,7 @@ from examples.digits.training import (
     learning_rate,
     train,
 )
-from vicinal.detr import mean_objects
+from vicinal.detr import mean_object_count
 
 CONFIG = Config(steps=6, batch=2, seed=1)
 CPU = torch.device("cpu")
@@ -62,7 +63,7 @@ class Counter(nn.Module):
         image = torch.arange(batch.batch_size).repeat_interleave(batch.box_offsets.diff())
         counts = torch.zeros(batch.batch_size, CLASSES, dtype=points.dtype)
         counts.index_put_((image, batch.labels), points.new_ones(()), accumulate=True)
-        n_objects = mean_objects(len(batch.labels), CPU)
+        n_objects = mean_object_count(len(batch.labels), CPU)
         return {
             "squares": (guess - counts).square().sum() / n_objects,
             "sizes": 0.1 * guess.abs().sum() / n_objects,
@@ -132,12 +133,12 @@ def test_every_step_sees_its_own_canvases(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_goes_on_with_the_same_curve(tmp_path: Path, number: int) -> None:
+def test_a_resumed_run_has_the_same_curve(tmp_path: Path, number: int) -> None:
     whole = Counter()
     expected = run(tmp_path / "whole", whole)
 
     first = Counter()
-    with pytest.raises(InterruptionError, match="interrupted after step 4 of 6"):
+    with pytest.raises(InterruptionError):
         train(first, signalling(3, number), CONFIG, tmp_path)
     assert len(load_state(tmp_path, CPU)["losses"]) == 4
 
@@ -164,23 +165,23 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path: Path) -> None:
     assert again.points_per_second == 0
 
 
-@pytest.mark.parametrize(
-    ("how", "message"),
-    [
-        ("loss", r"step 4 of 6: the loss is not finite \(squares .*, sizes nan\)"),
-        ("gradient", r"step 4 of 6: a gradient is not finite \(losses: squares .*, sizes 0\)"),
-        ("error", "step 4 of 6: predictions: expected finite ones"),
-    ],
-)
-def test_a_run_that_diverges_keeps_its_last_good_checkpoint(
-    tmp_path: Path, how: str, message: str
-) -> None:
+@pytest.mark.parametrize("how", ["loss", "gradient", "error"])
+def test_a_run_that_diverges_keeps_its_last_good_checkpoint(tmp_path: Path, how: str) -> None:
     good = Counter()
     with pytest.raises(InterruptionError):  # after two steps
         train(good, signalling(1, signal.SIGINT), CONFIG, tmp_path / "good")
-    with pytest.raises(DivergenceError, match=message) as error:
+    with pytest.raises(DivergenceError) as error:
         run(tmp_path, Broken(how, step=3), save_every=2)
-    assert f"the last good checkpoint is kept in {tmp_path}" in str(error.value)
+    assert error.value.step == 3
+    assert not error.value.on_one_process
+    assert str(tmp_path) in str(error.value)
+    losses = error.value.losses
+    if how == "error":
+        assert losses == {}
+        assert str(error.value.__cause__) in str(error.value)
+    else:
+        assert math.isfinite(losses["squares"])
+        assert math.isnan(losses["sizes"]) if how == "loss" else losses["sizes"] == 0
 
     assert len(load_state(tmp_path, CPU)["losses"]) == 2
     kept = Counter()
@@ -190,8 +191,10 @@ def test_a_run_that_diverges_keeps_its_last_good_checkpoint(
 
 
 def test_a_run_that_diverges_at_once_leaves_what_was_there(tmp_path: Path) -> None:
-    with pytest.raises(DivergenceError, match=r"step 1 of 6: .*; none is saved"):
+    with pytest.raises(DivergenceError) as error:
         run(tmp_path, Broken("loss", step=0))
+    assert error.value.step == 0
+    assert str(tmp_path) not in str(error.value)
     assert not list(tmp_path.iterdir())
     interrupt(tmp_path, 2)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
@@ -200,7 +203,7 @@ def test_a_run_that_diverges_at_once_leaves_what_was_there(tmp_path: Path) -> No
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_unfinished_runs_are_kept_beside_a_new_one_and_said_to_be(
+def test_unfinished_runs_are_renamed_and_the_new_names_printed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     expected = run(tmp_path / "whole").losses
@@ -209,11 +212,11 @@ def test_unfinished_runs_are_kept_beside_a_new_one_and_said_to_be(
     run(tmp_path)
     printed = capsys.readouterr().out
     for number, steps in ((1, 2), (2, 3)):
-        names = f"training_state.{number}.pt and model.{number}.safetensors"
-        assert f"{tmp_path} held {steps} of 6 steps of a run, now in {names}\n" in printed
         for name in (STATE, WEIGHTS):
             path = tmp_path / name
-            path.with_suffix(f".{number}{path.suffix}").rename(path)
+            renamed = path.with_suffix(f".{number}{path.suffix}")
+            assert renamed.name in printed
+            renamed.rename(path)
         assert len(load_state(tmp_path, CPU)["losses"]) == steps
         assert run(tmp_path, resume=True).losses == expected
     run(tmp_path)  # over a finished one
@@ -223,16 +226,17 @@ def test_unfinished_runs_are_kept_beside_a_new_one_and_said_to_be(
 
 def test_gradients_that_are_finite_at_no_scale_end_a_run(tmp_path: Path) -> None:
     config = dataclasses.replace(CONFIG, steps=30, precision="float16")
-    with pytest.raises(DivergenceError, match=r"step 20 of 30: gradients .* at any scale"):
-        train(Broken("gradient", 3, 30), canvases(), config, tmp_path)  # 2^16 halved 17 times
+    with pytest.raises(DivergenceError) as error:
+        train(Broken("gradient", 3, 30), canvases(), config, tmp_path)
+    assert error.value.step == 19  # 2^16 halved 17 times, from step 3 on
 
 
-def test_a_process_that_stops_says_why_and_the_other_that_it_is_gone(tmp_path: Path) -> None:
-    spawned(2, _train_broken_on_one, tmp_path)
-    alone, gone = (tmp_path / str(rank) for rank in (1, 0))
-    message = "step 4 of 6, on process 1 of 2: predictions: expected finite ones; the last good"
-    assert alone.read_text().startswith(f"True {message}")
-    assert gone.read_text() == "another process stopped, and says why"
+def test_a_process_that_stops_raises_why_and_the_other_a_peer_error(tmp_path: Path) -> None:
+    spawn_processes(2, _train_broken_on_one, tmp_path)
+    error, on_one_process, step, cause = json.loads((tmp_path / "1").read_text())
+    assert (error, on_one_process, step) == ("DivergenceError", True, 3)
+    assert cause.startswith("predictions: ")
+    assert json.loads((tmp_path / "0").read_text()) == ["PeerError"]
     assert len(load_state(tmp_path, CPU)["losses"]) == 1
 
 
@@ -240,13 +244,14 @@ def _train_broken_on_one(_: torch.device, folder: Path) -> None:
     rank = dist.get_rank()
     try:
         run(folder, Broken("error", step=3) if rank == 1 else Counter())
-    except DivergenceError as problem:
-        (folder / str(rank)).write_text(f"{problem.alone} {problem}")
-    except PeerError as problem:
-        (folder / str(rank)).write_text(str(problem))
+    except DivergenceError as error:
+        seen = [type(error).__name__, error.on_one_process, error.step, str(error.__cause__)]
+        (folder / str(rank)).write_text(json.dumps(seen))
+    except PeerError as error:
+        (folder / str(rank)).write_text(json.dumps([type(error).__name__]))
 
 
-def test_weights_say_what_they_are(tmp_path: Path) -> None:
+def test_weights_have_metadata(tmp_path: Path) -> None:
     run(tmp_path, metadata={"attention": "neighborhood"})
     assert read_metadata(tmp_path) == {"attention": "neighborhood"}
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted((WEIGHTS, STATE))
@@ -271,7 +276,7 @@ def test_mixed_precision(tmp_path: Path, precision: str) -> None:
         assert mixed == pytest.approx(exact, rel=0.02)
 
 
-def test_says_where_the_time_goes(tmp_path: Path) -> None:
+def test_the_history_has_the_time_of_each_part(tmp_path: Path) -> None:
     history = run(tmp_path)
     assert history.seconds.keys() == {"data", "forward", "backward", "optimizer", "saving"}
     assert all(seconds > 0 for seconds in history.seconds.values())
@@ -296,14 +301,14 @@ def test_refuses_to_resume_what_is_not_there_or_another_run(tmp_path: Path) -> N
         run(tmp_path, resume=True)
     run(tmp_path)
     other = dataclasses.replace(CONFIG, batch=3, seed=5)
-    with pytest.raises(ConfigError, match=r"config: expected what .* with: batch 2, seed 1"):
+    with pytest.raises(ConfigError, match=r"^config: .*batch 2, seed 1$"):
         train(Counter(), canvases(), other, tmp_path, resume=True)
 
 
 def test_two_processes_give_the_curve_of_one(tmp_path: Path) -> None:
     """The detector itself: in float64 nothing that it chooses turns on rounding."""
     expected = _train_detector(CPU, tmp_path / "one").losses
-    spawned(2, _train_detector, tmp_path / "two")
+    spawn_processes(2, _train_detector, tmp_path / "two")
     losses = load_state(tmp_path / "two", CPU)["losses"]
     assert len(losses) == 20
     for ours, theirs in zip(losses, expected, strict=True):
@@ -322,7 +327,7 @@ def _train_detector(device: torch.device, folder: Path) -> History:
         return train(model, handwriting, Config(steps=20, batch=2), folder)
 
 
-def test_the_detector_goes_on_with_the_same_curve(tmp_path: Path) -> None:
+def test_the_resumed_detector_has_the_same_curve(tmp_path: Path) -> None:
     def go(folder: Path, make: Callable[[range], Batch], resume: bool = False) -> DigitDetector:
         torch.manual_seed(0)
         model = DigitDetector()
@@ -330,8 +335,9 @@ def test_the_detector_goes_on_with_the_same_curve(tmp_path: Path) -> None:
         return model
 
     whole = go(tmp_path / "whole", canvases())
-    with pytest.raises(InterruptionError, match="interrupted after step 2 of 4"):
+    with pytest.raises(InterruptionError):
         go(tmp_path, signalling(1, signal.SIGINT))
+    assert len(load_state(tmp_path, CPU)["losses"]) == 2
     resumed = go(tmp_path, canvases(), resume=True)
     assert load_state(tmp_path, CPU)["losses"] == load_state(tmp_path / "whole", CPU)["losses"]
     for name, value in whole.state_dict().items():

@@ -1,44 +1,51 @@
-"""Parts of a DETR on sparse data: boxes, targets, matching, losses and denoising.
+"""The parts of a DETR (detection transformer) on sparse data, from a stem to the training loss.
 
-Boxes are ``[n, 2P]``, the centre per axis, then the size per axis, in cells of the full shape and
-in the pyramid's order of axes. Batches are ragged: rows of all images one after another, and
-int64 offsets ``[B + 1]``; image ``b`` owns the rows ``offsets[b]:offsets[b + 1]``.
+Boxes are ``[n, 2P]``, the center per axis and then the size per axis, in cells of the full shape
+and in the pyramid's order of axes. Batches are ragged: the rows of all images are concatenated,
+and int64 offsets ``[B + 1]`` mark them; image ``b`` owns the rows ``offsets[b]:offsets[b + 1]``.
 """
 
 from .boxes import (
-    corners,
-    deltas,
-    from_corners,
+    apply_deltas,
+    boxes_to_corners,
+    corners_to_boxes,
+    encode_boxes,
     generalized_iou,
     iou,
     pairwise_generalized_iou,
     pairwise_iou,
-    refine,
     relative_l1,
 )
-from .criterion import SetCriterion, total
 from .decoder import Decoder, DecoderLayer
-from .denoising import Denoiser, Joined
-from .detector import Denoised, Detections, Detector, DetectorOutput, detections
+from .denoising import (
+    DenoisingQueries,
+    DenoisingQueryGenerator,
+    QueriesWithDenoising,
+    make_denoising_queries,
+)
+from .detector import DenoisingOutput, Detections, Detector, DetectorOutput, select_detections
 from .encoder import Encoder, EncoderLayer
-from .feed_forward import FeedForward
-from .focal import sigmoid_focal_loss, varifocal_loss
-from .heads import DetectionHead
-from .losses import DetectionLoss, LossParts, mean_objects
-from .matching import HungarianMatcher, Matches, assign_inside
-from .noisy_queries import DenoisingQueries, noisy_queries
-from .queries import ObjectQueries
-from .selection import QuerySelection, Selection
-from .self_attention import QuerySelfAttention
+from .focal import LossWeights, sigmoid_focal_loss, varifocal_loss
+from .layers import DetectionHead, FeedForward, QuerySelfAttention
+from .losses import DetectionLoss, LossTerms, SetCriterion, mean_object_count, sum_losses
+from .matching import HungarianMatcher, assign_points_to_boxes
+from .selection import QuerySelection, QuerySelectionOutput
 from .stem import PointStem
-from .targets import Predictions, Targets, check_predictions, check_targets
+from .structures import (
+    Matches,
+    ObjectQueries,
+    Predictions,
+    Targets,
+    check_predictions,
+    check_targets,
+)
 
 __all__ = [
     "Decoder",
     "DecoderLayer",
-    "Denoised",
-    "Denoiser",
+    "DenoisingOutput",
     "DenoisingQueries",
+    "DenoisingQueryGenerator",
     "DetectionHead",
     "DetectionLoss",
     "Detections",
@@ -48,33 +55,34 @@ __all__ = [
     "EncoderLayer",
     "FeedForward",
     "HungarianMatcher",
-    "Joined",
-    "LossParts",
+    "LossTerms",
+    "LossWeights",
     "Matches",
     "ObjectQueries",
     "PointStem",
     "Predictions",
+    "QueriesWithDenoising",
     "QuerySelection",
+    "QuerySelectionOutput",
     "QuerySelfAttention",
-    "Selection",
     "SetCriterion",
     "Targets",
-    "assign_inside",
+    "apply_deltas",
+    "assign_points_to_boxes",
+    "boxes_to_corners",
     "check_predictions",
     "check_targets",
-    "corners",
-    "deltas",
-    "detections",
-    "from_corners",
+    "corners_to_boxes",
+    "encode_boxes",
     "generalized_iou",
     "iou",
-    "mean_objects",
-    "noisy_queries",
+    "make_denoising_queries",
+    "mean_object_count",
     "pairwise_generalized_iou",
     "pairwise_iou",
-    "refine",
     "relative_l1",
+    "select_detections",
     "sigmoid_focal_loss",
-    "total",
+    "sum_losses",
     "varifocal_loss",
 ]

@@ -1,4 +1,8 @@
-"""Boxes of any number of axes, as centre and size: ``[n, 2P]``, in cells of the full shape."""
+"""Axis-aligned boxes in any number of dimensions, as center and size: ``[n, 2P]``.
+
+The first P numbers of a box are its center, the last P its size, both in cells of the full shape
+and in the pyramid's order of axes.
+"""
 
 import functools
 import operator
@@ -9,21 +13,57 @@ from torch import Tensor
 from .._utils.checks import check_tensor, reads_contents, refuse
 from ..windows import coordinate_dtype
 
-LARGEST_LOG_SIZE = 4.0
+_MAX_LOG_SIZE_CHANGE = 4.0
 
 
-def corners(boxes: Tensor) -> tuple[Tensor, Tensor]:
-    """The lowest and the highest corner, ``[..., P]`` each, of boxes ``[..., 2P]``."""
+def boxes_to_corners(boxes: Tensor) -> tuple[Tensor, Tensor]:
+    """Computes the lower and the upper corner of every box.
+
+    Args:
+        boxes: floating ``[..., 2P]``, center and size per axis.
+
+    Returns:
+        the lower and the upper corners, ``[..., P]`` each, in the units and dtype of ``boxes``.
+
+    Raises:
+        ValueError: ``boxes`` is not a floating tensor with an even number of columns.
+
+    Example:
+        ```python
+        import torch
+        from vicinal.detr import boxes_to_corners
+
+        low, high = boxes_to_corners(torch.tensor([[10.0, 20.0, 4.0, 6.0]]))
+        assert low.tolist() == [[8.0, 17.0]]
+        assert high.tolist() == [[12.0, 23.0]]
+        ```
+    """
     check_boxes("boxes", boxes)
     center, size = boxes.chunk(2, -1)
     return center - size / 2, center + size / 2
 
 
-def from_corners(low: Tensor, high: Tensor) -> Tensor:
-    """Boxes ``[..., 2P]`` from their lowest and highest corners, ``[..., P]`` each.
+def corners_to_boxes(low: Tensor, high: Tensor) -> Tensor:
+    """Builds boxes from their lower and upper corners, the inverse of `boxes_to_corners`.
+
+    Args:
+        low: floating ``[..., P]``, the lower corners.
+        high: floating ``[..., P]``, the upper corners, on the device of ``low``.
+
+    Returns:
+        boxes ``[..., 2P]``, center and size per axis.
 
     Raises:
-        ValueError: corners that are no floating tensors of the same shape.
+        ValueError: the corners are not floating tensors of the same shape on the same device.
+
+    Example:
+        ```python
+        import torch
+        from vicinal.detr import corners_to_boxes
+
+        boxes = corners_to_boxes(torch.tensor([[8.0, 17.0]]), torch.tensor([[12.0, 23.0]]))
+        assert boxes.tolist() == [[10.0, 20.0, 4.0, 6.0]]
+        ```
     """
     check_tensor("low", low, [*low.shape[:-1], "P"], kind="floating")
     check_tensor("high", high, low.shape, kind="floating", device=low.device)
@@ -31,122 +71,251 @@ def from_corners(low: Tensor, high: Tensor) -> Tensor:
 
 
 def iou(a: Tensor, b: Tensor) -> Tensor:
-    """Intersection over union ``[...]`` of boxes ``[..., 2P]`` that broadcast, in float32 at least.
+    """Computes the intersection over union (IoU) of boxes, element by element.
 
-    An axis along which both boxes lie in the same plane is left out, so that equal boxes of size
-    zero have 1. Two boxes that share nothing have 0.
+    An axis along which both boxes have size zero at the same coordinate is ignored, so two equal
+    boxes of size zero have an IoU of 1.
+
+    Args:
+        a: floating ``[..., 2P]``, center and size per axis.
+        b: floating ``[..., 2P]`` that broadcasts with ``a``, in the same units.
+
+    Returns:
+        ``[...]`` in [0, 1], at least float32.
 
     Raises:
-        ValueError: boxes that are not floating or differ in their number of axes.
+        ValueError: the boxes are not floating or differ in their number of axes.
+
+    Example:
+        ```python
+        import torch
+        from vicinal.detr import iou
+
+        a = torch.tensor([[1.0, 1.0, 2.0, 2.0]])
+        b = torch.tensor([[2.0, 1.0, 2.0, 2.0]])
+        assert iou(a, b).tolist() == [(torch.tensor(2.0) / 6).item()]
+        ```
     """
-    return _overlap(a, b)[0]
+    return _iou_and_coverage(a, b)[0]
 
 
 def generalized_iou(a: Tensor, b: Tensor) -> Tensor:
-    """IoU less the share of the boxes' hull that neither covers (Rezatofighi et al. 2019).
+    """Computes the generalized IoU (GIoU) of boxes, element by element.
 
-    ``[...]`` for boxes ``[..., 2P]`` that broadcast, in float32 at least; from -1 for boxes far
-    apart to 1 for equal ones, those of size zero too.
+    The GIoU is the IoU minus the fraction of the smallest enclosing box that neither box covers
+    (Rezatofighi et al., "Generalized Intersection over Union", 2019). It approaches -1 for small
+    boxes far apart and is 1 for equal boxes, those of size zero included.
+
+    Args:
+        a: floating ``[..., 2P]``, center and size per axis.
+        b: floating ``[..., 2P]`` that broadcasts with ``a``, in the same units.
+
+    Returns:
+        ``[...]`` in [-1, 1], at least float32.
 
     Raises:
-        ValueError: boxes that are not floating or differ in their number of axes.
+        ValueError: the boxes are not floating or differ in their number of axes.
+
+    Example:
+        ```python
+        import torch
+        from vicinal.detr import generalized_iou
+
+        box = torch.tensor([[1.0, 1.0, 2.0, 2.0]])
+        far = torch.tensor([[99.0, 99.0, 2.0, 2.0]])
+        assert generalized_iou(box, box).item() == 1
+        assert generalized_iou(box, far).item() < -0.99
+        ```
     """
-    overlap, covered = _overlap(a, b)
-    return overlap + covered - 1
+    overlap, coverage = _iou_and_coverage(a, b)
+    return overlap + coverage - 1
 
 
 def pairwise_iou(a: Tensor, b: Tensor) -> Tensor:
-    """``[n, m]``: `iou` of every box of ``a`` ``[n, 2P]`` with every box of ``b`` ``[m, 2P]``."""
+    """Computes the `iou` of every box of ``a`` with every box of ``b``.
+
+    Args:
+        a: floating ``[n, 2P]``, center and size per axis.
+        b: floating ``[m, 2P]``, in the same units.
+
+    Returns:
+        ``[n, m]`` in [0, 1], at least float32.
+
+    Raises:
+        ValueError: the boxes are not floating or differ in their number of axes.
+
+    Example:
+        ```python
+        import torch
+        from vicinal.detr import pairwise_iou
+
+        boxes = torch.tensor([[1.0, 1.0, 2.0, 2.0], [9.0, 9.0, 2.0, 2.0]])
+        assert pairwise_iou(boxes, boxes).tolist() == [[1.0, 0.0], [0.0, 1.0]]
+        ```
+    """
     return iou(a[:, None], b[None])
 
 
 def pairwise_generalized_iou(a: Tensor, b: Tensor) -> Tensor:
-    """``[n, m]``: `generalized_iou` of every box of ``a`` with every box of ``b``."""
+    """Computes the `generalized_iou` of every box of ``a`` with every box of ``b``.
+
+    Args:
+        a: floating ``[n, 2P]``, center and size per axis.
+        b: floating ``[m, 2P]``, in the same units.
+
+    Returns:
+        ``[n, m]`` in [-1, 1], at least float32.
+
+    Raises:
+        ValueError: the boxes are not floating or differ in their number of axes.
+
+    Example:
+        ```python
+        import torch
+        from vicinal.detr import pairwise_generalized_iou
+
+        boxes = torch.tensor([[1.0, 1.0, 2.0, 2.0], [9.0, 9.0, 2.0, 2.0]])
+        assert pairwise_generalized_iou(boxes, boxes).diagonal().tolist() == [1.0, 1.0]
+        ```
+    """
     return generalized_iou(a[:, None], b[None])
 
 
 def relative_l1(boxes: Tensor, targets: Tensor) -> Tensor:
-    """How far ``boxes`` ``[..., 2P]`` are from ``targets``, in units of the targets' size.
+    """Computes the mean absolute error of boxes, relative to the size of their targets.
 
-    ``[...]``, the mean over the axes of centre and size: small objects count as much as large ones.
+    Each coordinate's error is divided by the size of the target along that axis, so small objects
+    weigh as much as large ones.
+
+    Args:
+        boxes: floating ``[..., 2P]``, center and size per axis.
+        targets: floating ``[..., 2P]``, in the same units.
+
+    Returns:
+        ``[...]``, the mean over the 2P numbers of a box, at least float32.
+
+    Example:
+        ```python
+        import torch
+        from vicinal.detr import relative_l1
+
+        boxes = torch.tensor([[11.0, 20.0, 4.0, 8.0]])
+        targets = torch.tensor([[10.0, 20.0, 4.0, 8.0]])
+        assert relative_l1(boxes, targets).item() == 1 / 4 / 4
+        ```
     """
     dtype = coordinate_dtype(torch.promote_types(boxes.dtype, targets.dtype))
     size = targets.to(dtype).chunk(2, -1)[1]
     return ((boxes.to(dtype) - targets).abs() / torch.cat((size, size), -1)).mean(-1)
 
 
-def refine(boxes: Tensor, deltas: Tensor) -> Tensor:
-    """Moves ``boxes`` ``[n, 2P]`` by ``deltas`` ``[n, 2P]``, in units of their own size.
+def apply_deltas(boxes: Tensor, deltas: Tensor) -> Tensor:
+    """Moves and scales boxes by deltas relative to their own size.
 
-    The centre moves by ``delta * size``, the size is multiplied by ``exp(delta)``; its delta is
-    clamped to [-4, 4], so that no step shrinks or grows a box more than 55 times.
+    The box parametrization of R-CNN (Girshick et al., "Rich Feature Hierarchies", 2014): the center
+    moves by ``delta * size`` and the size is multiplied by ``exp(delta)``. Deltas of the size are
+    clamped to [-4, 4], which bounds a change of size to a factor of about 55.
+
+    Args:
+        boxes: floating ``[n, 2P]``, center and size per axis.
+        deltas: floating ``[n, 2P]``, first of the center, then of the size.
+
+    Returns:
+        boxes ``[n, 2P]`` in the dtype of ``boxes``.
 
     Raises:
-        ValueError: shapes that differ or are no boxes'.
+        ValueError: shapes or devices differ, or ``boxes`` does not hold boxes.
+
+    Example:
+        ```python
+        import torch
+        from vicinal.detr import apply_deltas
+
+        boxes = torch.tensor([[10.0, 20.0, 2.0, 4.0]])
+        moved = apply_deltas(boxes, torch.tensor([[0.5, -1.0, 0.0, 0.0]]))
+        assert moved.tolist() == [[11.0, 16.0, 2.0, 4.0]]
+        ```
     """
     check_boxes("boxes", boxes)
     check_tensor("deltas", deltas, boxes.shape, kind="floating", device=boxes.device)
     center, size = boxes.chunk(2, -1)
     shift, growth = deltas.to(boxes.dtype).chunk(2, -1)
-    growth = growth.clamp(-LARGEST_LOG_SIZE, LARGEST_LOG_SIZE)
+    growth = growth.clamp(-_MAX_LOG_SIZE_CHANGE, _MAX_LOG_SIZE_CHANGE)
     return torch.cat((center + shift * size, size * growth.exp()), -1)
 
 
-def deltas(boxes: Tensor, targets: Tensor) -> Tensor:
-    """The deltas ``[n, 2P]`` by which `refine` moves ``boxes`` ``[n, 2P]`` onto ``targets``.
+def encode_boxes(boxes: Tensor, targets: Tensor) -> Tensor:
+    """Computes the deltas with which `apply_deltas` turns ``boxes`` into ``targets``.
+
+    Args:
+        boxes: floating ``[n, 2P]``, center and size per axis.
+        targets: floating ``[n, 2P]``, in the same units.
+
+    Returns:
+        deltas ``[n, 2P]``, first of the center, then of the size, not clamped.
 
     Raises:
-        ValueError: shapes that differ or are no boxes', and on the CPU sizes that are not positive.
+        ValueError: shapes or devices differ, or, on the CPU, a size is not positive.
+
+    Example:
+        ```python
+        import torch
+        from vicinal.detr import apply_deltas, encode_boxes
+
+        boxes = torch.tensor([[10.0, 20.0, 2.0, 4.0]])
+        targets = torch.tensor([[11.0, 16.0, 3.0, 4.0]])
+        torch.testing.assert_close(apply_deltas(boxes, encode_boxes(boxes, targets)), targets)
+        ```
     """
     check_boxes("boxes", boxes)
     check_tensor("targets", targets, boxes.shape, kind="floating", device=boxes.device)
     for argument, value in {"boxes": boxes, "targets": targets}.items():
         if reads_contents(None, boxes.device):
             check_box_sizes(argument, value)
-    (center, size), (to_center, to_size) = boxes.chunk(2, -1), targets.chunk(2, -1)
-    return torch.cat(((to_center - center) / size, (to_size / size).log()), -1)
+    (center, size), (target_center, target_size) = boxes.chunk(2, -1), targets.chunk(2, -1)
+    return torch.cat(((target_center - center) / size, (target_size / size).log()), -1)
 
 
 def check_boxes(argument: str, boxes: Tensor) -> None:
-    """Refuses all but a floating tensor ``[..., 2P]``."""
+    """Refuses everything but a floating tensor ``[..., 2P]``."""
     is_floating = isinstance(boxes, Tensor) and boxes.is_floating_point()
     if not is_floating or not boxes.dim() or not boxes.shape[-1] or boxes.shape[-1] % 2:
         refuse(argument, "a floating tensor of shape [n, 2P]", boxes)
 
 
 def check_box_sizes(argument: str, boxes: Tensor) -> None:
-    """Refuses boxes ``[n, 2P]`` of a size that is not positive. Reads contents."""
+    """Refuses boxes ``[n, 2P]`` with a size that is not positive. Reads contents."""
     positive = (boxes.chunk(2, -1)[1] > 0).all(-1)
     if not positive.all():
         row = int(positive.logical_not().nonzero()[0])
         refuse(argument, "boxes of positive size", f"{boxes[row].tolist()} in row {row}")
 
 
-def _overlap(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """IoU, and the share of the boxes' hull that they cover, ``[...]`` each.
+def _iou_and_coverage(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """The IoU, and the fraction of the smallest enclosing box that is covered, ``[...]`` each.
 
-    Lengths are taken in units of the hull's, axis by axis: nothing overflows, however large boxes
-    grow, and what is 0 / 0 for boxes without volume has its limit.
+    Lengths are normalized by the enclosing box, axis by axis: nothing overflows for large boxes,
+    and the 0 / 0 of boxes without volume is replaced by its limit.
     """
     check_boxes("a", a)
     check_boxes("b", b)
     if a.shape[-1] != b.shape[-1]:
         refuse("b", f"boxes of {a.shape[-1] // 2} axes", b)
     dtype = coordinate_dtype(torch.promote_types(a.dtype, b.dtype))
-    (a_low, a_high), (b_low, b_high) = corners(a.to(dtype)), corners(b.to(dtype))
-    hull = torch.maximum(a_high, b_high) - torch.minimum(a_low, b_low)
+    (a_low, a_high), (b_low, b_high) = boxes_to_corners(a.to(dtype)), boxes_to_corners(b.to(dtype))
+    enclosing = torch.maximum(a_high, b_high) - torch.minimum(a_low, b_low)
     shared = (torch.minimum(a_high, b_high) - torch.maximum(a_low, b_low)).clamp(min=0)
-    flat = torch.ones((), dtype=dtype, device=a.device)
+    one = torch.ones((), dtype=dtype, device=a.device)
     intersection, a_volume, b_volume = (
-        functools.reduce(operator.mul, _ratio(length, hull, flat).unbind(-1))
+        functools.reduce(operator.mul, _safe_ratio(length, enclosing, one).unbind(-1))
         for length in (shared, a_high - a_low, b_high - b_low)
     )
     # In this order rounding never makes the union smaller than the intersection.
     union = (a_volume - intersection) + b_volume
-    return _ratio(intersection, union, torch.zeros_like(flat)), union
+    return _safe_ratio(intersection, union, torch.zeros_like(one)), union
 
 
-def _ratio(part: Tensor, whole: Tensor, otherwise: Tensor) -> Tensor:
-    """``part / whole``, or ``otherwise`` where ``whole`` is nothing, with gradients of zero."""
-    something = whole > torch.finfo(whole.dtype).tiny
-    return torch.where(something, part / torch.where(something, whole, 1), otherwise)
+def _safe_ratio(part: Tensor, whole: Tensor, fallback: Tensor) -> Tensor:
+    """``part / whole``, or ``fallback`` with zero gradient where ``whole`` is about zero."""
+    is_valid = whole > torch.finfo(whole.dtype).tiny
+    return torch.where(is_valid, part / torch.where(is_valid, whole, 1), fallback)

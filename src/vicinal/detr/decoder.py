@@ -1,4 +1,4 @@
-"""The decoder of a DETR on sparse data: object queries look around their boxes and move them."""
+"""The decoder of a DETR on sparse data: object queries attend to points and refine their boxes."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,22 +7,37 @@ from torch import Tensor, nn
 
 from .._utils.checks import check_counts, refuse
 from ..pyramid import FeaturePyramid
-from .checkpointing import call
-from .heads import DetectionHead
-from .queries import ObjectQueries, check_queries
-from .targets import Predictions
+from .layers import DetectionHead, run_layer
+from .structures import ObjectQueries, Predictions, check_object_queries
 
 
 class DecoderLayer(nn.Module):
-    """Object queries attend to one another, then to the points around them; then feed-forward.
+    """Self-attention of the object queries, cross-attention to the points, feed-forward part.
 
     Args:
-        self_attention: `ObjectQueries` to ``[N, E]``, such as `QuerySelfAttention`.
-        cross_attention: `SparseNeighborhoodAttentionBlock`, `SparseDeformableAttention` or whatever
-            is called like them.
-        feed_forward: ``[N, E]`` to ``[N, E]``, such as `FeedForward`.
+        self_attention: maps `ObjectQueries` to ``[N, E]``, such as `QuerySelfAttention`.
+        cross_attention: `SparseNeighborhoodAttentionBlock`, `SparseDeformableAttention`, or any
+            module with the same call signature.
+        feed_forward: maps ``[N, E]`` to ``[N, E]``, such as `FeedForward`.
 
-    Norms and residuals are the parts' own.
+    Each part includes its norm and residual connection.
+
+    Example:
+        ```python
+        import torch
+        from vicinal import FeaturePyramid, SparseNeighborhoodAttentionBlock
+        from vicinal.detr import DecoderLayer, FeedForward, ObjectQueries, QuerySelfAttention
+
+        coordinates = torch.tensor([[0, 0, 0, 0], [0, 1, 2, 0]])  # image, row, column, level
+        pyramid = FeaturePyramid(torch.randn(2, 8), coordinates, ((4, 4),), batch_size=1)
+        boxes = torch.tensor([[1.0, 2.0, 2.0, 2.0]])
+        queries = ObjectQueries(
+            torch.randn(1, 8), boxes, levels=torch.tensor([0]), offsets=torch.tensor([0, 1])
+        )
+        cross_attention = SparseNeighborhoodAttentionBlock(8, 2, 1, (3,))
+        layer = DecoderLayer(QuerySelfAttention(8, 2), cross_attention, FeedForward(8))
+        assert layer(queries, pyramid).shape == (1, 8)
+        ```
     """
 
     def __init__(
@@ -34,12 +49,16 @@ class DecoderLayer(nn.Module):
         self.feed_forward = feed_forward
 
     def forward(self, queries: ObjectQueries, pyramid: FeaturePyramid, plan: Any = None) -> Tensor:
-        """The queries' new embeddings ``[N, E]``.
+        """Computes the new embeddings of the queries.
 
         Args:
-            queries: with B images, as many as the pyramid has.
+            queries: object queries of the images of the pyramid.
             pyramid: the encoder's points.
-            plan: of the cross-attention's ``make_plan`` for these queries; None: made here.
+            plan: from the cross-attention's ``make_plan`` for these queries; None (default): made
+                by the cross-attention.
+
+        Returns:
+            ``[N, E]``.
         """
         attended = self.cross_attention(
             self.self_attention(queries),
@@ -54,21 +73,49 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Layers that refine object queries and their boxes step by step.
+    """A stack of decoder layers with iterative box refinement.
 
-    Iterative box refinement of Deformable DETR (Zhu et al., 2021): each layer's head moves the
-    boxes, the next layer looks around the moved ones, and no gradient passes between through the
-    boxes. Windows follow the boxes' centres, so each layer has a plan of its own.
+    As in Deformable DETR (Zhu et al., "Deformable DETR", 2021), each layer's head refines the
+    boxes, the next layer attends around the refined boxes, and no gradient flows through the boxes
+    from one layer to the next. Windows follow the centers of the boxes, so each layer makes a plan
+    of its own. An embedding of the size of its box is added to each query before every layer.
 
     Args:
-        layers: `DecoderLayer`, at least one.
-        embed_dim: E.
+        layers: at least one `DecoderLayer`.
+        embed_dim: width of the embeddings, E.
         n_classes: number of classes, C.
-        position_dim: number of spatial dimensions, P.
-        checkpoint: compute each layer anew in the backward pass instead of storing what is in it.
+        position_dim: number of spatial dimensions, P; default 2.
+        checkpoint: recompute activations in the backward pass instead of storing them; default
+            False.
 
     Raises:
-        ValueError: no layer.
+        ValueError: ``layers`` is empty, or a size is below 1.
+
+    Example:
+        ```python
+        import torch
+        from vicinal import FeaturePyramid, SparseNeighborhoodAttentionBlock
+        from vicinal.detr import (
+            Decoder, DecoderLayer, FeedForward, ObjectQueries, QuerySelfAttention
+        )
+
+        coordinates = torch.tensor([[0, 0, 0, 0], [0, 1, 2, 0]])  # image, row, column, level
+        pyramid = FeaturePyramid(torch.randn(2, 8), coordinates, ((4, 4),), batch_size=1)
+        boxes = torch.tensor([[1.0, 2.0, 2.0, 2.0]])
+        queries = ObjectQueries(
+            torch.randn(1, 8), boxes, levels=torch.tensor([0]), offsets=torch.tensor([0, 1])
+        )
+        layers = [
+            DecoderLayer(
+                QuerySelfAttention(8, 2),
+                SparseNeighborhoodAttentionBlock(8, 2, 1, (3,)),
+                FeedForward(8),
+            )
+            for _ in range(2)
+        ]
+        predictions, _ = Decoder(layers, embed_dim=8, n_classes=3)(queries, pyramid)
+        assert [layer.logits.shape for layer in predictions] == [(1, 3), (1, 3)]
+        ```
     """
 
     def __init__(
@@ -98,22 +145,30 @@ class Decoder(nn.Module):
     def forward(
         self, queries: ObjectQueries, pyramid: FeaturePyramid
     ) -> tuple[list[Predictions], list[ObjectQueries]]:
-        """Each layer's predictions, the last the best, and the queries that each layer was given.
+        """Refines object queries layer by layer.
+
+        Args:
+            queries: object queries of the images of the pyramid.
+            pyramid: the encoder's points, with values ``[nnz, E]``.
+
+        Returns:
+            the predictions of each layer, the last being the final ones, and the queries that were
+            passed to each layer.
 
         Raises:
-            ValueError: queries or pyramid do not fit, named.
+            ValueError: queries or pyramid do not fit, or are not of the same number of images.
         """
-        check_queries(queries, self.embed_dim, self.position_dim)
-        predictions, given = [], []
+        check_object_queries(queries, self.embed_dim, self.position_dim)
+        predictions, layer_queries = [], []
         for layer, norm, head in zip(self.layers, self.norms, self.heads, strict=True):
-            # Positions turn queries and keys; how large the boxes are, embeddings have to say.
+            # The rotary encoding covers positions only; the box's size enters by an embedding.
             size = queries.boxes[:, self.position_dim :].log2().to(queries.embeddings.dtype)
             queries = queries._replace(embeddings=queries.embeddings + self.sizes(size))
-            given.append(queries)
-            where = (queries.positions, queries.offsets, pyramid)
-            plan = layer.cross_attention.make_plan(*where)  # type: ignore[union-attr, operator]
-            embeddings = call(layer, queries, pyramid, plan, again=self.checkpoint)
+            layer_queries.append(queries)
+            cross_attention: Any = layer.cross_attention
+            plan = cross_attention.make_plan(queries.positions, queries.offsets, pyramid)
+            embeddings = run_layer(layer, queries, pyramid, plan, checkpoint=self.checkpoint)
             logits, boxes = head(norm(embeddings), queries.boxes)
             predictions.append(Predictions(logits, boxes, queries.offsets))
             queries = queries._replace(embeddings=embeddings, boxes=boxes.detach())
-        return predictions, given
+        return predictions, layer_queries

@@ -7,16 +7,31 @@ from torch import Tensor, nn
 
 from .._utils.checks import check_counts, check_tensor, refuse
 from ..pyramid import FeaturePyramid
-from .checkpointing import call
+from .layers import run_layer
 
 
 class EncoderLayer(nn.Module):
-    """Attention of all points to the points around them, then a feed-forward map of each.
+    """Attention of every point to its neighbors, followed by a feed-forward part.
 
     Args:
-        attention: `SparseNeighborhoodAttentionBlock`, `SparseDeformableAttention` or whatever is
-            called like them and has their ``make_plan``; norm and residual are its own.
-        feed_forward: ``[n, E]`` to ``[n, E]``, norm and residual its own, such as `FeedForward`.
+        attention: `SparseNeighborhoodAttentionBlock`, `SparseDeformableAttention`, or any module
+            with the same call signature and ``make_plan``; it includes norm and residual.
+        feed_forward: maps ``[n, E]`` to ``[n, E]``, norm and residual included, such as
+            `FeedForward`.
+
+    Example:
+        ```python
+        import torch
+        from vicinal import FeaturePyramid, SparseNeighborhoodAttentionBlock
+        from vicinal.detr import EncoderLayer, FeedForward
+
+        coordinates = torch.tensor([[0, 0, 0, 0], [0, 1, 2, 0]])  # image, row, column, level
+        pyramid = FeaturePyramid(torch.randn(2, 8), coordinates, ((4, 4),), batch_size=1)
+        attention = SparseNeighborhoodAttentionBlock(8, 2, n_levels=1, neighborhood_sizes=(3,))
+        layer = EncoderLayer(attention, FeedForward(8))
+        out = layer(pyramid.values, pyramid, pyramid.positions(), pyramid.batch_offsets())
+        assert out.shape == (2, 8)
+        ```
     """
 
     def __init__(self, attention: nn.Module, feed_forward: nn.Module) -> None:
@@ -31,14 +46,18 @@ class EncoderLayer(nn.Module):
         offsets: Tensor,
         plan: Any = None,
     ) -> Tensor:
-        """The points' new values ``[nnz, E]``.
+        """Computes the new values of all points.
 
         Args:
-            values: ``[nnz, E]``, which take the place of the pyramid's.
-            pyramid: where the points are.
-            positions: ``[nnz, P]``, `FeaturePyramid.positions`.
-            offsets: ``[B + 1]``, `FeaturePyramid.batch_offsets`.
-            plan: of the attention's ``make_plan`` for these; None: made here.
+            values: floating ``[nnz, E]``, used instead of the pyramid's own values.
+            pyramid: the points.
+            positions: floating ``[nnz, P]``, as `FeaturePyramid.positions` gives them.
+            offsets: int64 ``[B + 1]``, as `FeaturePyramid.batch_offsets` gives them.
+            plan: from the attention's ``make_plan`` for these points; None (default): made by the
+                attention.
+
+        Returns:
+            ``[nnz, E]``.
         """
         points = pyramid.with_values(values)
         attended = self.attention(
@@ -49,17 +68,34 @@ class EncoderLayer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Layers through which the values of a pyramid flow; its cells stay, so one plan serves all.
+    """A stack of encoder layers with a final layer norm, on a pyramid of sparse points.
 
-    After Deformable DETR's encoder (Zhu et al., 2021), on the points that exist.
+    The encoder of Deformable DETR (Zhu et al., "Deformable DETR", 2021), restricted to nonempty
+    cells. Points do not move, so one plan serves all layers.
 
     Args:
-        layers: `EncoderLayer`, at least one, whose attentions share their windows.
-        embed_dim: E, of the norm at the end.
-        checkpoint: compute each layer anew in the backward pass instead of storing what is in it.
+        layers: at least one `EncoderLayer`; their attentions have the same windows.
+        embed_dim: width of the values, E.
+        checkpoint: recompute activations in the backward pass instead of storing them; default
+            False.
 
     Raises:
-        ValueError: no layer.
+        ValueError: ``layers`` is empty, or ``embed_dim`` is below 1.
+
+    Example:
+        ```python
+        import torch
+        from vicinal import FeaturePyramid, SparseNeighborhoodAttentionBlock
+        from vicinal.detr import Encoder, EncoderLayer, FeedForward
+
+        coordinates = torch.tensor([[0, 0, 0, 0], [0, 1, 2, 0]])  # image, row, column, level
+        pyramid = FeaturePyramid(torch.randn(2, 8), coordinates, ((4, 4),), batch_size=1)
+        layers = [
+            EncoderLayer(SparseNeighborhoodAttentionBlock(8, 2, 1, (3,)), FeedForward(8))
+            for _ in range(2)
+        ]
+        assert Encoder(layers, embed_dim=8)(pyramid).values.shape == (2, 8)
+        ```
     """
 
     def __init__(
@@ -74,11 +110,17 @@ class Encoder(nn.Module):
         self.checkpoint = checkpoint
 
     def forward(self, pyramid: FeaturePyramid) -> FeaturePyramid:
-        """The same points with new values ``[nnz, E]``. Waits for a GPU, to see where images begin.
+        """Encodes a pyramid. On a GPU this synchronizes, to check that points are sorted by image.
+
+        Args:
+            pyramid: points with values ``[nnz, E]``, sorted by image.
+
+        Returns:
+            the same points with new values ``[nnz, E]``.
 
         Raises:
-            ValueError: embeddings of another width, points that are not sorted by image, or what
-                the attention refuses.
+            ValueError: the values have another width, points are not sorted by image, or the
+                attention refuses its arguments.
         """
         if not isinstance(pyramid, FeaturePyramid):
             refuse("pyramid", "a FeaturePyramid", pyramid)
@@ -87,8 +129,10 @@ class Encoder(nn.Module):
         positions = pyramid.positions(pyramid.values.dtype)
         offsets = pyramid.batch_offsets()
         attention: Any = self.layers[0].attention
-        where = (pyramid, positions, offsets, attention.make_plan(positions, offsets, pyramid))
+        plan = attention.make_plan(positions, offsets, pyramid)
         values = pyramid.values
         for layer in self.layers:
-            values = call(layer, values, *where, again=self.checkpoint)
+            values = run_layer(
+                layer, values, pyramid, positions, offsets, plan, checkpoint=self.checkpoint
+            )
         return pyramid.with_values(self.norm(values))

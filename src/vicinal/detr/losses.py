@@ -1,27 +1,36 @@
-"""What a detector is trained on: class, distance and overlap of matched predictions."""
+"""The training loss of a detector: classes, distance and overlap of matched predictions."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributed as dist
 
 from .._utils.checks import check_range, check_tensor, reads_contents, refuse
 from .boxes import generalized_iou, iou, relative_l1
-from .focal import sigmoid_focal_loss, varifocal_loss
-from .matching import Matches
-from .targets import Predictions, Targets, check_pair
-from .weights import Weights
+from .detector import DetectorOutput
+from .focal import LossWeights, sigmoid_focal_loss, varifocal_loss
+from .matching import HungarianMatcher, assign_points_to_boxes
+from .structures import Matches, Predictions, Targets, check_predictions_and_targets
 
 
-class LossParts(NamedTuple):
-    """Weighted parts of a loss, scalars each; what is minimised is their sum.
+class LossTerms(NamedTuple):
+    """The weighted terms of a `DetectionLoss`; training minimizes their sum.
 
     Attributes:
-        classes: focal loss of all predictions.
-        l1: distance of matched boxes from their objects'.
-        giou: one less the GIoU of matched boxes and their objects'.
+        classes: scalar, the focal loss of all predictions.
+        l1: scalar, the relative L1 distance of matched boxes from those of their objects.
+        giou: scalar, one minus the generalized IoU of matched boxes and those of their objects.
+
+    Example:
+        ```python
+        import torch
+        from vicinal.detr import LossTerms
+
+        terms = LossTerms(torch.tensor(1.0), torch.tensor(2.0), torch.tensor(3.0))
+        assert sum(terms).item() == 6
+        ```
     """
 
     classes: Tensor
@@ -30,15 +39,38 @@ class LossParts(NamedTuple):
 
 
 @dataclass(frozen=True)
-class DetectionLoss(Weights):
-    """Focal loss of the classes, L1 and GIoU of the boxes (Carion et al. 2020, Zhu et al. 2021).
+class DetectionLoss(LossWeights):
+    """Focal loss of the classes, L1 and generalized IoU loss of the boxes.
 
-    Predictions that are matched with an object have its class, all others none. All is computed in
-    float32 at least, under autocast too. For further arguments and refusals see `Weights`.
+    The loss of DETR (Carion et al., "End-to-End Object Detection with Transformers", 2020) with the
+    focal loss of Deformable DETR (Zhu et al., 2021). Matched predictions have the class of their
+    object, all others are background. It is computed in at least float32, under autocast too.
 
     Args:
-        quality: the score of a matched prediction is to be the IoU of its box with its object's,
-            not 1 (`varifocal_loss`, Zhang et al. 2021).
+        class_weight: weight of the focal loss of the classes; default 2.
+        l1_weight: weight of the L1 distance relative to the object's size (`relative_l1`);
+            default 5.
+        giou_weight: weight of the generalized IoU loss; default 2.
+        alpha: weight of the positive class in the focal loss; default 0.25.
+        gamma: focusing parameter of the focal loss; default 2.
+        quality: the target score of a matched prediction is the IoU of its box with that of its
+            object (`varifocal_loss`), not 1; default False.
+
+    Raises:
+        ValueError: a weight is negative or not finite, or ``alpha`` is above 1.
+
+    Example:
+        ```python
+        import torch
+        from vicinal.detr import DetectionLoss, Matches, Predictions, Targets
+
+        boxes = torch.tensor([[10.0, 8.0, 4.0, 6.0], [30.0, 9.0, 5.0, 5.0]])
+        predictions = Predictions(torch.zeros(2, 3), boxes, torch.tensor([0, 2]))
+        targets = Targets(boxes[:1] + 1, torch.tensor([2]), torch.tensor([0, 1]))
+        matches = Matches(prediction=torch.tensor([0]), target=torch.tensor([0]))
+        terms = DetectionLoss()(predictions, targets, matches, n_objects=1)
+        assert all(term > 0 for term in terms)
+        ```
     """
 
     quality: bool = False
@@ -49,74 +81,204 @@ class DetectionLoss(Weights):
         targets: Targets,
         matches: Matches,
         n_objects: Tensor | float,
-    ) -> LossParts:
-        """The loss of ``predictions``, of which ``matches`` answer for objects.
+    ) -> LossTerms:
+        """Computes the loss of predictions that are matched to objects.
 
         Args:
             predictions: of all images.
             targets: the objects of the same images.
-            matches: from `HungarianMatcher`, or `Matches.inside` for one-to-many supervision; no
-                prediction twice.
-            n_objects: what the sums are divided by, see `mean_objects`.
+            matches: from `HungarianMatcher`, or from `Matches.from_assignment` for one-to-many
+                supervision; each prediction occurs at most once.
+            n_objects: the divisor of all sums, see `mean_object_count`.
+
+        Returns:
+            weighted scalars.
 
         Raises:
-            ValueError: predictions and targets that do not fit each other (`check_targets`), or
-                matches that are not theirs.
+            ValueError: predictions or targets are not valid (`check_predictions`,
+                `check_targets`) or not of the same images, or matches are out of range.
         """
-        check_pair(predictions, targets)
+        check_predictions_and_targets(predictions, targets)
         _check_matches(matches, predictions, targets)
-        boxes, to = predictions.boxes[matches.prediction], targets.boxes[matches.target]
-        classes = self._classes(predictions, targets, matches, boxes, to)
-        return LossParts(
+        boxes = predictions.boxes[matches.prediction]
+        target_boxes = targets.boxes[matches.target]
+        classes = self._class_loss(predictions.logits, targets.labels, matches, boxes, target_boxes)
+        return LossTerms(
             self.class_weight * classes.sum() / n_objects,
-            self.l1_weight * relative_l1(boxes, to).sum() / n_objects,
-            self.giou_weight * (1 - generalized_iou(boxes, to)).sum() / n_objects,
+            self.l1_weight * relative_l1(boxes, target_boxes).sum() / n_objects,
+            self.giou_weight * (1 - generalized_iou(boxes, target_boxes)).sum() / n_objects,
         )
 
-    def _classes(
+    def _class_loss(
         self,
-        predictions: Predictions,
-        targets: Targets,
+        logits: Tensor,
+        target_labels: Tensor,
         matches: Matches,
         boxes: Tensor,
-        to: Tensor,
+        target_boxes: Tensor,
     ) -> Tensor:
-        """``[N]``: the loss of every prediction's logits."""
-        logits = predictions.logits
+        """``[N]``, the loss of every prediction's logits; boxes are those of the matches."""
         labels = torch.full(logits.shape[:1], -1, device=logits.device)
-        labels[matches.prediction] = targets.labels[matches.target].long()
+        labels[matches.prediction] = target_labels[matches.target].long()
         if not self.quality:
             return sigmoid_focal_loss(logits, labels, self.alpha, self.gamma)
-        overlap = iou(boxes.detach(), to)
+        overlap = iou(boxes.detach(), target_boxes)
         quality = overlap.new_zeros(len(logits)).index_copy(0, matches.prediction, overlap)
         return varifocal_loss(logits, labels, quality, self.alpha, self.gamma)
+
+
+class SetCriterion(nn.Module):
+    """The training loss of a `Detector`, over all decoder layers and the candidates.
+
+    Every decoder layer is matched to the objects one to one, by a matching of its own (Carion et
+    al., "End-to-End Object Detection with Transformers", 2020). Candidates for object queries are
+    assigned one to many: every candidate inside an object's box is assigned to it, since only
+    self-attention, in the decoder, suppresses duplicates. Denoising queries know their objects.
+
+    Losses of layers are divided by the number of objects, those of candidates by the number of
+    candidates inside boxes, those of denoising queries by their number; each is averaged over the
+    processes of ``torch.distributed`` (`mean_object_count`).
+
+    Args:
+        matcher: matches predictions of decoder layers to objects; None (default):
+            ``HungarianMatcher()``.
+        loss: of decoder layers and denoising queries; None (default): ``DetectionLoss()``.
+        candidate_loss: of candidates; None (default): ``loss``.
+
+    Example:
+        ```python
+        import torch
+        from vicinal import FeaturePyramid
+        from vicinal.detr import (
+            DetectorOutput, ObjectQueries, Predictions, QuerySelectionOutput, SetCriterion,
+            Targets, sum_losses,
+        )
+
+        pyramid = FeaturePyramid(
+            torch.randn(2, 8), torch.tensor([[0, 1, 1, 0], [0, 3, 2, 0]]), ((4, 4),), 1
+        )
+        boxes, offsets = torch.tensor([[1.5, 1.5, 2, 2], [3.5, 2.5, 2, 2]]), torch.tensor([0, 2])
+        predictions = Predictions(torch.zeros(2, 3, requires_grad=True), boxes, offsets)
+        queries = ObjectQueries(pyramid.values, boxes, pyramid.levels, offsets)
+        rows = torch.arange(2)
+        selection = QuerySelectionOutput(queries, predictions, pyramid.positions(), rows, rows)
+        output = DetectorOutput(pyramid, selection, [predictions], [queries])
+
+        targets = Targets(torch.tensor([[1.0, 1, 2, 2]]), torch.tensor([2]), torch.tensor([0, 1]))
+        losses = SetCriterion()(output, targets)
+        assert "layer 0 giou" in losses
+        sum_losses(losses).backward()
+        ```
+    """
+
+    def __init__(
+        self,
+        matcher: HungarianMatcher | None = None,
+        loss: DetectionLoss | None = None,
+        candidate_loss: DetectionLoss | None = None,
+    ) -> None:
+        super().__init__()
+        self.matcher = HungarianMatcher() if matcher is None else matcher
+        self.loss = DetectionLoss() if loss is None else loss
+        self.candidate_loss = self.loss if candidate_loss is None else candidate_loss
+
+    def forward(self, output: DetectorOutput, targets: Targets) -> dict[str, Tensor]:
+        """Computes all losses; training minimizes their sum, see `sum_losses`.
+
+        Args:
+            output: of a `Detector`.
+            targets: the objects of the same images, in the same units.
+
+        Returns:
+            weighted scalars by name: ``"candidates ..."``, ``"layer i ..."`` and, with denoising
+            queries, ``"denoising i ..."``, each for ``classes``, ``l1`` and ``giou``.
+
+        Raises:
+            ValueError: targets are not valid (`check_targets`) or not of the same images, or
+                predictions are not finite.
+        """
+        if not isinstance(output, DetectorOutput):
+            refuse("output", "a DetectorOutput", output)
+        candidates, device = output.selection.candidates, output.layers[0].logits.device
+        assignment = assign_points_to_boxes(output.selection.positions, candidates.offsets, targets)
+        inside = Matches.from_assignment(assignment)
+        n_objects = mean_object_count(len(targets.labels), device)
+        n_inside = mean_object_count(len(inside.prediction), device)
+        terms = {"candidates": self.candidate_loss(candidates, targets, inside, n_inside)}
+        for index, predictions in enumerate(output.layers):
+            matches = self.matcher(predictions, targets)
+            terms[f"layer {index}"] = self.loss(predictions, targets, matches, n_objects)
+        if output.denoising is not None:
+            layers, matches = output.denoising
+            n_noisy = mean_object_count(len(matches.target), device)
+            for index, predictions in enumerate(layers):
+                terms[f"denoising {index}"] = self.loss(predictions, targets, matches, n_noisy)
+        return {
+            f"{stage} {name}": value
+            for stage, losses in terms.items()
+            for name, value in losses._asdict().items()
+        }
+
+
+def sum_losses(losses: dict[str, Tensor]) -> Tensor:
+    """Adds up all losses.
+
+    Args:
+        losses: scalars by name, as `SetCriterion` returns them.
+
+    Returns:
+        a scalar, to be minimized.
+
+    Example:
+        ```python
+        import torch
+        from vicinal.detr import sum_losses
+
+        assert sum_losses({"a": torch.tensor(1.0), "b": torch.tensor(2.0)}).item() == 3
+        ```
+    """
+    return torch.stack(list(losses.values())).sum()
+
+
+def mean_object_count(n: Tensor | int, device: torch.device) -> Tensor:
+    """Computes the mean number of objects per process, the divisor of a loss.
+
+    ``torch.distributed`` averages gradients over processes. Losses that are divided by the mean
+    number of objects weigh every object equally, whichever process has it. With an initialized
+    process group this is a collective operation: all processes have to call it.
+
+    Args:
+        n: the number of objects of this process.
+        device: of the result.
+
+    Returns:
+        a float32 scalar: the number of objects of all processes, at least 1, divided by the number
+        of processes.
+
+    Example:
+        ```python
+        import torch
+        from vicinal.detr import mean_object_count
+
+        assert mean_object_count(5, torch.device("cpu")).item() == 5
+        assert mean_object_count(0, torch.device("cpu")).item() == 1
+        ```
+    """
+    count = torch.as_tensor(n, dtype=torch.float32, device=device).clone()
+    if not (dist.is_available() and dist.is_initialized()):
+        return count.clamp(min=1)
+    dist.all_reduce(count)
+    # Clamped before the division: after it, a single object on two processes would count half.
+    return count.clamp(min=1) / dist.get_world_size()
 
 
 def _check_matches(matches: Matches, predictions: Predictions, targets: Targets) -> None:
     if not isinstance(matches, Matches):
         refuse("matches", "Matches", matches)
-    rows = {"prediction": len(predictions.logits), "target": len(targets.labels)}
+    n_rows = {"prediction": len(predictions.logits), "target": len(targets.labels)}
     device = predictions.logits.device
-    for (name, n), indices in zip(rows.items(), matches, strict=True):
-        pairs: list[int | str] = ["K"] if name == "prediction" else [len(matches.prediction)]
-        check_tensor(f"matches.{name}", indices, pairs, kind="integer", device=device)
+    for (name, n), indices in zip(n_rows.items(), matches, strict=True):
+        shape: list[int | str] = ["K"] if name == "prediction" else [len(matches.prediction)]
+        check_tensor(f"matches.{name}", indices, shape, kind="integer", device=device)
         if reads_contents(None, device):
             check_range(f"matches.{name}", indices, n)
-
-
-def mean_objects(n: Tensor | int, device: torch.device) -> Tensor:
-    """The number of objects per process, of at least 1 in all: what a loss is divided by.
-
-    Where processes train together (``torch.distributed``), their gradients are averaged; divided
-    by the mean, losses weigh every object alike, whichever process has it. All of them have to
-    call this, each with its own ``n``.
-
-    Returns:
-        a float32 scalar on ``device``.
-    """
-    objects = torch.as_tensor(n, dtype=torch.float32, device=device).clone()
-    if not (dist.is_available() and dist.is_initialized()):
-        return objects.clamp(min=1)
-    dist.all_reduce(objects)
-    # At least 1 before it is shared out, or one object on two processes would count half.
-    return objects.clamp(min=1) / dist.get_world_size()

@@ -1,80 +1,99 @@
-"""Which prediction answers for which object: one to one, or all points inside a box."""
+"""Assignment of predictions to objects: one to one, or one to many."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._utils.checks import check_finite, check_offsets, check_tensor, reads_contents, refuse
+from .._utils.ragged import offsets_from_counts
 from ..windows import coordinate_dtype
-from .boxes import corners, generalized_iou, relative_l1
-from .focal import focal_terms
-from .targets import Predictions, Targets, check_pair, check_predictions, check_targets
-from .weights import Weights
-
-
-class Matches(NamedTuple):
-    """Pairs of a prediction and the object it answers for.
-
-    Attributes:
-        prediction: int64 ``[K]``, rows of the predictions, rising.
-        target: int64 ``[K]``, rows of the targets.
-    """
-
-    prediction: Tensor
-    target: Tensor
-
-    @classmethod
-    def inside(cls, assigned: Tensor) -> "Matches":
-        """From the int64 ``[n]`` of `assign_inside`: all that have a target. Waits for a GPU."""
-        (prediction,) = torch.nonzero(assigned >= 0, as_tuple=True)
-        return cls(prediction, assigned[prediction])
+from .boxes import boxes_to_corners, generalized_iou, relative_l1
+from .focal import LossWeights, focal_terms
+from .structures import (
+    Matches,
+    Predictions,
+    Targets,
+    check_predictions,
+    check_predictions_and_targets,
+    check_targets,
+)
 
 
 @dataclass(frozen=True)
-class HungarianMatcher(Weights):
-    """Matches each object to the prediction that costs least, one to one (Carion et al. 2020).
+class HungarianMatcher(LossWeights):
+    """Matches objects to predictions one to one, at minimal total cost per image.
 
-    Within each image the sum over the matched pairs is the smallest possible of ``class_weight``
-    times what the object's class costs more than background in focal loss, plus ``l1_weight``
-    times the distance in units of the object's size (`relative_l1`), less ``giou_weight`` times
-    the GIoU. Needs ``scipy``. For arguments and refusals see `Weights`.
+    The bipartite matching of DETR (Carion et al., "End-to-End Object Detection with Transformers",
+    2020). The cost of a pair is ``class_weight`` times the focal loss of the object's class as a
+    positive minus that as a negative, plus ``l1_weight`` times the `relative_l1`, minus
+    ``giou_weight`` times the `generalized_iou`. Requires SciPy (``pip install 'vicinal[detr]'``).
+
+    Args:
+        class_weight: weight of the focal loss of the class; default 2.
+        l1_weight: weight of the L1 distance relative to the object's size; default 5.
+        giou_weight: weight of the generalized IoU; default 2.
+        alpha: weight of the positive class in the focal loss; default 0.25.
+        gamma: focusing parameter of the focal loss; default 2.
+
+    Raises:
+        ValueError: a weight is negative or not finite, or ``alpha`` is above 1.
+
+    Example:
+        ```python
+        import torch
+        from vicinal.detr import HungarianMatcher, Predictions, Targets
+
+        boxes = torch.tensor([[10.0, 8.0, 4.0, 6.0], [30.0, 9.0, 5.0, 5.0]])
+        predictions = Predictions(torch.zeros(2, 3), boxes, torch.tensor([0, 2]))
+        targets = Targets(boxes[1:] + 1, torch.tensor([2]), torch.tensor([0, 1]))
+        matches = HungarianMatcher()(predictions, targets)
+        assert matches.prediction.tolist() == [1]
+        ```
     """
 
     @torch.no_grad()
     def __call__(self, predictions: Predictions, targets: Targets) -> Matches:
-        """Matches every image's objects, or as many as it has predictions.
+        """Matches the objects of every image.
 
-        The costs of all images are found together and cross from a GPU in one transfer.
+        An image with fewer predictions than objects has as many matches as predictions. Costs of
+        all images are computed together and, from a GPU, copied to the CPU at once.
+
+        Args:
+            predictions: of all images.
+            targets: the objects of the same images.
 
         Returns:
             pairs, image by image, on the device of the predictions.
 
         Raises:
-            ValueError: predictions and targets that do not fit each other (`check_targets`), or
-                numbers in the predictions that are not finite.
-            ImportError: ``scipy`` is missing.
+            ValueError: predictions or targets are not valid (`check_predictions`,
+                `check_targets`) or not of the same images, or costs overflow.
+            ImportError: SciPy is not installed.
         """
-        check_pair(predictions, targets)
+        check_predictions_and_targets(predictions, targets)
         solve = _linear_sum_assignment()
         device = predictions.logits.device
-        edges = torch.stack((predictions.offsets, targets.offsets)).tolist()
-        prediction, target = _pairs_of_images(edges[0], edges[1], device)
+        offsets = torch.stack((predictions.offsets, targets.offsets)).tolist()
+        prediction, target = _pairs_within_images(offsets[0], offsets[1], device)
         costs = self._costs(predictions, targets, prediction, target).cpu()
         if not torch.isfinite(costs).all():
             check_predictions(predictions, check_contents=True)
             refuse("predictions", "boxes near enough for finite costs", "costs that overflow")
 
-        flat, first = costs.double().numpy(), 0
+        flat_costs, first = costs.double().numpy(), 0
         pairs = [torch.empty(2, 0, dtype=torch.int64)]
-        for (start, stop), (low, high) in zip(*map(itertools.pairwise, edges), strict=True):
-            last = first + (stop - start) * (high - low)
-            rows, columns = solve(flat[first:last].reshape(stop - start, high - low))
+        for rows, columns in _slices_per_image(*offsets):
+            shape = (rows.stop - rows.start, columns.stop - columns.start)
+            last = first + shape[0] * shape[1]
+            row, column = solve(flat_costs[first:last].reshape(shape))
             pairs.append(
-                torch.stack((torch.as_tensor(rows) + start, torch.as_tensor(columns) + low))
+                torch.stack(
+                    (torch.as_tensor(row) + rows.start, torch.as_tensor(column) + columns.start)
+                )
             )
             first = last
         return Matches(*torch.cat(pairs, 1).to(device))
@@ -82,79 +101,105 @@ class HungarianMatcher(Weights):
     def _costs(
         self, predictions: Predictions, targets: Targets, prediction: Tensor, target: Tensor
     ) -> Tensor:
-        """``[K]``: what each pair costs."""
+        """``[K]``: the cost of every pair of a row ``prediction`` and a row ``target``."""
         logits = predictions.logits[prediction, targets.labels[target]]
-        present, absent = focal_terms(logits, self.alpha, self.gamma)
-        boxes, to = predictions.boxes[prediction], targets.boxes[target]
+        positive, negative = focal_terms(logits, self.alpha, self.gamma)
+        boxes, target_boxes = predictions.boxes[prediction], targets.boxes[target]
         return (
-            self.class_weight * (present - absent)
-            + self.l1_weight * relative_l1(boxes, to)
-            - self.giou_weight * generalized_iou(boxes, to)
+            self.class_weight * (positive - negative)
+            + self.l1_weight * relative_l1(boxes, target_boxes)
+            - self.giou_weight * generalized_iou(boxes, target_boxes)
         )
 
 
-def assign_inside(positions: Tensor, offsets: Tensor, targets: Targets) -> Tensor:
-    """Assigns every position to the smallest object of its image whose box holds it.
+def assign_points_to_boxes(positions: Tensor, offsets: Tensor, targets: Targets) -> Tensor:
+    """Assigns every point to the smallest object of its image whose box contains it.
 
-    One-to-many supervision: every point inside a box answers for it. Positions on a box's border
-    are inside; of equal boxes the first counts.
+    One-to-many supervision for dense predictions, as in FCOS (Tian et al., 2019). Points on the
+    border of a box are inside; among boxes of equal volume the first is chosen.
 
     Args:
         positions: floating ``[n, P]``, in cells of the full shape.
-        offsets: integer ``[B + 1]``: image ``b`` owns the positions ``offsets[b]:offsets[b + 1]``.
-        targets: the objects.
+        offsets: integer ``[B + 1]``: image ``b`` owns the points ``offsets[b]:offsets[b + 1]``.
+        targets: the objects of the same images.
 
     Returns:
-        int64 ``[n]``, rows of the targets, -1 for positions outside all boxes.
+        int64 ``[n]``, rows of ``targets``, -1 for points outside all boxes.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit each other, and on the CPU contents
-            that cannot be right (`check_targets`).
+        ValueError: shapes, dtypes or devices do not fit, or, on the CPU, positions are not finite
+            or targets are not valid (`check_targets`).
+
+    Example:
+        ```python
+        import torch
+        from vicinal.detr import Targets, assign_points_to_boxes
+
+        targets = Targets(
+            torch.tensor([[5.0, 5.0, 4.0, 4.0]]), torch.tensor([0]), torch.tensor([0, 1])
+        )
+        points = torch.tensor([[4.0, 6.0], [9.0, 9.0]])
+        assert assign_points_to_boxes(points, torch.tensor([0, 2]), targets).tolist() == [0, -1]
+        ```
     """
-    check_tensor("positions", positions, ("n", "P"), kind="floating")
-    n, position_dim = positions.shape
-    device = positions.device
-    check_tensor("offsets", offsets, ("B + 1",), kind="integer", device=device)
-    check_targets(targets, position_dim, None, len(offsets) - 1)
-    if reads_contents(None, device):
-        check_offsets("offsets", offsets, n)
-        check_finite("positions", positions)
-    low, high = corners(targets.boxes.to(coordinate_dtype(targets.boxes.dtype)))
+    _check_points(positions, offsets, targets)
+    n, device = len(positions), positions.device
+    low, high = boxes_to_corners(targets.boxes.to(coordinate_dtype(targets.boxes.dtype)))
     order = torch.argsort((high - low).log().sum(1), stable=True)
-    # Axes and objects stand before positions, and ranks are int32: both are what runs fast.
-    n_targets, by_axis = len(order), positions.t().contiguous()[:, None]
-    low, high = low.t()[:, :, None], high.t()[:, :, None]
+    # Comparisons run fastest over contiguous points, and ranks as int32: axes and objects first.
+    n_targets, points = len(order), positions.t().contiguous()[:, None]  # [P, 1, n]
+    low, high = low.t()[:, :, None], high.t()[:, :, None]  # [P, M, 1]
     rows = torch.arange(n_targets, dtype=torch.int32, device=device)
-    rank = torch.empty_like(rows).index_copy_(0, order, rows)[:, None]
+    rank = torch.empty_like(rows).index_copy_(0, order, rows)[:, None]  # [M, 1]
 
     smallest = torch.full((n,), n_targets, dtype=torch.int32, device=device)
-    edges = torch.stack((offsets, targets.offsets)).tolist()
-    for (start, stop), (first, last) in zip(*map(itertools.pairwise, edges), strict=True):
-        if last > first:
-            place, objects = by_axis[..., start:stop], slice(first, last)
-            inside = ((low[:, objects] <= place) & (place <= high[:, objects])).all(0)
-            smallest[start:stop] = torch.where(inside, rank[objects], n_targets).amin(0)
+    for own, objects in _slices_per_image(*torch.stack((offsets, targets.offsets)).tolist()):
+        if objects.stop > objects.start:
+            position = points[..., own]
+            inside = ((low[:, objects] <= position) & (position <= high[:, objects])).all(0)
+            smallest[own] = torch.where(inside, rank[objects], n_targets).amin(0)
     return torch.cat((order, order.new_full((1,), -1)))[smallest]
 
 
-def _pairs_of_images(
+def _check_points(positions: Tensor, offsets: Tensor, targets: Targets) -> None:
+    check_tensor("positions", positions, ("n", "P"), kind="floating")
+    n, position_dim = positions.shape
+    check_tensor("offsets", offsets, ("B + 1",), kind="integer", device=positions.device)
+    check_targets(targets, position_dim, None, len(offsets) - 1)
+    if reads_contents(None, positions.device):
+        check_offsets("offsets", offsets, n)
+        check_finite("positions", positions)
+
+
+def _slices_per_image(
+    first_offsets: list[int], second_offsets: list[int]
+) -> Iterator[tuple[slice, slice]]:
+    """Each image's rows in two ragged batches."""
+    for first, second in zip(
+        itertools.pairwise(first_offsets), itertools.pairwise(second_offsets), strict=True
+    ):
+        yield slice(*first), slice(*second)
+
+
+def _pairs_within_images(
     first_offsets: list[int], second_offsets: list[int], device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """int64 ``[K]`` each: all pairs of a first row and a second row of the same image, image by
-    image, each image's first rows one after another.
+    """int64 ``[K]`` each: all pairs of a first and a second row of the same image.
+
+    Pairs are ordered by first row, then by second row.
     """
-    counts = [stop - start for start, stop in itertools.pairwise(second_offsets)]
-    sizes = [stop - start for start, stop in itertools.pairwise(first_offsets)]
-    total = sum(size * count for size, count in zip(sizes, counts, strict=True))
-    # Of every first row: how many second rows its image has, and which of them is the first.
-    per_image = torch.tensor([counts, second_offsets[:-1]], dtype=torch.int64)
-    per_row = torch.repeat_interleave(per_image, torch.tensor(sizes, dtype=torch.int64), 1).to(
-        device
+    first_counts, second_counts = (
+        [stop - start for start, stop in itertools.pairwise(offsets)]
+        for offsets in (first_offsets, second_offsets)
     )
-    count, start = per_row
-    first = torch.repeat_interleave(count, output_size=total)
-    before = count.cumsum(0) - count
-    second = torch.arange(total, device=device) + (start - before)[first]
+    n_pairs = sum(n * m for n, m in zip(first_counts, second_counts, strict=True))
+    # Of every first row: the number of second rows of its image, and the first of them.
+    per_image = torch.tensor([second_counts, second_offsets[:-1]], dtype=torch.int64)
+    repeats = torch.tensor(first_counts, dtype=torch.int64)
+    count, start = torch.repeat_interleave(per_image, repeats, 1).to(device)
+    first = torch.repeat_interleave(count, output_size=n_pairs)
+    first_pair = offsets_from_counts(count)[:-1]
+    second = torch.arange(n_pairs, device=device) + (start - first_pair)[first]
     return first, second
 
 

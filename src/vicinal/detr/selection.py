@@ -1,4 +1,4 @@
-"""Which points of the encoder become object queries."""
+"""Selection of object queries among the encoder's points."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -10,20 +10,32 @@ from .._utils.checks import as_integer, check_cells, check_counts, check_tensor,
 from .._utils.constants import constant
 from ..pyramid import FeaturePyramid
 from ..windows import level_scales
-from .heads import DetectionHead
-from .queries import ObjectQueries, best_per_image
-from .targets import Predictions
+from .layers import DetectionHead
+from .structures import ObjectQueries, Predictions, top_k_per_image
 
 
-class Selection(NamedTuple):
-    """What `QuerySelection` found.
+class QuerySelectionOutput(NamedTuple):
+    """What `QuerySelection` returns: object queries, and the candidates they were selected from.
 
     Attributes:
-        queries: the object queries, by image the best candidates first.
-        candidates: what was predicted at every point that could have been chosen.
-        positions: ``[n, P]``, where these points are, in cells of the full shape.
-        points: int64 ``[n]``, which points of the pyramid they are.
-        chosen: int64 ``[N]``, the candidate that each query came from.
+        queries: the object queries, N of them, by image and then by descending score.
+        candidates: predictions at all n points of the levels that queries are selected from.
+        positions: floating ``[n, P]``, the positions of these points, in cells of the full shape.
+        points: int64 ``[n]``, the rows of these points in the pyramid.
+        chosen: int64 ``[N]``, the candidate that each query was made from.
+
+    Example:
+        ```python
+        import torch
+        from vicinal import FeaturePyramid
+        from vicinal.detr import QuerySelection
+
+        coordinates = torch.tensor([[0, 0, 0, 0], [0, 1, 2, 0], [0, 3, 3, 0]])
+        pyramid = FeaturePyramid(torch.randn(3, 8), coordinates, ((4, 4),), batch_size=1)
+        selection = QuerySelection(embed_dim=8, n_classes=3, n_queries=2)(pyramid)
+        chosen = selection.candidates.logits[selection.chosen].amax(1)
+        assert chosen[0] >= chosen[1]
+        ```
     """
 
     queries: ObjectQueries
@@ -34,22 +46,36 @@ class Selection(NamedTuple):
 
 
 class QuerySelection(nn.Module):
-    """Scores points of the encoder and makes the best of each image object queries.
+    """Predicts objects at the encoder's points and makes the best of each image object queries.
 
-    The two stages of Deformable DETR (Zhu et al., 2021): every point of the chosen levels predicts
-    classes and a box, which begins as ``box_size`` cells around it. It trains well if every
-    point inside an object's box is to predict it (`assign_inside`).
+    The two-stage variant of Deformable DETR (Zhu et al., "Deformable DETR", 2021): every point of
+    the given levels predicts classes and a box, starting from a box of ``box_size`` cells around
+    the point. It trains well with one-to-many supervision (`assign_points_to_boxes`).
 
     Args:
-        embed_dim: E.
+        embed_dim: width of the embeddings, E.
         n_classes: number of classes, C.
-        n_queries: how many an image has at most; images with fewer points have fewer.
-        levels: whose points may be chosen; None: all.
-        position_dim: number of spatial dimensions, P.
-        box_size: of the boxes to begin with, in cells of the point's level.
+        n_queries: object queries per image; images with fewer candidates have fewer.
+        levels: the levels whose points are candidates; None (default): all.
+        position_dim: number of spatial dimensions, P; default 2.
+        box_size: size of the initial boxes, in cells of the point's level; default 4.
 
     Raises:
-        ValueError: sizes below 1, a ``box_size`` that is not positive, no or negative levels.
+        ValueError: a size is below 1, ``box_size`` is not positive, or ``levels`` is empty or has
+            negative numbers.
+
+    Example:
+        ```python
+        import torch
+        from vicinal import FeaturePyramid
+        from vicinal.detr import QuerySelection
+
+        coordinates = torch.tensor([[0, 0, 0, 0], [0, 1, 2, 0], [0, 3, 3, 0]])
+        pyramid = FeaturePyramid(torch.randn(3, 8), coordinates, ((4, 4),), batch_size=1)
+        selection = QuerySelection(embed_dim=8, n_classes=3, n_queries=2)(pyramid)
+        assert selection.queries.embeddings.shape == (2, 8)
+        assert selection.candidates.logits.shape == (3, 3)
+        ```
     """
 
     def __init__(
@@ -72,49 +98,58 @@ class QuerySelection(nn.Module):
         self.project = nn.Linear(embed_dim, embed_dim)
         self.norm = nn.LayerNorm(embed_dim)
 
-    def forward(self, pyramid: FeaturePyramid) -> Selection:
-        """Of a pyramid with embeddings ``[nnz, E]``, its points sorted by image.
+    def forward(self, pyramid: FeaturePyramid) -> QuerySelectionOutput:
+        """Selects object queries.
 
-        The number of candidates depends on contents, so a GPU is waited for.
+        On a GPU this synchronizes, since the number of candidates depends on contents.
+
+        Args:
+            pyramid: points with values ``[nnz, E]``, sorted by image.
+
+        Returns:
+            the queries, whose boxes carry no gradient, and the candidates.
 
         Raises:
-            ValueError: a pyramid of another width or number of dimensions, one that lacks a level
-                that was asked for, or points that are not sorted by image.
+            ValueError: the pyramid has another width or number of dimensions, lacks one of
+                ``levels``, or its points are not sorted by image.
         """
+        self._check(pyramid)
+        first_points = pyramid.batch_offsets()
+        points = self._candidate_points(pyramid)
+        embeddings = pyramid.values[points]
+        dtype = pyramid.values.dtype
+        positions, levels = pyramid.positions(dtype)[points], pyramid.levels[points]
+        cell_sizes = 1 / level_scales(pyramid.level_shapes, positions)
+        boxes = torch.cat((positions, self.box_size * cell_sizes[levels]), 1)
+        logits, boxes = self.head(embeddings, boxes)
+        image = pyramid.batch[points]
+        chosen, offsets = top_k_per_image(
+            logits.detach().amax(1), image, pyramid.batch_size, self.n_queries
+        )
+        queries = ObjectQueries(
+            self.norm(self.project(embeddings[chosen]).to(dtype)),  # in this dtype under autocast
+            boxes.detach()[chosen],
+            levels[chosen],
+            offsets,
+        )
+        # Points ascend, so the candidates before an image's first point are of earlier images.
+        candidates = Predictions(logits, boxes, torch.searchsorted(points, first_points))
+        return QuerySelectionOutput(queries, candidates, positions, points, chosen)
+
+    def _check(self, pyramid: FeaturePyramid) -> None:
         if not isinstance(pyramid, FeaturePyramid):
             refuse("pyramid", "a FeaturePyramid", pyramid)
         width = self.head.embed_dim
         check_tensor("pyramid.values", pyramid.values, ("nnz", width), kind="floating")
         if pyramid.position_dim != self.head.position_dim:
             refuse("pyramid", f"{self.head.position_dim} spatial dimensions", repr(pyramid))
-        first_points = pyramid.batch_offsets()
-        points = self._points(pyramid)
-        embeddings = pyramid.values[points]
-        dtype = pyramid.values.dtype
-        positions, levels = pyramid.positions(dtype)[points], pyramid.levels[points]
-        cell = 1 / level_scales(pyramid.level_shapes, positions)
-        boxes = torch.cat((positions, self.box_size * cell[levels]), 1)
-        logits, boxes = self.head(embeddings, boxes)
-        image = pyramid.batch[points]
-        chosen, offsets = best_per_image(
-            logits.detach().amax(1), image, pyramid.batch_size, self.n_queries
-        )
-        queries = ObjectQueries(
-            self.norm(self.project(embeddings[chosen]).to(dtype)),  # autocast or not
-            boxes.detach()[chosen],
-            levels[chosen],
-            offsets,
-        )
-        # Candidates rise: those before an image's first point are of earlier images.
-        candidates = Predictions(logits, boxes, torch.searchsorted(points, first_points))
-        return Selection(queries, candidates, positions, points, chosen)
+        if self.levels is not None and max(self.levels) >= pyramid.n_levels:
+            refuse("pyramid", f"levels {list(self.levels)}", repr(pyramid))
 
-    def _points(self, pyramid: FeaturePyramid) -> Tensor:
-        """int64 ``[n]``: the points of the levels that may be chosen from."""
+    def _candidate_points(self, pyramid: FeaturePyramid) -> Tensor:
+        """int64 ``[n]``: the points of the levels that queries are selected from, ascending."""
         if self.levels is None:
             return torch.arange(len(pyramid), device=pyramid.values.device)
-        if max(self.levels) >= pyramid.n_levels:
-            refuse("pyramid", f"levels {list(self.levels)}", repr(pyramid))
         wanted = constant(self.levels, pyramid.values.device)
         return torch.isin(pyramid.levels, wanted).nonzero().flatten()
 

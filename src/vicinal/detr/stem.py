@@ -1,4 +1,4 @@
-"""From raw points to a pyramid of embeddings, without sparse convolutions."""
+"""The stem: from points with raw values to a pyramid of embeddings, without convolutions."""
 
 from collections.abc import Sequence
 
@@ -14,25 +14,38 @@ from ..pyramid import FeaturePyramid
 
 
 class PointStem(nn.Module):
-    """Embeds points by what is in the cells around them, and pools them into a pyramid.
+    """Embeds points by the raw values in windows around them, and pools them into a pyramid.
 
-    Each point sees its windows of the raw values, at strides of its own, spelled out cell by cell,
-    as an image's patches are in Vision Transformers (Dosovitskiy et al., 2021); and where in its
-    cell of each level it lies, which tells the pooled points how their parts are spread.
+    The features of a point are the raw values of all cells of its windows, concatenated as the
+    pixels of a patch are in Vision Transformers (Dosovitskiy et al., "An Image is Worth 16x16
+    Words", 2021), and its position within the cell that contains it at each level. A small network
+    maps them to an embedding; embeddings of the points of a cell are averaged.
 
-    For values of few channels: it stores ``points x cells of the windows x channels``.
+    Intended for values of few channels: memory grows with points x window cells x channels.
 
     Args:
-        in_channels: of the raw values.
-        embed_dim: E.
-        strides: of the pyramid's levels, in cells of the grid.
-        window_sizes: odd width of the window that a point sees at each of ``window_strides``.
-        window_strides: strides of the windows' cells, of which the first is 1.
-        position_dim: number of spatial dimensions, P.
+        in_channels: number of channels of the raw values.
+        embed_dim: width of the embeddings, E.
+        strides: strides of the pyramid's levels, in cells of the grid; default (1, 2, 4, 8).
+        window_sizes: odd width of each window, in cells of its stride; default (7, 7).
+        window_strides: stride of each window's cells; the first is 1. Default (1, 2).
+        position_dim: number of spatial dimensions, P; default 2.
 
     Raises:
-        ValueError: sizes below 1, windows that are not odd or not one per stride, a first window
-            of another stride than 1.
+        ValueError: a number is below 1, a window size is even, there is not one window size per
+            window stride, or the first window stride is not 1.
+
+    Example:
+        ```python
+        import torch
+        from vicinal.detr import PointStem
+
+        stem = PointStem(in_channels=1, embed_dim=8, strides=(1, 2))
+        coordinates = torch.tensor([[0, 3, 4], [0, 3, 5], [1, 7, 7]])  # image, row, column
+        pyramid = stem(coordinates, torch.rand(3, 1), spatial_shape=(8, 8), batch_size=2)
+        assert pyramid.level_shapes == ((8, 8), (4, 4))
+        assert pyramid.embed_dim == 8
+        ```
     """
 
     def __init__(
@@ -46,26 +59,15 @@ class PointStem(nn.Module):
     ) -> None:
         super().__init__()
         check_counts(in_channels=in_channels, embed_dim=embed_dim, position_dim=position_dim)
-        for name, numbers in {
-            "strides": strides,
-            "window_sizes": window_sizes,
-            "window_strides": window_strides,
-        }.items():
-            if not numbers or any(not isinstance(n, int) or n < 1 for n in numbers):
-                refuse(name, "integers of at least 1", str(list(numbers)))
-        if window_strides[0] != 1:
-            refuse("window_strides", "strides that begin with 1", str(list(window_strides)))
-        if len(window_sizes) != len(window_strides) or any(n % 2 == 0 for n in window_sizes):
-            expected = f"an odd width for each of {len(window_strides)} window_strides"
-            refuse("window_sizes", expected, str(list(window_sizes)))
+        _check_windows(strides, window_sizes, window_strides)
         self.in_channels, self.position_dim = in_channels, position_dim
         self.strides, self.window_strides = tuple(strides), tuple(window_strides)
         self.window_sizes = tuple(window_sizes)
-        slots = sum(size**position_dim for size in self.window_sizes)
-        # Of each cell its values and whether it exists.
-        features = slots * (in_channels + 1) + position_dim * len(self.strides)
+        n_cells = sum(size**position_dim for size in self.window_sizes)
+        # Each cell has its values and a flag for whether it is stored.
+        n_features = n_cells * (in_channels + 1) + position_dim * len(self.strides)
         self.layers = nn.Sequential(
-            nn.Linear(features, embed_dim),
+            nn.Linear(n_features, embed_dim),
             nn.GELU(),
             nn.Linear(embed_dim, embed_dim),
             nn.GELU(),
@@ -76,28 +78,22 @@ class PointStem(nn.Module):
     def forward(
         self, coordinates: Tensor, values: Tensor, spatial_shape: Sequence[int], batch_size: int
     ) -> FeaturePyramid:
-        """A pyramid with embeddings ``[nnz, E]``, sorted by image.
+        """Builds a pyramid from points.
 
         Args:
-            coordinates: integer ``[n, P + 1]``: image, then cell along each axis of the grid.
-                Points that share a cell are pooled.
-            values: ``[n, in_channels]``.
-            spatial_shape: sizes of the grid.
+            coordinates: integer ``[n, P + 1]``: image, then the cell along each axis of the grid.
+                Values of points that share a cell are averaged.
+            values: floating ``[n, in_channels]``.
+            spatial_shape: P sizes of the grid.
             batch_size: number of images.
+
+        Returns:
+            a pyramid with embeddings ``[nnz, E]`` in the dtype of ``values``, sorted by image.
 
         Raises:
             ValueError: shapes, dtypes or devices do not fit, or points lie outside the grid.
         """
-        if not isinstance(spatial_shape, Sequence) or len(spatial_shape) != self.position_dim:
-            refuse("spatial_shape", f"{self.position_dim} sizes", spatial_shape)
-        check_tensor("values", values, ("n", self.in_channels), kind="floating")
-        check_tensor(
-            "coordinates",
-            coordinates,
-            (len(values), self.position_dim + 1),
-            kind="integer",
-            device=values.device,
-        )
+        self._check_points(coordinates, values, spatial_shape)
         raw = FeaturePyramid.from_points(
             coordinates,
             torch.cat((values, values.new_ones(len(values), 1)), 1),
@@ -107,9 +103,9 @@ class PointStem(nn.Module):
         )
         points = (raw.levels == 0).nonzero().flatten()
         cells = raw.coordinates[points, :-1]
-        seen = torch.cat((self._windows(raw, points), self._places(cells, values)), 1)
+        features = torch.cat((self._windows(raw, points), self._cell_offsets(cells, values)), 1)
         pyramid = FeaturePyramid.from_points(
-            cells, self.layers(seen), spatial_shape, batch_size, strides=self.strides
+            cells, self.layers(features), spatial_shape, batch_size, strides=self.strides
         )
         # Embeddings have the dtype of the values, under autocast too.
         mixed = values.new_empty(pyramid.values.shape)
@@ -118,8 +114,17 @@ class PointStem(nn.Module):
             mixed = mixed.index_copy(0, rows, mix(pyramid.values[rows]).to(mixed.dtype))
         return pyramid.with_values(self.norm(mixed))
 
+    def _check_points(
+        self, coordinates: Tensor, values: Tensor, spatial_shape: Sequence[int]
+    ) -> None:
+        if not isinstance(spatial_shape, Sequence) or len(spatial_shape) != self.position_dim:
+            refuse("spatial_shape", f"{self.position_dim} sizes", spatial_shape)
+        check_tensor("values", values, ("n", self.in_channels), kind="floating")
+        shape = (len(values), self.position_dim + 1)
+        check_tensor("coordinates", coordinates, shape, kind="integer", device=values.device)
+
     def _windows(self, raw: FeaturePyramid, points: Tensor) -> Tensor:
-        """``[n, cells of the windows * (channels + 1)]``, zero where nothing is stored."""
+        """``[n, window cells * (channels + 1)]``, the raw values, zero in empty cells."""
         positions, image = raw.positions(raw.values.dtype)[points], raw.batch[points]
         offsets = offsets_from_ids(image, raw.batch_size)
         plan = plan_neighborhoods(positions, offsets, raw, self.window_sizes, check_contents=False)
@@ -129,8 +134,28 @@ class PointStem(nn.Module):
         windows = raw.values.new_zeros(len(points), plan.window_slots, raw.embed_dim)
         return windows.index_put((row, slot), raw.values[point]).flatten(1)
 
-    def _places(self, cells: Tensor, like: Tensor) -> Tensor:
-        """``[n, P * levels]``: where in its cell of each level a point is, from -1/2 to 1/2."""
+    def _cell_offsets(self, cells: Tensor, like: Tensor) -> Tensor:
+        """``[n, P * levels]``: offsets from the center of the point's cell at each level.
+
+        In units of that level's cells, in (-1/2, 1/2).
+        """
         strides = constant(self.strides, cells.device)
-        place = cells[:, 1:, None] % strides
-        return ((place.to(like.dtype) + 0.5) / strides - 0.5).flatten(1)
+        remainder = cells[:, 1:, None] % strides
+        return ((remainder.to(like.dtype) + 0.5) / strides - 0.5).flatten(1)
+
+
+def _check_windows(
+    strides: Sequence[int], window_sizes: Sequence[int], window_strides: Sequence[int]
+) -> None:
+    for name, numbers in {
+        "strides": strides,
+        "window_sizes": window_sizes,
+        "window_strides": window_strides,
+    }.items():
+        if not numbers or any(not isinstance(n, int) or n < 1 for n in numbers):
+            refuse(name, "integers of at least 1", str(list(numbers)))
+    if window_strides[0] != 1:
+        refuse("window_strides", "strides that begin with 1", str(list(window_strides)))
+    if len(window_sizes) != len(window_strides) or any(n % 2 == 0 for n in window_sizes):
+        expected = f"an odd width for each of {len(window_strides)} window_strides"
+        refuse("window_sizes", expected, str(list(window_sizes)))

@@ -1,28 +1,34 @@
-"""Object queries: ragged batches, the best of each image, and what is no set of queries."""
+"""Ragged batches: offsets, the best rows of each image, matches, and checks."""
 
 import itertools
 from typing import Any
 
 import pytest
 import torch
-from detr_scenes import EMBED, make_queries, offsets_from_ids, refused
+from detr_scenes import (
+    EMBED,
+    make_queries,
+    offsets_from_counts,
+    refused,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
 from vicinal._utils.ragged import batch_ids
-from vicinal.detr.queries import best_per_image, check_queries
+from vicinal.detr import Matches
+from vicinal.detr.structures import check_object_queries, top_k_per_image
 
 COUNTS = st.lists(st.integers(0, 5), max_size=5)
 
 
 @given(COUNTS, st.integers(1, 6), st.integers(0, 100))
-def test_the_best_of_each_image_as_sorting_each_alone_finds_them(
+def test_top_k_per_image_matches_sorting_each_image(
     counts: list[int], n_best: int, seed: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
-    offsets = offsets_from_ids(counts)
+    offsets = offsets_from_counts(counts)
     scores = torch.randint(4, (sum(counts),), generator=generator).float()  # with many ties
-    chosen, chosen_offsets = best_per_image(
+    chosen, chosen_offsets = top_k_per_image(
         scores, batch_ids(offsets, len(scores)), len(counts), n_best
     )
     expected = [
@@ -30,10 +36,10 @@ def test_the_best_of_each_image_as_sorting_each_alone_finds_them(
         for first, last in itertools.pairwise(offsets.tolist())
     ]
     assert chosen.tolist() == [row for rows in expected for row in rows]
-    assert chosen_offsets.tolist() == offsets_from_ids(list(map(len, expected))).tolist()
+    assert chosen_offsets.tolist() == offsets_from_counts(list(map(len, expected))).tolist()
 
 
-def test_positions_are_the_centres_of_the_boxes() -> None:
+def test_positions_are_the_centers_of_the_boxes() -> None:
     queries = make_queries([2, 1], 3)
     assert torch.equal(queries.positions, queries.boxes[:, :3])
 
@@ -58,14 +64,21 @@ def test_positions_are_the_centres_of_the_boxes() -> None:
         ("queries.groups", torch.zeros(4, dtype=torch.int64)),
     ],
 )
-def test_what_is_no_set_of_queries_is_refused_by_name(argument: str, wrong: Any) -> None:
+def test_invalid_queries_are_refused_by_name(argument: str, wrong: Any) -> None:
     queries = make_queries([2, 1])
-    check_queries(queries, EMBED, 2)
+    check_object_queries(queries, EMBED, 2)
     changed = queries._replace(**{argument.removeprefix("queries."): wrong})
     with refused(argument):
-        check_queries(changed, EMBED, 2)
+        check_object_queries(changed, EMBED, 2)
 
 
-def test_something_else_than_queries_is_refused() -> None:
+def test_other_types_are_refused() -> None:
     with refused("queries"):
-        check_queries(tuple(make_queries([1])), EMBED, 2)  # type: ignore[arg-type]
+        check_object_queries(tuple(make_queries([1])), EMBED, 2)  # type: ignore[arg-type]
+
+
+def test_matches_from_an_assignment() -> None:
+    matches = Matches.from_assignment(torch.tensor([-1, 3, 0, -1, 3]))
+    assert matches.prediction.tolist() == [1, 2, 4]
+    assert matches.target.tolist() == [3, 0, 3]
+    assert not any(map(len, Matches.from_assignment(torch.tensor([-1, -1]))))

@@ -1,4 +1,4 @@
-"""What a trained detector finds on canvases, how well, and where it looks."""
+"""Detections of a trained detector, their average precision and their attention weights."""
 
 from __future__ import annotations
 
@@ -11,40 +11,41 @@ from torch import Tensor
 from examples.digits.evaluation import AveragePrecision, average_precision
 from examples.digits.model import STRIDES, DigitDetector
 from examples.digits.scenes import Batch
-from vicinal.detr import DecoderLayer, Detections, DetectorOutput, detections
+from vicinal.detr import DecoderLayer, Detections, DetectorOutput, select_detections
 from vicinal.visualize import AttentionRecord
 
 
 @torch.no_grad()
-def find(model: DigitDetector, batch: Batch) -> tuple[Detections, DetectorOutput]:
-    """The digits that were found, boxes in cells of the canvas, and what they came from."""
+def detect(model: DigitDetector, batch: Batch) -> tuple[Detections, DetectorOutput]:
+    """Detects digits; returns detections in cells of the canvas, and the detector's output."""
     output = model.eval().detect(batch)
-    found = detections(output.layers[-1])
+    found = select_detections(output.layers[-1])
     return found._replace(boxes=found.boxes * STRIDES[0]), output
 
 
 def evaluate(
-    model: DigitDetector, batches: Callable[[range], Batch], n_canvases: int, at_once: int
+    model: DigitDetector, batches: Callable[[range], Batch], n_canvases: int, batch_size: int
 ) -> AveragePrecision:
-    """On the first ``n_canvases``, of which ``at_once`` are looked at together."""
-    found, there = [], []
-    for first in range(0, n_canvases, at_once):
-        batch = batches(range(first, min(first + at_once, n_canvases)))
-        found.append(find(model, batch)[0])
-        there.append(batch)
-    return average_precision(found, there)
+    """Evaluates the first ``n_canvases`` canvases, in batches of ``batch_size``."""
+    found, targets = [], []
+    for first in range(0, n_canvases, batch_size):
+        batch = batches(range(first, min(first + batch_size, n_canvases)))
+        found.append(detect(model, batch)[0])
+        targets.append(batch)
+    return average_precision(found, targets)
 
 
 @torch.no_grad()
-def attended(
-    model: DigitDetector, output: DetectorOutput, found: Detections, least_score: float
+def attention_records(
+    model: DigitDetector, output: DetectorOutput, found: Detections, min_score: float
 ) -> list[AttentionRecord]:
-    """What the surest detections attended to in the decoder's last layer, image by image.
+    """Records the attention of confident detections in the last decoder layer, per image.
 
     Args:
-        model: that made ``output``.
-        output: of `find`, as is ``found``.
-        least_score: of the detections to look at.
+        model: the detector.
+        output: from `detect`.
+        found: from `detect`.
+        min_score: minimum score of the detections to record.
     """
     layer, queries = model.detector.decoder.layers[-1], output.queries[-1]
     assert isinstance(layer, DecoderLayer)
@@ -72,10 +73,10 @@ def attended(
             scores=found.scores[chosen],
         )
 
-    return [record(image, rows) for image, rows in enumerate(surest(found, least_score))]
+    return [record(image, rows) for image, rows in enumerate(confident_rows(found, min_score))]
 
 
-def surest(found: Detections, least_score: float) -> Iterable[Tensor]:
-    """Rows of ``found`` with at least that score, int64, for each image."""
+def confident_rows(found: Detections, min_score: float) -> Iterable[Tensor]:
+    """Yields the rows of ``found`` with at least ``min_score``, int64, for each image."""
     for start, stop in zip(found.offsets, found.offsets[1:], strict=False):
-        yield (found.scores[start:stop] >= least_score).nonzero().squeeze(1) + start
+        yield (found.scores[start:stop] >= min_score).nonzero().squeeze(1) + start

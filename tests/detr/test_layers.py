@@ -1,4 +1,4 @@
-"""Self-attention of object queries against loops over images, and what it keeps apart."""
+"""Feed-forward parts, detection heads and self-attention, against formulas and loops."""
 
 import math
 from collections.abc import Sequence
@@ -6,13 +6,142 @@ from typing import Any
 
 import pytest
 import torch
-from detr_scenes import EMBED, HEADS, make_queries, offsets_from_ids, refused, spans, stir
+from detr_scenes import (
+    CLASSES,
+    EMBED,
+    HEADS,
+    make_queries,
+    offsets_from_counts,
+    refused,
+    spans,
+    stir,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from problems import assert_close, rotate_by_hand
 from torch import Tensor
 
-from vicinal.detr import ObjectQueries, QuerySelfAttention
+from vicinal.detr import DetectionHead, FeedForward, ObjectQueries, QuerySelfAttention
+
+
+def start(position_dim: int = 2) -> tuple[DetectionHead, Tensor, Tensor]:
+    queries = make_queries([40], position_dim)
+    head = DetectionHead(EMBED, CLASSES, position_dim).double()
+    return head, queries.embeddings.detach(), queries.boxes.detach()
+
+
+@pytest.mark.parametrize("position_dim", [1, 2, 3])
+def test_a_new_head_keeps_boxes_and_has_low_scores(
+    position_dim: int,
+) -> None:
+    head, embeddings, boxes = start(position_dim)
+    logits, refined = head(embeddings, boxes)
+    assert torch.equal(refined, boxes)
+    assert logits.shape == (40, CLASSES)
+    assert 0.005 < float(logits.detach().sigmoid().median()) < 0.02
+    assert_close(head(0 * embeddings, boxes)[0].sigmoid(), torch.full_like(logits, 0.01), 1e-6)
+
+
+def test_reset_parameters_reinitializes_a_head() -> None:
+    head, embeddings, boxes = start()
+    head.reset_parameters()
+    before = {name: x.clone() for name, x in head.state_dict().items()}
+    stir(head)
+    head.reset_parameters()
+    assert torch.equal(head(embeddings, boxes)[1], boxes)
+    assert_close(head.classes.bias, torch.full_like(head.classes.bias, -math.log(99)), 1e-6)
+    constant = {"classes.bias", "box.4.weight", "box.4.bias"}
+    for name, x in head.state_dict().items():
+        assert torch.equal(x, before[name]) == (name in constant), name
+
+
+def test_a_head_moves_boxes_relative_to_their_size() -> None:
+    head, embeddings, boxes = start(3)
+    stir(head)
+    logits, refined = head(embeddings, boxes)
+    deltas = head.box(embeddings)
+    assert_close(logits, embeddings @ head.classes.weight.T + head.classes.bias, 1e-12)
+    for axis in range(3):
+        center, size = boxes[:, axis], boxes[:, 3 + axis]
+        assert_close(refined[:, axis], center + deltas[:, axis] * size, 1e-12)
+        assert_close(refined[:, 3 + axis], size * deltas[:, 3 + axis].exp(), 1e-12)
+
+
+def test_a_head_of_far_boxes_keeps_their_dtype_under_autocast() -> None:
+    head, embeddings, boxes = start()
+    head, boxes = head.float(), boxes.float() + torch.tensor([1000.25, 0, 0, 0])
+    with torch.autocast("cpu", torch.bfloat16):
+        _, refined = head(embeddings.float(), boxes)
+    assert refined.dtype == torch.float32
+    assert torch.equal(refined, boxes)
+
+
+def test_a_head_of_no_embeddings() -> None:
+    head, embeddings, boxes = start()
+    logits, refined = head(embeddings[:0], boxes[:0])
+    assert logits.shape == (0, CLASSES)
+    assert refined.shape == (0, 4)
+
+
+@pytest.mark.parametrize("argument", ["embed_dim", "n_classes", "position_dim"])
+@pytest.mark.parametrize("wrong", [0, 1.5])
+def test_invalid_sizes_of_a_head_are_refused(argument: str, wrong: Any) -> None:
+    sizes: dict[str, Any] = {"embed_dim": EMBED, "n_classes": CLASSES, "position_dim": 2}
+    with refused(argument):
+        DetectionHead(**sizes | {argument: wrong})
+
+
+def test_embeddings_and_boxes_that_do_not_fit_a_head_are_refused() -> None:
+    head, embeddings, boxes = start()
+    with refused("embeddings"):
+        head(embeddings[:, 1:], boxes)
+    with refused("boxes"):
+        head(embeddings, boxes[1:])
+    with refused("boxes"):
+        head(embeddings, boxes[:, 1:])
+    with refused("boxes"):
+        head(embeddings, boxes.long())
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_feed_forward_matches_its_formula(norm_first: bool) -> None:
+    part = FeedForward(EMBED, 12, norm_first=norm_first).double()
+    stir(part)
+    x = torch.randn(5, EMBED, dtype=torch.float64)
+    first, second = part.layers[0], part.layers[3]
+    hidden = first(part.norm(x) if norm_first else x)
+    out = x + second(hidden * (1 + torch.erf(hidden / math.sqrt(2))) / 2)
+    assert_close(part(x), out if norm_first else part.norm(out), 1e-12)
+
+
+def test_feed_forward_default_width_and_dropout() -> None:
+    part, x = FeedForward(EMBED, dropout=0.5), torch.randn(5, EMBED)
+    assert part.layers[0].out_features == 4 * EMBED
+    assert not torch.equal(part(x), part(x))
+    part.eval()
+    assert torch.equal(part(x), part(x))
+
+
+@pytest.mark.parametrize(
+    ("argument", "options"),
+    [
+        ("embed_dim", {"embed_dim": 0}),
+        ("hidden_dim", {"hidden_dim": 0}),
+        ("hidden_dim", {"hidden_dim": 2.5}),
+        ("dropout", {"dropout": -0.1}),
+    ],
+)
+def test_invalid_options_of_feed_forward_are_refused(
+    argument: str, options: dict[str, Any]
+) -> None:
+    with refused(argument):
+        FeedForward(**{"embed_dim": EMBED} | options)
+
+
+def test_feed_forward_refuses_another_width() -> None:
+    with refused("x"):
+        FeedForward(EMBED)(torch.zeros(2, EMBED + 1))
+
 
 EXACT = 1e-12
 
@@ -24,9 +153,7 @@ def make_attention(position_dim: int = 2, **options: Any) -> QuerySelfAttention:
 
 
 def by_hand(attention: QuerySelfAttention, queries: ObjectQueries) -> Tensor:
-    """Query by query over those that it sees; positions turn pairs of channels as complex
-    numbers.
-    """
+    """Loops over queries; rotary encodings rotate pairs of channels as complex numbers."""
     x = attention.norm(queries.embeddings) if attention.norm_first else queries.embeddings
     parts = attention.in_proj(x).chunk(3, -1)
     q, k, v = (part.unflatten(-1, (HEADS, -1)) for part in parts)
@@ -54,7 +181,7 @@ def differentiated(out: Tensor, queries: ObjectQueries, *more: Tensor) -> tuple[
 @pytest.mark.parametrize("norm_first", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("position_dim", [1, 2, 3])
-def test_is_attention_among_the_queries_of_an_image(
+def test_self_attention_matches_loops_over_images(
     position_dim: int, bias: bool, norm_first: bool
 ) -> None:
     attention = make_attention(position_dim, bias=bias, norm_first=norm_first)
@@ -75,7 +202,9 @@ def test_is_attention_among_the_queries_of_an_image(
     st.integers(0, 100),
     st.booleans(),
 )
-def test_of_any_images_and_groups(counts: list[int], seed: int, grouped: bool) -> None:
+def test_self_attention_of_any_images_and_groups(
+    counts: list[int], seed: int, grouped: bool
+) -> None:
     attention, queries = make_attention(), make_queries(counts, seed=seed)
     if grouped:
         generator = torch.Generator().manual_seed(seed)
@@ -84,7 +213,7 @@ def test_of_any_images_and_groups(counts: list[int], seed: int, grouped: bool) -
     assert_close(attention(queries), by_hand(attention, queries), EXACT)
 
 
-def test_boxes_get_gradients_through_their_centres_alone() -> None:
+def test_boxes_get_gradients_through_their_centers_only() -> None:
     queries = make_queries([3, 5])
     embeddings, boxes = differentiated(make_attention()(queries), queries)
     assert embeddings.abs().amin() > 0
@@ -92,7 +221,7 @@ def test_boxes_get_gradients_through_their_centres_alone() -> None:
     assert (boxes[:, 2:] == 0).all()
 
 
-def test_gradients_are_those_of_finite_differences() -> None:
+def test_gradients_match_finite_differences() -> None:
     attention, queries = make_attention(), make_queries([1, 3])
 
     def attend(embeddings: Tensor, boxes: Tensor) -> Tensor:
@@ -115,7 +244,7 @@ def jacobian_blocks(queries: ObjectQueries) -> Tensor:
     return (jacobian != 0).any(-1)
 
 
-def test_queries_see_their_image_and_group_alone() -> None:
+def test_queries_attend_to_their_image_and_group_only() -> None:
     groups = torch.tensor([0, 1, 0, 1, 0, 5, 5])
     queries = make_queries([4, 3])
     image = torch.tensor([0, 0, 0, 0, 1, 1, 1])
@@ -132,7 +261,7 @@ def reordered(queries: ObjectQueries, order: Sequence[int]) -> tuple[ObjectQueri
     rows = torch.cat([torch.arange(images[i].start, images[i].stop) for i in order])
     counts = [images[i].stop - images[i].start for i in order]
     embeddings, boxes, levels = queries.embeddings[rows], queries.boxes[rows], queries.levels[rows]
-    return ObjectQueries(embeddings, boxes, levels, offsets_from_ids(counts)), rows
+    return ObjectQueries(embeddings, boxes, levels, offsets_from_counts(counts)), rows
 
 
 def test_the_order_of_images_does_not_matter() -> None:
@@ -148,7 +277,7 @@ def test_other_images_do_not_matter() -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_what_is_not_finite_stays_in_its_image(bad: float) -> None:
+def test_values_that_are_not_finite_stay_in_their_image(bad: float) -> None:
     attention, queries = make_attention(), make_queries([3, 4, 2])
     clean = attention(queries)
     spoilt = queries.embeddings.detach().clone()
@@ -174,7 +303,7 @@ def test_one_query_attends_to_itself() -> None:
     assert_close(attention(queries), queries.embeddings + attention.out_proj(v), EXACT)
 
 
-def test_dropout_is_for_training_alone() -> None:
+def test_dropout_is_active_in_training_only() -> None:
     attention, queries = make_attention(dropout=0.5), make_queries([3, 0, 4])
     exact = by_hand(attention, queries)
     assert (attention(queries) - exact).abs().amax() > 0.01
@@ -185,7 +314,7 @@ def test_dropout_is_for_training_alone() -> None:
     assert_close(attention.eval()(queries), exact, EXACT)
 
 
-def test_autocast_keeps_the_residual_and_tells_far_places_apart() -> None:
+def test_autocast_keeps_the_residual_and_distant_positions_precise() -> None:
     attention = make_attention().float()
     queries = make_queries([5, 2], dtype=torch.float32)
     boxes = queries.boxes.detach() + torch.tensor([300.0, 300, 0, 0])
@@ -209,7 +338,7 @@ def test_autocast_keeps_the_residual_and_tells_far_places_apart() -> None:
         ("dropout", {"dropout": 1.0}),
     ],
 )
-def test_options_that_cannot_be_are_refused_by_name(argument: str, options: dict[str, Any]) -> None:
+def test_invalid_options_are_refused_by_name(argument: str, options: dict[str, Any]) -> None:
     with refused(argument):
         QuerySelfAttention(**{"embed_dim": EMBED, "n_heads": HEADS} | options)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_digits_scenes import strokes
 
-from examples.digits.finding import attended, evaluate, find, surest
+from examples.digits.inference import attention_records, confident_rows, detect, evaluate
 from examples.digits.model import HEADS, STRIDES, DigitDetector
 from examples.digits.scenes import CLASSES, Batch, Scene, Scenes, collate
 from vicinal.detr import Detections, Predictions
@@ -50,15 +50,15 @@ def test_evaluation_asks_for_every_canvas_once(
         return Scenes(strokes(), seed=2).batch(numbers)
 
     oracle: Any = Oracle(off)
-    assert evaluate(oracle, batches, 5, at_once=2) == pytest.approx(expected)
+    assert evaluate(oracle, batches, 5, batch_size=2) == pytest.approx(expected)
     assert asked == list(range(5))
 
 
 def test_boxes_are_in_cells_of_the_canvas() -> None:
     oracle: Any = Oracle()
     batch = canvases(2)
-    found, _ = find(oracle, batch)
-    best = torch.cat(list(surest(found, 0.5)))
+    found, _ = detect(oracle, batch)
+    best = torch.cat(list(confident_rows(found, 0.5)))
     assert torch.allclose(found.boxes[best].sort(0).values, batch.boxes.sort(0).values)
 
 
@@ -66,17 +66,17 @@ def test_surest_are_rows_of_each_image() -> None:
     scores = torch.tensor([0.9, 0.2, 0.5, 0.4, 0.8])
     rows = torch.arange(5)
     found = Detections(torch.zeros(5, 4), rows, scores, rows, torch.tensor([0, 2, 2, 5]))
-    assert [list(chosen) for chosen in surest(found, 0.5)] == [[0], [], [2, 4]]
+    assert [list(chosen) for chosen in confident_rows(found, 0.5)] == [[0], [], [2, 4]]
 
 
 def test_attended_points_are_those_the_last_layer_weighs(detector: DigitDetector) -> None:
     batch = canvases(2)
-    found, output = find(detector, batch)
+    found, output = detect(detector, batch)
     least = float(found.scores.sort(descending=True).values[8])
-    records = attended(detector, output, found, least)
+    records = attention_records(detector, output, found, least)
     assert [record.batch_index for record in records] == [0, 1]
     assert sum(map(len, records)) >= 9
-    for record, rows in zip(records, surest(found, least), strict=True):
+    for record, rows in zip(records, confident_rows(found, least), strict=True):
         assert record.labels == [str(label) for label in found.labels[rows].tolist()]
         assert record.boxes is not None
         assert torch.equal(record.boxes * STRIDES[0], found.boxes[rows])
@@ -92,7 +92,7 @@ def test_canvases_without_points_or_digits(detector: DigitDetector) -> None:
     canvas = Scenes(strokes(), seed=2).scene(0)
     blank = Scene(*(part[:0] for part in canvas))
     clutter = Scene(canvas.cells, canvas.ink, blank.boxes, blank.labels)
-    found, _ = find(detector, collate([blank, canvas]))
+    found, _ = detect(detector, collate([blank, canvas]))
     assert found.offsets[1] == 0
     assert len(found.scores) > 0
     for batch in (collate([blank, canvas]), collate([clutter]), collate([blank])):

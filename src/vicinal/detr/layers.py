@@ -1,0 +1,275 @@
+"""Layers that encoders and decoders are made of."""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as checkpointed
+
+from .._utils.checks import check_counts, check_dropout, check_tensor, refuse
+from .._utils.ragged import batch_ids
+from ..nn._base import check_sizes
+from ..nn.rotary import RotaryEncoding
+from ..windows import coordinate_dtype
+from .boxes import apply_deltas
+from .structures import ObjectQueries, check_object_queries
+
+_INITIAL_SCORE = 0.01  # low, so that the loss of the many background queries starts small
+_PADDING_GROUP = torch.iinfo(torch.int64).min  # the group of padding rows, used by no query
+
+
+class FeedForward(nn.Module):
+    """The feed-forward part of a transformer layer, with layer norm and residual connection.
+
+    Computes ``x + W_2 gelu(W_1 norm(x))``, or ``norm(x + W_2 gelu(W_1 x))`` with
+    ``norm_first=False`` (Vaswani et al., "Attention Is All You Need", 2017).
+
+    Args:
+        embed_dim: width of the input and of the output, E.
+        hidden_dim: width of the hidden layer; None (default): ``4 * embed_dim``.
+        dropout: rate after each of the two linear layers, in training; default 0.
+        norm_first: layer norm on the input (default), else after the residual connection.
+
+    Raises:
+        ValueError: a width is below 1, or ``dropout`` is outside [0, 1).
+
+    Example:
+        ```python
+        import torch
+        from vicinal.detr import FeedForward
+
+        out = FeedForward(embed_dim=8)(torch.randn(5, 8))
+        assert out.shape == (5, 8)
+        ```
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        hidden_dim: int | None = None,
+        dropout: float = 0.0,
+        norm_first: bool = True,
+    ) -> None:
+        super().__init__()
+        hidden_dim = 4 * embed_dim if hidden_dim is None else hidden_dim
+        check_counts(embed_dim=embed_dim, hidden_dim=hidden_dim)
+        check_dropout("dropout", dropout)
+        self.embed_dim, self.norm_first = embed_dim, norm_first
+        self.norm = nn.LayerNorm(embed_dim)
+        self.layers = nn.Sequential(
+            nn.Linear(embed_dim, hidden_dim),
+            nn.GELU(),
+            nn.Dropout(dropout),
+            nn.Linear(hidden_dim, embed_dim),
+            nn.Dropout(dropout),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Applies the layer to every row.
+
+        Args:
+            x: floating ``[n, E]``.
+
+        Returns:
+            ``[n, E]``.
+
+        Raises:
+            ValueError: ``x`` has another shape.
+        """
+        check_tensor("x", x, ("n", self.embed_dim), kind="floating")
+        if self.norm_first:
+            return x + self.layers(self.norm(x))  # type: ignore[no-any-return]
+        return self.norm(x + self.layers(x))  # type: ignore[no-any-return]
+
+
+class DetectionHead(nn.Module):
+    """Predicts class logits and refined boxes from embeddings.
+
+    Classes are independent sigmoids (Lin et al., "Focal Loss for Dense Object Detection", 2017).
+    Boxes are refined by `apply_deltas`, relative to their own size, so predictions do not depend
+    on the size of the map. Initially all scores are near 0.01 and boxes are returned unchanged.
+
+    Args:
+        embed_dim: width of the embeddings, E.
+        n_classes: number of classes, C.
+        position_dim: number of spatial dimensions, P; default 2.
+
+    Raises:
+        ValueError: a size is below 1.
+
+    Example:
+        ```python
+        import torch
+        from vicinal.detr import DetectionHead
+
+        head, boxes = DetectionHead(embed_dim=8, n_classes=3), torch.rand(5, 4) + 1
+        logits, refined = head(torch.randn(5, 8), boxes)
+        assert logits.shape == (5, 3)
+        assert torch.equal(refined, boxes)  # a new head does not move boxes
+        ```
+    """
+
+    def __init__(self, embed_dim: int, n_classes: int, position_dim: int = 2) -> None:
+        super().__init__()
+        check_counts(embed_dim=embed_dim, n_classes=n_classes, position_dim=position_dim)
+        self.embed_dim, self.position_dim = embed_dim, position_dim
+        self.classes = nn.Linear(embed_dim, n_classes)
+        self.box = nn.Sequential(
+            nn.Linear(embed_dim, embed_dim),
+            nn.GELU(),
+            nn.Linear(embed_dim, embed_dim),
+            nn.GELU(),
+            nn.Linear(embed_dim, 2 * position_dim),
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Reinitializes all parameters."""
+        for part in (self.classes, *self.box):
+            if isinstance(part, nn.Linear):
+                part.reset_parameters()
+        nn.init.constant_(self.classes.bias, -math.log((1 - _INITIAL_SCORE) / _INITIAL_SCORE))
+        last = self.box[-1]
+        assert isinstance(last, nn.Linear)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+
+    def forward(self, embeddings: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
+        """Predicts logits and boxes.
+
+        Args:
+            embeddings: floating ``[n, E]``.
+            boxes: floating ``[n, 2P]``, the boxes to refine, center and size per axis.
+
+        Returns:
+            logits ``[n, C]`` and boxes ``[n, 2P]`` in the dtype of ``boxes``.
+
+        Raises:
+            ValueError: shapes, dtypes or devices do not fit.
+        """
+        check_tensor("embeddings", embeddings, ("n", self.embed_dim), kind="floating")
+        shape = (len(embeddings), 2 * self.position_dim)
+        check_tensor("boxes", boxes, shape, kind="floating", device=embeddings.device)
+        logits: Tensor = self.classes(embeddings)
+        return logits, apply_deltas(boxes, self.box(embeddings))
+
+
+class QuerySelfAttention(nn.Module):
+    """Dense multi-head self-attention among the object queries of each image.
+
+    ``out = query + W_o attention(R(W_q x), R(W_k x), W_v x)``, where ``x`` is the layer-normed
+    query and R is a rotary encoding of the box's center and the query's level. Self-attention is
+    what suppresses duplicate detections in a DETR (Carion et al., "End-to-End Object Detection with
+    Transformers", 2020). Queries of an image are padded to the largest number in the batch.
+
+    Args:
+        embed_dim: width of the embeddings, E, an even multiple of ``n_heads``.
+        n_heads: number of heads, H.
+        position_dim: number of spatial dimensions, P; default 2.
+        dropout: rate on the softmax weights and on the output projection, in training; default 0.
+        bias: whether the projections have biases; default True.
+        norm_first: layer norm on the query (default), else after the residual connection.
+
+    Raises:
+        ValueError: a size is below 1, ``embed_dim`` is not an even multiple of ``n_heads``, or
+            ``dropout`` is outside [0, 1).
+
+    Example:
+        ```python
+        import torch
+        from vicinal.detr import ObjectQueries, QuerySelfAttention
+
+        queries = ObjectQueries(
+            embeddings=torch.randn(3, 8),
+            boxes=torch.tensor([[5.0, 5, 2, 2], [9, 3, 4, 4], [1, 1, 2, 2]]),
+            levels=torch.tensor([0, 1, 0]),
+            offsets=torch.tensor([0, 2, 3]),
+        )
+        out = QuerySelfAttention(embed_dim=8, n_heads=2)(queries)
+        assert out.shape == (3, 8)
+        ```
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        n_heads: int,
+        position_dim: int = 2,
+        dropout: float = 0.0,
+        bias: bool = True,
+        norm_first: bool = True,
+    ) -> None:
+        super().__init__()
+        check_sizes(embed_dim, n_heads, position_dim=position_dim)
+        if embed_dim % (2 * n_heads):
+            refuse("embed_dim", f"an even multiple of n_heads ({n_heads})", embed_dim)
+        check_dropout("dropout", dropout)
+        self.embed_dim, self.n_heads = embed_dim, n_heads
+        self.position_dim, self.norm_first = position_dim, norm_first
+        self.norm = nn.LayerNorm(embed_dim)
+        self.in_proj = nn.Linear(embed_dim, 3 * embed_dim, bias=bias)
+        self.pos_encoding = RotaryEncoding(embed_dim // n_heads, n_heads, position_dim)
+        self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, queries: ObjectQueries) -> Tensor:
+        """Attends within each image, and within each group if ``queries`` has groups.
+
+        On a GPU this synchronizes, to get the largest number of queries of an image.
+
+        Args:
+            queries: the object queries of all images.
+
+        Returns:
+            the new embeddings, ``[N, E]``.
+
+        Raises:
+            ValueError: shapes, dtypes or devices of the queries do not fit.
+        """
+        check_object_queries(queries, self.embed_dim, self.position_dim)
+        x = self.norm(queries.embeddings) if self.norm_first else queries.embeddings
+        q, k, v = self.in_proj(x).unflatten(-1, (3, self.n_heads, -1)).unbind(1)
+        coordinates = torch.cat((queries.positions, queries.levels[:, None]), 1)
+        coordinates = coordinates.to(coordinate_dtype(queries.boxes.dtype))
+        q, k = self.pos_encoding(q, coordinates), self.pos_encoding(k, coordinates)
+        attended = self._attend(q, k, v, queries).flatten(1)
+        out: Tensor = queries.embeddings + self.dropout(self.out_proj(attended))
+        return out if self.norm_first else self.norm(out)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, queries: ObjectQueries) -> Tensor:
+        """``[N, H, d]``, computed on tensors that are padded to ``[B, H, max count, d]``."""
+        offsets = queries.offsets.long()
+        counts = offsets.diff()
+        max_count = int(counts.max()) if len(counts) else 0
+        image = batch_ids(offsets, len(q))
+        column = torch.arange(len(q), device=q.device) - offsets[image]
+        # Padding forms a group of its own, so no row of the mask is all False.
+        group = torch.full((len(counts), max_count), _PADDING_GROUP, device=q.device)
+        group[image, column] = 0 if queries.groups is None else queries.groups.long()
+        mask = (group[:, None, :] == group[:, :, None])[:, None]  # [B, 1, max count, max count]
+
+        def pad(x: Tensor) -> Tensor:
+            padded = x.new_zeros(*group.shape, *x.shape[1:])
+            return padded.index_put((image, column), x).transpose(1, 2)
+
+        attended = F.scaled_dot_product_attention(
+            pad(q),
+            pad(k),
+            pad(v),
+            attn_mask=mask,
+            dropout_p=self.dropout.p if self.training else 0.0,
+        )
+        return attended.transpose(1, 2)[image, column]
+
+
+def run_layer(layer: nn.Module, *arguments: Any, checkpoint: bool) -> Any:
+    """Calls a layer, with activation checkpointing if ``checkpoint``.
+
+    The backward pass then recomputes the layer's activations instead of storing them (Chen et al.,
+    "Training Deep Nets with Sublinear Memory Cost", 2016).
+    """
+    if checkpoint and torch.is_grad_enabled():
+        return checkpointed(layer, *arguments, use_reentrant=False)
+    return layer(*arguments)
