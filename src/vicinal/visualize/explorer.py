@@ -93,8 +93,8 @@ def write_explorer(
 
     Click a point or a box, or press the arrow keys, to select a query. The page then shows the
     query's windows, the points it attends to and their weights, with one panel per level, for one
-    head or the mean over the heads. Weights are quantized to 16 bits, relative to the query's
-    largest, which is exact to 1e-5 of it. With 8 heads and 80 points, a query takes about 2 KB.
+    head or the mean over the heads. Weights are quantized to 16 bits, with an error
+    of at most 1e-5 of the query's largest weight. With 8 heads and 80 points, a query takes about 2 KB.
 
     Args:
         path: HTML file to write. An existing file is replaced.

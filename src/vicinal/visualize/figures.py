@@ -38,10 +38,9 @@ def draw_attention(
 ) -> Figure:
     """Draws the windows of a query and the weights of the points in them, one column per level.
 
-    The color of a point is proportional to the square root of its weight, which keeps small
-    weights distinguishable. Three dimensions are projected along one axis: points that differ in
-    that axis alone are drawn as one cell, with the sum of their weights. One dimension is drawn as
-    a row of cells.
+    The color scale is the square root of the weight, which keeps small weights distinguishable.
+    Three dimensions are projected along one axis: points that differ in that axis alone are drawn
+    as one cell, with the sum of their weights. One dimension is drawn as a row of cells.
 
     Args:
         pyramid: points of all levels.
