@@ -93,8 +93,8 @@ def write_explorer(
 
     Click a point or a box, or press the arrow keys, to select a query. The page then shows the
     query's windows, the points it attends to and their weights, with one panel per level, for one
-    head or the mean over the heads. Weights are quantized to 16 bits, with an error
-    of at most 1e-5 of the query's largest weight. With 8 heads and 80 points, a query takes about 2 KB.
+    head or the mean over the heads. Weights are quantized to 16 bits, with an error of at most
+    1e-5 of the query's largest weight. With 8 heads and 80 points, a query takes about 2 KB.
 
     Args:
         path: HTML file to write. An existing file is replaced.
@@ -114,19 +114,20 @@ def write_explorer(
         from vicinal import FeaturePyramid, SparseNeighborhoodAttentionBlock
         from vicinal.visualize import AttentionRecord, View, write_explorer
 
-        coordinates = torch.cat([torch.zeros(60, 1), torch.randint(0, 16, (60, 2))], 1).long()
-        pyramid = FeaturePyramid.from_points(
-            coordinates, torch.randn(60, 8), spatial_shape=(16, 16), batch_size=1, strides=(1, 2)
-        )
+        image = torch.rand(16, 16) * torch.rand(16, 16).lt(0.3)
+        pixels = image[None].nonzero()  # image 0, row, column
+        values = torch.randn(len(pixels), 8)
+        pyramid = FeaturePyramid.from_points(pixels, values, image.shape, 1, strides=(1, 2))
         block = SparseNeighborhoodAttentionBlock(8, 2, n_levels=2, neighborhood_sizes=(3, 5))
         positions, offsets = pyramid.positions(), pyramid.batch_offsets()
         weights = block.attention_weights(pyramid.values, positions, offsets, pyramid)
         record = AttentionRecord(
             positions, weights, block.neighborhood_sizes, levels=pyramid.levels
         )
+        view = View(pyramid, [record], title="event 12", image=image)
         with tempfile.TemporaryDirectory() as folder:
             page = Path(folder) / "attention.html"
-            write_explorer(page, View(pyramid, [record]), title="Encoder layer 0")
+            write_explorer(page, view, title="Encoder layer 0")
             print(page.stat().st_size, "bytes")
         ```
     """

@@ -64,20 +64,21 @@ def draw_overview(
         from pathlib import Path
 
         import torch
-        from vicinal import FeaturePyramid, SparseNeighborhoodAttentionBlock
+        from vicinal import FeaturePyramid, neighborhood_attention_weights, plan_neighborhoods
         from vicinal.visualize import AttentionRecord, draw_overview
 
-        coordinates = torch.cat([torch.zeros(60, 1), torch.randint(0, 16, (60, 2))], 1).long()
-        pyramid = FeaturePyramid.from_points(
-            coordinates, torch.randn(60, 8), spatial_shape=(16, 16), batch_size=1, strides=(1, 2)
+        cells = torch.rand(16, 16).lt(0.3).nonzero()
+        pyramid = FeaturePyramid(
+            torch.randn(len(cells), 8),  # values; coordinates: image 0, cell, level 0
+            torch.nn.functional.pad(cells, (1, 1)),
+            level_shapes=[[16, 16]],
+            batch_size=1,
         )
-        block = SparseNeighborhoodAttentionBlock(8, 2, n_levels=2, neighborhood_sizes=(3, 5))
-        positions = torch.tensor([[4.5, 4.5], [10.0, 8.0]])
-        weights = block.attention_weights(
-            torch.randn(2, 8), positions, torch.tensor([0, 2]), pyramid
-        )
-        boxes = torch.cat([positions, torch.full((2, 2), 5.0)], 1)
-        record = AttentionRecord(positions, weights, boxes=boxes, labels=["first", "second"])
+        boxes = torch.tensor([[4.5, 4.5, 5.0, 5.0], [10.0, 8.0, 5.0, 7.0]])
+        plan = plan_neighborhoods(boxes[:, :2], torch.tensor([0, 2]), pyramid, [5])
+        q, k = torch.randn(2, 1, 8), pyramid.values[:, None]
+        weights = neighborhood_attention_weights(q, k, plan)
+        record = AttentionRecord(boxes[:, :2], weights, boxes=boxes, labels=["track", "shower"])
         ax = draw_overview(pyramid, record, image=torch.rand(16, 16))
         with tempfile.TemporaryDirectory() as folder:
             ax.figure.savefig(Path(folder) / "overview.png", dpi=40)

@@ -46,21 +46,18 @@ class AttentionRecord:
     Example:
         ```python
         import torch
-        from vicinal import FeaturePyramid, SparseNeighborhoodAttentionBlock
+        from vicinal import NeighborhoodWeights
         from vicinal.visualize import AttentionRecord
 
-        coordinates = torch.cat([torch.zeros(60, 1), torch.randint(0, 16, (60, 2))], 1).long()
-        pyramid = FeaturePyramid.from_points(
-            coordinates, torch.randn(60, 8), spatial_shape=(16, 16), batch_size=1, strides=(1, 2)
+        # Two queries, one head: query 0 attends to points 4 and 7, query 1 to point 5.
+        weights = NeighborhoodWeights(
+            offsets=torch.tensor([0, 2, 3]),
+            points=torch.tensor([4, 7, 5]),
+            weights=torch.tensor([[0.25], [0.75], [1.0]]),
+            background=None,
         )
-        block = SparseNeighborhoodAttentionBlock(8, 2, n_levels=2, neighborhood_sizes=(3, 5))
         positions = torch.tensor([[4.5, 4.5], [10.0, 8.0]])
-        weights = block.attention_weights(
-            torch.randn(2, 8), positions, torch.tensor([0, 2]), pyramid
-        )
-        record = AttentionRecord(
-            positions, weights, block.neighborhood_sizes, labels=["first", "second"]
-        )
+        record = AttentionRecord(positions, weights, labels=["track", "shower"])
         print(len(record), record.n_heads, record.describe(1))
         ```
     """
