@@ -1,4 +1,4 @@
-"""The page to explore: what stands in the file, and what a browser shows of it when clicked."""
+"""The explorer page: the data in the file, and the page in a browser."""
 
 import base64
 import dataclasses
@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from problems import Scene, make_scene
-from test_figures import CUBE, LINE, boxes_around, look, seeing
+from records import CUBE, LINE, boxes_around, busiest_query, make_record
 from torch import Tensor
 
 from vicinal import FeaturePyramid, NeighborhoodWeights
 from vicinal.visualize import AttentionRecord, View, write_explorer
-from vicinal.visualize.explorer import STEPS
+from vicinal.visualize.explorer import WEIGHT_STEPS
 from vicinal.visualize.palette import DARK, LIGHT
 
 if TYPE_CHECKING:
@@ -38,22 +38,22 @@ QUIET = [
 
 SCENE = make_scene(((32, 24), (16, 12)), (5, 7), (8,), 260, distinct=True)
 UNEVEN = make_scene(((6, 10), (9, 4), (9, 12)), (3, 3, 5), (4,), 130, distinct=True)
-Place = tuple[int, int, int]  # level, row, column
+CellKey = tuple[int, int, int]  # level, row, column
 
 
-def places_of(
+def by_cell(
     weights: dict[int, Tensor], pyramid: FeaturePyramid = SCENE.pyramid
-) -> dict[Place, Tensor]:
-    """The weights ``[H]`` of each place, in two dimensions."""
-    places = {}
+) -> dict[CellKey, Tensor]:
+    """The weights ``[H]`` of each cell, in two dimensions."""
+    cells = {}
     for point, heads in weights.items():
         _, row, column, level = pyramid.coordinates[point].tolist()
-        places[level, row, column] = heads
-    return places
+        cells[level, row, column] = heads
+    return cells
 
 
-def boxed(**options: Any) -> tuple[AttentionRecord, dict[int, dict[int, Tensor]]]:
-    return look(SCENE, 0, boxes=boxes_around(SCENE.positions), **options)
+def record_with_boxes(**options: Any) -> tuple[AttentionRecord, dict[int, dict[int, Tensor]]]:
+    return make_record(SCENE, 0, boxes=boxes_around(SCENE.positions), **options)
 
 
 # ---------------------------------------------------------------------------------------- the file
@@ -72,17 +72,17 @@ def unpack(text: str, code: str) -> list[Any]:
 
 
 def test_weights_in_the_file_are_within_half_a_step(tmp_path: Path) -> None:
-    record, by_point = look(SCENE, 0)
+    record, by_point = make_record(SCENE, 0)
     write_explorer(tmp_path / "page.html", View(SCENE.pyramid, [record]))
     data = read(tmp_path / "page.html")
-    (view,), steps = data["views"], data["steps"]
+    (view,), steps = data["views"], data["weight_steps"]
     (packed,) = view["records"]
     cells, levels = unpack(view["cells"], "I"), unpack(view["levels"], "B")
-    offsets, ids = unpack(packed["offsets"], "I"), unpack(packed["places"], "I")
-    largest, weights = unpack(packed["largest"], "f"), unpack(packed["weights"], "H")
+    offsets, ids = unpack(packed["offsets"], "I"), unpack(packed["cell_ids"], "I")
+    largest, weights = unpack(packed["query_max"], "f"), unpack(packed["weights"], "H")
     assert sum(map(len, by_point.values())) == len(ids) > 100
     for query, (start, stop) in enumerate(itertools.pairwise(offsets)):
-        expected = places_of(by_point[query])
+        expected = by_cell(by_point[query])
         assert stop - start == len(expected)
         for pair in range(start, stop):
             place = (levels[ids[pair]], *cells[2 * ids[pair] : 2 * ids[pair] + 2])
@@ -91,7 +91,7 @@ def test_weights_in_the_file_are_within_half_a_step(tmp_path: Path) -> None:
             assert float(error) <= 0.501 * largest[query] / steps
 
 
-def test_a_query_takes_no_more_bytes_than_said(tmp_path: Path) -> None:
+def test_bytes_per_query(tmp_path: Path) -> None:
     sizes = []
     for n in (50, 300):
         view = View(*random_view(2000, n))
@@ -120,9 +120,9 @@ def random_view(n_points: int, n_queries: int) -> tuple[FeaturePyramid, list[Att
     return pyramid, [AttentionRecord(positions, weights, (3, 5, 7, 9), levels=levels[:n_queries])]
 
 
-def test_what_the_page_holds_stays_data(tmp_path: Path) -> None:
+def test_labels_are_inserted_as_data(tmp_path: Path) -> None:
     hostile = "</script><script>alert(1)</script>{{style}}<!--"
-    record, _ = look(SCENE, 0, labels=[hostile] * 8, name=hostile)
+    record, _ = make_record(SCENE, 0, labels=[hostile] * 8, name=hostile)
     write_explorer(
         tmp_path / "page.html", View(SCENE.pyramid, [record], title=hostile), title=hostile
     )
@@ -131,12 +131,12 @@ def test_what_the_page_holds_stays_data(tmp_path: Path) -> None:
     assert "alert(1)</script>" not in text
     data = read(tmp_path / "page.html")
     assert data["views"][0]["title"] == hostile
-    assert data["views"][0]["records"][0]["names"] == [hostile] * 8
+    assert data["views"][0]["records"][0]["query_names"] == [hostile] * 8
     assert "<title>&lt;/script&gt;" in text
 
 
-def test_the_page_names_no_address(tmp_path: Path) -> None:
-    record, _ = look(SCENE, 0)
+def test_the_page_refers_to_no_url(tmp_path: Path) -> None:
+    record, _ = make_record(SCENE, 0)
     write_explorer(tmp_path / "page.html", View(SCENE.pyramid, [record], image=torch.rand(4, 3)))
     text = (tmp_path / "page.html").read_text()
     assert "://" not in text
@@ -152,7 +152,7 @@ def test_no_view_is_refused(views: Any, tmp_path: Path) -> None:
 
 
 def test_nothing_is_written_where_something_cannot_be_drawn(tmp_path: Path) -> None:
-    record, _ = look(SCENE, 0)
+    record, _ = make_record(SCENE, 0)
     with pytest.raises(ValueError, match=r"^image: expected"):
         write_explorer(
             tmp_path / "page.html", View(SCENE.pyramid, [record], image=torch.full((2, 2), 2.0))
@@ -166,7 +166,7 @@ def test_nothing_is_written_where_something_cannot_be_drawn(tmp_path: Path) -> N
 @pytest.fixture(scope="module")
 def browser() -> Iterator["Browser"]:
     if CHROMIUM is None:
-        pytest.skip("there is no Chromium")
+        pytest.skip("Chromium is not installed")
     api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     with api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
@@ -174,41 +174,47 @@ def browser() -> Iterator["Browser"]:
         browser.close()
 
 
-Open = Callable[..., "Page"]
+OpenPage = Callable[..., "Page"]
 
 
 @pytest.fixture
-def show(browser: "Browser", tmp_path: Path) -> Iterator[Open]:
-    """Opens a page; in the end it must have asked for no other, and complained of nothing."""
-    said: list[str] = []
+def open_page(browser: "Browser", tmp_path: Path) -> Iterator[OpenPage]:
+    """Opens a page, which must request no other URL and log nothing."""
+    messages: list[str] = []
     requests: list[str] = []
     pages: list[Page] = []
     file = tmp_path / "page.html"
 
-    def show(*views: View, scheme: Any = "light", title: str = "A page") -> "Page":
+    def open_page(*views: View, scheme: Any = "light", title: str = "A page") -> "Page":
         write_explorer(file, views, title=title)
         page = browser.new_page(
             viewport={"width": 1200, "height": 760}, color_scheme=scheme, service_workers="block"
         )
-        page.on("console", lambda message: said.append(message.text))
-        page.on("pageerror", lambda error: said.append(str(error)))
+        page.on("console", lambda message: messages.append(message.text))
+        page.on("pageerror", lambda error: messages.append(str(error)))
         page.on("request", lambda request: requests.append(request.url))
         page.goto(file.as_uri())
         pages.append(page)
         return page
 
-    yield show
+    yield open_page
     for page in pages:
         page.close()
-    assert said == []
+    assert messages == []
     assert {url for url in requests if not url.startswith("data:")} == {file.as_uri()}
 
 
 def click(page: "Page", level: int, row: float, column: float) -> None:
-    page.mouse.click(*page.evaluate("([l, r, c]) => pixelOf(l, r, c)", [level, row, column]))
+    page.mouse.click(*page.evaluate("([l, r, c]) => cellToViewport(l, r, c)", [level, row, column]))
 
 
-def shown(page: "Page") -> dict[Place, float]:
+def selected(page: "Page") -> int | None:
+    """The selected query, as in the field for its number."""
+    value = page.input_value("#query")
+    return int(value) if value else None
+
+
+def table_weights(page: "Page") -> dict[CellKey, float]:
     """The table of points."""
     rows = page.eval_on_selector_all(
         "#points tbody tr",
@@ -227,14 +233,14 @@ def shown(page: "Page") -> dict[Place, float]:
     return found
 
 
-def assert_shown(page: "Page", expected: dict[Place, Tensor], head: int | None = None) -> None:
+def assert_table(page: "Page", expected: dict[CellKey, Tensor], head: int | None = None) -> None:
     """The page shows these points with these weights, of a head or the mean over all."""
-    found = shown(page)
+    found = table_weights(page)
     assert found.keys() == expected.keys()
     largest = max(float(heads.max()) for heads in expected.values())
     for place, heads in expected.items():
         weight = float(heads.mean() if head is None else heads[head])
-        assert abs(found[place] - weight) <= largest / STEPS
+        assert abs(found[place] - weight) <= largest / WEIGHT_STEPS
 
 
 def inside(box: Tensor, others: list[Tensor]) -> tuple[float, float]:
@@ -249,7 +255,7 @@ def inside(box: Tensor, others: list[Tensor]) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("scene", [SCENE, UNEVEN])
-def test_a_click_on_a_point_shows_what_it_attends_to(scene: Scene, show: Open) -> None:
+def test_a_click_on_a_point_shows_its_weights(scene: Scene, open_page: OpenPage) -> None:
     pyramid = scene.pyramid
     queries = torch.randperm(len(pyramid))[:40]
     scene = dataclasses.replace(
@@ -257,34 +263,37 @@ def test_a_click_on_a_point_shows_what_it_attends_to(scene: Scene, show: Open) -
         positions=pyramid.positions(torch.float64)[queries],
         offsets=torch.tensor([0, 40]),
     )
-    record, by_point = look(scene, 0, levels=pyramid.levels[queries], name="block 1")
-    page = show(View(pyramid, [record], image=torch.rand(32, 24)))
-    assert page.inner_text("#name") == "Click a query"
+    record, by_point = make_record(scene, 0, levels=pyramid.levels[queries], name="block 1")
+    page = open_page(View(pyramid, [record], image=torch.rand(32, 24)))
+    assert selected(page) is None
     for query in (0, 7, 23):
         _, row, column, level = pyramid.coordinates[queries[query]].tolist()
         click(page, level, row, column)
-        assert page.inner_text("#name") == f"query {query}"
+        assert selected(page) == query
         assert f"level {level}" in page.inner_text("#where")
-        assert_shown(page, places_of(by_point[query], pyramid))
+        assert_table(page, by_cell(by_point[query], pyramid))
         shares = page.eval_on_selector_all(
-            "#shares tbody tr", "rows => rows.map(row => [...row.cells].map(x => x.textContent))"
+            "#level-sums tbody tr",
+            "rows => rows.map(row => [...row.cells].map(x => x.textContent))",
         )
         for at, cells in enumerate(shares):
-            here = [w for place, w in places_of(by_point[query], pyramid).items() if place[0] == at]
-            total = sum(float(heads.mean()) for heads in here)
-            assert cells[:2] == [str(at), str(len(here))]
+            of_level = [w for cell, w in by_cell(by_point[query], pyramid).items() if cell[0] == at]
+            total = sum(float(heads.mean()) for heads in of_level)
+            assert cells[:2] == [str(at), str(len(of_level))]
             assert float(cells[2].split()[0]) == pytest.approx(100 * total, abs=0.02)
-    click(page, 0, 0.2 - 20, 0)  # beyond the map, where no query is
-    assert page.inner_text("#name") == "query 23"
+    click(page, 0, 0.2 - 20, 0)  # outside the map, where there is no query
+    assert selected(page) == 23
 
 
-def test_a_click_on_a_box_shows_what_it_attends_to(show: Open) -> None:
+def test_a_click_on_a_box_shows_its_weights(open_page: OpenPage) -> None:
     names = [f"digit {i}" for i in range(8)]
-    record, by_point = boxed(labels=names, scores=torch.linspace(0, 0.7, 8), name="decoder")
-    page = show(View(SCENE.pyramid, [record]))
+    record, by_point = record_with_boxes(
+        labels=names, scores=torch.linspace(0, 0.7, 8), name="decoder"
+    )
+    page = open_page(View(SCENE.pyramid, [record]))
     assert record.boxes is not None
     boxes = list(record.boxes)
-    seen = 0
+    n_attending = 0
     for query in (1, 3, 5, 7):
         others = [box for other, box in enumerate(boxes) if other != query]
         row, column = inside(boxes[query], others)
@@ -293,151 +302,153 @@ def test_a_click_on_a_box_shows_what_it_attends_to(show: Open) -> None:
         height, width = boxes[query][2:].tolist()
         assert f"box {height:.1f} × {width:.1f}" in page.inner_text("#where")
         if by_point[query]:
-            assert_shown(page, places_of(by_point[query]))
-            seen += 1
-    assert seen > 1
+            assert_table(page, by_cell(by_point[query]))
+            n_attending += 1
+    assert n_attending > 1
 
 
-def test_clicked_again_boxes_take_turns(show: Open) -> None:
-    record, _ = look(SCENE, 0)
+def test_repeated_clicks_cycle_through_overlapping_boxes(open_page: OpenPage) -> None:
+    record, _ = make_record(SCENE, 0)
     boxes = torch.tensor([[10.0, 12, size, size] for size in (4, 20, 8, 2, 12, 16, 6, 10)])
     positions = boxes[:, :2].contiguous()
     record = dataclasses.replace(record, positions=positions, boxes=boxes)
-    page = show(View(SCENE.pyramid, [record]))
+    page = open_page(View(SCENE.pyramid, [record]))
     chosen = []
     for _ in range(9):
         click(page, 1, 4.6, 5.6)
-        chosen.append(page.inner_text("#name"))
+        chosen.append(selected(page))
     by_size = [3, 0, 6, 2, 7, 4, 5, 1, 3]
-    assert chosen == [f"query {query}" for query in by_size]
+    assert chosen == by_size
 
 
-def test_a_click_in_the_panel_of_a_level_prefers_its_queries(show: Open) -> None:
-    record, _ = look(SCENE, 0)
+def test_a_click_in_the_panel_of_a_level_prefers_its_queries(open_page: OpenPage) -> None:
+    record, _ = make_record(SCENE, 0)
     positions = torch.arange(8)[:, None] // 2 * 5.0 + torch.tensor([9.0, 3])  # pairs in one place
     record = dataclasses.replace(record, positions=positions, levels=torch.tensor([0, 1] * 4))
-    page = show(View(SCENE.pyramid, [record]))
+    page = open_page(View(SCENE.pyramid, [record]))
     for level, query in ((0, 2), (1, 3)):
         click(page, level, 14 / 2**level - 0.5, 8 / 2**level - 0.5)
-        assert page.inner_text("#name") == f"query {query}"
+        assert selected(page) == query
 
 
-def test_heads_and_levels(show: Open) -> None:
-    query = seeing(SCENE, 0)
-    record, by_point = look(SCENE, 0, background=True)
-    page = show(View(SCENE.pyramid, [record]))
+def test_heads_and_levels(open_page: OpenPage) -> None:
+    query = busiest_query(SCENE, 0)
+    record, by_point = make_record(SCENE, 0, background=True)
+    page = open_page(View(SCENE.pyramid, [record]))
     page.fill("#query", str(query))
     page.press("#query", "Enter")
-    expected = places_of(by_point[query])
-    assert_shown(page, expected)
+    expected = by_cell(by_point[query])
+    assert_table(page, expected)
     empty = record.weights.background
     assert empty is not None
     for head in range(3):
         page.select_option("#head", label=f"head {head}")
-        assert_shown(page, expected, head)
-        on_empty = page.locator("#shares tbody tr td:last-child").all_inner_texts()
+        assert_table(page, expected, head)
+        on_empty = page.locator("#level-sums tbody tr td:last-child").all_inner_texts()
         assert [float(text.split()[0]) for text in on_empty] == pytest.approx(
             (100 * empty[query, :, head]).tolist(), abs=0.006
         )
     page.get_by_label("0", exact=True).uncheck()
     level_1 = {place: heads for place, heads in expected.items() if place[0] == 1}
-    assert_shown(page, level_1, 2)
-    assert page.evaluate("scene.panels.map(panel => panel.level)") == [1]
+    assert_table(page, level_1, 2)
+    assert page.evaluate("state.panels.map(panel => panel.level)") == [1]
     page.get_by_label("1", exact=True).click()  # the last level stays
     assert page.get_by_label("1", exact=True).is_checked()
-    page.select_option("#head", label="mean of 3")
+    page.select_option("#head", index=0)
     page.get_by_label("0", exact=True).check()
-    assert_shown(page, expected)
+    assert_table(page, expected)
     page.click("#reset")
-    assert page.inner_text("#name") == "Click a query"
-    assert shown(page) == {}
+    assert selected(page) is None
+    assert table_weights(page) == {}
 
 
-def test_the_keyboard_does_it_all(show: Open) -> None:
-    record, by_point = boxed()
-    page = show(View(SCENE.pyramid, [record]))
+def test_keyboard(open_page: OpenPage) -> None:
+    record, by_point = record_with_boxes()
+    page = open_page(View(SCENE.pyramid, [record]))
     page.keyboard.press("ArrowRight")
     page.keyboard.press("ArrowRight")
-    assert page.inner_text("#name") == "query 1"
+    assert selected(page) == 1
     page.keyboard.press("ArrowLeft")
     page.keyboard.press("ArrowLeft")
-    assert page.inner_text("#name") == "query 7"
-    query = seeing(SCENE, 0)
+    assert selected(page) == 7
+    query = busiest_query(SCENE, 0)
     for _ in range(query + 1):
         page.keyboard.press("ArrowRight")
-    expected = places_of(by_point[query])
+    expected = by_cell(by_point[query])
     page.keyboard.press("h")
-    assert_shown(page, expected, 0)
+    assert_table(page, expected, 0)
     page.keyboard.press("H")
     page.keyboard.press("H")
-    assert_shown(page, expected, 2)
+    assert_table(page, expected, 2)
     page.keyboard.press("1")
-    assert {place[0] for place in shown(page)} == {0}
-    before = page.evaluate("pixelOf(0, 3, 3)")
+    assert {place[0] for place in table_weights(page)} == {0}
+    before = page.evaluate("cellToViewport(0, 3, 3)")
     page.keyboard.press("Shift+ArrowRight")
-    assert page.evaluate("pixelOf(0, 3, 3)") == [before[0] - 60, before[1]]
-    width = page.evaluate("pixelOf(0, 3, 4)[0] - pixelOf(0, 3, 3)[0]")
+    assert page.evaluate("cellToViewport(0, 3, 3)") == [before[0] - 60, before[1]]
+    width = page.evaluate("cellToViewport(0, 3, 4)[0] - cellToViewport(0, 3, 3)[0]")
     page.keyboard.press("+")
-    assert page.evaluate("pixelOf(0, 3, 4)[0] - pixelOf(0, 3, 3)[0]") == pytest.approx(1.5 * width)
+    assert page.evaluate(
+        "cellToViewport(0, 3, 4)[0] - cellToViewport(0, 3, 3)[0]"
+    ) == pytest.approx(1.5 * width)
     page.keyboard.press("-")
     page.keyboard.press("c")
     assert page.is_checked("#close-up")
     page.keyboard.press("r")
     assert not page.is_checked("#close-up")
-    assert page.inner_text("#name") == "Click a query"
+    assert selected(page) is None
     assert page.locator("#levels input:checked").count() == 2
-    # Keys that are typed into a field are the field's.
+    # Keys typed into a field are no shortcuts.
     page.fill("#query", "")
     page.focus("#query")
     page.keyboard.type("3")
     page.keyboard.press("Tab")
-    assert page.inner_text("#name") == "query 3"
+    assert selected(page) == 3
 
 
-def test_wheel_and_drag(show: Open) -> None:
-    record, by_point = look(SCENE, 0)
-    page = show(View(SCENE.pyramid, [record]))
-    query = seeing(SCENE, 0)
+def test_wheel_and_drag(open_page: OpenPage) -> None:
+    record, by_point = make_record(SCENE, 0)
+    page = open_page(View(SCENE.pyramid, [record]))
+    query = busiest_query(SCENE, 0)
     row, column = (SCENE.positions[query] - 0.5).tolist()
-    at = page.evaluate("([r, c]) => pixelOf(0, r, c)", [row, column])
-    side = page.evaluate("pixelOf(0, 0, 1)[0] - pixelOf(0, 0, 0)[0]")
+    at = page.evaluate("([r, c]) => cellToViewport(0, r, c)", [row, column])
+    side = page.evaluate("cellToViewport(0, 0, 1)[0] - cellToViewport(0, 0, 0)[0]")
     page.mouse.move(*at)
     page.mouse.wheel(0, -600)
-    page.wait_for_function("scene.zoom > 1")
+    page.wait_for_function("state.zoom > 1")
     # The mouse is on a whole pixel, half of one away at most, and what is below it stays.
-    still = page.evaluate("([r, c]) => pixelOf(0, r, c)", [row, column])
-    assert still == pytest.approx(at, abs=page.evaluate("scene.zoom"))
-    assert page.evaluate("pixelOf(0, 0, 1)[0] - pixelOf(0, 0, 0)[0]") > 2 * side
+    still = page.evaluate("([r, c]) => cellToViewport(0, r, c)", [row, column])
+    assert still == pytest.approx(at, abs=page.evaluate("state.zoom"))
+    assert page.evaluate("cellToViewport(0, 0, 1)[0] - cellToViewport(0, 0, 0)[0]") > 2 * side
     page.mouse.down()
     page.mouse.move(at[0] + 30, at[1] - 20, steps=4)
     page.mouse.up()
-    moved = page.evaluate("([r, c]) => pixelOf(0, r, c)", [row, column])
+    moved = page.evaluate("([r, c]) => cellToViewport(0, r, c)", [row, column])
     assert moved == pytest.approx([still[0] + 30, still[1] - 20], abs=1)
-    assert page.inner_text("#name") == "Click a query"  # that was no click
+    assert selected(page) is None  # that was no click
     page.mouse.click(*moved)
-    assert page.inner_text("#name") == f"query {query}"
-    assert_shown(page, places_of(by_point[query]))
+    assert selected(page) == query
+    assert_table(page, by_cell(by_point[query]))
 
 
-def test_close_up_every_level_shows_the_window(show: Open) -> None:
-    record, _ = look(SCENE, 0)
-    page = show(View(SCENE.pyramid, [record]))
-    query = seeing(SCENE, 0)
+def test_close_up_every_level_shows_the_window(open_page: OpenPage) -> None:
+    record, _ = make_record(SCENE, 0)
+    page = open_page(View(SCENE.pyramid, [record]))
+    query = busiest_query(SCENE, 0)
     for _ in range(query + 1):
         page.keyboard.press("ArrowRight")
     page.check("#close-up")
-    panels = page.evaluate("scene.panels")
+    panels = page.evaluate("state.panels")
     corner = page.locator("#map").bounding_box()
     assert corner is not None
     for level, panel in enumerate(panels):
         row, column = (SCENE.positions[query] / 2**level).floor().tolist()
-        x, y = page.evaluate("([l, r, c]) => pixelOf(l, r, c)", [level, row, column])
+        x, y = page.evaluate("([l, r, c]) => cellToViewport(l, r, c)", [level, row, column])
         # The window's middle is the panel's.
         assert x - corner["x"] == pytest.approx(panel["x"] + panel["w"] / 2)
         assert y - corner["y"] == pytest.approx(panel["y"] + panel["h"] / 2)
         size = SCENE.sizes[level] + 6
         left, top = page.evaluate(
-            "([l, r, c]) => pixelOf(l, r, c)", [level, row - size / 2, column - size / 2]
+            "([l, r, c]) => cellToViewport(l, r, c)", [level, row - size / 2, column - size / 2]
         )
         gap = min(left - corner["x"] - panel["x"], top - corner["y"] - panel["y"])
         assert gap == pytest.approx(0, abs=1)
@@ -448,14 +459,14 @@ def hex_color(color: str) -> list[int]:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_colours_of_the_map(show: Open, scheme: str) -> None:
-    record, by_point = look(SCENE, 0)
-    page = show(View(SCENE.pyramid, [record]), scheme=scheme)
-    query = seeing(SCENE, 0)
+def test_colors_of_the_map(open_page: OpenPage, scheme: str) -> None:
+    record, by_point = make_record(SCENE, 0)
+    page = open_page(View(SCENE.pyramid, [record]), scheme=scheme)
+    query = busiest_query(SCENE, 0)
     for _ in range(query + 1):
         page.keyboard.press("ArrowRight")
     page.keyboard.press("c")
-    expected = places_of(by_point[query])
+    expected = by_cell(by_point[query])
     heaviest = max(expected, key=lambda place: float(expected[place].mean()))
     palette = LIGHT if scheme == "light" else DARK
     page.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
@@ -464,29 +475,29 @@ def test_colours_of_the_map(show: Open, scheme: str) -> None:
       const corner = canvas.getBoundingClientRect();
       const pixels = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
       return places.map((place) => {
-        const [x, y] = pixelOf(...place);
+        const [x, y] = cellToViewport(...place);
         const start = 4 * (Math.round(y - corner.y) * canvas.width + Math.round(x - corner.x));
         return [...pixels.slice(start, start + 3)];
       });
     }"""
     level, row, column = heaviest
-    centre = (SCENE.positions[query] / 2**level).floor().tolist()
-    edge = centre[1] + SCENE.sizes[level] // 2 + 0.5
+    center = (SCENE.positions[query] / 2**level).floor().tolist()
+    edge = center[1] + SCENE.sizes[level] // 2 + 0.5
     # A third off the middle, where the query's dot may be.
-    places = [(level, row + 0.3, column + 0.3), (level, centre[0] + 0.2, edge)]
+    places = [(level, row + 0.3, column + 0.3), (level, center[0] + 0.2, edge)]
     colors = page.evaluate(script, places)
-    assert colors == [hex_color(palette.weights[-1]), hex_color(palette.frame)]
+    assert colors == [hex_color(palette.weights[-1]), hex_color(palette.window)]
     background = page.evaluate("getComputedStyle(document.body).backgroundColor")
-    assert background == f"rgb({', '.join(map(str, hex_color(palette.paper)))})"
+    assert background == f"rgb({', '.join(map(str, hex_color(palette.surface)))})"
 
 
-def test_names_are_shown_as_they_are(show: Open) -> None:
+def test_names_are_shown_verbatim(open_page: OpenPage) -> None:
     hostile = ["<img src=x onerror='window.harm = 1'>", "</script><script>window.harm = 1</script>"]
     labels = [*hostile, *["&lt;b&gt;"] * 6]
-    record, _ = boxed(labels=labels, name=hostile[0])
-    other, _ = boxed(labels=labels, name=hostile[1])
+    record, _ = record_with_boxes(labels=labels, name=hostile[0])
+    other, _ = record_with_boxes(labels=labels, name=hostile[1])
     views = [View(SCENE.pyramid, [record, other], title=title) for title in hostile]
-    page = show(*views, title=hostile[0])
+    page = open_page(*views, title=hostile[0])
     for label in labels[:3]:
         page.keyboard.press("ArrowRight")
         assert page.inner_text("#name") == label
@@ -498,59 +509,61 @@ def test_names_are_shown_as_they_are(show: Open) -> None:
     assert page.locator("script").count() == 2
 
 
-def test_views_and_records(show: Open) -> None:
-    first, by_point = boxed(name="layer 0")
+def test_views_and_records(open_page: OpenPage) -> None:
+    first, by_point = record_with_boxes(name="layer 0")
     shuffled = first.weights._replace(weights=first.weights.weights.flip(1))
     second = dataclasses.replace(first, weights=shuffled, name="layer 1")
-    elsewhere, _ = look(CUBE, 0, name="cubes")
-    page = show(View(SCENE.pyramid, [first, second]), View(CUBE.pyramid, [elsewhere], title="3-D"))
-    query = seeing(SCENE, 0)
+    elsewhere, _ = make_record(CUBE, 0, name="cubes")
+    page = open_page(
+        View(SCENE.pyramid, [first, second]), View(CUBE.pyramid, [elsewhere], title="3-D")
+    )
+    query = busiest_query(SCENE, 0)
     for _ in range(query + 1):
         page.keyboard.press("ArrowRight")
     page.select_option("#head", label="head 0")
-    assert_shown(page, places_of(by_point[query]), 0)
+    assert_table(page, by_cell(by_point[query]), 0)
     page.select_option("#record", label="layer 1")  # the same queries: the choice stays
-    assert page.inner_text("#name") == f"query {query}"
-    assert_shown(page, places_of(by_point[query]), 2)
+    assert selected(page) == query
+    assert_table(page, by_cell(by_point[query]), 2)
     page.select_option("#view", label="3-D")
-    assert page.inner_text("#name") == "Click a query"
+    assert selected(page) is None
     assert page.locator("#record-label").is_hidden()
     page.focus("#map")
     page.keyboard.press("ArrowRight")
-    assert page.inner_text("#name") == "query 0"
+    assert selected(page) == 0
 
 
-def test_three_dimensions_are_seen_along_an_axis(show: Open) -> None:
-    record, by_point = look(CUBE, 0)
-    page = show(View(CUBE.pyramid, [record], axis=1))
-    query = seeing(CUBE, 0)
+def test_three_dimensions_are_projected_along_an_axis(open_page: OpenPage) -> None:
+    record, by_point = make_record(CUBE, 0)
+    page = open_page(View(CUBE.pyramid, [record], axis=1))
+    query = busiest_query(CUBE, 0)
     for _ in range(query + 1):
         page.keyboard.press("ArrowRight")
-    expected: dict[Place, Tensor] = {}
+    expected: dict[CellKey, Tensor] = {}
     for point, heads in by_point[query].items():
         _, row, _, column, level = CUBE.pyramid.coordinates[point].tolist()
         expected[level, row, column] = expected.get((level, row, column), 0) + heads
     assert len(expected) < len(by_point[query])
-    assert_shown(page, expected)
+    assert_table(page, expected)
     headings = page.locator("#points th").all_inner_texts()
     assert headings == ["level", "axis 0", "axis 2", "weight"]
 
 
-def test_one_dimension_is_a_row(show: Open) -> None:
-    record, by_point = look(LINE, 0)
-    page = show(View(LINE.pyramid, [record]))
-    query = seeing(LINE, 0)
-    expected: dict[Place, Tensor] = {}
+def test_one_dimension_is_a_row(open_page: OpenPage) -> None:
+    record, by_point = make_record(LINE, 0)
+    page = open_page(View(LINE.pyramid, [record]))
+    query = busiest_query(LINE, 0)
+    expected: dict[CellKey, Tensor] = {}
     for point, heads in by_point[query].items():
         _, cell, level = LINE.pyramid.coordinates[point].tolist()
         expected[level, 0, cell] = expected.get((level, 0, cell), 0) + heads
     click(page, 0, 0.3, float(LINE.positions[query, 0]) - 0.5)
-    assert page.inner_text("#name") == f"query {query}"
-    assert_shown(page, expected)
+    assert selected(page) == query
+    assert_table(page, expected)
     assert page.locator("#points th").all_inner_texts() == ["level", "cell", "weight"]
 
 
-def test_queries_that_see_nothing_and_no_queries(show: Open) -> None:
+def test_queries_without_neighbors_and_no_queries(open_page: OpenPage) -> None:
     pyramid = FeaturePyramid(torch.zeros(0, 4), torch.zeros(0, 4).long(), ((6, 6), (3, 3)), 1)
     nothing = NeighborhoodWeights(
         torch.zeros(2).long(), torch.zeros(0).long(), torch.zeros(0, 2), None
@@ -559,24 +572,25 @@ def test_queries_that_see_nothing_and_no_queries(show: Open) -> None:
     none = AttentionRecord(
         torch.zeros(0, 2), nothing._replace(offsets=torch.zeros(1).long()), (3, 5), name="none"
     )
-    page = show(View(pyramid, [one, none]))
+    page = open_page(View(pyramid, [one, none]))
     click(page, 0, 2, 3)
-    assert page.inner_text("#name") == "query 0"
-    assert page.inner_text("#more") == "none: nothing is near it"
+    assert selected(page) == 0
+    assert table_weights(page) == {}
+    assert page.inner_text("#points-note")
     page.select_option("#record", label="none")
-    assert page.inner_text("#status") == "no queries here"
+    assert page.inner_text("#status")
     page.focus("#map")
     page.keyboard.press("ArrowRight")
     page.keyboard.press("c")
-    assert page.inner_text("#name") == "Click a query"
+    assert selected(page) is None
 
 
-def test_twenty_thousand_points_stay_quick(show: Open) -> None:
-    page = show(View(*random_view(20_000, 300), image=torch.rand(512, 512)))
+def test_twenty_thousand_points_stay_quick(open_page: OpenPage) -> None:
+    page = open_page(View(*random_view(20_000, 300), image=torch.rand(512, 512)))
     script = """() => {
       const start = performance.now();
-      for (let query = 0; query < 5; query++) { choose(query); drawMap(scene); }
+      for (let query = 0; query < 5; query++) { selectQuery(query); drawMap(state); }
       canvas.getContext("2d").getImageData(0, 0, 1, 1);  // waits for the drawing
       return (performance.now() - start) / 5;
     }"""
-    assert page.evaluate(script) < 500  # milliseconds; some 30 where nothing else runs
+    assert page.evaluate(script) < 500  # milliseconds; about 30 on an idle machine

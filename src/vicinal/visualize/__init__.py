@@ -1,6 +1,6 @@
-"""Pictures of what queries attend to: figures (matplotlib) and pages to explore (HTML).
+"""Visualization of attention weights: matplotlib figures and interactive HTML pages.
 
-The figures need matplotlib, ``pip install 'vicinal[visualize]'``; the pages need nothing.
+The figures need matplotlib, ``pip install 'vicinal[visualize]'``. The pages need no extra package.
 """
 
 from importlib import import_module
@@ -19,7 +19,7 @@ _FIGURES = {"draw_attention": ".figures", "draw_overview": ".overview"}
 
 
 def __getattr__(name: str) -> Any:
-    """What needs matplotlib is imported when first asked for."""
+    """Imports what needs matplotlib on first access."""
     if name not in _FIGURES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:

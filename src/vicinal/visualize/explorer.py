@@ -1,4 +1,4 @@
-"""A page to explore: click a query and see what it attends to, in any browser, without network."""
+"""An interactive HTML page of attention weights that works in any browser, without network."""
 
 import base64
 import html
@@ -17,31 +17,54 @@ from torch import Tensor
 
 from .._utils.checks import refuse
 from ..pyramid import FeaturePyramid
-from .flat import Places, find_places, flatten
+from .image import encode_png, to_uint8
 from .palette import DARK, LIGHT, Palette
-from .picture import as_picture, encode_png
+from .projection import ProjectedCells, project_cells, project_record
 from .record import AttentionRecord, check_record
 
-STEPS = 2**16 - 1  # into which a query's largest weight is divided
-_SCRIPTS = ("decode.js", "draw.js", "explore.js")
+WEIGHT_STEPS = 2**16 - 1  # a query's largest weight, as a quantized uint16
+_SCRIPTS = ("decode.js", "draw.js", "state.js", "details.js", "input.js")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class View:
-    """One image of a page: its points, and what queries among them attend to.
+    """One image of an explorer page: its points and the attention weights of its queries.
 
     Args:
-        pyramid: the points.
-        records: at least one, all of the same image; say one per layer.
-        title: of the image.
-        image: ``[H, W]`` intensities, drawn as ink, or ``[H, W, 3]`` colours; floating in [0, 1]
-            or uint8; of any resolution, over the whole of the map; None: none.
-        axis: the one to look along where there are three; None: the first. Points one behind the
-            other are then shown as one, with the sum of their weights.
+        pyramid: points of all levels.
+        records: one record or more, all of the same image, such as one per layer.
+        title: name of the image.
+        image: ``[H, W]`` intensities, drawn translucent above the points, or ``[H, W, 3]`` colors,
+            drawn below them. Floating in [0, 1] or uint8, of any resolution; it is stretched over
+            the whole map. None: no image.
+        axis: axis to project along, for three dimensions only. Points that differ in that axis
+            alone are drawn as one cell, with the sum of their weights. None: the first.
 
     Raises:
-        ValueError: no record, records of several images or of another pyramid, an image of
-            another form, or more than three dimensions.
+        ValueError: no records, or records of several images or of another pyramid.
+
+    Example:
+        ```python
+        import torch
+        from vicinal import FeaturePyramid, SparseNeighborhoodAttentionBlock
+        from vicinal.visualize import AttentionRecord, View
+
+        coordinates = torch.cat([torch.zeros(60, 1), torch.randint(0, 16, (60, 2))], 1).long()
+        pyramid = FeaturePyramid.from_points(
+            coordinates, torch.randn(60, 8), spatial_shape=(16, 16), batch_size=1, strides=(1, 2)
+        )
+        positions = torch.tensor([[4.5, 4.5], [10.0, 8.0]])
+        records = []
+        for layer in range(2):
+            block = SparseNeighborhoodAttentionBlock(8, 2, n_levels=2, neighborhood_sizes=(3, 5))
+            weights = block.attention_weights(
+                torch.randn(2, 8), positions, torch.tensor([0, 2]), pyramid
+            )
+            records.append(
+                AttentionRecord(positions, weights, block.neighborhood_sizes, f"layer {layer}")
+            )
+        view = View(pyramid, records, title="event 12")
+        ```
     """
 
     pyramid: FeaturePyramid
@@ -57,113 +80,149 @@ class View:
             check_record(record, self.pyramid)
         images = sorted({record.batch_index for record in self.records})
         if len(images) > 1:
-            refuse("records", "queries of one image", f"those of {images}")
+            refuse("records", "records of one image", f"records of images {images}")
 
 
 def write_explorer(
     path: str | os.PathLike[str],
     views: View | Sequence[View],
     *,
-    title: str = "What queries attend to",
+    title: str = "Attention explorer",
 ) -> None:
-    """Writes a page, one file that needs nothing else, on which to explore attention.
+    """Writes an HTML page to explore attention weights: one file without external resources.
 
-    Click a point or a box, or step with the arrow keys: the page shows the query's windows, the
-    points it attends to and their weights, a panel per level, for the mean over the heads or one
-    of them. Weights are kept in 65,535 steps of the query's largest, so within 1e-5 of that. Eight
-    heads and 80 points take about 2 KB per query.
+    Click a point or a box, or press the arrow keys, to select a query. The page then shows the
+    query's windows, the points it attends to and their weights, with one panel per level, for one
+    head or the mean over the heads. Weights are quantized to 16 bits, with an error of at most
+    1e-5 of the query's largest weight. With 8 heads and 80 points, a query takes about 2 KB.
 
     Args:
-        path: of the HTML file, written over if it is there.
-        views: the images.
-        title: of the page.
+        path: HTML file to write. An existing file is replaced.
+        views: one image or several to choose from.
+        title: title of the page.
 
     Raises:
-        ValueError: no view, or what it holds cannot be drawn.
+        ValueError: ``views`` is empty, an image has an invalid shape, dtype or range, an ``axis``
+            is out of range, or a pyramid has more than three dimensions. No file is written then.
+
+    Example:
+        ```python
+        import tempfile
+        from pathlib import Path
+
+        import torch
+        from vicinal import FeaturePyramid, SparseNeighborhoodAttentionBlock
+        from vicinal.visualize import AttentionRecord, View, write_explorer
+
+        image = torch.rand(16, 16) * torch.rand(16, 16).lt(0.3)
+        pixels = image[None].nonzero()  # image 0, row, column
+        values = torch.randn(len(pixels), 8)
+        pyramid = FeaturePyramid.from_points(pixels, values, image.shape, 1, strides=(1, 2))
+        block = SparseNeighborhoodAttentionBlock(8, 2, n_levels=2, neighborhood_sizes=(3, 5))
+        positions, offsets = pyramid.positions(), pyramid.batch_offsets()
+        weights = block.attention_weights(pyramid.values, positions, offsets, pyramid)
+        record = AttentionRecord(
+            positions, weights, block.neighborhood_sizes, levels=pyramid.levels
+        )
+        view = View(pyramid, [record], title="event 12", image=image)
+        with tempfile.TemporaryDirectory() as folder:
+            page = Path(folder) / "attention.html"
+            write_explorer(page, view, title="Encoder layer 0")
+            print(page.stat().st_size, "bytes")
+        ```
     """
     views = [views] if isinstance(views, View) else views
     is_sequence = isinstance(views, Sequence) and len(views) > 0
     if not is_sequence or not all(isinstance(view, View) for view in views):
         refuse("views", "at least one View", str(views))
-    data = {"steps": STEPS, "views": [_pack_view(view) for view in views]}
-    page = {
+    data = {"weight_steps": WEIGHT_STEPS, "views": [_encode_view(view) for view in views]}
+    parts = {
         "title": html.escape(title),
-        "palette": _as_css(LIGHT, DARK),
-        "style": _asset("style.css"),
-        # Within <script>, "<" would let a label end it.
+        "palette": _palette_css(LIGHT, DARK),
+        "style": _read_asset("style.css"),
+        # Escaped, because "</script>" within a label would end the script element.
         "data": json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),
-        "script": "\n".join(_asset(name) for name in _SCRIPTS),
+        "script": "\n".join(_read_asset(name) for name in _SCRIPTS),
     }
-    # In one pass: what is filled in may hold anything.
-    text = re.sub(r"\{\{(\w+)\}\}", lambda match: page[match[1]], _asset("explorer.html"))
+    # All placeholders in one pass, because the inserted text may contain placeholders itself.
+    template = _read_asset("explorer.html")
+    text = re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)
     Path(path).write_text(text, encoding="utf-8")
 
 
-def _pack_view(view: View) -> dict[str, Any]:
-    places = find_places(view.pyramid, view.records[0].batch_index, view.axis)
-    picture = None
+def _encode_view(view: View) -> dict[str, Any]:
+    """What ``decodeView`` in ``decode.js`` reads."""
+    cells = project_cells(view.pyramid, view.records[0].batch_index, view.axis)
+    image = None
     if view.image is not None:
-        pixels = as_picture(view.image)
+        pixels = to_uint8(view.image)
         png = base64.b64encode(encode_png(pixels)).decode()
-        picture = {"url": f"data:image/png;base64,{png}", "ink": pixels.dim() == 2}
+        image = {"url": f"data:image/png;base64,{png}", "is_intensity": pixels.dim() == 2}
     return {
         "title": view.title,
-        "shapes": places.level_shapes,
-        "axes": _axis_names(places),
-        "cells": _pack(places.cells, "I"),
-        "levels": _pack(places.levels, "B"),
-        "picture": picture,
-        "records": [_pack_record(record, places) for record in view.records],
+        "level_shapes": cells.level_shapes,
+        "axis_names": _axis_names(cells),
+        "cells": _encode(cells.cells, "I"),
+        "levels": _encode(cells.levels, "B"),
+        "image": image,
+        "records": [_encode_record(record, cells) for record in view.records],
     }
 
 
-def _axis_names(places: Places) -> list[str | None]:
-    axes, along = places.projection.axes, places.projection.along
-    if len(axes) == 1:
+def _axis_names(cells: ProjectedCells) -> list[str | None]:
+    if cells.projection.is_row:
         return [None, "cell"]
-    return ["row", "column"] if along is None else [f"axis {axis}" for axis in axes]
+    if cells.projection.dropped_axis is None:
+        return ["row", "column"]
+    return [f"axis {axis}" for axis in cells.projection.axes]
 
 
-def _pack_record(record: AttentionRecord, places: Places) -> dict[str, Any]:
-    flat = flatten(record, places)
-    row = torch.repeat_interleave(flat.offsets.diff())
-    heaviest = flat.weights.new_zeros(len(row)) if not record.n_heads else flat.weights.amax(1)
-    largest = torch.zeros(len(record), dtype=torch.float64).scatter_reduce(0, row, heaviest, "amax")
-    largest = largest.float()  # as it is stored, or the quotients would be off
-    steps = flat.weights / largest.clamp(min=torch.finfo(torch.float32).tiny)[row, None] * STEPS
+def _encode_record(record: AttentionRecord, cells: ProjectedCells) -> dict[str, Any]:
+    """What ``decodeRecord`` in ``decode.js`` reads."""
+    projected = project_record(record, cells)
+    weights = projected.weights  # [M, H]
+    query = torch.repeat_interleave(projected.offsets.diff())
+    pair_max = weights.amax(1) if record.n_heads else weights.new_zeros(len(query))
+    query_max = torch.zeros(len(record), dtype=torch.float64)
+    query_max = query_max.scatter_reduce(0, query, pair_max, "amax")
+    query_max = query_max.float()  # rounded as it is stored, since the page multiplies by it
+    divisor = query_max.clamp(min=torch.finfo(torch.float32).tiny)[query, None]
+    quantized = (weights / divisor * WEIGHT_STEPS).round().clamp(0, WEIGHT_STEPS)
     sizes, dim = record.neighborhood_sizes, record.positions.shape[1]
     return {
         "name": record.name,
-        "heads": record.n_heads,
-        "windows": _pack(flat.windows, "f"),
-        "sides": None if sizes is None else [" × ".join([str(size)] * dim) for size in sizes],
-        "positions": _pack(flat.positions, "f"),
-        "levels": _pack(record.levels, "B"),
-        "boxes": _pack(flat.boxes, "f"),
-        "names": [record.describe(query) for query in range(len(record))],
-        "labelled": record.labels is not None or record.scores is not None,
-        "scores": _pack(record.scores, "f"),
-        "offsets": _pack(flat.offsets, "I"),
-        "places": _pack(flat.places, "I"),
-        "largest": _pack(largest, "f"),
-        "weights": _pack(steps.round().clamp(0, STEPS), "H"),
-        "background": _pack(flat.background, "f"),
+        "n_heads": record.n_heads,
+        "windows": _encode(projected.windows, "f"),
+        "window_sizes": None if sizes is None else [" × ".join([str(s)] * dim) for s in sizes],
+        "positions": _encode(projected.positions, "f"),
+        "levels": _encode(record.levels, "B"),
+        "boxes": _encode(projected.boxes, "f"),
+        "query_names": [record.describe(query) for query in range(len(record))],
+        "has_labels": record.labels is not None or record.scores is not None,
+        "scores": _encode(record.scores, "f"),
+        "offsets": _encode(projected.offsets, "I"),
+        "cell_ids": _encode(projected.cell_ids, "I"),
+        "query_max": _encode(query_max, "f"),
+        "weights": _encode(quantized, "H"),
+        "background": _encode(projected.background, "f"),
     }
 
 
-def _pack(x: Tensor | None, code: str) -> str | None:
-    """The numbers one after another, in the form ``code`` of `struct`, as base64."""
+def _encode(x: Tensor | None, code: str) -> str | None:
+    """Base64 of the values in row-major order, little-endian, as type ``code`` of `struct`."""
     if x is None:
         return None
-    numbers = x.detach().cpu().flatten()
-    numbers = numbers.float() if code == "f" else numbers.long()
+    values = x.detach().cpu().flatten()
+    values = values.float() if code == "f" else values.long()
     packed = bytearray()
-    for part in numbers.split(2**20):  # as lists, numbers take much more memory
+    for part in values.split(2**20):  # lists of Python numbers take much more memory
         packed += struct.pack(f"<{len(part)}{code}", *part.tolist())
     return base64.b64encode(packed).decode()
 
 
-def _as_css(light: Palette, dark: Palette) -> str:
+def _palette_css(light: Palette, dark: Palette) -> str:
+    """Both palettes as CSS custom properties."""
+
     def rules(palette: Palette) -> str:
         colors = {name: value for name, value in palette._asdict().items() if name != "weights"}
         colors |= {f"weight-{i}": color for i, color in enumerate(palette.weights)}
@@ -172,5 +231,5 @@ def _as_css(light: Palette, dark: Palette) -> str:
     return f"{rules(light)}\n@media (prefers-color-scheme: dark) {{ {rules(dark)} }}"
 
 
-def _asset(name: str) -> str:
+def _read_asset(name: str) -> str:
     return files(__package__).joinpath("page", name).read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""A figure of what one query attends to, a panel per level."""
+"""A figure of the attention weights of one query, with a panel per level."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -15,18 +15,15 @@ from torch import Tensor
 
 from .._utils.checks import as_integer, check_range, refuse
 from ..pyramid import FeaturePyramid
-from .flat import Flat, Places, find_places, flatten
+from .artists import WEIGHT_COLORMAP, draw_cells, draw_image, make_rectangle, set_view
+from .image import to_uint8
 from .palette import LIGHT
-from .panels import WEIGHTS, as_array, draw_picture, draw_squares, frame, rectangle
+from .projection import ProjectedCells, ProjectedRecord, project_cells, project_record
 from .record import AttentionRecord, check_record
 
-_TEXT: dict[str, Any] = {"color": LIGHT.ink, "fontsize": 10}
-_LEGEND = {
-    "query": Line2D([], [], marker="o", color=LIGHT.query, linestyle="none"),
-    "its window": Patch(fill=False, edgecolor=LIGHT.frame, linewidth=1.8),
-    "its box": Patch(fill=False, edgecolor=LIGHT.query, linewidth=1.2),
-    "points it does not attend to": Patch(color=LIGHT.cell),
-}
+_TEXT: dict[str, Any] = {"color": LIGHT.text, "fontsize": 10}
+_WINDOW: dict[str, Any] = {"fill": False, "edgecolor": LIGHT.window, "linewidth": 1.8}
+_BOX: dict[str, Any] = {"fill": False, "edgecolor": LIGHT.query, "linewidth": 1.2}
 
 
 def draw_attention(
@@ -39,116 +36,138 @@ def draw_attention(
     image: Tensor | None = None,
     margin: int = 3,
 ) -> Figure:
-    """Draws a query's windows, the points it attends to and their weights, a column per level.
+    """Draws the windows of a query and the weights of the points in them, one column per level.
 
-    Of three dimensions one is looked along: points one behind the other are drawn as one, with
-    the sum of their weights. One dimension is a row of cells. Colours follow the square root of
-    the weight, or the many small ones would all look the same.
+    The color scale is the square root of the weight, which keeps small weights distinguishable.
+    Three dimensions are projected along one axis: points that differ in that axis alone are drawn
+    as one cell, with the sum of their weights. One dimension is drawn as a row of cells.
 
     Args:
-        pyramid: the points.
-        record: queries of one image, and their weights.
-        query: which of the record's n queries.
-        heads: ``"mean"`` over the heads, ``"each"`` for a row per head, or the heads to draw.
-        axis: the one to look along where there are three; None: the first.
-        image: ``[H, W]`` intensities, drawn as ink, or ``[H, W, 3]`` colours; floating in [0, 1]
-            or uint8; of any resolution, over the whole of the map; None: none.
-        margin: cells of each level drawn around its window.
+        pyramid: points of all levels.
+        record: queries of one image and their weights.
+        query: index of the query to draw, in [0, n).
+        heads: ``"mean"`` for the mean over the heads, ``"each"`` for one row per head, or indices
+            of the heads to draw, one row each.
+        axis: axis to project along, for three dimensions only. None: the first.
+        image: ``[H, W]`` intensities, drawn translucent above the points, or ``[H, W, 3]`` colors,
+            drawn below them. Floating in [0, 1] or uint8, of any resolution; it is stretched over
+            the whole map. None: no image.
+        margin: width of the border around the windows, in cells of the level.
 
     Returns:
-        a figure, to be saved or shown. The axes are in cells of the full shape.
+        A figure, to be shown or saved. Its axes are in cells of the full shape.
 
     Raises:
-        ValueError: the record is not of this pyramid, there is no such query, head or axis, or
-            there are more than three dimensions.
+        ValueError: the record does not belong to the pyramid, ``query``, ``heads`` or ``axis`` is
+            out of range, or the pyramid has more than three dimensions.
+
+    Example:
+        ```python
+        import tempfile
+        from pathlib import Path
+
+        import torch
+        from vicinal import FeaturePyramid, SparseNeighborhoodAttentionBlock
+        from vicinal.visualize import AttentionRecord, draw_attention
+
+        coordinates = torch.cat([torch.zeros(60, 1), torch.randint(0, 16, (60, 2))], 1).long()
+        pyramid = FeaturePyramid.from_points(
+            coordinates, torch.randn(60, 8), spatial_shape=(16, 16), batch_size=1, strides=(1, 2)
+        )
+        block = SparseNeighborhoodAttentionBlock(8, 2, n_levels=2, neighborhood_sizes=(3, 5))
+        positions = torch.tensor([[4.5, 4.5], [10.0, 8.0]])
+        weights = block.attention_weights(
+            torch.randn(2, 8), positions, torch.tensor([0, 2]), pyramid
+        )
+        record = AttentionRecord(positions, weights, block.neighborhood_sizes)
+        figure = draw_attention(pyramid, record, query=1, heads="each")
+        with tempfile.TemporaryDirectory() as folder:
+            figure.savefig(Path(folder) / "attention.png", dpi=40)
+        ```
     """
     check_record(record, pyramid)
     check_range("query", torch.tensor([query]), len(record))
     if not isinstance(margin, int) or margin < 0:
-        refuse("margin", "a number of cells", margin)
-    rows = _rows(heads, record.n_heads)
-    places = find_places(pyramid, record.batch_index, axis)
-    flat = flatten(record, places)
-    seen, weights = flat.of(query)
-    shown = torch.stack([weights[:, row].mean(1) for row in rows.values()], 1)
-    norm = PowerNorm(0.5, 0, float(shown.max()) if shown.numel() and shown.max() > 0 else 1)
-    picture = as_array(image)
+        refuse("margin", "a number of cells, at least 0", margin)
+    rows = _head_rows(heads, record.n_heads)
+    image = None if image is None else to_uint8(image)
+    cells = project_cells(pyramid, record.batch_index, axis)
+    projected = project_record(record, cells)
+    ids, weights = projected.attended(query)
+    row_weights = torch.stack([weights[:, row].mean(1) for row in rows.values()], 1)
+    largest = float(row_weights.max()) if row_weights.numel() else 0.0
+    norm = PowerNorm(0.5, 0, largest if largest > 0 else 1)
 
-    n_levels = len(places.level_shapes)
-    height = 1.2 if len(places.projection.axes) == 1 else 2.9
+    n_levels = len(cells.level_shapes)
+    height = 1.2 if cells.projection.is_row else 2.9
     figure = Figure((2.9 * n_levels + 1, height * len(rows) + 1.5), layout="constrained")
     axes = figure.subplots(len(rows), n_levels, squeeze=False)
     for level in range(n_levels):
-        here = places.levels[seen] == level
-        panel = _make_panel(places, flat, query, level, seen[here], margin)
-        for ax, colored in zip(axes[:, level], shown[here].t(), strict=True):
+        in_level = cells.levels[ids] == level
+        panel = _make_panel(cells, projected, query, level, ids[in_level], margin)
+        for ax, level_weights in zip(axes[:, level], row_weights[in_level].t(), strict=True):
             panel.draw(ax)
-            colors = WEIGHTS(norm(colored.tolist()))
-            draw_squares(ax, panel.seen, facecolor=colors, edgecolor="white", zorder=2)
-            draw_picture(ax, picture, places)
-            frame(ax, panel.view, one_row=panel.one_row)
-            ax.set_xlabel(f"{float(colored.sum()):.0%} of the weight", **_TEXT)
-        axes[0, level].set_title(_title(record, query, level, places), fontsize=10)
-    if flat.background is not None:
-        _tell_of_empty_cells(axes, flat.background[query], rows)
+            colors = WEIGHT_COLORMAP(norm(level_weights.tolist()))
+            draw_cells(ax, panel.attended, facecolor=colors, edgecolor="white", zorder=2)
+            draw_image(ax, image, cells)
+            set_view(ax, panel.view, is_row=cells.projection.is_row)
+            ax.set_xlabel(f"{float(level_weights.sum()):.0%} of the weight", **_TEXT)
+        axes[0, level].set_title(_panel_title(record, query, level, cells), fontsize=10)
+    if projected.background is not None:
+        _add_background_shares(axes, projected.background[query], rows)
     for ax, name in zip(axes[:, 0], rows, strict=True):
         ax.set_ylabel(name, **_TEXT)
-    looked_along = places.projection.along
-    along = "" if looked_along is None else f", along axis {looked_along}"
-    title = f"What {record.describe(query)} attends to: {record.name}{along}"
+    title = f"Attention of {record.describe(query)}: {record.name}"
+    if cells.projection.dropped_axis is not None:
+        title += f", projected along axis {cells.projection.dropped_axis}"
     figure.suptitle(title, fontsize=12, parse_math=False)
-    _explain(figure, norm, record, n_levels)
+    _add_colorbar(figure, norm)
+    _add_legend(figure, record, n_columns=2 if n_levels == 1 else 4)
     return figure
 
 
-def _rows(heads: str | Sequence[int], n_heads: int) -> dict[str, list[int]]:
-    """A name for each row of panels, and the heads it is the mean of."""
-    every = list(range(n_heads))
+def _head_rows(heads: str | Sequence[int], n_heads: int) -> dict[str, list[int]]:
+    """The rows of panels: a name, and the heads to take the mean of."""
+    all_heads = list(range(n_heads))
     if isinstance(heads, str):
         if heads not in ("mean", "each"):
-            refuse("heads", "'mean', 'each' or heads", heads)
+            refuse("heads", "'mean', 'each' or indices of heads", heads)
         if heads == "mean":
-            return {f"mean of {n_heads} heads": every}
-        heads = every
+            return {f"mean of {n_heads} heads": all_heads}
+        heads = all_heads
     chosen = [as_integer(head) for head in heads]
-    if not chosen or any(head not in every for head in chosen):
-        refuse("heads", f"heads in [0, {n_heads})", str(list(heads)))
+    if not chosen or any(head not in all_heads for head in chosen):
+        refuse("heads", f"indices in [0, {n_heads})", str(list(heads)))
     return {f"head {head}": [head] for head in chosen if head is not None}
 
 
 class _Panel(NamedTuple):
-    """What all panels of a level show, in cells of the full shape."""
+    """The part of a level's panels that is the same for all heads, in cells of the full shape."""
 
     view: Tensor  # [2, 2]
     edges: tuple[list[float], list[float]]  # of the cells in view: rows, columns
     map: Tensor  # [2, 2]
-    near: Tensor  # [m, 2, 2], the points in view
-    seen: Tensor  # [n, 2, 2], those that the query attends to
+    visible: Tensor  # [m, 2, 2], all points in view
+    attended: Tensor  # [n, 2, 2], points that the query attends to
     window: Tensor | None  # [2, 2]
     box: Tensor | None  # [2, 2]
     position: Tensor  # [2]
-    one_row: bool
 
     def draw(self, ax: Axes) -> None:
-        """Draws all but the attended points, which have other colours in each panel."""
-        ax.set_facecolor(LIGHT.beyond)
-        ax.add_patch(rectangle(self.map, facecolor=LIGHT.paper, zorder=-1))
+        """Draws everything but the attended points, whose colors depend on the heads."""
+        ax.set_facecolor(LIGHT.outside)
+        ax.add_patch(make_rectangle(self.map, facecolor=LIGHT.surface, zorder=-1))
         for axis, edges in zip((ax.yaxis, ax.xaxis), self.edges, strict=True):
             axis.set_minor_locator(FixedLocator(edges))
             axis.set_major_locator(MaxNLocator(3, integer=True))
-            axis.remove_overlapping_locs = False  # a grid line also where there is a number
-        ax.grid(which="minor", color=LIGHT.cell, linewidth=0.5, zorder=0)
+            axis.remove_overlapping_locs = False  # keep the grid line below a tick label
+        ax.grid(which="minor", color=LIGHT.point, linewidth=0.5, zorder=0)
         ax.tick_params(which="minor", length=0)
         ax.set_axisbelow(True)
-        draw_squares(ax, self.near, facecolor=LIGHT.cell, edgecolor="white", zorder=1)
-        for area, color, width in (
-            (self.window, LIGHT.frame, 1.8),
-            (self.box, LIGHT.query, 1.2),
-        ):
-            if area is not None:
-                ax.add_patch(
-                    rectangle(area, fill=False, edgecolor=color, linewidth=width, zorder=4)
-                )
+        draw_cells(ax, self.visible, facecolor=LIGHT.point, edgecolor="white", zorder=1)
+        for corners, style in ((self.window, _WINDOW), (self.box, _BOX)):
+            if corners is not None:
+                ax.add_patch(make_rectangle(corners, zorder=4, **style))
         row, column = self.position.tolist()
         ax.plot(
             column, row, "o", color=LIGHT.query, markersize=7, markeredgecolor="white", zorder=5
@@ -156,74 +175,81 @@ class _Panel(NamedTuple):
 
 
 def _make_panel(
-    places: Places, flat: Flat, query: int, level: int, seen: Tensor, margin: int
+    cells: ProjectedCells,
+    projected: ProjectedRecord,
+    query: int,
+    level: int,
+    ids: Tensor,
+    margin: int,
 ) -> _Panel:
-    scale, position = places.scales[level], flat.positions[query]
-    attended = places.squares(seen)
-    window = None if flat.windows is None else flat.windows[query, level]
+    """The panel of a level, for the cells ``ids`` that the query attends to there."""
+    scale, position = cells.scales[level], projected.positions[query]
+    attended = cells.corners(ids)
+    window = None if projected.windows is None else projected.windows[query, level]
     view = window
-    if view is None:  # all that the query sees
-        edges = torch.cat((attended.flatten(0, 1), position[None]))
-        view = torch.stack((edges.amin(0), edges.amax(0)))
-    around = margin / scale * torch.tensor([[-1], [1]])
-    one_row = len(places.projection.axes) == 1
-    if one_row:
-        around[:, 0] = 0
-    view = view + around
+    if view is None:  # the bounding box of the query and its points
+        points = torch.cat((attended.flatten(0, 1), position[None]))
+        view = torch.stack((points.amin(0), points.amax(0)))
+    border = margin / scale * torch.tensor([[-1], [1]])
+    if cells.projection.is_row:
+        border[:, 0] = 0
+    view = view + border
     first, last = (view * scale).round().long()
     rows, columns = (
-        (torch.arange(int(low), int(high) + 1) / step).tolist()
-        for low, high, step in zip(first, last, scale, strict=True)
+        (torch.arange(int(low), int(high) + 1) / per_cell).tolist()
+        for low, high, per_cell in zip(first, last, scale, strict=True)
     )
-    squares = places.squares((places.levels == level).nonzero().squeeze(1))
-    near = (squares[:, 1] > view[0]).all(1) & (squares[:, 0] < view[1]).all(1)
+    corners = cells.level_corners(level)
+    visible = (corners[:, 1] > view[0]).all(1) & (corners[:, 0] < view[1]).all(1)
     return _Panel(
         view,
         (rows, columns),
-        torch.tensor([[0, 0], places.full_shape]),
-        squares[near],
+        cells.map_corners,
+        corners[visible],
         attended,
         window,
-        None if flat.boxes is None else flat.boxes[query],
+        None if projected.boxes is None else projected.boxes[query],
         position,
-        one_row,
     )
 
 
-def _title(record: AttentionRecord, query: int, level: int, places: Places) -> str:
+def _panel_title(record: AttentionRecord, query: int, level: int, cells: ProjectedCells) -> str:
+    """The window of a level, and the number of points in it before they merge into cells."""
     offsets, points = (part.cpu() for part in record.weights[:2])
-    seen = places.pyramid.levels[points[int(offsets[query]) : int(offsets[query + 1])]]
-    count = int((seen == level).sum())
+    levels = cells.pyramid.levels[points[int(offsets[query]) : int(offsets[query + 1])]]
+    count = int((levels == level).sum())
     text = f"{count} point{'s' if count != 1 else ''}"
     if record.neighborhood_sizes is None:
         return f"level {level}\n{text}"
-    sides = " × ".join([str(record.neighborhood_sizes[level])] * record.positions.shape[1])
-    return f"level {level}: window {sides}\n{text}"
+    size = " × ".join([str(record.neighborhood_sizes[level])] * record.positions.shape[1])
+    return f"level {level}: window {size}\n{text}"
 
 
-def _tell_of_empty_cells(axes: Any, background: Tensor, rows: dict[str, list[int]]) -> None:
-    """Adds their share of the weight, of ``background`` [L, H], to the panels."""
+def _add_background_shares(axes: Any, background: Tensor, rows: dict[str, list[int]]) -> None:
+    """Adds the weight of the empty cells, ``[L, H]``, to the labels of the panels."""
     for row, heads in zip(axes, rows.values(), strict=True):
         for ax, share in zip(row, background[:, heads].mean(1).tolist(), strict=True):
             ax.set_xlabel(f"{ax.get_xlabel()}\n{share:.0%} on empty cells")
 
 
-def _explain(figure: Figure, norm: PowerNorm, record: AttentionRecord, n_levels: int) -> None:
-    """The scale of the weights, and what the other signs mean."""
+def _add_colorbar(figure: Figure, norm: PowerNorm) -> None:
     bar = figure.colorbar(
-        ScalarMappable(norm, WEIGHTS), ax=figure.axes, aspect=25, ticks=MaxNLocator(5)
+        ScalarMappable(norm, WEIGHT_COLORMAP), ax=figure.axes, aspect=25, ticks=MaxNLocator(5)
     )
-    bar.set_label("attention weight", color=LIGHT.ink)
+    bar.set_label("attention weight", color=LIGHT.text)
     bar.ax.yaxis.set_minor_locator(NullLocator())
     bar.outline.set_visible(False)
-    absent = {"its window": record.neighborhood_sizes, "its box": record.boxes}
-    signs = {
-        name: sign
-        for name, sign in _LEGEND.items()
-        if name not in absent or absent[name] is not None
-    }
-    columns = 2 if n_levels == 1 else 4
+
+
+def _add_legend(figure: Figure, record: AttentionRecord, n_columns: int) -> None:
+    handles: list[Any] = [
+        Line2D([], [], marker="o", color=LIGHT.query, linestyle="none", label="query")
+    ]
+    if record.neighborhood_sizes is not None:
+        handles.append(Patch(label="window", **_WINDOW))
+    if record.boxes is not None:
+        handles.append(Patch(label="box", **_BOX))
+    handles.append(Patch(color=LIGHT.point, label="point without weight"))
     figure.legend(
-        signs.values(), signs.keys(), loc="outside lower center", ncols=columns, frameon=False,
-        fontsize=9,
-    )  # fmt: skip
+        handles=handles, loc="outside lower center", ncols=n_columns, frameon=False, fontsize=9
+    )

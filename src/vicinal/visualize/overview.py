@@ -1,4 +1,4 @@
-"""A whole image with its queries: boxes, labels, and the points that each attends to."""
+"""A figure of an image with its queries: boxes, labels and attended points."""
 
 import torch
 from matplotlib.axes import Axes
@@ -9,13 +9,14 @@ from torch import Tensor
 from .._utils.checks import check_range, check_tensor, refuse
 from ..pyramid import FeaturePyramid
 from ..windows import finest_level
-from .flat import find_places, flatten
-from .palette import DISTINCT, LIGHT
-from .panels import as_array, draw_picture, draw_squares, frame, rectangle
+from .artists import draw_cells, draw_image, make_rectangle, set_view
+from .palette import CATEGORICAL, LIGHT
+from .projection import ProjectedCells, ProjectedRecord, project_cells, project_record
 from .record import AttentionRecord, check_record
 
-LARGEST_DOT = 60.0  # the area of the heaviest point, in points squared
-_CORNERS = (
+MAX_DOT_AREA = 60.0  # of the point with the largest weight, in points squared
+# Where a label may be: row and column of the box corner, horizontal and vertical alignment.
+_LABEL_ANCHORS = (
     (0, 0, "left", "bottom"),
     (1, 1, "right", "top"),
     (0, 1, "right", "bottom"),
@@ -33,25 +34,55 @@ def draw_overview(
     image: Tensor | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """Draws an image with its queries, each with the points it attends to as dots of its colour.
+    """Draws an image with its queries, and the points that each attends to as dots of its color.
 
-    The area of a dot follows the weight, mean over the heads, relative to the query's largest.
-    Labels stand at a corner of their box where they cover no other label, and are left out where
-    there is no such corner: give ``ax`` its place in the figure first. Three dimensions are looked
-    at along one of them, as in `draw_attention`.
+    The area of a dot is proportional to the weight, averaged over the heads and relative to the
+    query's largest. A label is drawn at a corner of its box where it overlaps no other label, in
+    order of decreasing score, and left out if there is no such corner. Label positions depend on
+    the layout, so place ``ax`` in its figure first. Three dimensions are projected along one axis,
+    as in `draw_attention`.
 
     Args:
-        pyramid: the points; those of the finest level are drawn as cells.
-        record: queries of one image, and their weights.
-        queries: integer ``[m]``, those of the record's queries to draw; None: all.
-        level: draws the points of this level only; None: of all levels.
-        axis: the one to look along where there are three; None: the first.
-        image: as for `draw_attention`.
-        ax: where to draw; None: in a new figure, ``ax.figure``.
+        pyramid: points of all levels. Those of the finest level are drawn as cells.
+        record: queries of one image and their weights.
+        queries: integer ``[m]``, indices of the record's queries to draw. None: all.
+        level: draw attended points of this level only. None: of all levels.
+        axis: axis to project along, for three dimensions only. None: the first.
+        image: ``[H, W]`` intensities or ``[H, W, 3]`` colors, as in `draw_attention`.
+        ax: axes to draw in. None: the axes of a new figure.
+
+    Returns:
+        The axes, in cells of the full shape. Their figure is ``ax.figure``.
 
     Raises:
-        ValueError: the record is not of this pyramid, or there are no such queries, level or
-            axis.
+        ValueError: the record does not belong to the pyramid, ``queries``, ``level`` or ``axis``
+            is out of range, or the pyramid has more than three dimensions.
+
+    Example:
+        ```python
+        import tempfile
+        from pathlib import Path
+
+        import torch
+        from vicinal import FeaturePyramid, neighborhood_attention_weights, plan_neighborhoods
+        from vicinal.visualize import AttentionRecord, draw_overview
+
+        cells = torch.rand(16, 16).lt(0.3).nonzero()
+        pyramid = FeaturePyramid(
+            torch.randn(len(cells), 8),  # values; coordinates: image 0, cell, level 0
+            torch.nn.functional.pad(cells, (1, 1)),
+            level_shapes=[[16, 16]],
+            batch_size=1,
+        )
+        boxes = torch.tensor([[4.5, 4.5, 5.0, 5.0], [10.0, 8.0, 5.0, 7.0]])
+        plan = plan_neighborhoods(boxes[:, :2], torch.tensor([0, 2]), pyramid, [5])
+        q, k = torch.randn(2, 1, 8), pyramid.values[:, None]
+        weights = neighborhood_attention_weights(q, k, plan)
+        record = AttentionRecord(boxes[:, :2], weights, boxes=boxes, labels=["track", "shower"])
+        ax = draw_overview(pyramid, record, image=torch.rand(16, 16))
+        with tempfile.TemporaryDirectory() as folder:
+            ax.figure.savefig(Path(folder) / "overview.png", dpi=40)
+        ```
     """
     check_record(record, pyramid)
     if level is not None and level not in range(pyramid.n_levels):
@@ -60,74 +91,84 @@ def draw_overview(
         queries = torch.arange(len(record))
     check_tensor("queries", queries, ("m",), kind="integer")
     check_range("queries", queries, len(record))
-    places = find_places(pyramid, record.batch_index, axis)
-    flat = flatten(record, places)
+    cells = project_cells(pyramid, record.batch_index, axis)
+    projected = project_record(record, cells)
     if ax is None:
         ax = Figure((7, 7), layout="constrained").subplots()
     finest = finest_level(pyramid.level_shapes)
-    cells = places.squares((places.levels == finest).nonzero().squeeze(1))
-    draw_squares(ax, cells, facecolor=LIGHT.cell, zorder=1)
-    draw_picture(ax, as_array(image), places)
-    frame(
-        ax,
-        torch.tensor([[0, 0], places.full_shape]),
-        one_row=len(places.projection.axes) == 1,
-    )
+    draw_cells(ax, cells.level_corners(finest), facecolor=LIGHT.point, zorder=1)
+    draw_image(ax, image, cells)
+    set_view(ax, cells.map_corners, is_row=cells.projection.is_row)
     for query in queries.tolist():
-        color = DISTINCT[query % len(DISTINCT)]
-        seen, weights = flat.of(query)
-        if level is not None:
-            here = places.levels[seen] == level
-            seen, weights = seen[here], weights[here]
-        mean = weights.mean(1)
-        areas = LARGEST_DOT * mean / mean.max() if len(mean) and mean.max() > 0 else mean
-        columns, rows = places.squares(seen).mean(1).flip(1).t().tolist()
-        ax.scatter(
-            columns, rows, areas.tolist(), color=color, edgecolor="white", linewidth=0.4,
-            alpha=0.8, zorder=4,
-        )  # fmt: skip
-        if flat.boxes is not None:
-            style = {"fill": False, "edgecolor": color, "linewidth": 1.6, "zorder": 5}
-            ax.add_patch(rectangle(flat.boxes[query], **style))
-        else:
-            row, column = flat.positions[query].tolist()
-            ax.plot(column, row, "+", color=color, markersize=9, markeredgewidth=2, zorder=5)
+        _draw_query(ax, cells, projected, query, level)
     if record.labels is not None or record.scores is not None:
-        corners = flat.boxes
-        if corners is None:
-            corners = flat.positions[:, None].expand(-1, 2, -1)
-        _label(ax, record, corners, queries.tolist())
+        _draw_labels(ax, record, projected, queries.tolist())
     return ax
 
 
-def _label(ax: Axes, record: AttentionRecord, corners: Tensor, queries: list[int]) -> None:
-    """Names the queries, the surest first, where no other name stands."""
+def _color(query: int) -> str:
+    return CATEGORICAL[query % len(CATEGORICAL)]
+
+
+def _draw_query(
+    ax: Axes, cells: ProjectedCells, projected: ProjectedRecord, query: int, level: int | None
+) -> None:
+    """Draws a query's points, of one level or of all, and its box, or a cross without boxes."""
+    color = _color(query)
+    ids, weights = projected.attended(query)
+    if level is not None:
+        in_level = cells.levels[ids] == level
+        ids, weights = ids[in_level], weights[in_level]
+    mean = weights.mean(1)
+    areas = MAX_DOT_AREA * mean / mean.max() if len(mean) and mean.max() > 0 else mean
+    columns, rows = cells.corners(ids).mean(1).flip(1).t().tolist()
+    ax.scatter(
+        columns, rows, areas.tolist(), color=color, edgecolor="white", linewidth=0.4,
+        alpha=0.8, zorder=4,
+    )  # fmt: skip
+    if projected.boxes is not None:
+        style = {"fill": False, "edgecolor": color, "linewidth": 1.6, "zorder": 5}
+        ax.add_patch(make_rectangle(projected.boxes[query], **style))
+    else:
+        row, column = projected.positions[query].tolist()
+        ax.plot(column, row, "+", color=color, markersize=9, markeredgewidth=2, zorder=5)
+
+
+def _draw_labels(
+    ax: Axes, record: AttentionRecord, projected: ProjectedRecord, queries: list[int]
+) -> None:
+    """Labels queries by decreasing score, wherever a label overlaps no earlier one."""
     figure = ax.get_figure(root=True)
     assert figure is not None
-    figure.draw_without_rendering()  # before that, nothing has its place
+    figure.draw_without_rendering()  # sizes of texts are known only after layout
     if record.scores is not None:
         scores = record.scores.tolist()
         queries = sorted(queries, key=lambda query: -scores[query])
+    corners = projected.boxes
+    if corners is None:
+        corners = projected.positions[:, None].expand(-1, 2, -1)
     placed: list[Text] = []
     for query in queries:
-        color = DISTINCT[query % len(DISTINCT)]
-        for row, column, horizontal, vertical in _CORNERS:
+        for row, column, horizontal, vertical in _LABEL_ANCHORS:
             y, x = float(corners[query, row, 0]), float(corners[query, column, 1])
             text = ax.text(
-                x, y, record.describe(query), fontsize=9, color=LIGHT.ink, zorder=6, clip_on=True,
+                x, y, record.describe(query), fontsize=9, color=LIGHT.text, zorder=6, clip_on=True,
                 ha=horizontal, va=vertical, parse_math=False,
-                bbox={"facecolor": "white", "edgecolor": color, "linewidth": 0.8, "pad": 1.5},
+                bbox={
+                    "facecolor": "white", "edgecolor": _color(query), "linewidth": 0.8, "pad": 1.5
+                },
             )  # fmt: skip
-            if not _covers(text, placed):
+            if _has_room(text, placed):
                 placed.append(text)
                 break
             text.remove()
 
 
-def _covers(text: Text, others: list[Text]) -> bool:
+def _has_room(text: Text, others: list[Text]) -> bool:
+    """Whether a text lies within its axes and overlaps none of the others."""
     box = text.get_window_extent()
     assert text.axes is not None
-    inside = text.axes.get_window_extent()
-    if box.x0 < inside.x0 or box.x1 > inside.x1 or box.y0 < inside.y0 or box.y1 > inside.y1:
-        return True
-    return any(box.padded(4).overlaps(other.get_window_extent()) for other in others)
+    axes = text.axes.get_window_extent()
+    if box.x0 < axes.x0 or box.x1 > axes.x1 or box.y0 < axes.y0 or box.y1 > axes.y1:
+        return False
+    return not any(box.padded(4).overlaps(other.get_window_extent()) for other in others)

@@ -1,18 +1,20 @@
-"""Colours that stay apart in print, on screens light and dark, and without red or green."""
+"""Colors that stay distinguishable in print, on light and dark screens, and if color-blind."""
 
 from typing import NamedTuple
 
 
 class Palette(NamedTuple):
-    paper: str
-    beyond: str  # outside the map
-    ink: str  # text, and what the image shows
-    muted: str  # text beside the main thing
-    cell: str  # points that nobody attends to
-    edge: str  # grids and borders
-    frame: str  # windows
-    query: str  # the query and its box
-    weights: tuple[str, ...]  # from none to the largest: lightness alone tells them apart
+    """Hex colors by role. The page gets them as CSS custom properties of the same names."""
+
+    surface: str  # the map, and the page around it
+    outside: str  # beyond the edge of the map
+    text: str  # also the color of an intensity image
+    muted: str  # secondary text, and queries that are not selected
+    point: str  # points without attention weight, and grid lines
+    border: str
+    window: str
+    query: str  # the selected query and its box
+    weights: tuple[str, ...]  # color scale from zero to the largest, monotonic in lightness
 
 
 LIGHT = Palette(
@@ -37,5 +39,5 @@ DARK = Palette(
     "#ff7a8a",
     ("#123f49", "#1f8696", "#7fd3dc", "#f0fdff"),
 )
-# Okabe and Ito, "Color Universal Design", 2008, without black, and yellow, too pale on white.
-DISTINCT = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+# Okabe and Ito, "Color Universal Design", 2008, without black and yellow (too pale on white).
+CATEGORICAL = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")

@@ -1,4 +1,4 @@
-"""What is drawn: some queries of one image, and the weights they give to points."""
+"""The input of all figures and pages: queries of one image and their attention weights."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,28 +20,46 @@ from ..pyramid import FeaturePyramid
 
 @dataclass(frozen=True, eq=False, repr=False)
 class AttentionRecord:
-    """What n queries of one image attend to in one attention module.
+    """Attention weights of n queries of one image in one attention module.
 
-    Weights come from ``attention_weights`` of `SparseNeighborhoodAttentionBlock` or
-    `SparseDeformableAttention`, or from `neighborhood_attention_weights`, with ``queries``; those
-    of any other attention will do, if told point by point. What points of one cell have is added
-    up, so points that share a cell look heavier than they are where they share its weight.
+    The weights come from ``attention_weights`` of `SparseNeighborhoodAttentionBlock` or
+    `SparseDeformableAttention`, or from `neighborhood_attention_weights`, in each case with its
+    argument ``queries``. Weights of any other attention work too, if listed point by point. The
+    figures show one weight per cell: the sum over the points in that cell.
 
     Args:
-        positions: floating ``[n, P]``, where the queries are, in cells of the full shape.
-        weights: of the same queries; the points are numbered as in the pyramid.
-        neighborhood_sizes: window width of each level, as in the plan; None: no windows are drawn.
-        name: of the module, say ``"decoder layer 2"``.
-        batch_index: the image of the queries.
-        levels: integer ``[n]``, the level each query lives on, as for points that are queries;
-            None: they live on none.
-        boxes: floating ``[n, 2P]``, centre then size along each axis, in cells of the full shape;
-            None: queries are points.
-        labels: a text per query, or None.
-        scores: floating ``[n]``, or None.
+        positions: floating ``[n, P]``, positions of the queries, in cells of the full shape.
+        weights: weights of the same n queries. Points are indices into the pyramid.
+        neighborhood_sizes: window width of each level, as in the plan. None: no windows are drawn.
+        name: name of the module, such as ``"decoder layer 2"``.
+        batch_index: image that the queries belong to.
+        levels: integer ``[n]``, pyramid level of each query, if the queries are points of the
+            pyramid. None: queries have no level.
+        boxes: floating ``[n, 2P]``, box of each query as center and size along each axis, in cells
+            of the full shape. None: queries have no boxes.
+        labels: one text per query. None: queries are named by their number.
+        scores: floating ``[n]``, one score per query, shown after its label.
 
     Raises:
-        ValueError: sizes or dtypes do not fit each other, or numbers are not finite.
+        ValueError: shapes or dtypes are inconsistent, or values are not finite.
+
+    Example:
+        ```python
+        import torch
+        from vicinal import NeighborhoodWeights
+        from vicinal.visualize import AttentionRecord
+
+        # Two queries, one head: query 0 attends to points 4 and 7, query 1 to point 5.
+        weights = NeighborhoodWeights(
+            offsets=torch.tensor([0, 2, 3]),
+            points=torch.tensor([4, 7, 5]),
+            weights=torch.tensor([[0.25], [0.75], [1.0]]),
+            background=None,
+        )
+        positions = torch.tensor([[4.5, 4.5], [10.0, 8.0]])
+        record = AttentionRecord(positions, weights, labels=["track", "shower"])
+        print(len(record), record.n_heads, record.describe(1))
+        ```
     """
 
     positions: Tensor
@@ -72,7 +90,7 @@ class AttentionRecord:
             if isinstance(self.labels, str) or not all(isinstance(x, str) for x in self.labels):
                 refuse("labels", f"{n} texts", str(self.labels))
             if len(self.labels) != n:
-                refuse("labels", f"{n} texts", f"{len(self.labels)} of them")
+                refuse("labels", f"{n} texts", f"{len(self.labels)} texts")
 
     def _check_weights(self, n: int) -> None:
         if not isinstance(self.weights, NeighborhoodWeights):
@@ -92,16 +110,21 @@ class AttentionRecord:
 
     @property
     def n_heads(self) -> int:
+        """Number of attention heads, H."""
         return self.weights.weights.shape[1]
 
     def describe(self, query: int) -> str:
-        """The name of a query: its label and its score, or its number."""
+        """Name of a query: its label (without labels, its number) and its score, if any."""
         text = f"query {query}" if self.labels is None else self.labels[query]
         return text if self.scores is None else f"{text} {float(self.scores[query]):.2f}"
 
 
 def check_record(record: AttentionRecord, pyramid: FeaturePyramid) -> None:
-    """Refuses a record whose queries or weights are not of the pyramid's points."""
+    """Checks that a record belongs to the pyramid.
+
+    Raises:
+        ValueError: its queries, points or levels are not those of the pyramid.
+    """
     if not isinstance(pyramid, FeaturePyramid):
         refuse("pyramid", "a FeaturePyramid", pyramid)
     if not isinstance(record, AttentionRecord):
@@ -110,10 +133,11 @@ def check_record(record: AttentionRecord, pyramid: FeaturePyramid) -> None:
     check_range("batch_index", torch.tensor([record.batch_index]), pyramid.batch_size)
     points = record.weights.points.to(pyramid.coordinates.device)
     check_range("weights.points", points, len(pyramid))
-    elsewhere = pyramid.batch[points] != record.batch_index
-    if elsewhere.any():
-        image = int(pyramid.batch[points[elsewhere][0]])
-        refuse("weights.points", f"points of image {record.batch_index}", f"one of image {image}")
+    other_image = pyramid.batch[points] != record.batch_index
+    if other_image.any():
+        image = int(pyramid.batch[points[other_image][0]])
+        expected = f"points of image {record.batch_index}"
+        refuse("weights.points", expected, f"a point of image {image}")
     if record.neighborhood_sizes is not None:
         check_neighborhood_sizes(record.neighborhood_sizes, pyramid.n_levels)
     if record.levels is not None:

@@ -1,32 +1,59 @@
-// The map: a panel per level, all with the same zoom.
+// Draws the map: one panel per visible level, all with the same zoom.
+// "state" is the object of state.js, "panel" an element of its panels.
+
+/**
+ * @typedef {{level: number, x: number, y: number, w: number, h: number}} Panel in pixels
+ * @typedef {{x: number, y: number, scaleX: number, scaleY: number}} Transform
+ *   pixels per cell of the full shape, and the pixel of the map's origin
+ * @typedef {number[]} Rectangle [x, y, width, height], in pixels
+ */
 
 const canvas = document.getElementById("map");
 const HEADING = 22; // pixels above each panel
-const GAP = 10;
+const GAP = 10; // pixels between panels
+const MAX_DOTS = 500; // queries drawn as dots; more would hide the points
+const IMAGE_OPACITY = 0.35; // of an intensity image, so that the points below it stay visible
 
+/** @returns {Object} colors of the current color scheme, by role as in palette.py */
 function readPalette() {
   const style = getComputedStyle(document.documentElement);
   const color = (name) => style.getPropertyValue(`--${name}`).trim();
-  const names = ["paper", "beyond", "ink", "muted", "cell", "edge", "frame", "query"];
+  const names = ["surface", "outside", "text", "muted", "point", "border", "window", "query"];
   const palette = Object.fromEntries(names.map((name) => [name, color(name)]));
   palette.weights = [0, 1, 2, 3].map((i) => parseColor(color(`weight-${i}`)));
   return palette;
 }
 
+/**
+ * @param {string} hex such as "#0f7c8a"
+ * @returns {number[]} [red, green, blue], 0 to 255
+ */
 function parseColor(hex) {
   return [1, 3, 5].map((i) => parseInt(hex.slice(i, i + 2), 16));
 }
 
-// By the square root of the share, or the many small weights would all look the same.
+/**
+ * The scale is a square root, which keeps small weights distinguishable.
+ * @param {Object} palette
+ * @param {number} share of the largest weight, 0 to 1
+ * @returns {string} CSS color
+ */
 function weightColor(palette, share) {
-  const place = Math.sqrt(Math.max(0, Math.min(1, share))) * 3;
-  const stop = Math.min(2, Math.floor(place));
+  const value = Math.sqrt(Math.max(0, Math.min(1, share))) * 3;
+  const stop = Math.min(2, Math.floor(value));
   const [from, to] = [palette.weights[stop], palette.weights[stop + 1]];
-  return `rgb(${from.map((x, i) => Math.round(x + (to[i] - x) * (place - stop))).join(",")})`;
+  return `rgb(${from.map((x, i) => Math.round(x + (to[i] - x) * (value - stop))).join(",")})`;
 }
 
-// Panels as large as they get: the number of columns that gives the map the largest scale.
-function layOut(levels, size, width, height) {
+/**
+ * Arranges panels in the number of columns that draws the map largest.
+ * @param {number[]} levels
+ * @param {number[]} size [2], of the map in cells
+ * @param {number} width of the canvas in pixels
+ * @param {number} height of the canvas in pixels
+ * @returns {Panel[]}
+ */
+function arrangePanels(levels, size, width, height) {
   let best = null;
   for (let columns = 1; columns <= levels.length; columns++) {
     const rows = Math.ceil(levels.length / columns);
@@ -44,57 +71,83 @@ function layOut(levels, size, width, height) {
   }));
 }
 
-// What a panel shows before any zoom: the whole map or, close up, the query's window.
-function baseArea(scene, level) {
-  const whole = [0, 0, ...scene.view.size];
-  if (!scene.closeUp || scene.query === null) return whole;
-  const reach = scene.view.widths[level].map((width) => 3 * width);
-  let area = windowOf(scene.record, scene.view.shapes.length, scene.query, level);
-  if (area === null) {
-    const squares = [...scene.attended.keys()]
-      .filter((place) => scene.view.levels[place] === level)
-      .map((place) => square(scene.view, place));
-    const [row, column] = positionOf(scene.record, scene.query);
-    squares.push([row, column, row, column]);
-    area = [Math.min, Math.min, Math.max, Math.max].map((pick, i) =>
-      pick(...squares.map((corners) => corners[i])),
+/**
+ * @param {Object} state
+ * @param {number} level
+ * @returns {Corners} that a panel shows at zoom 1: the map or, in a close-up, the query's window
+ */
+function unzoomedCorners(state, level) {
+  const { view, record, query } = state;
+  if (!state.closeUp || query === null) return [0, 0, ...view.size];
+  const margin = view.cellSizes[level].map((size) => 3 * size);
+  let corners = queryWindow(record, view.level_shapes.length, query, level);
+  if (corners === null) {
+    const [row, column] = queryPosition(record, query);
+    const all = [...state.weights.keys()]
+      .filter((id) => view.levels[id] === level)
+      .map((id) => cellCorners(view, id));
+    all.push([row, column, row, column]);
+    corners = [Math.min, Math.min, Math.max, Math.max].map((extreme, i) =>
+      extreme(...all.map((each) => each[i])),
     );
   }
-  return [area[0] - reach[0], area[1] - reach[1], area[2] + reach[0], area[3] + reach[1]];
+  const [top, left, bottom, right] = corners;
+  return [top - margin[0], left - margin[1], bottom + margin[0], right + margin[1]];
 }
 
-// From cells of the full shape to pixels: how many along each axis, and where cell (0, 0) is.
-// A single row of cells is as high as is good to see.
-function transform(scene, panel) {
-  const [top, left, bottom, right] = baseArea(scene, panel.level);
-  const oneRow = scene.view.axes[0] === null;
+/**
+ * One-dimensional data is a row of fixed height that zooms and pans horizontally only.
+ * @param {Object} state
+ * @param {Panel} panel
+ * @returns {Transform}
+ */
+function panelTransform(state, panel) {
+  const [top, left, bottom, right] = unzoomedCorners(state, panel.level);
+  const isRow = state.view.axis_names[0] === null;
   const fit = panel.w / (right - left);
-  const across = (oneRow ? fit : Math.min(fit, panel.h / (bottom - top))) * scene.zoom;
-  const down = oneRow ? Math.min(80, 0.7 * panel.h) : across;
-  const middle = oneRow ? 0.5 : (top + bottom) / 2;
+  const scaleX = (isRow ? fit : Math.min(fit, panel.h / (bottom - top))) * state.zoom;
+  const scaleY = isRow ? Math.min(80, 0.7 * panel.h) : scaleX;
+  const middle = isRow ? 0.5 : (top + bottom) / 2;
   return {
-    across,
-    down,
-    x: panel.x + panel.w / 2 + scene.shift[0] - ((left + right) / 2) * across,
-    y: panel.y + panel.h / 2 + (oneRow ? 0 : scene.shift[1]) - middle * down,
+    scaleX,
+    scaleY,
+    x: panel.x + panel.w / 2 + state.pan[0] - ((left + right) / 2) * scaleX,
+    y: panel.y + panel.h / 2 + (isRow ? 0 : state.pan[1]) - middle * scaleY,
   };
 }
 
-function sideInPixels(scene, level, at) {
-  const [height, width] = scene.view.widths[level];
-  return [height * at.down, width * at.across];
+/**
+ * @param {Object} state
+ * @param {number} level
+ * @param {Transform} transform
+ * @returns {number[]} [height, width] of the level's cells, in pixels
+ */
+function cellPixels(state, level, transform) {
+  const [height, width] = state.view.cellSizes[level];
+  return [height * transform.scaleY, width * transform.scaleX];
 }
 
-function toPixels(at, [top, left, bottom, right]) {
-  return [
-    at.x + left * at.across,
-    at.y + top * at.down,
-    (right - left) * at.across,
-    (bottom - top) * at.down,
-  ];
+/**
+ * @param {Transform} transform
+ * @param {Corners} corners in cells of the full shape
+ * @returns {Rectangle}
+ */
+function toPixels(transform, [top, left, bottom, right]) {
+  const { x, y, scaleX, scaleY } = transform;
+  return [x + left * scaleX, y + top * scaleY, (right - left) * scaleX, (bottom - top) * scaleY];
 }
 
-function drawMap(scene) {
+/**
+ * @param {Rectangle} rectangle
+ * @param {Panel} panel
+ * @returns {boolean} whether they overlap
+ */
+function isVisible([x, y, w, h], panel) {
+  return x < panel.x + panel.w && y < panel.y + panel.h && x + w > panel.x && y + h > panel.y;
+}
+
+/** @param {Object} state */
+function drawMap(state) {
   const ratio = window.devicePixelRatio || 1;
   const { clientWidth: width, clientHeight: height } = canvas;
   if (canvas.width !== Math.round(width * ratio)) canvas.width = Math.round(width * ratio);
@@ -102,189 +155,266 @@ function drawMap(scene) {
   const ctx = canvas.getContext("2d");
   ctx.setTransform(ratio, 0, 0, ratio, 0, 0);
   ctx.clearRect(0, 0, width, height);
-  for (const panel of scene.panels) drawPanel(ctx, scene, panel);
+  for (const panel of state.panels) drawPanel(ctx, state, panel);
 }
 
-function drawPanel(ctx, scene, panel) {
-  const { palette } = scene;
-  drawHeading(ctx, scene, panel);
+/**
+ * @param {CanvasRenderingContext2D} ctx
+ * @param {Object} state
+ * @param {Panel} panel
+ */
+function drawPanel(ctx, state, panel) {
+  const { palette, view, image } = state;
+  drawHeading(ctx, state, panel);
   ctx.save();
   ctx.beginPath();
   ctx.rect(panel.x, panel.y, panel.w, panel.h);
   ctx.clip();
-  ctx.fillStyle = palette.beyond;
+  ctx.fillStyle = palette.outside;
   ctx.fillRect(panel.x, panel.y, panel.w, panel.h);
-  const at = transform(scene, panel);
-  const map = toPixels(at, [0, 0, ...scene.view.size]);
-  ctx.fillStyle = palette.paper;
+  const transform = panelTransform(state, panel);
+  const map = toPixels(transform, [0, 0, ...view.size]);
+  ctx.fillStyle = palette.surface;
   ctx.fillRect(...map);
   ctx.imageSmoothingEnabled = false;
-  if (scene.picture && !scene.view.picture.ink) ctx.drawImage(scene.picture, ...map);
-  drawCells(ctx, scene, panel, at);
-  if (scene.picture && scene.view.picture.ink) {
-    ctx.globalAlpha = 0.35;
-    ctx.drawImage(scene.picture, ...map);
+  if (image && !view.image.is_intensity) ctx.drawImage(image, ...map);
+  drawCells(ctx, state, panel, transform);
+  if (image && view.image.is_intensity) {
+    ctx.globalAlpha = IMAGE_OPACITY;
+    ctx.drawImage(image, ...map);
     ctx.globalAlpha = 1;
   }
-  drawQueries(ctx, scene, panel, at);
+  drawQueries(ctx, state, panel, transform);
   ctx.restore();
   ctx.lineWidth = 1;
-  ctx.strokeStyle = palette.edge;
+  ctx.strokeStyle = palette.border;
   ctx.strokeRect(panel.x + 0.5, panel.y + 0.5, panel.w - 1, panel.h - 1);
 }
 
-function drawHeading(ctx, scene, panel) {
+/**
+ * Writes the level, its window and its share of the weight above a panel.
+ * @param {CanvasRenderingContext2D} ctx
+ * @param {Object} state
+ * @param {Panel} panel
+ */
+function drawHeading(ctx, state, panel) {
+  const { record, query } = state;
   ctx.font = "12px system-ui, sans-serif";
-  ctx.fillStyle = scene.palette.ink;
+  ctx.fillStyle = state.palette.text;
   ctx.textAlign = "left";
   ctx.textBaseline = "bottom";
-  const side = scene.record.sides === null ? "" : ` · window ${scene.record.sides[panel.level]}`;
-  const share = scene.query === null ? "" : ` · ${percent(scene.shares[panel.level].weight)} of the weight`;
-  ctx.fillText(`level ${panel.level}${side}${share}`, panel.x, panel.y - 5, panel.w);
+  const parts = [`level ${panel.level}`];
+  if (record.window_sizes !== null) parts.push(`window ${record.window_sizes[panel.level]}`);
+  if (query !== null) parts.push(`${formatPercent(state.levelSums[panel.level].weight)} of the weight`);
+  ctx.fillText(parts.join(" · "), panel.x, panel.y - 5, panel.w);
 }
 
-function drawCells(ctx, scene, panel, at) {
-  const { palette, view } = scene;
-  const [height, width] = sideInPixels(scene, panel.level, at);
-  const line = Math.min(height, width) >= 6 ? 1 : 0; // between neighbors, where there is room
-  const visible = ([x, y, w, h]) =>
-    x < panel.x + panel.w && y < panel.y + panel.h && x + w > panel.x && y + h > panel.y;
+/**
+ * Draws the occupied cells of a level: unattended ones first, then attended ones by weight.
+ * @param {CanvasRenderingContext2D} ctx
+ * @param {Object} state
+ * @param {Panel} panel
+ * @param {Transform} transform
+ */
+function drawCells(ctx, state, panel, transform) {
+  const { palette, view, weights } = state;
+  const [height, width] = cellPixels(state, panel.level, transform);
+  const line = Math.min(height, width) >= 6 ? 1 : 0; // a gap between large cells only
   const fill = ([x, y, w, h]) =>
     ctx.fillRect(x, y, Math.max(1, w - line), Math.max(1, h - line));
-  if (line) drawGrid(ctx, scene, panel, at);
-  ctx.fillStyle = palette.cell;
-  ctx.globalAlpha = scene.picture && !view.picture.ink ? 0.5 : 1;
-  const seen = [];
-  for (const id of view.placesOf[panel.level]) {
-    const area = toPixels(at, square(view, id));
-    if (!visible(area)) continue;
-    if (scene.attended.has(id)) seen.push([id, area]);
-    else fill(area);
+  if (line) drawGrid(ctx, state, panel, transform);
+  ctx.fillStyle = palette.point;
+  ctx.globalAlpha = state.image && !view.image.is_intensity ? 0.5 : 1;
+  const attended = [];
+  for (const id of view.levelCells[panel.level]) {
+    const rectangle = toPixels(transform, cellCorners(view, id));
+    if (!isVisible(rectangle, panel)) continue;
+    if (weights.has(id)) attended.push([id, rectangle]);
+    else fill(rectangle);
   }
   ctx.globalAlpha = 1;
-  for (const [id, area] of seen) {
-    ctx.fillStyle = weightColor(palette, scene.attended.get(id) / (scene.most || 1));
-    fill(area);
+  for (const [id, rectangle] of attended) {
+    ctx.fillStyle = weightColor(palette, weights.get(id) / (state.maxWeight || 1));
+    fill(rectangle);
   }
-  if (scene.marked !== null && view.levels[scene.marked] === panel.level) {
-    outline(ctx, toPixels(at, square(view, scene.marked)), palette.ink, 2);
+  if (state.highlighted !== null && view.levels[state.highlighted] === panel.level) {
+    const rectangle = toPixels(transform, cellCorners(view, state.highlighted));
+    strokeRectangle(ctx, rectangle, palette.text, 2);
   }
 }
 
-function drawGrid(ctx, scene, panel, at) {
-  const [top, left, width, height] = [panel.y, panel.x, panel.w, panel.h];
-  const [down, across] = sideInPixels(scene, panel.level, at);
-  ctx.strokeStyle = scene.palette.cell;
+/**
+ * @param {CanvasRenderingContext2D} ctx
+ * @param {Object} state
+ * @param {Panel} panel
+ * @param {Transform} transform
+ */
+function drawGrid(ctx, state, panel, transform) {
+  const [height, width] = cellPixels(state, panel.level, transform);
+  const [right, bottom] = [panel.x + panel.w, panel.y + panel.h];
+  const first = (start, origin, step) => origin + Math.ceil((start - origin) / step) * step;
+  ctx.strokeStyle = state.palette.point;
   ctx.lineWidth = 0.5;
   ctx.beginPath();
-  for (let x = at.x + Math.ceil((left - at.x) / across) * across; x < left + width; x += across) {
-    ctx.moveTo(x - 0.5, top);
-    ctx.lineTo(x - 0.5, top + height);
+  for (let x = first(panel.x, transform.x, width); x < right; x += width) {
+    ctx.moveTo(x - 0.5, panel.y);
+    ctx.lineTo(x - 0.5, bottom);
   }
-  for (let y = at.y + Math.ceil((top - at.y) / down) * down; y < top + height; y += down) {
-    ctx.moveTo(left, y - 0.5);
-    ctx.lineTo(left + width, y - 0.5);
+  for (let y = first(panel.y, transform.y, height); y < bottom; y += height) {
+    ctx.moveTo(panel.x, y - 0.5);
+    ctx.lineTo(right, y - 0.5);
   }
   ctx.stroke();
 }
 
-function drawQueries(ctx, scene, panel, at) {
-  const { record, palette } = scene;
-  if (record.boxes !== null) {
-    for (let query = 0; query < record.names.length; query++) {
-      if (query !== scene.query) {
-        outline(ctx, toPixels(at, boxOf(record, query)), palette.muted, 1);
-      }
+/**
+ * Draws all queries as boxes or dots, and the selected one with its window.
+ * @param {CanvasRenderingContext2D} ctx
+ * @param {Object} state
+ * @param {Panel} panel
+ * @param {Transform} transform
+ */
+function drawQueries(ctx, state, panel, transform) {
+  const { record, palette } = state;
+  const nQueries = record.query_names.length;
+  if (record.boxes === null) {
+    if (nQueries <= MAX_DOTS) drawDots(ctx, state, panel, transform);
+  } else {
+    for (let query = 0; query < nQueries; query++) {
+      if (query === state.query) continue;
+      strokeRectangle(ctx, toPixels(transform, queryBox(record, query)), palette.muted, 1);
     }
-  } else if (record.names.length <= 500) {
-    drawDots(ctx, scene, panel, at);
   }
-  if (scene.query !== null) {
-    const area = windowOf(record, scene.view.shapes.length, scene.query, panel.level);
-    if (area !== null) outline(ctx, toPixels(at, area), palette.frame, 2);
-    const box = boxOf(record, scene.query);
-    if (box !== null) outline(ctx, toPixels(at, box), palette.query, 2);
-    const [row, column] = positionOf(record, scene.query);
-    const [x, y] = [at.x + column * at.across, at.y + row * at.down];
-    const side = area === null ? Infinity : (area[3] - area[1]) * at.across;
-    if (side < 16) ring(ctx, x, y, 0.75 * side + 4, palette.query);
-    else dot(ctx, x, y, 5, palette.query, palette.paper);
-  }
-  if (record.boxes !== null || record.labelled) drawNames(ctx, scene, panel, at);
+  if (state.query !== null) drawSelected(ctx, state, panel, transform);
+  if (record.boxes !== null || record.has_labels) drawLabels(ctx, state, panel, transform);
 }
 
-function drawDots(ctx, scene, panel, at) {
-  const { record, palette } = scene;
-  const radius = Math.max(1, Math.min(2.5, Math.min(...sideInPixels(scene, panel.level, at)) / 4));
-  for (let query = 0; query < record.names.length; query++) {
+/**
+ * Draws the window, box and position of the selected query.
+ * @param {CanvasRenderingContext2D} ctx
+ * @param {Object} state
+ * @param {Panel} panel
+ * @param {Transform} transform
+ */
+function drawSelected(ctx, state, panel, transform) {
+  const { record, palette, query } = state;
+  const corners = queryWindow(record, state.view.level_shapes.length, query, panel.level);
+  if (corners !== null) strokeRectangle(ctx, toPixels(transform, corners), palette.window, 2);
+  const box = queryBox(record, query);
+  if (box !== null) strokeRectangle(ctx, toPixels(transform, box), palette.query, 2);
+  const [row, column] = queryPosition(record, query);
+  const [x, y] = [transform.x + column * transform.scaleX, transform.y + row * transform.scaleY];
+  const side = corners === null ? Infinity : (corners[3] - corners[1]) * transform.scaleX;
+  // A dot would cover a window of a few pixels, so that gets a ring around it.
+  if (side < 16) drawCircle(ctx, x, y, 0.75 * side + 4, { stroke: palette.query, width: 2 });
+  else drawCircle(ctx, x, y, 5, { fill: palette.query, stroke: palette.surface, width: 1 });
+}
+
+/**
+ * Draws queries without boxes as dots, each in the panel of its level if it has one.
+ * @param {CanvasRenderingContext2D} ctx
+ * @param {Object} state
+ * @param {Panel} panel
+ * @param {Transform} transform
+ */
+function drawDots(ctx, state, panel, transform) {
+  const { record, palette } = state;
+  const side = Math.min(...cellPixels(state, panel.level, transform));
+  const radius = Math.max(1, Math.min(2.5, side / 4));
+  const style = { fill: palette.muted, stroke: radius < 2 ? null : palette.surface, width: 1 };
+  for (let query = 0; query < record.query_names.length; query++) {
     if (record.levels !== null && record.levels[query] !== panel.level) continue;
-    const [row, column] = positionOf(record, query);
-    dot(ctx, at.x + column * at.across, at.y + row * at.down, radius, palette.muted, palette.paper);
+    const [row, column] = queryPosition(record, query);
+    const x = transform.x + column * transform.scaleX;
+    drawCircle(ctx, x, transform.y + row * transform.scaleY, radius, style);
   }
 }
 
-// Names of the queries, the chosen and the surest first, where no other name stands.
-function drawNames(ctx, scene, panel, at) {
-  const { record, palette } = scene;
+/**
+ * Labels queries in order of labelOrder, wherever a label overlaps no earlier one.
+ * @param {CanvasRenderingContext2D} ctx
+ * @param {Object} state
+ * @param {Panel} panel
+ * @param {Transform} transform
+ */
+function drawLabels(ctx, state, panel, transform) {
+  const { record, palette } = state;
   ctx.font = "11px system-ui, sans-serif";
   ctx.textBaseline = "top";
   const placed = [];
-  for (const query of scene.order) {
-    const [row, column] = positionOf(record, query);
-    const box = boxOf(record, query) || [row, column, row, column];
-    const [x, y, w, h] = toPixels(at, box);
+  for (const query of state.labelOrder) {
+    const [row, column] = queryPosition(record, query);
+    const rectangle = toPixels(transform, queryBox(record, query) || [row, column, row, column]);
+    const [x, y, w, h] = rectangle;
     if (x > panel.x + panel.w || y > panel.y + panel.h || x + w < panel.x || y + h < panel.y) {
       continue;
     }
-    const name = record.names[query];
+    const name = record.query_names[query];
     const text = name.length > 40 ? `${name.slice(0, 39)}…` : name;
     const width = ctx.measureText(text).width + 6;
     const left = Math.max(panel.x, Math.min(x, panel.x + panel.w - width));
-    const corners = [y - 17, y + h + 2, y + 2].map((top) => [left, top, left + width, top + 15]);
-    const area = corners.find(
-      ([, top, , bottom]) => top >= panel.y && bottom <= panel.y + panel.h,
-    );
-    if (area === undefined || placed.some((other) => overlaps(area, other))) continue;
-    placed.push(area);
-    ctx.fillStyle = palette.paper;
-    ctx.fillRect(area[0], area[1], width, 15);
-    ctx.fillStyle = query === scene.query ? palette.query : palette.ink;
-    ctx.fillText(text, area[0] + 3, area[1] + 2);
+    // Above the box, below it, or inside at its top: the first that lies within the panel.
+    const corners = [y - 17, y + h + 2, y + 2]
+      .map((top) => [top, left, top + 15, left + width])
+      .find(([top, , bottom]) => top >= panel.y && bottom <= panel.y + panel.h);
+    if (corners === undefined || placed.some((other) => overlap(corners, other))) continue;
+    placed.push(corners);
+    ctx.fillStyle = palette.surface;
+    ctx.fillRect(left, corners[0], width, 15);
+    ctx.fillStyle = query === state.query ? palette.query : palette.text;
+    ctx.fillText(text, left + 3, corners[0] + 2);
   }
 }
 
-function overlaps(a, b) {
+/**
+ * @param {Corners} a
+ * @param {Corners} b
+ * @returns {boolean} whether they overlap
+ */
+function overlap(a, b) {
   return a[0] < b[2] && b[0] < a[2] && a[1] < b[3] && b[1] < a[3];
 }
 
-function outline(ctx, [x, y, w, h], color, width) {
-  const [left, top] = [Math.round(x), Math.round(y)]; // sharp edges
+/**
+ * Strokes a rectangle, aligned to whole pixels for sharp edges.
+ * @param {CanvasRenderingContext2D} ctx
+ * @param {Rectangle} rectangle
+ * @param {string} color
+ * @param {number} width of the line
+ */
+function strokeRectangle(ctx, [x, y, w, h], color, width) {
+  const [left, top] = [Math.round(x), Math.round(y)];
   ctx.strokeStyle = color;
   ctx.lineWidth = width;
-  const shift = (width % 2) / 2;
-  ctx.strokeRect(left + shift, top + shift, Math.round(x + w) - left, Math.round(y + h) - top);
+  const offset = (width % 2) / 2;
+  ctx.strokeRect(left + offset, top + offset, Math.round(x + w) - left, Math.round(y + h) - top);
 }
 
-function dot(ctx, x, y, radius, color, edge) {
+/**
+ * @param {CanvasRenderingContext2D} ctx
+ * @param {number} x of the center
+ * @param {number} y of the center
+ * @param {number} radius
+ * @param {{fill: ?string, stroke: ?string, width: number}} style colors, null or absent for none
+ */
+function drawCircle(ctx, x, y, radius, { fill, stroke, width }) {
   ctx.beginPath();
   ctx.arc(x, y, radius, 0, 2 * Math.PI);
-  ctx.fillStyle = color;
-  ctx.fill();
-  if (radius < 2) return;
-  ctx.strokeStyle = edge;
-  ctx.lineWidth = 1;
-  ctx.stroke();
+  if (fill) {
+    ctx.fillStyle = fill;
+    ctx.fill();
+  }
+  if (stroke) {
+    ctx.strokeStyle = stroke;
+    ctx.lineWidth = width;
+    ctx.stroke();
+  }
 }
 
-// Around what is too small to be seen below a dot.
-function ring(ctx, x, y, radius, color) {
-  ctx.beginPath();
-  ctx.arc(x, y, radius, 0, 2 * Math.PI);
-  ctx.strokeStyle = color;
-  ctx.lineWidth = 2;
-  ctx.stroke();
-}
-
-function percent(weight) {
+/**
+ * @param {number} weight 0 to 1
+ * @returns {string} such as "12.34 %"
+ */
+function formatPercent(weight) {
   return `${(100 * weight).toFixed(2)} %`;
 }

@@ -1,4 +1,4 @@
-"""An image to draw beside the points: intensities, drawn as ink, or colours."""
+"""Images to draw together with the points: intensities or RGB colors."""
 
 import struct
 import zlib
@@ -9,8 +9,12 @@ from torch import Tensor
 from .._utils.checks import check_tensor, refuse
 
 
-def as_picture(image: Tensor) -> Tensor:
-    """uint8 ``[H, W]`` or ``[H, W, 3]`` from that, or from floating numbers in [0, 1]."""
+def to_uint8(image: Tensor) -> Tensor:
+    """uint8 ``[H, W]`` or ``[H, W, 3]``, from uint8 or from floating values in [0, 1].
+
+    Raises:
+        ValueError: any other shape, dtype or range.
+    """
     expected = "[H, W] or [H, W, 3], floating in [0, 1] or uint8"
     if not isinstance(image, Tensor) or image.dim() not in (2, 3):
         refuse("image", expected, image)
@@ -21,19 +25,18 @@ def as_picture(image: Tensor) -> Tensor:
     if not image.dtype.is_floating_point or not image.numel():
         refuse("image", expected, image)
     if not ((image >= 0) & (image <= 1)).all():
-        span = f"numbers from {float(image.min()):g} to {float(image.max()):g}"
-        refuse("image", expected, span)
+        refuse("image", expected, f"values from {float(image.min()):g} to {float(image.max()):g}")
     return (image.double() * 255).round().to(torch.uint8)
 
 
-def encode_png(picture: Tensor) -> bytes:
-    """A picture as PNG; of intensities ``[H, W]`` as black that is as opaque as they are high."""
-    if picture.dim() == 2:
-        picture = torch.stack((torch.zeros_like(picture), picture), 2)
-    height, width, channels = picture.shape
-    color_type = {2: 4, 3: 2}[channels]
-    filters = picture.new_zeros(height, 1)  # none, for every row
-    rows = bytes(torch.cat((filters, picture.flatten(1)), 1).flatten().tolist())
+def encode_png(image: Tensor) -> bytes:
+    """A uint8 image as PNG; intensities ``[H, W]`` become the opacity of black pixels."""
+    if image.dim() == 2:
+        image = torch.stack((torch.zeros_like(image), image), 2)
+    height, width, channels = image.shape
+    color_type = {2: 4, 3: 2}[channels]  # gray with alpha, RGB
+    no_filter = image.new_zeros(height, 1)  # the filter byte that precedes every row
+    rows = bytes(torch.cat((no_filter, image.flatten(1)), 1).flatten().tolist())
     header = struct.pack(">IIBBBBB", width, height, 8, color_type, 0, 0, 0)
     chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows, 9)), (b"IEND", b""))
     return b"\x89PNG\r\n\x1a\n" + b"".join(_chunk(kind, data) for kind, data in chunks)

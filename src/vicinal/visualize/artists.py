@@ -1,0 +1,60 @@
+"""Drawing functions shared by the figures.
+
+Data coordinates are cells of the full shape: a cell is a unit square, and rows increase downwards.
+"""
+
+from typing import Any
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.collections import PolyCollection
+from matplotlib.colors import LinearSegmentedColormap, to_rgb
+from matplotlib.patches import Rectangle
+from torch import Tensor
+
+from .image import to_uint8
+from .palette import LIGHT
+from .projection import ProjectedCells
+
+WEIGHT_COLORMAP = LinearSegmentedColormap.from_list("weights", LIGHT.weights)
+_INTENSITY_OPACITY = 0.35  # of the largest intensity, so that the points stay visible below it
+
+
+def make_rectangle(corners: Tensor, **style: Any) -> Rectangle:
+    """From the low and high corner ``[2, 2]``, row then column."""
+    (top, left), (bottom, right) = corners.tolist()
+    return Rectangle((left, top), right - left, bottom - top, **style)
+
+
+def draw_cells(ax: Axes, corners: Tensor, **style: Any) -> None:
+    """Adds cells, given their corners ``[n, 2, 2]``, as one collection."""
+    top, left, bottom, right = corners.flatten(1).t()
+    vertices = torch.stack((left, top, right, top, right, bottom, left, bottom), 1)
+    array: Any = vertices.view(-1, 4, 2).numpy()  # fast, although the stubs want sequences
+    ax.add_collection(PolyCollection(array, **style))
+
+
+def draw_image(ax: Axes, image: Tensor | None, cells: ProjectedCells) -> None:
+    """Stretches an image over the map: colors below the points, intensities above them."""
+    if image is None:
+        return
+    height, width = cells.full_shape
+    pixels = to_uint8(image)
+    is_intensity = pixels.dim() == 2
+    if is_intensity:
+        color = torch.tensor(to_rgb(LIGHT.text)).expand(*pixels.shape, 3)
+        pixels = torch.cat((color, pixels[..., None] / 255 * _INTENSITY_OPACITY), 2)
+    ax.imshow(pixels.numpy(), extent=(0, width, height, 0), zorder=3 if is_intensity else 0)
+
+
+def set_view(ax: Axes, corners: Tensor, *, is_row: bool) -> None:
+    """Limits the axes to ``corners`` ``[2, 2]`` and styles them; a row fills the height."""
+    (top, left), (bottom, right) = corners.tolist()
+    ax.set_xlim(left, right)
+    ax.set_ylim(bottom, top)
+    ax.set_aspect("auto" if is_row else "equal")
+    ax.tick_params(labelsize=8, color=LIGHT.border, labelcolor=LIGHT.muted, length=2)
+    if is_row:
+        ax.set_yticks([])
+    for spine in ax.spines.values():
+        spine.set_color(LIGHT.border)

@@ -1,0 +1,163 @@
+"""Points and records projected to the two axes that are drawn.
+
+Three dimensions are projected along one axis: points that differ in that axis alone merge into one
+cell, and their weights are summed. One dimension becomes a row that is one cell high.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._utils.checks import LevelShapes, refuse
+from ..pyramid import FeaturePyramid
+from ..windows import level_scales, window_centers
+from .record import AttentionRecord, check_record
+
+
+@dataclass(frozen=True)
+class Projection:
+    """Selects the drawn axes; a single one is preceded by an axis of size 1."""
+
+    axes: tuple[int, ...]
+    dropped_axis: int | None = None
+
+    @property
+    def is_row(self) -> bool:
+        return len(self.axes) == 1
+
+    def __call__(self, x: Tensor, fill_value: float) -> Tensor:
+        """``[..., P]`` to ``[..., 2]``, with ``fill_value`` along the added axis, if any."""
+        selected = x[..., list(self.axes)]
+        if not self.is_row:
+            return selected
+        return torch.nn.functional.pad(selected, (1, 0), value=fill_value)
+
+
+class ProjectedCells(NamedTuple):
+    """The occupied cells of one image, each listed once, on the CPU."""
+
+    pyramid: FeaturePyramid
+    projection: Projection
+    level_shapes: LevelShapes  # [L, 2]
+    scales: Tensor  # float64 [L, 2]: cells of the level per cell of the full shape
+    cells: Tensor  # int64 [m, 2]
+    levels: Tensor  # int64 [m]
+    cell_ids: Tensor  # int64 [nnz]: the row in `cells` of each point, -1 for other images
+
+    @property
+    def full_shape(self) -> tuple[int, int]:
+        height, width = map(max, zip(*self.level_shapes, strict=True))
+        return height, width
+
+    @property
+    def map_corners(self) -> Tensor:
+        """int64 ``[2, 2]``: low and high corner of the whole map."""
+        return torch.tensor([[0, 0], self.full_shape])
+
+    def corners(self, cell_ids: Tensor) -> Tensor:
+        """float64 ``[n, 2, 2]``: low and high corner of cells, in cells of the full shape."""
+        corners = torch.stack((self.cells[cell_ids], self.cells[cell_ids] + 1), 1)
+        return corners / self.scales[self.levels[cell_ids]][:, None]
+
+    def level_corners(self, level: int) -> Tensor:
+        """float64 ``[n, 2, 2]``: `corners` of all cells of a level."""
+        return self.corners((self.levels == level).nonzero().squeeze(1))
+
+
+class ProjectedRecord(NamedTuple):
+    """An `AttentionRecord` in the two drawn axes, on the CPU, in float64."""
+
+    positions: Tensor  # [n, 2]
+    windows: Tensor | None  # [n, L, 2, 2]: low and high corner, in cells of the full shape
+    boxes: Tensor | None  # [n, 2, 2]: low and high corner, in cells of the full shape
+    offsets: Tensor  # int64 [n + 1]: query i has the pairs offsets[i]:offsets[i + 1]
+    cell_ids: Tensor  # int64 [M]
+    weights: Tensor  # [M, H]
+    background: Tensor | None  # [n, L, H]
+
+    def attended(self, query: int) -> tuple[Tensor, Tensor]:
+        """The ids ``[m]`` of the cells that a query attends to, and their weights ``[m, H]``."""
+        pairs = slice(int(self.offsets[query]), int(self.offsets[query + 1]))
+        return self.cell_ids[pairs], self.weights[pairs]
+
+
+def choose_projection(position_dim: int, axis: int | None) -> Projection:
+    """Keeps one or two dimensions; projects three along ``axis`` (None: the first).
+
+    Raises:
+        ValueError: more than three dimensions, or an ``axis`` with fewer than three.
+    """
+    if position_dim > 3:
+        refuse("pyramid", "1 to 3 spatial dimensions", f"{position_dim}")
+    if position_dim < 3:
+        if axis is not None:
+            refuse("axis", f"None for {position_dim} dimensions", axis)
+        return Projection(tuple(range(position_dim)))
+    axis = 0 if axis is None else axis
+    if not isinstance(axis, int) or axis not in range(3):
+        refuse("axis", "0, 1 or 2", axis)
+    return Projection(tuple(other for other in range(3) if other != axis), axis)
+
+
+def project_cells(pyramid: FeaturePyramid, batch_index: int, axis: int | None) -> ProjectedCells:
+    """The occupied cells of an image, by level and in row-major order."""
+    pyramid = pyramid.to("cpu")
+    projection = choose_projection(pyramid.position_dim, axis)
+    shapes = projection(torch.tensor(pyramid.level_shapes), 1)
+    keys = torch.cat((pyramid.levels[:, None], projection(pyramid.cells, 0)), 1)
+    points = (pyramid.batch == batch_index).nonzero().squeeze(1)
+    unique, inverse = torch.unique(keys[points], dim=0, return_inverse=True)
+    return ProjectedCells(
+        pyramid,
+        projection,
+        tuple(map(tuple, shapes.tolist())),
+        shapes.double() / shapes.amax(0),
+        unique[:, 1:],
+        unique[:, 0],
+        torch.full((len(pyramid),), -1).index_copy_(0, points, inverse),
+    )
+
+
+def project_record(record: AttentionRecord, cells: ProjectedCells) -> ProjectedRecord:
+    """Projects a record as ``cells`` of its image are projected, summing weights by cell."""
+    check_record(record, cells.pyramid)
+    n, dim = record.positions.shape
+    offsets, points, weights = (part.detach().cpu() for part in record.weights[:3])
+    background = record.weights.background
+    query = torch.repeat_interleave(offsets.diff())
+    pairs = torch.stack((query, cells.cell_ids[points]), 1)
+    pairs, inverse = torch.unique(pairs, dim=0, return_inverse=True)
+    summed = weights.new_zeros(len(pairs), record.n_heads, dtype=torch.float64)
+    counts = torch.bincount(pairs[:, 0], minlength=n)
+    boxes = None
+    if record.boxes is not None:
+        center, size = record.boxes.detach().cpu().double().split(dim, 1)
+        boxes = _project_corners(center - size / 2, center + size / 2, cells.projection)
+    return ProjectedRecord(
+        cells.projection(record.positions.detach().cpu().double(), 0.5),
+        _project_windows(record, cells),
+        boxes,
+        torch.cat((counts.new_zeros(1), counts.cumsum(0))),
+        pairs[:, 1],
+        summed.index_add_(0, inverse, weights.double()),
+        None if background is None else background.detach().cpu().double(),
+    )
+
+
+def _project_windows(record: AttentionRecord, cells: ProjectedCells) -> Tensor | None:
+    """float64 ``[n, L, 2, 2]``: corners of the windows, in cells of the full shape."""
+    if record.neighborhood_sizes is None:
+        return None
+    shapes = cells.pyramid.level_shapes
+    centers = window_centers(record.positions.cpu(), shapes).double()  # [L, n, P]
+    scales = level_scales(shapes, centers)[:, None]
+    radii = torch.tensor(record.neighborhood_sizes)[:, None, None] // 2
+    low, high = (centers - radii) / scales, (centers + radii + 1) / scales
+    return _project_corners(low, high, cells.projection).transpose(0, 1)
+
+
+def _project_corners(low: Tensor, high: Tensor, projection: Projection) -> Tensor:
+    """Corners ``[..., P]`` each, as ``[..., 2, 2]``."""
+    return torch.stack((projection(low, 0), projection(high, 1)), -2)
