@@ -1,4 +1,4 @@
-"""Builds the CPU kernel; everything else is in pyproject.toml."""
+"""Build of the CPU kernel. All other build settings are in pyproject.toml."""
 
 import os
 import sys
@@ -10,7 +10,7 @@ KERNELS = "src/vicinal/backends/cpu/csrc"
 
 
 def cpu_kernel() -> list[Extension]:
-    """The kernel, if torch's headers are at hand. It is no Python module: torch loads it."""
+    """Returns the extension, or none without torch. torch.ops loads it; Python cannot import it."""
     try:
         import torch
     except ImportError:
@@ -28,7 +28,7 @@ def cpu_kernel() -> list[Extension]:
             include_dirs=[str(root / "include")],
             library_dirs=[str(root / "lib")],
             libraries=["torch_cpu"],
-            # The stable ABI of torch 2.10: one binary for it and all later versions.
+            # PyTorch's stable ABI: a binary built for 2.10 works with all later versions.
             define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],
             extra_compile_args=[
                 "-std=c++20",
@@ -40,7 +40,7 @@ def cpu_kernel() -> list[Extension]:
             ],
             language="c++",
             py_limited_api=True,
-            optional=True,  # without a compiler vicinal runs on its reference back end
+            optional=True,  # without a compiler, the reference back end is used
         )
     ]
 

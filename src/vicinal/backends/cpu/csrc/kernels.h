@@ -1,12 +1,12 @@
-// All kernels, for one instruction set: see vectors.h.
+// All kernels, for one instruction set. ops.cpp includes this file once per instruction set, after
+// it defines VICINAL_ISA (the namespace) and VICINAL_BYTES (the width of a SIMD register). For this
+// reason the files below have no include guards, and each depends on those before it.
 
-#include "vectors.h"
-// Each builds on those before it.
-#include "layout.h"
-#include "products.h"
-#include "softmax.h"
-#include "neighbors.h"
-#include "cells.h"
-#include "tiles.h"
-// On vectors alone.
-#include "rotation.h"
+#include "simd.h"
+#include "packing.h"
+#include "gather_products.h"
+#include "online_softmax.h"
+#include "tile_neighbors.h"
+#include "empty_cells.h"
+#include "attention.h"
+#include "rotary.h"

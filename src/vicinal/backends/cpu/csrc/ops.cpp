@@ -1,5 +1,6 @@
-// The torch side of the CPU back end: reads the op's arguments, picks the kernels built for this
-// processor, and shares the tiles out over torch's threads. PyTorch's stable ABI, 2.10 on.
+// The CPU implementations of vicinal's ops, on PyTorch's stable ABI (2.10 and later): argument
+// checks, allocation of results, the choice of an instruction set at run time, and parallelization
+// over torch's threads. The kernels are in the headers. Shape comments use the sizes of params.h.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -27,8 +28,10 @@
 #include <type_traits>
 #include <vector>
 
-#include "problem.h"
-#include "search.h"
+#include "buffer.h"
+#include "params.h"
+#include "scheduling.h"
+#include "slice_search.h"
 
 #define VICINAL_ISA baseline
 #define VICINAL_BYTES 16
@@ -63,291 +66,378 @@ namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using Sizes = std::vector<int64_t>;
 using Tensors = std::vector<Tensor>;
 
-struct Kernels {
-  void (*attend)(const Problem&, Work&);
-  void (*attend_backward)(const Problem&, Schedule&);
-  void (*rotate)(Storage, const Rotation&, Work&, bool forward);
+// ------------------------------------------------------------------------ instruction sets
+
+struct KernelTable {
+  void (*attention_forward)(const AttentionParams&, WorkQueue&);
+  void (*attention_backward)(const AttentionParams&, BackwardSchedule&);
+  void (*rotary)(Dtype, const RotaryParams&, WorkQueue&, bool forward);
 };
 
-// The widest the processor has, or what ATen's own ATEN_CPU_CAPABILITY asks for.
-const Kernels& kernels() {
-  static const Kernels chosen = [] {
+#define VICINAL_KERNEL_TABLE(isa) \
+  KernelTable { isa::attention_forward, isa::attention_backward, isa::rotary }
+
+// The widest instruction set that the processor supports and ATEN_CPU_CAPABILITY (the environment
+// variable of ATen's own kernels) allows.
+const KernelTable& kernels() {
+  static const KernelTable table = [] {
 #ifdef VICINAL_X86
-    const char* wish = std::getenv("ATEN_CPU_CAPABILITY");
-    const std::string capability = wish ? wish : "avx512";
+    const char* variable = std::getenv("ATEN_CPU_CAPABILITY");
+    const std::string capability = variable ? variable : "avx512";
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                       __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
                       __builtin_cpu_supports("popcnt");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl");
-    if (avx512 && capability == "avx512")
-      return Kernels{avx512::attend, avx512::attend_backward, avx512::rotate};
-    if (avx2 && capability != "default")
-      return Kernels{avx2::attend, avx2::attend_backward, avx2::rotate};
+    if (avx512 && capability == "avx512") return VICINAL_KERNEL_TABLE(avx512);
+    if (avx2 && capability != "default") return VICINAL_KERNEL_TABLE(avx2);
 #endif
-    return Kernels{baseline::attend, baseline::attend_backward, baseline::rotate};
+    return VICINAL_KERNEL_TABLE(baseline);
   }();
-  return chosen;
+  return table;
 }
 
-Storage storage_of(const Tensor& x) {
+// ------------------------------------------------------------------------ tensors
+
+Dtype dtype_of(const Tensor& x) {
   switch (x.scalar_type()) {
-    case ScalarType::Float: return Storage::float32;
-    case ScalarType::Double: return Storage::float64;
-    case ScalarType::Half: return Storage::float16;
-    case ScalarType::BFloat16: return Storage::bfloat16;
-    default: STD_TORCH_CHECK(false, "vicinal: expected float32, float64, float16 or bfloat16");
+    case ScalarType::Float: return Dtype::float32;
+    case ScalarType::Double: return Dtype::float64;
+    case ScalarType::Half: return Dtype::float16;
+    case ScalarType::BFloat16: return Dtype::bfloat16;
+    default:
+      STD_TORCH_CHECK(false, "vicinal: dtype must be float32, float64, float16 or bfloat16, got ",
+                      x.scalar_type());
   }
 }
 
-ScalarType sum_type(const Tensor& x) {
+ScalarType accumulator_dtype(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-// An uninitialised tensor. A large one is fresh memory, which the system hands out page by page as
-// it is touched: that takes longer than to fill it, unless pages are large. (The advice is about
-// addresses. What malloc keeps of them for others has large pages, then, which does no harm.)
-Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
-  Tensor made = torch::stable::new_empty(like, sizes, type);
+Sizes sizes_of(const Tensor& x) {
+  Sizes sizes;
+  for (int64_t axis = 0; axis < x.dim(); ++axis) sizes.push_back(x.size(axis));
+  return sizes;
+}
+
+// For error messages, such as "Float [3, 4]".
+std::string describe(const Sizes& sizes, ScalarType type) {
+  std::string text = std::string(torch::headeronly::toString(type)) + " [";
+  for (size_t axis = 0; axis < sizes.size(); ++axis)
+    text += (axis ? ", " : "") + std::to_string(sizes[axis]);
+  return text + "]";
+}
+
+void check_tensor(const char* name, const Tensor& x, const Sizes& sizes, ScalarType type) {
+  STD_TORCH_CHECK(sizes_of(x) == sizes && x.scalar_type() == type, "vicinal: ", name, " must be ",
+                  describe(sizes, type), ", got ", describe(sizes_of(x), x.scalar_type()));
+}
+
+void check_contiguous(const char* name, const Tensor& x, int64_t numel, ScalarType type) {
+  STD_TORCH_CHECK(x.scalar_type() == type && x.is_contiguous() && x.numel() == numel, "vicinal: ",
+                  name, " must be contiguous ", type, " of ", numel, " elements, got ",
+                  x.is_contiguous() ? "contiguous " : "non-contiguous ",
+                  describe(sizes_of(x), x.scalar_type()));
+}
+
+// The data of an index tensor.
+const int32_t* int32_data(const char* name, const Tensor& x, int64_t numel) {
+  check_contiguous(name, x, numel, ScalarType::Int);
+  return x.const_data_ptr<int32_t>();
+}
+const int64_t* int64_data(const char* name, const Tensor& x, int64_t numel) {
+  check_contiguous(name, x, numel, ScalarType::Long);
+  return x.const_data_ptr<int64_t>();
+}
+
+// An uninitialized tensor. A large allocation is new memory, and its page faults take longer than
+// filling it, unless pages are huge. The advice applies to the address range: after the tensor is
+// freed, malloc may reuse the range, which then still has huge pages.
+Tensor new_tensor(const Tensor& like, const Sizes& sizes, ScalarType type) {
+  Tensor result = torch::stable::new_empty(like, sizes, type);
 #ifdef MADV_HUGEPAGE
   constexpr uintptr_t kPage = 1 << 21, kLarge = 1 << 23;
-  const uintptr_t size = made.numel() * made.element_size();
-  const uintptr_t data = reinterpret_cast<uintptr_t>(made.data_ptr());
+  const uintptr_t size = result.numel() * result.element_size();
+  const uintptr_t data = reinterpret_cast<uintptr_t>(result.data_ptr());
   const uintptr_t first = (data + kPage - 1) / kPage * kPage;
   const uintptr_t last = (data + size) / kPage * kPage;
   if (size >= kLarge) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #endif
-  return made;
+  return result;
 }
 
-Tensor new_rows(Tensor like, int64_t n_rows, int64_t n_columns) {
-  return new_tensor(like, {n_rows, n_columns}, like.scalar_type());
+Tensor new_tensor_like(const Tensor& x, ScalarType type) {
+  return new_tensor(x, sizes_of(x), type);
 }
 
-// A contiguous tensor's rows, or a view's whose channels stand side by side; others are copied.
-Tensor side_by_side(const Tensor& x) {
-  STD_TORCH_CHECK(x.dim() == 3, "vicinal: expected a tensor of 3 dimensions");
+// Returns x if its channels (the last axis) are contiguous, else a contiguous copy.
+Tensor contiguous_channels(const char* name, const Tensor& x) {
+  STD_TORCH_CHECK(x.dim() == 3, "vicinal: ", name, " must have 3 dimensions, got ",
+                  describe(sizes_of(x), x.scalar_type()));
   return x.size(2) <= 1 || x.stride(2) == 1 ? x : torch::stable::contiguous(x);
 }
 
+// A view of a tensor [rows, heads, width] with contiguous channels.
 Rows rows_of(const Tensor& x) {
-  return {x.data_ptr(), x.size(1), x.size(2), x.stride(0), x.stride(1), storage_of(x)};
+  return {x.data_ptr(), x.size(1), x.size(2), x.stride(0), x.stride(1), dtype_of(x)};
 }
 
-// A contiguous tensor of more dimensions as [rows, heads, width].
-Rows folded_rows(const Tensor& x) {
+// A view of a contiguous tensor [..., heads, width] as [rows, heads, width].
+Rows flattened_rows(const Tensor& x) {
   const int64_t heads = x.size(x.dim() - 2), width = x.size(x.dim() - 1);
-  return {x.data_ptr(), heads, width, heads * width, width, storage_of(x)};
+  return {x.data_ptr(), heads, width, heads * width, width, dtype_of(x)};
 }
 
-const int32_t* indices(const Tensor& x, int64_t numel) {
-  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Int && x.is_contiguous() && x.numel() == numel,
-                  "vicinal: the plan's tensors must be contiguous int32 of the sizes it was made with");
-  return x.const_data_ptr<int32_t>();
+// Partial sums: zeros [n_parts, *x.shape] in the accumulator dtype.
+Tensor new_parts(const Tensor& x, int64_t n_parts) {
+  Sizes sizes = sizes_of(x);
+  sizes.insert(sizes.begin(), n_parts);
+  return torch::stable::new_zeros(x, sizes, accumulator_dtype(x));
 }
 
-Slices slices_of(const Tensors& plan, int64_t queries, int64_t points) {
-  const int64_t slices = plan[1].size(1);
-  return {indices(plan[0], queries), indices(plan[1], queries * slices),
-          indices(plan[2], queries * slices), indices(plan[3], points),
-          queries, slices, points};
+// The sum over the first axis of partial sums, in the dtype of `like`.
+Tensor sum_parts(const Tensor& parts, const Tensor& like) {
+  const int64_t axis = 0;
+  const torch::headeronly::IntHeaderOnlyArrayRef axes(&axis, 1);
+  return torch::stable::to(torch::stable::sum(parts, axes), like.scalar_type());
 }
 
-// Calls body on each of torch's threads, or on fewer if there are only so many items.
+// ------------------------------------------------------------------------ threads
+
+// Calls body on each of torch's threads, but on at most n_chunks threads.
 template <typename Body>
-void on_threads(int64_t items, const Body& body) {
-  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), items);
+void run_on_threads(int64_t n_chunks, const Body& body) {
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), n_chunks);
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t thread = begin; thread < end; ++thread) body();
   });
 }
 
-// Calls body(work) on each thread; work is taken as the threads come to it, which evens out items
-// of different cost.
+// Calls body(queue) on each thread. Dynamic scheduling balances chunks of unequal cost.
 template <typename Body>
-void share_out(int64_t tiles, int64_t tiles_per_item, const Body& body) {
-  Work work(tiles, tiles_per_item);
-  on_threads(work.items(), [&] { body(work); });
+void run_queue(int64_t n_units, int64_t units_per_chunk, const Body& body) {
+  WorkQueue queue(n_units, units_per_chunk);
+  run_on_threads(queue.n_chunks, [&] { body(queue); });
 }
 
-// The arguments of both ops, checked, with what must outlive the problem made of them.
-class Arguments {
+// ------------------------------------------------------------------------ attention
+
+// Indices of the tensors in the ops' argument `plan`.
+enum PlanTensor { kTraversal, kStarts, kStops, kOrder, kQueryBatch, kCenterColumns, kPointColumns };
+constexpr size_t kPlanTensors = 7;
+
+NeighborSlices slices_of(const Tensors& plan, int64_t n_queries, int64_t n_points) {
+  const int64_t n_slices = plan[kStarts].size(1);
+  return {int32_data("plan.traversal", plan[kTraversal], n_queries),
+          int32_data("plan.starts", plan[kStarts], n_queries * n_slices),
+          int32_data("plan.stops", plan[kStops], n_queries * n_slices),
+          int32_data("plan.order", plan[kOrder], n_points),
+          n_queries, n_slices, n_points};
+}
+
+// The arguments of the forward and the backward op: checks them, converts them to AttentionParams,
+// and owns the memory that the params point to.
+class AttentionArguments {
  public:
-  Arguments(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& query_mask,
-            const std::optional<Tensor>& seed, const Tensors& background, const Tensors& plan,
-            const std::vector<int64_t>& windows, int64_t position_dim, double scale, double dropout_p)
-      : q(side_by_side(q)), k(side_by_side(k)), v(side_by_side(v)), plan_(plan), windows_(windows) {
+  AttentionArguments(const Tensor& q, const Tensor& k, const Tensor& v,
+                     const std::optional<Tensor>& query_mask, const std::optional<Tensor>& seed,
+                     const Tensors& background, const Tensors& plan, const Sizes& windows,
+                     int64_t position_dim, double scale, double dropout_p)
+      : q(contiguous_channels("q", q)),
+        k(contiguous_channels("k", k)),
+        v(contiguous_channels("v", v)),
+        plan_(plan),
+        windows_(windows) {
     const int64_t n = q.size(0), points = k.size(0);
-    STD_TORCH_CHECK(plan.size() == 7, "vicinal: a plan has 7 tensors");
-    STD_TORCH_CHECK(q.size(1) == k.size(1) && q.size(1) == v.size(1) && q.size(2) == k.size(2) &&
-                        v.size(0) == points && q.scalar_type() == k.scalar_type() &&
-                        q.scalar_type() == v.scalar_type(),
-                    "vicinal: q, k and v do not fit each other");
-    int64_t rows = 0;
-    for (int64_t window : windows) {
-      level_rows_.push_back(1);
-      for (int64_t axis = 1; axis < position_dim; ++axis) level_rows_.back() *= window;
-      rows += level_rows_.back();
-    }
-    STD_TORCH_CHECK(plan[1].dim() == 2 && plan[1].size(1) == rows,
-                    "vicinal: the plan's slices do not fit the windows");
-    problem.heads = q.size(1);
-    problem.scale = scale;
-    problem.q = rows_of(this->q);
-    problem.k = rows_of(this->k);
-    problem.v = rows_of(this->v);
-    problem.queries = slices_of(plan, n, points);
-    // A few queries are spread over more tiles, for the threads to share. How large tiles are must
-    // not depend on the number of threads, or the order of sums would.
-    problem.tile_queries = std::clamp<int64_t>(n / 64, 4, kMaxTile);
-    if (query_mask) {
-      mask_ = torch::stable::contiguous(*query_mask);
-      STD_TORCH_CHECK(mask_.scalar_type() == ScalarType::Bool && mask_.numel() == n,
-                      "vicinal: query_mask must be bool [N]");
-      problem.query_mask = static_cast<const bool*>(mask_.data_ptr());
-    }
+    check_tensor("k", k, {points, q.size(1), q.size(2)}, q.scalar_type());
+    check_tensor("v", v, {points, q.size(1), v.size(2)}, q.scalar_type());
+    check_plan(position_dim);
+    params.n_heads = q.size(1);
+    params.scale = scale;
+    params.q = rows_of(this->q);
+    params.k = rows_of(this->k);
+    params.v = rows_of(this->v);
+    params.slices = slices_of(plan, n, points);
+    // Few queries make smaller tiles, for parallelism. The tile size must not depend on the number
+    // of threads, because the order of summation depends on it.
+    params.tile_queries = std::clamp<int64_t>(n / 64, 4, kMaxTile);
+    if (query_mask) set_query_mask(*query_mask);
     if (seed) set_dropout(*seed, dropout_p);
     if (!background.empty()) set_background(background);
   }
 
-  void attend() const {
-    share_out(tiles(), 1, [&](Work& work) { kernels().attend(problem, work); });
+  void forward() const {
+    run_queue(n_tiles(), 1,
+              [&](WorkQueue& queue) { kernels().attention_forward(params, queue); });
   }
 
-  // At most `most_chunks`. How many must not depend on the number of threads, or the order of the
-  // sums would.
-  Schedule schedule(int64_t most_chunks) const {
-    const int64_t tiles_per_chunk = std::max<int64_t>(1, (tiles() + most_chunks - 1) / most_chunks);
-    return Schedule(problem.queries, problem.tile_queries, tiles_per_chunk,
-                    torch::stable::get_num_threads());
+  // A schedule of at most `max_chunks` chunks. The number of chunks must not depend on the number
+  // of threads, because the order of summation depends on it.
+  BackwardSchedule schedule(int64_t max_chunks) const {
+    const int64_t tiles_per_chunk = std::max<int64_t>(1, (n_tiles() + max_chunks - 1) / max_chunks);
+    return BackwardSchedule(params.slices, params.tile_queries, tiles_per_chunk,
+                            torch::stable::get_num_threads());
   }
 
-  void attend_backward(Schedule& schedule) const {
-    on_threads(schedule.chunks, [&] { kernels().attend_backward(problem, schedule); });
+  void backward(BackwardSchedule& schedule) const {
+    run_on_threads(schedule.n_chunks, [&] { kernels().attention_backward(params, schedule); });
   }
 
-  Problem problem;
+  AttentionParams params;
   const Tensor q, k, v;
-  Tensors background;  // query, key, value, contiguous; or none
+  Tensors background;  // query [N, L, H, d], key [K, H, d], value [B, L, H, dv], or empty
 
  private:
-  int64_t tiles() const {
-    return (problem.queries.rows + problem.tile_queries - 1) / problem.tile_queries;
+  int64_t n_tiles() const {
+    return (params.slices.n_queries + params.tile_queries - 1) / params.tile_queries;
   }
 
-  void set_dropout(const Tensor& seed, double rate) {
-    STD_TORCH_CHECK(seed.scalar_type() == ScalarType::Long && seed.numel() == 1,
-                    "vicinal: seed must be one int64");
-    const uint64_t bits = *seed.const_data_ptr<int64_t>();
-    problem.dropout.active = true;
-    problem.dropout.key = baseline::mix(baseline::mix(uint32_t(bits)) ^ uint32_t(bits >> 32));
-    problem.dropout.threshold = uint32_t(rate * 4294967296.0);
-    problem.dropout.keep_scale = 1 / (1 - rate);
-  }
-
-  void set_background(const Tensors& given) {
-    Background& b = problem.background;
-    STD_TORCH_CHECK(given.size() == 3, "vicinal: a background has 3 tensors");
-    for (const Tensor& x : given) {
-      STD_TORCH_CHECK(x.dim() >= 3 && x.scalar_type() == q.scalar_type(),
-                      "vicinal: the background does not have the dtype of q");
-      background.push_back(torch::stable::contiguous(x));
+  // Checks that the plan has one slice per row of the windows.
+  void check_plan(int64_t position_dim) {
+    STD_TORCH_CHECK(plan_.size() == kPlanTensors, "vicinal: plan must have ", kPlanTensors,
+                    " tensors, got ", plan_.size());
+    int64_t rows = 0;
+    for (int64_t window : windows_) {
+      window_rows_.push_back(1);
+      for (int64_t axis = 1; axis < position_dim; ++axis) window_rows_.back() *= window;
+      rows += window_rows_.back();
     }
+    const Tensor& starts = plan_[kStarts];
+    STD_TORCH_CHECK(starts.dim() == 2 && starts.size(1) == rows, "vicinal: plan.starts must have ",
+                    rows, " columns, one per row of the windows, got ",
+                    describe(sizes_of(starts), starts.scalar_type()));
+  }
+
+  void set_query_mask(const Tensor& query_mask) {
+    query_mask_ = torch::stable::contiguous(query_mask);
+    check_contiguous("query_mask", query_mask_, q.size(0), ScalarType::Bool);
+    params.query_mask = static_cast<const bool*>(query_mask_.data_ptr());
+  }
+
+  void set_dropout(const Tensor& seed, double dropout_p) {
+    STD_TORCH_CHECK(seed.scalar_type() == ScalarType::Long && seed.numel() == 1,
+                    "vicinal: seed must be one int64, got ",
+                    describe(sizes_of(seed), seed.scalar_type()));
+    const uint64_t bits = *seed.const_data_ptr<int64_t>();
+    params.dropout.active = true;
+    params.dropout.key = baseline::hash32(baseline::hash32(uint32_t(bits)) ^ uint32_t(bits >> 32));
+    params.dropout.threshold = uint32_t(dropout_p * 4294967296.0);
+    params.dropout.keep_scale = 1 / (1 - dropout_p);
+  }
+
+  void set_background(const Tensors& tensors) {
+    STD_TORCH_CHECK(tensors.size() == 3, "vicinal: background must have 3 tensors, got ",
+                    tensors.size());
+    BackgroundParams& b = params.background;
     b.active = true;
-    b.levels = windows_.size();
-    for (int64_t level = 0; level < b.levels; ++level) b.slots += level_rows_[level] * windows_[level];
-    const int64_t n = q.size(0), points = k.size(0), heads = problem.heads;
-    b.images = background[2].size(0);
-    STD_TORCH_CHECK(background[0].numel() == n * b.levels * heads * q.size(2) &&
-                        background[1].numel() == b.slots * heads * q.size(2) &&
-                        background[2].numel() == b.images * b.levels * heads * v.size(2),
-                    "vicinal: the background does not fit q, v and the windows");
-    b.query = folded_rows(background[0]);
-    b.key = folded_rows(background[1]);
-    b.value = folded_rows(background[2]);
+    b.n_levels = windows_.size();
+    for (int64_t level = 0; level < b.n_levels; ++level)
+      b.n_cells += window_rows_[level] * windows_[level];
+    b.n_images = tensors[2].dim() > 0 ? tensors[2].size(0) : 0;
+    const int64_t n = q.size(0), d = q.size(2), dv = v.size(2);
+    b.query = add_background("background.query", tensors[0], n * b.n_levels, d);
+    b.key = add_background("background.key", tensors[1], b.n_cells, d);
+    b.value = add_background("background.value", tensors[2], b.n_images * b.n_levels, dv);
     b.windows = windows_.data();
-    b.level_rows = level_rows_.data();
-    b.query_batch = indices(plan_[4], n);
-    b.center_columns = indices(plan_[5], n * b.levels);
-    b.point_columns = indices(plan_[6], points);
+    b.window_rows = window_rows_.data();
+    b.query_batch = int32_data("plan.query_batch", plan_[kQueryBatch], n);
+    b.center_columns = int32_data("plan.center_columns", plan_[kCenterColumns], n * b.n_levels);
+    b.point_columns = int32_data("plan.point_columns", plan_[kPointColumns], k.size(0));
+  }
+
+  // Checks and stores a tensor [..., H, width] of the background, and returns it as rows.
+  Rows add_background(const char* name, const Tensor& x, int64_t rows, int64_t width) {
+    STD_TORCH_CHECK(x.dim() >= 3, "vicinal: ", name, " must have 3 dimensions or more, got ",
+                    describe(sizes_of(x), x.scalar_type()));
+    background.push_back(torch::stable::contiguous(x));
+    check_contiguous(name, background.back(), rows * params.n_heads * width, q.scalar_type());
+    return flattened_rows(background.back());
   }
 
   const Tensors plan_;
-  const std::vector<int64_t> windows_;
-  std::vector<int64_t> level_rows_;
-  Tensor mask_;
+  const Sizes windows_;  // [L]
+  Sizes window_rows_;    // [L]
+  Tensor query_mask_;    // [N]
 };
 
-std::tuple<Tensor, Tensor> forward(
+std::tuple<Tensor, Tensor> neighborhood_attention(
     Tensor q, Tensor k, Tensor v, std::optional<Tensor> query_mask, std::optional<Tensor> seed,
-    Tensors background, Tensors plan, std::vector<int64_t> windows, int64_t position_dim,
-    double scale, double dropout_p) {
-  Arguments arguments(q, k, v, query_mask, seed, background, plan, windows, position_dim, scale,
-                      dropout_p);
+    Tensors background, Tensors plan, Sizes windows, int64_t position_dim, double scale,
+    double dropout_p) {
+  AttentionArguments arguments(q, k, v, query_mask, seed, background, plan, windows, position_dim,
+                               scale, dropout_p);
   Tensor out = new_tensor(q, {q.size(0), q.size(1), v.size(2)}, q.scalar_type());
-  Tensor lse = torch::stable::new_empty(q, {q.size(0), q.size(1)}, sum_type(q));
-  arguments.problem.out = rows_of(out);
-  arguments.problem.lse = lse.data_ptr();
-  arguments.attend();
+  Tensor lse = torch::stable::new_empty(q, {q.size(0), q.size(1)}, accumulator_dtype(q));
+  arguments.params.out = rows_of(out);
+  arguments.params.lse = lse.data_ptr();
+  arguments.forward();
   return {out, lse};
 }
 
-Tensor like_sums(const Tensor& x) {
-  return new_tensor(x, {x.size(0), x.size(1), x.size(2)}, sum_type(x));
-}
-
-Tensor no_rows(const Tensor& x) {
+// The gradient of an argument that does not require one: zero rows.
+Tensor no_gradient(const Tensor& x) {
   return torch::stable::new_empty(x, {0, x.size(1), x.size(2)});
 }
 
-// Points that no query sees have no gradient.
-void clear_untouched(const Tensor& grad, const std::vector<int32_t>& touched) {
+// Zeros the gradient rows of points that are no query's neighbor; grad: [nnz, H, width].
+void zero_unwritten(const Tensor& grad, const std::vector<int32_t>& heads_written) {
   if (grad.numel() == 0) return;
-  const int64_t size = grad.stride(0) * grad.element_size();
-  for (size_t point = 0; point < touched.size(); ++point)
-    if (!touched[point]) std::memset(static_cast<char*>(grad.data_ptr()) + point * size, 0, size);
+  const int64_t row_bytes = grad.stride(0) * grad.element_size();
+  char* const data = static_cast<char*>(grad.data_ptr());
+  for (size_t point = 0; point < heads_written.size(); ++point)
+    if (!heads_written[point]) std::memset(data + point * row_bytes, 0, row_bytes);
 }
 
-// Zeros like x, once for each of the items, in the type of the sums.
-Tensor zero_parts(const Tensor& x, int64_t items) {
-  std::vector<int64_t> sizes{items};
-  for (int64_t axis = 0; axis < x.dim(); ++axis) sizes.push_back(x.size(axis));
-  return torch::stable::new_zeros(x, sizes, sum_type(x));
+// Runs the backward kernel. Returns the gradients of the background, or none without a background.
+Tensors run_backward(AttentionArguments& arguments) {
+  BackgroundParams& b = arguments.params.background;
+  if (!b.active) {
+    BackwardSchedule schedule = arguments.schedule(std::numeric_limits<int32_t>::max());
+    arguments.backward(schedule);
+    return {};
+  }
+  const Tensor &query = arguments.background[0], &key = arguments.background[1],
+               &value = arguments.background[2];
+  // Each chunk has its own partial sums, so their memory bounds the number of chunks.
+  const int64_t max_chunks = std::clamp<int64_t>((1 << 24) / (key.numel() + 1), 4, 32);
+  BackwardSchedule schedule = arguments.schedule(max_chunks);
+  Tensor grad_query = torch::stable::empty_like(query);
+  Tensor grad_key_parts = new_parts(key, schedule.n_chunks);
+  Tensor grad_value_parts = new_parts(value, schedule.n_chunks);
+  b.grad_query = flattened_rows(grad_query);
+  b.grad_key_parts = flattened_rows(grad_key_parts);
+  b.grad_value_parts = flattened_rows(grad_value_parts);
+  arguments.backward(schedule);
+  return {grad_query, sum_parts(grad_key_parts, key), sum_parts(grad_value_parts, value)};
 }
 
-// The sum over the items, in the type of the background.
-Tensor total(const Tensor& parts, const Tensor& like) {
-  const int64_t axis = 0;
-  return torch::stable::to(torch::stable::sum(parts, torch::headeronly::IntHeaderOnlyArrayRef(&axis, 1)),
-                           like.scalar_type());
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensors> backward(
+std::tuple<Tensor, Tensor, Tensor, Tensors> neighborhood_attention_backward(
     Tensor grad_out, Tensor grad_lse, Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v,
     std::optional<Tensor> query_mask, std::optional<Tensor> seed, Tensors background, Tensors plan,
-    std::vector<int64_t> windows, int64_t position_dim, double scale, double dropout_p,
-    bool needs_queries, bool needs_points) {
-  Arguments arguments(q, k, v, query_mask, seed, background, plan, windows, position_dim, scale,
-                      dropout_p);
-  Problem& p = arguments.problem;
-  grad_out = side_by_side(grad_out);
+    Sizes windows, int64_t position_dim, double scale, double dropout_p, bool needs_queries,
+    bool needs_points) {
+  AttentionArguments arguments(q, k, v, query_mask, seed, background, plan, windows, position_dim,
+                               scale, dropout_p);
+  grad_out = contiguous_channels("grad_out", grad_out);
   grad_lse = torch::stable::contiguous(grad_lse);
-  const int64_t n = q.size(0), heads = q.size(1);
-  STD_TORCH_CHECK(out.is_contiguous() && lse.is_contiguous() && out.dim() == 3 &&
-                      out.numel() == n * heads * v.size(2) && lse.numel() == n * heads &&
-                      grad_lse.numel() == lse.numel() && grad_out.size(0) == n &&
-                      grad_out.size(1) == heads && grad_out.size(2) == v.size(2) &&
-                      out.scalar_type() == q.scalar_type() &&
-                      grad_out.scalar_type() == q.scalar_type() &&
-                      lse.scalar_type() == sum_type(q) && grad_lse.scalar_type() == sum_type(q),
-                  "vicinal: out, lse and their gradients do not fit q and v");
-  Tensor grad_q = new_tensor(q, {q.size(0), q.size(1), q.size(2)}, q.scalar_type());
-  // Points collect their shares from many tiles, and do so in the type of the sums.
-  Tensor grad_k = like_sums(k), grad_v = like_sums(v);
-  std::vector<int32_t> touched(k.size(0));
+  const Sizes out_sizes{q.size(0), q.size(1), v.size(2)};
+  const int64_t n_lse = q.size(0) * q.size(1);
+  check_tensor("grad_out", grad_out, out_sizes, q.scalar_type());
+  check_tensor("out", out, out_sizes, q.scalar_type());
+  check_contiguous("out", out, out.numel(), q.scalar_type());
+  check_contiguous("lse", lse, n_lse, accumulator_dtype(q));
+  check_contiguous("grad_lse", grad_lse, n_lse, accumulator_dtype(q));
+  Tensor grad_q = new_tensor_like(q, q.scalar_type());
+  // Many tiles add to the gradients of a point, in the accumulator dtype.
+  Tensor grad_k = new_tensor_like(k, accumulator_dtype(k));
+  Tensor grad_v = new_tensor_like(v, accumulator_dtype(v));
+  std::vector<int32_t> heads_written(k.size(0));
+  AttentionParams& p = arguments.params;
   p.out = rows_of(out);
   p.grad_out = rows_of(grad_out);
   p.lse = lse.data_ptr();
@@ -355,130 +445,121 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> backward(
   p.grad_q = rows_of(grad_q);
   p.grad_k = rows_of(grad_k);
   p.grad_v = rows_of(grad_v);
-  p.touched = touched.data();
-
-  Tensors grads;
-  if (!p.background.active) {
-    Schedule schedule = arguments.schedule(std::numeric_limits<int32_t>::max());
-    arguments.attend_backward(schedule);
-  } else {
-    const Tensors& given = arguments.background;
-    Schedule schedule = arguments.schedule(std::clamp<int64_t>((1 << 24) / (given[1].numel() + 1), 4, 32));
-    Tensor query = torch::stable::empty_like(given[0]);
-    Tensor key = zero_parts(given[1], schedule.chunks);
-    Tensor value = zero_parts(given[2], schedule.chunks);
-    p.background.grad_query = folded_rows(query);
-    p.background.grad_key_parts = folded_rows(key);
-    p.background.grad_value_parts = folded_rows(value);
-    arguments.attend_backward(schedule);
-    grads = {query, total(key, given[1]), total(value, given[2])};
-  }
-  // One pass finds them all; those that nobody asks for have no rows.
-  if (!needs_queries) grad_q = no_rows(q), grads.clear();
-  if (!needs_points) return {grad_q, no_rows(k), no_rows(v), grads};
-  for (const Tensor& grad : {grad_k, grad_v}) clear_untouched(grad, touched);
+  p.heads_written = heads_written.data();
+  Tensors grad_background = run_backward(arguments);
+  // The kernel computes all gradients in one pass; those that are not needed are dropped.
+  if (!needs_queries) grad_q = no_gradient(q), grad_background.clear();
+  if (!needs_points) return {grad_q, no_gradient(k), no_gradient(v), grad_background};
+  for (const Tensor& grad : {grad_k, grad_v}) zero_unwritten(grad, heads_written);
   return {grad_q, torch::stable::to(grad_k, k.scalar_type()),
-          torch::stable::to(grad_v, v.scalar_type()), grads};
+          torch::stable::to(grad_v, v.scalar_type()), grad_background};
 }
 
-constexpr int64_t kRowsPerItem = 512;  // of a rotation; its sums over rows run item by item
+// ------------------------------------------------------------------------ rotary encoding
 
-struct RotationArguments {
-  RotationArguments(const Tensor& shape, const Tensor& coordinates, const Tensor& frequencies) {
-    STD_TORCH_CHECK(shape.dim() == 3 && shape.size(2) % 2 == 0 && coordinates.dim() == 2,
-                    "vicinal: x must be [n, H, d] with an even d, and coordinates [n, C]");
-    rotation.heads = shape.size(1);
-    rotation.pairs = shape.size(1) * (shape.size(2) / 2);
-    rotation.coordinates_per_row = coordinates.size(1);
-    STD_TORCH_CHECK(coordinates.is_contiguous() && frequencies.is_contiguous() &&
-                        coordinates.size(0) == shape.size(0) && coordinates.size(1) >= 1 &&
-                        frequencies.numel() == coordinates.size(1) * rotation.pairs &&
-                        coordinates.scalar_type() == sum_type(shape) &&
-                        frequencies.scalar_type() == sum_type(shape),
-                    "vicinal: x, coordinates and frequencies do not fit each other");
-    rotation.coordinates = coordinates.data_ptr();
-    rotation.frequencies = frequencies.data_ptr();
+// Rows per unit of work. The order of summation over rows depends on it.
+constexpr int64_t kRowsPerChunk = 512;
+
+struct RotaryArguments {
+  // x: [n, H, d], the input or the output of the rotation.
+  RotaryArguments(const Tensor& x, const Tensor& coordinates, const Tensor& frequencies) {
+    STD_TORCH_CHECK(x.dim() == 3 && x.size(2) % 2 == 0,
+                    "vicinal: x must be [n, H, d] with even d, got ",
+                    describe(sizes_of(x), x.scalar_type()));
+    STD_TORCH_CHECK(coordinates.dim() == 2 && coordinates.size(1) >= 1,
+                    "vicinal: coordinates must be [n, C] with C at least 1, got ",
+                    describe(sizes_of(coordinates), coordinates.scalar_type()));
+    params.n_heads = x.size(1);
+    params.n_pairs = x.size(1) * (x.size(2) / 2);
+    params.n_coordinates = coordinates.size(1);
+    const ScalarType type = accumulator_dtype(x);
+    check_contiguous("coordinates", coordinates, x.size(0) * params.n_coordinates, type);
+    check_contiguous("frequencies", frequencies, params.n_coordinates * params.n_pairs, type);
+    params.coordinates = coordinates.data_ptr();
+    params.frequencies = frequencies.data_ptr();
   }
 
   void run(const Tensor& x, bool forward) const {
-    share_out(x.size(0), kRowsPerItem, [&](Work& work) {
-      kernels().rotate(storage_of(x), rotation, work, forward);
+    run_queue(x.size(0), kRowsPerChunk, [&](WorkQueue& queue) {
+      kernels().rotary(dtype_of(x), params, queue, forward);
     });
   }
 
-  Rotation rotation;
+  RotaryParams params;
 };
 
 Tensor rotate(Tensor x, Tensor coordinates, Tensor frequencies) {
-  RotationArguments arguments(x, coordinates, frequencies);
-  const Tensor in = side_by_side(x);
-  Tensor out = new_tensor(x, {x.size(0), x.size(1), x.size(2)}, x.scalar_type());
-  arguments.rotation.x = rows_of(in);
-  arguments.rotation.out = rows_of(out);
+  RotaryArguments arguments(x, coordinates, frequencies);
+  const Tensor in = contiguous_channels("x", x);
+  Tensor out = new_tensor_like(x, x.scalar_type());
+  arguments.params.x = rows_of(in);
+  arguments.params.out = rows_of(out);
   arguments.run(in, true);
   return out;
 }
 
 std::tuple<Tensor, Tensor, Tensor> rotate_backward(Tensor grad_out, Tensor out, Tensor coordinates,
                                                    Tensor frequencies) {
-  RotationArguments arguments(out, coordinates, frequencies);
-  Rotation& r = arguments.rotation;
-  const Tensor grad = side_by_side(grad_out);
-  STD_TORCH_CHECK(grad.size(0) == out.size(0) && grad.size(1) == out.size(1) &&
-                      grad.size(2) == out.size(2) && out.is_contiguous() &&
-                      grad.scalar_type() == out.scalar_type(),
-                  "vicinal: out and its gradient do not fit each other");
-  const int64_t items = (out.size(0) + kRowsPerItem - 1) / kRowsPerItem;
-  Tensor grad_x = new_tensor(out, {out.size(0), out.size(1), out.size(2)}, out.scalar_type());
+  RotaryArguments arguments(out, coordinates, frequencies);
+  grad_out = contiguous_channels("grad_out", grad_out);
+  check_tensor("grad_out", grad_out, sizes_of(out), out.scalar_type());
+  check_contiguous("out", out, out.numel(), out.scalar_type());
+  const int64_t n_chunks = (out.size(0) + kRowsPerChunk - 1) / kRowsPerChunk;
+  Tensor grad_x = new_tensor_like(out, out.scalar_type());
   Tensor grad_coordinates = torch::stable::empty_like(coordinates);
-  Tensor parts = zero_parts(frequencies, items);
-  r.out = rows_of(out);
-  r.grad_out = rows_of(grad);
-  r.grad_x = rows_of(grad_x);
-  r.grad_coordinates = grad_coordinates.data_ptr();
-  r.grad_frequency_parts = parts.data_ptr();
+  Tensor grad_frequency_parts = new_parts(frequencies, n_chunks);
+  RotaryParams& p = arguments.params;
+  p.out = rows_of(out);
+  p.grad_out = rows_of(grad_out);
+  p.grad_x = rows_of(grad_x);
+  p.grad_coordinates = grad_coordinates.data_ptr();
+  p.grad_frequency_parts = grad_frequency_parts.data_ptr();
   arguments.run(out, false);
-  return {grad_x, grad_coordinates, total(parts, frequencies)};
+  return {grad_x, grad_coordinates, sum_parts(grad_frequency_parts, frequencies)};
 }
 
-const int64_t* numbers(const Tensor& x, int64_t numel) {
-  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Long && x.is_contiguous() && x.numel() == numel,
-                  "vicinal: keys and rows must be contiguous int64 of sizes that fit each other");
-  return x.const_data_ptr<int64_t>();
-}
+// ------------------------------------------------------------------------ other ops
 
-std::tuple<Tensor, Tensor> find_slices(Tensor sorted_keys, Tensor centers, Tensor visits, Tensor level,
-                                       Tensor offset, Tensor radius) {
-  RowSearch s;
-  s.levels = centers.size(0);
-  s.queries = centers.size(1);
-  s.rows = level.numel();
+std::tuple<Tensor, Tensor> find_slices(Tensor sorted_keys, Tensor centers, Tensor traversal,
+                                       Tensor level, Tensor offset, Tensor radius) {
+  STD_TORCH_CHECK(centers.dim() == 2, "vicinal: centers must be [L, N], got ",
+                  describe(sizes_of(centers), centers.scalar_type()));
+  SliceSearch s;
+  s.n_levels = centers.size(0);
+  s.n_queries = centers.size(1);
+  s.n_rows = level.numel();
   s.n_keys = sorted_keys.numel();
-  s.keys = numbers(sorted_keys, s.n_keys);
-  s.centers = numbers(centers, s.levels * s.queries);
-  s.visits = indices(visits, s.queries);
-  s.level = numbers(level, s.rows);
-  s.offset = numbers(offset, s.rows);
-  s.radius = numbers(radius, s.rows);
-  for (int64_t row = 0; row < s.rows; ++row)
-    STD_TORCH_CHECK(s.level[row] >= 0 && s.level[row] < s.levels, "vicinal: a row of no level");
-  Tensor starts = new_tensor(visits, {s.queries, s.rows}, ScalarType::Int);
-  Tensor stops = new_tensor(visits, {s.queries, s.rows}, ScalarType::Int);
+  s.keys = int64_data("sorted_keys", sorted_keys, s.n_keys);
+  s.centers = int64_data("centers", centers, s.n_levels * s.n_queries);
+  s.traversal = int32_data("traversal", traversal, s.n_queries);
+  s.level = int64_data("level", level, s.n_rows);
+  s.offset = int64_data("offset", offset, s.n_rows);
+  s.radius = int64_data("radius", radius, s.n_rows);
+  for (int64_t row = 0; row < s.n_rows; ++row)
+    STD_TORCH_CHECK(s.level[row] >= 0 && s.level[row] < s.n_levels, "vicinal: level[", row,
+                    "] must be at least 0 and less than ", s.n_levels, ", got ", s.level[row]);
+  Tensor starts = new_tensor(traversal, {s.n_queries, s.n_rows}, ScalarType::Int);
+  Tensor stops = new_tensor(traversal, {s.n_queries, s.n_rows}, ScalarType::Int);
   s.starts = static_cast<int32_t*>(starts.data_ptr());
   s.stops = static_cast<int32_t*>(stops.data_ptr());
-  const Places places(s.keys, s.n_keys);
-  torch::stable::parallel_for(0, s.queries, kRowsPerItem, [&](int64_t begin, int64_t end) {
-    find_rows(s, places, begin, end);
+  const SortedKeyIndex index(s.keys, s.n_keys);
+  torch::stable::parallel_for(0, s.n_queries, kRowsPerChunk, [&](int64_t begin, int64_t end) {
+    search_slices(s, index, begin, end);
   });
   return {starts, stops};
+}
+
+// An uninitialized [n_rows, n_columns] tensor, in huge pages if large.
+Tensor new_rows(Tensor like, int64_t n_rows, int64_t n_columns) {
+  return new_tensor(like, {n_rows, n_columns}, like.scalar_type());
 }
 
 }  // namespace
 }  // namespace vicinal
 
 STABLE_TORCH_LIBRARY_IMPL(vicinal, CPU, m) {
-  m.impl("neighborhood_attention", TORCH_BOX(&vicinal::forward));
-  m.impl("neighborhood_attention_backward", TORCH_BOX(&vicinal::backward));
+  m.impl("neighborhood_attention", TORCH_BOX(&vicinal::neighborhood_attention));
+  m.impl("neighborhood_attention_backward", TORCH_BOX(&vicinal::neighborhood_attention_backward));
   m.impl("new_rows", TORCH_BOX(&vicinal::new_rows));
   m.impl("find_slices", TORCH_BOX(&vicinal::find_slices));
   m.impl("rotate", TORCH_BOX(&vicinal::rotate));

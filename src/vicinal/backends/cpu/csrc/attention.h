@@ -1,0 +1,463 @@
+// The attention kernels, forward and backward. See kernels.h for how it is included.
+//
+// The unit of work is a tile: consecutive queries of the traversal. They are neighbors in space, so
+// they share most of their points. For each group of kHeads heads, the keys and values of the
+// tile's points are packed once, into buffers that stay in the cache. Each query then gathers its
+// own rows from them by slot (see tile_neighbors.h), block by block with an online softmax. The
+// buffers are double-buffered: while one group of heads is processed, the rows of the next are
+// packed.
+//
+// The backward pass accumulates the gradients of a tile's points in packed buffers as well, then
+// adds them to the tensors. BackwardSchedule fixes the order of those additions.
+
+namespace vicinal::VICINAL_ISA {
+
+constexpr int kQueryBlock = 8;  // queries processed together, so that keys or values stay in L1
+
+// A packed tile buffer, for one group of heads: [slots, vectors_per_row]. Row 0 is padding, zero.
+template <typename L>
+class PackedTile {
+  using V = Vector<typename L::Real>;
+
+ public:
+  explicit PackedTile(int64_t width) : vectors_per_row_(L::vectors_per_row(width)) {}
+
+  // Makes room for `n_slots` rows. Row 0 is zero, other rows are uninitialized.
+  void resize(int64_t n_slots) {
+    rows_.reserve(n_slots * vectors_per_row_);
+    std::fill_n(rows_.get(), vectors_per_row_, V{});
+  }
+  void resize_zeros(int64_t n_slots) {
+    rows_.reserve(n_slots * vectors_per_row_);
+    std::fill_n(rows_.get(), n_slots * vectors_per_row_, V{});
+  }
+
+  PackedRows<L> rows() { return {rows_.get(), vectors_per_row_}; }
+  V* row(int64_t slot) { return rows().row(slot); }
+
+ private:
+  const int64_t vectors_per_row_;
+  Buffer<V> rows_;  // [slots, vectors_per_row]
+};
+
+// The state of one query, for one group of heads.
+template <typename L>
+struct QueryState {
+  using V = Vector<typename L::Real>;
+
+  void allocate(const AttentionParams& p) {
+    softmax.set_dropout(p.dropout);
+    key_vectors = L::vectors_per_row(p.q.width);
+    value_vectors = L::vectors_per_row(p.v.width);
+    for (Buffer<V>* channels : {&q, &grad_q}) channels->reserve(key_vectors);
+    for (Buffer<V>* channels : {&grad_out, &acc}) channels->reserve(value_vectors);
+  }
+
+  int64_t key_vectors = 0, value_vectors = 0;  // vectors per row of d and of dv channels
+  int tile_index = 0;                          // index within the tile
+  int64_t id = 0;                              // row of q
+  OnlineSoftmax<L> softmax;
+  Buffer<V> q, grad_q;  // [key_vectors]; q is times the scale, grad_q is not
+  Buffer<V> grad_out;   // [value_vectors]
+  Buffer<V> acc;        // [value_vectors], accumulator of the output; backward: the output
+};
+
+template <typename L>
+class AttentionKernel {
+  using Real = typename L::Real;
+  using V = Vector<Real>;
+
+ public:
+  explicit AttentionKernel(const AttentionParams& params)
+      : p_(params),
+        background_(params.background),
+        neighbors_(params.slices, params.tile_queries),
+        empty_cells_(params.slices, params.background, params.tile_queries),
+        kv_buffers_{{PackedTile<L>(params.q.width), PackedTile<L>(params.v.width)},
+                    {PackedTile<L>(params.q.width), PackedTile<L>(params.v.width)}},
+        cell_keys_(params.q.width),
+        grad_keys_(params.q.width),
+        grad_values_(params.v.width),
+        grad_cell_keys_(params.q.width),
+        cell_value_(L::vectors_per_row(params.v.width)) {
+    for (QueryState<L>& query : queries_) query.allocate(params);
+  }
+
+  void forward(int64_t tile) {
+    load(tile);
+    prefetch_queries(0, 0, {&p_.q, &p_.out});
+    for (int64_t head = 0; head < p_.n_heads; head += L::kHeads) {
+      begin_heads(head);
+      for (int first = 0; first < p_.tile_queries; first += kQueryBlock) {
+        const SlotRange next = slot_range(first, head + L::kHeads);
+        prefetch_queries(first + kQueryBlock, head, {&p_.q, &p_.out});
+        prefetch_points(next, {&p_.k, &p_.v});
+        forward_block(first, head);
+        pack_points(next);
+      }
+    }
+  }
+
+  // Computes grad_q of a tile, and adds its contributions to all other gradients. `chunk` is the
+  // chunk of the tile, with its own partial sums of the background's gradients.
+  void backward(int64_t tile, int64_t chunk, BackwardSchedule::Ticket& ticket, bool last_of_chunk) {
+    load(tile);
+    prefetch_queries(0, 0, {&p_.q, &p_.out, &p_.grad_out, &p_.grad_q});
+    for (int64_t head = 0; head < p_.n_heads; head += L::kHeads) {
+      begin_heads(head);
+      grad_keys_.resize_zeros(neighbors_.n_slots);
+      grad_values_.resize_zeros(neighbors_.n_slots);
+      if (background_.active) grad_cell_keys_.resize_zeros(1 + background_.n_cells);
+      for (int first = 0; first < p_.tile_queries; first += kQueryBlock) {
+        prefetch_queries(first + kQueryBlock, head, {&p_.q, &p_.out, &p_.grad_out, &p_.grad_q});
+        prefetch_points(slot_range(first, head), {&p_.grad_k, &p_.grad_v});
+        const SlotRange next = slot_range(first, head + L::kHeads);
+        prefetch_points(next, {&p_.k, &p_.v});
+        backward_block(first, head, chunk);
+        pack_points(next);
+      }
+      ticket.wait(head);
+      scatter_add_gradients(head, chunk);
+      if (last_of_chunk) ticket.release(head + L::kHeads);
+    }
+  }
+
+ private:
+  // The heads from `head` on of the points in slots [first, stop).
+  struct SlotRange {
+    int64_t head, first, stop;
+  };
+  // Divides the tile's slots evenly among its query blocks: the range of the block of queries from
+  // `first` on. Empty past the last head.
+  SlotRange slot_range(int first, int64_t head) const {
+    const int64_t n_blocks = (p_.tile_queries + kQueryBlock - 1) / kQueryBlock;
+    const int64_t block = first / kQueryBlock;
+    const int64_t points = head < p_.n_heads ? neighbors_.n_slots - 1 : 0;
+    return {head, 1 + block * points / n_blocks, 1 + (block + 1) * points / n_blocks};
+  }
+
+  void load(int64_t tile) {
+    neighbors_.load(tile, p_.query_mask);
+    if (background_.active) empty_cells_.load(neighbors_);
+    for (KeyValueBuffer& buffer : kv_buffers_) {
+      buffer.keys.resize(neighbors_.n_slots);
+      buffer.values.resize(neighbors_.n_slots);
+    }
+    for (int first = 0; first < p_.tile_queries; first += kQueryBlock)
+      prefetch_points(slot_range(first, 0), {&p_.k, &p_.v});
+    pack_points({0, 1, neighbors_.n_slots});
+  }
+
+  // Swaps the double buffer: the heads packed last become the current ones.
+  void begin_heads(int64_t head) {
+    std::swap(current_kv_, next_kv_);
+    cell_keys_.resize(1 + background_.n_cells);
+    for (int64_t cell = 0; cell < background_.n_cells; ++cell)
+      pack_row<L>(background_.key, cell, head, 1, cell_keys_.row(1 + cell));
+  }
+
+  // Prefetches the query block from `first` on; past the last block, the first of the next heads.
+  VICINAL_INLINE void prefetch_queries(int first, int64_t head,
+                                       std::initializer_list<const Rows*> tensors) {
+    if (first >= p_.tile_queries) first = 0, head += L::kHeads;
+    const int64_t stop = std::min<int64_t>(first + kQueryBlock, p_.tile_queries);
+    for (int64_t i = first; head < p_.n_heads && i < stop; ++i)
+      for (const Rows* rows : tensors)
+        if (neighbors_.query_ids[i] >= 0) prefetch<L>(*rows, neighbors_.query_ids[i], head);
+  }
+  VICINAL_INLINE void prefetch_points(const SlotRange& range,
+                                      std::initializer_list<const Rows*> tensors) {
+    for (int64_t slot = range.first; slot < range.stop; ++slot)
+      for (const Rows* rows : tensors) prefetch<L>(*rows, neighbors_.point_ids[slot], range.head);
+  }
+
+  // Packs keys and values into the next buffer.
+  void pack_points(const SlotRange& range) {
+    const int32_t* ids = &neighbors_.point_ids[range.first];
+    const int64_t count = range.stop - range.first;
+    pack_rows<L>(p_.k, ids, count, range.head, next_kv_->keys.row(range.first));
+    pack_rows<L>(p_.v, ids, count, range.head, next_kv_->values.row(range.first));
+  }
+
+  // Adds the packed gradients to the tensors. heads_written is atomic, since another chunk may
+  // access it for other heads. The comparison gives the same result before and after that store.
+  void scatter_add_gradients(int64_t head, int64_t chunk) {
+    for (int64_t slot = 1; slot < neighbors_.n_slots; ++slot) {
+      const int64_t point = neighbors_.point_ids[slot];
+      int32_t* const heads_written = &p_.heads_written[point];
+      const bool overwrite = __atomic_load_n(heads_written, __ATOMIC_RELAXED) <= head;
+      if (overwrite) __atomic_store_n(heads_written, head + 1, __ATOMIC_RELAXED);
+      add_row<L>(grad_keys_.row(slot), p_.grad_k, point, head, overwrite);
+      add_row<L>(grad_values_.row(slot), p_.grad_v, point, head, overwrite);
+    }
+    const int64_t first_row = chunk * background_.n_cells;
+    for (int64_t cell = 0; cell < background_.n_cells; ++cell)
+      add_row<L>(grad_cell_keys_.row(1 + cell), background_.grad_key_parts, first_row + cell, head);
+  }
+
+  // Calls body(query) for the queries of the block from `first` on.
+  template <typename Body>
+  void for_queries(int first, const Body& body) {
+    for (int i = first; i < std::min<int64_t>(first + kQueryBlock, p_.tile_queries); ++i) {
+      if (neighbors_.query_ids[i] < 0) continue;
+      QueryState<L>& query = queries_[i - first];
+      query.tile_index = i;
+      query.id = neighbors_.query_ids[i];
+      body(query);
+    }
+  }
+
+  // A block of at most kBlockKeys keys of a slot list.
+  struct KeyBlock {
+    KeyBlock(const SlotList& list, int64_t begin)
+        : slots(list.slots + begin),
+          n_valid(std::min<int64_t>(kBlockKeys, list.count - begin)),
+          count((n_valid + kKeyUnroll<L> - 1) / kKeyUnroll<L> * kKeyUnroll<L>) {
+      static_assert(kListPadding % kKeyUnroll<L> == 0 && kBlockKeys % kKeyUnroll<L> == 0);
+    }
+    const int32_t* slots;          // [count]
+    const int64_t n_valid, count;  // keys without and with padding
+  };
+
+  // For each block of keys, runs the stages in order, each for all queries of the query block:
+  // stage(query, block).
+  template <typename... Stage>
+  void for_key_blocks(int first, const Stage&... stages) {
+    int64_t max_count = 0;
+    for_queries(first, [&](auto& x) {
+      max_count = std::max(max_count, neighbors_.list(x.tile_index).count);
+    });
+    for (int64_t begin = 0; begin < max_count; begin += kBlockKeys)
+      (for_queries(first, [&](auto& x) {
+        const SlotList list = neighbors_.list(x.tile_index);
+        if (begin < list.count) stages(x, KeyBlock(list, begin));
+      }), ...);
+  }
+
+  // The column number of a key for dropout. Empty cells are numbered after the points.
+  auto point_column(const KeyBlock& block) const {
+    return [this, &block](int64_t key) { return neighbors_.point_ids[block.slots[key]]; };
+  }
+  auto cell_column(const KeyBlock& block) const {
+    return [this, &block](int64_t key) { return p_.slices.n_points + block.slots[key] - 1; };
+  }
+
+  static void compute_logits(QueryState<L>& x, const KeyBlock& block, const PackedRows<L>& keys) {
+    gather_dot<L>(keys, block.slots, block.count, x.q.get(), x.softmax.logits);
+  }
+
+  template <typename ColumnOf>
+  static void update_softmax(QueryState<L>& x, const KeyBlock& block, const ColumnOf& column_of) {
+    const V rescale = x.softmax.update(block.n_valid, block.count, column_of);
+    for (int64_t j = 0; j < x.value_vectors; ++j) x.acc[j] *= rescale;
+  }
+
+  void forward_block(int first, int64_t head) {
+    for_queries(first, [&](auto& x) {
+      pack_row<L>(p_.q, x.id, head, p_.scale, x.q.get());
+      std::fill_n(x.acc.get(), x.value_vectors, V{});
+      x.softmax.begin_forward(x.id, head);
+    });
+    for_key_blocks(
+        first,
+        [&](auto& x, const KeyBlock& block) { compute_logits(x, block, current_kv_->keys.rows()); },
+        [&](auto& x, const KeyBlock& block) { update_softmax(x, block, point_column(block)); },
+        [&](auto& x, const KeyBlock& block) {
+          gather_weighted_sum<L>(x.softmax.logits, block.slots, block.count,
+                                 current_kv_->values.rows(), x.acc.get());
+        });
+    for_queries(first, [&](auto& x) {
+      for (int64_t level = 0; level < background_.n_levels; ++level) forward_cells(x, level, head);
+      write_output(x, head);
+    });
+  }
+
+  // Normalizes the accumulator and writes out and lse.
+  void write_output(QueryState<L>& x, int64_t head) {
+    const V row_sum = x.softmax.row_sum();
+    const V inverse = row_sum == 0 ? V{} : 1 / row_sum;
+    for (int64_t j = 0; j < x.value_vectors; ++j) x.acc[j] *= inverse;
+    unpack_row<L>(x.acc.get(), 1, p_.out, x.id, head);
+    const V lse = x.softmax.lse(row_sum);
+    for (int g = 0; g < L::kHeads; ++g)
+      static_cast<Real*>(p_.lse)[x.id * p_.n_heads + head + g] = lse[g];
+  }
+
+  void backward_block(int first, int64_t head, int64_t chunk) {
+    for_queries(first, [&](auto& x) { begin_backward(x, head); });
+    for_key_blocks(
+        first,
+        [&](auto& x, const KeyBlock& block) {
+          gather_dot<L>(current_kv_->values.rows(), block.slots, block.count, x.grad_out.get(),
+                        x.softmax.grad_probs);
+        },
+        [&](auto& x, const KeyBlock& block) {
+          compute_logits(x, block, current_kv_->keys.rows());
+          x.softmax.backward(block.n_valid, block.count, point_column(block));
+        },
+        [&](auto& x, const KeyBlock& block) {
+          gather_weighted_sum<L>(x.softmax.logits, block.slots, block.count,
+                                 current_kv_->keys.rows(), x.grad_q.get());
+        },
+        [&](auto& x, const KeyBlock& block) {
+          scatter_add_outer<L>(x.softmax.logits, block.slots, block.count, x.q.get(),
+                               grad_keys_.rows());
+        },
+        [&](auto& x, const KeyBlock& block) {
+          scatter_add_outer<L>(x.softmax.grad_probs, block.slots, block.count, x.grad_out.get(),
+                               grad_values_.rows());
+        });
+    for_queries(first, [&](auto& x) {
+      unpack_row<L>(x.grad_q.get(), p_.scale, p_.grad_q, x.id, head);
+      for (int64_t level = 0; level < background_.n_levels; ++level)
+        backward_cells(x, level, head, chunk);
+    });
+  }
+
+  // Loads q and grad_out, and starts the softmax with lse and
+  // delta = rowsum(out * grad_out) - grad_lse.
+  void begin_backward(QueryState<L>& x, int64_t head) {
+    pack_row<L>(p_.q, x.id, head, p_.scale, x.q.get());
+    pack_row<L>(p_.grad_out, x.id, head, 1, x.grad_out.get());
+    pack_row<L>(p_.out, x.id, head, 1, x.acc.get());
+    const int64_t index = x.id * p_.n_heads + head;
+    const V lse = broadcast_heads<L>(static_cast<const Real*>(p_.lse) + index);
+    const V delta = dot<L>(x.acc.get(), x.grad_out.get(), x.value_vectors) -
+                    broadcast_heads<L>(static_cast<const Real*>(p_.grad_lse) + index);
+    x.softmax.begin_backward(x.id, head, lse, delta);
+    std::fill_n(x.grad_q.get(), x.key_vectors, V{});
+  }
+
+  // Empty cells are additional keys, with two differences: each level has its own query vector
+  // (rotated relative to the window), and all cells of a level and image share one value.
+  void forward_cells(QueryState<L>& x, int64_t level, int64_t head) {
+    load_level(x, level, head);
+    for_cell_blocks(x, level, [&](const KeyBlock& block) {
+      compute_logits(x, block, cell_keys_.rows());
+      update_softmax(x, block, cell_column(block));
+      const V prob_sum = sum_keys<L>(x.softmax.logits, block.count);
+      for (int64_t j = 0; j < x.value_vectors; ++j)
+        x.acc[j] += prob_sum == 0 ? V{} : prob_sum * cell_value_[j];
+    });
+  }
+
+  void backward_cells(QueryState<L>& x, int64_t level, int64_t head, int64_t chunk) {
+    load_level(x, level, head);
+    const V grad_prob = dot<L>(cell_value_.get(), x.grad_out.get(), x.value_vectors);
+    V prob_sum{};
+    std::fill_n(x.grad_q.get(), x.key_vectors, V{});
+    for_cell_blocks(x, level, [&](const KeyBlock& block) {
+      compute_logits(x, block, cell_keys_.rows());
+      std::fill_n(x.softmax.grad_probs, block.count / L::kLanesPerHead, grad_prob);
+      x.softmax.backward(block.n_valid, block.count, cell_column(block));
+      prob_sum += sum_keys<L>(x.softmax.grad_probs, block.count);
+      gather_weighted_sum<L>(x.softmax.logits, block.slots, block.count, cell_keys_.rows(),
+                             x.grad_q.get());
+      scatter_add_outer<L>(x.softmax.logits, block.slots, block.count, x.q.get(),
+                           grad_cell_keys_.rows());
+    });
+    const int64_t row = x.id * background_.n_levels + level;
+    unpack_row<L>(x.grad_q.get(), p_.scale, background_.grad_query, row, head);
+    add_cell_value_gradient(x, level, head, chunk, prob_sum);
+  }
+
+  void add_cell_value_gradient(const QueryState<L>& x, int64_t level, int64_t head, int64_t chunk,
+                               V prob_sum) {
+    const int64_t image = empty_cells_.image_ids[x.tile_index];
+    if (image < 0) return;
+    const V* grad_out = x.grad_out.get();
+    for (int64_t j = 0; j < x.value_vectors; ++j)
+      cell_value_[j] = prob_sum == 0 ? V{} : prob_sum * grad_out[j];
+    const int64_t row = (chunk * background_.n_images + image) * background_.n_levels + level;
+    add_row<L>(cell_value_.get(), background_.grad_value_parts, row, head);
+  }
+
+  // Loads the query vector and the value for the empty cells of a level.
+  void load_level(QueryState<L>& x, int64_t level, int64_t head) {
+    const int64_t n_levels = background_.n_levels;
+    pack_row<L>(background_.query, x.id * n_levels + level, head, p_.scale, x.q.get());
+    std::fill_n(cell_value_.get(), x.value_vectors, V{});
+    const int64_t image = empty_cells_.image_ids[x.tile_index];
+    if (image >= 0)
+      pack_row<L>(background_.value, image * n_levels + level, head, 1, cell_value_.get());
+  }
+
+  template <typename Body>
+  void for_cell_blocks(const QueryState<L>& x, int64_t level, const Body& body) {
+    const SlotList cells = empty_cells_.list(x.tile_index, level);
+    for (int64_t begin = 0; begin < cells.count; begin += kBlockKeys) body(KeyBlock(cells, begin));
+  }
+
+  const AttentionParams& p_;
+  const BackgroundParams& background_;
+  TileNeighbors neighbors_;
+  EmptyCells empty_cells_;
+  struct KeyValueBuffer {
+    PackedTile<L> keys, values;  // [n_slots, key_vectors], [n_slots, value_vectors]
+  };
+  KeyValueBuffer kv_buffers_[2];
+  KeyValueBuffer *current_kv_ = kv_buffers_, *next_kv_ = kv_buffers_ + 1;
+  PackedTile<L> cell_keys_;       // [1 + K, key_vectors]
+  PackedTile<L> grad_keys_;       // [n_slots, key_vectors]
+  PackedTile<L> grad_values_;     // [n_slots, value_vectors]
+  PackedTile<L> grad_cell_keys_;  // [1 + K, key_vectors]
+  QueryState<L> queries_[kQueryBlock];
+  Buffer<V> cell_value_;  // [value_vectors], of the current query and level, or its gradient
+};
+
+template <typename L>
+void attention_forward_with(const AttentionParams& params, WorkQueue& queue) {
+  AttentionKernel<L> kernel(params);
+  for (int64_t chunk = queue.take(); chunk < queue.n_chunks; chunk = queue.take())
+    for (int64_t tile = queue.begin(chunk); tile < queue.end(chunk); ++tile) kernel.forward(tile);
+}
+
+template <typename L>
+void attention_backward_with(const AttentionParams& params, BackwardSchedule& schedule) {
+  AttentionKernel<L> kernel(params);
+  for (int64_t i = schedule.take(); i < schedule.n_chunks; i = schedule.take()) {
+    const int64_t chunk = schedule.chunk_of(i);
+    BackwardSchedule::Ticket ticket(schedule, i);
+    const int64_t stop = std::min((chunk + 1) * schedule.tiles_per_chunk, schedule.n_tiles);
+    for (int64_t tile = chunk * schedule.tiles_per_chunk; tile < stop; ++tile)
+      kernel.backward(tile, chunk, ticket, tile + 1 == stop);
+  }
+}
+
+// Calls body with the PackedLayout that interleaves the most heads (1, 2 or 4) whose row fits in
+// about four vectors, so that narrow heads leave no lane idle.
+template <typename Real, typename Body>
+void dispatch_heads(const AttentionParams& p, const Body& body) {
+  constexpr int kLanes = n_lanes<Real>;
+  const int64_t width = std::max(p.q.width, p.v.width);
+  const auto fits = [&](int heads) {
+    return p.n_heads % heads == 0 && heads * width <= 4 * kLanes;
+  };
+  if constexpr (kLanes >= 8)
+    if (fits(4)) return body(PackedLayout<Real, 4>());
+  if constexpr (kLanes >= 4)
+    if (fits(2)) return body(PackedLayout<Real, 2>());
+  body(PackedLayout<Real, 1>());
+}
+
+template <typename Body>
+void dispatch_layout(const AttentionParams& p, const Body& body) {
+  if (p.n_heads == 0) return;
+  if (p.q.dtype == Dtype::float64) dispatch_heads<double>(p, body);
+  else dispatch_heads<float>(p, body);
+}
+
+// Entry points. Every thread calls one with the same queue or schedule.
+inline void attention_forward(const AttentionParams& params, WorkQueue& queue) {
+  dispatch_layout(params, [&](auto layout) {
+    attention_forward_with<decltype(layout)>(params, queue);
+  });
+}
+
+inline void attention_backward(const AttentionParams& params, BackwardSchedule& schedule) {
+  dispatch_layout(params, [&](auto layout) {
+    attention_backward_with<decltype(layout)>(params, schedule);
+  });
+}
+
+}  // namespace vicinal::VICINAL_ISA

@@ -1,0 +1,100 @@
+// Parameters that ops.cpp passes to the kernels: strided views of tensors, and scalars.
+//
+// Sizes in shape comments: N queries, nnz points, L levels, B images in the batch, H heads,
+// d channels of a query or key, dv channels of a value, P position dimensions, S slices per query
+// (the rows of all its windows), K cells of all its windows, C coordinates per row.
+//
+// The accumulator dtype is float64 for float64 inputs and float32 for all others.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+// For functions that are fast, or have an effect at all, only when inlined into their caller.
+#define VICINAL_INLINE __attribute__((always_inline))
+
+namespace vicinal {
+
+constexpr int kMaxTile = 256;  // maximum number of queries in a tile
+
+// The neighbors of every query, as slices of the points in sorted order. Query i has the neighbors
+// order[starts[i, s]:stops[i, s]] for every s < n_slices.
+struct NeighborSlices {
+  const int32_t* traversal;         // [N], query ids in the order in which tiles process them
+  const int32_t *starts, *stops;    // [N, S], positions in `order`
+  const int32_t* order;             // [nnz], point ids sorted by level, image and cell
+  int64_t n_queries, n_slices, n_points;
+
+  // A start or stop clamped to a valid position; `index` is a flat index into [N, S].
+  int64_t start(int64_t index) const { return std::clamp<int64_t>(starts[index], 0, n_points); }
+  int64_t stop(int64_t index) const { return std::min<int64_t>(stops[index], n_points); }
+};
+
+enum class Dtype { float32, float64, float16, bfloat16 };
+
+// A strided view of a [rows, heads, width] tensor with contiguous channels (last stride 1).
+struct Rows {
+  void* data = nullptr;  // [rows, heads, width]
+  int64_t heads = 0, width = 0, row_stride = 0, head_stride = 0;
+  Dtype dtype = Dtype::float32;
+};
+
+struct DropoutParams {
+  bool active = false;
+  uint32_t key = 0, threshold = 0;  // drop where hash(key, head, query, column) < threshold
+  double keep_scale = 1;            // 1 / (1 - dropout_p)
+};
+
+// Keys and values of the cells that hold no point: see vicinal.attention.Background.
+struct BackgroundParams {
+  bool active = false;
+  Rows query;  // [N * L, H, d]
+  Rows key;    // [K, H, d]
+  Rows value;  // [B * L, H, dv]
+  int64_t n_images = 0, n_levels = 0, n_cells = 0;  // B, L, K
+  const int64_t* windows = nullptr;         // [L], window size in cells per axis
+  const int64_t* window_rows = nullptr;     // [L], rows of a window: windows ** (P - 1)
+  const int32_t* query_batch = nullptr;     // [N], image of each query
+  const int32_t* center_columns = nullptr;  // [N, L], last coordinate of each window's center
+  const int32_t* point_columns = nullptr;   // [nnz], last coordinate of each point, as in `order`
+  // Backward only. Each chunk of tiles has its own partial sums, so that threads do not share any.
+  Rows grad_query;        // [N * L, H, d]
+  Rows grad_key_parts;    // [chunks * K, H, d], accumulator dtype
+  Rows grad_value_parts;  // [chunks * B * L, H, dv], accumulator dtype
+};
+
+struct AttentionParams {
+  int64_t n_heads = 0, tile_queries = 0;  // tile_queries: queries per tile
+  double scale = 1;
+  NeighborSlices slices;
+  const bool* query_mask = nullptr;  // [N], true: masked
+  DropoutParams dropout;
+  BackgroundParams background;
+  Rows q;               // [N, H, d]
+  Rows k;               // [nnz, H, d]
+  Rows v;               // [nnz, H, dv]
+  Rows out;             // [N, H, dv]
+  void* lse = nullptr;  // [N, H], accumulator dtype
+  // Backward only.
+  const void* grad_lse = nullptr;  // [N, H], accumulator dtype
+  Rows grad_out;                   // [N, H, dv]
+  Rows grad_q;                     // [N, H, d]
+  Rows grad_k;                     // [nnz, H, d], accumulator dtype
+  Rows grad_v;                     // [nnz, H, dv], accumulator dtype
+  int32_t* heads_written = nullptr;  // [nnz], heads below this have been written to grad_k, grad_v
+};
+
+// Rotates channel pairs by the angles coordinates @ frequencies.
+struct RotaryParams {
+  int64_t n_heads = 0, n_coordinates = 0;
+  int64_t n_pairs = 0;                // of all heads: H * d / 2
+  const void* coordinates = nullptr;  // [n, C], accumulator dtype
+  const void* frequencies = nullptr;  // [C, n_pairs], accumulator dtype
+  Rows x, out;                        // [n, H, d]
+  // Backward only.
+  Rows grad_out, grad_x;                 // [n, H, d]
+  void* grad_coordinates = nullptr;      // [n, C], accumulator dtype
+  void* grad_frequency_parts = nullptr;  // [chunks, C, n_pairs], accumulator dtype
+};
+
+}  // namespace vicinal
