@@ -1,4 +1,4 @@
-"""Triton's kernels: on a GPU if there is one, else interpreted, which asks for small problems."""
+"""The Triton back end: on a GPU if there is one, else interpreted, hence on small problems."""
 
 import importlib.util
 import math
@@ -48,7 +48,7 @@ if importlib.util.find_spec("triton") is None:
 from vicinal.backends.triton import ops as triton_ops
 from vicinal.backends.triton.launch import launch
 
-# The interpreter computes with numpy, which warns of what kernels mask out.
+# The interpreter computes with NumPy, which warns about values that kernels mask.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.* encountered in :RuntimeWarning"),
     pytest.mark.usefixtures("runs_by_reference"),
@@ -59,7 +59,7 @@ DEVICE = torch.device("cpu" if triton_ops.INTERPRETS else "cuda")
 
 @pytest.fixture(autouse=True)
 def interpreted_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter keeps bfloat16 as integers of 16 bits, and multiplies these as such."""
+    """Makes the interpreter widen bfloat16 before products; it multiplies the bits as integers."""
     if triton_ops.INTERPRETS:
         from triton.language import bfloat16, float32
         from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
@@ -78,9 +78,9 @@ def interpreted_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(InterpreterBuilder, "create_dot", dot)
 
 
-choose_backend("triton", DEVICE, torch.float32)  # which registers the kernels
+choose_backend("triton", DEVICE, torch.float32)  # registers the kernels
 
-TOLERANCE = 2e-5  # of float32, relative to the largest number of a result in float64
+TOLERANCE = 2e-5  # of float32 results, relative to the largest number of the float64 result
 
 
 def on_device(inputs: Inputs, dtype: torch.dtype = torch.float32) -> Inputs:
@@ -88,31 +88,32 @@ def on_device(inputs: Inputs, dtype: torch.dtype = torch.float32) -> Inputs:
     return inputs.map(lambda x: x.to(DEVICE, dtype))._replace(query_mask=mask)
 
 
-def back(result: Answer) -> Answer:
+def on_cpu(result: Answer) -> Answer:
     return Answer(result.out.cpu(), result.lse.cpu(), tuple(x.cpu() for x in result.grads))
 
 
 def relative_error(actual: Tensor, exact: Tensor) -> float:
-    """The largest error over the largest number; infinities and NaN must be the same."""
+    """The largest error, relative to the largest number; the same entries must be finite."""
     actual = actual.double()
     assert torch.equal(actual.isfinite(), exact.isfinite())
     if not exact.numel():
         return 0.0
-    off, scale = (torch.where(exact.isfinite(), x, 0).abs().max() for x in (actual - exact, exact))
-    return float(off / scale.clamp(min=1e-3))
+    finite = (torch.where(exact.isfinite(), x, 0) for x in (actual - exact, exact))
+    error, scale = (x.abs().max() for x in finite)
+    return float(error / scale.clamp(min=1e-3))
 
 
 def assert_exact(
     scene: Scene, *, dropout_p: float = 0.0, tolerance: float = TOLERANCE, **options: Any
 ) -> None:
-    """Output, log-sum-exp and all gradients in float32 against the reference in float64."""
+    """Compares output, log-sum-exp and all gradients in float32 with the float64 reference."""
     plan = scene.plan()
     inputs = make_inputs(plan, **options)
-    there = plan.to(DEVICE)  # both: a seed is drawn on the device
-    exact = back(answer(on_device(inputs, torch.float64), there, "reference", dropout_p=dropout_p))
-    ours = back(answer(on_device(inputs), there, "triton", dropout_p=dropout_p))
-    errors = [relative_error(ours.out, exact.out), relative_error(ours.lse, exact.lse)]
-    errors += [relative_error(*pair) for pair in zip(ours.grads, exact.grads, strict=True)]
+    plan = plan.to(DEVICE)  # for the reference as well: both draw the seed on this device
+    exact = on_cpu(answer(on_device(inputs, torch.float64), plan, "reference", dropout_p=dropout_p))
+    actual = on_cpu(answer(on_device(inputs), plan, "triton", dropout_p=dropout_p))
+    errors = [relative_error(actual.out, exact.out), relative_error(actual.lse, exact.lse)]
+    errors += [relative_error(*pair) for pair in zip(actual.grads, exact.grads, strict=True)]
     assert max(errors) < tolerance, errors
 
 
@@ -121,7 +122,7 @@ def assert_exact(
 
 @pytest.mark.parametrize("name", golden_cases.NAMES)
 def test_golden_case(name: str) -> None:
-    """Positions stay in float64, or some would fall into another cell."""
+    """Positions stay in float64: in float32, some would be in another cell."""
     case = golden_cases.load(name)
     block = SparseNeighborhoodAttentionBlock(**case.config, backend="triton").to(DEVICE)
     block.load_state_dict(case.state_dict, strict=True)
@@ -149,9 +150,9 @@ def test_golden_case(name: str) -> None:
 
 
 @settings(max_examples=8)
-@given(scene=scenes(), background=st.booleans(), mask=st.booleans(), drops=st.booleans())
-def test_any_scene(scene: Scene, background: bool, mask: bool, drops: bool) -> None:
-    dropout_p = 0.4 if drops else 0.0
+@given(scene=scenes(), background=st.booleans(), mask=st.booleans(), dropout=st.booleans())
+def test_any_scene(scene: Scene, background: bool, mask: bool, dropout: bool) -> None:
+    dropout_p = 0.4 if dropout else 0.0
     assert_exact(scene, heads=1, background=background, mask=mask, dropout_p=dropout_p)
 
 
@@ -175,23 +176,16 @@ def test_many_tiles() -> None:
     assert_exact(crowded_scene(100, 200), heads=2, mask=True)
 
 
-@pytest.mark.parametrize("counts", [(3, 2), (20, 80)])
-def test_few_among_many(counts: tuple[int, int]) -> None:
-    """A tile is a single row where rows are so few that they stand apart, on either side."""
-    scene = make_scene(((16, 10), (8, 5)), (7, 5), counts, 200 if counts[0] < 10 else 3)
+@pytest.mark.parametrize("few", ["queries", "points"])
+def test_few_rows_among_many_columns(few: str) -> None:
+    """A tile is a single row if its rows are few, and of full height on the other side."""
+    counts, n_points = ((3, 2), 200) if few == "queries" else ((20, 80), 3)
+    scene = make_scene(((16, 10), (8, 5)), (7, 5), counts, n_points)
     plan = scene.plan()
-    tiles = (
-        plan._query_tiles(back_end.find_runs)
-        if counts[0] < 10
-        else plan._point_tiles(back_end.find_runs)
-    )
-    assert len(tiles.firsts) == len(tiles.traversal)
-    other = (
-        plan._point_tiles(back_end.find_runs)
-        if counts[0] < 10
-        else plan._query_tiles(back_end.find_runs)
-    )
-    assert len(other.firsts) == math.ceil(len(other.traversal) / TILE)
+    tiles = plan._query_tiles(back_end.find_runs), plan._point_tiles(back_end.find_runs)
+    single, full = tiles if few == "queries" else tiles[::-1]
+    assert len(single.firsts) == len(single.traversal)
+    assert len(full.firsts) == math.ceil(len(full.traversal) / TILE)
     assert_exact(scene, heads=1, background=True, dropout_p=0.2)
 
 
@@ -213,45 +207,46 @@ def test_no_queries_no_points_and_no_heads() -> None:
     assert_exact(make_scene(((4,),), (3,), (3, 2), 5), value_width=0, background=True)
 
 
-def test_a_scale_of_ones_own() -> None:
+def test_custom_scale() -> None:
     plan = scene_2d().plan()
     inputs = make_inputs(plan)
     exact, _ = inputs.attend(plan, "reference", scale=0.9)
-    ours, _ = on_device(inputs).attend(plan.to(DEVICE), "triton", scale=0.9)
-    assert relative_error(ours.cpu(), exact) < TOLERANCE
+    actual, _ = on_device(inputs).attend(plan.to(DEVICE), "triton", scale=0.9)
+    assert relative_error(actual.cpu(), exact) < TOLERANCE
 
 
 def dense_attention(scene: Scene) -> Callable[[Inputs], tuple[Tensor, Tensor]]:
-    """As one writes it in PyTorch, in the dtype of its inputs; every query must see a point."""
-    seen = torch.zeros(len(scene.positions), len(scene.pyramid), dtype=torch.bool)
+    """Dense PyTorch attention in the dtype of the inputs; every query must have a neighbor."""
+    mask = torch.zeros(len(scene.positions), len(scene.pyramid), dtype=torch.bool)
     for query, point in scene.pairs():
-        seen[query, point] = True
+        mask[query, point] = True
 
     def attend(inputs: Inputs) -> tuple[Tensor, Tensor]:
         logits = torch.einsum("nhd,mhd->nhm", inputs.q, inputs.k) * inputs.q.shape[-1] ** -0.5
-        logits = logits.masked_fill(~seen[:, None], -torch.inf)
+        logits = logits.masked_fill(~mask[:, None], -torch.inf)
         return torch.einsum("nhm,mhe->nhe", logits.softmax(-1), inputs.v), logits.logsumexp(-1)
 
     return attend
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_that_of_plain_pytorch(dtype: torch.dtype) -> None:
+def test_half_precision_is_as_exact_as_plain_pytorch(dtype: torch.dtype) -> None:
     scene = one_room(40, 60)
     scene.positions = scene.positions.clamp(0, 4)
     plan = scene.plan()
     inputs = make_inputs(plan, width=32, dtype=dtype)
     exact = answer(inputs.map(Tensor.double), plan, "reference")
-    ours = back(answer(on_device(inputs, dtype), plan.to(DEVICE), "triton"))
-    theirs = differentiate(inputs, dense_attention(scene))
-    for ours_, theirs_, exact_ in zip(
-        (ours.out, *ours.grads), (theirs.out, *theirs.grads), (exact.out, *exact.grads), strict=True
-    ):
-        assert ours_.dtype == dtype
-        our, their = ((x.double() - exact_).pow(2).mean().sqrt() for x in (ours_, theirs_))
-        assert 0 < our <= 2 * their
-    assert ours.lse.dtype == torch.float32
-    assert relative_error(ours.lse, exact.lse) < 2e-5
+    actual = on_cpu(answer(on_device(inputs, dtype), plan.to(DEVICE), "triton"))
+    dense = differentiate(inputs, dense_attention(scene))
+    results = ((x.out, *x.grads) for x in (actual, dense, exact))
+    for result, dense_result, exact_result in zip(*results, strict=True):
+        assert result.dtype == dtype
+        error, dense_error = (
+            (x.double() - exact_result).pow(2).mean().sqrt() for x in (result, dense_result)
+        )
+        assert 0 < error <= 2 * dense_error
+    assert actual.lse.dtype == torch.float32
+    assert relative_error(actual.lse, exact.lse) < 2e-5
 
 
 def test_the_same_bits_twice(uninitialised_is_nan: None) -> None:
@@ -265,8 +260,8 @@ def test_the_same_bits_twice(uninitialised_is_nan: None) -> None:
 
 
 @pytest.mark.parametrize("name", ["cpu", "triton"])
-def test_gradients_of_some_are_those_of_all(name: str) -> None:
-    """Whatever else is frozen, or not asked for."""
+def test_gradients_do_not_depend_on_which_are_needed(name: str) -> None:
+    """Neither on which inputs are frozen, nor on which gradients are asked for."""
     device = torch.device("cpu") if name == "cpu" else DEVICE
     plan = make_scene(((6, 4), (5, 5)), (3, 3), (7, 11), 30).plan().to(device)
     inputs = make_inputs(plan.to("cpu"), heads=1, background=True, dtype=torch.float32)
@@ -274,32 +269,32 @@ def test_gradients_of_some_are_those_of_all(name: str) -> None:
     out, lse = leaves.attend(plan, name)
     loss = out.square().sum() + lse.sin().sum()
     expected = torch.autograd.grad(loss, leaves.leaves(), retain_graph=True)
-    # Of queries, points, cells; queries and the keys of cells, keys and the values of cells.
+    # q; v; the background's value; q and the background's key; k and the background's value.
     for numbers in ((0,), (2,), (5,), (0, 4), (1, 5)):
-        some, wanted = ([x[i] for i in numbers] for x in (leaves.leaves(), expected))
-        among_all = torch.autograd.grad(loss, some, retain_graph=True)
+        some, expected_some = ([x[i] for i in numbers] for x in (leaves.leaves(), expected))
+        found = torch.autograd.grad(loss, some, retain_graph=True)
         frozen = [x.detach() for x in leaves.leaves()]
-        alone = [frozen[i].requires_grad_() for i in numbers]
+        not_frozen = [frozen[i].requires_grad_() for i in numbers]
         out, lse = leaves.with_leaves(frozen).attend(plan, name)
         (out.square().sum() + lse.sin().sum()).backward()
-        for leaf, of_some, of_all in zip(alone, among_all, wanted, strict=True):
-            assert of_all.count_nonzero()
-            assert torch.equal(of_some, of_all)
+        for leaf, grad, expected_grad in zip(not_frozen, found, expected_some, strict=True):
+            assert expected_grad.count_nonzero()
+            assert torch.equal(grad, expected_grad)
             assert leaf.grad is not None
-            assert relative_error(leaf.grad.cpu(), of_all.cpu().double()) < 1e-6
+            assert relative_error(leaf.grad.cpu(), expected_grad.cpu().double()) < 1e-6
 
 
 def test_strides_of_any_kind() -> None:
-    """A part of a wider tensor, heads before rows, channels apart, an expanded gradient."""
+    """A slice of a wider tensor, heads before rows, strided channels, an expanded gradient."""
     plan = scene_2d().plan().to(DEVICE)
     inputs = on_device(make_inputs(plan, width=6))
     wide = torch.cat((inputs.k, inputs.v), 2)
     k, v = wide.split(6, 2)
     q = inputs.q.transpose(0, 1).contiguous().transpose(0, 1)
-    apart = inputs.q.transpose(1, 2).contiguous().transpose(1, 2)
-    assert apart.stride(2) != 1
+    strided = inputs.q.transpose(1, 2).contiguous().transpose(1, 2)
+    assert strided.stride(2) != 1
     expected, _ = inputs.attend(plan, "triton")
-    for queries in (q, apart):
+    for queries in (q, strided):
         leaf = queries.detach().requires_grad_()
         out = neighborhood_attention(leaf, k, v, plan, backend="triton")
         assert torch.equal(out.detach(), expected)
@@ -311,12 +306,12 @@ def test_strides_of_any_kind() -> None:
         assert torch.equal(grad, plain.grad)  # type: ignore[arg-type]
 
 
-# ------------------------------------------------------------------- numbers that are not finite
+# ------------------------------------------------------------------------ non-finite numbers
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("name", ["q", "k", "v"])
-def test_what_is_not_finite_reaches_those_that_see_it(name: str, value: float) -> None:
+def test_non_finite_inputs_reach_their_neighborhoods_alone(name: str, value: float) -> None:
     scene = scene_2d(n_queries=20, n_points=60)
     plan = scene.plan()
     inputs = on_device(make_inputs(plan, heads=2)).fresh()
@@ -325,43 +320,43 @@ def test_what_is_not_finite_reaches_those_that_see_it(name: str, value: float) -
     poisoned = getattr(inputs, name).detach().clone()
     poisoned[index, head, 1] = value
     poisoned.requires_grad_()
-    spoiled = inputs._replace(**{name: poisoned})
-    seeing = pairs[:, 0] == index if name == "q" else pairs[:, 1] == index
-    touched = pairs[seeing, 0].unique()
-    # Whoever shares a query with the number gets part of what is left of it.
-    reached = pairs[(pairs[:, :1] == touched).any(1), 1].unique()
+    poisoned_inputs = inputs._replace(**{name: poisoned})
+    with_index = pairs[:, 0] == index if name == "q" else pairs[:, 1] == index
+    affected_queries = pairs[with_index, 0].unique()
+    # All neighbors of these queries get their gradient from a non-finite result.
+    affected_points = pairs[(pairs[:, :1] == affected_queries).any(1), 1].unique()
 
-    out, _ = spoiled.attend(plan.to(DEVICE), "triton")
+    out, _ = poisoned_inputs.attend(plan.to(DEVICE), "triton")
     clean, _ = inputs.attend(plan.to(DEVICE), "triton")
-    safe = torch.ones(out.shape[:2], dtype=torch.bool)
-    safe[touched, head] = False
-    assert torch.equal(out.detach().cpu()[safe], clean.detach().cpu()[safe])
-    assert not out.detach().cpu()[~safe].isfinite().all(-1).any()
+    queries = torch.ones(out.shape[:2], dtype=torch.bool)  # unaffected ones
+    queries[affected_queries, head] = False
+    assert torch.equal(out.detach().cpu()[queries], clean.detach().cpu()[queries])
+    assert not out.detach().cpu()[~queries].isfinite().all(-1).any()
 
     out.sum().backward()
     clean.sum().backward()
     points = torch.ones(inputs.k.shape[:2], dtype=torch.bool)
-    points[reached, head] = False
-    for leaf, plain, unaffected in (
-        (spoiled.q, inputs.q, safe), (spoiled.k, inputs.k, points), (spoiled.v, inputs.v, points),
-    ):  # fmt: skip
-        grad, expected = leaf.grad, plain.grad
-        if leaf is plain:  # it took part in both
+    points[affected_points, head] = False
+    for leaf, clean_leaf, unaffected in zip(
+        poisoned_inputs[:3], inputs[:3], (queries, points, points), strict=True
+    ):
+        if leaf is clean_leaf:  # it has the gradients of both backward passes
             continue
+        grad, expected = leaf.grad, clean_leaf.grad
         assert grad is not None
         assert expected is not None
         assert torch.equal(grad.cpu()[unaffected], expected.cpu()[unaffected])
 
 
-def test_a_gradient_that_is_not_finite_reaches_what_its_query_sees() -> None:
+def test_non_finite_gradients_reach_their_neighborhoods_alone() -> None:
     plan = scene_2d(n_queries=20, n_points=60).plan()
     inputs = on_device(make_inputs(plan, heads=1))
     grads = []
-    for spoil in (False, True):
+    for poison in (False, True):
         leaves = inputs.fresh()
         out, _ = leaves.attend(plan.to(DEVICE), "triton")
         cotangent = torch.ones_like(out)
-        if spoil:
+        if poison:
             cotangent[3, 0, 0] = math.nan
         out.backward(cotangent)
         grads.append([leaf.grad.cpu() for leaf in leaves.leaves()])  # type: ignore[union-attr]
@@ -370,61 +365,60 @@ def test_a_gradient_that_is_not_finite_reaches_what_its_query_sees() -> None:
     points[pairs[pairs[:, 0] == 3, 1]] = False
     assert 0 < points.sum() < plan.n_points
     queries = torch.arange(20) != 3
-    for (plain, spoiled), unaffected in zip(
+    for (clean, poisoned), unaffected in zip(
         zip(*grads, strict=True), (queries, points, points), strict=True
     ):
-        assert torch.equal(plain[unaffected], spoiled[unaffected])
-        assert not spoiled[~unaffected].isfinite().all(-1).any()
+        assert torch.equal(clean[unaffected], poisoned[unaffected])
+        assert not poisoned[~unaffected].isfinite().all(-1).any()
 
 
 # ---------------------------------------------------------------------------- rotation, plan
 
 
 @pytest.mark.parametrize("pattern", ["single", "closure"])
-@pytest.mark.parametrize("far", [1.0, 1e3])
-def test_rotation(pattern: str, far: float) -> None:
+@pytest.mark.parametrize("extent", [1.0, 1e3])
+def test_rotation(pattern: str, extent: float) -> None:
     torch.manual_seed(1)
     width = 34 if pattern == "single" else 18
-    exact = RotaryEncoding(
-        width, 3, 2, freq_group_pattern=pattern, enforce_freq_groups_equal=False
-    ).double()
-    ours = RotaryEncoding(
-        width, 3, 2, freq_group_pattern=pattern, enforce_freq_groups_equal=False, backend="triton"
-    ).to(DEVICE)
-    ours.load_state_dict(exact.state_dict())
-    # What float32 holds of these is where both rotate to.
-    exact.load_state_dict(ours.state_dict())
-    x = torch.randn(130, 3, width).requires_grad_()
-    place = (torch.rand(130, 3) * far).requires_grad_()
-    x64, place64 = (leaf.detach().double().requires_grad_() for leaf in (x, place))
-    expected = rotate_by_hand(exact, x64, place64)
-    leaves = [leaf.detach().to(DEVICE).requires_grad_() for leaf in (x, place)]
-    turned = ours(*leaves)
-    assert turned.dtype == torch.float32
+    options: dict[str, Any] = {
+        "freq_group_pattern": pattern,
+        "enforce_freq_groups_equal": False,
+    }
+    exact = RotaryEncoding(width, 3, 2, **options).double()
+    encoding = RotaryEncoding(width, 3, 2, backend="triton", **options).to(DEVICE)
+    encoding.load_state_dict(exact.state_dict())
+    exact.load_state_dict(encoding.state_dict())  # both have the frequencies as float32
+    x = torch.randn(130, 3, width)
+    coordinates = torch.rand(130, 3) * extent
+    x64, coordinates64 = (leaf.double().requires_grad_() for leaf in (x, coordinates))
+    expected = rotate_by_hand(exact, x64, coordinates64)
+    leaves = [leaf.to(DEVICE).requires_grad_() for leaf in (x, coordinates)]
+    rotated = encoding(*leaves)
+    assert rotated.dtype == torch.float32
     cotangent = torch.randn(x.shape)
     expected.backward(cotangent.double())
-    turned.backward(cotangent.to(DEVICE))
-    # An angle of a thousand radians is known to some 6e-5 of a radian.
-    tolerance = TOLERANCE * max(1.0, far / 100)
-    assert relative_error(turned.detach().cpu(), expected.detach()) < tolerance
-    pairs = [(leaves[0].grad, x64.grad), (leaves[1].grad, place64.grad)]
-    pairs += [(p.grad, e.grad) for p, e in zip(ours.freqs, exact.freqs, strict=True)]
-    for grad, wanted in pairs:
+    rotated.backward(cotangent.to(DEVICE))
+    # float32 rounds an angle of 1000 radians by up to 6e-5.
+    tolerance = TOLERANCE * max(1.0, extent / 100)
+    assert relative_error(rotated.detach().cpu(), expected.detach()) < tolerance
+    pairs = [(leaves[0].grad, x64.grad), (leaves[1].grad, coordinates64.grad)]
+    pairs += [(p.grad, e.grad) for p, e in zip(encoding.freqs, exact.freqs, strict=True)]
+    for grad, expected_grad in pairs:
         assert grad is not None
-        assert wanted is not None
-        assert relative_error(grad.cpu(), wanted) < tolerance
+        assert expected_grad is not None
+        assert relative_error(grad.cpu(), expected_grad) < tolerance
 
 
-def test_rotation_at_far_places_in_float64() -> None:
-    """Cells 2^25 and 2^25 + 1 are one in float32, and turn alike."""
+def test_rotation_by_large_coordinates_in_float64() -> None:
+    """In float32, cells 2^25 and 2^25 + 1 would be rotated alike."""
     encoding = RotaryEncoding(4, 1, 1, backend="triton").to(DEVICE)
-    places = torch.tensor([[2.0**25, 0.0], [2.0**25 + 1, 0.0]], dtype=torch.float64)
+    coordinates = torch.tensor([[2.0**25, 0.0], [2.0**25 + 1, 0.0]], dtype=torch.float64)
     x = torch.ones(2, 1, 4)
     exact = RotaryEncoding(4, 1, 1).double()
     exact.load_state_dict(encoding.state_dict())
-    expected = rotate_by_hand(exact, x.double(), places)
-    turned = encoding(x.to(DEVICE), places.to(DEVICE)).detach().cpu()
-    assert relative_error(turned, expected.detach()) < TOLERANCE
+    expected = rotate_by_hand(exact, x.double(), coordinates)
+    rotated = encoding(x.to(DEVICE), coordinates.to(DEVICE)).detach().cpu()
+    assert relative_error(rotated, expected.detach()) < TOLERANCE
 
 
 @settings(max_examples=20)
@@ -435,49 +429,49 @@ def test_slices(scene: Scene) -> None:
     traversal = plan._tensors.query_slices.traversal
     arguments = [point_keys.sort().values, query_keys, traversal, *keys.window_rows()]
     found = back_end.find_slices(*[x.to(DEVICE) for x in arguments])
-    for ours, expected in zip(found, reference.find_slices(*arguments), strict=True):
-        assert torch.equal(ours.cpu(), expected)
+    for actual, expected in zip(found, reference.find_slices(*arguments), strict=True):
+        assert torch.equal(actual.cpu(), expected)
 
 
 @settings(max_examples=10)
 @given(scene=scenes(), rows=st.sampled_from([1, 4, TILE]))
 @pytest.mark.usefixtures("runs_by_triton")
 def test_runs(scene: Scene, rows: int) -> None:
-    """Those of the reference, and they list what the tile's rows see, each once."""
+    """The reference's runs; their entries are the columns of the tile's slices, each once."""
     plan = scene.plan()
     slices = plan._tensors.query_slices
-    levels = [size ** (plan.position_dim - 1) for size in plan.neighborhood_sizes]
+    n_slices = [size ** (plan.position_dim - 1) for size in plan.neighborhood_sizes]
+    first_slices = [sum(n_slices[:level]) for level in range(len(n_slices))]
     windows = plan.neighborhood_sizes, plan.position_dim, rows
     expected = reference.find_runs(*slices[:3], *windows)
     traversal, starts, stops = (part.to(DEVICE) for part in slices[:3])
     found = back_end.find_runs(traversal, starts, stops, *windows)
     assert torch.equal(found[2].cpu(), expected[2])
-    begins = [rows * sum(levels[:level]) for level in range(len(levels))]
     for tile, counts in enumerate(expected[2].tolist()):
         for level, (n_runs, n_entries) in enumerate(counts):
-            used = slice(begins[level], begins[level] + n_runs)
-            for ours, theirs in zip(found[:2], expected[:2], strict=True):
-                assert torch.equal(ours.cpu()[tile, used], theirs[tile, used])
-            firsts, shifts = (part[tile, used] for part in expected[:2])
+            first_slice = first_slices[level]
+            runs = slice(rows * first_slice, rows * first_slice + n_runs)
+            for actual, wanted in zip(found[:2], expected[:2], strict=True):
+                assert torch.equal(actual.cpu()[tile, runs], wanted[tile, runs])
+            firsts, shifts = (part[tile, runs] for part in expected[:2])
             entries = torch.arange(n_entries)
             run = torch.searchsorted(firsts, entries.int(), right=True) - 1
             columns = entries + shifts[run]
             members = slices.traversal[tile * rows : (tile + 1) * rows].tolist()
-            before = sum(levels[:level])
-            seen = {
+            union = {
                 column
                 for row in members
-                for number in range(before, before + levels[level])
-                for column in range(slices.starts[row, number], slices.stops[row, number])
+                for index in range(first_slice, first_slice + n_slices[level])
+                for column in range(slices.starts[row, index], slices.stops[row, index])
             }
-            assert columns.tolist() == sorted(seen)
+            assert columns.tolist() == sorted(union)
 
 
 # ----------------------------------------------------------------------------- bounds of buffers
 
 
 class Checked:
-    """Triton's interpreter, which reads and writes only inside tensors that kernels were given."""
+    """Triton's interpreter, with a check that kernels stay inside the tensors they were given."""
 
     def __init__(self, plain: Any) -> None:
         self._plain = plain
@@ -492,21 +486,21 @@ class Checked:
         ranges = [(x.data_ptr(), x.data_ptr() + x.nbytes()) for x in storages]
         self.ranges = np.array(ranges, dtype=np.uint64)
 
-    def _check(self, places: Any, mask: Any, n_bytes: int) -> None:
-        used = places[mask].ravel()
+    def _check(self, addresses: Any, mask: Any, n_bytes: int) -> None:
+        used = addresses[mask].ravel()
         inside = np.zeros(used.shape, dtype=bool)
         for start, stop in self.ranges:
             inside |= (used >= start) & (used + np.uint64(n_bytes) <= stop)
         self.n_checked += inside.size
-        assert inside.all(), "a kernel left its buffers"
+        assert inside.all(), "a kernel accessed memory out of bounds"
 
-    def load(self, places: Any, mask: Any, other: Any, dtype: Any) -> Any:
-        self._check(places, mask, np.dtype(dtype).itemsize)
-        return self._plain.load(places, mask, other, dtype)
+    def load(self, addresses: Any, mask: Any, other: Any, dtype: Any) -> Any:
+        self._check(addresses, mask, np.dtype(dtype).itemsize)
+        return self._plain.load(addresses, mask, other, dtype)
 
-    def store(self, places: Any, value: Any, mask: Any) -> Any:
-        self._check(places, mask, value.dtype.itemsize)
-        return self._plain.store(places, value, mask)
+    def store(self, addresses: Any, value: Any, mask: Any) -> Any:
+        self._check(addresses, mask, value.dtype.itemsize)
+        return self._plain.store(addresses, value, mask)
 
 
 def _tensors(arguments: Any) -> Iterator[Tensor]:
@@ -519,7 +513,7 @@ def _tensors(arguments: Any) -> Iterator[Tensor]:
 
 @pytest.fixture
 def checked(monkeypatch: pytest.MonkeyPatch) -> Checked | None:
-    """None on a GPU, where compute-sanitizer watches kernels; see `test_gpu`."""
+    """The checking interpreter; None on a GPU, where `test_gpu` runs compute-sanitizer."""
     if not triton_ops.INTERPRETS:
         return None
     import triton.runtime.interpreter as interpreter
@@ -536,7 +530,7 @@ def checked(monkeypatch: pytest.MonkeyPatch) -> Checked | None:
 
 
 def bad_plan(scene: Scene) -> NeighborhoodPlan:
-    """Unsorted offsets, places nowhere, points beyond the map, of no image and of no level."""
+    """Unsorted offsets, non-finite positions, and points outside the map, images and levels."""
     scene.positions[::5] = math.nan
     scene.positions[1] = math.inf
     scene.positions[2] = -1e30
@@ -558,19 +552,18 @@ def bad_plan(scene: Scene) -> NeighborhoodPlan:
 def test_kernels_stay_in_their_buffers(
     bad: bool, checked: Checked | None, uninitialised_is_nan: None
 ) -> None:
-    """And whoever stands nowhere takes no part."""
+    """With invalid contents as well, and invalid queries and points are masked."""
     scene = scene_2d(n_queries=19, n_points=45)
     plan = bad_plan(scene) if bad else scene.plan()
     inputs = make_inputs(plan, heads=1, width=5, background=True, mask=True)
-    there = plan.to(DEVICE)
-    exact = back(answer(on_device(inputs, torch.float64), there, "reference", dropout_p=0.2))
-    ours = back(answer(on_device(inputs), there, "triton", dropout_p=0.2))
-    for actual, expected in zip(
-        (ours.out, ours.lse, *ours.grads), (exact.out, exact.lse, *exact.grads), strict=True
-    ):
-        assert relative_error(actual, expected) < TOLERANCE
-    keys, _, query_keys, point_keys, _ = there._keyed_cells
-    traversal = there._tensors.query_slices.traversal
+    plan = plan.to(DEVICE)
+    exact = on_cpu(answer(on_device(inputs, torch.float64), plan, "reference", dropout_p=0.2))
+    actual = on_cpu(answer(on_device(inputs), plan, "triton", dropout_p=0.2))
+    results = ((x.out, x.lse, *x.grads) for x in (actual, exact))
+    for result, expected in zip(*results, strict=True):
+        assert relative_error(result, expected) < TOLERANCE
+    keys, _, query_keys, point_keys, _ = plan._keyed_cells
+    traversal = plan._tensors.query_slices.traversal
     back_end.find_slices(point_keys.sort().values, query_keys, traversal, *keys.window_rows())
     encoding = RotaryEncoding(6, 1, 2, backend="triton").to(DEVICE)
     x = torch.randn(19, 1, 6, device=DEVICE).requires_grad_()
@@ -587,29 +580,29 @@ def test_forged_plans_stay_in_their_buffers(seed: int, checked: Checked | None) 
         out.sum().backward()
     generator = torch.Generator().manual_seed(seed)
     for op, arguments in ops.calls.values():
-        spoiled = [
+        garbage = [
             [forged(part.cpu(), seed % 4 + 1, generator).to(DEVICE) for part in x]
             if isinstance(x, list) and x and isinstance(x[0], Tensor) else x
             for x in arguments
         ]  # fmt: skip
-        op(*spoiled)
+        op(*garbage)
     if DEVICE.type == "cuda":
-        torch.cuda.synchronize()  # or another test would be told
+        torch.cuda.synchronize()  # an error belongs to this test
     assert checked is None or checked.n_checked
 
 
-@pytest.mark.skipif(DEVICE.type == "cuda", reason="it is the interpreter that is checked")
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="checks the interpreter")
 def test_the_bounds_are_checked(checked: Checked) -> None:
     plan = scene_2d().plan()
     inputs = make_inputs(plan, dtype=torch.float32)
     allow = checked.allow
 
-    def all_but_the_last(arguments: Any) -> None:
+    def allow_all_but_the_last(arguments: Any) -> None:
         allow(arguments)
         checked.ranges = checked.ranges[:-1]
 
-    checked.allow = all_but_the_last  # type: ignore[method-assign]
-    with pytest.raises(Exception, match="left its buffers"):
+    checked.allow = allow_all_but_the_last  # type: ignore[method-assign]
+    with pytest.raises(Exception, match="out of bounds"):
         inputs.attend(plan, "triton")
 
 
@@ -632,9 +625,9 @@ def test_opcheck() -> None:
         )
     assert len(ops.calls) == 7
     backward, arguments = ops.calls["neighborhood_attention_backward"]
-    for needed in ((False, True), (True, False)):
-        some = as_leaves((*arguments[:-2], *needed), requires_grad=False)
-        torch.library.opcheck(backward, some, test_utils=("test_schema", "test_faketensor"))
+    for needs in ((False, True), (True, False)):
+        leaves = as_leaves((*arguments[:-2], *needs), requires_grad=False)
+        torch.library.opcheck(backward, leaves, test_utils=("test_schema", "test_faketensor"))
     for name, (op, arguments) in ops.calls.items():
         differentiable = name in ("neighborhood_attention", "rotate")
         results = torch.library.opcheck(op, as_leaves(arguments, requires_grad=differentiable))
@@ -642,7 +635,7 @@ def test_opcheck() -> None:
 
 
 def test_autocast_keeps_positions_exact() -> None:
-    """Under bfloat16, cell 300 must not be cell 301."""
+    """In bfloat16, cells 300 and 301 would be one."""
     cells = torch.arange(290, 310)[:, None]
     pyramid = FeaturePyramid(
         torch.randn(20, 8, device=DEVICE),
@@ -659,24 +652,24 @@ def test_autocast_keeps_positions_exact() -> None:
     assert 0 < relative_error(rounded.detach().cpu(), exact.detach().cpu().double()) < 2e-2
 
 
-def test_which_back_end_runs() -> None:
+def test_choice_of_back_end() -> None:
     if DEVICE.type == "cuda":
         assert choose_backend(None, DEVICE, torch.float32).attend is back_end.BACKEND.attend
         assert choose_backend(None, DEVICE, torch.bfloat16).attend is back_end.BACKEND.attend
     assert choose_backend(None, DEVICE, torch.float64).attend is not back_end.BACKEND.attend
-    with pytest.raises(ValueError, match=r"backend: .*float64 is left to 'reference'"):
+    with pytest.raises(ValueError, match=r"backend: .*float64"):
         choose_backend("triton", DEVICE, torch.float64)
-    with pytest.raises(ValueError, match=r"backend: .*it does not take torch.float8_e5m2"):
+    with pytest.raises(ValueError, match=r"backend: .*float8_e5m2"):
         choose_backend("triton", DEVICE, torch.float8_e5m2)
-    with pytest.raises(ValueError, match=r"backend: .*at most 256 wide"):
+    with pytest.raises(ValueError, match=r"backend: .*256"):
         choose_backend("triton", DEVICE, torch.float32, 257)
     assert choose_backend(None, DEVICE, torch.float32, 257).attend is not back_end.BACKEND.attend
-    with pytest.raises(ValueError, match=r"backend: .*it runs on GPUs"):
+    with pytest.raises(ValueError, match=r"backend: .*GPU"):
         choose_backend("triton", torch.device("meta"), torch.float32)
 
 
-def test_maps_too_long_for_32_bits_are_refused() -> None:
+def test_maps_too_large_for_32_bits_are_refused() -> None:
     scene = make_scene(((2**31,),), (3,), (2,), 3)
     plan, inputs = scene.plan(), make_inputs(scene.plan(), dtype=torch.float32)
-    with pytest.raises(ValueError, match=r"level_shapes: expected sizes below 2\^30 for backend"):
+    with pytest.raises(ValueError, match=r"level_shapes: .*2\^30"):
         on_device(inputs).attend(plan.to(DEVICE), "triton")

@@ -1,4 +1,4 @@
-"""Triton's kernels compiled ahead of time, for cards that need not be there."""
+"""The Triton kernels compiled ahead of time, for GPUs that this machine need not have."""
 
 import importlib.util
 import json
@@ -61,41 +61,41 @@ KERNELS = {
     "rotate",
     "rotate_backward",
 }
-# Of a program, on any card from compute capability 8.0 on: 8.6, 8.9 and 12.0 have the least. 8.0
-# has 163 KiB, 9.0 and 10.0 have 227.
+# What a program may use on every GPU from compute capability 8.0 on. 8.6, 8.9 and 12.0 have the
+# least; 8.0 has 163 KiB, 9.0 and 10.0 have 227 KiB.
 SHARED_BYTES = 99 * 1024
 pytestmark = [
     pytest.mark.skipif(
         importlib.util.find_spec("triton") is None, reason="Triton is not installed"
     ),
-    pytest.mark.skipif(sys.platform != "linux", reason="needs NVIDIA's assembler"),
+    pytest.mark.skipif(sys.platform != "linux", reason="needs ptxas, which Triton ships for Linux"),
 ]
 
 
 def run(code: str, folder: Path, *arguments: str) -> list[Any]:
-    """The lines of JSON that ``code`` prints where Triton compiles, into ``folder``."""
+    """Runs ``code`` with ``folder`` as Triton's cache; returns the lines of JSON that it prints."""
     environment = {**os.environ, "TRITON_CACHE_DIR": str(folder), "PYTHONPATH": str(ROOT)}
     environment.pop("TRITON_INTERPRET", None)
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-W", "error", "-c", code, *arguments],
         env=environment,
         capture_output=True,
         text=True,
         timeout=600,
     )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    assert result.returncode == 0, result.stderr[-2000:]
+    return [json.loads(line) for line in result.stdout.splitlines()]
 
 
-def test_one_variant_for_any_number_of_queries_and_points(tmp_path: Path) -> None:
-    """Multiples of 16 and one are no numbers of their own, so nothing is compiled for them."""
+def test_one_variant_for_all_numbers_of_queries_and_points(tmp_path: Path) -> None:
+    """Triton would specialize on one and on multiples of 16; sizes are excepted from that."""
     (variants,) = run(VARIANTS, tmp_path)
     assert {name.split()[0] for name in variants} == KERNELS
     assert {name for name, count in variants.items() if count > 1} == set()
 
 
 @pytest.mark.parametrize("architecture", [80, 90, 100])
-def test_kernels_compile_fit_and_hardly_spill(
+def test_kernels_compile_and_stay_within_resource_limits(
     architecture: int, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     lines = run(COMPILE, tmp_path, str(architecture))
@@ -113,7 +113,7 @@ def test_kernels_compile_fit_and_hardly_spill(
 
 def test_kernels_compile_for_amd(tmp_path: Path) -> None:
     if importlib.util.find_spec("triton.backends.amd") is None:
-        pytest.skip("Triton was built for NVIDIA's cards alone")
+        pytest.skip("this build of Triton has no AMD back end")
     lines = run(FOR_AMD, tmp_path)
     assert {kernel for kernel, _ in lines} == KERNELS
     assert max(shared for _, shared in lines) <= 64 * 1024

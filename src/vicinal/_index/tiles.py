@@ -1,9 +1,44 @@
-"""What neighbors see together: rows by the tile, and what a tile sees as few long runs.
+"""Tiles: groups of neighboring rows, and the union of their slices as runs.
 
-Rows that are neighbors in space see much the same. A back end that takes a tile of them at a time
-walks what any of them sees, once, and finds out by coordinates who sees what of it. The union of
-a tile's slices is a list of runs: entry ``e`` of it is the column ``e + shifts[i]``, where ``i`` is
-the last run with ``firsts[i] <= e``. Most of a tile's slices overlap, so runs are few.
+A row is a query, and its columns are points in sorted order; or a row is a point, and its columns
+are queries in sorted order. A window of a row covers several *slices* ``[start, stop)`` of columns.
+A *tile* is a group of rows that follow one another in the traversal order, so that they are
+neighbors in space. Their slices overlap, and a kernel that loads each column once for the whole
+tile loads far fewer of them than one that takes the rows one by one.
+
+The columns that a tile needs are the union of its slices. Sorted and merged, these form a few
+*runs* of consecutive columns. The *entries* of the union are numbered through all runs, so that a
+kernel takes them in blocks of equal size, however long the runs are. Three tensors describe them:
+
+- ``firsts[i]``: the first entry of run ``i``, which is the total length of the runs before it.
+- ``shifts[i]``: the run's first column minus its first entry.
+- ``counts``: the number of runs and the number of entries.
+
+Entry ``e`` is column ``e + shifts[i]``, where ``i`` is the last run with ``firsts[i] <= e``.
+
+An example: a tile of three rows, with two slices each, at one level::
+
+    column   0  1  2  3  4  5  6  7  8  9 10 11 12 13 14
+    row 0          [-------)        [----)                  [2, 5)  [8, 10)
+    row 1             [-------)        [----)               [3, 6)  [9, 11)
+    row 2             [----)                    [----)      [3, 5)  [12, 14)
+
+    union          #  #  #  #        #  #  #     #  #
+    run            0  0  0  0        1  1  1     2  2
+    entry          0  1  2  3        4  5  6     7  8
+
+    sorted by start     [2, 5)  [3, 6)  [3, 5)  [8, 10)  [9, 11)  [12, 14)
+    merged into runs    [2, 6)  [8, 11)  [12, 14)
+
+    firsts = [0, 4, 7]      counts = [3, 9]
+    shifts = [2, 4, 5]      2 - 0, 8 - 4 and 12 - 7
+
+    entry 5: the last run with firsts[i] <= 5 is i = 1, so its column is 5 + 4 = 9
+
+A tile loads 9 columns where its rows, one by one, would load 14. Not every row of the tile needs
+every one of these columns: kernels compare the cells of rows and columns to find the pairs that lie
+within a window. Slices that touch, as ``[2, 4)`` and ``[4, 6)`` do, are merged into one run. Levels
+have runs of their own, since a row's window differs from level to level.
 """
 
 from collections.abc import Sequence
@@ -13,37 +48,54 @@ from torch import Tensor
 
 from ..backends.types import TILE, FindRuns, NeighborSlices, Tiles
 
-SCATTERED = 32  # others per row from which on rows are rarely neighbors
+SPARSE_RATIO = 32  # points per query (or the reverse) above which rows rarely share columns
 
 
 class GroupedCells(NamedTuple):
-    """Where queries or points are: queries at all S levels, a point at its own, S is one.
+    """The groups and cells of n queries or points, at S levels.
+
+    Queries have a cell at each of the L levels, so S is L. A point has one at its own level alone,
+    so S is 1. A row and a column are neighbors if their groups are equal and their cells differ by
+    no more than the window's radius along every axis.
 
     Attributes:
-        groups: int32 ``[S, n]``: ``image * n_levels + level``. What takes no part has a negative
-            one, of which no query's is a point's.
-        cells: int32 ``[S, P, n]``, of queries those they fall into.
+        groups: int32 ``[S, n]``, ``image * n_levels + level``. Masked queries and points have
+            negative groups, -1 for queries and -2 for points, so that these are never equal.
+        cells: int32 ``[S, P, n]``; those of queries are the centers of their windows.
     """
 
     groups: Tensor
     cells: Tensor
 
 
-def tile_rows(n_rows: int, n_others: int) -> int:
-    """How many rows make a tile: one where they are so few that they stand apart."""
-    return 1 if n_rows * SCATTERED < n_others else TILE
+def tile_rows(n_rows: int, n_items: int) -> int:
+    """The number of rows of a tile: `TILE`, or 1 if rows are too sparse to share columns.
+
+    Args:
+        n_rows: the number of rows.
+        n_items: the number of points (queries) in the columns.
+    """
+    return 1 if n_rows * SPARSE_RATIO < n_items else TILE
 
 
 def find_tiles(
     slices: NeighborSlices,
     rows: GroupedCells,
-    others: GroupedCells,
+    columns: GroupedCells,
     sizes: Sequence[int],
     position_dim: int,
     find_runs: FindRuns,
 ) -> Tiles:
-    """The tiles of ``slices``, which are those of windows of ``sizes``."""
-    height = tile_rows(rows.groups.shape[1], others.groups.shape[1])
+    """Cuts the traversal of ``slices`` into tiles and finds their runs.
+
+    Args:
+        slices: the slices of every row, level by level.
+        rows, columns: groups and cells of both sides.
+        sizes: window width of each level that the slices belong to.
+        position_dim: number of spatial dimensions.
+        find_runs: a back end's implementation, see `backends.reference.find_runs`.
+    """
+    height = tile_rows(rows.groups.shape[1], columns.groups.shape[1])
     traversal, starts, stops, order = slices
     runs = find_runs(traversal, starts, stops, sizes, position_dim, height)
-    return Tiles(traversal, order, *runs, *rows, *others)
+    return Tiles(traversal, order, *runs, *rows, *columns)

@@ -1,8 +1,10 @@
-"""Empty cells in Triton: what a background adds to the attention of tiles.
+"""Empty cells in Triton: what a background adds to attention over tiles.
 
-Which cells of a row of a window are empty follows from the slice of points in that row: `CELLS`
-of them at a time, as bits of a word per query. Their logits are one product of the query, as
-empty cells see it, and a table of keys; their values are all the same, so weights are summed.
+A slice of points covers one line of cells along the last axis of a window. The cells of the line
+that hold none of these points are empty. Kernels process a line in blocks of `CELLS` cells and keep
+a word of occupancy bits per query. The logits of empty cells are products of the background's
+query and its keys. All empty cells of a level have the same value, so their weights are summed
+first and multiplied with it once.
 """
 
 from typing import Any, NamedTuple
@@ -10,216 +12,340 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .parts import LOG2_E, dot, finite_or_zero, kept, load_rows, softmax_step, store_rows
-from .tile_walk import SIZES, Walk, cell_at, group_at, rows_of
+from .parts import (
+    LOG2_E,
+    dot,
+    dropout_factors,
+    finite_or_zero,
+    load_lse_and_delta,
+    load_rows,
+    softmax_step,
+    store_rows,
+)
+from .tile_walk import (
+    FIRST_SLICE,
+    FIRST_SLOT,
+    N_SLICES,
+    RADIUS,
+    SIZES,
+    Walk,
+    level_ptr,
+    load_cell,
+    load_group,
+    load_tile_rows,
+)
 
 
-class Cells(NamedTuple):
-    """A `Background` and the slices that tell where there are points."""
+class EmptyCells(NamedTuple):
+    """The `Background`, and the slices, which tell empty cells from occupied ones."""
 
     query: Any  # Rows [N * L, H, d]
     key: Any  # Rows [K, H, d]
     value: Any  # Rows [B * L, H, dv]
-    starts: Any
-    stops: Any
-    point_columns: Any
-    n_slices: int
+    starts: Any  # int32 [N, R]
+    stops: Any  # int32 [N, R]
+    point_columns: Any  # int32 [nnz], the last coordinate of the points, in sorted order
+    n_slices: int  # R
 
 
 class CellGradients(NamedTuple):
-    """Where the queries' walk leaves what it finds out about empty cells."""
+    """What `attention.query_gradients` writes for the background."""
 
     query: Any  # Rows [N * L, H, d]
-    weights: Any  # float32 [N * L, H], summed over a level's empty cells
+    weights: Any  # float32 [N, L, H], the sum of the weights of a level's empty cells
 
 
 @triton.jit
-def place_of_cells(walk, level, index, CELLS: tl.constexpr):
-    """The ``index``-th block of cells of a level's windows: its slice, and where it begins there;
-    the cells' slots, and which of them exist. Blocks never reach over a slice's end.
+def level_width(walk, level):
+    """The window width of a level."""
+    return 2 * tl.load(level_ptr(walk, level, RADIUS)) + 1
+
+
+@triton.jit
+def count_blocks(walk, level, CELLS: tl.constexpr):
+    """The number of blocks of cells in a window of a level."""
+    blocks_per_slice = tl.cdiv(level_width(walk, level), CELLS)
+    return blocks_per_slice * tl.load(level_ptr(walk, level, N_SLICES))
+
+
+@triton.jit
+def locate_block(walk, level, block, CELLS: tl.constexpr):
+    """A block of cells in the windows of a level; blocks do not cross the ends of slices.
+
+    Returns:
+        Which of the level's slices the block is in; its first cell, counted from the slice's
+        beginning; the slots ``[CELLS]`` of its cells; which cells are valid, ``[CELLS]``.
     """
-    width = 2 * tl.load(walk.levels + 4 * level) + 1
-    blocks = tl.cdiv(width, CELLS)
-    number, first = index // blocks, index % blocks * CELLS
-    cell = first + tl.arange(0, CELLS)
-    slot = tl.load(walk.levels + 4 * level + 3) + number * width + cell
-    return number, first, slot, cell < width
+    width = level_width(walk, level)
+    blocks_per_slice = tl.cdiv(width, CELLS)
+    slice_index, first = block // blocks_per_slice, block % blocks_per_slice * CELLS
+    cell = first + tl.arange(0, CELLS)  # [CELLS]
+    slot = tl.load(level_ptr(walk, level, FIRST_SLOT)) + slice_index * width + cell  # [CELLS]
+    return slice_index, first, slot, cell < width
 
 
 @triton.jit
-def blocks_of_cells(walk, level, CELLS: tl.constexpr):
-    """How many blocks of cells the windows of a level have."""
-    width = 2 * tl.load(walk.levels + 4 * level) + 1
-    return tl.cdiv(width, CELLS) * tl.load(walk.levels + 4 * level + 1)
-
-
-@triton.jit
-def empty_cells(
-    walk, cells, row, exists, level, number, first, there, DIM: tl.constexpr, CELLS: tl.constexpr
-):
-    """Bool ``[ROWS, CELLS]``: which cells of a block in a level's slice ``number`` are empty."""
-    radius = tl.load(walk.levels + 4 * level)
-    slices = row * cells.n_slices + tl.load(walk.levels + 4 * level + 2) + number
-    start = tl.maximum(tl.load(cells.starts + slices, mask=exists, other=0), 0)
-    stop = tl.minimum(tl.load(cells.stops + slices, mask=exists, other=0), walk.n_others)
-    center = cell_at(walk, row, level, DIM - 1, exists, DIM)
-    occupied = tl.zeros_like(start)
-    for step in range(0, tl.max(stop - start, 0)):
-        place = start + step
-        column = tl.load(cells.point_columns + place, mask=place < stop, other=0)
-        cell = column - (center - radius + first)
-        here = (place < stop) & (cell >= 0) & (cell < CELLS)
-        occupied |= tl.where(here, 1 << tl.where(here, cell, 0), 0)
-    group = group_at(walk, row, level, exists)
-    empty = (occupied[:, None] >> tl.arange(0, CELLS)[None, :] & 1) == 0
-    return empty & (exists & (group >= 0))[:, None] & there[None, :]
-
-
-@triton.jit
-def values_of_cells(
-    walk, cells, row, exists, level, head, WIDTH: tl.constexpr, PADDED: tl.constexpr,
+def empty_mask(
+    walk, cells, row, row_active, level, slice_index, first, cell_valid,
+    DIM: tl.constexpr, CELLS: tl.constexpr,
 ):  # fmt: skip
-    """``[ROWS, PADDED]``: what all empty cells of a level hold for each query."""
-    group = group_at(walk, row, level, exists)
-    there = (group >= 0) & (group < walk.n_groups)
-    return load_rows(cells.value, group, there, head, WIDTH, PADDED)
+    """Bool ``[ROWS, CELLS]``: which cells of the block at ``first`` of a slice are empty."""
+    radius = tl.load(level_ptr(walk, level, RADIUS))
+    first_slice = tl.load(level_ptr(walk, level, FIRST_SLICE))
+    offset = row * cells.n_slices + first_slice + slice_index  # [ROWS]
+    start = tl.maximum(tl.load(cells.starts + offset, mask=row_active, other=0), 0)  # [ROWS]
+    stop = tl.load(cells.stops + offset, mask=row_active, other=0)  # [ROWS]
+    stop = tl.minimum(stop, walk.n_items)
+    center = load_cell(walk, row, level, DIM - 1, row_active, DIM)  # [ROWS]
+    occupied = tl.zeros_like(start)  # [ROWS], a bit per cell
+    for step in range(0, tl.max(stop - start, 0)):  # until the longest slice ends
+        column = start + step  # [ROWS]
+        valid = column < stop  # [ROWS]
+        coordinate = tl.load(cells.point_columns + column, mask=valid, other=0)  # [ROWS]
+        cell = coordinate - (center - radius + first)  # [ROWS], counted from the block's first
+        in_block = valid & (cell >= 0) & (cell < CELLS)  # [ROWS]
+        occupied |= tl.where(in_block, 1 << tl.where(in_block, cell, 0), 0)
+    group = load_group(walk, row, level, row_active)  # [ROWS]
+    empty = (occupied[:, None] >> tl.arange(0, CELLS)[None, :] & 1) == 0  # [ROWS, CELLS]
+    return empty & (row_active & (group >= 0))[:, None] & cell_valid[None, :]
+
+
+@triton.jit
+def load_cell_values(
+    walk, cells, row, row_active, level, head, WIDTH: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
+    """``[ROWS, PADDED]``: for each query, the value of all empty cells of a level."""
+    group = load_group(walk, row, level, row_active)  # [ROWS]
+    valid = (group >= 0) & (group < walk.n_groups)  # [ROWS]
+    return load_rows(cells.value, group, valid, head, WIDTH, PADDED)
 
 
 @triton.jit
 def attend_cells(
-    walk, cells, dropout, row, exists, level, head, scale, top, total, attended,
+    walk, cells, dropout, row, row_valid, level, head, scale, row_max, row_sum, acc,
     DIM: tl.constexpr, LEVELS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
-    VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr, DROPS: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     ROWS: tl.constexpr, CELLS: tl.constexpr,
 ):  # fmt: skip
-    """The streamed softmax, gone on over the empty cells of a level; ``scale`` is to base 2."""
-    queries = load_rows(cells.query, row * LEVELS + level, exists, head, WIDTH, PADDED)
-    share = tl.zeros([ROWS], tl.float32)
-    for index in range(0, blocks_of_cells(walk, level, CELLS)):
-        number, first, slot, there = place_of_cells(walk, level, index, CELLS)
-        empty = empty_cells(walk, cells, row, exists, level, number, first, there, DIM, CELLS)
-        keys = load_rows(cells.key, slot, there, head, WIDTH, PADDED)
-        logits = tl.where(empty, dot(queries, tl.trans(keys)) * scale, -float("inf"))
-        weights, rescale, top, total = softmax_step(logits, top, total)
-        if DROPS:
-            weights *= kept(dropout, head, row[:, None], (walk.n_others + slot)[None, :])
-        attended *= rescale[:, None]
-        share = share * rescale + tl.sum(weights, 1)
-    values = values_of_cells(walk, cells, row, exists, level, head, VALUE_WIDTH, VALUE_PADDED).to(
-        tl.float32
-    )
-    return (
-        top,
-        total,
-        attended
-        + tl.where(share == 0.0, 0.0, share)[:, None]
-        * tl.where((share == 0.0)[:, None], 0.0, values),
-    )
+    """Continues the streaming softmax of `attention.attend` over a level's empty cells.
+
+    Args, in addition to those of `attention.attend`:
+        row, row_valid: ``[ROWS]``.
+        level, head: scalars.
+        scale: of logits to base 2.
+        row_max, row_sum: ``[ROWS]``.
+        acc: ``[ROWS, VALUE_PADDED]``.
+
+    Returns:
+        The new ``row_max``, ``row_sum`` and ``acc``.
+    """
+    offset = row * LEVELS + level  # [ROWS]
+    q = load_rows(cells.query, offset, row_valid, head, WIDTH, PADDED)  # [ROWS, PADDED]
+    weight_sum = tl.zeros([ROWS], tl.float32)
+    for block in range(0, count_blocks(walk, level, CELLS)):
+        slice_index, first, slot, cell_valid = locate_block(
+            walk, level, block, CELLS
+        )  # scalar, scalar, [CELLS], [CELLS]
+        empty = empty_mask(
+            walk, cells, row, row_valid, level, slice_index, first, cell_valid, DIM, CELLS
+        )  # [ROWS, CELLS]
+        k = load_rows(cells.key, slot, cell_valid, head, WIDTH, PADDED)  # [CELLS, PADDED]
+        logits = tl.where(empty, dot(q, tl.trans(k)) * scale, -float("inf"))  # [ROWS, CELLS]
+        weights, rescale, row_max, row_sum = softmax_step(
+            logits, row_max, row_sum
+        )  # [ROWS, CELLS], then [ROWS] each
+        if HAS_DROPOUT:
+            weights *= dropout_factors(dropout, head, row[:, None], (walk.n_items + slot)[None, :])
+        acc *= rescale[:, None]
+        weight_sum = weight_sum * rescale + tl.sum(weights, 1)
+    v = load_cell_values(
+        walk, cells, row, row_valid, level, head, VALUE_WIDTH, VALUE_PADDED
+    ).to(tl.float32)  # [ROWS, VALUE_PADDED]  # fmt: skip
+    # Zero times a value that is not finite would be NaN.
+    v = tl.where((weight_sum == 0.0)[:, None], 0.0, v)
+    acc += tl.where(weight_sum == 0.0, 0.0, weight_sum)[:, None] * v
+    return row_max, row_sum, acc
 
 
 @triton.jit
-def slopes_of_cells(
-    walk, dropout, head, row, slot, empty, queries, keys, slope, base, less, scale,
-    DROPS: tl.constexpr,
+def compute_grad_weight(
+    walk, cells, grad_out, row, row_active, level, head,
+    VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr,
 ):  # fmt: skip
-    """The weights of empty cells, dropped ones zero, and the gradients of their logits."""
-    weights = tl.exp2(dot(queries, tl.trans(keys)) * scale - base[:, None])
+    """The gradient of the weights of a level's empty cells, ``[ROWS]``.
+
+    It is one number for all of these cells, since they have the same value.
+    """
+    v = load_cell_values(
+        walk, cells, row, row_active, level, head, VALUE_WIDTH, VALUE_PADDED
+    )  # [ROWS, VALUE_PADDED]
+    return tl.sum(grad_out.to(tl.float32) * v.to(tl.float32), 1)
+
+
+@triton.jit
+def cell_logit_gradients(
+    walk, dropout, head, row, slot, empty, q, k, grad_weight, lse, delta, scale,
+    HAS_DROPOUT: tl.constexpr,
+):  # fmt: skip
+    """The weights of empty cells after dropout, and the gradients of their logits.
+
+    Args:
+        walk, dropout, head: as in `attention.attend`.
+        row, grad_weight, lse, delta: ``[ROWS]``; the log-sum-exp is to base 2.
+        slot: ``[CELLS]``.
+        empty: ``[ROWS, CELLS]``.
+        q, k: ``[ROWS, PADDED]`` and ``[CELLS, PADDED]``.
+        scale: of logits to base 2.
+        HAS_DROPOUT: whether ``dropout`` is given.
+
+    Returns:
+        Two blocks ``[ROWS, CELLS]``.
+    """
+    weights = tl.exp2(dot(q, tl.trans(k)) * scale - lse[:, None])  # [ROWS, CELLS]
     weights = tl.where(empty, weights, 0.0)
-    slopes = slope[:, None]
-    dropped = weights
-    if DROPS:
-        factor = kept(dropout, head, row[:, None], (walk.n_others + slot)[None, :])
-        slopes = slopes * factor
-        dropped = weights * factor
-    return dropped, tl.where(empty, weights * (slopes - less[:, None]), 0.0)
+    grad_weights = grad_weight[:, None]  # [ROWS, 1], [ROWS, CELLS] with dropout
+    dropped_weights = weights  # [ROWS, CELLS]
+    if HAS_DROPOUT:
+        dropout_factor = dropout_factors(
+            dropout, head, row[:, None], (walk.n_items + slot)[None, :]
+        )  # [ROWS, CELLS]
+        grad_weights = grad_weights * dropout_factor
+        dropped_weights = weights * dropout_factor
+    return dropped_weights, tl.where(empty, weights * (grad_weights - delta[:, None]), 0.0)
 
 
 @triton.jit
 def query_gradients_of_cells(
-    walk, cells, dropout, gradients, row, exists, takes_part, level, head, scale,
-    upstream, base, less,
+    walk, cells, dropout, gradients, row, row_valid, row_active, level, head, scale,
+    grad_out, lse, delta,
     DIM: tl.constexpr, LEVELS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
-    VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr, DROPS: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     ROWS: tl.constexpr, CELLS: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of the queries as a level's empty cells see them, and these cells' weights."""
-    place = row * LEVELS + level
-    queries = load_rows(cells.query, place, takes_part, head, WIDTH, PADDED)
-    values = values_of_cells(walk, cells, row, takes_part, level, head, VALUE_WIDTH, VALUE_PADDED)
-    slope = tl.sum(upstream.to(tl.float32) * values.to(tl.float32), 1)
-    gradient = tl.zeros([ROWS, PADDED], tl.float32)
-    share = tl.zeros([ROWS], tl.float32)
-    for index in range(0, blocks_of_cells(walk, level, CELLS)):
-        number, first, slot, there = place_of_cells(walk, level, index, CELLS)
-        empty = empty_cells(walk, cells, row, takes_part, level, number, first, there, DIM, CELLS)
-        keys = load_rows(cells.key, slot, there, head, WIDTH, PADDED)
-        dropped, slopes = slopes_of_cells(
-            walk, dropout, head, row, slot, empty, queries, keys,
-            slope, base, less, scale * LOG2_E, DROPS,
-        )  # fmt: skip
-        share += tl.sum(dropped, 1)
-        gradient += dot(slopes.to(keys.dtype), finite_or_zero(keys))
-    store_rows(gradients.query, place, exists, head, gradient * scale, WIDTH, PADDED)
-    tl.store(gradients.weights + place * walk.n_heads + head, share, mask=exists)
+    """The gradient of the background's query at a level, and the weights of its empty cells.
+
+    Args, in addition to those of `attention.query_gradients`:
+        gradients: the `CellGradients` to write.
+        row, row_valid, row_active, lse, delta: ``[ROWS]``; the log-sum-exp is to base 2.
+        level, head: scalars.
+        grad_out: ``[ROWS, VALUE_PADDED]``.
+    """
+    offset = row * LEVELS + level  # [ROWS]
+    q = load_rows(cells.query, offset, row_active, head, WIDTH, PADDED)  # [ROWS, PADDED]
+    grad_weight = compute_grad_weight(
+        walk, cells, grad_out, row, row_active, level, head, VALUE_WIDTH, VALUE_PADDED
+    )  # [ROWS]
+    grad_q = tl.zeros([ROWS, PADDED], tl.float32)
+    weight_sum = tl.zeros([ROWS], tl.float32)
+    for block in range(0, count_blocks(walk, level, CELLS)):
+        slice_index, first, slot, cell_valid = locate_block(
+            walk, level, block, CELLS
+        )  # scalar, scalar, [CELLS], [CELLS]
+        empty = empty_mask(
+            walk, cells, row, row_active, level, slice_index, first, cell_valid, DIM, CELLS
+        )  # [ROWS, CELLS]
+        k = load_rows(cells.key, slot, cell_valid, head, WIDTH, PADDED)  # [CELLS, PADDED]
+        dropped_weights, grad_logits = cell_logit_gradients(
+            walk, dropout, head, row, slot, empty, q, k, grad_weight, lse, delta,
+            scale * LOG2_E, HAS_DROPOUT,
+        )  # [ROWS, CELLS] each  # fmt: skip
+        weight_sum += tl.sum(dropped_weights, 1)
+        grad_q += dot(grad_logits.to(k.dtype), finite_or_zero(k))
+    store_rows(gradients.query, offset, row_valid, head, grad_q * scale, WIDTH, PADDED)
+    tl.store(gradients.weights + offset * walk.n_heads + head, weight_sum, mask=row_valid)
 
 
 @triton.jit(do_not_specialize=(*SIZES, "n_parts", "n_slots"))
-def cell_key_gradients(tiles, levels, n_rows, n_columns, n_others, n_runs, n_groups, n_heads,
-                       cells, dropout, lse, delta, grad_out, partial, scale, n_parts, n_slots,
+def cell_key_gradients(tiles, levels, n_rows, n_columns, n_items, n_runs, n_groups, n_heads,
+                       cells, dropout, lse_ptr, delta_ptr, grad_out_rows, partial_rows, scale,
+                       n_parts, n_slots,
                        DIM: tl.constexpr, LEVELS: tl.constexpr,
                        WIDTH: tl.constexpr, PADDED: tl.constexpr,
                        VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr,
-                       DROPS: tl.constexpr, ROWS: tl.constexpr, CELLS: tl.constexpr):  # fmt: skip
-    """A block of cells over every ``n_parts``-th tile of queries: Rows ``[n_parts * K, H, d]``."""
-    walk = Walk(tiles, levels, n_rows, n_columns, n_others, n_runs, n_groups, n_heads)
+                       HAS_DROPOUT: tl.constexpr,
+                       ROWS: tl.constexpr, CELLS: tl.constexpr):  # fmt: skip
+    """The gradient of the background's keys, in ``n_parts`` sums.
+
+    A program takes a block of cells and a head, and every ``n_parts``-th tile of queries.
+
+    Args, in addition to those of `attention.query_gradients`:
+        partial_rows: Rows ``[n_parts * K, H, d]``, the result.
+        n_parts: the number of sums.
+        n_slots: K.
+    """
+    walk = Walk(tiles, levels, n_rows, n_columns, n_items, n_runs, n_groups, n_heads)
     program = tl.program_id(0)
     head, part = program % n_heads, program // n_heads % n_parts
-    index = program // (n_heads * n_parts)
+    # Blocks are numbered through all levels.
+    block = program // (n_heads * n_parts)
     level = 0
-    while index >= blocks_of_cells(walk, level, CELLS):
-        index -= blocks_of_cells(walk, level, CELLS)
+    while block >= count_blocks(walk, level, CELLS):
+        block -= count_blocks(walk, level, CELLS)
         level += 1
-    number, first, slot, there = place_of_cells(walk, level, index, CELLS)
-    gradient = tl.zeros([CELLS, PADDED], tl.float32)
-    keys = load_rows(cells.key, slot, there, head, WIDTH, PADDED)
+    slice_index, first, slot, cell_valid = locate_block(
+        walk, level, block, CELLS
+    )  # scalar, scalar, [CELLS], [CELLS]
+    grad_k = tl.zeros([CELLS, PADDED], tl.float32)
+    k = load_rows(cells.key, slot, cell_valid, head, WIDTH, PADDED)  # [CELLS, PADDED]
     for tile in range(part, tl.cdiv(n_rows, ROWS), n_parts):
-        row, exists = rows_of(walk, tile, ROWS)
-        base = tl.load(lse + row * n_heads + head, mask=exists, other=-float("inf"))
-        less = tl.load(delta + row * n_heads + head, mask=exists, other=0.0)
-        exists = exists & (base != -float("inf"))
-        empty = empty_cells(walk, cells, row, exists, level, number, first, there, DIM, CELLS)
-        queries = load_rows(cells.query, row * LEVELS + level, exists, head, WIDTH, PADDED)
-        upstream = load_rows(grad_out, row, exists, head, VALUE_WIDTH, VALUE_PADDED)
-        values = values_of_cells(walk, cells, row, exists, level, head, VALUE_WIDTH, VALUE_PADDED)
-        slope = tl.sum(upstream.to(tl.float32) * values.to(tl.float32), 1)
-        _, slopes = slopes_of_cells(
-            walk, dropout, head, row, slot, empty, queries, keys,
-            slope, base * LOG2_E, less, scale * LOG2_E, DROPS,
-        )  # fmt: skip
-        gradient += dot(tl.trans(slopes).to(queries.dtype), finite_or_zero(queries))
-    store_rows(partial, part * n_slots + slot, there, head, gradient * scale, WIDTH, PADDED)
+        row, row_valid = load_tile_rows(walk, tile, ROWS)  # [ROWS] each
+        lse, delta, row_active = load_lse_and_delta(
+            lse_ptr, delta_ptr, row, row_valid, head, n_heads
+        )  # [ROWS] each
+        empty = empty_mask(
+            walk, cells, row, row_active, level, slice_index, first, cell_valid, DIM, CELLS
+        )  # [ROWS, CELLS]
+        offset = row * LEVELS + level  # [ROWS]
+        q = load_rows(cells.query, offset, row_active, head, WIDTH, PADDED)  # [ROWS, PADDED]
+        grad_out = load_rows(
+            grad_out_rows, row, row_active, head, VALUE_WIDTH, VALUE_PADDED
+        )  # [ROWS, VALUE_PADDED]
+        grad_weight = compute_grad_weight(
+            walk, cells, grad_out, row, row_active, level, head, VALUE_WIDTH, VALUE_PADDED
+        )  # [ROWS]
+        _, grad_logits = cell_logit_gradients(
+            walk, dropout, head, row, slot, empty, q, k, grad_weight, lse * LOG2_E, delta,
+            scale * LOG2_E, HAS_DROPOUT,
+        )  # [ROWS, CELLS] each  # fmt: skip
+        grad_k += dot(tl.trans(grad_logits).to(q.dtype), finite_or_zero(q))
+    store_rows(partial_rows, part * n_slots + slot, cell_valid, head, grad_k * scale, WIDTH, PADDED)
 
 
 @triton.jit(do_not_specialize=("n_parts",))
-def cell_value_gradients(traversal, bounds, weights, grad_out, partial, n_levels, n_heads, n_parts,
+def cell_value_gradients(traversal_ptr, bounds_ptr, weights_ptr, grad_out_rows, partial_rows,
+                         n_levels, n_heads, n_parts,
                          WIDTH: tl.constexpr, PADDED: tl.constexpr,
                          BLOCK: tl.constexpr):  # fmt: skip
-    """An image's level, over every ``n_parts``-th block of its queries, which stand at ``bounds``
-    in ``traversal``: Rows ``[B * L * n_parts, H, dv]``.
+    """The gradient of the background's values, in ``n_parts`` sums.
+
+    A program takes an image, a level and a head, and every ``n_parts``-th block of the image's
+    queries.
+
+    Args:
+        traversal_ptr: int32 ``[N]``, the queries, image by image.
+        bounds_ptr: int64 ``[B + 1]``, where each image's queries begin in the traversal.
+        weights_ptr: float32 ``[N, L, H]``, see `CellGradients`.
+        grad_out_rows: Rows ``[N, H, dv]``.
+        partial_rows: Rows ``[B * L * n_parts, H, dv]``, the result.
+        n_levels, n_heads, n_parts: L, H and the number of sums.
+        WIDTH, PADDED: dv, and a power of two that is no less.
+        BLOCK: queries of a block.
     """
     program = tl.program_id(0)
     head, part = program % n_heads, program // n_heads % n_parts
-    image_level = program // (n_heads * n_parts)
-    image, level = image_level // n_levels, image_level % n_levels
-    stop = tl.load(bounds + image + 1)
-    gradient = tl.zeros([PADDED], tl.float32)
-    for first in range(tl.load(bounds + image) + part * BLOCK, stop, n_parts * BLOCK):
-        place = first + tl.arange(0, BLOCK)
-        row = tl.load(traversal + place, mask=place < stop, other=0).to(tl.int64)
-        share = tl.load(
-            weights + (row * n_levels + level) * n_heads + head, mask=place < stop, other=0.0
-        )
-        upstream = load_rows(grad_out, row, share != 0.0, head, WIDTH, PADDED).to(tl.float32)
-        gradient += tl.sum(share[:, None] * upstream, 0)
-    index = tl.full([1], 0, tl.int64) + image_level * n_parts + part
-    store_rows(partial, index, index >= 0, head, gradient[None, :], WIDTH, PADDED)
+    group = program // (n_heads * n_parts)
+    image, level = group // n_levels, group % n_levels
+    stop = tl.load(bounds_ptr + image + 1)
+    grad_v = tl.zeros([PADDED], tl.float32)
+    for first in range(tl.load(bounds_ptr + image) + part * BLOCK, stop, n_parts * BLOCK):
+        offset = first + tl.arange(0, BLOCK)  # [BLOCK]
+        valid = offset < stop  # [BLOCK]
+        row = tl.load(traversal_ptr + offset, mask=valid, other=0).to(tl.int64)  # [BLOCK]
+        weight_offset = (row * n_levels + level) * n_heads + head  # [BLOCK]
+        weight_sum = tl.load(weights_ptr + weight_offset, mask=valid, other=0.0)  # [BLOCK]
+        grad_out = load_rows(
+            grad_out_rows, row, weight_sum != 0.0, head, WIDTH, PADDED
+        ).to(tl.float32)  # [BLOCK, PADDED]  # fmt: skip
+        grad_v += tl.sum(weight_sum[:, None] * grad_out, 0)
+    index = tl.full([1], 0, tl.int64) + group * n_parts + part  # [1]
+    store_rows(partial_rows, index, index >= 0, head, grad_v[None, :], WIDTH, PADDED)

@@ -1,4 +1,4 @@
-"""The ops of `backends.ops` by kernels in Triton."""
+"""The ops of `backends.ops` in Triton: their outputs, and the launches that fill them."""
 
 import itertools
 import math
@@ -17,14 +17,23 @@ from . import background as background_kernels
 from . import plan as plan_kernels
 from . import rotary as rotary_kernels
 from .background import CellGradients
-from .launch import Problem, cdiv, heads, launch, on_device_of, power_of_2, widths
+from .launch import (
+    AttentionArguments,
+    cdiv,
+    heads,
+    launch,
+    on_device_of,
+    power_of_2,
+    slices_per_level,
+    widths,
+)
 from .parts import Dropout, Rows
 
-INTERPRETS = bool(triton.knobs.runtime.interpret)  # kernels run on the CPU, to be tested
+INTERPRETS = bool(triton.knobs.runtime.interpret)  # kernels run on the CPU, for tests
 
-LARGEST_SORT = 2048  # slices of a tile; networks that sort more take long to compile
-_PARTS = 64  # into which sums over all queries are cut
-_CELLS = 16  # cells of a window at a time: bits of a word, and what a matrix unit takes
+LARGEST_SORT = 2048  # slices of a tile at a level; larger sorts take long to compile
+_PARTS = 64  # into which a sum over all queries is split
+_CELLS = 16  # of a window in a block: bits of a word, and the minimum size of `tl.dot`
 
 
 def attend(
@@ -32,16 +41,18 @@ def attend(
     background: list[Tensor], plan: list[Tensor], neighborhood_sizes: list[int],
     position_dim: int, scale: float, dropout_p: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """See `backends.ops`; ``plan`` is what `triton.attend` makes of it."""
-    problem = Problem(q, k, v, query_mask, background, plan, neighborhood_sizes, position_dim)
+    """See `backends.ops`; `triton.attend` makes the list ``plan``."""
+    args = AttentionArguments(
+        q, k, v, query_mask, background, plan, neighborhood_sizes, position_dim
+    )
     out = q.new_empty(*q.shape[:2], v.shape[2])
     lse = q.new_empty(q.shape[:2], dtype=torch.float32)
     with on_device_of(q):
         launch(
-            attention_kernels.attend, problem.query_programs, *problem.query_walk, problem.cells,
-            _dropout(seed, dropout_p), *problem.heads, problem.flags, heads(out), lse, scale,
-            **problem.constants, DROPS=seed is not None, BACKGROUND=bool(background),
-            ROWS=problem.query_rows, CELLS=_CELLS,
+            attention_kernels.attend, args.query_programs, *args.query_walk, args.cells,
+            _dropout(seed, dropout_p), *args.heads, args.flags, heads(out), lse, scale,
+            **args.constants, HAS_DROPOUT=seed is not None, HAS_BACKGROUND=bool(background),
+            ROWS=args.query_rows, CELLS=_CELLS,
         )  # fmt: skip
     return out, lse
 
@@ -53,90 +64,94 @@ def attend_backward(
     needs_queries: bool, needs_points: bool,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
     """See `backends.ops`; the gradients of q, k, v and the background."""
-    problem = Problem(q, k, v, query_mask, background, plan, neighborhood_sizes, position_dim)
+    args = AttentionArguments(
+        q, k, v, query_mask, background, plan, neighborhood_sizes, position_dim
+    )
     grad_q, grad_k, grad_v = new_gradients(q, k, v, needs_queries, needs_points)
     grad_background = [x.new_empty(x.shape) for x in background if needs_queries]
-    upstream, delta, grad_lse = heads(grad_out), torch.empty_like(lse), grad_lse.contiguous()
-    of_cells = None
+    grad_rows, delta, grad_lse = heads(grad_out), torch.empty_like(lse), grad_lse.contiguous()
+    cell_gradients = None
     if grad_background:
-        weights = lse.new_empty(len(lse), problem.n_levels, problem.n_heads)
-        of_cells = CellGradients(heads(grad_background[0].flatten(0, 1)), weights)
-    settings = {**problem.constants, "DROPS": seed is not None}
+        weight_sums = lse.new_empty(len(lse), args.n_levels, args.n_heads)
+        cell_gradients = CellGradients(heads(grad_background[0].flatten(0, 1)), weight_sums)
+    constants = {**args.constants, "HAS_DROPOUT": seed is not None}
     dropout = _dropout(seed, dropout_p)
     with on_device_of(q):
         if needs_queries:
             launch(
-                attention_kernels.query_gradients, problem.query_programs, *problem.query_walk,
-                problem.cells, dropout, *problem.heads, problem.flags, lse, heads(out), upstream,
-                grad_lse, delta, heads(grad_q), of_cells, scale,
-                **settings, BACKGROUND=bool(background), ROWS=problem.query_rows, CELLS=_CELLS,
+                attention_kernels.query_gradients, args.query_programs, *args.query_walk,
+                args.cells, dropout, *args.heads, args.flags, lse, heads(out), grad_rows,
+                grad_lse, delta, heads(grad_q), cell_gradients, scale,
+                **constants, HAS_BACKGROUND=bool(background), ROWS=args.query_rows, CELLS=_CELLS,
             )  # fmt: skip
         else:
-            _find_deltas(heads(out), upstream, grad_lse, delta, v.shape[2])
+            _find_deltas(heads(out), grad_rows, grad_lse, delta, v.shape[2])
         if needs_points:
             launch(
-                attention_kernels.point_gradients, problem.point_programs, *problem.point_walk,
-                dropout, *problem.heads, lse, delta, upstream, heads(grad_k), heads(grad_v), scale,
-                **settings, ROWS=problem.point_rows,
+                attention_kernels.point_gradients, args.point_programs, *args.point_walk,
+                dropout, *args.heads, lse, delta, grad_rows, heads(grad_k), heads(grad_v), scale,
+                **constants, ROWS=args.point_rows,
             )  # fmt: skip
-        if of_cells is not None:
-            del settings["BLOCK"]
+        if cell_gradients is not None:
+            del constants["BLOCK"]
             grad_background[1] = _key_gradients_of_cells(
-                problem, dropout, lse, delta, upstream, scale, settings
+                args, dropout, lse, delta, grad_rows, scale, constants
             )
-            grad_background[2] = _value_gradients_of_cells(problem, of_cells.weights, upstream)
+            grad_background[2] = _value_gradients_of_cells(args, cell_gradients.weights, grad_rows)
     return grad_q, grad_k, grad_v, grad_background
 
 
-def _find_deltas(out: Rows, upstream: Rows, grad_lse: Tensor, delta: Tensor, width: int) -> None:
+def _find_deltas(out: Rows, grad_out: Rows, grad_lse: Tensor, delta: Tensor, width: int) -> None:
     (n_queries, n_heads), padded = delta.shape, power_of_2(width)
-    block = max(1, min(32, 2048 // padded))  # two such blocks stay in registers
+    block = max(1, min(32, 2048 // padded))  # two such blocks fit in registers
     launch(
-        attention_kernels.find_deltas, cdiv(n_queries, block) * n_heads, out, upstream, grad_lse,
+        attention_kernels.find_deltas, cdiv(n_queries, block) * n_heads, out, grad_out, grad_lse,
         delta, n_queries, n_heads,
         VALUE_WIDTH=width, VALUE_PADDED=padded, BLOCK=block, num_warps=1,
     )  # fmt: skip
 
 
 def _key_gradients_of_cells(
-    problem: Problem, dropout: Dropout | None, lse: Tensor, delta: Tensor, upstream: Rows,
-    scale: float, settings: dict[str, Any],
+    args: AttentionArguments, dropout: Dropout | None, lse: Tensor, delta: Tensor,
+    grad_out: Rows, scale: float, constants: dict[str, Any],
 ) -> Tensor:  # fmt: skip
-    """Sums over all queries, made of `_PARTS` sums in one order."""
-    key = problem.background[1]
+    """The gradient of the background's keys. Sums of parts of the queries are added in order."""
+    key = args.background[1]
     n_parts = min(_PARTS, cdiv(len(lse), TILE))
     parts = lse.new_empty(n_parts, *key.shape)
-    n_blocks = sum(width ** (problem.dim - 1) * cdiv(width, _CELLS) for width in problem.sizes)
+    n_slices = slices_per_level(args.sizes, args.dim)
+    n_blocks = sum(n * cdiv(size, _CELLS) for n, size in zip(n_slices, args.sizes, strict=True))
     launch(
-        background_kernels.cell_key_gradients, n_blocks * n_parts * problem.n_heads,
-        *problem.query_walk, problem.cells, dropout,
-        lse, delta, upstream, heads(parts.flatten(0, 1)), scale,
-        n_parts, len(key), **settings, ROWS=TILE, CELLS=_CELLS,
+        background_kernels.cell_key_gradients, n_blocks * n_parts * args.n_heads,
+        *args.query_walk, args.cells, dropout,
+        lse, delta, grad_out, heads(parts.flatten(0, 1)), scale,
+        n_parts, len(key), **constants, ROWS=TILE, CELLS=_CELLS,
     )  # fmt: skip
     return parts.sum(0).to(key.dtype)
 
 
-def _value_gradients_of_cells(problem: Problem, weights: Tensor, upstream: Rows) -> Tensor:
-    """Sums over the queries of an image, likewise."""
-    value, tiles = problem.background[2], problem.query_tiles
-    # Visits go image by image, those that take no part first.
-    images = tiles.row_groups[0][tiles.traversal.long()].div(
-        problem.n_levels, rounding_mode="floor"
-    )
+def _value_gradients_of_cells(
+    args: AttentionArguments, weight_sums: Tensor, grad_out: Rows
+) -> Tensor:
+    """The gradient of the background's values, from the queries of each image, also in order."""
+    value, tiles = args.background[2], args.query_tiles
+    # The traversal lists queries of no image first, then the images one after another.
+    groups = tiles.row_groups[0][tiles.traversal.long()]
+    images = groups.div(args.n_levels, rounding_mode="floor")
     bounds = torch.searchsorted(images, torch.arange(len(value) + 1, device=value.device))
-    n_parts = min(cdiv(_PARTS, max(len(value), 1)), cdiv(len(weights), 32))
-    parts = weights.new_empty(*value.shape[:2], n_parts, *value.shape[2:])
+    n_parts = min(cdiv(_PARTS, max(len(value), 1)), cdiv(len(weight_sums), 32))
+    parts = weight_sums.new_empty(*value.shape[:2], n_parts, *value.shape[2:])
     launch(
         background_kernels.cell_value_gradients, math.prod(parts.shape[:-1]),
-        tiles.traversal, bounds, weights, upstream, heads(parts.flatten(0, 2)),
-        problem.n_levels, problem.n_heads, n_parts,
+        tiles.traversal, bounds, weight_sums, grad_out, heads(parts.flatten(0, 2)),
+        args.n_levels, args.n_heads, n_parts,
         WIDTH=value.shape[3], PADDED=power_of_2(value.shape[3]), BLOCK=32, num_warps=1,
     )  # fmt: skip
     return parts.sum(2).to(value.dtype)
 
 
 def _tokens(width: int) -> int:
-    """How many a program rotates at a time."""
+    """How many tokens of this head width a program rotates."""
     return max(8, 2048 // power_of_2(width))
 
 
@@ -194,20 +209,20 @@ def find_runs(
     traversal: Tensor, starts: Tensor, stops: Tensor, sizes: list[int], position_dim: int, rows: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `backends.ops`."""
-    slices = [size ** (position_dim - 1) for size in sizes]
-    if rows * max(slices) > LARGEST_SORT:
+    n_level_slices = slices_per_level(sizes, position_dim)
+    if rows * max(n_level_slices) > LARGEST_SORT:
         return reference.find_runs(traversal, starts, stops, sizes, position_dim, rows)
-    n_tiles, n_slices, n_levels = cdiv(len(traversal), rows), sum(slices), len(slices)
+    n_tiles, n_slices, n_levels = cdiv(len(traversal), rows), sum(n_level_slices), len(sizes)
     firsts = traversal.new_zeros(n_tiles, rows * n_slices)
     shifts, counts = torch.zeros_like(firsts), traversal.new_empty(n_tiles, n_levels, 2)
-    before = itertools.accumulate(slices, initial=0)
+    first_slices = itertools.accumulate(n_level_slices, initial=0)
     with on_device_of(traversal):
-        for level, (own, others) in enumerate(zip(slices, before, strict=False)):
-            slots = power_of_2(rows * own)
+        for level, (own, first) in enumerate(zip(n_level_slices, first_slices, strict=False)):
+            padded = power_of_2(rows * own)
             launch(
                 plan_kernels.find_runs, n_tiles, traversal, starts, stops, firsts, shifts, counts,
-                len(traversal), n_slices, n_levels, level, others,
-                OWN=own, ROWS=rows, SLOTS=slots, num_warps=max(1, min(8, slots // 256)),
+                len(traversal), n_slices, n_levels, level, first, LEVEL_SLICES=own, ROWS=rows,
+                PADDED=padded, num_warps=max(1, min(8, padded // 256)),
             )  # fmt: skip
     return firsts, shifts, counts
 

@@ -1,4 +1,4 @@
-"""The plan in Triton: where the rows of windows begin and end, and what tiles see as runs."""
+"""Planning in Triton: the slices of every query's windows, and the runs of every tile."""
 
 import triton
 import triton.language as tl
@@ -8,69 +8,94 @@ LOW_32_BITS = tl.constexpr(2**32 - 1)
 
 
 @triton.jit
-def bound(keys, wanted, n_keys, n_steps, AFTER: tl.constexpr):
-    """Where ``wanted`` would stand among the sorted ``keys``, before its equals or after them."""
-    low = tl.zeros_like(wanted)
-    high = low + n_keys
+def search_sorted(keys_ptr, wanted, n_keys, n_steps, RIGHT: tl.constexpr):
+    """`torch.searchsorted` of ``wanted`` ``[BLOCK]`` among sorted keys, int64 ``[BLOCK]``."""
+    low = tl.zeros_like(wanted)  # [BLOCK]
+    high = low + n_keys  # [BLOCK]
     for _ in range(n_steps):
-        middle = (low + high) // 2
-        key = tl.load(keys + middle, mask=middle < high, other=LARGEST)
-        below = (key <= wanted) if AFTER else (key < wanted)
+        middle = (low + high) // 2  # [BLOCK]
+        key = tl.load(keys_ptr + middle, mask=middle < high, other=LARGEST)  # [BLOCK]
+        below = (key <= wanted) if RIGHT else (key < wanted)  # [BLOCK]
         below = below & (middle < high)
         low = tl.where(below, middle + 1, low)
         high = tl.where(below, high, middle)
     return low
 
 
-@triton.jit(do_not_specialize=("n_keys", "n_steps", "n_queries", "n_slices", "n_places"))
-def find_slices(keys, centers, level, offset, radius, starts, stops, n_keys, n_steps, n_queries,
-                n_slices, n_places, BLOCK: tl.constexpr):  # fmt: skip
-    """See `reference.find_slices`; an element of the results for each place of a block."""
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    exists = place < n_places
-    query, number = place // n_slices, place % n_slices
-    row = tl.load(level + number, mask=exists, other=0)
-    middle = tl.load(centers + row * n_queries + query, mask=exists, other=0)
-    middle += tl.load(offset + number, mask=exists, other=0)
-    reach = tl.load(radius + number, mask=exists, other=0)
-    start = bound(keys, middle - reach, n_keys, n_steps, False)
-    stop = bound(keys, middle + reach, n_keys, n_steps, True)
-    tl.store(starts + place, start.to(tl.int32), mask=exists)
-    tl.store(stops + place, tl.maximum(start, stop).to(tl.int32), mask=exists)
+@triton.jit(do_not_specialize=("n_keys", "n_steps", "n_queries", "n_slices", "n_total"))
+def find_slices(keys_ptr, centers_ptr, level_ptr, offset_ptr, radius_ptr, starts_ptr, stops_ptr,
+                n_keys, n_steps, n_queries, n_slices, n_total, BLOCK: tl.constexpr):  # fmt: skip
+    """See `reference.find_slices`. A program finds ``BLOCK`` of the ``n_total`` slices.
+
+    Args:
+        keys_ptr: int64 ``[nnz]``, sorted.
+        centers_ptr: int64 ``[L, N]``.
+        level_ptr, offset_ptr, radius_ptr: int64 ``[R]``.
+        starts_ptr, stops_ptr: int32 ``[N, R]``, the results.
+        n_keys, n_queries, n_slices: nnz, N and R.
+        n_steps: of a binary search.
+        n_total: ``N * R``.
+        BLOCK: slices of a program.
+    """
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    valid = index < n_total  # [BLOCK]
+    query, slice_index = index // n_slices, index % n_slices  # [BLOCK]
+    level = tl.load(level_ptr + slice_index, mask=valid, other=0)  # [BLOCK]
+    middle = tl.load(centers_ptr + level * n_queries + query, mask=valid, other=0)  # [BLOCK]
+    middle += tl.load(offset_ptr + slice_index, mask=valid, other=0)
+    radius = tl.load(radius_ptr + slice_index, mask=valid, other=0)  # [BLOCK]
+    start = search_sorted(keys_ptr, middle - radius, n_keys, n_steps, False)  # [BLOCK]
+    stop = search_sorted(keys_ptr, middle + radius, n_keys, n_steps, True)  # [BLOCK]
+    tl.store(starts_ptr + index, start.to(tl.int32), mask=valid)
+    tl.store(stops_ptr + index, tl.maximum(start, stop).to(tl.int32), mask=valid)
 
 
 @triton.jit
-def _join(stop, before, other_stop, other_before):
-    """The largest stop of all slices so far, and that of all but the last."""
-    return tl.maximum(stop, other_stop), tl.maximum(stop, other_before)
+def _scan_stops(stop, stop_before, next_stop, next_stop_before):
+    """Combines two ranges of slices: the largest stop, and the largest of all but the last."""
+    return tl.maximum(stop, next_stop), tl.maximum(stop, next_stop_before)
 
 
-@triton.jit(do_not_specialize=("n_rows", "n_slices", "n_levels", "level", "before"))
-def find_runs(traversal, starts, stops, firsts, shifts, counts, n_rows, n_slices, n_levels,
-              level, before, OWN: tl.constexpr, ROWS: tl.constexpr,
-              SLOTS: tl.constexpr):  # fmt: skip
-    """See `reference.find_runs`; a tile at a level, which has ``OWN`` slices of a row's, with
-    ``before`` in front of them.
+@triton.jit(do_not_specialize=("n_rows", "n_slices", "n_levels", "level", "first_slice"))
+def find_runs(traversal_ptr, starts_ptr, stops_ptr, firsts_ptr, shifts_ptr, counts_ptr,
+              n_rows, n_slices, n_levels, level, first_slice,
+              LEVEL_SLICES: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr):  # fmt: skip
+    """See `reference.find_runs`. A program joins the slices of one tile at one level.
+
+    Args:
+        traversal_ptr: int32 ``[n]``.
+        starts_ptr, stops_ptr: int32 ``[n, R]``.
+        firsts_ptr, shifts_ptr: int32 ``[T, ROWS * R]``, results.
+        counts_ptr: int32 ``[T, S, 2]``, the third result.
+        n_rows, n_slices, n_levels: n, R and S.
+        level: which of the S levels.
+        first_slice: the number of a row's slices at the levels before.
+        LEVEL_SLICES: the number of a row's slices at this level.
+        ROWS: rows of a tile.
+        PADDED: ``ROWS * LEVEL_SLICES`` or more, a power of two.
     """
-    tile, slot = tl.program_id(0).to(tl.int64), tl.arange(0, SLOTS)
-    place = tile * ROWS + slot // OWN
-    exists = (slot < ROWS * OWN) & (place < n_rows)
-    row = tl.load(traversal + place, mask=exists, other=0).to(tl.int64)
-    edge = row * n_slices + before + slot % OWN
-    start = tl.load(starts + edge, mask=exists, other=0).to(tl.int64)
-    stop = tl.load(stops + edge, mask=exists, other=0).to(tl.int64)
-    # Sorted by their starts, empty ones last; a stop travels in the low bits.
-    pair = tl.sort(tl.where(stop > start, (start << 32) | stop, LARGEST))
-    holds = pair != LARGEST
-    start = tl.where(holds, pair >> 32, 0).to(tl.int32)
-    stop = tl.where(holds, pair & LOW_32_BITS, 0).to(tl.int32)
-    _, reached = tl.associative_scan((stop, tl.full([SLOTS], -1, tl.int32)), 0, _join)
-    begins = holds & (start > reached)
-    n_new = tl.where(holds, tl.maximum(stop - tl.maximum(start, reached), 0), 0)
-    first = tl.cumsum(n_new, 0) - n_new
-    place = (tile * n_slices + before) * ROWS + tl.cumsum(begins.to(tl.int32), 0) - 1
-    tl.store(firsts + place, first, mask=begins)
-    tl.store(shifts + place, start - first, mask=begins)
-    counted = counts + (tile * n_levels + level) * 2
-    tl.store(counted, tl.sum(begins.to(tl.int32), 0))
-    tl.store(counted + 1, tl.sum(n_new, 0))
+    tile, index = tl.program_id(0).to(tl.int64), tl.arange(0, PADDED)  # scalar, [PADDED]
+    row_offset = tile * ROWS + index // LEVEL_SLICES  # [PADDED]
+    valid = (index < ROWS * LEVEL_SLICES) & (row_offset < n_rows)  # [PADDED]
+    row = tl.load(traversal_ptr + row_offset, mask=valid, other=0).to(tl.int64)  # [PADDED]
+    slice_offset = row * n_slices + first_slice + index % LEVEL_SLICES  # [PADDED]
+    start = tl.load(starts_ptr + slice_offset, mask=valid, other=0).to(tl.int64)  # [PADDED]
+    stop = tl.load(stops_ptr + slice_offset, mask=valid, other=0).to(tl.int64)  # [PADDED]
+    # Sort by start, empty slices last. The low 32 bits carry the stop along.
+    packed = tl.sort(tl.where(stop > start, (start << 32) | stop, LARGEST))  # [PADDED]
+    nonempty = packed != LARGEST  # [PADDED]
+    start = tl.where(nonempty, packed >> 32, 0).to(tl.int32)
+    stop = tl.where(nonempty, packed & LOW_32_BITS, 0).to(tl.int32)
+    # The largest stop of the slices before each: a slice that starts beyond it starts a run.
+    no_stop = tl.full([PADDED], -1, tl.int32)  # [PADDED]
+    _, stop_before = tl.associative_scan((stop, no_stop), 0, _scan_stops)  # [PADDED]
+    starts_run = nonempty & (start > stop_before)  # [PADDED]
+    n_new = tl.where(nonempty, tl.maximum(stop - tl.maximum(start, stop_before), 0), 0)  # [PADDED]
+    first = tl.cumsum(n_new, 0) - n_new  # [PADDED]
+    run_index = tl.cumsum(starts_run.to(tl.int32), 0) - 1  # [PADDED]
+    run_offset = (tile * n_slices + first_slice) * ROWS + run_index  # [PADDED]
+    tl.store(firsts_ptr + run_offset, first, mask=starts_run)
+    tl.store(shifts_ptr + run_offset, start - first, mask=starts_run)
+    level_counts_ptr = counts_ptr + (tile * n_levels + level) * 2
+    tl.store(level_counts_ptr, tl.sum(starts_run.to(tl.int32), 0))
+    tl.store(level_counts_ptr + 1, tl.sum(n_new, 0))

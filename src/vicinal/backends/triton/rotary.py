@@ -1,76 +1,123 @@
-"""Rotary positions in Triton. Angles in the coordinates' dtype, by sums of products one by one."""
+"""Rotary position encoding in Triton.
+
+Angles are computed in the dtype of the coordinates, as sums of products without matrix units,
+which would round the coordinates.
+"""
 
 import triton
 import triton.language as tl
 
-from .parts import load_pairs, store_pairs
+from .parts import block_and_head, load_pairs, store_pairs
 
 
 @triton.jit
-def angles_at(coordinates, frequencies, token, exists, head, n_coordinates, n_heads,
-              PAIRS: tl.constexpr, PADDED: tl.constexpr):  # fmt: skip
-    """``[BLOCK, PADDED]``: ``coordinates @ frequencies``, ``[n, C]`` and ``[C, H, d / 2]``."""
-    pair = tl.arange(0, PADDED)
-    angles = tl.zeros([token.shape[0], PADDED], coordinates.dtype.element_ty)
+def load_coordinate(coordinates_ptr, token, valid, axis, n_coordinates):
+    """One coordinate of some tokens, ``[BLOCK]``, of ``coordinates_ptr`` ``[n, C]``."""
+    return tl.load(coordinates_ptr + token * n_coordinates + axis, mask=valid, other=0.0)
+
+
+@triton.jit
+def load_frequencies(ptr, axis, head, n_heads, PAIRS: tl.constexpr, PADDED: tl.constexpr):
+    """The frequencies of a coordinate and head, ``[PADDED]``, of ``ptr`` ``[C, H, PAIRS]``."""
+    pair = tl.arange(0, PADDED)  # [PADDED]
+    row = (axis * n_heads + head) * PAIRS
+    return tl.load(ptr + row + pair, mask=pair < PAIRS, other=0.0)
+
+
+@triton.jit
+def compute_angles(coordinates_ptr, frequencies_ptr, token, valid, head, n_coordinates, n_heads,
+                   PAIRS: tl.constexpr, PADDED: tl.constexpr):  # fmt: skip
+    """``coordinates @ frequencies`` of one head, ``[BLOCK, PADDED]``."""
+    angles = tl.zeros([token.shape[0], PADDED], coordinates_ptr.dtype.element_ty)
     for axis in range(n_coordinates):
-        at = tl.load(coordinates + token * n_coordinates + axis, mask=exists, other=0.0)
-        row = (axis * n_heads + head) * PAIRS
-        turns = tl.load(frequencies + row + pair, mask=pair < PAIRS, other=0.0)
-        angles += at[:, None] * turns[None, :]
+        coordinate = load_coordinate(coordinates_ptr, token, valid, axis, n_coordinates)  # [BLOCK]
+        frequencies = load_frequencies(
+            frequencies_ptr, axis, head, n_heads, PAIRS, PADDED
+        )  # [PADDED]
+        angles += coordinate[:, None] * frequencies[None, :]
     return angles
 
 
 @triton.jit(do_not_specialize=("n_tokens",))
-def rotate(x, coordinates, frequencies, out, n_tokens, n_coordinates, n_heads,
+def rotate(x_rows, coordinates_ptr, frequencies_ptr, out_rows, n_tokens, n_coordinates, n_heads,
            PAIRS: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """See `reference.rotate`."""
-    block, head = tl.program_id(0) // n_heads, tl.program_id(0) % n_heads
-    token = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    exists = token < n_tokens
-    angles = angles_at(
-        coordinates, frequencies, token, exists, head, n_coordinates, n_heads, PAIRS, PADDED
-    )
-    cos, sin = tl.cos(angles), tl.sin(angles)
-    even, odd = load_pairs(x, token, exists, head, PAIRS, PADDED)
+    """See `reference.rotate`. A program rotates one head of a block of tokens.
+
+    Args:
+        x_rows, out_rows: Rows ``[n, H, 2 * PAIRS]``.
+        coordinates_ptr: ``[n, C]``.
+        frequencies_ptr: ``[C, H, PAIRS]``.
+        n_tokens, n_coordinates, n_heads: n, C and H.
+        PAIRS: channel pairs of a head.
+        PADDED: ``PAIRS`` or more, a power of two.
+        BLOCK: tokens of a program.
+    """
+    token, valid, head = block_and_head(n_tokens, n_heads, BLOCK)  # [BLOCK], [BLOCK], scalar
+    angles = compute_angles(
+        coordinates_ptr, frequencies_ptr, token, valid, head, n_coordinates, n_heads, PAIRS, PADDED
+    )  # [BLOCK, PADDED]
+    cos, sin = tl.cos(angles), tl.sin(angles)  # [BLOCK, PADDED]
+    even, odd = load_pairs(x_rows, token, valid, head, PAIRS, PADDED)  # [BLOCK, PADDED]
     even, odd = even.to(angles.dtype), odd.to(angles.dtype)
     store_pairs(
-        out, token, exists, head, even * cos - odd * sin, even * sin + odd * cos, PAIRS, PADDED
+        out_rows, token, valid, head, even * cos - odd * sin, even * sin + odd * cos, PAIRS, PADDED
     )
 
 
 @triton.jit(do_not_specialize=("n_tokens",))
-def rotate_backward(grad_out, out, coordinates, frequencies, grad_x, grad_coordinates, partial,
+def rotate_backward(grad_out_rows, out_rows, coordinates_ptr, frequencies_ptr,
+                    grad_x_rows, grad_coordinates_ptr, partial_ptr,
                     n_tokens, n_coordinates, n_heads,
                     PAIRS: tl.constexpr, PADDED: tl.constexpr,
                     AXES: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """All heads of a block of tokens: gradients of x and of coordinates, and the block's share of
-    the frequencies' ``[blocks, C, H, d / 2]``. The result turned by a right angle is its slope.
+    """The gradients of `rotate`. A program takes all heads of a block of tokens.
+
+    The derivative of the result by its angle is the result rotated by 90 degrees.
+
+    Args:
+        grad_out_rows, out_rows, grad_x_rows: Rows ``[n, H, 2 * PAIRS]``.
+        coordinates_ptr, grad_coordinates_ptr: ``[n, C]``.
+        frequencies_ptr: ``[C, H, PAIRS]``.
+        partial_ptr: ``[blocks, C, H, PAIRS]``, each block's sum of the frequencies' gradient.
+        n_tokens, n_coordinates, n_heads: n, C and H.
+        PAIRS: channel pairs of a head.
+        PADDED: ``PAIRS`` or more, a power of two.
+        AXES: C or more, a power of two.
+        BLOCK: tokens of a program.
     """
-    token = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    exists = token < n_tokens
-    axes, pair = tl.arange(0, AXES), tl.arange(0, PADDED)
-    dtype = coordinates.dtype.element_ty
-    of_coordinates = tl.zeros([BLOCK, AXES], dtype)
+    token = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    valid = token < n_tokens  # [BLOCK]
+    axes, pair = tl.arange(0, AXES), tl.arange(0, PADDED)  # [AXES], [PADDED]
+    dtype = coordinates_ptr.dtype.element_ty
+    grad_coordinates = tl.zeros([BLOCK, AXES], dtype)
     for head in range(n_heads):
-        angles = angles_at(
-            coordinates, frequencies, token, exists, head, n_coordinates, n_heads, PAIRS, PADDED
-        )
-        cos, sin = tl.cos(angles), tl.sin(angles)
-        even, odd = load_pairs(grad_out, token, exists, head, PAIRS, PADDED)
+        angles = compute_angles(
+            coordinates_ptr, frequencies_ptr, token, valid, head,
+            n_coordinates, n_heads, PAIRS, PADDED,
+        )  # [BLOCK, PADDED]  # fmt: skip
+        cos, sin = tl.cos(angles), tl.sin(angles)  # [BLOCK, PADDED]
+        even, odd = load_pairs(grad_out_rows, token, valid, head, PAIRS, PADDED)  # [BLOCK, PADDED]
         even, odd = even.to(dtype), odd.to(dtype)
         store_pairs(
-            grad_x, token, exists, head,
+            grad_x_rows, token, valid, head,
             even * cos + odd * sin, odd * cos - even * sin, PAIRS, PADDED,
         )  # fmt: skip
-        turned_even, turned_odd = load_pairs(out, token, exists, head, PAIRS, PADDED)
-        slopes = odd * turned_even.to(dtype) - even * turned_odd.to(dtype)
+        out_even, out_odd = load_pairs(
+            out_rows, token, valid, head, PAIRS, PADDED
+        )  # [BLOCK, PADDED]
+        grad_angles = odd * out_even.to(dtype) - even * out_odd.to(dtype)  # [BLOCK, PADDED]
         for axis in range(n_coordinates):
-            at = tl.load(coordinates + token * n_coordinates + axis, mask=exists, other=0.0)
+            coordinate = load_coordinate(
+                coordinates_ptr, token, valid, axis, n_coordinates
+            )  # [BLOCK]
+            frequencies = load_frequencies(
+                frequencies_ptr, axis, head, n_heads, PAIRS, PADDED
+            )  # [PADDED]
+            grad = tl.sum(grad_angles * frequencies[None, :], 1)  # [BLOCK]
+            grad_coordinates += tl.where(axes[None, :] == axis, grad[:, None], 0.0)
             row = (axis * n_heads + head) * PAIRS
-            turns = tl.load(frequencies + row + pair, mask=pair < PAIRS, other=0.0)
-            share = tl.sum(slopes * turns[None, :], 1)
-            of_coordinates += tl.where(axes[None, :] == axis, share[:, None], 0.0)
             row += tl.program_id(0).to(tl.int64) * n_coordinates * n_heads * PAIRS
-            tl.store(partial + row + pair, tl.sum(slopes * at[:, None], 0), mask=pair < PAIRS)
-    place = grad_coordinates + token[:, None] * n_coordinates + axes[None, :]
-    tl.store(place, of_coordinates, mask=exists[:, None] & (axes < n_coordinates)[None, :])
+            grad = tl.sum(grad_angles * coordinate[:, None], 0)  # [PADDED]
+            tl.store(partial_ptr + row + pair, grad, mask=pair < PAIRS)
+    ptrs = grad_coordinates_ptr + token[:, None] * n_coordinates + axes[None, :]  # [BLOCK, AXES]
+    tl.store(ptrs, grad_coordinates, mask=valid[:, None] & (axes < n_coordinates)[None, :])

@@ -1,6 +1,8 @@
-"""Walking a tile: its rows, the columns that any of them sees, and who sees which.
+"""Access to tiles: their rows, the columns of their runs, and which pairs lie within a window.
 
-Kernels are handed the tensors of `tiles.Tiles` and sizes, and make a `Walk` of them.
+`_index.tiles` explains tiles and runs. A row is a query and a column a point, or the other way
+round. A column is an index into ``order``, and its *item* is the point (or query)
+``order[column]``. ``order`` lists points once, and queries once per level.
 """
 
 from typing import Any, NamedTuple
@@ -10,117 +12,158 @@ import triton.language as tl
 
 
 class Walk(NamedTuple):
-    """What kernels of tiles take first, in this order.
+    """The first arguments of every kernel that works on tiles, in this order.
 
-    Sizes stand by themselves: Triton would compile a kernel for multiples of 16, for all else and
-    for one, of each number in a tuple, and cannot be told not to.
+    Kernels take them one by one and put them together again. Triton compiles variants of a kernel
+    for sizes that are one or a multiple of 16; ``do_not_specialize`` prevents that for arguments,
+    not for the members of a tuple.
     """
 
-    tiles: Any  # see `tiles.Tiles`
-    levels: Any  # per level: a window's radius, slices, slices before, cells before
+    tiles: Any  # `types.Tiles`
+    levels: Any  # int32 [L, 4], the level table; its fields are the constants below
     n_rows: int
-    n_columns: int
-    n_others: int
-    n_runs: int
-    n_groups: int  # images x levels, where a background has a value for each
+    n_columns: int  # the length of `tiles.order`
+    n_items: int
+    n_runs: int  # C, the space for runs of a tile
+    n_groups: int  # images x levels of the background, zero without one
     n_heads: int
 
 
 SIZES = Walk._fields[2:]
 
+# Fields of a row of the level table.
+RADIUS = tl.constexpr(0)  # of the level's windows
+N_SLICES = tl.constexpr(1)  # of a window
+FIRST_SLICE = tl.constexpr(2)  # the number of slices at the levels before
+FIRST_SLOT = tl.constexpr(3)  # the number of cells at the levels before
+
 
 @triton.jit
-def tile_and_head(n_heads):
-    """Heads of one tile run side by side and share its rows in the cache. The last tiles come
-    first: those of coarse levels see most, and nothing should wait for them in the end.
+def level_ptr(walk, level, FIELD: tl.constexpr):
+    """Pointer to an entry of the level table, or pointers for a block of levels."""
+    return walk.levels + 4 * level + FIELD
+
+
+@triton.jit
+def load_tile_rows(walk, tile, ROWS: tl.constexpr):
+    """The rows of a tile, int64 ``[ROWS]``, and which of them are valid, bool ``[ROWS]``."""
+    offset = tl.full([ROWS], 0, tl.int64) + tile * ROWS + tl.arange(0, ROWS)  # [ROWS]
+    valid = offset < walk.n_rows  # [ROWS]
+    row = tl.load(walk.tiles.traversal + offset, mask=valid, other=0).to(tl.int64)  # [ROWS]
+    return row, valid & (row >= 0) & (row < walk.n_rows)
+
+
+@triton.jit
+def program_tile(walk, ROWS: tl.constexpr):
+    """The tile and the head of a program, and the tile's rows as `load_tile_rows` returns them.
+
+    The heads of a tile are neighboring programs, which share its rows in the cache. Tiles are
+    taken from the last to the first: those of coarse levels come last and have the most columns,
+    and a long program that starts late would run alone at the end.
     """
     program = tl.num_programs(0) - 1 - tl.program_id(0)
-    return program // n_heads, program % n_heads
+    tile, head = program // walk.n_heads, program % walk.n_heads
+    row, row_valid = load_tile_rows(walk, tile, ROWS)
+    return tile, head, row, row_valid
 
 
 @triton.jit
-def rows_of(walk, tile, ROWS: tl.constexpr):
-    """int64 ``[ROWS]``, the tile's rows, and which of them exist."""
-    place = tl.full([ROWS], 0, tl.int64) + tile * ROWS + tl.arange(0, ROWS)
-    exists = place < walk.n_rows
-    row = tl.load(walk.tiles.traversal + place, mask=exists, other=0).to(tl.int64)
-    return row, exists & (row >= 0) & (row < walk.n_rows)
-
-
-@triton.jit
-def runs_of(walk, tile, level, ROWS: tl.constexpr, LEVELS: tl.constexpr):
-    """Where a tile's runs at a level begin, how many there are, and how many entries they have."""
-    begin = tile.to(tl.int64) * walk.n_runs
+def load_runs(walk, tile, level, ROWS: tl.constexpr, LEVELS: tl.constexpr):
+    """The runs of a tile at a level: the offset of the first, and how many runs and entries."""
+    offset = tile.to(tl.int64) * walk.n_runs
     capacity = walk.n_runs
     if LEVELS > 1:
-        begin += ROWS * tl.load(walk.levels + 4 * level + 2)
-        capacity = ROWS * tl.load(walk.levels + 4 * level + 1)
-    counts = walk.tiles.counts + (tile.to(tl.int64) * LEVELS + level) * 2
+        offset += ROWS * tl.load(level_ptr(walk, level, FIRST_SLICE))
+        capacity = ROWS * tl.load(level_ptr(walk, level, N_SLICES))
+    counts_ptr = walk.tiles.counts + (tile.to(tl.int64) * LEVELS + level) * 2
     return (
-        begin,
-        tl.minimum(tl.load(counts), capacity),
-        tl.minimum(tl.load(counts + 1), walk.n_columns),
+        offset,
+        tl.minimum(tl.load(counts_ptr), capacity),
+        tl.minimum(tl.load(counts_ptr + 1), walk.n_columns),
     )
 
 
 @triton.jit
-def columns_at(walk, entry, begin, n_runs, n_entries, LEVELS: tl.constexpr):
-    """The columns of some entries: int64 index among all others, which exist, and the place of
-    each in `Places`: ``level * n_others + index``.
+def load_columns(walk, entry, runs, LEVELS: tl.constexpr):
+    """The columns of some entries of a tile's runs.
+
+    Args:
+        walk: the `Walk`.
+        entry: int32 ``[BLOCK]``.
+        runs: what `load_runs` returns.
+        LEVELS: how many columns an item has, one per level.
+
+    Returns:
+        The items, int64 ``[BLOCK]``, zero where not valid; which are valid, bool ``[BLOCK]``; the
+        levels of the columns, int64 ``[BLOCK]``.
     """
-    low = tl.zeros_like(entry)
-    high = tl.zeros_like(entry) + n_runs
+    offset, n_runs, n_entries = runs
+    # Binary search for the last run whose first entry is not beyond this one.
+    low = tl.zeros_like(entry)  # [BLOCK]
+    high = tl.zeros_like(entry) + n_runs  # [BLOCK]
     span = n_runs
     while span > 1:
-        middle = (low + high) // 2
-        reached = tl.load(walk.tiles.firsts + begin + middle) <= entry
+        middle = (low + high) // 2  # [BLOCK]
+        reached = tl.load(walk.tiles.firsts + offset + middle) <= entry  # [BLOCK]
         low = tl.where(reached, middle, low)
         high = tl.where(reached, high, middle)
         span = (span + 1) // 2
-    exists = entry < n_entries
-    column = entry + tl.load(walk.tiles.shifts + begin + low, mask=exists, other=0)
-    exists = exists & (column >= 0) & (column < walk.n_columns)
-    index = tl.load(walk.tiles.order + column, mask=exists, other=-1).to(tl.int64)
-    exists = exists & (index >= 0) & (index < walk.n_others)
-    index = tl.where(exists, index, 0)
-    level = tl.zeros_like(index)
+    valid = entry < n_entries  # [BLOCK]
+    column = entry + tl.load(walk.tiles.shifts + offset + low, mask=valid, other=0)  # [BLOCK]
+    valid = valid & (column >= 0) & (column < walk.n_columns)
+    item = tl.load(walk.tiles.order + column, mask=valid, other=-1).to(tl.int64)  # [BLOCK]
+    valid = valid & (item >= 0) & (item < walk.n_items)
+    item = tl.where(valid, item, 0)
+    level = tl.zeros_like(item)  # [BLOCK]
     if LEVELS > 1:
-        level = tl.where(exists, column // walk.n_others, 0).to(tl.int64)
-    return index, exists, level
+        level = tl.where(valid, column // walk.n_items, 0).to(tl.int64)
+    return item, valid, level
 
 
 @triton.jit
-def group_at(walk, row, level, exists):
-    """The group of rows at a level, -1 for those that do not exist."""
-    place = (tl.zeros_like(row) + walk.n_rows) * level + row
-    return tl.load(walk.tiles.row_groups + place, mask=exists, other=-1)
+def load_group(walk, row, level, valid):
+    """The groups of rows at a level, int32 ``[n]``; -1 for rows that are not ``valid``."""
+    offset = (tl.zeros_like(row) + walk.n_rows) * level + row  # [n]
+    return tl.load(walk.tiles.row_groups + offset, mask=valid, other=-1)
 
 
 @triton.jit
-def cell_at(walk, row, level, axis, exists, DIM: tl.constexpr):
-    """A coordinate of the cells that rows fall into at a level."""
-    place = (tl.zeros_like(row) + walk.n_rows) * (level * DIM + axis) + row
-    return tl.load(walk.tiles.row_cells + place, mask=exists, other=0)
+def load_cell(walk, row, level, axis, valid, DIM: tl.constexpr):
+    """One coordinate of the cells of rows at a level, int32 ``[n]``."""
+    offset = (tl.zeros_like(row) + walk.n_rows) * (level * DIM + axis) + row  # [n]
+    return tl.load(walk.tiles.row_cells + offset, mask=valid, other=0)
 
 
 @triton.jit
-def seen(
-    walk, row, row_level, row_exists, column, column_level, column_exists,
+def window_mask(
+    walk, row, row_level, row_valid, item, item_level, item_valid,
     DIM: tl.constexpr, LEVELS: tl.constexpr,
 ):  # fmt: skip
-    """Bool ``[ROWS, BLOCK]``: which rows see which columns, each at a level."""
-    group = group_at(walk, row, row_level, row_exists)
-    n_others = tl.zeros_like(column) + walk.n_others  # of 64 bits, as all places are
-    place = column_level * n_others + column
-    other = tl.load(walk.tiles.column_groups + place, mask=column_exists, other=-1)
-    takes_part = group >= 0
-    radius = tl.load(walk.levels + 4 * (group % LEVELS), mask=takes_part, other=0)
-    sees = takes_part[:, None] & (group[:, None] == other[None, :])
+    """The pair mask, bool ``[ROWS, BLOCK]``: which pairs of a row and a column are neighbors.
+
+    Args:
+        walk: the `Walk`.
+        row, row_valid: ``[ROWS]``.
+        row_level: the level at which rows are compared, a scalar.
+        item, item_level, item_valid: ``[BLOCK]``, what `load_columns` returns.
+        DIM: number of spatial dimensions.
+        LEVELS: number of levels.
+    """
+    group = load_group(walk, row, row_level, row_valid)  # [ROWS]
+    n_items = tl.zeros_like(item) + walk.n_items  # [BLOCK], int64, as are all offsets
+    offset = item_level * n_items + item  # [BLOCK]
+    item_group = tl.load(walk.tiles.column_groups + offset, mask=item_valid, other=-1)  # [BLOCK]
+    row_active = group >= 0  # [ROWS]
+    radius = tl.load(level_ptr(walk, group % LEVELS, RADIUS), mask=row_active, other=0)  # [ROWS]
+    pair_mask = row_active[:, None] & (group[:, None] == item_group[None, :])  # [ROWS, BLOCK]
     for axis in tl.static_range(DIM):
-        cell = cell_at(walk, row, row_level, axis, row_exists, DIM)
-        place = (column_level * DIM + axis) * n_others + column
-        other_cell = tl.load(walk.tiles.column_cells + place, mask=column_exists, other=0)
-        # One comparison for both sides: what lies below is huge as an unsigned number.
-        above = (other_cell[None, :] - (cell - radius)[:, None]).to(tl.uint32, bitcast=True)
-        sees = sees & (above <= (2 * radius).to(tl.uint32, bitcast=True)[:, None])
-    return sees
+        cell = load_cell(walk, row, row_level, axis, row_valid, DIM)  # [ROWS]
+        offset = (item_level * DIM + axis) * n_items + item
+        item_cell = tl.load(walk.tiles.column_cells + offset, mask=item_valid, other=0)  # [BLOCK]
+        # One comparison for both ends: a negative number is large if taken as unsigned.
+        distance = (item_cell[None, :] - (cell - radius)[:, None]).to(
+            tl.uint32, bitcast=True
+        )  # [ROWS, BLOCK], from the first cell of the window
+        width = (2 * radius).to(tl.uint32, bitcast=True)  # [ROWS]
+        pair_mask = pair_mask & (distance <= width[:, None])
+    return pair_mask
