@@ -195,7 +195,7 @@ def test_a_compiled_step_asks_for_what_the_gpu_keeps(monkeypatch: pytest.MonkeyP
 
     points = make_points(50)
     positions = points.positions()
-    monkeypatch.setattr(constants, "_KEEPING", ("meta",))
+    monkeypatch.setattr(constants, "_CACHED_DEVICES", ("meta",))
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=record)
     compiled(points, positions).sum().backward()
     (graph,) = graphs
