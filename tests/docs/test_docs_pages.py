@@ -78,3 +78,18 @@ def test_the_drawing_is_what_its_script_draws(name: str) -> None:
     assert set(script["DRAWINGS"]) == {"concepts.svg", "concepts-narrow.svg"}
     drawn = script["draw"](stacked=script["DRAWINGS"][name])
     assert drawn == (DOCS / name).read_text(encoding="utf-8")
+
+
+def test_code_spans_of_public_names_become_links(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)  # where MkDocs runs
+    link_names = runpy.run_path(str(DOCS / "link_names.py"))["link_names"]
+    target = '<autoref optional identifier="vicinal.FeaturePyramid'
+    assert link_names("<code>FeaturePyramid</code>").startswith(f'{target}"><code>')
+    assert link_names("<code>FeaturePyramid.levels</code>").startswith(f'{target}.levels"><code>')
+    for html in (
+        "<code>torch.unique</code>",
+        "<pre><code>FeaturePyramid</code></pre>",
+        '<a href="x"><code>FeaturePyramid</code></a>',
+        "<h2><code>FeaturePyramid</code></h2>",
+    ):
+        assert link_names(html) == html
