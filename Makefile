@@ -29,10 +29,10 @@ lint: .venv/ready
 	$(BIN)/mypy
 
 docs: .venv/docs-ready
-	$(BIN)/python -m mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 docs-serve: .venv/docs-ready
-	$(BIN)/python -m mkdocs serve
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve
 
 # Where Python has what they need, PYTHON=... ENVIRONMENT= runs these two without making .venv.
 ENVIRONMENT ?= .venv/ready
