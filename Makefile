@@ -1,4 +1,4 @@
-.PHONY: help demo test lint gpu-test gpu-bench bench bench-compare clean
+.PHONY: help demo test lint docs docs-serve gpu-test gpu-bench bench bench-compare clean
 .DEFAULT_GOAL := help
 PYTHON ?= python3
 BIN := .venv/bin
@@ -7,6 +7,8 @@ help:
 	@echo "make demo   trains a detector of handwritten digits on large canvases; pictures in out/"
 	@echo "make test   the tests"
 	@echo "make lint   ruff and mypy"
+	@echo "make docs   builds the documentation site, strictly, in out/site"
+	@echo "make docs-serve  shows it at http://localhost:8000 and follows changes"
 	@echo "make bench  the study: floors, peers, scaling; figures in benchmarks/results/"
 	@echo "            quickly, to see that it runs: make bench SIZE=quick"
 	@echo "make gpu-test   the tests that need a GPU, and Triton's kernels on it"
@@ -25,6 +27,12 @@ lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: .venv/docs-ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+docs-serve: .venv/docs-ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve
 
 # Where Python has what they need, PYTHON=... ENVIRONMENT= runs these two without making .venv.
 ENVIRONMENT ?= .venv/ready
@@ -58,6 +66,11 @@ bench-compare: .venv/ready
 .venv/bench-ready: .venv/ready
 	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pip install --quiet --disable-pip-version-check \
 		-c constraints.txt --no-build-isolation --editable ".[bench]"
+	touch $@
+
+.venv/docs-ready: .venv/ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		--no-build-isolation --editable ".[docs]"
 	touch $@
 
 clean:

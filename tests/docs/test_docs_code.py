@@ -1,0 +1,113 @@
+"""The code on all pages and in all public docstrings runs; every public name has an example."""
+
+import importlib
+import inspect
+import re
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+MODULES = ("vicinal", "vicinal.nn", "vicinal.detr", "vicinal.visualize")
+
+
+def code_blocks(text: str) -> list[str]:
+    """The fenced Python blocks of a page or docstring."""
+    blocks = re.findall(r"^( *)```python\n(.*?)^\1```$", text, re.DOTALL | re.MULTILINE)
+    return [textwrap.dedent(code) for _, code in blocks]
+
+
+def public_names() -> dict[str, Any]:
+    """What the modules export: each object once, by the last module that exports it."""
+    by_object: dict[int, tuple[str, Any]] = {}
+    for module_name in MODULES:
+        module = importlib.import_module(module_name)
+        for name in module.__all__:
+            value = getattr(module, name)
+            if callable(value):
+                by_object[id(value)] = f"{module_name}.{name}", value
+    return dict(by_object.values())
+
+
+def documented() -> Iterator[tuple[str, str]]:
+    """Name and docstring of public modules, classes, functions, methods and properties."""
+    for module_name in MODULES:
+        yield module_name, inspect.getdoc(sys.modules[module_name]) or ""
+    for name, value in public_names().items():
+        yield name, own_docstring(value)
+        if inspect.isclass(value):
+            for member_name, member in inspect.getmembers(value):
+                if not member_name.startswith("_") and is_own(member):
+                    yield f"{name}.{member_name}", own_docstring(member)
+
+
+def is_own(member: Any) -> bool:
+    function = member.fget if isinstance(member, property) else member
+    return (getattr(function, "__module__", None) or "").startswith("vicinal")
+
+
+def own_docstring(value: Any) -> str:
+    return inspect.cleandoc(value.__doc__ or "")
+
+
+NAMES = public_names()
+CODE_OF_PAGES = {
+    str(page.relative_to(ROOT)): blocks
+    for page in PAGES
+    if (blocks := code_blocks(page.read_text(encoding="utf-8")))
+}
+CODE_OF_DOCSTRINGS = {
+    f"{name}-{index}": code
+    for name, docstring in documented()
+    for index, code in enumerate(code_blocks(docstring))
+}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("page", CODE_OF_PAGES)
+def test_code_of_a_page_runs_block_after_block(page: str) -> None:
+    namespace: dict[str, Any] = {"__name__": "page"}
+    for index, code in enumerate(CODE_OF_PAGES[page]):
+        exec(compile(code, f"{page}, block {index}", "exec"), namespace)
+
+
+@pytest.mark.parametrize("example", CODE_OF_DOCSTRINGS)
+def test_code_of_a_docstring_runs_by_itself(example: str) -> None:
+    exec(compile(CODE_OF_DOCSTRINGS[example], example, "exec"), {"__name__": "example"})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_public_name_has_an_example(name: str) -> None:
+    docstring = own_docstring(NAMES[name])
+    _, heading, example = docstring.partition("\nExample:\n")
+    assert heading, f"{name} has no section 'Example:'"
+    assert code_blocks(example), f"the example of {name} holds no Python block"
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        "README.md",
+        "docs/concepts.md",
+        "docs/detection.md",
+        "docs/recipes/classify.md",
+        "docs/recipes/cross-attention.md",
+        "docs/recipes/detection.md",
+        "docs/recipes/encoder.md",
+        "docs/recipes/labels.md",
+    ],
+)
+def test_pages_that_show_code_are_found(page: str) -> None:
+    assert page in CODE_OF_PAGES
