@@ -78,7 +78,7 @@ def shares(steps: int, batch: int) -> dict[str, float]:
 
     with contextlib.ExitStack() as patches:
         for name, owner, attribute in (
-            ("batches", scenes, "batch"),
+            ("batches", Scenes, "batch"),
             ("plans", block, "plan_neighborhoods"),
             ("windows of the stem", PointStem, "_windows"),
             ("pooling", FeaturePyramid, "from_points"),
