@@ -1,4 +1,4 @@
-.PHONY: help demo test lint docs docs-serve gpu-test gpu-bench bench bench-compare clean
+.PHONY: help demo test lint docs docs-serve gpu-test gpu-bench gpu-first bench bench-compare clean
 .DEFAULT_GOAL := help
 PYTHON ?= python3
 BIN := .venv/bin
@@ -9,11 +9,13 @@ help:
 	@echo "make lint   ruff and mypy"
 	@echo "make docs   builds the documentation site, strictly, in out/site"
 	@echo "make docs-serve  shows it at http://localhost:8000 and follows changes"
-	@echo "make bench  the study: floors, peers, scaling; figures in benchmarks/results/"
-	@echo "            quickly, to see that it runs: make bench SIZE=quick"
+	@echo "make bench  the study: floors, baselines, scaling; figures in benchmarks/results/"
+	@echo "            quickly, to check that it runs: make bench SIZE=quick"
 	@echo "make gpu-test   the tests that need a GPU, and Triton's kernels on it"
-	@echo "make gpu-bench  the study on a GPU; figures in benchmarks/results/"
-	@echo "make bench-compare A=commit B=commit   times two commits by turns"
+	@echo "make gpu-bench  the study on a GPU; figures in benchmarks/results/; some of its cases:"
+	@echo "            make gpu-bench CASES=\"attention plan compute\""
+	@echo "make gpu-first  the most important of both, where time on a GPU is short"
+	@echo "make bench-compare A=commit B=commit   times two commits alternately"
 	@echo "make clean  remove the environment and what was built"
 	@echo "All of them first create .venv, with what constraints.txt pins."
 
@@ -34,19 +36,28 @@ docs: .venv/docs-ready
 docs-serve: .venv/docs-ready
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve
 
-# Where Python has what they need, PYTHON=... ENVIRONMENT= runs these two without making .venv.
+# Where Python has what they need, PYTHON=... ENVIRONMENT= runs these without making .venv.
 ENVIRONMENT ?= .venv/ready
 GPU_PYTHON = $(if $(ENVIRONMENT),$(BIN)/python,env PYTHONPATH=src $(PYTHON))
+BUILD_IN_PLACE = $(if $(ENVIRONMENT),,$(PYTHON) setup.py build_ext --inplace)
 gpu-test: $(ENVIRONMENT)
-	$(if $(ENVIRONMENT),,$(PYTHON) setup.py build_ext --inplace)
+	$(BUILD_IN_PLACE)
 	$(GPU_PYTHON) -m pytest tests/test_gpu.py tests/backends/test_triton.py tests/backends/test_no_stalls.py
 
+# All cases, or those whose names begin with one of CASES.
+CASES ?=
 gpu-bench: $(ENVIRONMENT)
-	$(GPU_PYTHON) -m benchmarks.gpu
+	$(GPU_PYTHON) -m benchmarks --device cuda --size $(SIZE) $(if $(CASES),--only $(CASES))
+
+gpu-first: $(ENVIRONMENT)
+	$(BUILD_IN_PLACE)
+	$(GPU_PYTHON) -m pytest tests/test_gpu.py
+	$(GPU_PYTHON) -m pytest -n auto tests/backends/test_triton.py
+	$(GPU_PYTHON) -m benchmarks --device cuda --only attention plan compute
 
 SIZE ?= full
 bench: .venv/bench-ready
-	$(BIN)/python -m benchmarks.study --size $(SIZE)
+	$(BIN)/python -m benchmarks --device cpu --size $(SIZE)
 
 bench-compare: .venv/ready
 	$(BIN)/python -m benchmarks.compare $(A) $(B) --size $(SIZE)
@@ -61,8 +72,8 @@ bench-compare: .venv/ready
 		--no-build-isolation --editable ".[demo,dev]"
 	touch $@
 
-# The peers. natten is built here, against the torch that is there; with a graphics card in sight it
-# would compile its CUDA kernels for an hour, which this study on the CPU does not use.
+# The baselines. natten is built here, against the installed torch; with a visible GPU it would
+# compile its CUDA kernels for an hour, which the study on the CPU does not use.
 .venv/bench-ready: .venv/ready
 	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pip install --quiet --disable-pip-version-check \
 		-c constraints.txt --no-build-isolation --editable ".[bench]"

@@ -1,16 +1,14 @@
-"""What Triton's kernels take of a GPU that need not be there: ``python -m benchmarks.kernels``.
+"""Resources of Triton's kernels, without a GPU: ``python -m benchmarks.kernels``.
 
 Compiles each kernel as the ops launch it, for generations of cards, and prints registers, spilled
-bytes and shared memory, as the assembler's tools tell them. Nothing runs.
+bytes and shared memory, as cuobjdump reports them, a line of JSON per kernel. Nothing runs.
 """
 
-from __future__ import annotations
-
 import argparse
+import itertools
 import json
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,13 +29,6 @@ from vicinal.backends import reference
 from vicinal.backends.triton import ops as triton_ops
 
 ARCHITECTURES = (80, 90, 100)
-_NAMES = {
-    torch.float16: "fp16",
-    torch.bfloat16: "bf16",
-    torch.float32: "fp32",
-    torch.int32: "i32",
-    torch.int64: "i64",
-}
 
 
 class Case(NamedTuple):
@@ -48,7 +39,7 @@ class Case(NamedTuple):
     everything: bool = True  # background and dropout, which take registers
     heads: int = 8
     n_points: int | None = None
-    n_queries: int | None = None  # few among many are taken one by one
+    n_queries: int | None = None  # few among many have tiles of one row
 
     def spills_allowed(self, kernel: str) -> int:
         """Bytes of a thread. Products of float32 keep both factors in registers."""
@@ -78,7 +69,7 @@ class Launch(NamedTuple):
 
 
 class Usage(NamedTuple):
-    """Of one kernel, in a thread but for what is shared by all."""
+    """Of one kernel: registers and spills per thread, shared memory per program."""
 
     kernel: str
     architecture: int
@@ -90,7 +81,7 @@ class Usage(NamedTuple):
 
 
 def usages(case: Case, architecture: int) -> Iterator[Usage]:
-    """Of every kernel that the ops launch, both passes; those that plan know no dtype."""
+    """Of every kernel that the ops launch, in both passes."""
     for launch in launches(case):
         name = launch.kernel.fn.__name__
         sizes = _compile(launch, GPUTarget("cuda", architecture, 32))
@@ -98,7 +89,7 @@ def usages(case: Case, architecture: int) -> Iterator[Usage]:
 
 
 def launches(case: Case) -> list[Launch]:
-    """What the ops would launch; they are given tensors on the CPU, which nothing reads."""
+    """What the ops would launch; nothing reads the tensors on the CPU that they get."""
     found = []
 
     def record(
@@ -109,7 +100,7 @@ def launches(case: Case) -> list[Launch]:
     plan = _plan(case)
     with mock.patch.object(triton_ops, "launch", record):
         if not case.everything:
-            _plan_tiles(plan, case)
+            _plan_tiles(plan)
         _rotate(plan, case)
         _attend(plan, case)
     return list({launch.kernel: launch for launch in found}.values())
@@ -124,13 +115,12 @@ def _plan(case: Case) -> NeighborhoodPlan:
     return plan_neighborhoods(positions, offsets, points, scene.windows)
 
 
-def _plan_tiles(plan: NeighborhoodPlan, case: Case) -> None:
+def _plan_tiles(plan: NeighborhoodPlan) -> None:
     keys, _, query_keys, point_keys, _ = plan._keyed_cells
     slices = plan._tensors.query_slices
     triton_ops.find_slices(point_keys, query_keys, slices.traversal, *keys.window_rows())
     rows = tile_rows(plan.n_queries, plan.n_points)
-    sizes = list(plan.neighborhood_sizes)
-    triton_ops.find_runs(*slices[:3], sizes, plan.position_dim, rows)
+    triton_ops.find_runs(*slices[:3], list(plan.neighborhood_sizes), plan.position_dim, rows)
 
 
 def _rotate(plan: NeighborhoodPlan, case: Case) -> None:
@@ -164,7 +154,7 @@ def _attend(plan: NeighborhoodPlan, case: Case) -> None:
 
 
 def variant(launch: Launch, target: GPUTarget) -> tuple[ASTSource, dict[str, Any]]:
-    """What Triton compiles for a launch, by its own look at the arguments; and its options."""
+    """What Triton compiles for a launch, as it specializes the arguments; and its options."""
     kernel, backend = launch.kernel, make_backend(target)
     keywords = {**launch.constants, "num_warps": launch.num_warps, "enable_fp_fusion": True}
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
@@ -174,44 +164,30 @@ def variant(launch: Launch, target: GPUTarget) -> tuple[ASTSource, dict[str, Any
 
 
 def _compile(launch: Launch, target: GPUTarget) -> tuple[int, int, int]:
-    """Registers, spilled bytes and bytes of shared memory."""
+    """Registers, spilled bytes (those of the stack) and bytes of shared memory."""
     source, options = variant(launch, target)
     compiled = triton.compile(source, target=target, options=options)
-    registers, stack = _resources(compiled.asm["cubin"])
-    return registers, stack, compiled.metadata.shared
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(compiled.asm["cubin"])
+        tool = triton.knobs.nvidia.cuobjdump.path
+        command = [tool, "--dump-resource-usage", file.name]
+        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", output)
+    assert found is not None, output
+    return int(found[1]), int(found[2]), compiled.metadata.shared
 
 
-def _resources(binary: bytes) -> tuple[int, int]:
-    """Registers and bytes of stack, which is where spilled registers go, of a thread."""
-    tool = triton.knobs.nvidia.cuobjdump.path
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(binary)
-        command = [tool, "--dump-resource-usage", str(path)]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", said)
-    assert found is not None, said
-    return int(found[1]), int(found[2])
-
-
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__)
     parser.add_argument("--architecture", type=int, nargs="*", default=ARCHITECTURES)
-    parser.add_argument("--json", action="store_true", help="a line of JSON per kernel")
     arguments = parser.parse_args()
     if triton_ops.INTERPRETS:
         parser.error("TRITON_INTERPRET is set: there is nothing to compile")
-    for architecture in arguments.architecture:
-        for case in CASES:
-            told = {**case._asdict(), "dtype": _NAMES[case.dtype]}
-            for usage in usages(case, architecture):
-                line = {**told, **usage._asdict()}
-                if arguments.json:
-                    print(json.dumps(line), flush=True)
-                else:
-                    print("  ".join(f"{name} {value}" for name, value in line.items()), flush=True)
-    return 0
+    for architecture, case in itertools.product(arguments.architecture, CASES):
+        for usage in usages(case, architecture):
+            line = {**case._asdict(), "dtype": str(case.dtype), **usage._asdict()}
+            print(json.dumps(line), flush=True)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

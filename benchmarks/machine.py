@@ -1,7 +1,5 @@
 """What the figures were taken on: machine, versions, commit."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib.metadata
 import os
@@ -9,25 +7,19 @@ import platform
 import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import torch
 
 PACKAGES = (
-    "torch",
-    "triton",
-    "vicinal",
-    "torch_geometric",
-    "transformers",
-    "natten",
-    "mlxtend",
-    "numpy",
-)
+    "torch", "triton", "vicinal", "torch_geometric", "transformers", "natten", "mlxtend", "numpy"
+)  # fmt: skip
 ROOT = Path(__file__).parent.parent
 
 Commit = dict[str, str | bool]
 
 
-def describe_machine() -> dict[str, str | int | float]:
+def describe_machine() -> dict[str, Any]:
     return {
         "processor": _processor(),
         "cores": usable_cores(),
@@ -38,7 +30,7 @@ def describe_machine() -> dict[str, str | int | float]:
     }
 
 
-def describe_gpu() -> dict[str, str | int | float | None]:
+def describe_gpu() -> dict[str, Any]:
     """The current one."""
     found = torch.cuda.get_device_properties()
     return {
@@ -46,26 +38,23 @@ def describe_gpu() -> dict[str, str | int | float | None]:
         "capability": f"{found.major}.{found.minor}",
         "processors": found.multi_processor_count,
         "memory_gib": round(found.total_memory / 2**30, 1),
-        "driver": _said_by("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
-        "cuda": torch.version.cuda,
-        "hip": torch.version.hip,
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "toolkit": torch.version.cuda or torch.version.hip,
     }
 
 
 def versions() -> dict[str, str | None]:
     """Of Python and the packages; None for what is not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for package in PACKAGES:
-        found[package] = None
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found
+    found = {
+        d.name.lower().replace("-", "_"): d.version for d in importlib.metadata.distributions()
+    }
+    return {"python": platform.python_version()} | {name: found.get(name) for name in PACKAGES}
 
 
 def describe_commit() -> Commit:
-    """The commit measured, and whether files git knows of differ from it."""
-    commit = _git("rev-parse", "--short=10", "HEAD")
-    changes = _git("status", "--porcelain", "--untracked-files=no")
+    """The commit measured, and whether tracked files differ from it."""
+    changes = _output("git", "status", "--porcelain", "--untracked-files=no")
+    commit = _output("git", "rev-parse", "--short=10", "HEAD")
     return {"id": commit or "unknown", "dirty": bool(changes)}
 
 
@@ -76,40 +65,37 @@ def file_stem(commit: Commit, device: str | None = None) -> str:
 
 
 def usable_cores() -> int:
-    """The cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def available_memory() -> int:
-    """Bytes that can still be taken without driving others out."""
+    """Bytes that can still be allocated without swapping."""
     return _memory("MemAvailable")
 
 
 def _processor() -> str:
-    with contextlib.suppress(OSError):
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
-        if found:
-            return found[1].strip()
-    return platform.processor() or platform.machine() or "unknown"
+    found = _field("cpuinfo", r"^model name\s*:\s*(.+)$")
+    return found or platform.processor() or platform.machine() or "unknown"
 
 
 def _memory(field: str) -> int:
     """Bytes, from /proc/meminfo, which counts in KiB; elsewhere all that is installed."""
-    with contextlib.suppress(OSError):
-        found = re.search(rf"^{field}:\s*(\d+) kB$", Path("/proc/meminfo").read_text(), re.M)
-        if found:
-            return 1024 * int(found[1])
+    found = _field("meminfo", rf"^{field}:\s*(\d+) kB$")
+    if found:
+        return 1024 * int(found)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _git(*arguments: str) -> str:
-    return _said_by("git", *arguments)
+def _field(file: str, pattern: str) -> str:
+    with contextlib.suppress(OSError):
+        found = re.search(pattern, Path("/proc", file).read_text(), re.M)
+        return found[1].strip() if found else ""
+    return ""
 
 
-def _said_by(*command: str) -> str:
-    """What a command prints, nothing where it fails or is not there."""
+def _output(*command: str) -> str:
+    """What a command prints; nothing where it fails or does not exist."""
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
         return done.stdout.strip()

@@ -1,127 +1,172 @@
-"""How long a call takes and how much memory it needs, on the CPU."""
-
-from __future__ import annotations
+"""Time and memory of calls, on the CPU and on a GPU."""
 
 import ctypes
 import gc
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None  # type: ignore[assignment]
+from benchmarks.outcome import CaseSkipped
 
 Call = Callable[[], object]
+Compute = Callable[..., Tensor | tuple[Tensor, ...]]
 
-_STATUS = Path("/proc/self/status")
-_CLEAR_REFS = Path("/proc/self/clear_refs")
-_RESET_PEAK = "5"  # see proc(5)
-
-
-def median_time(fn: Call, repeats: int = 5) -> float:
-    """Seconds that ``fn()`` takes: the median of ``repeats`` calls, after one that warms up."""
-    fn()
-    return statistics.median(_seconds(fn) for _ in range(repeats))
+WARM_UPS = 3  # calls on a GPU: the first compiles, the next allocate
+FLUSHED = 256 * 2**20  # bytes, several times the caches of today's GPUs
+_PROCESS = Path("/proc/self")
 
 
-class Turns(NamedTuple):
-    """Seconds of calls that took turns: ``[calls][repeats]``."""
+@dataclass(frozen=True)
+class Work:
+    """``compute(*inputs)``, and the ``parameters`` that also get gradients, as calls to time."""
+
+    compute: Compute
+    inputs: tuple[Tensor, ...]
+    parameters: tuple[Tensor, ...] = ()
+
+    @torch.no_grad()
+    def forward(self) -> tuple[Tensor, ...]:
+        return _as_tuple(self.compute(*self.inputs))
+
+    def step(self, grad_of: Callable[[Tensor], Tensor] = torch.ones_like) -> tuple[Tensor, ...]:
+        """A training step: forward, and backward from ``grad_of(output)`` to inputs and parameters.
+
+        Returns the gradients, None where there is none.
+        """
+        leaves, out = self._with_graph()
+        grads = [grad_of(part) for part in out]
+        return torch.autograd.grad(out, [*leaves, *self.parameters], grads, allow_unused=True)
+
+    def backward(self) -> Call:
+        """The backward pass to the inputs alone; the forward pass runs here, once."""
+        leaves, out = self._with_graph()
+        ones = [torch.ones_like(part) for part in out]
+        return lambda: torch.autograd.grad(out, leaves, ones, retain_graph=True)
+
+    def _with_graph(self) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+        leaves = [x.detach().requires_grad_() for x in self.inputs]
+        return leaves, _as_tuple(self.compute(*leaves))
+
+
+def _as_tuple(out: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return out if isinstance(out, tuple) else (out,)
+
+
+class Timings(NamedTuple):
+    """Seconds of several calls: ``[calls][rounds]``."""
 
     seconds: tuple[tuple[float, ...], ...]
 
     def median(self, call: int) -> float:
-        """Seconds."""
         return statistics.median(self.seconds[call])
 
     def ratio(self, call: int, base: int) -> float:
-        """How many times longer ``call`` takes than ``base``: the median over the turns."""
+        """How many times longer ``call`` takes than ``base``: the median over the rounds."""
         pairs = zip(self.seconds[call], self.seconds[base], strict=True)
-        return statistics.median(mine / theirs for mine, theirs in pairs)
+        return statistics.median(one / other for one, other in pairs)
 
 
-class TakeTurns(Protocol):
-    """What `take_turns` does, by whatever clock."""
+def time_calls(*calls: Call, repeats: int, device: torch.device) -> Timings:
+    """Times ``repeats`` rounds of all ``calls``, after a warm-up.
 
-    def __call__(self, *calls: Call, repeats: int) -> Turns: ...
-
-
-def take_turns(*calls: Call, repeats: int) -> Turns:
-    """Times ``repeats`` rounds of all ``calls``, after one that warms up.
-
-    They take turns, so a machine that is faster now than then does not favour any.
+    The calls alternate, so that a change of the machine's speed affects all of them. On a GPU, CUDA
+    events measure with cold caches; the host does not wait between calls, so the time of a launch
+    counts only where the GPU waits for it.
     """
+    on_gpu = device.type == "cuda"
     for call in calls:
+        for _ in range(WARM_UPS if on_gpu else 1):
+            call()
+    rounds = (_rounds_on_gpu if on_gpu else _rounds_on_cpu)(calls, repeats)
+    return Timings(tuple(zip(*rounds, strict=True)))
+
+
+def _rounds_on_cpu(calls: Sequence[Call], repeats: int) -> list[list[float]]:
+    def seconds(call: Call) -> float:
+        start = time.perf_counter()
         call()
-    rounds = [[_seconds(call) for call in calls] for _ in range(repeats)]
-    return Turns(tuple(zip(*rounds, strict=True)))
+        return time.perf_counter() - start
+
+    return [[seconds(call) for call in calls] for _ in range(repeats)]
 
 
-def _seconds(fn: Call) -> float:
-    start = time.perf_counter()
-    fn()
-    return time.perf_counter() - start
+def _rounds_on_gpu(calls: Sequence[Call], repeats: int) -> list[list[float]]:
+    flushed = torch.empty(FLUSHED, dtype=torch.uint8, device="cuda")
+
+    def events(call: Call) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flushed.zero_()
+        start.record()
+        call()
+        end.record()
+        return start, end
+
+    rounds = [[events(call) for call in calls] for _ in range(repeats)]
+    torch.cuda.synchronize()
+    return [[start.elapsed_time(end) / 1000 for start, end in each] for each in rounds]
 
 
-def wait_for(device: torch.device) -> None:
-    """Returns when a GPU has done what it was told to; the CPU always has."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def as_cuda_graph(call: Call, device: torch.device) -> Call:
+    """A replay of the kernels of ``call``, without the time of launching; on the CPU, ``call``."""
+    if device.type != "cuda":
+        return call
+    warm_up = torch.cuda.Stream()  # captures must not follow the first call of a library
+    warm_up.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(warm_up):
+        for _ in range(WARM_UPS):
+            call()
+    torch.cuda.current_stream().wait_stream(warm_up)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
 
 
-def peak_memory(fn: Call) -> int:
-    """Bytes that the process holds at the peak of ``fn()``, above what it held before.
+class Peak(NamedTuple):
+    """Bytes before a call, and at its peak with those included."""
 
-    Resident memory as the operating system sees it, so the work space of libraries counts as well.
-    Call ``fn`` once before, or what it sets up for good (threads, packed weights) counts too.
+    before: int
+    total: int
 
-    Where the system cannot reset the peak (elsewhere than on Linux), only what exceeds the highest
-    peak of the process so far is seen: measure in a fresh process there.
+    @property
+    def of_call(self) -> int:
+        return max(0, self.total - self.before)
+
+
+def peak_memory(call: Call, device: torch.device) -> Peak:
+    """Memory of a call, after a warm-up that allocates what stays (threads, packed weights).
+
+    On a GPU, bytes of tensors. On the CPU, resident memory of the process, so that the workspace of
+    libraries counts.
     """
-    _give_back_freed_memory()
-    if not _reset_peak():
-        before = _lifetime_peak()
-        fn()
-        return _lifetime_peak() - before
-    before = _status_bytes("VmRSS")
-    fn()
-    return max(0, _status_bytes("VmHWM") - before)
-
-
-def _give_back_freed_memory() -> None:
-    """Unmaps what malloc keeps of freed memory: reused, it would hide a part of the next peak."""
+    call()
     gc.collect()
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc alone has it
-        if trim is not None:
-            trim(0)
-
-
-def _reset_peak() -> bool:
-    try:
-        _CLEAR_REFS.write_text(_RESET_PEAK)
-    except OSError:
-        return False
-    return True
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return Peak(before, torch.cuda.max_memory_allocated())
+    if sys.platform != "linux":
+        raise CaseSkipped("peak memory of a process is measured on Linux only")
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc alone has it
+    if trim is not None:
+        trim(0)  # freed memory that malloc retains, reused, would hide a part of the peak
+    (_PROCESS / "clear_refs").write_text("5")  # resets the peak, see proc(5)
+    before = _status_bytes("VmRSS")
+    call()
+    return Peak(before, _status_bytes("VmHWM"))
 
 
 def _status_bytes(field: str) -> int:
-    """A field of /proc/self/status, which counts in KiB."""
-    for line in _STATUS.read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name == field:
-            return 1024 * int(value.split()[0])
-    raise OSError(f"{_STATUS} has no {field}")
-
-
-def _lifetime_peak() -> int:
-    if resource is None:
-        raise OSError("no way to measure peak memory on this system")
-    unit = 1 if sys.platform == "darwin" else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    lines = (_PROCESS / "status").read_text().splitlines()
+    (value,) = (line.split()[1] for line in lines if line.startswith(f"{field}:"))
+    return 1024 * int(value)

@@ -1,107 +1,68 @@
-"""What a study leaves behind: JSON, plots, and progress while it runs."""
-
-from __future__ import annotations
+"""What a study leaves behind: JSON, tables and plots."""
 
 import dataclasses
 import json
-import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from datetime import datetime
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from benchmarks import machine
 from benchmarks.goals import Goal, outcome_of
-from benchmarks.outcome import DisagreementError, Outcome
-from benchmarks.report import Outcomes
+from benchmarks.outcome import RETAINED, Outcome
+from benchmarks.report import Outcomes, report
+from benchmarks.settings import Settings
 
 RESULTS = Path(__file__).parent / "results"
-
-Draw = Callable[[Outcomes, Path], Iterator[Path]]
-
-
-def run_and_say(run: Callable[[], Outcome], name: str) -> Outcome:
-    start = time.perf_counter()
-    print(f"{name} ...", end=" ", file=sys.stderr, flush=True)
-    outcome = run()
-    print(outcome.problem or f"{time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
-    return outcome
+FORMER = {"keeping/": RETAINED, "peers/": "baselines/"}
+"""Parts of the names of cases in files of earlier commits."""
 
 
-def until_one_fits(names: Iterable[str], run: Callable[[str], Outcome]) -> dict[str, Outcome]:
-    """Goes on to the next of ``names`` where one takes more memory than there is."""
-    outcomes = {}
-    for name in names:
-        outcomes[name] = outcome = run(name)
-        if not outcome.lacked_memory:
-            break
-    return outcomes
-
-
-def collect(
-    batches: Iterable[Outcomes], keep: Callable[[Outcomes], None], found: Outcomes
-) -> Outcomes | None:
-    """All outcomes, those ``found`` before included; ``keep`` gets them as they come.
-
-    None where a peer disagrees, which ends the study.
-    """
-    outcomes = dict(found)
-    try:
-        for batch in batches:
-            outcomes |= batch
-            keep(outcomes)
-    except DisagreementError as difference:
-        print(f"\nThe study stops, as a peer disagrees: {difference}", file=sys.stderr)
-        return None
-    return outcomes
-
-
-def as_record(
-    outcomes: Outcomes,
-    goals: Sequence[Goal],
-    started: datetime,
-    commit: machine.Commit,
-    **settings: object,
-) -> dict[str, Any]:
-    """All there is to know, for JSON; ``settings`` are the study's own."""
+def describe(settings: Settings, size: str) -> dict[str, Any]:
+    """What is measured, and where, as of now."""
     return {
         "machine": machine.describe_machine(),
+        "gpu": machine.describe_gpu() if settings.device == "cuda" else None,
         "versions": machine.versions(),
-        "commit": commit,
-        "started": started.isoformat(timespec="seconds"),
-        **settings,
-        "goals": [
-            {**goal._asdict(), "value": outcome_of(goal, outcomes)[1].find(goal.figure)}
-            for goal in goals
-        ],
-        "cases": {name: dataclasses.asdict(outcome) for name, outcome in outcomes.items()},
+        "commit": machine.describe_commit(),
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "size": size,
+        "settings": settings._asdict(),
     }
 
 
-def save(record: Mapping[str, Any], stem: Path) -> None:
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    stem.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+def save(about: Mapping[str, Any], outcomes: Outcomes, goals: Sequence[Goal], file: Path) -> None:
+    reached = [
+        {**goal._asdict(), "value": outcome_of(goal, outcomes)[1].find(goal.figure)}
+        for goal in goals
+    ]
+    cases = {name: dataclasses.asdict(outcome) for name, outcome in outcomes.items()}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({**about, "goals": reached, "cases": cases}, indent=1) + "\n")
 
 
-def saved(stem: Path) -> dict[str, Outcome]:
-    """The outcomes that have figures, of those that `save` wrote; none where it wrote nothing."""
-    path = stem.with_suffix(".json")
-    if not path.exists():
-        return {}
-    outcomes = {
-        name: Outcome(**kept) for name, kept in json.loads(path.read_text())["cases"].items()
-    }
-    return {name: outcome for name, outcome in outcomes.items() if outcome.figures}
+def load(file: Path) -> dict[str, Outcome]:
+    """The outcomes that have figures, of those that `save` wrote, now or before names changed."""
+    outcomes: dict[str, Outcome] = {}
+    for name, case in json.loads(file.read_text())["cases"].items():
+        for former, current in FORMER.items():
+            name = name.replace(former, current)
+        if name.startswith("memory-of-"):  # was a case of its own
+            name, side = name.removeprefix("memory-of-").rsplit("/", 1)
+            figure = {"theirs": "peak_bytes", "ours": "peak_bytes_vicinal"}[side]
+            outcomes[name].figures[figure] = case["figures"]["peak_bytes"]
+        elif case["figures"]:
+            outcomes[name] = Outcome(**case)
+    return outcomes
 
 
-def show(outcomes: Outcomes, stem: Path, load: Callable[[], Draw]) -> None:
-    """Draws plots beside the JSON by what ``load`` imports, and says where all of it is."""
-    print(f"\nFigures: {stem.with_suffix('.json')}")
+def show(outcomes: Outcomes, stem: Path, goals: Sequence[Goal]) -> None:
+    """Prints tables, and draws plots as ``stem`` and their subjects."""
+    print(report(outcomes, goals))
     try:
-        draw = load()
+        from benchmarks.plots import draw
     except ImportError as missing:
         print(f"No plots: {missing}")
         return
-    for plot in draw(outcomes, stem):
+    for plot in draw(outcomes, stem, goals):
         print(f"Plot: {plot}")

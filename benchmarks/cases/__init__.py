@@ -1,102 +1,94 @@
-"""What the study measures: one function per idea, run by name, each in a process of its own."""
-
-from __future__ import annotations
+"""What a study measures: every case has a name and gives figures, in a process of its own."""
 
 from collections.abc import Callable
 from functools import partial
 
-from benchmarks.allocator import KEEPING, keeping
-from benchmarks.cases import (
-    compute,
-    contests,
-    memory,
-    precision,
-    scaling,
-    speed,
-    stages,
-    threads,
-)
+from benchmarks.baselines import BASELINES
+from benchmarks.baselines.comparison import against, agreement
+from benchmarks.cases import block, stages, tuning
 from benchmarks.layer import Layer
-from benchmarks.outcome import Figures
-from benchmarks.peers import PEERS
-from benchmarks.scenes import particle_tracks
-from benchmarks.sizes import Size, of_density, scenes
+from benchmarks.outcome import RETAINED, Figures
+from benchmarks.scenes import handwriting, of_density, tracks_in_volume
+from benchmarks.settings import Settings, Tracks
 
 Case = Callable[[], Figures]
+Ladder = dict[str, Case]
+"""Cases by name, of which the next runs only where one lacks memory."""
 
-AT_FEW_TRACKS = [peer for peer in PEERS if peer != "pairs-block"]
-AT_MANY_TRACKS = [peer for peer in PEERS if peer != "gathering"]
-MAIN_PEERS = ("gathering", "pairs")  # of the whole block, and of the attention
+MILLION, SPEED = "million", "speed"  # the study runs them only where asked to
+BASELINES_ON_GPU = ("gathering", "pairs", "pairs-block", "flex", "flex-sorted")
 
 
-def all_cases(size: Size) -> dict[str, Case]:
-    """By name: all that the study may run."""
-    cases: dict[str, Case] = {
-        "scaling/time": lambda: scaling.seconds(
-            [Layer(of_density(n)) for n in size.growing], size.few_repeats
-        ),
-        "threads": lambda: threads.two_over_one(_tracks(size.tracks), size.repeats),
-        "precision": lambda: precision.against_float64(_tracks(size.few_tracks)),
-        "speed": lambda: speed.seconds(_tracks(size.tracks), size.repeats),
-        "million": lambda: scaling.one_step(Layer(of_density(size.million))),
+def all_cases(settings: Settings) -> dict[str, Case]:
+    return {name: case for ladder in ladders(settings) for name, case in ladder.items()}
+
+
+def ladders(settings: Settings) -> list[Ladder]:
+    """All cases, in the order in which they run: those that check results come first."""
+    return _on_gpu(settings) if settings.backend == "triton" else _on_cpu(settings)
+
+
+def _on_cpu(s: Settings) -> list[Ladder]:
+    few = [_ladder(s, name, [s.few_tracks]) for name in BASELINES if name != "pairs-block"]
+    all_tracks = [s.tracks, *((n, s.tracks[1]) for n in s.fewer_tracks)]
+    many = [_ladder(s, name, all_tracks) for name in BASELINES if name != "gathering"]
+    scenes: dict[str, Callable[[], Layer]] = {
+        "tracks": s.layer,
+        "volume": lambda: Layer(tracks_in_volume(s.volume[0], size=s.volume[1])),
+        "handwriting": lambda: Layer(handwriting(s.digits)),
     }
-    for name, make in scenes(size).items():
-        cases[f"compute/{name}"] = partial(_of, make, compute.over_floor, size.repeats)
-        cases[f"stages/{name}"] = partial(_of, make, stages.seconds, size.repeats)
-        cases[f"memory/{name}"] = partial(_of, make, memory.of_training_step)
-    for n in size.growing:
-        make = partial(_growing, n)
-        cases[f"scaling/memory/{n}"] = partial(_of, make, memory.of_training_step)
-    for names in contest_names(size):
-        for name in names:
-            cases |= _contest(name, size)
-    return cases | {KEEPING + name: keeping(cases[name]) for name in _kept_names(size)}
+    grown = {n: lambda n=n: Layer(of_density(n)) for n in s.growing}
+    cases: dict[str, Case] = {
+        "scaling/time": lambda: block.scaling([grown[n]() for n in s.growing], s.few_repeats),
+        "threads": lambda: block.two_threads(s.layer(), s.repeats),
+    }
+    for name, make in scenes.items():
+        cases[f"compute/{name}"] = partial(_on, make, block.compute, s.repeats)
+        cases[f"stages/{name}"] = partial(_on, make, stages.stages, s.repeats)
+        cases[f"memory/{name}"] = partial(_on, make, block.memory)
+    for n, make in grown.items():
+        cases[f"scaling/memory/{n}"] = partial(_on, make, block.memory)
+    cases |= _common(s)
+    # Once more where malloc keeps freed memory.
+    known = cases | {name: case for ladder in few for name, case in ladder.items()}
+    baselines = [f"baselines/{name}/{s.few_tracks[0]}" for name in ("gathering", "pairs")]
+    retained = [*baselines, "compute/tracks", "scaling/time"]
+    cases = {RETAINED + name: known[name] for name in retained} | cases
+    return few + many + [{name: case} for name, case in cases.items()]
 
 
-def contest_names(size: Size) -> list[list[str]]:
-    """The contests, each as names to try in turn until one has the memory that it takes."""
-    few = [[f"peers/{peer}/{size.few_tracks}"] for peer in AT_FEW_TRACKS]
-    sizes = (size.tracks, *size.fewer_tracks)
-    many = [[f"peers/{peer}/{tracks}" for tracks in sizes] for peer in AT_MANY_TRACKS]
-    return few + many
+def _on_gpu(s: Settings) -> list[Ladder]:
+    cases: dict[str, Case] = {}
+    for name in BASELINES_ON_GPU:
+        make = partial(s.layer, s.few_tracks, "float32")
+        cases[f"agreement/{name}"] = partial(_on, make, agreement, *BASELINES[name])
+    measures = (block.attention, block.plan, block.compute, block.replayed, stages.stages)
+    for measure in measures:
+        cases[f"{measure.__name__}/tracks"] = partial(_on, s.layer, measure, s.repeats)
+    cases |= _common(s)
+    sweep = partial(_on, s.layer, tuning.sweep, s.few_repeats, s.blocks, s.warps)
+    tuned: dict[str, Case] = {f"sweep/{rows}": partial(sweep, rows) for rows in s.tiles}
+    all_tracks = [s.tracks, *((n, s.tracks[1]) for n in s.fewer_tracks)]
+    compared = [_ladder(s, name, all_tracks) for name in BASELINES_ON_GPU]
+    first, last = ([{name: case} for name, case in part.items()] for part in (cases, tuned))
+    return first + compared + last
 
 
-def memory_names(contest: str) -> list[str]:
-    """The cases that take the memory of a contest."""
-    peer = contest.split("/")[1]
-    sides = ("theirs", "ours") if peer in MAIN_PEERS else ("theirs",)
-    return [f"memory-of-{contest}/{side}" for side in sides]
+def _common(s: Settings) -> dict[str, Case]:
+    return {
+        SPEED: partial(_on, s.layer, block.seconds, s.repeats),
+        MILLION: lambda: block.training_step(s.layer(s.million), s.few_repeats),
+    }
 
 
-def study_names(size: Size) -> list[str]:
-    """All that the study runs after the contests; those where freed memory is kept come first."""
-    parts = ("compute/", "memory/", "stages/", "scaling/", "threads", "precision")
-    kept = [KEEPING + name for name in _kept_names(size)]
-    return kept + [name for name in all_cases(size) if name.startswith(parts)]
+def _ladder(s: Settings, name: str, scenes: list[Tracks]) -> Ladder:
+    return {
+        f"baselines/{name}/{tracks[0]}": partial(
+            _on, partial(s.layer, tracks), against, *BASELINES[name], s.few_repeats
+        )
+        for tracks in scenes
+    }
 
 
-def _kept_names(size: Size) -> list[str]:
-    """The cases that run once more where freed memory is kept, peers first."""
-    contests = [f"peers/{peer}/{size.few_tracks}" for peer in MAIN_PEERS]
-    return [*contests, "compute/tracks", "scaling/time"]
-
-
-def _contest(name: str, size: Size) -> dict[str, Case]:
-    _, peer, tracks = name.split("/")
-    layer = partial(_tracks, int(tracks))
-    cases: dict[str, Case] = {name: partial(contests.seconds, PEERS[peer], layer, size.few_repeats)}
-    for side in ("theirs", "ours"):
-        cases[f"memory-of-{name}/{side}"] = partial(contests.peak_bytes, PEERS[peer], layer, side)
-    return cases
-
-
-def _tracks(n_tracks: int) -> Layer:
-    return Layer(particle_tracks(n_tracks))
-
-
-def _growing(n_tracks: int) -> Layer:
-    return Layer(of_density(n_tracks))
-
-
-def _of(make: Callable[[], Layer], measure: Callable[..., Figures], *arguments: object) -> Figures:
+def _on(make: Callable[[], Layer], measure: Callable[..., Figures], *arguments: object) -> Figures:
     return measure(make(), *arguments)

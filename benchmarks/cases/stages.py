@@ -1,67 +1,42 @@
 """Where the time of a block goes: its stages, each timed alone.
 
-What is timed alone is not what runs in the block: their sum may differ from the whole.
+The same code may run at another speed in the block, so the sum may differ from the whole.
 """
-
-from __future__ import annotations
 
 from torch import Tensor
 
 from benchmarks.layer import Layer
-from benchmarks.measure import Call, TakeTurns, take_turns
+from benchmarks.measure import Call, Work, time_calls
 from benchmarks.outcome import Figures
-from benchmarks.work import Work
 
 FLOOR = "GEMM floor"
-STAGES = (
-    "norm, projections, residual",
-    "plan",
-    "rotation of queries",
-    "rotation of keys",
-    "attention",
-)
+STAGES = ("norm, projections, residual", "plan", "rotation of queries", "rotation of keys",
+          "attention")  # fmt: skip
 
 
-def seconds(
-    layer: Layer,
-    repeats: int,
-    take_turns: TakeTurns = take_turns,
-    plans: tuple[Call, Call] | None = None,
-) -> Figures:
-    """Of every stage, the whole block and the GEMM floor, forward and in a training step.
-
-    ``plans`` are calls that plan for these two; None: the plan has no more to it than making it.
-    """
-    for_forward, for_step = plans or (layer.make_plan, layer.make_plan)
+def stages(layer: Layer, repeats: int) -> Figures:
+    """Of every stage, the whole block and the GEMM floor, forward and in a training step."""
     works = _stages(layer)
     calls: dict[str, list[Call]] = {
-        "forward": [for_forward, *(work.forward for work in works.values())],
-        "step": [for_step, *(work.step for work in works.values())],
+        "forward": [layer.make_forward_plan, *(work.forward for work in works.values())],
+        "step": [layer.make_plan, *(work.step for work in works.values())],
     }
     figures: Figures = {"points": len(layer)}
     for kind in calls:
-        turns = take_turns(*calls[kind], repeats=repeats)
+        timings = time_calls(*calls[kind], repeats=repeats, device=layer.device)
         for index, name in enumerate(("plan", *works)):
-            figures[f"{kind}_seconds {name}"] = turns.median(index)
+            figures[f"{kind}_seconds {name}"] = timings.median(index)
     return figures
 
 
 def _stages(layer: Layer) -> dict[str, Work]:
     """All but the plan, which has no gradient."""
-    block = layer.block
-    attention = layer.attention()
-    q, k, _ = attention.inputs
-    rotation = tuple(block.pos_encoding.parameters())
-
-    def rotate(x: Tensor, coordinates: Tensor) -> Tensor:
-        out: Tensor = block.pos_encoding(x, coordinates)
-        return out
-
-    # Here, so that `benchmarks.compare` can run on commits that do not have them.
+    # Private, so not at the top: `benchmarks.compare` loads this module with other commits.
     from vicinal.backends import choose_backend
     from vicinal.nn.projections import add_projected, project
 
-    backend = choose_backend(block.backend, layer.x.device)
+    block, attention = layer.block, layer.attention()
+    backend = choose_backend(block.backend, layer.device)
     modules = (block.norm, block.q_in_proj, block.kv_proj, block.out_proj)
     dense = tuple(parameter for module in modules for parameter in module.parameters())
 
@@ -70,11 +45,15 @@ def _stages(layer: Layer) -> dict[str, Work]:
         kv = project(backend, x, block.kv_proj, parts=2)
         return *q, *kv, add_projected(backend, x, x, block.out_proj)
 
+    def rotation(x: Tensor, coordinates: Tensor) -> Work:
+        parameters = tuple(block.pos_encoding.parameters())
+        return Work(lambda x: block.pos_encoding(x, coordinates), (x,), parameters)
+
     return {
         "whole block": layer.whole(),
         FLOOR: layer.floor(),
         "norm, projections, residual": Work(dense_maps, (layer.x,), dense),
-        "rotation of queries": Work(lambda x: rotate(x, layer.query_coordinates), (q,), rotation),
-        "rotation of keys": Work(lambda x: rotate(x, layer.point_coordinates), (k,), rotation),
+        "rotation of queries": rotation(attention.inputs[0], layer.query_coordinates),
+        "rotation of keys": rotation(attention.inputs[1], layer.point_coordinates),
         "attention": attention,
     }

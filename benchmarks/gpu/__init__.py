@@ -1,1 +1,0 @@
-"""The study on a GPU: what `benchmarks.study` is on the CPU."""
