@@ -204,7 +204,8 @@ class FeaturePyramid:
             from vicinal import FeaturePyramid
 
             indices = torch.tensor([[0, 0], [5, 1], [7, 1], [0, 1]])  # image, row, column, level
-            coo = torch.sparse_coo_tensor(indices, torch.randn(2, 16), (1, 8, 8, 2, 16))
+            size, values = (1, 8, 8, 2, 16), torch.randn(2, 16)
+            coo = torch.sparse_coo_tensor(indices, values, size, check_invariants=True)
             pyramid = FeaturePyramid.from_coo(coo, [(8, 8), (4, 4)])
             assert len(pyramid) == 2
             ```
@@ -239,13 +240,12 @@ class FeaturePyramid:
             import torch
             from vicinal import FeaturePyramid
 
-            fine = torch.sparse_coo_tensor(
-                torch.tensor([[0], [5], [7]]), torch.randn(1, 16), (1, 8, 8, 16)
-            )
-            coarse = torch.sparse_coo_tensor(
-                torch.tensor([[0], [2], [3]]), torch.randn(1, 16), (1, 4, 4, 16)
-            )
-            pyramid = FeaturePyramid.from_levels([fine, coarse])
+            def make_map(cell: list[int], side: int) -> torch.Tensor:
+                indices = torch.tensor([[0, *cell]]).t()  # image, row, column
+                size, values = (1, side, side, 16), torch.randn(1, 16)
+                return torch.sparse_coo_tensor(indices, values, size, check_invariants=True)
+
+            pyramid = FeaturePyramid.from_levels([make_map([5, 7], 8), make_map([2, 3], 4)])
             assert pyramid.level_shapes == ((8, 8), (4, 4))
             ```
         """
