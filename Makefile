@@ -5,6 +5,7 @@ BIN := .venv/bin
 
 help:
 	@echo "make demo   trains a detector of handwritten digits on large canvases; pictures in out/"
+	@echo "python -m examples.classify_points   classifies handwritten digits as point sets"
 	@echo "make test   the tests"
 	@echo "make lint   ruff and mypy"
 	@echo "make docs   builds the documentation site, strictly, in out/site"
