@@ -141,7 +141,7 @@ def test_plan_is_equal_for_any_number_of_threads() -> None:
     second = scene.plan()
     for left, right in (
         (first._tensors.query_slices, second._tensors.query_slices),
-        (first._point_slices, second._point_slices),
+        (first._point_slices(), second._point_slices()),
     ):
         assert all(map(torch.equal, left, right))
 

@@ -324,8 +324,8 @@ def test_plans_of_a_gpu_are_those_of_the_cpu() -> None:
         scene.positions.cuda(), scene.offsets.cuda(), points, scene.sizes, check_contents=True
     )
     for ours, theirs in zip(
-        (*there._tensors.query_slices, *there._point_slices),
-        (*here._tensors.query_slices, *here._point_slices),
+        (*there._tensors.query_slices, *there._point_slices()),
+        (*here._tensors.query_slices, *here._point_slices()),
         strict=True,
     ):
         assert torch.equal(ours.cpu(), theirs)

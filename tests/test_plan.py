@@ -49,11 +49,11 @@ def assert_right(plan: NeighborhoodPlan, scene: Scene) -> None:
     assert queries == sorted(queries)
     assert sorted(map(tuple, pairs.tolist())) == expected
     assert sorted(listed(plan._tensors.query_slices)) == expected
-    assert sorted((query, point) for point, query in listed(plan._point_slices)) == expected
+    assert sorted((query, point) for point, query in listed(plan._point_slices())) == expected
     n = plan.n_queries
     counts = [sum(query == i for query, _ in expected) for i in range(n)]
     assert plan.counts().tolist() == counts
-    for slices, rows in ((plan._tensors.query_slices, n), (plan._point_slices, plan.n_points)):
+    for slices, rows in ((plan._tensors.query_slices, n), (plan._point_slices(), plan.n_points)):
         assert sorted(slices.traversal.tolist()) == list(range(rows))
         assert all(part.dtype == torch.int32 for part in slices)
 
@@ -178,7 +178,7 @@ def test_shapes_depend_on_sizes_alone() -> None:
     assert plans[0].counts().sum() > 0
     assert plans[-1].counts().sum() == 0
     shapes = [
-        [(x.shape, x.dtype, x.stride()) for x in (*tensors_of(plan), *plan._point_slices)]
+        [(x.shape, x.dtype, x.stride()) for x in (*tensors_of(plan), *plan._point_slices())]
         for plan in plans
     ]
     assert all(shape == shapes[0] for shape in shapes)
@@ -196,9 +196,9 @@ def test_sizes_of_a_plan() -> None:
         == plan._tensors.query_slices.stops.shape
         == (20, 3 + 5 + 3)
     )
-    assert plan._point_slices.starts.shape == plan._point_slices.stops.shape == (33, 5)
+    assert plan._point_slices().starts.shape == plan._point_slices().stops.shape == (33, 5)
     assert plan._tensors.query_slices.order.shape == (33,)
-    assert plan._point_slices.order.shape == (3 * 20,)
+    assert plan._point_slices().order.shape == (3 * 20,)
     assert plan.query_batch.tolist() == [0] * 10 + [2] * 10
 
 
@@ -212,7 +212,7 @@ def test_memory_is_that_of_the_slices(shape: tuple[int, ...], window: int) -> No
     n_rows = window ** (len(shape) - 1)
     with LargestTensor() as largest:
         plan = scene.plan()
-        assert len(plan._point_slices.order) == n_queries
+        assert len(plan._point_slices().order) == n_queries
     # Edges of all slices of queries or points as int64, and the curve's keys.
     assert 0 < largest.nbytes <= 8 * max(n_queries, n_points) * max(n_rows, 8)
     assert largest.nbytes < n_queries * plan.window_slots
@@ -343,7 +343,7 @@ def test_points_outside_their_level_or_batch(row: list[int], backend: str) -> No
     plan = bad.plan(check_contents=False)
     expected = sorted(pair for pair in good.pairs() if pair[1] not in victims)
     assert sorted(map(tuple, plan.pairs().tolist())) == expected
-    assert sorted((query, point) for point, query in listed(plan._point_slices)) == expected
+    assert sorted((query, point) for point, query in listed(plan._point_slices())) == expected
     _, inputs = answers(bad, backend)
     assert inputs.k.grad is not None
     assert inputs.v.grad is not None

@@ -1,4 +1,4 @@
-"""The functional op: validates its arguments and hands them to a back end."""
+"""The functional op: validates its arguments and calls a back end."""
 
 from typing import Literal, NamedTuple, overload
 
@@ -142,7 +142,8 @@ def neighborhood_attention(
 
     Raises:
         ValueError: shapes, dtypes or devices do not match each other or the plan, ``dropout_p`` is
-            outside [0, 1), or the back end is unknown or cannot run here (says why).
+            outside [0, 1), or the back end is unknown or cannot run on this device (the message
+            says why).
 
     Example:
         ```python
@@ -187,7 +188,7 @@ def neighborhood_attention_weights(
 ) -> NeighborhoodWeights:
     """Returns the softmax weights of `neighborhood_attention`, for inspection.
 
-    It stores every pair of the queries, in plain PyTorch.
+    It stores one row per pair of a query and a neighbor, in plain PyTorch.
 
     Args:
         queries: integer ``[n]``, the queries to return; None (default): all of them.

@@ -26,7 +26,7 @@ from ._utils.checks import (
     reads_contents,
     refuse,
 )
-from ._utils.constants import computing
+from ._utils.constants import execution_mode
 from ._utils.ragged import batch_ids
 from .backends import choose_backend
 from .backends.reference import list_pairs, search_slices
@@ -82,8 +82,8 @@ class NeighborhoodPlan:
     level_shapes: LevelShapes
     _tensors: PlanTensors  # without tiles
     _keyed_cells: _KeyedCells
-    _maker: str = "python"  # see `computing`
-    _found: dict[str, Any] = field(default_factory=dict)
+    _created_in: str = "python"  # see `execution_mode`
+    _cache: dict[str, Any] = field(default_factory=dict)
 
     @property
     def n_queries(self) -> int:
@@ -129,7 +129,7 @@ class NeighborhoodPlan:
             queries: integer ``[n]``, the queries to list; None (default): all of them.
 
         Raises:
-            ValueError: ``queries`` is no integer tensor of indices in ``[0, N)``.
+            ValueError: ``queries`` is not an integer tensor of indices in ``[0, N)``.
         """
         queries = self._check_queries(queries)
         row, point, _ = list_pairs(self._tensors, queries)
@@ -150,8 +150,8 @@ class NeighborhoodPlan:
                 point_columns=tensors.point_columns.to(device),
             ),
             _keyed_cells=_KeyedCells(keys.to(device), *(part.to(device) for part in cells)),
-            _maker=computing(torch.device(device)),
-            _found={},
+            _created_in=execution_mode(torch.device(device)),
+            _cache={},
         )
 
     def __repr__(self) -> str:
@@ -170,41 +170,40 @@ class NeighborhoodPlan:
         """``queries`` as int64, or all of them for None; raises ValueError for other indices."""
         return check_rows("queries", queries, self.n_queries, self.device)
 
-    @property
     def _point_slices(self) -> NeighborSlices:
         """The queries whose window holds each point: starts and stops ``[nnz, max R[l]]``, order
         ``[L * N]``: one order of the queries per level, level after level.
         """
-        return self._once("point_slices", self._find_point_slices)
+        return self._cached("point_slices", self._find_point_slices)
 
     def _query_tiles(self, find_runs: FindRuns) -> Tiles:
-        """The points of tiles of queries, joined by a back end's ``find_runs``."""
-        return self._once("query_tiles", lambda: self._find_query_tiles(find_runs))
+        """The points of tiles of queries, merged into runs by a back end's ``find_runs``."""
+        return self._cached("query_tiles", lambda: self._find_query_tiles(find_runs))
 
     def _point_tiles(self, find_runs: FindRuns) -> Tiles:
-        """The queries of tiles of points, joined by a back end's ``find_runs``."""
-        return self._once("point_tiles", lambda: self._find_point_tiles(find_runs))
+        """The queries of tiles of points, merged into runs by a back end's ``find_runs``."""
+        return self._cached("point_tiles", lambda: self._find_point_tiles(find_runs))
 
-    def _once(self, name: str, find: Callable[[], T]) -> T:
+    def _cached(self, name: str, find: Callable[[], T]) -> T:
         """The result of ``find``, computed when first asked for."""
         # By hand: compiled graphs do not take the lock of `functools.cached_property`.
-        if name not in self._found:
-            computer = computing(self.device)
-            if computer != self._maker:
-                return self._find_uncached(name, find, computer)
-            self._found[name] = find()
-        found: T = self._found[name]
+        if name not in self._cache:
+            mode = execution_mode(self.device)
+            if mode != self._created_in:
+                return self._find_in_other_mode(name, find, mode)
+            self._cache[name] = find()
+        found: T = self._cache[name]
         return found
 
-    def _find_uncached(self, name: str, find: Callable[[], T], computer: str) -> T:
-        """For a computer other than the plan's maker.
+    def _find_in_other_mode(self, name: str, find: Callable[[], T], mode: str) -> T:
+        """Handles a call in another execution mode than the one that created the plan.
 
-        A CUDA graph fills its tensors when it is replayed, and compiled code may be part of one,
-        so a plan made elsewhere cannot keep what these find.
+        Tensors captured in a CUDA graph are filled only on replay, and compiled code may be part of
+        such a graph, so the plan must not cache them.
         """
-        if "compiler" in (computer, self._maker):
+        if "compiler" in (mode, self._created_in):
             return find()
-        if computer == "graph":
+        if mode == "graph":
             raise RuntimeError(
                 f"the plan lacks what its back end needs ({name}); run one eager step before "
                 "CUDA-graph capture"
@@ -222,14 +221,18 @@ class NeighborhoodPlan:
         # The key of a misplaced point is negative, and so are all keys around it, or unused.
         last = last.masked_fill(point_keys[:, None] < 0, -1)
         starts, stops = search_slices(sorted_queries.flatten(), first, last)
-        # Level by level: neighboring points of one level share queries, those of two do not.
+        # Level by level: points of one level share queries, those of different levels rarely do.
         curve = keys.along_curve(cells, levels * self.batch_size + image)
         traversal = torch.argsort(curve, stable=True)
         return NeighborSlices(traversal.int(), starts, stops, order.flatten().int())
 
     def _find_query_tiles(self, find_runs: FindRuns) -> Tiles:
         if not self._fits_int32:
-            refuse("level_shapes", "sizes below 2^30 for backend 'triton'", str(self.level_shapes))
+            refuse(
+                "level_shapes",
+                "sizes below 2^30 for a back end that takes tiles",
+                str(self.level_shapes),
+            )
         windows = self.neighborhood_sizes, self.position_dim
         cells = self._query_cells(), self._point_cells()
         return find_tiles(self._tensors.query_slices, *cells, *windows, find_runs)
@@ -237,13 +240,13 @@ class NeighborhoodPlan:
     def _find_point_tiles(self, find_runs: FindRuns) -> Tiles:
         windows = [max(self.neighborhood_sizes)], self.position_dim
         cells = self._point_cells(), self._query_cells()
-        return find_tiles(self._point_slices, *cells, *windows, find_runs)
+        return find_tiles(self._point_slices(), *cells, *windows, find_runs)
 
     def _query_cells(self) -> GroupedCells:
-        return self._once("query_cells", self._find_query_cells)
+        return self._cached("query_cells", self._find_query_cells)
 
     def _point_cells(self) -> GroupedCells:
-        return self._once("point_cells", self._find_point_cells)
+        return self._cached("point_cells", self._find_point_cells)
 
     def _find_query_cells(self) -> GroupedCells:
         levels = torch.arange(self.n_levels, device=self.device)[:, None]
@@ -318,7 +321,7 @@ def plan_neighborhoods(
     plan = _plan(query_spatial_positions, query_batch_offsets, pyramid, sizes, backend)
     if plan._fits_int32:  # else another back end may still take the plan
         # A plan that a CUDA graph makes cannot be completed later.
-        in_graph = computing(plan.device) == "graph"
+        in_graph = execution_mode(plan.device) == "graph"
         tensors_for(plan, backend, points_need_grad=torch.is_grad_enabled() or in_graph)
     return plan
 
@@ -386,7 +389,7 @@ def _plan(
         level_shapes=pyramid.level_shapes,
         _tensors=tensors,
         _keyed_cells=_KeyedCells(keys, centers, query_keys, point_keys, coordinates),
-        _maker=computing(device),
+        _created_in=execution_mode(device),
     )
 
 

@@ -74,7 +74,7 @@ class FeaturePyramid:
             device=self.values.device,
         )
         if not isinstance(self.batch_size, int) or self.batch_size < 0:
-            refuse("batch_size", "a count of images", self.batch_size)
+            refuse("batch_size", "a non-negative integer", self.batch_size)
         object.__setattr__(self, "coordinates", self.coordinates.long())
         if reads_contents(check_contents, self.coordinates.device):
             _check_points("coordinates", self)
@@ -120,7 +120,7 @@ class FeaturePyramid:
         return self.coordinates[:, -1]
 
     def misplaced(self) -> Tensor:
-        """Returns bool ``[nnz]``: points of no image or level, or outside their level's shape."""
+        """Returns bool ``[nnz]``, True where the image, the level or the cell is out of range."""
         shapes = constant(self.level_shapes, self.coordinates.device)
         levels = self.levels.clamp(0, self.n_levels - 1)
         no_level = self.levels != levels
@@ -195,8 +195,8 @@ class FeaturePyramid:
             check_contents: as for the class.
 
         Raises:
-            ValueError: the map is no sparse COO tensor with one dense dimension, its sizes do not
-                match ``level_spatial_shapes``, or points lie outside their level's shape.
+            ValueError: the map is not a sparse COO tensor with one dense dimension, its sizes do
+                not match ``level_spatial_shapes``, or points lie outside their level's shape.
 
         Example:
             ```python

@@ -130,11 +130,11 @@ def test_what_is_frozen_is_not_computed(frozen: str, launched: list[str]) -> Non
     wanted, others = (of_points, of_queries) if frozen == "queries" else (of_queries, of_points)
     assert wanted < set(launched)
     assert not others & set(launched)
-    assert ("point_tiles" in plan._found) == (frozen == "queries")
+    assert ("point_tiles" in plan._cache) == (frozen == "queries")
 
 
 def run_by(computer: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan_module, "computing", lambda device: computer)
+    monkeypatch.setattr(plan_module, "execution_mode", lambda device: computer)
 
 
 def test_a_graph_completes_its_own_plans_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,14 +146,14 @@ def test_a_graph_completes_its_own_plans_alone(monkeypatch: pytest.MonkeyPatch) 
         plan = plan_neighborhoods(points.positions(), offsets, points, SIZES)
         run_by("graph", monkeypatch)
         captured = plan_neighborhoods(points.positions(), offsets, points, SIZES)
-    assert "point_tiles" in captured._found
+    assert "point_tiles" in captured._cache
     neighborhood_attention(x, x, x, plan)
     x.requires_grad_()
     with pytest.raises(RuntimeError, match=r"plan lacks .*point_tiles"):
         neighborhood_attention(x, x, x, plan)
     run_by("python", monkeypatch)
     neighborhood_attention(x, x, x, captured)
-    del captured._found["point_tiles"]
+    del captured._cache["point_tiles"]
     with pytest.raises(RuntimeError, match=r"made in a CUDA graph .*point_tiles"):
         neighborhood_attention(x, x, x, captured)
 
@@ -168,12 +168,12 @@ def test_what_a_compiler_makes_leaves_plans_as_they_are(
     run_by(makers[0], monkeypatch)
     with torch.no_grad():
         plan = plan_neighborhoods(points.positions(), offsets, points, SIZES)
-    before = set(plan._found)
+    before = set(plan._cache)
     run_by(makers[1], monkeypatch)
     x = torch.randn(50, 2, 16, device="meta").requires_grad_()
     neighborhood_attention(x, x, x, plan).sum().backward()
     assert "point_gradients" in launched
-    assert set(plan._found) == before
+    assert set(plan._cache) == before
 
 
 def test_a_compiled_step_asks_for_what_the_gpu_keeps(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,8 +56,8 @@ def test_images_have_their_objects_once_per_group(
     assert list(zip(queries.target.tolist(), queries.group.tolist(), strict=True)) == expected
     assert queries.offsets.tolist() == [n_groups * offset for offset in targets.offsets.tolist()]
     assert queries.boxes.shape == (len(expected), 2 * position_dim)
-    assert queries.matches.prediction.tolist() == list(range(len(expected)))
-    assert queries.matches.target.tolist() == [row for row, _ in expected]
+    assert queries.matches().prediction.tolist() == list(range(len(expected)))
+    assert queries.matches().target.tolist() == [row for row, _ in expected]
 
 
 def test_without_noise_queries_are_the_objects() -> None:
@@ -156,9 +156,9 @@ def test_restored_objects_have_no_loss() -> None:
     queries = make_denoising_queries(targets, 3, n_classes=3)
     logits = 40 * torch.nn.functional.one_hot(targets.labels[queries.target], 3).double() - 20
     found = Predictions(logits, targets.boxes[queries.target], queries.offsets)
-    assert max(DetectionLoss()(found, targets, queries.matches, 15.0)) < 1e-7
+    assert max(DetectionLoss()(found, targets, queries.matches(), 15.0)) < 1e-7
     noisy = found._replace(boxes=queries.boxes)
-    assert DetectionLoss()(noisy, targets, queries.matches, 15.0).l1 > 0.1
+    assert DetectionLoss()(noisy, targets, queries.matches(), 15.0).l1 > 0.1
 
 
 @pytest.mark.parametrize(

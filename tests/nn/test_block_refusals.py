@@ -405,3 +405,16 @@ def test_queries_with_invalid_levels_are_excluded(
     levels = call["query_level_indices"].clone()
     levels[[3, 9]] = level
     assert_excluded(call | {"query_level_indices": levels}, call, [3, 9], backend)
+
+
+def test_attention_weights_takes_the_arguments_of_forward() -> None:
+    scene = distinct_scene()
+    block = make_block(scene)
+    arguments = make_arguments(scene)
+    plan = block.make_plan(*arguments[1:3], arguments[3])
+    with pytest.raises(TypeError, match=r"SparseNeighborhoodAttentionBlock\.attention_weights"):
+        block.attention_weights(*arguments[:4], no_such_argument=1)
+    with pytest.raises(TypeError, match=r"SparseNeighborhoodAttentionBlock\.attention_weights"):
+        block.attention_weights(*arguments[:3])
+    with pytest.raises(TypeError):
+        block.attention_weights(*arguments[:4], None, None, None, None, plan)

@@ -175,3 +175,14 @@ def test_invalid_arguments_of_make_plan_raise() -> None:
     huge = dataclasses.replace(MAP, level_shapes=((2**31, 2**31),) * 3, check_contents=False)
     with pytest.raises(ValueError, match="level_shapes: expected fewer than"):
         index_cells(huge)
+
+
+def test_unvalidated_query_levels_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Deformable attention does not use them."""
+    module, arguments = make_module(SCENES[2]), make_arguments(SCENES[2])
+    expected = module(**arguments._asdict())
+    for name in ("vicinal.nn._base.reads_contents", "vicinal.nn.block.reads_contents"):
+        monkeypatch.setattr(name, lambda *_: False)
+    levels = torch.full((11,), 99)
+    out = module(**arguments._asdict(), query_level_indices=levels)
+    assert torch.equal(out, expected)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .._utils.checks import LevelShapes, refuse
 from .._utils.constants import constant
+from .._utils.ragged import expand_ranges, starts_from_counts
 from ..pyramid import FeaturePyramid
 from .cell_keys import CellKeys
 
@@ -21,7 +22,10 @@ _WINDOW = 3  # cells of a `CellKeys` window, enough for a cell and the next one,
 
 @dataclass(frozen=True, repr=False, eq=False)
 class CellIndex:
-    """The M occupied cells of a pyramid. `index_cells` makes it; it does not depend on values.
+    """The M occupied cells of a pyramid: the plan of `SparseDeformableAttention`.
+
+    `SparseDeformableAttention.make_plan` makes it. It depends on the points' coordinates alone, so
+    it serves any queries and values.
 
     The corners of a location are the ``2 ** P`` cells whose centers surround it. If any of them is
     occupied, the table has an entry for all of them under the key of the first.
@@ -30,7 +34,21 @@ class CellIndex:
         cell_of_point: int64 ``[nnz]``, the index of every point's cell. Points may share a cell.
         n_cells: M.
         batch_size: number of images.
-        level_shapes: sizes of the levels.
+        level_shapes: the spatial shape of each level.
+
+    Example:
+        ```python
+        import torch
+        from vicinal import FeaturePyramid, SparseDeformableAttention
+
+        points = torch.tensor([[0, 3, 4], [0, 3, 4], [0, 9, 9]])  # image, row, column
+        pyramid = FeaturePyramid.from_points(points, torch.ones(3, 8), (16, 16), 1, strides=(1, 2))
+        attention = SparseDeformableAttention(embed_dim=8, n_heads=2, n_levels=2)
+        positions, offsets = torch.tensor([[3.0, 4.0]]), torch.tensor([0, 1])
+        plan = attention.make_plan(positions, offsets, pyramid)
+        assert plan.n_cells == 4  # two on each level
+        out = attention(torch.randn(1, 8), positions, offsets, pyramid, plan=plan)
+        ```
     """
 
     cell_of_point: Tensor
@@ -46,27 +64,27 @@ class CellIndex:
 
     @property
     def n_points(self) -> int:
+        """nnz, the number of points."""
         return self.cell_of_point.shape[0]
 
     @property
     def device(self) -> torch.device:
+        """The device of all its tensors."""
         return self.cell_of_point.device
 
     def coalesce(self, values: Tensor) -> Tensor:
-        """``[M, E]``: the sum over each cell's points of ``values`` ``[nnz, E]``."""
+        """Returns the sum over each cell's points of ``values`` ``[nnz, E]``, ``[M, E]``."""
         cells = values.new_zeros(self.n_cells, values.shape[1])
         return cells.index_add(0, self.cell_of_point, values)
 
     def points_in(self, cells: Tensor) -> tuple[Tensor, Tensor]:
-        """The points in ``cells`` int64 ``[n]``, cell by cell, int64 ``[m]`` each: the index into
-        ``cells``, and the point.
+        """Lists the points in ``cells`` int64 ``[n]``, cell by cell: the index into ``cells`` and
+        the point, int64 ``[m]`` each.
         """
         order = self.cell_of_point.sort(stable=True).indices
         counts = torch.bincount(self.cell_of_point, minlength=self.n_cells)
-        lengths = counts[cells]
-        place = torch.repeat_interleave(lengths)
-        first = (counts.cumsum(0) - counts)[cells] - (lengths.cumsum(0) - lengths)
-        return place, order[first[place] + torch.arange(len(place), device=self.device)]
+        row, index = expand_ranges(starts_from_counts(counts)[cells], counts[cells])
+        return row, order[index]
 
     def find(self, images: Tensor, levels: Tensor, firsts: Sequence[Tensor]) -> Tensor:
         """Returns the cells at the corners of locations, int32 ``[n, H, 2 ** P, S]``; M if empty.
@@ -105,8 +123,8 @@ def index_cells(pyramid: FeaturePyramid) -> CellIndex:
     Their number depends on tensor contents, so on a GPU this synchronizes.
 
     Raises:
-        ValueError: ``pyramid`` is no `FeaturePyramid`, has too many cells for 64-bit keys, or has
-            too many occupied cells.
+        ValueError: ``pyramid`` is not a `FeaturePyramid`, has too many cells for 64-bit keys, or
+            has too many occupied cells.
     """
     if not isinstance(pyramid, FeaturePyramid):
         refuse("pyramid", "a FeaturePyramid", pyramid)

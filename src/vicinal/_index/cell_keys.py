@@ -38,7 +38,7 @@ class CellKeys:
         volumes = [math.prod(shape) for shape in padded]
         if sum(volumes) * max(batch_size, 1) >= 2**62:
             refuse("level_shapes", "fewer than 2^62 cells in all, with their borders", str(shapes))
-        # Enough for the longest axis, as far as they fit beside the group in 64 bits.
+        # Bits per axis: enough for the longest, but key and group must fit in 64 bits.
         self._bits = min(max(map(max, padded)).bit_length(), 46 // self._dim)
         strides = [[math.prod(shape[axis + 1 :]) for axis in range(self._dim)] for shape in padded]
         before = itertools.accumulate(volumes, initial=0)

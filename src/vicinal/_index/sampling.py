@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._utils.ragged import starts_from_counts
 from .cell_hash import CellIndex
 
 _CHUNK = {"cpu": 2**19}  # corners of a chunk, about what the caches hold
@@ -182,7 +183,7 @@ def _first_rows(corners: _Corners, n_rows: int) -> _Corners:
     number = kept.nonzero().squeeze(1)
     counts = kept.view(len(corners.starts), -1).sum(1)
     rows, factors, bags = (part.index_select(0, number) for part in corners[:3])
-    return _Corners(rows, factors, bags, (counts.cumsum(0) - counts).to(bags.dtype))
+    return _Corners(rows, factors, bags, starts_from_counts(counts).to(bags.dtype))
 
 
 def _sum(table: Tensor, corners: _Corners) -> Tensor:
@@ -201,7 +202,7 @@ def _sum_transposed(corners: _Corners, grads: Tensor, n_rows: int) -> Tensor:
     return F.embedding_bag(
         corners.bags.index_select(0, order),
         grads,
-        (counts.cumsum(0) - counts).to(corners.bags.dtype),
+        starts_from_counts(counts).to(corners.bags.dtype),
         mode="sum",
         per_sample_weights=corners.factors.detach().index_select(0, order),
     )

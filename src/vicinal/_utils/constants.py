@@ -31,7 +31,7 @@ def constant(numbers: Numbers, device: torch.device, dtype: torch.dtype = torch.
     return made
 
 
-def computing(device: torch.device) -> str:
+def execution_mode(device: torch.device) -> str:
     """What runs the ops issued now on a device: "python" (eager mode), "compiler" (a graph that
     torch.compile or torch.export traces) or "graph" (a CUDA graph being captured).
     """
@@ -63,7 +63,7 @@ def _cached(
 ) -> Tensor:
     """The cached tensor on the GPU, copied there if it is not cached yet."""
     key = flat, shape, dtype, device
-    captured = computing(device) == "graph"
+    captured = execution_mode(device) == "graph"
     if key not in _cache:
         if captured:
             raise RuntimeError(

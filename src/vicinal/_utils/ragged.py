@@ -19,6 +19,27 @@ def offsets_from_counts(counts: Tensor) -> Tensor:
     return F.pad(counts.cumsum(0), (1, 0))
 
 
+def starts_from_counts(counts: Tensor) -> Tensor:
+    """int64 ``[n]``: the offsets of `offsets_from_counts` without the last one."""
+    return counts.cumsum(0) - counts
+
+
 def offsets_from_ids(image: Tensor, batch_size: int) -> Tensor:
     """int64 ``[B + 1]``: the offsets of rows that are sorted by ``image`` ``[n]``."""
     return offsets_from_counts(torch.bincount(image, minlength=batch_size))
+
+
+def rank_in_image(image: Tensor, offsets: Tensor) -> Tensor:
+    """int64 ``[n]``: the index of every row within its image, for rows sorted by ``image``."""
+    return torch.arange(len(image), device=image.device) - offsets[image]
+
+
+def expand_ranges(
+    starts: Tensor, lengths: Tensor, total: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Lists the integers of ranges ``starts[i]:starts[i] + lengths[i]``, int64 ``[M]`` each: the
+    range's index ``i``, and the integer. ``total`` is M; giving it saves a synchronization.
+    """
+    row = torch.repeat_interleave(lengths, output_size=total)
+    shift = starts - starts_from_counts(lengths)
+    return row, shift[row] + torch.arange(len(row), device=row.device)

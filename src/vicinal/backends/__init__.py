@@ -14,9 +14,18 @@ _BACKENDS = {
 _BY_DEVICE = {"cpu": "cpu", "cuda": "triton"}
 
 
-def register_flop_formulas() -> None:
-    """Registers the ops of back ends with `torch.utils.flop_counter`, if that is imported."""
+def prepare_backends() -> None:
+    """Does what code that torch.compile traces cannot do: import Triton, warn of a missing kernel.
+
+    Modules call it when they are constructed.
+    """
+    if torch.compiler.is_compiling():
+        return
     cpu.register_flop_formulas()
+    if torch.cuda.is_available():
+        triton.import_kernels()
+    else:
+        choose_backend(None, torch.device("cpu"))
 
 
 def check_backend(backend: str | None) -> None:

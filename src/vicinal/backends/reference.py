@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .._utils.constants import constant
+from .._utils.ragged import expand_ranges, starts_from_counts
 from .._utils.random import hash_integers
 from .types import Backend, PlanTensors
 
@@ -89,10 +90,7 @@ def list_pairs(plan: PlanTensors, queries: Tensor) -> tuple[Tensor, Tensor, Tens
     _, starts, stops, order = plan.query_slices
     starts, stops = (edge[queries].long() for edge in (starts, stops))
     n_slices = starts.shape[1]
-    lengths = (stops - starts).flatten()
-    slice_index = torch.repeat_interleave(lengths)
-    first = starts.flatten() - (lengths.cumsum(0) - lengths)
-    index = first[slice_index] + torch.arange(len(slice_index), device=starts.device)
+    slice_index, index = expand_ranges(starts.flatten(), (stops - starts).flatten())
     row, window_row = slice_index // n_slices, slice_index % n_slices
 
     radius, first_slot, level = _window_rows(plan)
@@ -109,7 +107,7 @@ def _window_rows(plan: PlanTensors) -> tuple[Tensor, Tensor, Tensor]:
         for _ in range(size ** (plan.position_dim - 1))
     ]
     radius, width, level = constant(rows, plan.query_batch.device).t()
-    return radius, width.cumsum(0) - width, level
+    return radius, starts_from_counts(width), level
 
 
 def slot_levels(plan: PlanTensors) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 FindRuns = Callable[..., tuple[Tensor, Tensor, Tensor]]  # see `backends.reference.find_runs`
 
-TILE = 16  # rows of a tile: the least that a matrix unit takes
+TILE = 16  # rows of a tile: the minimum of `tl.dot`
 
 
 class NeighborSlices(NamedTuple):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .._utils.checks import check_cells, check_counts, refuse
-from .._utils.ragged import batch_ids
+from .._utils.ragged import batch_ids, rank_in_image
 from .._utils.random import uniform_from_hash
 from ..pyramid import FeaturePyramid
 from ..windows import level_scales
@@ -37,7 +37,7 @@ class DenoisingQueries(NamedTuple):
         )
         queries = make_denoising_queries(targets, n_groups=2, n_classes=3)
         assert queries.group.tolist() == [0, 1]
-        assert queries.matches.target.tolist() == [0, 0]
+        assert queries.matches().target.tolist() == [0, 0]
         ```
     """
 
@@ -47,7 +47,6 @@ class DenoisingQueries(NamedTuple):
     group: Tensor
     offsets: Tensor
 
-    @property
     def matches(self) -> Matches:
         """Every query with its target, as `DetectionLoss` takes them."""
         return Matches(torch.arange(len(self.target), device=self.target.device), self.target)
@@ -198,7 +197,7 @@ class DenoisingQueryGenerator(nn.Module):
         )
         row = torch.argsort(order)
         return QueriesWithDenoising(
-            joined, row[:n_own], queries.offsets, row[n_own:], noisy.offsets, noisy.matches
+            joined, row[:n_own], queries.offsets, row[n_own:], noisy.offsets, noisy.matches()
         )
 
     def _levels(self, boxes: Tensor, pyramid: FeaturePyramid) -> Tensor:
@@ -256,7 +255,7 @@ def make_denoising_queries(
 
     counts = offsets.diff()
     image = torch.repeat_interleave(counts * n_groups, output_size=n_rows)
-    row_in_image = torch.arange(n_rows, device=device) - n_groups * offsets[image]
+    row_in_image = rank_in_image(image, n_groups * offsets)
     group = row_in_image // counts[image]
     target = offsets[image] + row_in_image % counts[image]
 

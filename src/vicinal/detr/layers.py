@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as checkpointed
 
 from .._utils.checks import check_counts, check_dropout, check_tensor, refuse
-from .._utils.ragged import batch_ids
+from .._utils.ragged import batch_ids, rank_in_image
 from ..nn._base import check_sizes
 from ..nn.rotary import RotaryEncoding
 from ..windows import coordinate_dtype
@@ -244,7 +244,7 @@ class QuerySelfAttention(nn.Module):
         counts = offsets.diff()
         max_count = int(counts.max()) if len(counts) else 0
         image = batch_ids(offsets, len(q))
-        column = torch.arange(len(q), device=q.device) - offsets[image]
+        column = rank_in_image(image, offsets)
         # Padding forms a group of its own, so no row of the mask is all False.
         group = torch.full((len(counts), max_count), _PADDING_GROUP, device=q.device)
         group[image, column] = 0 if queries.groups is None else queries.groups.long()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._utils.checks import check_finite, check_offsets, check_tensor, reads_contents, refuse
-from .._utils.ragged import offsets_from_counts
+from .._utils.ragged import expand_ranges
 from ..windows import coordinate_dtype
 from .boxes import boxes_to_corners, generalized_iou, relative_l1
 from .focal import LossWeights, focal_terms
@@ -197,10 +197,7 @@ def _pairs_within_images(
     per_image = torch.tensor([second_counts, second_offsets[:-1]], dtype=torch.int64)
     repeats = torch.tensor(first_counts, dtype=torch.int64)
     count, start = torch.repeat_interleave(per_image, repeats, 1).to(device)
-    first = torch.repeat_interleave(count, output_size=n_pairs)
-    first_pair = offsets_from_counts(count)[:-1]
-    second = torch.arange(n_pairs, device=device) + (start - first_pair)[first]
-    return first, second
+    return expand_ranges(start, count, n_pairs)
 
 
 def _linear_sum_assignment() -> Callable[[Any], tuple[Any, Any]]:

@@ -17,7 +17,7 @@ from .._utils.checks import (
     reads_contents,
     refuse,
 )
-from .._utils.ragged import offsets_from_ids
+from .._utils.ragged import offsets_from_ids, rank_in_image
 from .boxes import check_box_sizes, check_boxes
 
 _MAX_CLASSES = 2**62
@@ -289,6 +289,6 @@ def top_k_per_image(
     by_score = torch.argsort(scores, descending=True, stable=True)
     order = by_score[torch.argsort(image[by_score], stable=True)]
     starts = offsets_from_ids(image, batch_size)
-    rank = torch.arange(len(order), device=order.device) - starts[image[order]]
+    rank = rank_in_image(image[order], starts)
     chosen = order[rank < top_k]
     return chosen, offsets_from_ids(image[chosen], batch_size)

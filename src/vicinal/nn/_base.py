@@ -1,5 +1,6 @@
 """The call form that the attention modules share: arguments, their validation, the plan."""
 
+import inspect
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -51,7 +52,7 @@ class Inputs(NamedTuple):
     query: Tensor  # [N, E]
     positions: Tensor  # [N, P]
     offsets: Tensor  # [B + 1]
-    level: Tensor | int  # [N], in [0, L)
+    level: Tensor | int  # [N]; on a GPU maybe outside [0, L)
     mask: Tensor | None  # bool [N]
     pyramid: FeaturePyramid
     background: Tensor | None  # [B, L, E]
@@ -112,7 +113,8 @@ class SparseAttention(nn.Module, Generic[PlanT]):
             background_embedding: ``[B, L, E]``, the embedding of empty cells by image and level,
                 also of cells beyond the map. None (default): empty cells contribute nothing.
             query_level_indices: integer ``[N]``, the pyramid level of each query, which the rotary
-                encoding uses. None (default): the level with the most cells.
+                encoding uses. None (default): the level with the most cells. Deformable attention
+                ignores it.
             query_mask: bool ``[N]``, True: the query is masked; its attended value is zero, so its
                 result is ``query + out_proj.bias``.
             plan: what `make_plan` returned for the same points, and for the block the same queries.
@@ -154,7 +156,11 @@ class SparseAttention(nn.Module, Generic[PlanT]):
         Raises:
             ValueError: as `forward` does, or ``queries`` holds no indices of queries.
         """
-        return self._weights(*self._validate(Arguments(*arguments, **keywords)), queries)
+        try:
+            bound = inspect.signature(self.forward).bind(*arguments, **keywords)
+        except TypeError as error:
+            raise TypeError(f"{type(self).__name__}.attention_weights: {error}") from None
+        return self._weights(*self._validate(Arguments(**bound.arguments)), queries)
 
     @abstractmethod
     def make_plan(
@@ -172,15 +178,16 @@ class SparseAttention(nn.Module, Generic[PlanT]):
 
     @abstractmethod
     def _made_for(self, plan: PlanT, inputs: Inputs) -> Mapping[str, tuple[Any, Any]]:
-        """What the plan was made for, beside what ``inputs`` holds, by name."""
+        """By name, the plan's value and that of ``inputs``, which must be equal."""
 
     def _validate(self, arguments: Arguments) -> tuple[Inputs, PlanT]:
         """Raises ValueError for arguments that do not match; fills in pyramid, level and plan."""
         self._check_queries(arguments)
         pyramid = self._pyramid(arguments)
-        level, mask = self._levels(arguments, pyramid)
         positions, offsets = arguments.query_spatial_positions, arguments.query_batch_offsets
         background = arguments.background_embedding
+        levels, mask = arguments.query_level_indices, arguments.query_mask
+        level = finest_level(pyramid.level_shapes) if levels is None else levels
         inputs = Inputs(arguments.query, positions, offsets, level, mask, pyramid, background)
         if arguments.plan is None:
             return inputs, self.make_plan(positions, offsets, pyramid)
@@ -224,7 +231,7 @@ class SparseAttention(nn.Module, Generic[PlanT]):
                 refuse("level_spatial_shapes", f"the pyramid's {maps.level_shapes}", str(shapes))
             shapes = maps.level_shapes
         elif shapes is None:
-            refuse("level_spatial_shapes", "[L, P] sizes beside a sparse tensor", None)
+            refuse("level_spatial_shapes", "[L, P] sizes, required with a sparse tensor", None)
         if (len(shapes), len(shapes[0])) != (self.n_levels, self.position_dim):
             expected = f"{self.n_levels} levels of {self.position_dim} sizes"
             refuse("level_spatial_shapes", expected, str(shapes))
@@ -239,19 +246,6 @@ class SparseAttention(nn.Module, Generic[PlanT]):
         if background is not None and background.shape[0] != maps.batch_size:
             refuse("background_embedding", f"{maps.batch_size} images", background)
         return maps
-
-    def _levels(
-        self, arguments: Arguments, pyramid: FeaturePyramid
-    ) -> tuple[Tensor | int, Tensor | None]:
-        """The level of the queries, and the mask, which holds queries at no level as well."""
-        levels, mask = arguments.query_level_indices, arguments.query_mask
-        if levels is None:
-            return finest_level(pyramid.level_shapes), mask
-        level = levels.clamp(0, self.n_levels - 1)
-        if not reads_contents(None, levels.device):  # they were not validated
-            no_level = level.ne(levels)
-            mask = no_level if mask is None else mask | no_level
-        return level, mask
 
     @property
     def _reference(self) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._utils.checks import check_neighborhood_sizes, refuse
+from .._utils.checks import check_neighborhood_sizes, reads_contents, refuse
 from .._utils.constants import constant
 from ..attention import (
     Background,
@@ -14,7 +14,7 @@ from ..attention import (
     neighborhood_attention,
     neighborhood_attention_weights,
 )
-from ..backends import check_backend, choose_backend, register_flop_formulas
+from ..backends import check_backend, choose_backend, prepare_backends
 from ..backends.reference import apply_rotary
 from ..plan import NeighborhoodPlan, plan_neighborhoods
 from ..pyramid import FeaturePyramid
@@ -49,11 +49,11 @@ class SparseNeighborhoodAttentionBlock(SparseAttention[NeighborhoodPlan]):
         rope_level_base_theta: base of the level's frequencies.
         rope_share_heads: whether heads share their frequencies.
         rope_freq_group_pattern: ``"single"``, ``"partition"`` or ``"closure"``.
-        rope_enforce_freq_groups_equal: whether groups of unequal size are refused.
+        rope_enforce_freq_groups_equal: whether groups of unequal size raise a ValueError.
         backend: back end of the attention, see `neighborhood_attention`. None (default): chosen by
             device and dtype.
 
-    Checkpoints of the implementation that this one replaces load with ``strict=True``.
+    Checkpoints of the earlier implementation load with ``strict=True``.
 
     Raises:
         ValueError: sizes do not divide, the head width is odd, the number of windows is not
@@ -103,11 +103,11 @@ class SparseNeighborhoodAttentionBlock(SparseAttention[NeighborhoodPlan]):
         if width % 2:
             expected = f"an even head width, embed_dim / {n_heads}"
             refuse("embed_dim", expected, f"{embed_dim} ({width})")
-        check_backend(backend)
         super().__init__(embed_dim, n_heads, n_levels, position_dim, dropout, norm_first)
+        check_backend(backend)
         self.neighborhood_sizes = check_neighborhood_sizes(neighborhood_sizes, n_levels)
         self.backend = backend
-        register_flop_formulas()
+        prepare_backends()
 
         self.norm = nn.LayerNorm(embed_dim)
         self.q_in_proj = nn.Linear(embed_dim, embed_dim, bias=bias)
@@ -144,7 +144,7 @@ class SparseNeighborhoodAttentionBlock(SparseAttention[NeighborhoodPlan]):
         )
 
     def _forward(self, inputs: Inputs, plan: NeighborhoodPlan) -> Tensor:
-        query = inputs.query
+        query, inputs = inputs.query, self._mask_invalid_levels(inputs)
         attended = self._attend(inputs, plan)
         backend = choose_backend(self.backend, query.device, query.dtype)
         if self.dropout.training and self.dropout.p > 0:
@@ -157,6 +157,7 @@ class SparseNeighborhoodAttentionBlock(SparseAttention[NeighborhoodPlan]):
     def _weights(
         self, inputs: Inputs, plan: NeighborhoodPlan, queries: Tensor | None
     ) -> NeighborhoodWeights:
+        inputs = self._mask_invalid_levels(inputs)
         q, k, _, background = self._project(inputs, plan)
         return neighborhood_attention_weights(
             q, k, plan, background=background, query_mask=inputs.mask, queries=queries
@@ -173,6 +174,15 @@ class SparseNeighborhoodAttentionBlock(SparseAttention[NeighborhoodPlan]):
             "position_dim": (plan.position_dim, self.position_dim),
             "device": (plan.device, inputs.positions.device),
         }
+
+    def _mask_invalid_levels(self, inputs: Inputs) -> Inputs:
+        """``inputs`` with levels in [0, L), where queries at other levels are masked."""
+        level, mask = inputs.level, inputs.mask
+        if isinstance(level, int) or reads_contents(None, level.device):  # they were validated
+            return inputs
+        valid = level.clamp(0, self.n_levels - 1)
+        invalid = valid.ne(level)
+        return inputs._replace(level=valid, mask=invalid if mask is None else mask | invalid)
 
     def _attend(self, inputs: Inputs, plan: NeighborhoodPlan) -> Tensor:
         """The attended values ``[N, E]``. All intermediate tensors are freed on return."""

@@ -37,8 +37,8 @@ class RotaryEncoding(nn.Module):
         freq_group_pattern: the coordinates of each group of pairs. ``"single"`` (default): one
             group with all coordinates. ``"partition"``: space; level. ``"closure"``: space; level;
             all.
-        enforce_freq_groups_equal: whether groups of unequal size are refused (default). Otherwise
-            the first groups get one more pair each.
+        enforce_freq_groups_equal: whether groups of unequal size raise a ValueError (default).
+            Otherwise the first groups get one more pair each.
         backend: back end of the rotation, see `neighborhood_attention`.
 
     ``freqs[g]`` is the parameter of group g, ``[coordinates of g, H or 1, pairs of g]``.

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from .._utils.checks import LevelShapes, refuse
+from .._utils.ragged import offsets_from_counts
 from ..pyramid import FeaturePyramid
-from ..windows import level_scales, window_centers
+from ..windows import full_shape, level_scales, window_centers
 from .record import AttentionRecord, check_record
 
 
@@ -48,7 +49,7 @@ class ProjectedCells(NamedTuple):
 
     @property
     def full_shape(self) -> tuple[int, int]:
-        height, width = map(max, zip(*self.level_shapes, strict=True))
+        height, width = full_shape(self.level_shapes)
         return height, width
 
     @property
@@ -139,7 +140,7 @@ def project_record(record: AttentionRecord, cells: ProjectedCells) -> ProjectedR
         cells.projection(record.positions.detach().cpu().double(), 0.5),
         _project_windows(record, cells),
         boxes,
-        torch.cat((counts.new_zeros(1), counts.cumsum(0))),
+        offsets_from_counts(counts),
         pairs[:, 1],
         summed.index_add_(0, inverse, weights.double()),
         None if background is None else background.detach().cpu().double(),

@@ -33,7 +33,7 @@ def project(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], norm: Sequence[Tensor],
     eps: float, residual: Tensor | None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """See `backends.reference.project`, which is faster where one chunk holds all rows."""
+    """See `backends.reference.project`, which it calls if all rows fit in one chunk."""
     # A compiled graph is for any number of rows, so it must not depend on how many there are.
     if torch.compiler.is_compiling() or x.shape[0] > projections.chunk_rows(x):
         return projection_ops.project(x, weights, biases, norm, eps, residual)
@@ -43,7 +43,7 @@ def project(
 def unsupported_reason(device: torch.device, dtype: torch.dtype | None) -> str | None:
     """Why this back end cannot run on ``device``; None if it can."""
     if device.type != "cpu":
-        return "it runs on the CPU alone"
+        return "it runs on CPUs only"
     if _LOAD_ERROR is not None and not torch.compiler.is_compiling():
         _warn_once()
     return _LOAD_ERROR
@@ -74,7 +74,7 @@ def _load() -> str | None:
 @functools.cache
 def _warn_once() -> None:
     warnings.warn(
-        f"vicinal: backend 'cpu' is not available, {_LOAD_ERROR}; attention falls back on the "
+        f"vicinal: backend 'cpu' is not available, {_LOAD_ERROR}; attention falls back to the "
         "slower backend 'reference'",
         RuntimeWarning,
         stacklevel=2,

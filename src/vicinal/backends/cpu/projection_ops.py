@@ -1,4 +1,4 @@
-"""Schemas, fakes and gradients of the ops of dense projections, which the CPU alone has."""
+"""Schemas, fakes and gradients of the ops of dense projections, which only the CPU back end has."""
 
 import functools
 import operator

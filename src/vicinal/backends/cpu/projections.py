@@ -14,8 +14,8 @@ _CHUNK = 2**21  # bytes of x that fit the level-2 cache beside a result
 
 
 def chunk_rows(x: Tensor) -> int:
-    """The number of rows of a chunk. It does not depend on the number of threads, since sums over
-    rows would.
+    """The number of rows of a chunk. It does not depend on the number of threads, else the order of
+    sums, and so the bits, would.
 
     Chunks of wide rows exceed `_CHUNK`, so that reading the weights once a chunk costs little.
     """

@@ -1,4 +1,4 @@
-"""The GPU back end: kernels in Triton, which is imported when the first of them runs."""
+"""The GPU back end: kernels in Triton, which is imported when this back end is first chosen."""
 
 import functools
 import importlib
@@ -19,7 +19,7 @@ _OPS = Ops("vicinal_triton", "find_runs", "find_flags")
 find_slices, find_runs = _OPS.find_slices, _OPS.find_runs
 _MAX_HEAD_DIM = 256  # what shared memory and registers hold
 _DTYPES = (None, torch.float16, torch.bfloat16, torch.float32)
-_MISSING = None if importlib.util.find_spec("triton") else "it needs Triton, which is not installed"
+_import_error = None if importlib.util.find_spec("triton") else "it needs Triton"
 
 
 def attend(
@@ -42,13 +42,14 @@ def attend(
 def unsupported_reason(device: torch.device, dtype: torch.dtype | None) -> str | None:
     """Why this back end cannot run on ``device`` with tensors of a dtype; None if it can."""
     if dtype == torch.float64:
-        return "it computes in float32; float64 is left to 'reference'"
+        return "it computes in float32; use backend='reference' for float64"
     if dtype not in _DTYPES:
-        return f"it does not take {dtype}"
+        return f"it does not support {dtype}"
     if device.type not in ("cuda", "cpu"):
-        return "it runs on GPUs"
-    # Code that torch.compile traces cannot import a module.
-    error = _MISSING if torch.compiler.is_compiling() else _import_error()
+        return "it needs a GPU"
+    if not torch.compiler.is_compiling():  # code that is being traced cannot import
+        import_kernels()
+    error = _import_error
     if error is not None:
         if device.type == "cuda" and not torch.compiler.is_compiling():
             _warn_once(error)
@@ -58,34 +59,35 @@ def unsupported_reason(device: torch.device, dtype: torch.dtype | None) -> str |
 
 def _unsupported_device(device: torch.device) -> str | None:
     if device.type == "cpu":
-        if _interprets():
+        if interprets():
             return None
-        return "it runs on GPUs, or for tests, slowly, on the CPU with TRITON_INTERPRET=1"
-    if _interprets():
+        return "it needs a GPU (with TRITON_INTERPRET=1 it runs on the CPU, slowly, for tests)"
+    if interprets():
         return "TRITON_INTERPRET is set, so Triton runs on the CPU"
     if torch.version.hip is None and torch.cuda.get_device_properties(device).major < 8:
         return "it needs a compute capability of 8.0 or more"
     return None
 
 
-def _interprets() -> bool:
+def interprets() -> bool:
     """Whether Triton interprets kernels on the CPU."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 
 
 @functools.cache
-def _import_error() -> str | None:
+def import_kernels() -> None:
+    """Imports Triton and the kernels; what prevents that is kept for `unsupported_reason`."""
+    global _import_error
     try:
         from . import ops  # noqa: F401
     except ImportError as error:
-        return f"it needs Triton, which cannot be imported: {error}"
-    return None
+        _import_error = f"it needs Triton, which cannot be imported: {error}"
 
 
 @functools.cache
 def _warn_once(error: str) -> None:
     warnings.warn(
-        f"vicinal: backend 'triton' is not available, {error}; attention falls back on the slower "
+        f"vicinal: backend 'triton' is not available, {error}; attention falls back to the slower "
         "backend 'reference'",
         RuntimeWarning,
         stacklevel=2,

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from .. import reference
@@ -14,6 +13,7 @@ from ..ops import new_gradients
 from ..types import TILE
 from . import attention as attention_kernels
 from . import background as background_kernels
+from . import interprets
 from . import plan as plan_kernels
 from . import rotary as rotary_kernels
 from .background import CellGradients
@@ -29,7 +29,7 @@ from .launch import (
 )
 from .parts import Dropout, Rows
 
-INTERPRETS = bool(triton.knobs.runtime.interpret)  # kernels run on the CPU, for tests
+INTERPRETS = interprets()  # kernels run on the CPU, for tests
 
 LARGEST_SORT = 2048  # slices of a tile at a level; larger sorts take long to compile
 _PARTS = 64  # into which a sum over all queries is split
