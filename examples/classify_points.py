@@ -33,8 +33,8 @@ class PointSetClassifier(nn.Module):
         pixels = (images > FAINTEST).nonzero()  # [n, 3]: image, row, column
         ink = images[tuple(pixels.t())][:, None]
         # The attention encodes relative positions; the features add the absolute ones, in [-1, 1].
-        place = 2 * pixels[:, 1:] / torch.tensor(images.shape[1:]) - 1
-        features = self.stem(torch.cat((ink, place), 1))
+        position = 2 * pixels[:, 1:] / torch.tensor(images.shape[1:]) - 1
+        features = self.stem(torch.cat((ink, position), 1))
         pyramid = FeaturePyramid.from_points(
             pixels, features, images.shape[1:], len(images), strides=STRIDES
         )
