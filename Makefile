@@ -6,19 +6,19 @@ BIN := .venv/bin
 help:
 	@echo "make demo   trains a detector of handwritten digits on large canvases; pictures in out/"
 	@echo "python -m examples.classify_points   classifies handwritten digits as point sets"
-	@echo "make test   the tests"
-	@echo "make lint   ruff and mypy"
+	@echo "make test   runs the tests"
+	@echo "make lint   runs ruff and mypy"
 	@echo "make docs   builds the documentation site, strictly, in out/site"
 	@echo "make docs-serve  shows it at http://localhost:8000 and follows changes"
-	@echo "make bench  the study: floors, baselines, scaling; figures in benchmarks/results/"
-	@echo "            quickly, to check that it runs: make bench SIZE=quick"
-	@echo "make gpu-test   the tests that need a GPU, and Triton's kernels on it"
-	@echo "make gpu-bench  the study on a GPU; figures in benchmarks/results/; some of its cases:"
+	@echo "make bench  runs all CPU measurements: floors, baselines, scaling; figures in benchmarks/results/"
+	@echo "            a quick check that it runs: make bench SIZE=quick"
+	@echo "make gpu-test   runs the tests that need a GPU, and the Triton kernels on it"
+	@echo "make gpu-bench  runs all GPU measurements; figures in benchmarks/results/; for some cases:"
 	@echo "            make gpu-bench CASES=\"attention plan compute\""
-	@echo "make gpu-first  the most important of both, where time on a GPU is short"
+	@echo "make gpu-first  runs the most important GPU tests and cases, for when GPU time is short"
 	@echo "make bench-compare A=commit B=commit   times two commits alternately"
-	@echo "make clean  remove the environment and what was built"
-	@echo "All of them first create .venv, with what constraints.txt pins."
+	@echo "make clean  removes the environment and everything built"
+	@echo "All of them first create .venv, with the versions pinned in constraints.txt."
 
 demo: .venv/ready
 	$(BIN)/python -m examples.detect_digits
