@@ -30,29 +30,27 @@ def main() -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     arguments = parser.parse_args()
     runs: tuple[list[Figures], list[Figures]] = [], []
-    with contextlib.ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vicinal-")))
-        builds = [
-            stack.enter_context(built(commit, folder / side))
-            for side, commit in (("a", arguments.a), ("b", arguments.b))
-        ]
-        for number in range(arguments.rounds):
-            for index in (0, 1) if number % 2 == 0 else (1, 0):
-                runs[index].append(_seconds(builds[index], arguments.device, arguments.size))
+    with built(arguments.a) as a, built(arguments.b) as b:
+        sides = list(zip(runs, (a, b), strict=True))
+        for _ in range(arguments.rounds):
+            for side, build in sides:
+                side.append(_seconds(build, arguments.device, arguments.size))
+            sides.reverse()  # neither is always first
     print(f"B, {arguments.b}, over A, {arguments.a}:")
     print(ratios(*runs))
     return 0
 
 
 @contextlib.contextmanager
-def built(commit: str, folder: Path) -> Iterator[Path]:
-    """The folder that holds the package of ``commit``, its kernel compiled."""
+def built(commit: str) -> Iterator[Path]:
+    """A folder that holds the package of ``commit``, its kernel compiled."""
     print(f"Building {commit} ...", file=sys.stderr, flush=True)
+    folder = Path(tempfile.mkdtemp(prefix="vicinal-"))
     _run(["git", "worktree", "add", "--quiet", "--detach", str(folder), commit], ROOT)
     try:
-        output = _run([sys.executable, "setup.py", "build_ext", "--inplace"], folder)
+        _run([sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"], folder)
         if not list(folder.glob("src/vicinal/**/_cpu*.so")):
-            raise SystemExit(f"The kernel of {commit} does not build:\n{output}")
+            raise SystemExit(f"The kernel of {commit} does not build")
         yield folder / "src"
     finally:
         _run(["git", "worktree", "remove", "--force", str(folder)], ROOT)
@@ -81,11 +79,8 @@ def ratios(first: Sequence[Figures], second: Sequence[Figures]) -> str:
     return table(("", "A", "B", "B / A", "of all rounds"), rows)
 
 
-def _run(command: Sequence[str], folder: Path) -> str:
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise SystemExit(f"{' '.join(command)}:\n{done.stderr.strip()}")
-    return done.stdout + done.stderr
+def _run(command: Sequence[str], folder: Path) -> None:
+    subprocess.run(command, cwd=folder, check=True, stdout=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ same canvases. ``study``: average precision, time and memory of both attentions 
 
 import argparse
 import contextlib
-import functools
 import json
 import re
 import subprocess
@@ -36,29 +35,36 @@ from vicinal.detr import DenoisingQueryGenerator, PointStem, SetCriterion, decod
 from vicinal.nn import block
 
 WARM_UPS = 5  # steps
+PARTS = (
+    ("batches", Scenes, "batch"),
+    ("plans", block, "plan_neighborhoods"),
+    ("windows of the stem", PointStem, "_windows"),
+    ("pooling", FeaturePyramid, "from_points"),
+    ("choice of queries", selection, "top_k_per_image"),
+    ("denoising queries", DenoisingQueryGenerator, "forward"),
+    ("checks", decoder, "check_object_queries"),
+    ("matching and losses", SetCriterion, "forward"),
+    ("optimizer", torch.nn.utils, "clip_grad_norm_"),
+    ("optimizer", torch.optim.AdamW, "step"),
+)
 INSIDE = re.compile(
     r"aten::(mm|addmm_?|bmm|baddbmm|gelu(_backward)?|native_layer_norm(_backward)?)"
     r"|.*vicinal_*:*(neighborhood_attention|rotate|project).*|.*scaled_dot_product.*"
 )
 
 
-Seconds = dict[str, float]
-
-
-def watched(seconds: Seconds, name: str, owner: Any, attribute: str) -> Any:
+def watched(seconds: dict[str, float], name: str, owner: Any, attribute: str) -> Any:
     """A context that sums the time of ``owner.attribute``, outside of other watched calls."""
     call = getattr(owner, attribute)
 
-    @functools.wraps(call)
     def timed(*arguments: Any, **options: Any) -> Any:
         if "inside" in seconds:
             return call(*arguments, **options)
         start = seconds["inside"] = time.perf_counter()
-        try:
-            return call(*arguments, **options)
-        finally:
-            seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
-            del seconds["inside"]
+        result = call(*arguments, **options)
+        seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
+        del seconds["inside"]
+        return result
 
     return mock.patch.object(owner, attribute, timed)
 
@@ -67,7 +73,7 @@ def shares(steps: int, batch: int) -> dict[str, float]:
     """The share of each part in ``steps`` training steps, after a warm-up."""
     model, scenes = DigitDetector(), Scenes(split_digits(load_digits())[0], 0)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    watched_seconds: Seconds = {}
+    watched_seconds: dict[str, float] = {}
 
     def step(number: int) -> None:
         losses = model(scenes.batch(range(number * batch, (number + 1) * batch)))
@@ -77,18 +83,7 @@ def shares(steps: int, batch: int) -> dict[str, float]:
         optimizer.zero_grad()
 
     with contextlib.ExitStack() as patches:
-        for name, owner, attribute in (
-            ("batches", Scenes, "batch"),
-            ("plans", block, "plan_neighborhoods"),
-            ("windows of the stem", PointStem, "_windows"),
-            ("pooling", FeaturePyramid, "from_points"),
-            ("choice of queries", selection, "top_k_per_image"),
-            ("denoising queries", DenoisingQueryGenerator, "forward"),
-            ("checks", decoder, "check_object_queries"),
-            ("matching and losses", SetCriterion, "forward"),
-            ("optimizer", torch.nn.utils, "clip_grad_norm_"),
-            ("optimizer", optimizer, "step"),
-        ):
+        for name, owner, attribute in PARTS:
             patches.enter_context(watched(watched_seconds, name, owner, attribute))
         for number in range(WARM_UPS):
             step(number)

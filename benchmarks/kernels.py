@@ -4,11 +4,11 @@ Compiles each kernel as the ops launch it, for generations of cards, and prints 
 bytes and shared memory, as cuobjdump reports them, a line of JSON per kernel. Nothing runs.
 """
 
-import argparse
 import itertools
 import json
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,8 +28,6 @@ from vicinal._index.tiles import tile_rows
 from vicinal.backends import reference
 from vicinal.backends.triton import ops as triton_ops
 
-ARCHITECTURES = (80, 90, 100)
-
 
 class Case(NamedTuple):
     """What kernels are compiled for."""
@@ -40,14 +38,6 @@ class Case(NamedTuple):
     heads: int = 8
     n_points: int | None = None
     n_queries: int | None = None  # few among many have tiles of one row
-
-    def spills_allowed(self, kernel: str) -> int:
-        """Bytes of a thread. Products of float32 keep both factors in registers."""
-        if kernel.startswith("rotate"):
-            return 96  # the sine of a huge angle takes a table
-        if self.dtype != torch.float32:
-            return 32
-        return 64 if self.width <= 128 else 640
 
 
 CASES = (
@@ -64,46 +54,46 @@ CASES = (
 class Launch(NamedTuple):
     kernel: Any
     arguments: tuple[Any, ...]
-    num_warps: int
-    constants: dict[str, int]
+    options: dict[str, int]
+    """The constants and the number of warps."""
 
 
-class Usage(NamedTuple):
-    """Of one kernel: registers and spills per thread, shared memory per program."""
-
-    kernel: str
-    architecture: int
-    rows: int | None
-    warps: int
-    registers: int
-    spilled_bytes: int
-    shared_bytes: int
-
-
-def usages(case: Case, architecture: int) -> Iterator[Usage]:
-    """Of every kernel that the ops launch, in both passes."""
+def usages(case: Case, architecture: int) -> Iterator[dict[str, Any]]:
+    """Of every kernel that the ops launch: registers and spills per thread, shared memory."""
+    target = GPUTarget("cuda", architecture, 32)
     for launch in launches(case):
-        name = launch.kernel.fn.__name__
-        sizes = _compile(launch, GPUTarget("cuda", architecture, 32))
-        yield Usage(name, architecture, launch.constants.get("ROWS"), launch.num_warps, *sizes)
+        source, options = variant(launch, target)
+        compiled = triton.compile(source, target=target, options=options)
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            Path(file.name).write_bytes(compiled.asm["cubin"])
+            tool = triton.knobs.nvidia.cuobjdump.path
+            command = [tool, "--dump-resource-usage", file.name]
+            output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        found = re.search(r"REG:(\d+) STACK:(\d+)", output)
+        assert found is not None, output
+        yield {
+            "kernel": launch.kernel.fn.__name__,
+            "warps": launch.options["num_warps"],
+            "registers": int(found[1]),
+            "spilled_bytes": int(found[2]),  # those of the stack
+            "shared_bytes": compiled.metadata.shared,
+        }
 
 
 def launches(case: Case) -> list[Launch]:
     """What the ops would launch; nothing reads the tensors on the CPU that they get."""
-    found = []
+    found: dict[Any, Launch] = {}
 
-    def record(
-        kernel: Any, n_programs: int, *arguments: Any, num_warps: int, **constants: Any
-    ) -> None:
-        found.append(Launch(kernel, arguments, num_warps, constants))
+    def record(kernel: Any, n_programs: int, *arguments: Any, **options: int) -> None:
+        found[kernel] = Launch(kernel, arguments, options)
 
     plan = _plan(case)
     with mock.patch.object(triton_ops, "launch", record):
         if not case.everything:
-            _plan_tiles(plan)
+            _find_tiles(plan)
         _rotate(plan, case)
         _attend(plan, case)
-    return list({launch.kernel: launch for launch in found}.values())
+    return list(found.values())
 
 
 def _plan(case: Case) -> NeighborhoodPlan:
@@ -115,7 +105,7 @@ def _plan(case: Case) -> NeighborhoodPlan:
     return plan_neighborhoods(positions, offsets, points, scene.windows)
 
 
-def _plan_tiles(plan: NeighborhoodPlan) -> None:
+def _find_tiles(plan: NeighborhoodPlan) -> None:
     keys, _, query_keys, point_keys, _ = plan._keyed_cells
     slices = plan._tensors.query_slices
     triton_ops.find_slices(point_keys, query_keys, slices.traversal, *keys.window_rows())
@@ -156,37 +146,20 @@ def _attend(plan: NeighborhoodPlan, case: Case) -> None:
 def variant(launch: Launch, target: GPUTarget) -> tuple[ASTSource, dict[str, Any]]:
     """What Triton compiles for a launch, as it specializes the arguments; and its options."""
     kernel, backend = launch.kernel, make_backend(target)
-    keywords = {**launch.constants, "num_warps": launch.num_warps, "enable_fp_fusion": True}
+    keywords = {**launch.options, "enable_fp_fusion": True}
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, left = bind(*launch.arguments, **keywords)
     options, *described = kernel._pack_args(backend, keywords, bound, specialization, left)
     return ASTSource(kernel, *described), options.__dict__
 
 
-def _compile(launch: Launch, target: GPUTarget) -> tuple[int, int, int]:
-    """Registers, spilled bytes (those of the stack) and bytes of shared memory."""
-    source, options = variant(launch, target)
-    compiled = triton.compile(source, target=target, options=options)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        Path(file.name).write_bytes(compiled.asm["cubin"])
-        tool = triton.knobs.nvidia.cuobjdump.path
-        command = [tool, "--dump-resource-usage", file.name]
-        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", output)
-    assert found is not None, output
-    return int(found[1]), int(found[2]), compiled.metadata.shared
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__)
-    parser.add_argument("--architecture", type=int, nargs="*", default=ARCHITECTURES)
-    arguments = parser.parse_args()
     if triton_ops.INTERPRETS:
-        parser.error("TRITON_INTERPRET is set: there is nothing to compile")
-    for architecture, case in itertools.product(arguments.architecture, CASES):
+        sys.exit("TRITON_INTERPRET is set: there is nothing to compile")
+    for architecture, case in itertools.product((80, 90, 100), CASES):
         for usage in usages(case, architecture):
-            line = {**case._asdict(), "dtype": str(case.dtype), **usage._asdict()}
-            print(json.dumps(line), flush=True)
+            line = {"architecture": architecture, **case._asdict(), **usage}
+            print(json.dumps(line, default=str), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,15 @@
 """One block on one scene, every point a query, and the work on it that is timed."""
 
-import copy
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from benchmarks.measure import Work
+from benchmarks.measure import Call, Timings, Work, time_calls
+from benchmarks.outcome import Figures
 from benchmarks.scenes import Scene
 from vicinal import (
     FeaturePyramid,
@@ -20,56 +19,50 @@ from vicinal import (
     plan_neighborhoods,
 )
 
-EMBED_DIM, HEADS = 256, 8
-
+CPU = torch.device("cpu")
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """q [N, H, d], k and v [nnz, H, d], projected and rotated -> [N, H, d]."""
 
 
+@dataclass(eq=False)
 class Layer:
-    """A block and its inputs: ``x`` [N, E] is both the points' embeddings and the queries."""
+    """A block and its inputs: ``x`` [N, E] is both the points' embeddings and the queries.
 
-    def __init__(
-        self,
-        scene: Scene,
-        *,
-        embed_dim: int = EMBED_DIM,
-        heads: int = HEADS,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-        backend: str | None = None,
-    ) -> None:
+    Layers of equal options have equal parameters and inputs.
+    """
+
+    scene: Scene
+    embed_dim: int = 256
+    heads: int = 8
+    dtype: torch.dtype = torch.float32
+    device: torch.device = CPU
+    backend: str | None = None
+
+    def __post_init__(self) -> None:
         torch.manual_seed(0)
-        self.scene, self.device = scene, torch.device(device)
-        self.x = torch.randn(len(scene.coordinates), embed_dim).to(device, dtype)
-        coordinates = scene.coordinates.to(device)
+        scene, windows = self.scene, self.scene.windows
+        coordinates = scene.coordinates.to(self.device)
+        self.x = torch.randn(len(coordinates), self.embed_dim).to(self.device, self.dtype)
         self.pyramid = FeaturePyramid(self.x, coordinates, scene.level_shapes, 1)
         positions = self.pyramid.positions  # for other commits: a method or a property
         self.positions = positions() if callable(positions) else positions
-        self.offsets = torch.tensor([0, len(self.x)], device=device)
-        windows, dim = scene.windows, len(scene.level_shapes[0])
+        self.offsets = torch.tensor([0, len(self.x)], device=self.device)
+        dim, backend = len(scene.level_shapes[0]), self.backend
         self.block = SparseNeighborhoodAttentionBlock(
-            embed_dim, heads, len(windows), windows, position_dim=dim, backend=backend
-        ).to(device, dtype)
+            self.embed_dim, self.heads, len(windows), windows, position_dim=dim, backend=backend
+        ).to(self.device, self.dtype)
 
     def __len__(self) -> int:
         """The number of points, and of queries."""
         return len(self.x)
 
-    def with_backend(self, backend: str) -> "Layer":
-        """The same numbers on a back end of the library by name."""
-        other = copy.copy(self)
-        other.block = copy.deepcopy(self.block)
-        other.block.backend = other.block.pos_encoding.backend = backend
-        return other
-
     def reordered(self, order: Tensor) -> "Layer":
         """The same points, listed in ``order`` [n], with other random embeddings."""
-        block, x = self.block, self.x
-        options: dict[str, Any] = {"embed_dim": block.embed_dim, "heads": block.n_heads}
-        options |= {"dtype": x.dtype, "device": x.device, "backend": block.backend}
         coordinates = self.scene.coordinates[order.cpu()]
-        return Layer(self.scene._replace(coordinates=coordinates), **options)
+        return replace(self, scene=self.scene._replace(coordinates=coordinates))
+
+    def time(self, calls: Mapping[str, Call], repeats: int) -> Timings:
+        return time_calls(calls, repeats, self.device)
 
     def make_plan(self) -> NeighborhoodPlan:
         return plan_neighborhoods(self.positions, self.offsets, self.pyramid, self.scene.windows)
@@ -89,7 +82,7 @@ class Layer:
         return int(self.plan.counts().sum())
 
     @property
-    def figures(self) -> dict[str, float | str]:
+    def figures(self) -> Figures:
         return {"points": len(self), "neighbors": self.n_pairs / len(self)}
 
     def forward(self, x: Tensor, plan: NeighborhoodPlan | None = None) -> Tensor:
@@ -99,20 +92,14 @@ class Layer:
         )
         return out
 
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, plan: NeighborhoodPlan | None = None
-    ) -> Tensor:
-        """The library's attention alone; by default with the plan of all points."""
-        plan = self.plan if plan is None else plan
-        return neighborhood_attention(q, k, v, plan, backend=self.block.backend)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The library's attention alone."""
+        return neighborhood_attention(q, k, v, self.plan, backend=self.backend)
 
-    def whole(self) -> Work:
-        """The block with all its parameters, planning included."""
-        return Work(self.forward, (self.x,), tuple(self.block.parameters()))
-
-    def planned(self) -> Work:
-        """The same with its plan given."""
-        return replace(self.whole(), compute=partial(self.forward, plan=self.plan))
+    def whole(self, plan: NeighborhoodPlan | None = None) -> Work:
+        """The block with all its parameters, planning included unless ``plan`` is given."""
+        parameters = tuple(self.block.parameters())
+        return Work(partial(self.forward, plan=plan), (self.x,), parameters)
 
     def floor(self) -> Work:
         """The GEMM floor: the block's dense projections alone."""
@@ -138,7 +125,7 @@ class Layer:
 
     def projected(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Q, k and v [N, H, d] of ``x``, projected and rotated, as the attention gets them."""
-        block, heads = self.block, (self.block.n_heads, -1)
+        block, heads = self.block, (self.heads, -1)
         q = block.q_in_proj(block.norm(x)).unflatten(-1, heads)
         k, v = (F.linear(x, part).unflatten(-1, heads) for part in block.kv_proj.weight.chunk(2))
         rotate = block.pos_encoding
@@ -149,17 +136,6 @@ class Layer:
 
         def forward(x: Tensor) -> Tensor:
             out: Tensor = x + self.block.out_proj(attend(*self.projected(x)).flatten(1))
-            return out
-
-        return forward
-
-    def on_sparse_map(self, block: nn.Module | Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
-        """A function of ``x`` that gives ``block`` a sparse COO map."""
-        shapes = torch.tensor(self.pyramid.level_shapes)
-
-        def forward(x: Tensor) -> Tensor:
-            maps = self.pyramid.with_values(x).to_coo()
-            out: Tensor = block(x, self.positions, self.offsets, maps, shapes)
             return out
 
         return forward

@@ -6,17 +6,14 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-PACKAGES = (
-    "torch", "triton", "vicinal", "torch_geometric", "transformers", "natten", "mlxtend", "numpy"
-)  # fmt: skip
+PACKAGES = ("torch", "triton", "vicinal", "torch_geometric", "transformers", "mlxtend", "numpy")
 ROOT = Path(__file__).parent.parent
-
-Commit = dict[str, str | bool]
 
 
 def describe_machine() -> dict[str, Any]:
@@ -25,13 +22,12 @@ def describe_machine() -> dict[str, Any]:
         "cores": usable_cores(),
         "threads": torch.get_num_threads(),
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
-        "memory_gib": round(_memory("MemTotal") / 2**30, 1),
+        "memory_gib": round(proc_bytes("meminfo", "MemTotal") / 2**30, 1),
         "system": f"{platform.system()} {platform.machine()}",
     }
 
 
 def describe_gpu() -> dict[str, Any]:
-    """The current one."""
     found = torch.cuda.get_device_properties()
     return {
         "name": found.name,
@@ -51,14 +47,14 @@ def versions() -> dict[str, str | None]:
     return {"python": platform.python_version()} | {name: found.get(name) for name in PACKAGES}
 
 
-def describe_commit() -> Commit:
+def describe_commit() -> dict[str, str | bool]:
     """The commit measured, and whether tracked files differ from it."""
     changes = _output("git", "status", "--porcelain", "--untracked-files=no")
     commit = _output("git", "rev-parse", "--short=10", "HEAD")
     return {"id": commit or "unknown", "dirty": bool(changes)}
 
 
-def file_stem(commit: Commit, device: str | None = None) -> str:
+def file_stem(commit: Mapping[str, str | bool], device: str | None = None) -> str:
     """For the files of a study: device, None for the processor, and commit."""
     name = re.sub(r"[^a-z0-9]+", "-", (device or _processor()).lower()).strip("-")
     return f"{name}-{commit['id']}" + ("-dirty" if commit["dirty"] else "")
@@ -69,25 +65,16 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def available_memory() -> int:
-    """Bytes that can still be allocated without swapping."""
-    return _memory("MemAvailable")
+def proc_bytes(file: str, field: str) -> int:
+    """A field of a file in /proc, which counts in KiB; 0 where there is none."""
+    return 1024 * int(_proc(file, rf"^{field}:\s*(\d+) kB$") or 0)
 
 
 def _processor() -> str:
-    found = _field("cpuinfo", r"^model name\s*:\s*(.+)$")
-    return found or platform.processor() or platform.machine() or "unknown"
+    return _proc("cpuinfo", r"^model name\s*:\s*(.+)$") or platform.processor() or "unknown"
 
 
-def _memory(field: str) -> int:
-    """Bytes, from /proc/meminfo, which counts in KiB; elsewhere all that is installed."""
-    found = _field("meminfo", rf"^{field}:\s*(\d+) kB$")
-    if found:
-        return 1024 * int(found)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _field(file: str, pattern: str) -> str:
+def _proc(file: str, pattern: str) -> str:
     with contextlib.suppress(OSError):
         found = re.search(pattern, Path("/proc", file).read_text(), re.M)
         return found[1].strip() if found else ""

@@ -4,8 +4,8 @@ import ctypes
 import gc
 import statistics
 import sys
-import time
-from collections.abc import Callable, Sequence
+import timeit
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -13,14 +13,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.outcome import CaseSkipped
+from benchmarks.machine import proc_bytes
+from benchmarks.outcome import CaseSkipped, Figures
 
 Call = Callable[[], object]
 Compute = Callable[..., Tensor | tuple[Tensor, ...]]
 
 WARM_UPS = 3  # calls on a GPU: the first compiles, the next allocate
 FLUSHED = 256 * 2**20  # bytes, several times the caches of today's GPUs
-_PROCESS = Path("/proc/self")
 
 
 @dataclass(frozen=True)
@@ -59,58 +59,52 @@ def _as_tuple(out: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return out if isinstance(out, tuple) else (out,)
 
 
-class Timings(NamedTuple):
-    """Seconds of several calls: ``[calls][rounds]``."""
+@dataclass(frozen=True)
+class Timings:
+    """Seconds of several calls by name, of every round."""
 
-    seconds: tuple[tuple[float, ...], ...]
+    seconds: dict[str, tuple[float, ...]]
 
-    def median(self, call: int) -> float:
+    def median(self, call: str) -> float:
         return statistics.median(self.seconds[call])
 
-    def ratio(self, call: int, base: int) -> float:
+    def ratio(self, call: str, base: str) -> float:
         """How many times longer ``call`` takes than ``base``: the median over the rounds."""
         pairs = zip(self.seconds[call], self.seconds[base], strict=True)
         return statistics.median(one / other for one, other in pairs)
 
+    def medians(self) -> Figures:
+        return {f"{call}_seconds": self.median(call) for call in self.seconds}
 
-def time_calls(*calls: Call, repeats: int, device: torch.device) -> Timings:
+
+def time_calls(calls: Mapping[str, Call], repeats: int, device: torch.device) -> Timings:
     """Times ``repeats`` rounds of all ``calls``, after a warm-up.
 
     The calls alternate, so that a change of the machine's speed affects all of them. On a GPU, CUDA
     events measure with cold caches; the host does not wait between calls, so the time of a launch
     counts only where the GPU waits for it.
     """
-    on_gpu = device.type == "cuda"
-    for call in calls:
+    on_gpu, each = device.type == "cuda", [*calls.values()]
+    for call in each:
         for _ in range(WARM_UPS if on_gpu else 1):
             call()
-    rounds = (_rounds_on_gpu if on_gpu else _rounds_on_cpu)(calls, repeats)
-    return Timings(tuple(zip(*rounds, strict=True)))
+    in_turn = each * repeats
+    seconds = _on_gpu(in_turn) if on_gpu else [timeit.timeit(call, number=1) for call in in_turn]
+    return Timings({name: tuple(seconds[i :: len(each)]) for i, name in enumerate(calls)})
 
 
-def _rounds_on_cpu(calls: Sequence[Call], repeats: int) -> list[list[float]]:
-    def seconds(call: Call) -> float:
-        start = time.perf_counter()
-        call()
-        return time.perf_counter() - start
-
-    return [[seconds(call) for call in calls] for _ in range(repeats)]
-
-
-def _rounds_on_gpu(calls: Sequence[Call], repeats: int) -> list[list[float]]:
+def _on_gpu(calls: Sequence[Call]) -> list[float]:
     flushed = torch.empty(FLUSHED, dtype=torch.uint8, device="cuda")
-
-    def events(call: Call) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+    events = []
+    for call in calls:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         flushed.zero_()
         start.record()
         call()
         end.record()
-        return start, end
-
-    rounds = [[events(call) for call in calls] for _ in range(repeats)]
+        events.append((start, end))
     torch.cuda.synchronize()
-    return [[start.elapsed_time(end) / 1000 for start, end in each] for each in rounds]
+    return [start.elapsed_time(end) / 1000 for start, end in events]
 
 
 def as_cuda_graph(call: Call, device: torch.device) -> Call:
@@ -130,14 +124,10 @@ def as_cuda_graph(call: Call, device: torch.device) -> Call:
 
 
 class Peak(NamedTuple):
-    """Bytes before a call, and at its peak with those included."""
+    """Bytes at the peak of a call, and those of them that the call allocated."""
 
-    before: int
     total: int
-
-    @property
-    def of_call(self) -> int:
-        return max(0, self.total - self.before)
+    of_call: int
 
 
 def peak_memory(call: Call, device: torch.device) -> Peak:
@@ -154,19 +144,15 @@ def peak_memory(call: Call, device: torch.device) -> Peak:
         before = torch.cuda.memory_allocated()
         call()
         torch.cuda.synchronize()
-        return Peak(before, torch.cuda.max_memory_allocated())
+        total = torch.cuda.max_memory_allocated()
+        return Peak(total, total - before)
     if sys.platform != "linux":
         raise CaseSkipped("peak memory of a process is measured on Linux only")
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc alone has it
     if trim is not None:
         trim(0)  # freed memory that malloc retains, reused, would hide a part of the peak
-    (_PROCESS / "clear_refs").write_text("5")  # resets the peak, see proc(5)
-    before = _status_bytes("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak, see proc(5)
+    before = proc_bytes("self/status", "VmRSS")
     call()
-    return Peak(before, _status_bytes("VmHWM"))
-
-
-def _status_bytes(field: str) -> int:
-    lines = (_PROCESS / "status").read_text().splitlines()
-    (value,) = (line.split()[1] for line in lines if line.startswith(f"{field}:"))
-    return 1024 * int(value)
+    total = proc_bytes("self/status", "VmHWM")
+    return Peak(total, max(0, total - before))

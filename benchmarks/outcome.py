@@ -3,6 +3,7 @@
 Cases run in processes of their own, so that memory and threads of one do not affect another.
 """
 
+import importlib.util
 import json
 import os
 import signal
@@ -35,6 +36,11 @@ RETAINING = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 
 class CaseSkipped(Exception):  # noqa: N818 - not an error: the study reports it and goes on
     """A case that cannot run here; the message gives the reason."""
+
+
+def require(package: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise CaseSkipped(f"{package} is not installed")
 
 
 class DisagreementError(AssertionError):
@@ -85,19 +91,15 @@ def run_command(
         return Outcome(problem=f"took longer than {timeout:.0f} s")
     if done.returncode == DISAGREES:
         raise DisagreementError(_last_line(done.stderr))
-    if done.returncode != 0:
-        return Outcome(problem=_problem(done.returncode, done.stderr))
-    return Outcome(**json.loads(_last_line(done.stdout)))
-
-
-def _problem(status: int, stderr: str) -> str:
-    if any(message in stderr for message in ALLOCATION_FAILED):
-        return OUT_OF_MEMORY
-    if status == -signal.SIGKILL:
-        return KILLED
-    if status < 0:
-        return f"ended by {signal.Signals(-status).name}"
-    return f"failed: {_last_line(stderr)}"
+    if done.returncode == 0:
+        return Outcome(**json.loads(_last_line(done.stdout)))
+    if any(message in done.stderr for message in ALLOCATION_FAILED):
+        return Outcome(problem=OUT_OF_MEMORY)
+    if done.returncode == -signal.SIGKILL:
+        return Outcome(problem=KILLED)
+    if done.returncode < 0:
+        return Outcome(problem=f"ended by {signal.Signals(-done.returncode).name}")
+    return Outcome(problem=f"failed: {_last_line(done.stderr)}")
 
 
 def _last_line(text: str) -> str:

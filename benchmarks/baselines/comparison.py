@@ -1,6 +1,5 @@
 """A baseline and the library at the same work: whether they agree, time and memory."""
 
-import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -9,8 +8,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.layer import Layer
-from benchmarks.measure import Work, peak_memory, time_calls
-from benchmarks.outcome import CaseSkipped, DisagreementError, Figures
+from benchmarks.measure import Work, peak_memory
+from benchmarks.outcome import DisagreementError, Figures
 
 ROUNDINGS = 256
 """How far apart outputs and gradients of inputs may be, in units of the dtype's rounding (2^-24 in
@@ -52,10 +51,8 @@ class Comparison:
     vicinal: Work
     same: bool = True
     """Whether both compute the same thing, which is then checked."""
-    no_step: str | None = None
-    """Why the baseline is not measured in training."""
     extra: Figures = field(default_factory=dict)
-    """Figures of the baseline's preparation."""
+    """Figures of its preparation; ``no_step``: why the baseline is not measured in training."""
 
     def check(self, name: str) -> float:
         """The difference of outputs, and in float32 of gradients, in roundings.
@@ -66,7 +63,7 @@ class Comparison:
         single = vicinal[0].dtype == torch.float32
         tolerance = ROUNDINGS if single else ROUNDINGS_OF_HALVES
         apart = check_agreement(f"{name}, output", baseline, vicinal, tolerance)
-        if single and self.no_step is None:
+        if single and "no_step" not in self.extra:
             # From random gradients: those of a plain sum cancel in many places.
             grads, expected = self.baseline.step(_random_like), self.vicinal.step(_random_like)
             n = len(self.vicinal.inputs)
@@ -74,13 +71,6 @@ class Comparison:
             of_weights = f"{name}, gradient of a parameter"
             check_agreement(of_weights, grads[n:], expected[n:], ROUNDINGS_OF_SUMS)
         return apart
-
-
-def agreement(layer: Layer, label: str, prepare: Callable[[Layer], Comparison]) -> Figures:
-    """Whether results and gradients agree."""
-    comparison = prepare(layer)
-    figures: Figures = {"points": len(layer), "roundings_apart": comparison.check(label)}
-    return figures if comparison.no_step is None else figures | {"no_step": comparison.no_step}
 
 
 def against(
@@ -92,40 +82,25 @@ def against(
     if comparison.same:
         figures["roundings_apart"] = comparison.check(label)
     baseline, vicinal = comparison.baseline, comparison.vicinal
-    works = {"forward": (baseline.forward, vicinal.forward)}
-    if comparison.no_step is None:
-        works["step"] = baseline.step, vicinal.step
-    else:
-        figures["no_step"] = comparison.no_step
-    for kind, (other, own) in works.items():
+    kinds = ("forward",) if "no_step" in comparison.extra else ("forward", "step")
+    for kind in kinds:
+        other, own = getattr(baseline, kind), getattr(vicinal, kind)
         # The second of two own calls counts: the first works on memory that the baseline, often
         # gigabytes, has just given back to the system, and that has to be cleared.
-        timings = time_calls(other, own, own, repeats=repeats, device=layer.device)
+        timings = layer.time({"baseline": other, "first": own, "vicinal": own}, repeats)
         figures |= {
-            f"{kind}_seconds": timings.median(0),
-            f"{kind}_seconds_vicinal": timings.median(2),
-            f"{kind}_over_vicinal": timings.ratio(0, 2),
+            f"{kind}_seconds": timings.median("baseline"),
+            f"{kind}_seconds_vicinal": timings.median("vicinal"),
+            f"{kind}_over_vicinal": timings.ratio("baseline", "vicinal"),
         }
     if layer.device.type == "cuda" or sys.platform == "linux":
-        peaks = [peak_memory(call, layer.device).of_call for call in (other, own)]
+        peaks = [
+            peak_memory(getattr(work, kinds[-1]), layer.device).of_call
+            for work in (baseline, vicinal)
+        ]
         figures |= {"peak_bytes": peaks[0], "peak_bytes_vicinal": peaks[1]}
         figures["memory_over_vicinal"] = peaks[0] / max(peaks[1], 1)
     return figures
-
-
-def require(package: str) -> None:
-    """Raises `CaseSkipped` where a package is not installed."""
-    if importlib.util.find_spec(package) is None:
-        raise CaseSkipped(f"{package} is not installed")
-
-
-def step_problem(work: Work) -> str | None:
-    """Why there is no training step, from trying one; for baselines that may lack a backward."""
-    try:
-        work.step()
-    except NotImplementedError as error:
-        return str(error).split(".")[0].strip()
-    return None
 
 
 def _random_like(x: Tensor) -> Tensor:

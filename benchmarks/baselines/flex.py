@@ -6,50 +6,36 @@ Dong et al., "Flex Attention: A Programming Model for Generating Optimized Atten
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from benchmarks.baselines.comparison import Comparison, step_problem
+from benchmarks.baselines.comparison import Comparison
 from benchmarks.layer import Attend, Layer
-from benchmarks.measure import Work, time_calls
-from benchmarks.outcome import CaseSkipped
+from benchmarks.measure import Work
 from vicinal import get_multilevel_neighborhoods
-
-MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def prepare(layer: Layer) -> Comparison:
     """The attention alone, the mask made beforehand; training where it can."""
-    try:
-        torch.compile(lambda x: x + 1)(torch.zeros(8, device=layer.device))
-    except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CaseSkipped(f"it needs torch.compile, which does not work here: {reason}") from error
     # Not compiled, it stores some numbers for every query and point.
     compiled = torch.compile(create_block_mask)
 
-    def make_mask() -> BlockMask:
-        mask: BlockMask = compiled(
-            mask_of(layer), None, None, len(layer), len(layer), str(layer.device)
-        )
-        return mask
+    def make_mask() -> Any:
+        return compiled(mask_of(layer), None, None, len(layer), len(layer), str(layer.device))
 
-    mask = make_mask()
-    seconds = time_calls(make_mask, repeats=1, device=layer.device).median(0)
-    vicinal = layer.attention()
+    mask, vicinal = make_mask(), layer.attention()
+    extra = layer.time({"mask": make_mask}, 1).medians()
+    extra["blocks_skipped_percent"] = max(0.0, float(mask.sparsity()))
     # To try it on the compiled function would make PyTorch give up compiling it, silently.
     few = torch.zeros(1, 1, 16, 16, device=layer.device)
-    return Comparison(
-        Work(_attention(mask), vicinal.inputs),
-        vicinal,
-        no_step=step_problem(Work(flex_attention, (few, few, few))),
-        extra={
-            "mask_seconds": seconds,
-            "blocks_skipped_percent": max(0.0, float(mask.sparsity())),
-        },
-    )
+    try:
+        Work(flex_attention, (few, few, few)).step()
+    except NotImplementedError as error:
+        extra["no_step"] = str(error).split(".")[0].strip()
+    return Comparison(Work(_attention(mask), vicinal.inputs), vicinal, extra=extra)
 
 
 def prepare_sorted(layer: Layer) -> Comparison:
@@ -62,7 +48,7 @@ def prepare_sorted(layer: Layer) -> Comparison:
     return prepare(layer.reordered(key.argsort(stable=True)))
 
 
-def mask_of(layer: Layer) -> MaskMod:
+def mask_of(layer: Layer) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
     """Whether a point is a query's neighbor, from the cells that its windows are centered on.
 
     All tables have one dimension: the CPU's compiler takes no others here.

@@ -7,6 +7,7 @@ PyTorch, with the block's own parameters and the library's list of the cells of 
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -16,46 +17,46 @@ from torch.utils.checkpoint import checkpoint
 from benchmarks.baselines.comparison import Comparison
 from benchmarks.layer import Layer
 from benchmarks.measure import Work
-from vicinal import SparseNeighborhoodAttentionBlock, get_multilevel_neighborhoods
+from vicinal import get_multilevel_neighborhoods
 
 
 def prepare(layer: Layer) -> Comparison:
     """The whole block, on a sparse COO map, which is what this baseline takes."""
-    parameters = tuple(layer.block.parameters())
-    gathering = GatherAndProject(layer.block, layer.scene.windows)
-    return Comparison(
-        Work(layer.on_sparse_map(gathering), (layer.x,), parameters),
-        Work(layer.on_sparse_map(layer.block), (layer.x,), parameters),
-    )
+    shapes = torch.tensor(layer.pyramid.level_shapes)
+
+    def vicinal(x: Tensor) -> Tensor:
+        maps = layer.pyramid.with_values(x).to_coo()
+        out: Tensor = layer.block(x, layer.positions, layer.offsets, maps, shapes)
+        return out
+
+    given = (layer.x,), tuple(layer.block.parameters())
+    return Comparison(Work(GatherAndProject(layer), *given), Work(vicinal, *given))
 
 
 class GatherAndProject:
-    """Computes what ``block`` does, without its options, with windows of ``sizes`` [L]."""
+    """Computes what the block of ``layer`` does, without its options, for one image."""
 
-    def __init__(self, block: SparseNeighborhoodAttentionBlock, sizes: Sequence[int]) -> None:
-        self.block, self.sizes = block, sizes
+    def __init__(self, layer: Layer) -> None:
+        self.layer, self.block = layer, layer.block
 
-    def __call__(
-        self, query: Tensor, positions: Tensor, offsets: Tensor, maps: Tensor, shapes: Tensor
-    ) -> Tensor:
-        """Query [N, E], positions [N, P], a map [B, *spatial, L, E] of shapes [L, P] -> [N, E]."""
-        shapes = shapes.to(query.device)
+    def __call__(self, x: Tensor) -> Tensor:
+        """X [N, E] -> [N, E]."""
+        layer, positions = self.layer, self.layer.positions
+        maps = layer.pyramid.with_values(x).to_coo().coalesce()
+        shapes = torch.tensor(layer.pyramid.level_shapes, device=x.device)
         # [N, K, P], [N, K], [K]
-        cells, outside, levels = get_multilevel_neighborhoods(positions, shapes, self.sizes)
+        cells, outside, levels = get_multilevel_neighborhoods(
+            positions, shapes, layer.scene.windows
+        )
         scales = shapes / shapes.amax(dim=0).to(positions.dtype)
         centers = (cells.to(positions.dtype) + 0.5) / scales[levels]
-        key_positions = torch.cat((centers, levels.expand(len(query), -1).unsqueeze(-1)), dim=-1)
-        batch = torch.repeat_interleave(offsets.diff(), output_size=len(query))
-        table, rows = _look_up(maps.coalesce(), batch, cells, levels, outside)
-        q = self.block.q_in_proj(self.block.norm(query)).unflatten(-1, (self.block.n_heads, -1))
-        q = self._rotate(q, F.pad(positions, (0, 1)))
-        attended = checkpoint(
-            self._attend,
-            *(q, table, rows, key_positions),
-            use_reentrant=False,
-            preserve_rng_state=False,
-        )
-        out: Tensor = self.block.out_proj(attended) + query
+        key_positions = torch.cat((centers, levels.expand(len(x), -1).unsqueeze(-1)), dim=-1)
+        table, rows = _look_up(maps, cells, levels, outside)
+        q = self.block.q_in_proj(self.block.norm(x)).unflatten(-1, (layer.heads, -1))
+        q = self._rotate(q, layer.query_coordinates)
+        attend = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        attended = attend(self._attend, q, table, rows, key_positions)
+        out: Tensor = self.block.out_proj(attended) + x
         return out
 
     def _attend(self, q: Tensor, table: Tensor, rows: Tensor, key_positions: Tensor) -> Tensor:
@@ -84,21 +85,19 @@ class GatherAndProject:
         return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2)
 
 
-def _look_up(
-    feature_map: Tensor, batch: Tensor, cells: Tensor, levels: Tensor, outside: Tensor
-) -> tuple[Tensor, Tensor]:
+def _look_up(maps: Tensor, cells: Tensor, levels: Tensor, outside: Tensor) -> tuple[Tensor, Tensor]:
     """The map's values and a row of zeros [nnz + 1, E], and each cell's row [N, K].
 
     Empty cells, and those outside their level, have the row of zeros.
     """
-    sizes = feature_map.shape[: feature_map.sparse_dim()]
-    stored = _linear_keys(feature_map.indices(), sizes)  # sorted, as the map is coalesced
+    sizes = maps.shape[1 : maps.sparse_dim()]
+    stored = _linear_keys(maps.indices()[1:], sizes)  # sorted, as the map is coalesced
     # The row of zeros has the largest key, which is no cell's, so that no search ends past it.
     stored = torch.cat((stored, stored.new_full((1,), torch.iinfo(stored.dtype).max)))
-    keys = _linear_keys((batch.unsqueeze(1), *cells.unbind(-1), levels), sizes)
+    keys = _linear_keys((*cells.unbind(-1), levels), sizes)
     rows = torch.searchsorted(stored, keys)
     empty = outside | (stored[rows] != keys)
-    return F.pad(feature_map.values(), (0, 0, 0, 1)), rows.masked_fill(empty, len(stored) - 1)
+    return F.pad(maps.values(), (0, 0, 0, 1)), rows.masked_fill(empty, len(stored) - 1)
 
 
 def _linear_keys(coordinates: Sequence[Tensor] | Tensor, sizes: Sequence[int]) -> Tensor:

@@ -4,12 +4,15 @@ In plain PyTorch, and by the graph transformer of PyTorch Geometric: Shi et al.,
 Prediction: Unified Message Passing Model for Semi-Supervised Classification" (2021).
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from benchmarks.baselines.comparison import Comparison, require
+from benchmarks.baselines.comparison import Comparison
 from benchmarks.layer import Attend, Layer
 from benchmarks.measure import Work
+from benchmarks.outcome import require
 
 
 def prepare(layer: Layer) -> Comparison:
@@ -20,7 +23,7 @@ def prepare(layer: Layer) -> Comparison:
 
 def prepare_block(layer: Layer) -> Comparison:
     """The whole block. Pairs are given, but the library plans: that favors the baseline."""
-    plain = layer.with_backend("reference")  # rotation in plain PyTorch too
+    plain = replace(layer, backend="reference")  # rotation in plain PyTorch too
     attend = plain.around(_attention(layer.plan.pairs()))
     return Comparison(Work(attend, (layer.x,), tuple(plain.block.parameters())), layer.whole())
 

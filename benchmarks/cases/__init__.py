@@ -1,15 +1,77 @@
 """What a study measures: every case has a name and gives figures, in a process of its own."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import NamedTuple
+
+import torch
 
 from benchmarks.baselines import BASELINES
-from benchmarks.baselines.comparison import against, agreement
-from benchmarks.cases import block, stages, tuning
+from benchmarks.baselines.comparison import against
+from benchmarks.cases import block, tuning
 from benchmarks.layer import Layer
 from benchmarks.outcome import RETAINED, Figures
-from benchmarks.scenes import handwriting, of_density, tracks_in_volume
-from benchmarks.settings import Settings, Tracks
+from benchmarks.scenes import handwriting, of_density, particle_tracks, tracks_in_volume
+
+Tracks = tuple[int, int]
+"""Their number, and the cells a side of their image."""
+
+
+class Settings(NamedTuple):
+    device: str  # where cases run: cpu or cuda
+    backend: str | None
+    dtype: str
+    tracks: Tracks  # the main scene
+    fewer_tracks: tuple[int, ...]  # on the same image, in turn, where a baseline lacks memory
+    few_tracks: Tracks  # the scene on which all baselines run and agree
+    repeats: int  # rounds of timed calls; a third where calls take long or there are many
+    million: Tracks = (2200, 2401)  # a million points, as dense as 100 tracks on 512 x 512 cells
+    volume: Tracks = (120, 160)
+    digits: int = 200
+    growing: tuple[int, ...] = (28, 94, 356, 1410)  # tracks that make 10,000 to 640,000 points
+    tiles: tuple[int, ...] = ()  # rows of a tile, each tried with these blocks and warps
+    blocks: tuple[int, ...] = ()
+    warps: tuple[int, ...] = ()
+    embed_dim: int = 256
+    n_heads: int = 8
+
+    @property
+    def all_tracks(self) -> list[Tracks]:
+        return [self.tracks, *((n_tracks, self.tracks[1]) for n_tracks in self.fewer_tracks)]
+
+    @property
+    def few_repeats(self) -> int:
+        return math.ceil(self.repeats / 3)
+
+    def layer(self, tracks: Tracks | None = None, dtype: str | None = None) -> Layer:
+        """A block on ``tracks``, by default the main scene."""
+        n_tracks, size = tracks or self.tracks
+        scene = particle_tracks(n_tracks, size=size)
+        kind = getattr(torch, dtype or self.dtype), torch.device(self.device)
+        return Layer(scene, self.embed_dim, self.n_heads, *kind, self.backend)
+
+
+SETTINGS = {
+    "cpu": {
+        "full": Settings("cpu", None, "float32", (100, 512), (75, 50, 25), (10, 512), 9),
+        "quick": Settings(
+            "cpu", None, "float32", (4, 512), (3, 2), (1, 512), 2,
+            million=(16, 205), volume=(4, 40), digits=8, growing=(2, 4, 8),
+        ),
+    },
+    "cuda": {
+        "full": Settings(
+            "cuda", "triton", "bfloat16", (420, 2048), (280, 210, 140, 100, 70, 35, 10), (10, 512),
+            25, tiles=(16, 32, 64), blocks=(16, 32, 64, 128), warps=(1, 2, 4),
+        ),
+        # Kernels may be interpreted, which takes a second for a dozen points.
+        "quick": Settings(
+            "cuda", "triton", "float32", (1, 12), (), (1, 12), 1, million=(1, 12),
+            tiles=(32,), blocks=(16, 32), warps=(1,), embed_dim=16, n_heads=1,
+        ),
+    },
+}  # fmt: skip
 
 Case = Callable[[], Figures]
 Ladder = dict[str, Case]
@@ -30,24 +92,22 @@ def ladders(settings: Settings) -> list[Ladder]:
 
 def _on_cpu(s: Settings) -> list[Ladder]:
     few = [_ladder(s, name, [s.few_tracks]) for name in BASELINES if name != "pairs-block"]
-    all_tracks = [s.tracks, *((n, s.tracks[1]) for n in s.fewer_tracks)]
-    many = [_ladder(s, name, all_tracks) for name in BASELINES if name != "gathering"]
+    many = [_ladder(s, name, s.all_tracks) for name in BASELINES if name != "gathering"]
     scenes: dict[str, Callable[[], Layer]] = {
         "tracks": s.layer,
         "volume": lambda: Layer(tracks_in_volume(s.volume[0], size=s.volume[1])),
         "handwriting": lambda: Layer(handwriting(s.digits)),
     }
-    grown = {n: lambda n=n: Layer(of_density(n)) for n in s.growing}
     cases: dict[str, Case] = {
-        "scaling/time": lambda: block.scaling([grown[n]() for n in s.growing], s.few_repeats),
-        "threads": lambda: block.two_threads(s.layer(), s.repeats),
+        "scaling/time": lambda: block.scaling([_grown(n) for n in s.growing], s.few_repeats),
+        "threads": partial(_on, s.layer, block.two_threads, s.repeats),
     }
     for name, make in scenes.items():
         cases[f"compute/{name}"] = partial(_on, make, block.compute, s.repeats)
-        cases[f"stages/{name}"] = partial(_on, make, stages.stages, s.repeats)
+        cases[f"stages/{name}"] = partial(_on, make, block.stages, s.repeats)
         cases[f"memory/{name}"] = partial(_on, make, block.memory)
-    for n, make in grown.items():
-        cases[f"scaling/memory/{n}"] = partial(_on, make, block.memory)
+    for n in s.growing:
+        cases[f"scaling/memory/{n}"] = partial(_on, partial(_grown, n), block.memory)
     cases |= _common(s)
     # Once more where malloc keeps freed memory.
     known = cases | {name: case for ladder in few for name, case in ladder.items()}
@@ -58,18 +118,17 @@ def _on_cpu(s: Settings) -> list[Ladder]:
 
 
 def _on_gpu(s: Settings) -> list[Ladder]:
-    cases: dict[str, Case] = {}
-    for name in BASELINES_ON_GPU:
-        make = partial(s.layer, s.few_tracks, "float32")
-        cases[f"agreement/{name}"] = partial(_on, make, agreement, *BASELINES[name])
-    measures = (block.attention, block.plan, block.compute, block.replayed, stages.stages)
-    for measure in measures:
+    few = partial(s.layer, s.few_tracks, "float32")  # in which gradients are checked, too
+    cases: dict[str, Case] = {
+        f"agreement/{name}": partial(_on, few, against, *BASELINES[name], 1)
+        for name in BASELINES_ON_GPU
+    }
+    for measure in (block.attention, block.plan, block.compute, block.replayed, block.stages):
         cases[f"{measure.__name__}/tracks"] = partial(_on, s.layer, measure, s.repeats)
     cases |= _common(s)
     sweep = partial(_on, s.layer, tuning.sweep, s.few_repeats, s.blocks, s.warps)
     tuned: dict[str, Case] = {f"sweep/{rows}": partial(sweep, rows) for rows in s.tiles}
-    all_tracks = [s.tracks, *((n, s.tracks[1]) for n in s.fewer_tracks)]
-    compared = [_ladder(s, name, all_tracks) for name in BASELINES_ON_GPU]
+    compared = [_ladder(s, name, s.all_tracks) for name in BASELINES_ON_GPU]
     first, last = ([{name: case} for name, case in part.items()] for part in (cases, tuned))
     return first + compared + last
 
@@ -77,17 +136,21 @@ def _on_gpu(s: Settings) -> list[Ladder]:
 def _common(s: Settings) -> dict[str, Case]:
     return {
         SPEED: partial(_on, s.layer, block.seconds, s.repeats),
-        MILLION: lambda: block.training_step(s.layer(s.million), s.few_repeats),
+        MILLION: partial(_on, partial(s.layer, s.million), block.training_step, s.few_repeats),
     }
 
 
-def _ladder(s: Settings, name: str, scenes: list[Tracks]) -> Ladder:
+def _ladder(s: Settings, name: str, scenes: Sequence[Tracks]) -> Ladder:
     return {
         f"baselines/{name}/{tracks[0]}": partial(
             _on, partial(s.layer, tracks), against, *BASELINES[name], s.few_repeats
         )
         for tracks in scenes
     }
+
+
+def _grown(n_tracks: int) -> Layer:
+    return Layer(of_density(n_tracks))
 
 
 def _on(make: Callable[[], Layer], measure: Callable[..., Figures], *arguments: object) -> Figures:

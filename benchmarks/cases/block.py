@@ -1,61 +1,59 @@
 """The block and its attention: time over their floors, memory, scaling and threads."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 import vicinal
 from benchmarks.layer import Layer
 from benchmarks.machine import usable_cores
-from benchmarks.measure import Call, Work, as_cuda_graph, peak_memory, time_calls
+from benchmarks.measure import Call, Work, as_cuda_graph, peak_memory
 from benchmarks.outcome import CaseSkipped, Figures
 
 ATTENTION_FLOPS = 4  # per pair and channel: a product and a sum for the logit, and for the value
 LINEAR_FLOPS = 2  # per weight and row
+FLOOR = "GEMM floor"
+STAGES = ("norm, projections, residual", "plan", "rotation of queries", "rotation of keys",
+          "attention")  # fmt: skip
 
 
-def over_base(layer: Layer, calls: dict[str, Call], base: str, repeats: int) -> Figures:
+def over_last(layer: Layer, calls: Mapping[str, Call], repeats: int, base: str) -> Figures:
     """Seconds of all calls, and of each over those of the last, which figures call ``base``."""
-    timings = time_calls(*calls.values(), repeats=repeats, device=layer.device)
-    names, last = list(calls), len(calls) - 1
-    figures: Figures = {f"{name}_seconds": timings.median(i) for i, name in enumerate(names)}
-    return figures | {f"{names[i]}_over_{base}": timings.ratio(i, last) for i in range(last)}
+    timings, (*names, last) = layer.time(calls, repeats), calls
+    return timings.medians() | {f"{name}_over_{base}": timings.ratio(name, last) for name in names}
 
 
 def compute(layer: Layer, repeats: int) -> Figures:
     """The block over its GEMM floor, the attention's flop/s over those of a product, the plan."""
-    attention, embed_dim = layer.attention(), layer.block.embed_dim
-    weight = torch.randn(3 * embed_dim, embed_dim).to(layer.x)
-    linear = Work(F.linear, (layer.x, weight))
-    both = (linear.forward, attention.forward)
-    rate = time_calls(*both, repeats=repeats, device=layer.device).ratio(0, 1)
-    flops = ATTENTION_FLOPS * layer.n_pairs * embed_dim
-    rate *= flops / (LINEAR_FLOPS * len(layer) * weight.numel())
+    attention = layer.attention().forward
+    weight = torch.randn(3 * layer.embed_dim, layer.embed_dim).to(layer.x)
+    linear = Work(F.linear, (layer.x, weight)).forward
+    timings = layer.time({"linear": linear, "attention": attention}, repeats)
+    flops = ATTENTION_FLOPS * layer.n_pairs * layer.embed_dim
+    rate = flops / (LINEAR_FLOPS * len(layer) * weight.numel())
+    rate *= timings.ratio("linear", "attention")
     figures = layer.figures | {"attention_rate_over_gemm": rate}
-    figures |= _over_floor(layer, repeats, ("forward", "step"), lambda call: call)
-    calls = {"plan": layer.make_plan, "attention": attention.forward}
-    return figures | over_base(layer, calls, "attention", repeats)
+    for kind in ("forward", "step"):
+        figures |= over_last(layer, _over_floor(layer, kind), repeats, "floor")
+    calls = {"plan": layer.make_plan, "attention": attention}
+    return figures | over_last(layer, calls, repeats, "attention")
 
 
 def replayed(layer: Layer, repeats: int) -> Figures:
     """A training step over its floor without the time of launches: both as CUDA graphs."""
-    return layer.figures | _over_floor(
-        layer, repeats, ("step",), lambda call: as_cuda_graph(call, layer.device)
-    )
+    calls = _over_floor(layer, "step")
+    graphs = {name: as_cuda_graph(call, layer.device) for name, call in calls.items()}
+    return layer.figures | over_last(layer, graphs, repeats, "floor")
 
 
-def _over_floor(
-    layer: Layer, repeats: int, kinds: Sequence[str], wrap: Callable[[Call], Call]
-) -> Figures:
-    figures: Figures = {}
-    for kind in kinds:
-        whole, planned, floor = layer.whole(), layer.planned(), layer.floor()
-        works = {kind: whole, f"planned_{kind}": planned, f"{kind}_floor": floor}
-        calls = {name: wrap(getattr(work, kind)) for name, work in works.items()}
-        figures |= over_base(layer, calls, "floor", repeats)
-    return figures
+def _over_floor(layer: Layer, kind: str) -> dict[str, Call]:
+    """Calls of a ``kind``, forward or step: planning included, with a plan given, the floor."""
+    works = {kind: layer.whole(), f"planned_{kind}": layer.whole(layer.plan)}
+    works[f"{kind}_floor"] = layer.floor()
+    return {name: getattr(work, kind) for name, work in works.items()}
 
 
 def attention(layer: Layer, repeats: int) -> Figures:
@@ -68,17 +66,13 @@ def attention(layer: Layer, repeats: int) -> Figures:
         for target, source in zip(targets, sources, strict=True):
             target.copy_(source)
 
-    calls = (copy, attention.forward, attention.backward())
-    timings = time_calls(*calls, repeats=repeats, device=layer.device)
-    copied_bytes = sum(2 * x.nbytes for x in sources)  # read and written
-    return layer.figures | {
-        "copying_seconds": timings.median(0),
-        "copied_bytes_per_second": copied_bytes / timings.median(0),
-        "forward_seconds": timings.median(1),
-        "backward_seconds": timings.median(2),
-        "forward_over_copying": timings.ratio(1, 0),
-        "backward_over_forward": timings.ratio(2, 1),
+    calls = {"copying": copy, "forward": attention.forward, "backward": attention.backward()}
+    timings = layer.time(calls, repeats)
+    ratios = {
+        "forward_over_copying": timings.ratio("forward", "copying"),
+        "backward_over_forward": timings.ratio("backward", "forward"),
     }
+    return layer.figures | timings.medians() | ratios
 
 
 def plan(layer: Layer, repeats: int) -> Figures:
@@ -94,26 +88,64 @@ def plan(layer: Layer, repeats: int) -> Figures:
     graphs = {f"replayed_{name}": as_cuda_graph(calls[name], layer.device) for name in calls}
     figures: Figures = {"points": len(layer)}
     for some in (calls, graphs):
-        figures |= over_base(layer, some, "attention", repeats)
+        figures |= over_last(layer, some, repeats, "attention")
     return figures
 
 
+def stages(layer: Layer, repeats: int) -> Figures:
+    """Times of every stage, the whole block and the GEMM floor, forward and in a training step.
+
+    Each is timed alone. In the block it may run at another speed: the sum may differ.
+    """
+    works = _stages(layer)
+    figures: Figures = {"points": len(layer)}
+    for kind, plan in (("forward", layer.make_forward_plan), ("step", layer.make_plan)):
+        calls: dict[str, Call] = {name: getattr(work, kind) for name, work in works.items()}
+        timings = layer.time({"plan": plan} | calls, repeats)
+        figures |= {f"{kind}_seconds {name}": timings.median(name) for name in timings.seconds}
+    return figures
+
+
+def _stages(layer: Layer) -> dict[str, Work]:
+    """All but the plan, which has no gradient."""
+    # Private, so not at the top: `benchmarks.compare` loads this module with other commits.
+    from vicinal.backends import choose_backend
+    from vicinal.nn.projections import add_projected, project
+
+    block, attention = layer.block, layer.attention()
+    backend = choose_backend(block.backend, layer.device)
+    modules = (block.norm, block.q_in_proj, block.kv_proj, block.out_proj)
+    dense = tuple(parameter for module in modules for parameter in module.parameters())
+
+    def dense_maps(x: Tensor) -> tuple[Tensor, ...]:
+        q = project(backend, x, block.q_in_proj, block.norm)
+        kv = project(backend, x, block.kv_proj, parts=2)
+        return *q, *kv, add_projected(backend, x, x, block.out_proj)
+
+    def rotation(x: Tensor, coordinates: Tensor) -> Work:
+        parameters = tuple(block.pos_encoding.parameters())
+        return Work(lambda x: block.pos_encoding(x, coordinates), (x,), parameters)
+
+    return {
+        "whole block": layer.whole(),
+        FLOOR: layer.floor(),
+        "norm, projections, residual": Work(dense_maps, (layer.x,), dense),
+        "rotation of queries": rotation(attention.inputs[0], layer.query_coordinates),
+        "rotation of keys": rotation(attention.inputs[1], layer.point_coordinates),
+        "attention": attention,
+    }
+
+
 def memory(layer: Layer) -> Figures:
-    """Of a training step; to be measured in a process that has done nothing else."""
-    peak = peak_memory(layer.whole().step, layer.device).of_call
-    return layer.figures | {"peak_bytes": peak, "peak_over_query": peak / layer.x.nbytes}
+    """Of a training step: its own, and all that is in use meanwhile; in a process of its own."""
+    total, of_step = peak_memory(layer.whole().step, layer.device)
+    peaks = {"peak_bytes": of_step, "peak_over_query": of_step / layer.x.nbytes}
+    return layer.figures | peaks | {"peak_gib": total / 2**30}
 
 
 def training_step(layer: Layer, repeats: int) -> Figures:
-    """A step, planning included: its time, and all the memory that is in use meanwhile."""
-    step = layer.whole().step
-    peak = peak_memory(step, layer.device)
-    seconds = time_calls(step, repeats=repeats, device=layer.device).median(0)
-    figures: Figures = {"points": len(layer), "step_seconds": seconds}
-    return figures | {
-        "peak_gib": peak.total / 2**30,
-        "peak_over_query": peak.of_call / layer.x.nbytes,
-    }
+    """A step, planning included: its memory and its time."""
+    return memory(layer) | layer.time({"step": layer.whole().step}, repeats).medians()
 
 
 def scaling(layers: Sequence[Layer], repeats: int) -> Figures:
@@ -124,16 +156,16 @@ def scaling(layers: Sequence[Layer], repeats: int) -> Figures:
     figures: Figures = {}
     for index, layer in enumerate(layers):
         figures |= {f"{name}_{index}": value for name, value in layer.figures.items()}
+    first, last = "0", str(len(layers) - 1)
     points = len(layers[0]) / len(layers[-1])
     for kind in ("forward", "step"):
-        calls = [getattr(layer.whole(), kind) for layer in layers]
-        floor = [getattr(layer.floor(), kind) for layer in (layers[0], layers[-1])]
-        blocks, floors = (
-            time_calls(*some, repeats=repeats, device=layers[0].device) for some in (calls, floor)
-        )
-        figures |= {f"{kind}_seconds_{i}": blocks.median(i) for i in range(len(calls))}
-        figures[f"{kind}_growth"] = points * blocks.ratio(len(calls) - 1, 0)
-        figures[f"floor_{kind}_growth"] = points * floors.ratio(1, 0)
+        calls = {str(i): getattr(layer.whole(), kind) for i, layer in enumerate(layers)}
+        blocks = layers[0].time(calls, repeats)
+        calls = {i: getattr(layers[int(i)].floor(), kind) for i in (first, last)}
+        floors = layers[0].time(calls, repeats)
+        figures |= {f"{kind}_seconds_{i}": blocks.median(i) for i in blocks.seconds}
+        figures[f"{kind}_growth"] = points * blocks.ratio(last, first)
+        figures[f"floor_{kind}_growth"] = points * floors.ratio(last, first)
     return figures
 
 
@@ -143,7 +175,7 @@ def two_threads(layer: Layer, repeats: int) -> Figures:
         raise CaseSkipped("two threads need two cores, and there is one")
     threads = torch.get_num_threads()
 
-    def with_threads(n_threads: int, call: Call) -> Call:
+    def with_threads(n_threads: int, call: Call) -> Callable[[], None]:
         def run() -> None:
             torch.set_num_threads(n_threads)
             call()
@@ -153,9 +185,9 @@ def two_threads(layer: Layer, repeats: int) -> Figures:
     figures: Figures = {}
     for name, call in _calls(layer).items():
         # The first call with another number of threads also starts them, so the second counts.
-        calls = with_threads(1, call), call, with_threads(2, call), call
-        timings = time_calls(*calls, repeats=repeats, device=layer.device)
-        figures[name.replace(" ", "_")] = timings.ratio(1, 3)
+        calls = {"to one": with_threads(1, call), "one": call}
+        calls |= {"to two": with_threads(2, call), "two": call}
+        figures[name.replace(" ", "_")] = layer.time(calls, repeats).ratio("one", "two")
     torch.set_num_threads(threads)
     return figures
 
@@ -165,7 +197,7 @@ def seconds(layer: Layer, repeats: int) -> Figures:
     calls = {**_calls(layer), "plan": layer.make_plan}
     figures: Figures = {"package": str(Path(vicinal.__file__).parent)}
     for name, call in calls.items():
-        figures[name] = time_calls(call, repeats=repeats, device=layer.device).median(0)
+        figures[name] = layer.time({name: call}, repeats).median(name)
     return figures
 
 

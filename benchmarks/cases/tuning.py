@@ -4,17 +4,11 @@ The library chooses them by shape and offers no setting, so this module replaces
 """
 
 import itertools
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 from unittest import mock
 
-from torch import Tensor
-
 from benchmarks.layer import Layer
-from benchmarks.measure import time_calls
 from benchmarks.outcome import Figures
-
-Constants = Callable[[Tensor, Tensor], dict[str, Any]]
 
 
 def sweep(
@@ -34,18 +28,14 @@ def sweep(
         layer.attention().step()  # finds the tiles, which stay with the plan
     for block, n_warps in itertools.product(blocks, warps):
         setting = f"{block}x{n_warps}"
-        with mock.patch.object(launch, "_constants", _with(chosen, BLOCK=block, num_warps=n_warps)):
+        own = {"BLOCK": block, "num_warps": n_warps}
+        with mock.patch.object(launch, "_constants", lambda k, v, own=own: {**chosen(k, v), **own}):
             try:
                 attention = layer.attention()
-                calls = (attention.forward, attention.backward())
-                timings = time_calls(*calls, repeats=repeats, device=layer.device)
+                calls = {"forward": attention.forward, "backward": attention.backward()}
+                timings = layer.time(calls, repeats)
             except Exception as error:  # whatever compilers and drivers raise
                 figures[f"problem {setting}"] = f"{type(error).__name__}: {error}"[:200]
             else:
-                figures[f"forward_seconds {setting}"] = timings.median(0)
-                figures[f"backward_seconds {setting}"] = timings.median(1)
+                figures |= {f"{name}_seconds {setting}": timings.median(name) for name in calls}
     return figures
-
-
-def _with(chosen: Constants, **others: int) -> Constants:
-    return lambda k, v: chosen(k, v) | others

@@ -18,8 +18,7 @@ from benchmarks.kernels import CASES, usages
 
 for case in CASES:
     for usage in usages(case, int(sys.argv[1])):
-        allowed = case.spills_allowed(usage.kernel)
-        print(json.dumps([str(case), allowed, usage._asdict()]))
+        print(json.dumps([str(case.dtype), case.width, usage]))
 """
 VARIANTS = """
 import json, torch
@@ -74,7 +73,8 @@ pytestmark = [
 
 def run(code: str, folder: Path, *arguments: str) -> list[Any]:
     """Runs ``code`` with ``folder`` as Triton's cache; returns the lines of JSON that it prints."""
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(folder), "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join([str(ROOT), str(ROOT / "src")])  # benchmarks are not installed
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(folder), "PYTHONPATH": path}
     environment.pop("TRITON_INTERPRET", None)
     result = subprocess.run(
         [sys.executable, "-W", "error", "-c", code, *arguments],
@@ -85,6 +85,15 @@ def run(code: str, folder: Path, *arguments: str) -> list[Any]:
     )
     assert result.returncode == 0, result.stderr[-2000:]
     return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def spills_allowed(dtype: str, width: int, usage: dict[str, Any]) -> int:
+    """Bytes of a thread. Products of float32 keep both factors in registers."""
+    if usage["kernel"].startswith("rotate"):
+        return 96  # the sine of a huge angle takes a table
+    if dtype != "torch.float32":
+        return 32
+    return 64 if width <= 128 else 640
 
 
 def test_one_variant_for_all_numbers_of_queries_and_points(tmp_path: Path) -> None:
@@ -100,7 +109,7 @@ def test_kernels_compile_and_stay_within_resource_limits(
 ) -> None:
     lines = run(COMPILE, tmp_path, str(architecture))
     assert {usage["kernel"] for _, _, usage in lines} == KERNELS
-    spilling = [line for line in lines if line[2]["spilled_bytes"] > line[1]]
+    spilling = [line for line in lines if line[2]["spilled_bytes"] > spills_allowed(*line)]
     assert not spilling
     too_large = [line for line in lines if line[2]["shared_bytes"] > SHARED_BYTES]
     assert not too_large

@@ -7,14 +7,14 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from benchmarks.baselines import BASELINES, dense, flex
+from benchmarks.baselines import BASELINES, flex
 from benchmarks.baselines.comparison import ROUNDINGS, Comparison, check_agreement
-from benchmarks.baselines.dense import cell_numbers
+from benchmarks.baselines.deformable import cell_numbers
+from benchmarks.cases import SETTINGS
 from benchmarks.layer import Layer
 from benchmarks.measure import Work
 from benchmarks.outcome import CaseSkipped, DisagreementError
 from benchmarks.scenes import Scene, handwriting, of_density, particle_tracks, tracks_in_volume
-from benchmarks.settings import SETTINGS
 
 # Packages of baselines warn of their own future changes.
 careless = pytest.mark.filterwarnings("ignore")
@@ -93,7 +93,7 @@ def prepare(name: str, layer: Layer) -> Comparison:
 def test_plain_pytorch_agrees(name: str) -> None:
     comparison = prepare(name, tiny_layer())
     assert comparison.same
-    assert comparison.no_step is None
+    assert "no_step" not in comparison.extra
     assert comparison.check(name) < ROUNDINGS
 
 
@@ -124,30 +124,6 @@ def test_reordered_layer_has_the_same_points() -> None:
 
 
 @careless
-def test_natten_agrees_where_every_cell_is_a_point() -> None:
-    pytest.importorskip("natten")
-    size, window = 8, 3
-    rows, columns = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
-    coordinates = torch.stack((rows, columns), -1).view(-1, 2)
-    coordinates = torch.nn.functional.pad(coordinates, (1, 1))
-    layer = Layer(Scene(coordinates, ((size, size),), (window,)), embed_dim=16, heads=2)
-    comparison = prepare("dense", layer)
-    assert not comparison.same
-    (theirs,), (ours,) = comparison.baseline.forward(), comparison.vicinal.forward()
-    # At the border it moves its window inside.
-    inside = ((coordinates[:, 1:3] > 0) & (coordinates[:, 1:3] < size - 1)).all(1)
-    assert check_agreement("dense", [theirs[inside]], [ours[inside]]) < ROUNDINGS
-    assert not torch.allclose(theirs, ours)
-
-
-def test_natten_is_skipped_where_memory_is_lacking(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
-    monkeypatch.setattr(dense, "available_memory", lambda: 2 * 48**4 * 4 - 1)
-    with pytest.raises(CaseSkipped, match="2,304 cells"):
-        prepare("dense", tiny_layer())
-
-
-@careless
 def test_deformable_samples_the_given_locations() -> None:
     pytest.importorskip("transformers")
     layer = tiny_layer()
@@ -171,7 +147,7 @@ def test_deformable_samples_the_given_locations() -> None:
     assert (offsets > 0.8 * reach[:, None]).all()
 
 
-@pytest.mark.parametrize("name", ["edges", "dense", "deformable"])
+@pytest.mark.parametrize("name", ["edges", "deformable"])
 def test_missing_packages_are_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(CaseSkipped, match="is not installed"):

@@ -1,0 +1,64 @@
+"""Deformable attention over a densified map. It computes something else than the library.
+
+Zhu et al., "Deformable DETR: Deformable Transformers for End-to-End Object Detection" (2021), in
+the plain PyTorch of `transformers`, at as many keys per query. It samples locations that a network
+predicts, whether they hold a point or not; here they are random, and empty cells are zero.
+"""
+
+import torch
+from torch import Tensor
+
+from benchmarks.baselines.comparison import Comparison
+from benchmarks.layer import Layer
+from benchmarks.measure import Work
+from benchmarks.outcome import Figures, require
+
+
+def prepare(layer: Layer) -> Comparison:
+    """The sampling alone, on two dimensions; values, locations and weights given."""
+    require("transformers")
+    from transformers.models.deformable_detr.modeling_deformable_detr import (
+        MultiScaleDeformableAttention,
+    )
+
+    sample = MultiScaleDeformableAttention()
+    shapes = list(layer.pyramid.level_shapes)
+    starts = torch.tensor([0, *(h * w for h, w in shapes)]).cumsum(0)[:-1]
+    locations, weights = _locations_and_weights(layer)
+
+    def attend(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
+        out: Tensor = sample(value, torch.tensor(shapes), shapes, starts, locations, weights, 64)
+        return out
+
+    vicinal = layer.attention()
+    values, cells = vicinal.inputs[2], sum(h * w for h, w in shapes)
+    value = values.new_zeros(1, cells, *values.shape[1:])
+    value[0, cell_numbers(layer)] = values
+    keys = weights.shape[-1] * len(shapes)
+    work = Work(attend, (value, locations, weights))
+    extra: Figures = {"keys_per_query": keys, "map_mib": value.nbytes / 2**20}
+    return Comparison(work, vicinal, same=False, extra=extra)
+
+
+def _locations_and_weights(layer: Layer) -> tuple[Tensor, Tensor]:
+    """Locations [1, N, H, L, K, 2] in each level's window, in [0, 1] as (x, y), and weights.
+
+    K is such that a query samples as many keys as it has neighbors on average.
+    """
+    n, heads, n_levels = len(layer), layer.heads, layer.pyramid.n_levels
+    per_level = max(1, round(layer.n_pairs / n / n_levels))
+    shapes = torch.tensor(layer.pyramid.level_shapes)
+    windows = torch.tensor(layer.scene.windows)[:, None] / shapes  # [L, 2], as parts of the map
+    offsets = torch.rand(1, n, heads, n_levels, per_level, 2) - 0.5
+    centers = (layer.positions / shapes.amax(0))[:, None, None, None]
+    locations = (centers + offsets * windows[:, None]).flip(-1)
+    weights = torch.randn(locations.shape[:-1]).flatten(-2).softmax(-1)
+    return locations, weights.view(locations.shape[:-1])
+
+
+def cell_numbers(layer: Layer) -> Tensor:
+    """Int64 [nnz]: every point's cell; cells are numbered level by level, in row-major order."""
+    levels, (rows, columns) = layer.pyramid.levels, layer.pyramid.cells.unbind(1)
+    shapes = torch.tensor(layer.pyramid.level_shapes)
+    sizes = shapes.prod(1)
+    return (sizes.cumsum(0) - sizes)[levels] + rows * shapes[levels, 1] + columns
