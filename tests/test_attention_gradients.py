@@ -146,7 +146,7 @@ def test_plan_is_equal_for_any_number_of_threads() -> None:
         assert all(map(torch.equal, left, right))
 
 
-@pytest.mark.usefixtures("uninitialised_is_nan")
+@pytest.mark.usefixtures("uninitialized_is_nan")
 @pytest.mark.parametrize("background", [False, True])
 def test_uninitialized_memory_is_not_read_or_returned(background: bool, backend: str) -> None:
     scene = scene_2d(n_queries=40, n_points=50)
