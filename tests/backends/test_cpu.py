@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from block_scenes import own_calls
 from hypothesis import given
 from problems import (
     Answer,
@@ -20,7 +21,6 @@ from problems import (
     OwnOps,
     Scene,
     answer,
-    as_leaves,
     assert_close,
     assert_same_answers,
     crowded_scene,
@@ -41,7 +41,6 @@ from vicinal import (
     FeaturePyramid,
     NeighborhoodPlan,
     RotaryEncoding,
-    SparseNeighborhoodAttentionBlock,
 )
 from vicinal.backends import reference
 
@@ -116,43 +115,6 @@ def test_precision_is_that_of_plain_pytorch(dtype: torch.dtype, background: bool
 # ----------------------------------------------------------------------------- ops of torch
 
 
-def own_calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
-    """The library's ops with the arguments that a block gives them, forward and backward."""
-    scene = scene_2d()
-    block = SparseNeighborhoodAttentionBlock(
-        12, 2, 3, scene.sizes, dropout=0.3, backend="cpu"
-    ).double()
-    with OwnOps() as ops:
-        out = block(
-            torch.randn(12, 12, dtype=torch.float64),
-            scene.positions.requires_grad_(),
-            scene.offsets,
-            scene.pyramid.with_values(torch.randn(60, 12, dtype=torch.float64)),
-            background_embedding=torch.randn(3, 3, 12, dtype=torch.float64),
-            query_mask=torch.arange(12) % 3 == 1,
-        )
-        out.sum().backward()
-    calls: dict[str, tuple[Any, tuple[Any, ...]]] = ops.calls
-    return calls
-
-
-@pytest.mark.parametrize("features", ["all", "none"])
-def test_opcheck(features: str) -> None:
-    calls = own_calls()
-    assert {"neighborhood_attention", "neighborhood_attention_backward"} <= calls.keys()
-    if features == "none":
-        plan = scene_2d().plan()
-        inputs = make_inputs(plan).fresh()
-        with OwnOps() as ops:
-            out, _ = inputs.attend(plan, "cpu")
-            out.sum().backward()
-        calls = ops.calls
-    for name, (op, arguments) in calls.items():
-        differentiable = not name.endswith("backward")
-        results = torch.library.opcheck(op, as_leaves(arguments, requires_grad=differentiable))
-        assert set(results.values()) == {"SUCCESS"}
-
-
 def assert_slices_of_the_reference(scene: Scene) -> None:
     with OwnOps() as ops:
         scene.plan()
@@ -168,25 +130,6 @@ def test_slices_are_those_of_the_reference(scene: Scene) -> None:
 
 def test_slices_of_thousands_of_queries_are_those_of_the_reference() -> None:
     assert_slices_of_the_reference(wide_scene())
-
-
-def test_a_second_derivative_is_refused() -> None:
-    plan = scene_2d().plan()
-    inputs = make_inputs(plan, background=True).fresh()
-    out, _ = inputs.attend(plan, "cpu")
-    (grad,) = torch.autograd.grad(out.pow(2).sum(), inputs.q, create_graph=True)
-    with pytest.raises(NotImplementedError, match="backend='reference'"):
-        grad.sum().backward()
-
-
-def test_saved_tensors_may_be_moved_elsewhere() -> None:
-    plan = scene_2d().plan()
-    inputs = make_inputs(plan, background=True, mask=True)
-    expected = answer(inputs, plan)
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda x: (x.clone(), x.requires_grad), lambda packed: packed[0]
-    ):
-        assert_same_answers(answer(inputs, plan), expected, 0)
 
 
 def test_without_gradients() -> None:

@@ -211,13 +211,6 @@ def test_a_compiled_step_uses_cached_constants(monkeypatch: pytest.MonkeyPatch) 
             assert isinstance(node.args[1], torch.dtype)
 
 
-def test_numbers_as_an_op() -> None:
-    arguments = [1, 2, 3, 4], [2, 2], torch.float32, torch.device("cpu")
-    assert torch.ops.vicinal.numbers(*arguments).tolist() == [[1, 2], [3, 4]]
-    torch.library.opcheck(torch.ops.vicinal.numbers.default, arguments)
-    assert torch.Tag.cudagraph_unsafe in torch.ops.vicinal.numbers.default.tags
-
-
 def test_reading_contents_fails() -> None:
     """The check itself: reading contents of a meta tensor raises an error."""
     with pytest.raises(Exception, match=r"meta"):
