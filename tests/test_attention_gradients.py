@@ -11,9 +11,9 @@ from problems import (
     assert_same_answers,
     crowded_scene,
     differentiate,
+    full_window_scene,
     make_inputs,
     make_scene,
-    one_room,
     oracle,
     scene_2d,
     wide_scene,
@@ -71,7 +71,7 @@ def differentiate_one(inputs: Inputs, plan: NeighborhoodPlan, backend: str, leaf
 
 @pytest.mark.parametrize("which", ["out", "lse"])
 def test_gradients_of_a_single_output(which: str, backend: str) -> None:
-    scene = one_room(9, 20)
+    scene = full_window_scene(9, 20)
     plan = scene.plan()
     index = ["out", "lse"].index(which)
 

@@ -189,7 +189,7 @@ def assert_exports(
             pyramid.batch_offsets(),
         )
 
-    # So many queries, times levels, that 32-bit numbers still tell them apart.
+    # As many queries, times levels, as 32-bit indices still address.
     points = {0: torch.export.Dim("points", min=least, max=2**29)}
     program = torch.export.export(
         module, arguments(counts[0]), dynamic_shapes=(points, points, points, None)

@@ -341,7 +341,7 @@ def sanitize(tool: str, *command: str) -> subprocess.CompletedProcess[str]:
     quiet = ["--report-api-errors", "no"] if tool == "memcheck" else []
     return subprocess.run(
         [checker, "--tool", tool, *quiet, "--error-exitcode", "7", sys.executable, *command],
-        # Each tensor in memory of its own, or what lies behind it belongs to another.
+        # Each tensor in an allocation of its own, so that reads beyond its end are errors.
         env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
         capture_output=True,
         text=True,

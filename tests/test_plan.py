@@ -15,9 +15,9 @@ from problems import (
     Scene,
     assert_close,
     crowded_scene,
+    full_window_scene,
     make_inputs,
     make_scene,
-    one_room,
     scene_2d,
     scenes,
 )
@@ -203,7 +203,7 @@ def test_memory_is_that_of_the_slices(shape: tuple[int, ...], window: int) -> No
 
 
 def test_repr_holds_the_counts() -> None:
-    plan = one_room(7, 30).plan()
+    plan = full_window_scene(7, 30).plan()
     text = repr(plan)
     for part in ("queries=7", "points=30", "[17]", "position_dim=2", "mean 30.0", "largest 30"):
         assert part in text

@@ -126,8 +126,8 @@ def test_with_values_and_to() -> None:
     assert torch.equal(moved.values, pyramid.values)
     assert torch.equal(moved.coordinates, pyramid.coordinates)
     assert (moved.level_shapes, moved.batch_size) == (pyramid.level_shapes, pyramid.batch_size)
-    abroad = pyramid.to("meta")
-    assert abroad.values.device.type == abroad.coordinates.device.type == "meta"
+    on_meta = pyramid.to("meta")
+    assert on_meta.values.device.type == on_meta.coordinates.device.type == "meta"
     with pytest.raises(ValueError, match="values"):
         pyramid.with_values(torch.ones(len(pyramid)))
 

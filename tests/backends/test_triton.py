@@ -21,9 +21,9 @@ from problems import (
     crowded_scene,
     differentiate,
     forged,
+    full_window_scene,
     make_inputs,
     make_scene,
-    one_room,
     rotate_by_hand,
     scene_2d,
     scenes,
@@ -163,7 +163,7 @@ def test_any_number_of_queries(n_queries: int) -> None:
 
 @pytest.mark.parametrize("n_points", [1, 31, 32, 33, 70])
 def test_any_number_of_points(n_points: int) -> None:
-    assert_exact(one_room(20, n_points), heads=1)
+    assert_exact(full_window_scene(20, n_points), heads=1)
 
 
 @pytest.mark.parametrize(("width", "value_width"), [(1, 1), (2, 33), (17, 16), (72, 5), (130, 256)])
@@ -231,7 +231,7 @@ def dense_attention(scene: Scene) -> Callable[[Inputs], tuple[Tensor, Tensor]]:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_as_exact_as_plain_pytorch(dtype: torch.dtype) -> None:
-    scene = one_room(40, 60)
+    scene = full_window_scene(40, 60)
     scene.positions = scene.positions.clamp(0, 4)
     plan = scene.plan()
     inputs = make_inputs(plan, width=32, dtype=dtype)

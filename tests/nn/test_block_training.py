@@ -11,7 +11,7 @@ import golden_cases
 import pytest
 import torch
 from block_scenes import EMBED, EXACT, HEADS, gradients, make_arguments, make_block
-from problems import Scene, assert_close, one_room, scene_2d
+from problems import Scene, assert_close, full_window_scene, scene_2d
 from torch import Tensor, nn
 
 from vicinal import FeaturePyramid, SparseNeighborhoodAttentionBlock
@@ -186,7 +186,7 @@ def test_state_dict_names_and_shapes() -> None:
 
 def test_kv_proj_holds_keys_before_values(backend: str) -> None:
     # With zero keys all weights are equal, so the output is the projected mean of the values.
-    scene = one_room(3, 4)
+    scene = full_window_scene(3, 4)
     block = make_block(scene, backend)
     with torch.no_grad():
         block.kv_proj.weight[:EMBED] = 0
