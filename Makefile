@@ -73,8 +73,10 @@ bench-compare: .venv/ready
 		--no-build-isolation --editable ".[demo,dev]"
 	touch $@
 
+# natten is built here, against the installed torch; with a visible GPU it would compile its CUDA
+# kernels for an hour, which the study on the CPU does not use.
 .venv/bench-ready: .venv/ready
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pip install --quiet --disable-pip-version-check \
 		-c constraints.txt --no-build-isolation --editable ".[bench]"
 	touch $@
 

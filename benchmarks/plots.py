@@ -58,11 +58,8 @@ def _scaling(outcomes: Outcomes) -> Figure | None:
         (memory, "peak_bytes", 2**30, "peak memory (GiB)"),
     ):
         for baseline, marker in (("gathering", "s"), ("pairs-block", "D")):
-            style = {
-                "color": FAINT,
-                "mec": INK,
-                "label": f"{BASELINES[baseline][0]}, training step",
-            }
+            label = f"{BASELINES[baseline][0]}, training step"
+            style: dict[str, Any] = {"color": FAINT, "mec": INK, "label": label}
             for found in _found(outcomes, f"baselines/{baseline}/").values():
                 axes.plot(found.number("points"), found.number(name) / unit, marker, **style)
         axes.set(xscale="log", yscale="log", xlabel="points, each a query", ylabel=label)

@@ -4,7 +4,7 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-from problems import Scene, assert_close, make_scene, rotate_by_hand
+from problems import OwnOps, Scene, assert_close, make_scene, rotate_by_hand, scene_2d
 from torch import Tensor, nn
 
 from vicinal import FeaturePyramid, SparseNeighborhoodAttentionBlock
@@ -166,3 +166,23 @@ def coo_arguments(arguments: Arguments) -> tuple[dict[str, Any], Tensor, Tensor]
 
 def distinct_scene() -> Scene:
     return make_scene(((6, 4), (5, 5), (9, 8)), (3, 5, 3), (6, 0, 8), 60, distinct=True)
+
+
+def own_calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    """The library's ops with the arguments that a block gives them, forward and backward."""
+    scene = scene_2d()
+    block = SparseNeighborhoodAttentionBlock(
+        12, 2, 3, scene.sizes, dropout=0.3, backend="cpu"
+    ).double()
+    with OwnOps() as ops:
+        out = block(
+            torch.randn(12, 12, dtype=torch.float64),
+            scene.positions.requires_grad_(),
+            scene.offsets,
+            scene.pyramid.with_values(torch.randn(60, 12, dtype=torch.float64)),
+            background_embedding=torch.randn(3, 3, 12, dtype=torch.float64),
+            query_mask=torch.arange(12) % 3 == 1,
+        )
+        out.sum().backward()
+    calls: dict[str, tuple[Any, tuple[Any, ...]]] = ops.calls
+    return calls

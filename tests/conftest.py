@@ -7,31 +7,31 @@ import hypothesis
 import pytest
 import torch
 
-# Without a GPU, Triton's kernels are interpreted: slowly, one program after another. Triton asks
-# when it is imported.
+# Without a GPU, Triton's kernels are interpreted: slowly, one program after another. Triton reads
+# the variable when it is imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# Repeatable, so that a failure is the change's own; no deadline, so that a busy machine is none.
+# Repeatable, so that only a change makes a test fail; no deadline, since the machine may be busy.
 hypothesis.settings.register_profile(
     "vicinal", deadline=None, derandomize=True, database=None, print_blob=False
 )
 hypothesis.settings.load_profile("vicinal")
 
-# Workers side by side would fight for the processors; what is about threads sets their number.
+# Parallel workers would compete for the processors; tests of threads set their number.
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
 
 def pytest_terminal_summary(terminalreporter: "pytest.TerminalReporter") -> None:
-    """What compiled kernels take of a card, which their tests tell."""
+    """Prints the resources of compiled kernels, which their tests record."""
     reports = terminalreporter.getreports("passed")
-    told = [
+    lines = [
         value for report in reports for name, value in report.user_properties if name == "kernel"
     ]
-    if told:
-        terminalreporter.section("Compute capability, kernel, the most that any variant takes")
-        terminalreporter.write("\n".join(map(str, told)) + "\n")
+    if lines:
+        terminalreporter.section("Compute capability, kernel, the largest use of any variant")
+        terminalreporter.write("\n".join(map(str, lines)) + "\n")
 
 
 @pytest.fixture(scope="session", params=["reference", "cpu"])
@@ -46,8 +46,9 @@ def seeded() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def interpreter_prepares_once() -> Iterator[None]:
-    """Triton's interpreter changes its language anew for every function that a kernel calls, which
-    takes most of its time; for each kernel is enough.
+    """Makes Triton's interpreter patch its language once per kernel and package.
+
+    It patches it for every function that a kernel calls, which takes most of its time.
     """
     if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
         yield
@@ -62,7 +63,7 @@ def interpreter_prepares_once() -> Iterator[None]:
         run(self, *arguments, **options)
 
     def prepare_once(function: Any) -> Any:
-        """For what is called of a package; nobody asks nested calls what they changed."""
+        """Patches for the first function of a package; nested calls restore nothing themselves."""
         package = function.__module__.partition(".")[0]
         if package in done:
             return None
@@ -76,8 +77,8 @@ def interpreter_prepares_once() -> Iterator[None]:
 
 
 @pytest.fixture
-def uninitialised_is_nan() -> Iterator[None]:
-    """Every tensor made without contents is filled with NaN, or with the largest integer."""
+def uninitialized_is_nan() -> Iterator[None]:
+    """Fills every uninitialized tensor with NaN, or with the largest integer."""
     torch.use_deterministic_algorithms(True)
     assert torch.empty(2).isnan().all()
     yield
@@ -93,12 +94,12 @@ def restored_threads() -> Iterator[None]:
 
 @pytest.fixture
 def runs_by_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where Triton is interpreted, a program that sorts takes a third of a second."""
+    """Finds runs by the reference where Triton is interpreted: a program that sorts is slow."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         monkeypatch.setattr("vicinal.backends.triton.ops.LARGEST_SORT", 0)
 
 
 @pytest.fixture
 def runs_by_triton(runs_by_reference: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For tests of just that."""
+    """Finds runs by the Triton kernel, for tests of that kernel."""
     monkeypatch.setattr("vicinal.backends.triton.ops.LARGEST_SORT", 2048)

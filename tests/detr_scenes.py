@@ -222,8 +222,8 @@ def stir(module: nn.Module, share: float = 0.3) -> None:
             parameter.add_(torch.randn_like(parameter), alpha=share)
 
 
-def stirred(module: Module, share: float = 0.1) -> Module:
-    """``module`` in float64, stirred."""
+def perturbed(module: Module, share: float = 0.1) -> Module:
+    """``module`` in float64, perturbed."""
     stir(module, share)
     return module.double()
 

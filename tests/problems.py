@@ -198,7 +198,7 @@ def wide_scene() -> Scene:
     return make_scene(((60, 50), (30, 25)), (5, 9), (1500, 2500), 2000)
 
 
-def one_room(n_queries: int, n_points: int) -> Scene:
+def full_window_scene(n_queries: int, n_points: int) -> Scene:
     """Every query attends to every point: one image, one level, a window over the whole map."""
     return make_scene(((5, 5),), (17,), (n_queries,), n_points)
 

@@ -14,9 +14,9 @@ from problems import (
     assert_same_answers,
     crowded_scene,
     differentiate,
+    full_window_scene,
     make_inputs,
     make_scene,
-    one_room,
     oracle,
     scene_2d,
     scenes,
@@ -126,7 +126,7 @@ def test_extreme_logits(backend: str) -> None:
 
 def test_hundreds_of_neighbors(backend: str) -> None:
     # More neighbors than any kernel processes in one block.
-    scene = one_room(5, 700)
+    scene = full_window_scene(5, 700)
     plan = scene.plan()
     inputs = make_inputs(plan)
     expected = differentiate(inputs, lambda leaves: oracle(scene, leaves))
@@ -177,7 +177,7 @@ def test_default_backend_is_cpu() -> None:
 
 def test_lse_combines_attention_over_two_sets_of_points(backend: str) -> None:
     # Attention over two sets of points is the mean of both, weighted by exp(lse).
-    scene = one_room(6, 40)
+    scene = full_window_scene(6, 40)
     inputs = make_inputs(scene.plan())
     whole, whole_lse = inputs.attend(scene.plan(), backend)
     halves = []
@@ -289,7 +289,7 @@ def test_noncontiguous_inputs(layout: str, width: int, backend: str) -> None:
 
 def test_expanded_inputs_and_gradients(backend: str) -> None:
     # `expand` gives strides of zero, and `sum` has an expanded gradient.
-    scene = one_room(9, 20)
+    scene = full_window_scene(9, 20)
     plan = scene.plan()
     inputs = make_inputs(plan, background=True)
     row = inputs.map(lambda x: x[:1]).fresh()

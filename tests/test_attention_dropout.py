@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from problems import assert_close, crowded_scene, make_inputs, one_room, scene_2d
+from problems import assert_close, crowded_scene, full_window_scene, make_inputs, scene_2d
 from torch import Tensor
 
 from vicinal import NeighborhoodPlan
@@ -20,7 +20,7 @@ def kept_weights(plan: NeighborhoodPlan, backend: str, rate: float, seed: int = 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.85])
 def test_dropout_drops_weights_at_its_rate_and_scales_the_others(rate: float, backend: str) -> None:
-    plan = one_room(200, 60).plan()
+    plan = full_window_scene(200, 60).plan()
     full, dropped = kept_weights(plan, backend, 0.0), kept_weights(plan, backend, rate)
     kept = dropped != 0
     assert_close(dropped, torch.where(kept, full / (1 - rate), 0), 1e-13)
@@ -70,7 +70,7 @@ def test_backends_drop_the_same_weights() -> None:
 
 @pytest.mark.parametrize("rate", [1e-12, 0.999999])
 def test_extreme_dropout_rates(rate: float, backend: str) -> None:
-    plan = one_room(50, 40).plan()
+    plan = full_window_scene(50, 40).plan()
     kept = kept_weights(plan, backend, rate) != 0
     assert bool(kept.all()) if rate < 0.5 else int(kept.sum()) < 5
 

@@ -11,9 +11,9 @@ from problems import (
     assert_same_answers,
     crowded_scene,
     differentiate,
+    full_window_scene,
     make_inputs,
     make_scene,
-    one_room,
     oracle,
     scene_2d,
     wide_scene,
@@ -71,7 +71,7 @@ def differentiate_one(inputs: Inputs, plan: NeighborhoodPlan, backend: str, leaf
 
 @pytest.mark.parametrize("which", ["out", "lse"])
 def test_gradients_of_a_single_output(which: str, backend: str) -> None:
-    scene = one_room(9, 20)
+    scene = full_window_scene(9, 20)
     plan = scene.plan()
     index = ["out", "lse"].index(which)
 
@@ -146,7 +146,7 @@ def test_plan_is_equal_for_any_number_of_threads() -> None:
         assert all(map(torch.equal, left, right))
 
 
-@pytest.mark.usefixtures("uninitialised_is_nan")
+@pytest.mark.usefixtures("uninitialized_is_nan")
 @pytest.mark.parametrize("background", [False, True])
 def test_uninitialized_memory_is_not_read_or_returned(background: bool, backend: str) -> None:
     scene = scene_2d(n_queries=40, n_points=50)

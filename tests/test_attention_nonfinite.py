@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from problems import answer, assert_close, make_inputs, one_room, oracle, scene_2d
+from problems import answer, assert_close, full_window_scene, make_inputs, oracle, scene_2d
 from torch import Tensor
 
 
@@ -95,7 +95,7 @@ def test_nan_in_the_background_reaches_only_queries_with_that_empty_cell(
 
 
 def test_masked_queries_stay_zero_among_nan_points(backend: str) -> None:
-    plan = one_room(20, 15).plan()
+    plan = full_window_scene(20, 15).plan()
     inputs = make_inputs(plan, mask=True)
     assert inputs.query_mask is not None
     with_nonfinite = inputs._replace(k=inputs.k * torch.nan, v=inputs.v * torch.nan)

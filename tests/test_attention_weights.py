@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from problems import assert_close, make_inputs, one_room, scene_2d
+from problems import assert_close, full_window_scene, make_inputs, scene_2d
 
 from vicinal import neighborhood_attention_weights
 
@@ -72,7 +72,7 @@ def test_weights_of_selected_queries() -> None:
 
 
 def test_weights_follow_the_scale() -> None:
-    plan = one_room(5, 8).plan()
+    plan = full_window_scene(5, 8).plan()
     inputs = make_inputs(plan)
     flat = neighborhood_attention_weights(inputs.q, inputs.k, plan, scale=0.0)
     assert_close(flat.weights, torch.full_like(flat.weights, 1 / 8), 1e-15)

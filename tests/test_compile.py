@@ -97,7 +97,7 @@ def test_the_op(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACK_ENDS)
 @pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # torch's own
 def test_inductor_takes_the_op(backend: str) -> None:
-    """Without gradients: what it compiles for sums of these takes longer than all else here."""
+    """Without gradients: compiling them takes longer than all other tests of this file."""
     dtype, counts = BACK_ENDS[backend]
     torch.compiler.reset()
 
@@ -170,7 +170,7 @@ def test_exports_take_any_number_of_points(
     backend: str, module: Callable[[str], nn.Module]
 ) -> None:
     dtype, (few, *_, many) = BACK_ENDS[backend]
-    # One tile is another graph: torch's own look at strides asks whether there is one.
+    # One tile is another graph: torch's check of strides depends on it.
     least = TILE + 1 if backend == "triton" else 0
     assert_exports(module(backend).to(dtype), dtype, (few, many), least)
 
@@ -189,7 +189,7 @@ def assert_exports(
             pyramid.batch_offsets(),
         )
 
-    # So many queries, times levels, that 32-bit numbers still tell them apart.
+    # As many queries, times levels, as 32-bit indices still address.
     points = {0: torch.export.Dim("points", min=least, max=2**29)}
     program = torch.export.export(
         module, arguments(counts[0]), dynamic_shapes=(points, points, points, None)

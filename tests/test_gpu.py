@@ -1,5 +1,5 @@
-"""What only a GPU can show: `make gpu-test`. Whether kernels are right is asked everywhere, in
-`backends.test_triton`, on a GPU where there is one.
+"""Tests that need a GPU: `make gpu-test`. The results of kernels are tested on every machine, in
+`backends.test_triton`, which uses a GPU if there is one.
 """
 
 import os
@@ -30,11 +30,11 @@ EMBED, SIZES = 64, (3, 5, 7)
 def make_points(n_points: int, side: int = 128) -> FeaturePyramid:
     """Points of three levels, two images of them, on the GPU."""
     generator = torch.Generator().manual_seed(n_points)
-    places = torch.randint(0, side, (n_points, 2), generator=generator)
+    cells = torch.randint(0, side, (n_points, 2), generator=generator)
     image = torch.randint(0, 2, (n_points, 1), generator=generator)
     values = torch.randn(n_points, EMBED, generator=generator)
     points = FeaturePyramid.from_points(
-        torch.cat((image, places), 1), values, (side, side), 2, strides=(1, 2, 4)
+        torch.cat((image, cells), 1), values, (side, side), 2, strides=(1, 2, 4)
     )
     return points.to("cuda")
 
@@ -55,13 +55,13 @@ def step(
 
 
 @pytest.fixture
-def stalls_allowed_again() -> Iterator[None]:
+def restored_sync_mode() -> Iterator[None]:
     yield
     torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_crowd_of_queries(dtype: torch.dtype) -> None:
+def test_thousands_of_queries(dtype: torch.dtype) -> None:
     """Thousands of tiles against the reference in float64, on the same card."""
     scene = make_scene(((200, 160), (100, 80), (50, 40)), (5, 7, 9), (3000, 0, 5000), 12000)
     plan = scene.plan().to("cuda")
@@ -78,19 +78,19 @@ def test_a_crowd_of_queries(dtype: torch.dtype) -> None:
         assert torch.equal(first, second)
 
 
-def test_a_training_step_waits_for_nothing(stalls_allowed_again: None) -> None:
+def test_a_training_step_does_not_synchronize(restored_sync_mode: None) -> None:
     block = make_block(dropout=0.1)
     problems = [make_points(n, side) for n, side in ((3000, 128), (4000, 96))]
     offsets = [points.batch_offsets() for points in problems]
     step(block, problems[0], offsets[0])  # compiles
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
-    for points, starts in zip(problems, offsets, strict=True):  # the second with maps never seen
+    for points, starts in zip(problems, offsets, strict=True):  # the second with maps of new shapes
         step(block, points, starts)
 
 
-def test_a_compiled_training_step_waits_for_nothing(stalls_allowed_again: None) -> None:
-    """Tables of numbers are copied on the GPU, where they are kept."""
+def test_a_compiled_training_step_does_not_synchronize(restored_sync_mode: None) -> None:
+    """Constants are cached on the GPU and copied there."""
     block, points = make_block(), make_points(3000)
     offsets, positions = points.batch_offsets(), points.positions()
 
@@ -106,7 +106,7 @@ def test_a_compiled_training_step_waits_for_nothing(stalls_allowed_again: None) 
     attend(points.values, points, positions, offsets).sum().backward()
 
 
-def test_compiled_graphs_get_copies_of_what_is_kept() -> None:
+def test_compiled_graphs_get_copies_of_cached_constants() -> None:
     arguments = [1, 2], [2], torch.int64, torch.device("cuda")
     torch.ops.vicinal.numbers(*arguments).zero_()
     assert torch.ops.vicinal.numbers(*arguments).tolist() == [1, 2]
@@ -124,7 +124,7 @@ def test_a_training_step_in_a_cuda_graph() -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = step(block, points, offsets)
-    # The same number of points elsewhere: the graph plans anew.
+    # The same number of points elsewhere: a replay recomputes the plan.
     rows = torch.tensor(points.level_shapes, device="cuda")[points.levels, 0]
     points.coordinates[:, 1] = rows - 1 - points.coordinates[:, 1]
     points.values.normal_()
@@ -135,7 +135,7 @@ def test_a_training_step_in_a_cuda_graph() -> None:
         assert torch.equal(actual, wanted)
 
 
-def test_a_graph_of_maps_never_seen_is_refused() -> None:
+def test_a_graph_of_maps_of_new_shapes_is_refused() -> None:
     block = make_block()
     step(block, make_points(500), make_points(500).batch_offsets())
     points = make_points(500, side=77)
@@ -169,8 +169,8 @@ def test_a_graph_does_not_complete_a_plan() -> None:
     assert torch.equal(grad, expected)
 
 
-def test_a_plan_of_a_graph_serves_gradients_outside() -> None:
-    """Also made without any: whatever follows from where points are is found anew by a replay."""
+def test_gradients_outside_a_graph_with_its_plan() -> None:
+    """Also a plan made without gradients: a replay recomputes all that depends on positions."""
     points = make_points(500)
     offsets, positions = points.batch_offsets(), points.positions()
     x = torch.randn(len(points), 2, 16, device="cuda").requires_grad_()
@@ -223,7 +223,7 @@ def test_compiled_to_cuda_graphs() -> None:
         out = attend(x)
         return out.detach().clone(), torch.autograd.grad(out.square().sum(), x)[0].clone()
 
-    expected = step(attend)  # which sends what kernels ask for
+    expected = step(attend)  # which copies the constants to the GPU
     torch.compiler.reset()
     compiled = torch.compile(attend, fullgraph=True, mode="reduce-overhead")
     for _ in range(4):
@@ -233,7 +233,7 @@ def test_compiled_to_cuda_graphs() -> None:
 
 
 def test_compiled_plans_are_those_without_a_compiler() -> None:
-    """A third of a cell's number is a number of a cell, or just below."""
+    """A third of a position is an integer, or rounded to just below one."""
     generator = torch.Generator().manual_seed(0)
     coordinates = torch.randint(0, 99, (3000, 3), generator=generator)
     coordinates[:, 0] = 0
@@ -280,8 +280,8 @@ def test_memory_of_many_queries() -> None:
     assert torch.cuda.max_memory_allocated() - before < 8 * q.nbytes
 
 
-def test_places_that_32_bits_do_not_hold() -> None:
-    """The last of 2.26e9 numbers: the same as if they stood by themselves."""
+def test_more_elements_than_32_bit_indices_address() -> None:
+    """The last of 2.26e9 numbers: the same as if they were a tensor of their own."""
     if torch.cuda.get_device_properties().total_memory < 48 * 2**30:
         pytest.skip("takes some 40 GiB")
     side, width = 2100, 512
@@ -290,11 +290,11 @@ def test_places_that_32_bits_do_not_hold() -> None:
     assert numbers.numel() > 2**31
     found = []
     for n_rows in (16, side):  # the last rows of the map, and all
-        places, x = (part[-n_rows * side :] for part in (cells, numbers))
-        coordinates = torch.nn.functional.pad(places, (1, 1))
+        last_cells, x = (part[-n_rows * side :] for part in (cells, numbers))
+        coordinates = torch.nn.functional.pad(last_cells, (1, 1))
         points = FeaturePyramid(torch.zeros(len(x), 1).cuda(), coordinates, ((side, side),), 1)
         offsets = torch.tensor([0, len(x)], device="cuda")
-        plan = plan_neighborhoods(places + 0.5, offsets, points, [5])
+        plan = plan_neighborhoods(last_cells + 0.5, offsets, points, [5])
         leaf = x.detach().requires_grad_()
         out = neighborhood_attention(leaf, leaf, leaf, plan)
         (grad,) = torch.autograd.grad(out, leaf, x)
@@ -303,44 +303,45 @@ def test_places_that_32_bits_do_not_hold() -> None:
         torch.testing.assert_close(of_all, of_few, rtol=2e-2, atol=2e-2)
 
 
-def test_a_plan_of_one_device_serves_another() -> None:
+def test_a_plan_moved_to_another_device() -> None:
     scene = make_scene(((20, 20),), (5,), (40,), 200)
-    here, there = scene.plan(), scene.plan().to("cuda")
+    cpu_plan, gpu_plan = scene.plan(), scene.plan().to("cuda")
     x = torch.randn(len(scene.pyramid), 2, 16)
     q = torch.randn(40, 2, 16)
-    out = neighborhood_attention(q.cuda(), x.cuda(), x.cuda(), there)
-    torch.testing.assert_close(out.cpu(), neighborhood_attention(q, x, x, here), rtol=0, atol=1e-5)
+    out = neighborhood_attention(q.cuda(), x.cuda(), x.cuda(), gpu_plan)
+    expected = neighborhood_attention(q, x, x, cpu_plan)
+    torch.testing.assert_close(out.cpu(), expected, rtol=0, atol=1e-5)
     with pytest.raises(ValueError, match=r"q: expected .* on cpu"):
-        neighborhood_attention(q.cuda(), x.cuda(), x.cuda(), here)
+        neighborhood_attention(q.cuda(), x.cuda(), x.cuda(), cpu_plan)
     with pytest.raises(ValueError, match=r"k: expected .* on cuda:0"):
-        neighborhood_attention(q.cuda(), x, x.cuda(), there)
+        neighborhood_attention(q.cuda(), x, x.cuda(), gpu_plan)
 
 
 def test_plans_of_a_gpu_are_those_of_the_cpu() -> None:
     scene = make_scene(((60, 50), (30, 25)), (5, 9), (1500, 2500), 2000)
-    here = scene.plan()
+    cpu_plan = scene.plan()
     points = scene.pyramid.to("cuda")
-    there = plan_neighborhoods(
+    gpu_plan = plan_neighborhoods(
         scene.positions.cuda(), scene.offsets.cuda(), points, scene.sizes, check_contents=True
     )
     for ours, theirs in zip(
-        (*there._tensors.query_slices, *there._point_slices()),
-        (*here._tensors.query_slices, *here._point_slices()),
+        (*gpu_plan._tensors.query_slices, *gpu_plan._point_slices()),
+        (*cpu_plan._tensors.query_slices, *cpu_plan._point_slices()),
         strict=True,
     ):
         assert torch.equal(ours.cpu(), theirs)
 
 
 def sanitize(tool: str, *command: str) -> subprocess.CompletedProcess[str]:
-    """Runs Python under NVIDIA's own checker, whose complaints become an exit code of 7."""
+    """Runs Python under NVIDIA's Compute Sanitizer, whose reports become an exit code of 7."""
     checker = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not Path(checker).exists():
         pytest.skip("compute-sanitizer is not installed")
-    # Calls that fail may be PyTorch's own questions.
+    # Calls that fail may be PyTorch's own queries of the device.
     quiet = ["--report-api-errors", "no"] if tool == "memcheck" else []
     return subprocess.run(
         [checker, "--tool", tool, *quiet, "--error-exitcode", "7", sys.executable, *command],
-        # Each tensor in memory of its own, or what lies behind it belongs to another.
+        # Each tensor in an allocation of its own, so that reads beyond its end are errors.
         env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
         capture_output=True,
         text=True,
@@ -363,19 +364,19 @@ import torch
 from vicinal.backends.triton import attention as triton_attention
 from vicinal.backends.triton.launch import heads, launch, widths
 
-x = torch.zeros({there}, 1, 16, device="cuda")
-flags = torch.zeros({there}, 1, device="cuda")
+x = torch.zeros({allocated}, 1, 16, device="cuda")
+flags = torch.zeros({allocated}, 1, device="cuda")
 launch(
-    triton_attention.find_flags, {told} // 32, heads(x), heads(x), flags, {told}, 1,
+    triton_attention.find_flags, {given} // 32, heads(x), heads(x), flags, {given}, 1,
     **widths(x, x), BLOCK=32, num_warps=1,
 )
 torch.cuda.synchronize()
 """
 
 
-@pytest.mark.parametrize(("told", "complains"), [(64, False), (96, True)])
-def test_compute_sanitizer_notices(told: int, complains: bool) -> None:
-    """The check itself: a kernel that is told of more points than there are is reported."""
-    done = sanitize("memcheck", "-c", OVERRUN.format(there=64, told=told))
-    assert (done.returncode == 7) == complains, done.stdout[-3000:]
-    assert ("out of bounds" in done.stdout) == complains
+@pytest.mark.parametrize(("given", "reported"), [(64, False), (96, True)])
+def test_compute_sanitizer_notices(given: int, reported: bool) -> None:
+    """The sanitizer itself: it reports a kernel that is given more points than were allocated."""
+    done = sanitize("memcheck", "-c", OVERRUN.format(allocated=64, given=given))
+    assert (done.returncode == 7) == reported, done.stdout[-3000:]
+    assert ("out of bounds" in done.stdout) == reported

@@ -1,4 +1,4 @@
-"""Who sees whom: slices against brute force, both ways, and bad contents that nobody checked."""
+"""Neighborhood plans: both directions against brute force, and unchecked invalid contents."""
 
 import copy
 import dataclasses
@@ -15,16 +15,15 @@ from problems import (
     Scene,
     assert_close,
     crowded_scene,
+    full_window_scene,
     make_inputs,
     make_scene,
-    one_room,
     scene_2d,
     scenes,
 )
 from torch import Tensor
 
 from vicinal import FeaturePyramid, NeighborhoodPlan, plan_neighborhoods
-from vicinal._index.cell_keys import CellKeys
 from vicinal.backends.reference import list_pairs, slot_levels
 from vicinal.backends.types import NeighborSlices
 
@@ -40,7 +39,7 @@ def listed(slices: NeighborSlices) -> list[tuple[int, int]]:
     ]
 
 
-def assert_right(plan: NeighborhoodPlan, scene: Scene) -> None:
+def assert_matches_brute_force(plan: NeighborhoodPlan, scene: Scene) -> None:
     """The plan lists just the scene's pairs, each once, both ways."""
     expected = sorted(scene.pairs())
     pairs = plan.pairs()
@@ -60,7 +59,7 @@ def assert_right(plan: NeighborhoodPlan, scene: Scene) -> None:
 
 @given(scenes(max_dim=4))
 def test_pairs_equal_brute_force(scene: Scene) -> None:
-    assert_right(scene.plan(), scene)
+    assert_matches_brute_force(scene.plan(), scene)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -69,7 +68,7 @@ def test_many_pairs(dtype: torch.dtype) -> None:
         ((30, 11), (7, 19), (40, 5)), (5, 3, 9), (70, 0, 50), 400, dtype=dtype, seed=3
     )
     assert len(scene.pairs()) > 1000
-    assert_right(scene.plan(), scene)
+    assert_matches_brute_force(scene.plan(), scene)
 
 
 @pytest.mark.parametrize(
@@ -87,52 +86,36 @@ def test_many_pairs(dtype: torch.dtype) -> None:
     ids=["nothing", "empty images", "no queries", "no points", "one point", "one cell", "3-D wide",
          "4-D wide"],
 )  # fmt: skip
-def test_small_worlds(scene: Scene) -> None:
-    assert_right(scene.plan(), scene)
+def test_small_scenes(scene: Scene) -> None:
+    assert_matches_brute_force(scene.plan(), scene)
 
 
-@pytest.mark.parametrize("dim", [1, 2, 3, 5])
-def test_curve_takes_bits_of_the_axes_in_turn(dim: int) -> None:
-    """From the highest bit on, groups first; cells before the edge count as at the edge."""
-    keys = CellKeys(((37,) * dim,), [3], 4, torch.device("cpu"))
-    generator = torch.Generator().manual_seed(dim)
-    cells = torch.randint(-2, 39, (300, dim), generator=generator)
-    groups = torch.randint(4, (300,), generator=generator)
-    bits = (37 + 2 * 3).bit_length()  # a margin of 3 on either side
-    expected = [
-        [group, *((max(cell, 0) >> bit) & 1 for bit in reversed(range(bits)) for cell in row)]
-        for group, row in zip(groups.tolist(), cells.tolist(), strict=True)
-    ]
-    order = keys.along_curve(cells, groups).argsort(stable=True)
-    assert order.tolist() == sorted(range(300), key=expected.__getitem__)
-
-
-def test_queries_in_one_place() -> None:
+def test_queries_at_equal_positions() -> None:
     scene = scene_2d(n_queries=30)
     scene.positions[:] = torch.tensor([4.0, 4.0])
     assert len(scene.pairs()) >= 30
-    assert_right(scene.plan(), scene)
+    assert_matches_brute_force(scene.plan(), scene)
 
 
 @pytest.mark.parametrize("far", [1e9, -1e9, 1e30, -1e30])
-def test_far_queries_see_nothing(far: float) -> None:
+def test_far_queries_have_no_neighbors(far: float) -> None:
     scene = scene_2d()
     scene.positions[3], scene.positions[7, 1] = far, far
     plan = scene.plan()
     assert plan.counts()[[3, 7]].tolist() == [0, 0]
-    assert_right(plan, scene)
+    assert_matches_brute_force(plan, scene)
 
 
 def test_windows_reach_over_the_edge_and_no_further() -> None:
     # A window around a cell outside the map holds what of the map it overlaps, row by row: the
     # end of one row and the start of the next are neighbors in memory, not in space.
-    everywhere = torch.cartesian_prod(torch.arange(4), torch.arange(4))
-    coordinates = torch.nn.functional.pad(torch.nn.functional.pad(everywhere, (0, 1)), (1, 0))
+    all_cells = torch.cartesian_prod(torch.arange(4), torch.arange(4))
+    coordinates = torch.nn.functional.pad(torch.nn.functional.pad(all_cells, (0, 1)), (1, 0))
     pyramid = FeaturePyramid(torch.rand(16, 1), coordinates, ((4, 4),), 1)
     steps = torch.arange(-4, 8, dtype=torch.float32)
     positions = torch.cartesian_prod(steps, steps)
     scene = Scene(positions, torch.tensor([0, len(positions)]), pyramid, (5,))
-    assert_right(scene.plan(), scene)
+    assert_matches_brute_force(scene.plan(), scene)
 
 
 def test_pairs_of_some_queries() -> None:
@@ -147,20 +130,20 @@ def test_pairs_of_some_queries() -> None:
     assert scene.plan().pairs(chosen[:0]).shape == (0, 2)
 
 
-def test_slots_name_the_cell_of_the_window() -> None:
+def test_slots_are_the_cells_of_the_windows() -> None:
     scene = scene_2d(n_queries=30)
     plan = scene.plan()
     query, point, slot = list_pairs(plan._tensors, torch.arange(30))
     windows = scene.windows()
     for i, p, s in zip(query.tolist(), point.tolist(), slot.tolist(), strict=True):
         assert p in windows[i][s][1]
-    levels = [place.level for place, _ in windows[0]]
+    levels = [cell.level for cell, _ in windows[0]]
     assert plan.window_slots == len(levels)
     assert slot_levels(plan._tensors).tolist() == levels
 
 
 def tensors_of(value: Any) -> list[Tensor]:
-    """All tensors in a plan, but for those that are found when first asked for."""
+    """All tensors in a plan, but for those that are computed on first use."""
     if isinstance(value, Tensor):
         return [value]
     if dataclasses.is_dataclass(value):
@@ -220,7 +203,7 @@ def test_memory_is_that_of_the_slices(shape: tuple[int, ...], window: int) -> No
 
 
 def test_repr_holds_the_counts() -> None:
-    plan = one_room(7, 30).plan()
+    plan = full_window_scene(7, 30).plan()
     text = repr(plan)
     for part in ("queries=7", "points=30", "[17]", "position_dim=2", "mean 30.0", "largest 30"):
         assert part in text
@@ -233,9 +216,9 @@ def test_to() -> None:
     for left, right in zip(tensors_of(plan), tensors_of(moved), strict=True):
         assert torch.equal(left, right)
     assert (moved.neighborhood_sizes, moved.batch_size) == (plan.neighborhood_sizes, 3)
-    abroad = plan.to("meta")
-    assert {x.device.type for x in tensors_of(abroad)} == {"meta"}
-    assert abroad.device.type == "meta"
+    on_meta = plan.to("meta")
+    assert {x.device.type for x in tensors_of(on_meta)} == {"meta"}
+    assert on_meta.device.type == "meta"
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
@@ -243,7 +226,7 @@ def test_copies(duplicate: Callable[[NeighborhoodPlan], NeighborhoodPlan]) -> No
     # As a data loader's workers make them.
     scene = scene_2d()
     plan = duplicate(scene.plan())
-    assert_right(plan, scene)
+    assert_matches_brute_force(plan, scene)
     assert repr(plan) == repr(scene.plan())
 
 
@@ -251,7 +234,7 @@ def test_copies(duplicate: Callable[[NeighborhoodPlan], NeighborhoodPlan]) -> No
 def test_offsets_of_any_integer_type(dtype: torch.dtype) -> None:
     scene = scene_2d()
     narrow = dataclasses.replace(scene, offsets=scene.offsets.to(dtype))
-    assert_right(narrow.plan(), scene)
+    assert_matches_brute_force(narrow.plan(), scene)
 
 
 def test_positions_get_no_gradient_from_the_plan() -> None:
@@ -264,7 +247,9 @@ def test_positions_get_no_gradient_from_the_plan() -> None:
 # -------------------------------------------------------------------------- contents unchecked
 
 
-def answers(scene: Scene, backend: str, *, background: bool = False) -> tuple[Tensor, Inputs]:
+def attend_unchecked(
+    scene: Scene, backend: str, *, background: bool = False
+) -> tuple[Tensor, Inputs]:
     """The attention over a plan of unchecked contents, forward and backward without a crash."""
     plan = scene.plan(check_contents=False)
     inputs = make_inputs(plan, background=background).fresh()
@@ -274,13 +259,13 @@ def answers(scene: Scene, backend: str, *, background: bool = False) -> tuple[Te
     return out.detach(), inputs
 
 
-def assert_takes_no_part(bad: list[int], scene: Scene, good: Scene, backend: str) -> None:
+def assert_excluded(bad: list[int], scene: Scene, good: Scene, backend: str) -> None:
     """Queries ``bad`` of ``scene`` get zero, all others what they get in ``good``."""
-    (out, inputs), (expected, _) = answers(scene, backend), answers(good, backend)
+    (out, inputs), (expected, _) = attend_unchecked(scene, backend), attend_unchecked(good, backend)
     rest = [query for query in range(len(out)) if query not in bad]
     assert_close(out[rest], expected[rest], 1e-13)
     assert expected[rest].any()
-    assert expected[bad].any(), "they do see points where nothing is wrong"
+    assert expected[bad].any(), "they have neighbors where nothing is wrong"
     assert not out[bad].any()
     assert inputs.q.grad is not None
     assert not inputs.q.grad[bad].any()
@@ -292,20 +277,20 @@ def test_positions_that_are_not_finite(value: float, backend: str) -> None:
     positions = good.positions.clone()
     positions[2], positions[9, 1] = value, value
     bad = dataclasses.replace(good, positions=positions)
-    assert_takes_no_part([2, 9], bad, good, backend)
+    assert_excluded([2, 9], bad, good, backend)
 
 
 @pytest.mark.parametrize(
-    ("offsets", "homeless"),
+    ("offsets", "excluded"),
     [([0, 10, 10, 15], [15, 16, 17, 18, 19]), ([0, 0, 0, 0], list(range(20)))],
 )
-def test_queries_of_no_image(offsets: list[int], homeless: list[int], backend: str) -> None:
-    room = make_scene(((5, 5),), (17,), (10, 0, 10), 30)
-    bad = dataclasses.replace(room, offsets=torch.tensor(offsets))
-    if homeless == list(range(20)):
-        assert not answers(bad, backend)[0].any()
+def test_queries_of_no_image(offsets: list[int], excluded: list[int], backend: str) -> None:
+    good = make_scene(((5, 5),), (17,), (10, 0, 10), 30)
+    bad = dataclasses.replace(good, offsets=torch.tensor(offsets))
+    if excluded == list(range(20)):
+        assert not attend_unchecked(bad, backend)[0].any()
     else:
-        assert_takes_no_part(homeless, bad, room, backend)
+        assert_excluded(excluded, bad, good, backend)
 
 
 @pytest.mark.parametrize(
@@ -314,11 +299,11 @@ def test_queries_of_no_image(offsets: list[int], homeless: list[int], backend: s
      [2**62, -(2**62), 0, 2**63 - 1]],
 )  # fmt: skip
 def test_offsets_that_do_not_rise(offsets: list[int], backend: str) -> None:
-    room = make_scene(((5, 5),), (17,), (10, 0, 10), 30)
-    bad = dataclasses.replace(room, offsets=torch.tensor(offsets))
-    out, _ = answers(bad, backend)
+    good = make_scene(((5, 5),), (17,), (10, 0, 10), 30)
+    bad = dataclasses.replace(good, offsets=torch.tensor(offsets))
+    out, _ = attend_unchecked(bad, backend)
     assert out.shape == (20, 2, 4)
-    # Whatever image a query is taken to be of, it sees points of one image only.
+    # Whatever image a query is assigned to, its neighbors are of one image only.
     batch, plan = bad.pyramid.batch, bad.plan(check_contents=False)
     for query in range(20):
         points = plan.pairs(torch.tensor([query]))[:, 1]
@@ -344,7 +329,7 @@ def test_points_outside_their_level_or_batch(row: list[int], backend: str) -> No
     expected = sorted(pair for pair in good.pairs() if pair[1] not in victims)
     assert sorted(map(tuple, plan.pairs().tolist())) == expected
     assert sorted((query, point) for point, query in listed(plan._point_slices())) == expected
-    _, inputs = answers(bad, backend)
+    _, inputs = attend_unchecked(bad, backend)
     assert inputs.k.grad is not None
     assert inputs.v.grad is not None
     assert not inputs.k.grad[victims].any()
@@ -354,31 +339,31 @@ def test_points_outside_their_level_or_batch(row: list[int], backend: str) -> No
 
 @pytest.mark.parametrize("background", [False, True])
 def test_no_image_for_any_query(background: bool, backend: str) -> None:
-    nowhere = Scene(
+    empty = Scene(
         torch.rand(5, 1),
         torch.tensor([0]),
         FeaturePyramid(torch.rand(0, 1), torch.empty(0, 3, dtype=torch.int64), ((4,),), 0),
         (3,),
     )
-    out, _ = answers(nowhere, backend, background=background)
+    out, _ = attend_unchecked(empty, backend, background=background)
     assert not out.any()
 
 
-def test_queries_before_the_first_offset_take_no_part(backend: str) -> None:
-    room = make_scene(((5, 5),), (17,), (10, 0, 10), 30)
-    bad = dataclasses.replace(room, offsets=torch.tensor([3, 10, 10, 20]))
-    assert_takes_no_part([0, 1, 2], bad, room, backend)
+def test_queries_before_the_first_offset_are_excluded(backend: str) -> None:
+    good = make_scene(((5, 5),), (17,), (10, 0, 10), 30)
+    bad = dataclasses.replace(good, offsets=torch.tensor([3, 10, 10, 20]))
+    assert_excluded([0, 1, 2], bad, good, backend)
 
 
-@pytest.mark.parametrize("flaw", ["nan", "homeless"])
-def test_bad_queries_do_not_see_the_background_either(flaw: str, backend: str) -> None:
+@pytest.mark.parametrize("flaw", ["nan", "excluded"])
+def test_invalid_queries_do_not_attend_to_the_background(flaw: str, backend: str) -> None:
     good = scene_2d(n_queries=16)
     bad = dataclasses.replace(good, positions=good.positions.clone(), offsets=good.offsets.clone())
     if flaw == "nan":
         bad.positions[15] = torch.nan
     else:
         bad.offsets[-1] = 15
-    out, _ = answers(bad, backend, background=True)
+    out, _ = attend_unchecked(bad, backend, background=True)
     assert out[:15].any(-1).all()
     assert not out[15].any()
 
@@ -432,14 +417,6 @@ def test_refusals(argument: str, value: object, came: str) -> None:
     assert came in message.split("got")[-1]
 
 
-def test_more_cells_than_keys_are_refused() -> None:
-    pyramid = FeaturePyramid(
-        torch.rand(1, 1), torch.tensor([[0, 0, 0, 0, 0]]), ((2**21, 2**21, 2**21),), 1
-    )
-    with pytest.raises(ValueError, match="level_shapes: expected fewer than"):
-        plan_neighborhoods(torch.rand(1, 3), torch.tensor([0, 1]), pyramid, [3])
-
-
 def test_large_maps() -> None:
     # Long axes, far corners: keys of up to 61 bits, and positions beyond float32's whole numbers.
     side = 2**20
@@ -449,4 +426,4 @@ def test_large_maps() -> None:
     positions = torch.tensor(corners, dtype=torch.float64) + 0.5
     scene = Scene(positions, torch.tensor([0, 3]), pyramid, (3,))
     assert len(scene.pairs()) == 3
-    assert_right(scene.plan(), scene)
+    assert_matches_brute_force(scene.plan(), scene)

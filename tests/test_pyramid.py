@@ -85,7 +85,7 @@ def test_views_of_the_coordinates() -> None:
     assert (len(pyramid), pyramid.n_levels, pyramid.position_dim, pyramid.embed_dim) == (2, 2, 2, 5)
 
 
-def test_positions_are_cell_centres_in_full_shape_units() -> None:
+def test_positions_are_cell_centers_in_full_shape_units() -> None:
     pyramid = scene_2d().pyramid
     expected = [
         [(x + 0.5) * full / size for x, full, size in zip(cell, (9, 8), SHAPES[level], strict=True)]
@@ -113,7 +113,7 @@ def test_points_of_a_pyramid_are_queries_by_batch_offsets() -> None:
     scene = Scene(positions, pyramid.batch_offsets(), pyramid, (3, 3, 3))
     assert scene.images() == pyramid.batch.tolist()
     counts = scene.plan().counts()
-    assert (counts >= 1).all(), "every point sees itself"
+    assert (counts >= 1).all(), "every point is its own neighbor"
 
 
 def test_with_values_and_to() -> None:
@@ -126,8 +126,8 @@ def test_with_values_and_to() -> None:
     assert torch.equal(moved.values, pyramid.values)
     assert torch.equal(moved.coordinates, pyramid.coordinates)
     assert (moved.level_shapes, moved.batch_size) == (pyramid.level_shapes, pyramid.batch_size)
-    abroad = pyramid.to("meta")
-    assert abroad.values.device.type == abroad.coordinates.device.type == "meta"
+    on_meta = pyramid.to("meta")
+    assert on_meta.values.device.type == on_meta.coordinates.device.type == "meta"
     with pytest.raises(ValueError, match="values"):
         pyramid.with_values(torch.ones(len(pyramid)))
 
@@ -138,7 +138,7 @@ def test_repr_counts() -> None:
     assert all(part in text for part in ("points=1", "batch_size=8", "6x4", "5x12", "[1, 5]"))
 
 
-def test_nothing_at_all() -> None:
+def test_no_points_and_no_images() -> None:
     empty = FeaturePyramid(torch.rand(0, 5), torch.empty(0, 4, dtype=torch.int64), SHAPES, 0)
     back = FeaturePyramid.from_coo(empty.to_coo(), SHAPES)
     assert (len(back), back.batch_size, back.embed_dim) == (0, 0, 5)
@@ -173,9 +173,9 @@ def test_from_levels() -> None:
     assert len(pyramid) == 4
     assert pyramid.batch.tolist() == sorted(pyramid.batch.tolist())
     for level, single in enumerate(maps):
-        here = pyramid.levels == level
-        cells = pyramid.coordinates[here, :-1].t()
-        rebuilt = sparse_coo(cells, pyramid.values[here], single.shape)
+        at_level = pyramid.levels == level
+        cells = pyramid.coordinates[at_level, :-1].t()
+        rebuilt = sparse_coo(cells, pyramid.values[at_level], single.shape)
         assert_close(rebuilt.to_dense(), single.to_dense(), 1e-6, f"level {level}")
 
 
@@ -356,7 +356,7 @@ def test_pyramid_refusals(argument: str, value: object, came: str) -> None:
     assert came in message.split("got")[-1]
 
 
-def test_contents_go_unchecked_only_when_asked() -> None:
+def test_contents_are_unchecked_only_on_request() -> None:
     beyond = torch.tensor([[0, 0, 0, 0], [1, 99, 3, 1]])
     with pytest.raises(ValueError, match="coordinates"):
         FeaturePyramid(**PYRAMID | {"coordinates": beyond}, check_contents=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vicinal import get_multilevel_neighborhoods
 
-# Ratios that are no powers of two and differ per axis; the finest level stands last, or nowhere:
+# Ratios that are no powers of two and differ per axis; the finest level is last, or there is none:
 # the full shape of the third is 12 x 10 and no level's.
 LEVELS: list[tuple[Shapes, tuple[int, ...]]] = [
     (((5,), (40,), (17,)), (3, 9, 5)),
@@ -70,7 +70,7 @@ def test_default_windows() -> None:
 
 
 @pytest.mark.parametrize("far", [1e30, -1e30, 3e38])
-def test_absurdly_far_positions_see_nothing(far: float) -> None:
+def test_windows_of_very_far_positions_are_outside_the_map(far: float) -> None:
     positions = torch.tensor([[far, 1.0], [1.0, far], [far, -far]])
     cells, outside, _ = get_multilevel_neighborhoods(positions, [(4, 4), (2, 2)], [3, 5])
     assert outside.all()

@@ -4,7 +4,7 @@ A baseline, of a label and a function, sets up its own work and the library's, o
 `CaseSkipped` with the reason why it cannot run. It imports the packages it needs only then.
 """
 
-from benchmarks.baselines import deformable, flex, gathering, pairs
+from benchmarks.baselines import deformable, dense, flex, gathering, pairs
 
 BASELINES = {
     "gathering": ("gather and project, whole block", gathering.prepare),
@@ -13,5 +13,6 @@ BASELINES = {
     "edges": ("PyTorch Geometric, edge list", pairs.prepare_edges),
     "flex": ("FlexAttention, points as stored", flex.prepare),
     "flex-sorted": ("FlexAttention, points along a curve", flex.prepare_sorted),
+    "dense": ("NATTEN on the densified map", dense.prepare),
     "deformable": ("deformable attention, equal keys", deformable.prepare),
 }

@@ -31,9 +31,7 @@ def prepare(layer: Layer) -> Comparison:
         return out
 
     vicinal = layer.attention()
-    values, cells = vicinal.inputs[2], sum(h * w for h, w in shapes)
-    value = values.new_zeros(1, cells, *values.shape[1:])
-    value[0, cell_numbers(layer)] = values
+    value = densified(layer, vicinal.inputs[2])[None]
     keys = weights.shape[-1] * len(shapes)
     work = Work(attend, (value, locations, weights))
     extra: Figures = {"keys_per_query": keys, "map_mib": value.nbytes / 2**20}
@@ -54,6 +52,12 @@ def _locations_and_weights(layer: Layer) -> tuple[Tensor, Tensor]:
     locations = (centers + offsets * windows[:, None]).flip(-1)
     weights = torch.randn(locations.shape[:-1]).flatten(-2).softmax(-1)
     return locations, weights.view(locations.shape[:-1])
+
+
+def densified(layer: Layer, x: Tensor) -> Tensor:
+    """``x`` [nnz, ...] as [cells, ...], zero in empty cells, levels in order and row-major."""
+    cells = sum(h * w for h, w in layer.pyramid.level_shapes)
+    return x.new_zeros(cells, *x.shape[1:]).index_put((cell_numbers(layer),), x)
 
 
 def cell_numbers(layer: Layer) -> Tensor:

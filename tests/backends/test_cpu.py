@@ -1,4 +1,4 @@
-"""What is asked of the compiled kernel alone: precision, memory, safety, and life without it."""
+"""Tests of the compiled kernel alone: precision, memory, safety, and use without it."""
 
 import ctypes
 import functools
@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from block_scenes import own_calls
 from hypothesis import given
 from problems import (
     Answer,
@@ -20,7 +21,6 @@ from problems import (
     OwnOps,
     Scene,
     answer,
-    as_leaves,
     assert_close,
     assert_same_answers,
     crowded_scene,
@@ -41,7 +41,6 @@ from vicinal import (
     FeaturePyramid,
     NeighborhoodPlan,
     RotaryEncoding,
-    SparseNeighborhoodAttentionBlock,
 )
 from vicinal.backends import reference
 
@@ -54,13 +53,13 @@ def plain_attention(scene: Scene) -> Callable[[Inputs], tuple[Tensor, Tensor]]:
     level = torch.tensor([slot.level for slot, _ in windows[0]])
     image = torch.tensor(scene.images())
     empty = torch.tensor([[not points for _, points in window] for window in windows])
-    seen = torch.zeros(len(windows), len(scene.pyramid), dtype=torch.bool)
+    is_neighbor = torch.zeros(len(windows), len(scene.pyramid), dtype=torch.bool)
     for query, point in scene.pairs():
-        seen[query, point] = True
+        is_neighbor[query, point] = True
 
     def attend(inputs: Inputs) -> tuple[Tensor, Tensor]:
         q, k, v, background, _ = inputs
-        logits = torch.einsum("nhd,mhd->nhm", q, k).masked_fill(~seen[:, None], -torch.inf)
+        logits = torch.einsum("nhd,mhd->nhm", q, k).masked_fill(~is_neighbor[:, None], -torch.inf)
         if background is not None:
             cells = torch.einsum("nkhd,khd->nhk", background.query[:, level], background.key)
             logits = torch.cat((logits, cells.masked_fill(~empty[:, None], -torch.inf)), -1)
@@ -90,7 +89,7 @@ def errors(actual: Answer, exact: Answer) -> Tensor:
 
 @functools.cache
 def dense_problem(seed: int) -> tuple[NeighborhoodPlan, Callable[[Inputs], tuple[Tensor, Tensor]]]:
-    """A plan in which every query sees a point, as plain attention needs, and that attention."""
+    """A plan in which every query has a neighbor, as plain attention needs, and that attention."""
     scene = make_scene(((16, 10), (8, 5)), (7, 5), (40, 60), 250, seed=seed)
     scene.positions = scene.positions.abs() % torch.tensor([16, 10])
     plan = scene.plan()
@@ -116,43 +115,6 @@ def test_precision_is_that_of_plain_pytorch(dtype: torch.dtype, background: bool
 # ----------------------------------------------------------------------------- ops of torch
 
 
-def own_calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
-    """The library's ops with the arguments that a block gives them, forward and backward."""
-    scene = scene_2d()
-    block = SparseNeighborhoodAttentionBlock(
-        12, 2, 3, scene.sizes, dropout=0.3, backend="cpu"
-    ).double()
-    with OwnOps() as ops:
-        out = block(
-            torch.randn(12, 12, dtype=torch.float64),
-            scene.positions.requires_grad_(),
-            scene.offsets,
-            scene.pyramid.with_values(torch.randn(60, 12, dtype=torch.float64)),
-            background_embedding=torch.randn(3, 3, 12, dtype=torch.float64),
-            query_mask=torch.arange(12) % 3 == 1,
-        )
-        out.sum().backward()
-    calls: dict[str, tuple[Any, tuple[Any, ...]]] = ops.calls
-    return calls
-
-
-@pytest.mark.parametrize("features", ["all", "none"])
-def test_opcheck(features: str) -> None:
-    calls = own_calls()
-    assert {"neighborhood_attention", "neighborhood_attention_backward"} <= calls.keys()
-    if features == "none":
-        plan = scene_2d().plan()
-        inputs = make_inputs(plan).fresh()
-        with OwnOps() as ops:
-            out, _ = inputs.attend(plan, "cpu")
-            out.sum().backward()
-        calls = ops.calls
-    for name, (op, arguments) in calls.items():
-        differentiable = not name.endswith("backward")
-        results = torch.library.opcheck(op, as_leaves(arguments, requires_grad=differentiable))
-        assert set(results.values()) == {"SUCCESS"}
-
-
 def assert_slices_of_the_reference(scene: Scene) -> None:
     with OwnOps() as ops:
         scene.plan()
@@ -168,25 +130,6 @@ def test_slices_are_those_of_the_reference(scene: Scene) -> None:
 
 def test_slices_of_thousands_of_queries_are_those_of_the_reference() -> None:
     assert_slices_of_the_reference(wide_scene())
-
-
-def test_a_second_derivative_is_refused() -> None:
-    plan = scene_2d().plan()
-    inputs = make_inputs(plan, background=True).fresh()
-    out, _ = inputs.attend(plan, "cpu")
-    (grad,) = torch.autograd.grad(out.pow(2).sum(), inputs.q, create_graph=True)
-    with pytest.raises(NotImplementedError, match="backend='reference'"):
-        grad.sum().backward()
-
-
-def test_saved_tensors_may_be_moved_elsewhere() -> None:
-    plan = scene_2d().plan()
-    inputs = make_inputs(plan, background=True, mask=True)
-    expected = answer(inputs, plan)
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda x: (x.clone(), x.requires_grad), lambda packed: packed[0]
-    ):
-        assert_same_answers(answer(inputs, plan), expected, 0)
 
 
 def test_without_gradients() -> None:
@@ -366,8 +309,8 @@ def guarded(x: Tensor, *, at_end: bool) -> Tensor:
     memory = mmap.mmap(-1, span + 2 * page)
     address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
     protect = ctypes.CDLL(None).mprotect
-    for place in (address, address + page + span):
-        assert protect(ctypes.c_void_p(place), ctypes.c_size_t(page), 0) == 0
+    for guard in (address, address + page + span):
+        assert protect(ctypes.c_void_p(guard), ctypes.c_size_t(page), 0) == 0
     offset = page + (span - x.nbytes if at_end else 0)
     copy = torch.frombuffer(memory, dtype=x.dtype, count=x.numel(), offset=offset).view(x.shape)
     return copy.copy_(x)
@@ -389,7 +332,7 @@ def test_no_heads_and_no_values(heads: int, value_width: int) -> None:
 
 
 def laid_out(x: Any, at_end: bool, spoil: torch.Generator | None) -> Any:
-    """An op's argument in guarded memory, indices with contents spoiled if so wanted."""
+    """An op's argument in guarded memory, with invalid contents of indices on request."""
     if isinstance(x, list | tuple):
         return [laid_out(part, at_end, spoil) for part in x]
     if not isinstance(x, Tensor) or not x.dim():
@@ -532,7 +475,7 @@ print(refusals)
 """
 
 
-def life_without_kernel(root: Path) -> tuple[list[tuple[str, str]], list[str]]:
+def use_without_kernel(root: Path) -> tuple[list[tuple[str, str]], list[str]]:
     """Warnings and refusals of a process that uses the package at ``root``."""
     where, silent, warned, refusals = run_python(USE_WITHOUT_KERNEL, path=root).splitlines()
     assert Path(where).is_relative_to(root)
@@ -541,7 +484,7 @@ def life_without_kernel(root: Path) -> tuple[list[tuple[str, str]], list[str]]:
 
 
 def copied_package(root: Path) -> Path:
-    """The package without its compiled kernel; returns the folder the kernel belongs into."""
+    """The package without its compiled kernel; returns the folder that the kernel belongs in."""
     source = Path(vicinal.__file__).parent
     ignored = shutil.ignore_patterns("_cpu*.so", "__pycache__")
     return Path(shutil.copytree(source, root / "vicinal", ignore=ignored)) / "backends" / "cpu"
@@ -549,7 +492,7 @@ def copied_package(root: Path) -> Path:
 
 def test_without_a_compiler(tmp_path: Path) -> None:
     copied_package(tmp_path)
-    ((category, message),), refusals = life_without_kernel(tmp_path)
+    ((category, message),), refusals = use_without_kernel(tmp_path)
     assert category == "RuntimeWarning"
     assert "not built" in message
     assert "reference" in message
@@ -561,14 +504,14 @@ def test_without_a_compiler(tmp_path: Path) -> None:
 
 def test_with_a_kernel_that_does_not_load(tmp_path: Path) -> None:
     (copied_package(tmp_path) / "_cpu.abi3.so").write_bytes(b"not a library")
-    ((category, message),), refusals = life_without_kernel(tmp_path)
+    ((category, message),), refusals = use_without_kernel(tmp_path)
     assert category == "RuntimeWarning"
     assert "does not load" in message
     assert len(refusals) == 2
     assert all("does not load" in refusal for refusal in refusals)
 
 
-def test_the_kernel_was_built_here() -> None:
+def test_the_kernel_is_built() -> None:
     # Else half of these tests would compare the reference with itself.
     assert platform.system() in ("Linux", "Darwin")
     assert list(Path(vicinal.__file__).parent.glob("backends/cpu/_cpu*.so"))

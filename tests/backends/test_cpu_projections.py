@@ -1,4 +1,4 @@
-"""The block's dense maps on the CPU: any chunks of rows, against plain PyTorch."""
+"""The block's dense projections on the CPU: any chunks of rows, against plain PyTorch."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ FIXED = ("test_schema", "test_faketensor")  # of an op whose result is never fil
 
 
 class Inputs(NamedTuple):
-    """Of a projection, in the order of its arguments."""
+    """The arguments of a projection, in order."""
 
     x: Tensor
     weights: list[Tensor]
@@ -75,7 +75,7 @@ ALL = make_inputs(parts=2, bias=True, norm=True, residual=True)
 
 
 def gradients(outs: Sequence[Tensor], inputs: Inputs) -> list[Tensor]:
-    """Of every leaf that wants one, from gradients of the outputs that are drawn."""
+    """Gradients of every leaf that requires one, for random gradients of the outputs."""
     generator = torch.Generator().manual_seed(1)
     cotangents = [torch.randn(out.shape, generator=generator).to(out.dtype) for out in outs]
     reached = [index for index, out in enumerate(outs) if out.requires_grad]
@@ -119,7 +119,7 @@ def test_gradients_of_some_leaves(wanted: int, alone: bool) -> None:
     assert_as_the_reference(inputs)
 
 
-def test_an_output_that_nobody_uses() -> None:
+def test_an_unused_output() -> None:
     inputs = make_inputs(parts=2, norm=True)
     (ours, _), (theirs, _) = projection_ops.project(*inputs), reference.project(*inputs)
     found = [
@@ -132,10 +132,10 @@ def test_an_output_that_nobody_uses() -> None:
 
 def test_strided_rows_and_expanded_gradients() -> None:
     inputs = make_inputs(norm=True, residual=True)
-    turned = inputs._replace(x=torch.randn(WIDTH, 13, dtype=torch.float64).t().requires_grad_())
-    assert_as_the_reference(turned)
+    strided = inputs._replace(x=torch.randn(WIDTH, 13, dtype=torch.float64).t().requires_grad_())
+    assert_as_the_reference(strided)
     grads = [
-        torch.autograd.grad(project(*turned)[0].sum(), turned.leaves())
+        torch.autograd.grad(project(*strided)[0].sum(), strided.leaves())
         for project in (projection_ops.project, reference.project)
     ]
     for left, right in zip(*grads, strict=True):

@@ -1,7 +1,7 @@
-"""A training step never asks what tensors hold, so that a GPU need not be waited for.
+"""A training step never reads contents of tensors on the host, which would synchronize a GPU.
 
-Tensors without contents show it: on torch's meta device, whatever asks for them fails. All that
-runs on the host is what runs for a GPU; kernels are not launched.
+Tensors of torch's meta device have no contents, so reading them fails. The code that runs on the
+host is that which runs for a GPU; kernels are not launched.
 """
 
 import importlib.util
@@ -41,7 +41,7 @@ def meta_as_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class HostCode(OwnOps):
-    """The back end's own code in place of the fakes; what it gives must look like theirs."""
+    """Runs the back end's own code in place of the fakes, and compares the metadata of results."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         expected = super().__torch_dispatch__(func, types, args, kwargs)
@@ -57,7 +57,7 @@ class HostCode(OwnOps):
 
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """The kernels that would run."""
+    """The names of the kernels that would be launched."""
     names: list[str] = []
 
     def launch(kernel: Any, n_programs: int, *arguments: Any, **options: Any) -> None:
@@ -70,20 +70,20 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 
 @pytest.fixture
-def sent(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The modules that make tensors of numbers, which a GPU must be sent."""
-    senders = []
+def copied(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The modules that make tensors of numbers, which would be copied to a GPU."""
+    modules = []
     for name in ("tensor", "as_tensor"):
         plain = getattr(torch, name)
 
         def spy(*args: Any, plain: Any = plain, **options: Any) -> Tensor:
             frame = __import__("sys")._getframe(1)
-            senders.append(frame.f_globals["__name__"])
+            modules.append(frame.f_globals["__name__"])
             made: Tensor = plain(*args, **options)
             return made
 
         monkeypatch.setattr(torch, name, spy)
-    return senders
+    return modules
 
 
 def make_points(n: int) -> FeaturePyramid:
@@ -95,7 +95,7 @@ def make_points(n: int) -> FeaturePyramid:
 
 @pytest.mark.parametrize("background", [False, True])
 def test_a_training_step_with_planning(
-    background: bool, sent: list[str], launched: list[str]
+    background: bool, copied: list[str], launched: list[str]
 ) -> None:
     with torch.device("meta"):
         block = SparseNeighborhoodAttentionBlock(32, 2, 3, SIZES, dropout=0.1)
@@ -103,13 +103,13 @@ def test_a_training_step_with_planning(
         level, mask = torch.zeros(50, dtype=torch.int64), torch.zeros(50, dtype=torch.bool)
         cells = torch.randn(2, 3, 32).requires_grad_() if background else None
     points = make_points(50)
-    sent.clear()
+    copied.clear()
     out = block(points.values, points.positions(), offsets, points, SHAPES, cells, level, mask)
     out.sum().backward()
     assert points.values.grad is not None
     assert all(parameter.grad is not None for parameter in block.parameters())
-    # What is sent is kept on the GPU, and sent once.
-    assert set(sent) == {constants.__name__}
+    # Constants are cached on the GPU, so each is copied once.
+    assert set(copied) == {constants.__name__}
     kernels = {"find_slices", "find_runs", "find_flags", "attend", "query_gradients"}
     kernels |= {"point_gradients", "rotate", "rotate_backward"}
     if background:
@@ -118,7 +118,7 @@ def test_a_training_step_with_planning(
 
 
 @pytest.mark.parametrize("frozen", ["queries", "points"])
-def test_what_is_frozen_is_not_computed(frozen: str, launched: list[str]) -> None:
+def test_gradients_of_frozen_inputs_are_not_computed(frozen: str, launched: list[str]) -> None:
     points = make_points(50)
     with torch.no_grad():
         offsets = torch.zeros(3, dtype=torch.int64, device="meta")
@@ -138,7 +138,9 @@ def run_by(computer: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_graph_completes_its_own_plans_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What it finds is there after it ran, so nobody else can trust in it, nor add to it."""
+    """Tensors of a graph have values only after a replay, so eager code must not add to its plan,
+    nor the graph to a plan made outside.
+    """
     points = make_points(50)
     offsets = torch.zeros(3, dtype=torch.int64, device="meta")
     x = torch.randn(50, 2, 16, device="meta")
@@ -159,10 +161,10 @@ def test_a_graph_completes_its_own_plans_alone(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("makers", [("python", "compiler"), ("compiler", "graph")])
-def test_what_a_compiler_makes_leaves_plans_as_they_are(
+def test_compiled_code_does_not_change_plans(
     makers: tuple[str, str], launched: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It cannot know that it runs in a graph."""
+    """Compiled code cannot know whether a CUDA graph captures it."""
     points = make_points(50)
     offsets = torch.zeros(3, dtype=torch.int64, device="meta")
     run_by(makers[0], monkeypatch)
@@ -176,8 +178,8 @@ def test_what_a_compiler_makes_leaves_plans_as_they_are(
     assert set(plan._cache) == before
 
 
-def test_a_compiled_step_asks_for_what_the_gpu_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Numbers in a graph would be sent anew, and waited for, at every step."""
+def test_a_compiled_step_uses_cached_constants(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Constants of a graph would be copied, with a synchronization, at every step."""
     with torch.device("meta"):
         block = SparseNeighborhoodAttentionBlock(32, 2, 3, SIZES)
         offsets = torch.zeros(3, dtype=torch.int64)
@@ -209,15 +211,8 @@ def test_a_compiled_step_asks_for_what_the_gpu_keeps(monkeypatch: pytest.MonkeyP
             assert isinstance(node.args[1], torch.dtype)
 
 
-def test_numbers_as_an_op() -> None:
-    arguments = [1, 2, 3, 4], [2, 2], torch.float32, torch.device("cpu")
-    assert torch.ops.vicinal.numbers(*arguments).tolist() == [[1, 2], [3, 4]]
-    torch.library.opcheck(torch.ops.vicinal.numbers.default, arguments)
-    assert torch.Tag.cudagraph_unsafe in torch.ops.vicinal.numbers.default.tags
-
-
-def test_asking_for_contents_fails() -> None:
-    """The check itself: it would notice."""
+def test_reading_contents_fails() -> None:
+    """The check itself: reading contents of a meta tensor raises an error."""
     with pytest.raises(Exception, match=r"meta"):
         torch.zeros(3, device="meta").sum().item()
     points = make_points(5)

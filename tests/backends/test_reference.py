@@ -1,4 +1,4 @@
-"""What is asked of the reference alone: higher orders, and chunks that make no difference."""
+"""Tests of the reference alone: second derivatives, and results that do not depend on chunks."""
 
 import pytest
 import torch
@@ -45,7 +45,7 @@ def test_chunks_make_no_difference(
 
 
 def test_a_drawn_mask_is_the_same_in_any_order() -> None:
-    # Each weight's fate is a hash of its place alone.
+    # Whether a weight is kept is a hash of its indices alone.
     generator = torch.Generator().manual_seed(0)
     seed = torch.tensor(2**61 + 12345)
     query = torch.randint(1000, (500,), generator=generator)

@@ -1,4 +1,4 @@
-"""The Triton back end: on a GPU if there is one, else interpreted, hence on small problems."""
+"""The Triton back end: on a GPU if there is one, else interpreted, so on small problems."""
 
 import importlib.util
 import math
@@ -21,9 +21,9 @@ from problems import (
     crowded_scene,
     differentiate,
     forged,
+    full_window_scene,
     make_inputs,
     make_scene,
-    one_room,
     rotate_by_hand,
     scene_2d,
     scenes,
@@ -163,7 +163,7 @@ def test_any_number_of_queries(n_queries: int) -> None:
 
 @pytest.mark.parametrize("n_points", [1, 31, 32, 33, 70])
 def test_any_number_of_points(n_points: int) -> None:
-    assert_exact(one_room(20, n_points), heads=1)
+    assert_exact(full_window_scene(20, n_points), heads=1)
 
 
 @pytest.mark.parametrize(("width", "value_width"), [(1, 1), (2, 33), (17, 16), (72, 5), (130, 256)])
@@ -231,7 +231,7 @@ def dense_attention(scene: Scene) -> Callable[[Inputs], tuple[Tensor, Tensor]]:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_as_exact_as_plain_pytorch(dtype: torch.dtype) -> None:
-    scene = one_room(40, 60)
+    scene = full_window_scene(40, 60)
     scene.positions = scene.positions.clamp(0, 4)
     plan = scene.plan()
     inputs = make_inputs(plan, width=32, dtype=dtype)
@@ -249,7 +249,7 @@ def test_half_precision_is_as_exact_as_plain_pytorch(dtype: torch.dtype) -> None
     assert relative_error(actual.lse, exact.lse) < 2e-5
 
 
-def test_the_same_bits_twice(uninitialised_is_nan: None) -> None:
+def test_the_same_bits_twice(uninitialized_is_nan: None) -> None:
     plan = crowded_scene(40, 80).plan().to(DEVICE)
     inputs = on_device(make_inputs(plan, background=True, mask=True, heads=1))
     first, second = (answer(inputs, plan, "triton", dropout_p=0.3) for _ in range(2))
@@ -261,7 +261,7 @@ def test_the_same_bits_twice(uninitialised_is_nan: None) -> None:
 
 @pytest.mark.parametrize("name", ["cpu", "triton"])
 def test_gradients_do_not_depend_on_which_are_needed(name: str) -> None:
-    """Neither on which inputs are frozen, nor on which gradients are asked for."""
+    """Neither on which inputs are frozen, nor on which gradients are requested."""
     device = torch.device("cpu") if name == "cpu" else DEVICE
     plan = make_scene(((6, 4), (5, 5)), (3, 3), (7, 11), 30).plan().to(device)
     inputs = make_inputs(plan.to("cpu"), heads=1, background=True, dtype=torch.float32)
@@ -550,7 +550,7 @@ def bad_plan(scene: Scene) -> NeighborhoodPlan:
 @pytest.mark.usefixtures("runs_by_triton")
 @pytest.mark.parametrize("bad", [False, True])
 def test_kernels_stay_in_their_buffers(
-    bad: bool, checked: Checked | None, uninitialised_is_nan: None
+    bad: bool, checked: Checked | None, uninitialized_is_nan: None
 ) -> None:
     """With invalid contents as well, and invalid queries and points are masked."""
     scene = scene_2d(n_queries=19, n_points=45)

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.baselines import BASELINES, flex
 from benchmarks.baselines.comparison import ROUNDINGS, Comparison, check_agreement
-from benchmarks.baselines.deformable import cell_numbers
+from benchmarks.baselines.deformable import cell_numbers, densified
 from benchmarks.cases import SETTINGS
 from benchmarks.layer import Layer
 from benchmarks.measure import Work
@@ -147,7 +147,31 @@ def test_deformable_samples_the_given_locations() -> None:
     assert (offsets > 0.8 * reach[:, None]).all()
 
 
-@pytest.mark.parametrize("name", ["edges", "deformable"])
+@careless
+def test_natten_agrees_where_every_cell_is_a_point() -> None:
+    pytest.importorskip("natten")
+    size, window = 8, 3
+    rows, columns = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
+    coordinates = torch.stack((rows, columns), -1).view(-1, 2)
+    coordinates = torch.nn.functional.pad(coordinates, (1, 1))
+    layer = Layer(Scene(coordinates, ((size, size),), (window,)), embed_dim=16, heads=2)
+    comparison = prepare("dense", layer)
+    assert not comparison.same
+    (actual,), (expected,) = comparison.baseline.forward(), comparison.vicinal.forward()
+    # At the border its window is moved inside the map.
+    inside = ((coordinates[:, 1:3] > 0) & (coordinates[:, 1:3] < size - 1)).all(1)
+    assert check_agreement("dense", [actual[inside]], [expected[inside]]) < ROUNDINGS
+    assert not torch.allclose(actual, expected)
+
+
+def test_points_are_densified_level_by_level() -> None:
+    coordinates = torch.tensor([[0, 1, 0, 0], [0, 0, 1, 1]])  # image, row, column, level
+    layer = Layer(Scene(coordinates, ((2, 3), (1, 2)), (1, 1)), embed_dim=4, heads=1)
+    dense = densified(layer, torch.tensor([5.0, 7.0]))
+    assert dense.tolist() == [0, 0, 0, 5, 0, 0, 0, 7]
+
+
+@pytest.mark.parametrize("name", ["edges", "dense", "deformable"])
 def test_missing_packages_are_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(CaseSkipped, match="is not installed"):

@@ -1,4 +1,4 @@
-"""Boxes against cells counted one by one, and where they have no volume or hardly fit a float."""
+"""Boxes against counts of cells, boxes without volume, and boxes near the limits of floats."""
 
 import itertools
 from collections.abc import Callable, Iterator

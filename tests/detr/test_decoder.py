@@ -13,8 +13,8 @@ from detr_scenes import (
     make_decoder,
     make_pyramid,
     make_queries,
+    perturbed,
     refused,
-    stirred,
 )
 from problems import assert_close
 from torch import Tensor
@@ -45,7 +45,7 @@ def by_hand(decoder: Any, queries: ObjectQueries, pyramid: Any) -> list[Predicti
 
 @pytest.mark.parametrize("position_dim", [1, 2, 3])
 def test_matches_its_layers_by_hand(position_dim: int) -> None:
-    decoder = stirred(make_decoder(3, position_dim))
+    decoder = perturbed(make_decoder(3, position_dim))
     queries, pyramid = make_queries(QUERIES, position_dim), make_pyramid(POINTS, position_dim)
     predictions, _ = decoder(queries, pyramid)
     expected = by_hand(decoder, queries, pyramid)
@@ -58,7 +58,7 @@ def test_matches_its_layers_by_hand(position_dim: int) -> None:
 
 
 def test_every_layer_has_a_plan_where_the_boxes_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    decoder = stirred(make_decoder(3))
+    decoder = perturbed(make_decoder(3))
     asked: list[tuple[int, Tensor]] = []
     for index, layer in enumerate(decoder.layers):
         attention: Any = layer.cross_attention
@@ -84,7 +84,7 @@ def test_every_layer_has_a_plan_where_the_boxes_are(monkeypatch: pytest.MonkeyPa
 
 
 def test_gradients_pass_between_layers_through_embeddings_and_not_through_boxes() -> None:
-    decoder = stirred(make_decoder(2))
+    decoder = perturbed(make_decoder(2))
     predictions, given = decoder(make_queries(QUERIES), make_pyramid(POINTS))
     assert not given[1].boxes.requires_grad
     last = predictions[1].boxes.sum() + predictions[1].logits.sum()
@@ -100,7 +100,7 @@ def test_gradients_pass_between_layers_through_embeddings_and_not_through_boxes(
 
 
 def test_checkpointing_gives_the_same_bits_and_stores_less() -> None:
-    plain = stirred(make_decoder(3, dropout=0.2))
+    plain = perturbed(make_decoder(3, dropout=0.2))
     again = make_decoder(3, checkpoint=True, dropout=0.2).double()
     again.load_state_dict(plain.state_dict())
     queries, pyramid = make_queries((25, 15)), make_pyramid((60, 40))
@@ -129,7 +129,7 @@ def test_checkpointing_gives_the_same_bits_and_stores_less() -> None:
 def test_few_or_no_queries_and_points(
     n_queries: tuple[int, ...], n_points: tuple[int, ...]
 ) -> None:
-    decoder = stirred(make_decoder(2))
+    decoder = perturbed(make_decoder(2))
     queries, pyramid = make_queries(n_queries), make_pyramid(n_points)
     predictions, given = decoder(queries, pyramid)
     for ours, theirs in zip(predictions, by_hand(decoder, queries, pyramid), strict=True):
@@ -141,7 +141,7 @@ def test_few_or_no_queries_and_points(
 
 
 def test_queries_far_from_all_points_have_predictions() -> None:
-    decoder = stirred(make_decoder(2))
+    decoder = perturbed(make_decoder(2))
     queries, pyramid = make_queries((3, 2)), make_pyramid((40, 30))
     boxes = queries.boxes.detach().clone()
     boxes[:, :2] += 1e6
@@ -153,7 +153,7 @@ def test_queries_far_from_all_points_have_predictions() -> None:
 
 
 def test_groups_are_independent_in_all_layers() -> None:
-    decoder = stirred(make_decoder(3))
+    decoder = perturbed(make_decoder(3))
     queries, pyramid = make_queries((6,)), make_pyramid((40,))
     groups = torch.tensor([0, 0, 1, 0, 1, 1])
     queries = queries._replace(groups=groups)

@@ -17,9 +17,9 @@ from detr_scenes import (
     make_detector,
     make_pyramid,
     make_targets,
+    perturbed,
     random_images,
     refused,
-    stirred,
 )
 from hypothesis import given
 from hypothesis import strategies as st
@@ -189,7 +189,7 @@ def test_refused_targets(targets: Any, argument: str, came: str) -> None:
 def test_denoising_queries_match_their_objects_and_do_not_affect_others(
     position_dim: int,
 ) -> None:
-    detector = stirred(
+    detector = perturbed(
         make_detector(position_dim, denoiser=DenoisingQueryGenerator(EMBED, CLASSES, 2))
     )
     pyramid, targets = make_pyramid(POINTS, position_dim), make_targets(OBJECTS, position_dim)
@@ -219,7 +219,7 @@ def test_denoising_queries_match_their_objects_and_do_not_affect_others(
 
 
 def test_targets_of_another_dimension_are_refused_by_the_denoiser() -> None:
-    detector = stirred(make_detector(3, denoiser=DenoisingQueryGenerator(EMBED, CLASSES)))
+    detector = perturbed(make_detector(3, denoiser=DenoisingQueryGenerator(EMBED, CLASSES)))
     with refused("targets.boxes"):
         detector(make_pyramid((6,), 3), make_targets((2,), 2))
 
@@ -230,13 +230,13 @@ def test_levels_of_denoising_queries_follow_the_size_of_their_boxes() -> None:
         torch.tensor(sizes, dtype=torch.float64), torch.arange(5) % CLASSES, torch.tensor([0, 5])
     )
     denoiser = DenoisingQueryGenerator(EMBED, CLASSES, 1, box_noise=0.0, box_size=4.0)
-    detector = stirred(make_detector(denoiser=denoiser))
+    detector = perturbed(make_detector(denoiser=denoiser))
     given = detector(make_pyramid((0,)), targets).queries[0]
     assert given.levels.tolist() == [0, 0, 1, 1, 0]  # cells of level 1 are twice as wide
 
 
 def test_denoising_losses_are_those_of_layers() -> None:
-    detector = stirred(make_detector(denoiser=DenoisingQueryGenerator(EMBED, CLASSES)))
+    detector = perturbed(make_detector(denoiser=DenoisingQueryGenerator(EMBED, CLASSES)))
     pyramid, targets = make_pyramid(POINTS), make_targets(OBJECTS)
     output = detector(pyramid, targets)
     losses = SetCriterion()(output, targets)
@@ -256,7 +256,7 @@ def test_denoising_losses_are_those_of_layers() -> None:
 def test_denoising_with_few_or_no_points_and_objects(
     n_points: Sequence[int], n_objects: Sequence[int]
 ) -> None:
-    detector = stirred(make_detector(denoiser=DenoisingQueryGenerator(EMBED, CLASSES)))
+    detector = perturbed(make_detector(denoiser=DenoisingQueryGenerator(EMBED, CLASSES)))
     targets = make_targets(n_objects)
     losses = SetCriterion()(detector(make_pyramid(n_points), targets), targets)
     sum_losses(losses).backward()
@@ -269,7 +269,7 @@ def test_invalid_denoising_arguments_are_refused_by_name() -> None:
     for argument, wrong in {"embed_dim": 0, "n_classes": 0, "n_groups": 0, "box_size": 0.0}.items():
         with refused(argument):
             DenoisingQueryGenerator(**options | {argument: wrong})
-    detector = stirred(make_detector(denoiser=DenoisingQueryGenerator(EMBED, CLASSES)))
+    detector = perturbed(make_detector(denoiser=DenoisingQueryGenerator(EMBED, CLASSES)))
     for argument, targets in {"targets.offsets": make_targets((1,)), "targets": [1, 2]}.items():
         with refused(argument):
             detector(make_pyramid((4, 4)), targets)

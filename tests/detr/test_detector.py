@@ -17,9 +17,9 @@ from detr_scenes import (
     make_pyramid,
     make_targets,
     offsets_from_counts,
+    perturbed,
     refused,
     spans,
-    stirred,
 )
 from hypothesis import given
 from hypothesis import strategies as st
@@ -54,7 +54,7 @@ def tensors(output: DetectorOutput) -> list[Tensor]:
 
 @pytest.mark.parametrize("position_dim", [1, 2, 3])
 def test_a_step_gives_all_parameters_gradients(position_dim: int) -> None:
-    detector = stirred(make_detector(position_dim))
+    detector = perturbed(make_detector(position_dim))
     pyramid, targets = make_pyramid(POINTS, position_dim), make_targets(OBJECTS, position_dim)
     assert step(detector, pyramid, targets).isfinite()
     for name, grad in gradients(detector).items():
@@ -105,7 +105,7 @@ def test_overfits_a_batch(position_dim: int) -> None:
 def test_losses_and_gradients_are_finite_with_few_or_no_points_and_objects(
     position_dim: int, n_points: Sequence[int], n_objects: Sequence[int], n_queries: int
 ) -> None:
-    detector = stirred(make_detector(position_dim, n_queries=n_queries))
+    detector = perturbed(make_detector(position_dim, n_queries=n_queries))
     pyramid = make_pyramid(n_points, position_dim)
     loss = step(detector, pyramid, make_targets(n_objects, position_dim))
     assert loss.isfinite()
@@ -126,7 +126,7 @@ def test_losses_and_gradients_are_finite_with_few_or_no_points_and_objects(
     ],
 )
 def test_boxes_at_edges_give_finite_losses(box: list[float]) -> None:
-    detector = stirred(make_detector())
+    detector = perturbed(make_detector())
     boxes = torch.tensor([box, box], dtype=torch.float64)
     targets = Targets(boxes, torch.tensor([0, 1]), torch.tensor([0, 2]))
     assert step(detector, make_pyramid((20,)), targets).isfinite()
@@ -134,7 +134,7 @@ def test_boxes_at_edges_give_finite_losses(box: list[float]) -> None:
 
 
 def test_values_that_are_not_finite_are_refused() -> None:
-    detector, pyramid = stirred(make_detector()), make_pyramid((9, 8))
+    detector, pyramid = perturbed(make_detector()), make_pyramid((9, 8))
     values = pyramid.values.clone()
     values[2] = math.nan
     with refused("pyramid.values"):
@@ -145,7 +145,7 @@ def test_values_that_are_not_finite_are_refused() -> None:
 def test_predictions_that_are_not_finite_are_refused_by_the_matcher() -> None:
     targets = make_targets((2, 1))
     for part, argument in (("classes", "predictions.logits"), ("box", "predictions.boxes")):
-        detector = stirred(make_detector())
+        detector = perturbed(make_detector())
         head: Any = getattr(detector.decoder.heads[-1], part)
         bias = head.bias if part == "classes" else head[-1].bias
         torch.nn.init.constant_(bias, math.nan)
@@ -154,7 +154,7 @@ def test_predictions_that_are_not_finite_are_refused_by_the_matcher() -> None:
 
 
 def test_images_are_independent() -> None:
-    detector, pyramid = stirred(make_detector()), make_pyramid(POINTS)
+    detector, pyramid = perturbed(make_detector()), make_pyramid(POINTS)
     output = detector(pyramid)
     for image, rows in enumerate(spans(pyramid.batch_offsets())):
         coordinates = pyramid.coordinates[rows].clone()
@@ -169,7 +169,7 @@ def test_images_are_independent() -> None:
 
 def test_the_same_bits_twice_and_from_its_saved_state() -> None:
     detector, pyramid, targets = (
-        stirred(make_detector()),
+        perturbed(make_detector()),
         make_pyramid(POINTS),
         make_targets(OBJECTS),
     )
@@ -188,7 +188,7 @@ def test_the_same_bits_twice_and_from_its_saved_state() -> None:
 
 
 def test_checkpointing_gives_the_same_bits() -> None:
-    plain, again = stirred(make_detector()), make_detector(checkpoint=True).double()
+    plain, again = perturbed(make_detector()), make_detector(checkpoint=True).double()
     again.load_state_dict(plain.state_dict())
     pyramid, targets = make_pyramid(POINTS), make_targets(OBJECTS)
     assert torch.equal(step(plain, pyramid, targets), step(again, pyramid, targets))
@@ -201,7 +201,7 @@ def test_checkpointing_gives_the_same_bits() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_predicts_in_the_dtype_of_its_parameters(dtype: torch.dtype) -> None:
-    detector = stirred(make_detector()).to(dtype)
+    detector = perturbed(make_detector()).to(dtype)
     output = detector(make_pyramid(POINTS, dtype=dtype))
     parts = (*tensors(output), *output.queries[1][:2], output.selection.positions)
     assert {x.dtype for x in parts} == {dtype, torch.int64}
@@ -212,7 +212,7 @@ def test_predicts_in_the_dtype_of_its_parameters(dtype: torch.dtype) -> None:
 
 
 def test_autocast_keeps_embeddings_and_boxes_in_full_precision() -> None:
-    detector = stirred(make_detector()).float()
+    detector = perturbed(make_detector()).float()
     pyramid = make_pyramid(POINTS, dtype=torch.float32)
     targets = make_targets(OBJECTS, dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
@@ -272,7 +272,7 @@ def test_detections_of_half_precision_logits_rank_high_scores() -> None:
 
 
 def test_detections_have_no_gradient_and_refuse_invalid_predictions() -> None:
-    predictions = stirred(make_detector())(make_pyramid((9, 8))).layers[-1]
+    predictions = perturbed(make_detector())(make_pyramid((9, 8))).layers[-1]
     assert not select_detections(predictions).scores.requires_grad
     assert not select_detections(predictions).boxes.requires_grad
     with refused("top_k"):

@@ -12,9 +12,9 @@ from detr_scenes import (
     make_block,
     make_encoder,
     make_pyramid,
+    perturbed,
     refused,
     spans,
-    stirred,
 )
 from problems import assert_close
 from torch import Tensor, nn
@@ -56,7 +56,7 @@ def by_hand(encoder: Encoder, pyramid: FeaturePyramid) -> Tensor:
 
 @pytest.mark.parametrize("position_dim", [1, 2, 3])
 def test_matches_its_layers_by_hand(position_dim: int) -> None:
-    encoder = stirred(make_encoder(3, position_dim))
+    encoder = perturbed(make_encoder(3, position_dim))
     pyramid = make_pyramid(COUNTS, position_dim)
     out = encoder(pyramid)
     assert torch.equal(out.coordinates, pyramid.coordinates)
@@ -74,13 +74,13 @@ def test_one_plan_serves_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vicinal.nn.block.plan_neighborhoods", spy)
     for checkpoint in (False, True):
         calls.clear()
-        encoder = stirred(make_encoder(4, checkpoint=checkpoint))
+        encoder = perturbed(make_encoder(4, checkpoint=checkpoint))
         encoder(make_pyramid(COUNTS)).values.sum().backward()
         assert len(calls) == 1
 
 
 def test_checkpointing_gives_the_same_bits_and_stores_less() -> None:
-    plain = stirred(make_encoder(3, dropout=0.2))
+    plain = perturbed(make_encoder(3, dropout=0.2))
     again = make_encoder(3, checkpoint=True, dropout=0.2).double()
     again.load_state_dict(plain.state_dict())
     pyramid = make_pyramid((60, 40))
@@ -154,7 +154,7 @@ def test_a_layer_without_a_plan_makes_its_own() -> None:
 
 @pytest.mark.parametrize("counts", [(), (0,), (0, 0, 0), (0, 1)])
 def test_few_or_no_points(counts: tuple[int, ...]) -> None:
-    encoder = stirred(make_encoder(2))
+    encoder = perturbed(make_encoder(2))
     out = encoder(make_pyramid(counts))
     assert out.values.shape == (sum(counts), EMBED)
     assert out.batch_size == len(counts)
@@ -163,7 +163,7 @@ def test_few_or_no_points(counts: tuple[int, ...]) -> None:
 
 
 def test_images_are_independent() -> None:
-    encoder = stirred(make_encoder(2))
+    encoder = perturbed(make_encoder(2))
     pyramid = make_pyramid((12, 9))
     out = encoder(pyramid).values
     for bad in (torch.nan, 1e3):

@@ -162,11 +162,11 @@ def by_hand(attention: QuerySelfAttention, queries: ObjectQueries) -> Tensor:
     rows = []
     for image in spans(queries.offsets):
         for row in range(image.start, image.stop):
-            seen = list(range(image.start, image.stop))
+            allowed = list(range(image.start, image.stop))
             if queries.groups is not None:
-                seen = [i for i in seen if queries.groups[i] == queries.groups[row]]
-            weights = ((k[seen] * q[row]).sum(-1) / math.sqrt(EMBED / HEADS)).softmax(0)
-            attended = (weights[..., None] * v[seen]).sum(0).flatten()
+                allowed = [i for i in allowed if queries.groups[i] == queries.groups[row]]
+            weights = ((k[allowed] * q[row]).sum(-1) / math.sqrt(EMBED / HEADS)).softmax(0)
+            attended = (weights[..., None] * v[allowed]).sum(0).flatten()
             rows.append(queries.embeddings[row] + attention.out_proj(attended))
     out = torch.stack(rows) if rows else queries.embeddings
     return out if attention.norm_first else attention.norm(out)

@@ -19,13 +19,13 @@ from detr_scenes import (
     make_detector,
     make_pyramid,
     make_targets,
+    perturbed,
     plain_focal,
     plain_giou,
     plain_varifocal,
     random_images,
     refused,
     spans,
-    stirred,
 )
 from problems import assert_close
 from torch import Tensor
@@ -300,7 +300,7 @@ def inside_by_hand(positions: Tensor, offsets: Tensor, targets: Targets) -> Matc
 def test_layers_are_matched_one_to_one_and_candidates_one_to_many(position_dim: int) -> None:
     matcher, loss = HungarianMatcher(giou_weight=1.0), DetectionLoss(l1_weight=3.0)
     candidate_loss = DetectionLoss(class_weight=0.5)
-    output = stirred(make_detector(position_dim))(make_pyramid(POINTS, position_dim))
+    output = perturbed(make_detector(position_dim))(make_pyramid(POINTS, position_dim))
     targets = make_targets(OBJECTS, position_dim)
     candidates = output.selection.candidates
     inside = inside_by_hand(output.selection.positions, candidates.offsets, targets)
@@ -332,7 +332,7 @@ def test_the_candidate_loss_defaults_to_that_of_layers() -> None:
 
 
 def test_invalid_targets_and_outputs_are_refused_by_name() -> None:
-    output, loss = stirred(make_detector())(make_pyramid((9, 8))), SetCriterion()
+    output, loss = perturbed(make_detector())(make_pyramid((9, 8))), SetCriterion()
     targets = make_targets((2, 1))
     for argument, wrong in {
         "targets": tuple(targets),

@@ -120,15 +120,15 @@ def test_the_class_decides_between_equal_boxes() -> None:
 def test_costs_are_computed_for_pairs_of_the_same_image_only(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    seen = []
+    shapes = []
 
     def counting(a: Tensor, b: Tensor) -> Tensor:
-        seen.append(a.shape)
+        shapes.append(a.shape)
         return a.new_zeros(len(a))
 
     monkeypatch.setattr(matching, "generalized_iou", counting)
     MATCHER(*random_images([(7, 3)] * 50))
-    assert seen == [(50 * 7 * 3, 4)]
+    assert shapes == [(50 * 7 * 3, 4)]
 
 
 def test_matches_have_no_gradient() -> None:
@@ -207,18 +207,18 @@ def test_points_are_assigned_to_the_smallest_box_that_contains_them(
 ) -> None:
     predictions, targets = random_images(sizes, position_dim, seed)
     # On halves, so that many positions lie on borders and many boxes are equal in volume.
-    places = (predictions.boxes[:, :position_dim] * 2).round() / 2
+    positions = (predictions.boxes[:, :position_dim] * 2).round() / 2
     targets = targets._replace(boxes=(targets.boxes * 2).ceil() / 2)
-    assigned = assign_points_to_boxes(places, predictions.offsets, targets)
+    assigned = assign_points_to_boxes(positions, predictions.offsets, targets)
     assert assigned.dtype == torch.int64
-    assert assigned.tolist() == plain_assignment(places, predictions.offsets, targets)
+    assert assigned.tolist() == plain_assignment(positions, predictions.offsets, targets)
 
 
 def test_borders_are_inside_and_the_first_of_equal_boxes_is_chosen() -> None:
     boxes = torch.tensor([[4.0, 4, 8, 8], [2, 2, 2, 2], [4, 2, 2, 2], [2, 2, 2, 2]])
     targets = Targets(boxes, torch.zeros(4, dtype=torch.int64), torch.tensor([0, 4]))
-    places = torch.tensor([[0.0, 0], [1, 1], [3, 2], [5, 3], [8, 8], [8.001, 8], [2, 3.5]])
-    assigned = assign_points_to_boxes(places, torch.tensor([0, 7]), targets)
+    positions = torch.tensor([[0.0, 0], [1, 1], [3, 2], [5, 3], [8, 8], [8.001, 8], [2, 3.5]])
+    assigned = assign_points_to_boxes(positions, torch.tensor([0, 7]), targets)
     assert assigned.tolist() == [0, 1, 1, 2, 0, -1, 0]
 
 
@@ -233,8 +233,8 @@ def test_the_smallest_box_is_that_of_least_volume() -> None:
 def test_points_are_assigned_to_boxes_of_their_own_image_only() -> None:
     boxes = torch.tensor([[4.0, 8.0]]).repeat(2, 1)
     targets = Targets(boxes, torch.zeros(2, dtype=torch.int64), torch.tensor([0, 0, 1, 2]))
-    places = torch.full((6, 1), 3.0)
-    assigned = assign_points_to_boxes(places, torch.tensor([0, 2, 3, 6]), targets)
+    positions = torch.full((6, 1), 3.0)
+    assigned = assign_points_to_boxes(positions, torch.tensor([0, 2, 3, 6]), targets)
     assert assigned.tolist() == [-1, -1, 0, 1, 1, 1]
 
 

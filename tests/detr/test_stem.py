@@ -43,8 +43,9 @@ def pooled_map(
     points: dict[tuple[int, ...], list[Tensor]] = {}
     for (image, *cell), value in zip(coordinates.tolist(), values, strict=True):
         points.setdefault((image, *[x // stride for x in cell]), []).append(value)
-    for place, here in points.items():
-        dense[place] = torch.cat((torch.stack(here).mean(0), torch.ones(1, dtype=values.dtype)))
+    for cell, cell_values in points.items():
+        mean = torch.stack(cell_values).mean(0)
+        dense[cell] = torch.cat((mean, torch.ones(1, dtype=values.dtype)))
     return dense
 
 
@@ -64,22 +65,22 @@ def stem_by_hand(
     ]
     embedded: dict[tuple[int, ...], Tensor] = {}
     for image, *cell in set(map(tuple, coordinates.tolist())):
-        seen = [
+        windows = [
             window(dense, image, [x // stride for x in cell], width)
             for dense, stride, width in zip(
                 maps, stem.window_strides, stem.window_sizes, strict=True
             )
         ]
-        places = [(x % stride + 0.5) / stride - 0.5 for x in cell for stride in stem.strides]
-        features = torch.cat((*seen, torch.tensor(places, dtype=torch.float64)))
+        within = [(x % stride + 0.5) / stride - 0.5 for x in cell for stride in stem.strides]
+        features = torch.cat((*windows, torch.tensor(within, dtype=torch.float64)))
         embedded[(image, *cell)] = stem.layers(features)
     out = {}
     for level, (stride, mix) in enumerate(zip(stem.strides, stem.mixes, strict=True)):
         pooled: dict[tuple[int, ...], list[Tensor]] = {}
         for (image, *cell), embedding in embedded.items():
             pooled.setdefault((image, *[x // stride for x in cell]), []).append(embedding)
-        for place, here in pooled.items():
-            out[(*place, level)] = stem.norm(mix(torch.stack(here).mean(0)))
+        for cell_key, embeddings in pooled.items():
+            out[(*cell_key, level)] = stem.norm(mix(torch.stack(embeddings).mean(0)))
     return out
 
 
@@ -108,8 +109,8 @@ def test_embeddings_match_windows_of_a_dense_map(
     assert pyramid.level_shapes == tuple(tuple(x // s for x in shape) for s in strides)
     assert len(pyramid) == len(expected)
     assert (pyramid.batch.diff() >= 0).all()
-    for place, value in zip(pyramid.coordinates.tolist(), pyramid.values, strict=True):
-        assert_close(value, expected[tuple(place)], EXACT)
+    for row, value in zip(pyramid.coordinates.tolist(), pyramid.values, strict=True):
+        assert_close(value, expected[tuple(row)], EXACT)
 
 
 def test_offsets_within_cells_are_below_half_a_cell_and_average_to_zero() -> None:

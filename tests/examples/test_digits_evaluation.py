@@ -90,7 +90,7 @@ def test_batches_are_taken_together() -> None:
         found(BOXES[:1] + 100 * DOWN, [0.9], LABELS[1:2], one),
         found(BOXES[:1], [0.8], LABELS[1:2], one),
     ]
-    # One of two found, ranking second: precision 1/2 up to recall 1/2, that is 51 of 101 places.
+    # One of two found, ranking second: precision 1/2 up to recall 1/2, which is 51 of 101 levels.
     assert average_precision(ours, parts) == pytest.approx((0.5 * 51 / 101,) * 3)
 
 

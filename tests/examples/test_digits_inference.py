@@ -1,4 +1,4 @@
-"""What a detector finds on canvases, in the canvas's own cells, and where it looks."""
+"""What a detector finds on canvases, in the canvas's own cells, and the points it attends to."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +14,7 @@ from vicinal.detr import Detections, Predictions
 
 
 class Oracle:
-    """Finds all digits, at the places it is told to be off by."""
+    """Finds all digits, shifted by given offsets."""
 
     def __init__(self, off: float = 0.0) -> None:
         self.off = off
@@ -40,7 +40,7 @@ def canvases(n: int) -> Batch:
 
 
 @pytest.mark.parametrize(("off", "expected"), [(0.0, (1, 1, 1)), (0.2, (0.4, 1, 0))])
-def test_evaluation_asks_for_every_canvas_once(
+def test_evaluation_uses_every_canvas_once(
     off: float, expected: tuple[float, float, float]
 ) -> None:
     asked: list[int] = []
@@ -62,7 +62,7 @@ def test_boxes_are_in_cells_of_the_canvas() -> None:
     assert torch.allclose(found.boxes[best].sort(0).values, batch.boxes.sort(0).values)
 
 
-def test_surest_are_rows_of_each_image() -> None:
+def test_the_most_confident_are_rows_of_each_image() -> None:
     scores = torch.tensor([0.9, 0.2, 0.5, 0.4, 0.8])
     rows = torch.arange(5)
     found = Detections(torch.zeros(5, 4), rows, scores, rows, torch.tensor([0, 2, 2, 5]))

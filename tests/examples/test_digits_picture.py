@@ -33,7 +33,7 @@ def digits_of(batch: Batch, image: int) -> tuple[Tensor, Tensor]:
 
 
 def detected(pyramid: FeaturePyramid, image: int, boxes: Tensor, labels: Tensor) -> AttentionRecord:
-    """Each detection looks at the same three points of its image."""
+    """Each detection attends to the same three points of its image."""
     points = (pyramid.batch == image).nonzero()[:3, 0].repeat(len(boxes))
     offsets = torch.arange(len(boxes) + 1) * 3
     weights = NeighborhoodWeights(offsets, points, torch.full((len(points), 2), 1 / 3), None)

@@ -1,4 +1,4 @@
-"""Canvases of handwriting: what lies on them, and that a run always sees the same ones."""
+"""Canvases of handwriting: their digits and fragments, and that a run always gets the same ones."""
 
 import pytest
 import torch

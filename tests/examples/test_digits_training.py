@@ -52,14 +52,14 @@ class Counter(nn.Module):
         self.layers = nn.Sequential(
             nn.Linear(3, 16), nn.Tanh(), nn.Dropout(dropout), nn.Linear(16, CLASSES)
         )
-        self.seen: list[torch.dtype] = []
+        self.dtypes: list[torch.dtype] = []
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         points = torch.cat((batch.coordinates[:, 1:] / 512, batch.ink[:, None]), 1)
         features = points.new_zeros(batch.batch_size, 3)
         features = features.index_add(0, batch.coordinates[:, 0], points.to(features.dtype)) / 1000
         guess = self.layers(features)
-        self.seen.append(guess.dtype)
+        self.dtypes.append(guess.dtype)
         image = torch.arange(batch.batch_size).repeat_interleave(batch.box_offsets.diff())
         counts = torch.zeros(batch.batch_size, CLASSES, dtype=points.dtype)
         counts.index_put_((image, batch.labels), points.new_ones(()), accumulate=True)
@@ -71,7 +71,7 @@ class Counter(nn.Module):
 
 
 class Broken(Counter):
-    """Loses its numbers at a step, in one way or another."""
+    """Has values that are not finite at a step, of one kind or another."""
 
     def __init__(self, how: str, step: int, last: int | None = None) -> None:
         super().__init__()
@@ -121,15 +121,15 @@ def test_losses_fall(tmp_path: Path) -> None:
     assert sum(total[-10:]) < 0.5 * sum(total[:10])
 
 
-def test_every_step_sees_its_own_canvases(tmp_path: Path) -> None:
-    seen: list[int] = []
+def test_every_step_has_its_own_canvases(tmp_path: Path) -> None:
+    drawn: list[int] = []
 
     def batches(numbers: range) -> Batch:
-        seen.extend(numbers)
+        drawn.extend(numbers)
         return canvases()(numbers)
 
     train(Counter(), batches, CONFIG, tmp_path)
-    assert seen == list(range(CONFIG.steps * CONFIG.batch))
+    assert drawn == list(range(CONFIG.steps * CONFIG.batch))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -190,7 +190,7 @@ def test_a_run_that_diverges_keeps_its_last_good_checkpoint(tmp_path: Path, how:
         assert torch.equal(kept.state_dict()[name], value)
 
 
-def test_a_run_that_diverges_at_once_leaves_what_was_there(tmp_path: Path) -> None:
+def test_a_run_that_diverges_at_once_keeps_existing_files(tmp_path: Path) -> None:
     with pytest.raises(DivergenceError) as error:
         run(tmp_path, Broken("loss", step=0))
     assert error.value.step == 0
@@ -245,8 +245,8 @@ def _train_broken_on_one(_: torch.device, folder: Path) -> None:
     try:
         run(folder, Broken("error", step=3) if rank == 1 else Counter())
     except DivergenceError as error:
-        seen = [type(error).__name__, error.on_one_process, error.step, str(error.__cause__)]
-        (folder / str(rank)).write_text(json.dumps(seen))
+        fields = [type(error).__name__, error.on_one_process, error.step, str(error.__cause__)]
+        (folder / str(rank)).write_text(json.dumps(fields))
     except PeerError as error:
         (folder / str(rank)).write_text(json.dumps([type(error).__name__]))
 
@@ -270,7 +270,7 @@ def test_mixed_precision(tmp_path: Path, precision: str) -> None:
     model = Counter(0.0)
     config = dataclasses.replace(CONFIG, precision=precision)
     losses = train(model, canvases(), config, tmp_path).losses
-    assert set(model.seen) == {getattr(torch, precision)}
+    assert set(model.dtypes) == {getattr(torch, precision)}
     full = run(tmp_path, Counter(0.0)).losses
     for mixed, exact in zip(losses, full, strict=True):
         assert mixed == pytest.approx(exact, rel=0.02)
@@ -296,7 +296,7 @@ def test_learning_rate_rises_and_falls() -> None:
     assert learning_rate(Config(steps=1, batch=1, learning_rate=0.5), 0) == 0.5
 
 
-def test_refuses_to_resume_what_is_not_there_or_another_run(tmp_path: Path) -> None:
+def test_refuses_to_resume_a_missing_or_another_run(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         run(tmp_path, resume=True)
     run(tmp_path)
@@ -306,7 +306,7 @@ def test_refuses_to_resume_what_is_not_there_or_another_run(tmp_path: Path) -> N
 
 
 def test_two_processes_give_the_curve_of_one(tmp_path: Path) -> None:
-    """The detector itself: in float64 nothing that it chooses turns on rounding."""
+    """The detector itself: in float64 none of its choices depends on rounding."""
     expected = _train_detector(CPU, tmp_path / "one").losses
     spawn_processes(2, _train_detector, tmp_path / "two")
     losses = load_state(tmp_path / "two", CPU)["losses"]

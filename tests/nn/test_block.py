@@ -20,7 +20,15 @@ from block_scenes import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import Scene, assert_close, make_scene, one_room, scene_2d, scenes, sparse_coo
+from problems import (
+    Scene,
+    assert_close,
+    full_window_scene,
+    make_scene,
+    scene_2d,
+    scenes,
+    sparse_coo,
+)
 from torch import Tensor
 
 from vicinal import FeaturePyramid, SparseNeighborhoodAttentionBlock
@@ -141,7 +149,7 @@ def test_empty_map_gives_query_plus_output_bias(backend: str) -> None:
 
 
 def test_explicit_zeros_of_a_sparse_map_are_points(backend: str) -> None:
-    scene = one_room(4, 3)
+    scene = full_window_scene(4, 3)
     block = make_block(scene, backend, bias=True)
     arguments = make_arguments(scene)
     zeros = arguments._replace(

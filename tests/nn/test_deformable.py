@@ -138,7 +138,7 @@ def test_nan_sampling_offsets_reach_the_output() -> None:
 
 
 @pytest.mark.parametrize("background", [False, True])
-def test_uninitialized_memory_is_not_read(background: bool, uninitialised_is_nan: None) -> None:
+def test_uninitialized_memory_is_not_read(background: bool, uninitialized_is_nan: None) -> None:
     assert_matches_grid_sample(
         make_module(SCENES[2]), make_arguments(SCENES[2], background=background)
     )

@@ -77,17 +77,17 @@ def test_a_rotation_by_hand() -> None:
         table = [[[math.pi / 2, 0.0]], [[0.0, math.pi]]]
         rotary.freqs[0].copy_(torch.tensor(table, dtype=torch.float64))
     x = torch.tensor([[[1.0, 2.0, 3.0, 4.0]]], dtype=torch.float64)
-    turned = rotary(x, torch.tensor([[1.0, 1.0]], dtype=torch.float64))
+    rotated = rotary(x, torch.tensor([[1.0, 1.0]], dtype=torch.float64))
     expected = torch.tensor([[[-2.0, 1.0, -3.0, -4.0]]], dtype=torch.float64)
-    assert_close(turned, expected, 1e-15)
+    assert_close(rotated, expected, 1e-15)
 
 
 def test_products_depend_on_differences_alone(backend: str) -> None:
     rotary = encoding(backend=backend)
-    (q, here), (k, there) = inputs(rotary), inputs(rotary)
+    (q, at_q), (k, at_k) = inputs(rotary), inputs(rotary)
     shift = torch.tensor([3.5, -20.0, 1.0], dtype=torch.float64)
-    before = (rotary(q, here) * rotary(k, there)).sum(-1)
-    after = (rotary(q, here + shift) * rotary(k, there + shift)).sum(-1)
+    before = (rotary(q, at_q) * rotary(k, at_k)).sum(-1)
+    after = (rotary(q, at_q + shift) * rotary(k, at_k + shift)).sum(-1)
     assert_close(before, after, 1e-11)
 
 
@@ -106,8 +106,8 @@ def test_gradcheck(pattern: str, share_heads: bool, backend: str) -> None:
 
     def rotate(x: Tensor, coordinates: Tensor, *freqs: Tensor) -> Tensor:
         named = {f"freqs.{group}": f for group, f in enumerate(freqs)}
-        turned: Tensor = torch.func.functional_call(rotary, named, (x, coordinates))
-        return turned
+        rotated: Tensor = torch.func.functional_call(rotary, named, (x, coordinates))
+        return rotated
 
     leaves = (x, coordinates, *[f.detach().requires_grad_() for f in rotary.freqs])
     assert torch.autograd.gradcheck(rotate, leaves)
@@ -118,8 +118,8 @@ def test_gradcheck(pattern: str, share_heads: bool, backend: str) -> None:
 def test_a_second_derivative_of_the_kernel_is_refused() -> None:
     rotary = encoding(backend="cpu")
     x, coordinates = inputs(rotary)
-    turned = rotary(x, coordinates)
-    (grad,) = torch.autograd.grad(turned.pow(3).sum(), coordinates, create_graph=True)
+    rotated = rotary(x, coordinates)
+    (grad,) = torch.autograd.grad(rotated.pow(3).sum(), coordinates, create_graph=True)
     with pytest.raises(NotImplementedError, match="backend='reference'"):
         grad.sum().backward()
 
@@ -131,21 +131,21 @@ def test_the_same_bits_for_any_number_of_threads() -> None:
     results = []
     for threads in (1, 2, 3, 2):
         torch.set_num_threads(threads)
-        turned = rotary(x, coordinates)
+        rotated = rotary(x, coordinates)
         leaves = [x, coordinates, *rotary.parameters()]
-        results.append((turned, *torch.autograd.grad(turned.sin().sum(), leaves)))
+        results.append((rotated, *torch.autograd.grad(rotated.sin().sum(), leaves)))
     for other in results[1:]:
         for left, right in zip(results[0], other, strict=True):
             assert torch.equal(left, right)
 
 
-@pytest.mark.usefixtures("uninitialised_is_nan")
-def test_nothing_uninitialised_is_read_or_returned(backend: str) -> None:
+@pytest.mark.usefixtures("uninitialized_is_nan")
+def test_uninitialized_memory_is_not_read_or_returned(backend: str) -> None:
     rotary = encoding(10, backend=backend)
     x, coordinates = inputs(rotary)
-    turned = rotary(x, coordinates)
-    assert_close(turned, rotate_by_hand(rotary, x, coordinates), 1e-13)
-    grads = torch.autograd.grad(turned.sum(), [x, coordinates, *rotary.parameters()])
+    rotated = rotary(x, coordinates)
+    assert_close(rotated, rotate_by_hand(rotary, x, coordinates), 1e-13)
+    grads = torch.autograd.grad(rotated.sum(), [x, coordinates, *rotary.parameters()])
     assert all(grad.isfinite().all() for grad in grads)
 
 
@@ -158,11 +158,11 @@ def test_neighboring_cells_far_from_the_origin(dtype: torch.dtype, backend: str)
     rotary = encoding(backend=backend)
     cells = torch.tensor([[300.5, 3000.5, 1], [301.5, 3001.5, 2]], dtype=torch.float32)
     x = torch.randn(2, 3, 12).to(dtype)
-    turned = rotary.float()(x, cells)
-    assert turned.dtype == dtype
+    rotated = rotary.float()(x, cells)
+    assert rotated.dtype == dtype
     expected = rotate_by_hand(rotary.double(), x.double(), cells.double())
     # A rounding of the result, and in float32 that of an angle of thousands of radians.
-    assert_close(turned.double(), expected, 4 * torch.finfo(dtype).eps + 2e-3)
+    assert_close(rotated.double(), expected, 4 * torch.finfo(dtype).eps + 2e-3)
     confused = rotate_by_hand(rotary, x.double(), cells.bfloat16().double())
     assert (confused - expected).abs().max() > 0.1
 
@@ -191,22 +191,22 @@ def test_large_angles(far: float, dtype: torch.dtype, backend: str) -> None:
     rotary = encoding(32, backend=backend).to(dtype)
     x = torch.randn(50, 3, 32, dtype=dtype)
     coordinates = (torch.rand(50, 3, dtype=dtype) * 2 - 1) * far
-    turned = rotary(x, coordinates)
+    rotated = rotary(x, coordinates)
     exact = rotate_by_hand(rotary.double(), x.double(), coordinates.double())
-    # The angle itself is rounded: that is all the error there may be.
+    # The angle itself is rounded: that is the only error allowed.
     bound = 8 * far * torch.finfo(dtype).eps + 8 * torch.finfo(dtype).eps
-    assert_close(turned.double(), exact, bound)
+    assert_close(rotated.double(), exact, bound)
 
 
 @pytest.mark.parametrize("far", [1e12, 1e30, 3e38])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_absurd_angles_still_rotate(far: float, dtype: torch.dtype, backend: str) -> None:
+def test_very_large_angles_keep_lengths(far: float, dtype: torch.dtype, backend: str) -> None:
     rotary = encoding(backend=backend).to(dtype)
     with torch.no_grad():
         rotary.freqs[0].clamp_(-0.3, 0.3)
     x = torch.randn(20, 3, 12, dtype=dtype)
-    turned = rotary(x, torch.rand(20, 3, dtype=dtype) * far)
-    lengths, expected = (y.unflatten(-1, (-1, 2)).norm(dim=-1) for y in (turned, x))
+    rotated = rotary(x, torch.rand(20, 3, dtype=dtype) * far)
+    lengths, expected = (y.unflatten(-1, (-1, 2)).norm(dim=-1) for y in (rotated, x))
     assert_close(lengths, expected, 16 * torch.finfo(dtype).eps)
 
 
@@ -233,7 +233,7 @@ def test_initial_frequencies(pattern: str) -> None:
             assert abs(float((first < -math.sqrt(0.5)).double().mean()) - 0.25) < 0.08
 
 
-def test_heads_share_or_do_not() -> None:
+def test_heads_with_shared_or_own_frequencies() -> None:
     assert [tuple(f.shape) for f in encoding(12, 3, 2).freqs] == [(3, 3, 6)]
     assert [tuple(f.shape) for f in encoding(12, 3, 2, share_heads=True).freqs] == [(3, 1, 6)]
     own = encoding(12, 3, 2).freqs[0]
@@ -247,7 +247,7 @@ def test_default_bases() -> None:
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_reset_parameters_draws_anew(pattern: str) -> None:
+def test_reset_parameters_draws_new_values(pattern: str) -> None:
     rotary = encoding(freq_group_pattern=pattern)
     before = [f.detach().clone() for f in rotary.freqs]
     rotary.reset_parameters()

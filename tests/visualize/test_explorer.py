@@ -85,9 +85,9 @@ def test_weights_in_the_file_are_within_half_a_step(tmp_path: Path) -> None:
         expected = by_cell(by_point[query])
         assert stop - start == len(expected)
         for pair in range(start, stop):
-            place = (levels[ids[pair]], *cells[2 * ids[pair] : 2 * ids[pair] + 2])
+            cell = (levels[ids[pair]], *cells[2 * ids[pair] : 2 * ids[pair] + 2])
             heads = [w * largest[query] / steps for w in weights[3 * pair : 3 * pair + 3]]
-            error = (torch.tensor(heads, dtype=torch.float64) - expected[place]).abs().max()
+            error = (torch.tensor(heads, dtype=torch.float64) - expected[cell]).abs().max()
             assert float(error) <= 0.501 * largest[query] / steps
 
 
@@ -238,19 +238,19 @@ def assert_table(page: "Page", expected: dict[CellKey, Tensor], head: int | None
     found = table_weights(page)
     assert found.keys() == expected.keys()
     largest = max(float(heads.max()) for heads in expected.values())
-    for place, heads in expected.items():
+    for cell, heads in expected.items():
         weight = float(heads.mean() if head is None else heads[head])
-        assert abs(found[place] - weight) <= largest / WEIGHT_STEPS
+        assert abs(found[cell] - weight) <= largest / WEIGHT_STEPS
 
 
 def inside(box: Tensor, others: list[Tensor]) -> tuple[float, float]:
-    """A place in the box and in none of the others."""
+    """A point in the box and in none of the others."""
     for row, column in itertools.product(torch.linspace(-0.45, 0.45, 19), repeat=2):
-        place = box[:2] + box[2:] * torch.tensor([row, column])
-        if place.min() > 0.2 and not any(
-            ((place - other[:2]).abs() <= other[2:] / 2 + 0.1).all() for other in others
+        point = box[:2] + box[2:] * torch.tensor([row, column])
+        if point.min() > 0.2 and not any(
+            ((point - other[:2]).abs() <= other[2:] / 2 + 0.1).all() for other in others
         ):
-            return float(place[0]), float(place[1])
+            return float(point[0]), float(point[1])
     raise AssertionError("the boxes cover each other")
 
 
@@ -323,7 +323,7 @@ def test_repeated_clicks_cycle_through_overlapping_boxes(open_page: OpenPage) ->
 
 def test_a_click_in_the_panel_of_a_level_prefers_its_queries(open_page: OpenPage) -> None:
     record, _ = make_record(SCENE, 0)
-    positions = torch.arange(8)[:, None] // 2 * 5.0 + torch.tensor([9.0, 3])  # pairs in one place
+    positions = torch.arange(8)[:, None] // 2 * 5.0 + torch.tensor([9.0, 3])  # equal pairs
     record = dataclasses.replace(record, positions=positions, levels=torch.tensor([0, 1] * 4))
     page = open_page(View(SCENE.pyramid, [record]))
     for level, query in ((0, 2), (1, 3)):
@@ -349,7 +349,7 @@ def test_heads_and_levels(open_page: OpenPage) -> None:
             (100 * empty[query, :, head]).tolist(), abs=0.006
         )
     page.get_by_label("0", exact=True).uncheck()
-    level_1 = {place: heads for place, heads in expected.items() if place[0] == 1}
+    level_1 = {cell: heads for cell, heads in expected.items() if cell[0] == 1}
     assert_table(page, level_1, 2)
     assert page.evaluate("state.panels.map(panel => panel.level)") == [1]
     page.get_by_label("1", exact=True).click()  # the last level stays
@@ -381,7 +381,7 @@ def test_keyboard(open_page: OpenPage) -> None:
     page.keyboard.press("H")
     assert_table(page, expected, 2)
     page.keyboard.press("1")
-    assert {place[0] for place in table_weights(page)} == {0}
+    assert {cell[0] for cell in table_weights(page)} == {0}
     before = page.evaluate("cellToViewport(0, 3, 3)")
     page.keyboard.press("Shift+ArrowRight")
     assert page.evaluate("cellToViewport(0, 3, 3)") == [before[0] - 60, before[1]]
@@ -467,15 +467,15 @@ def test_colors_of_the_map(open_page: OpenPage, scheme: str) -> None:
         page.keyboard.press("ArrowRight")
     page.keyboard.press("c")
     expected = by_cell(by_point[query])
-    heaviest = max(expected, key=lambda place: float(expected[place].mean()))
+    heaviest = max(expected, key=lambda cell: float(expected[cell].mean()))
     palette = LIGHT if scheme == "light" else DARK
     page.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
 
-    script = """places => {
+    script = """points => {
       const corner = canvas.getBoundingClientRect();
       const pixels = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
-      return places.map((place) => {
-        const [x, y] = cellToViewport(...place);
+      return points.map((point) => {
+        const [x, y] = cellToViewport(...point);
         const start = 4 * (Math.round(y - corner.y) * canvas.width + Math.round(x - corner.x));
         return [...pixels.slice(start, start + 3)];
       });
@@ -484,8 +484,8 @@ def test_colors_of_the_map(open_page: OpenPage, scheme: str) -> None:
     center = (SCENE.positions[query] / 2**level).floor().tolist()
     edge = center[1] + SCENE.sizes[level] // 2 + 0.5
     # A third off the middle, where the query's dot may be.
-    places = [(level, row + 0.3, column + 0.3), (level, center[0] + 0.2, edge)]
-    colors = page.evaluate(script, places)
+    points = [(level, row + 0.3, column + 0.3), (level, center[0] + 0.2, edge)]
+    colors = page.evaluate(script, points)
     assert colors == [hex_color(palette.weights[-1]), hex_color(palette.window)]
     background = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert background == f"rgb({', '.join(map(str, hex_color(palette.surface)))})"

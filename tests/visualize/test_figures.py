@@ -288,8 +288,8 @@ def test_three_dimensions_add_up_along_an_axis(axis: int | None) -> None:
         for point, weights in by_point[query].items():
             _, *cell, point_level = CUBE.pyramid.coordinates[point].tolist()
             if point_level == level:
-                place = (cell[row], cell[column])
-                sums[place] = sums.get(place, 0) + float(weights.mean())
+                square = (cell[row], cell[column])
+                sums[square] = sums.get(square, 0) + float(weights.mean())
         expected = {
             tuple(round(x, 6) for x in (c * width, r * height, (c + 1) * width, (r + 1) * height))
             for r, c in sums
@@ -351,9 +351,9 @@ def test_the_overview_draws_the_points_of_each_query(level: int | None) -> None:
             _, row, column, at = SCENE.pyramid.coordinates[point].tolist()
             if level in (None, at):
                 expected[(column + 0.5) * 2**at, (row + 0.5) * 2**at] = float(weights.mean())
-        places = [tuple(place) for place in np.asarray(drawn.get_offsets()).tolist()]
-        assert sorted(places) == sorted(expected)
-        areas = np.array([expected[place] for place in places])
+        points = [tuple(point) for point in np.asarray(drawn.get_offsets()).tolist()]
+        assert sorted(points) == sorted(expected)
+        areas = np.array([expected[point] for point in points])
         if len(areas):
             np.testing.assert_allclose(drawn.get_sizes(), areas / areas.max() * 60)
         (box,) = outlines(ax, CATEGORICAL[query])

@@ -18,7 +18,7 @@ def contrast(a: str, b: str) -> float:
 
 
 @pytest.mark.parametrize("palette", [LIGHT, DARK])
-def test_colors_stand_out(palette: Palette) -> None:
+def test_colors_have_contrast(palette: Palette) -> None:
     for text in (palette.text, palette.muted):
         assert min(contrast(text, palette.surface), contrast(text, palette.outside)) > 4.5
     for line in (palette.window, palette.query, palette.weights[-1]):

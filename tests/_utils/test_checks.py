@@ -1,0 +1,162 @@
+"""Argument checks: errors name the argument, what was expected and what came."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from vicinal._utils import checks
+
+CPU = torch.device("cpu")
+SPARSE = torch.eye(2).to_sparse()
+
+
+def assert_refused(argument: str, came: str, function: Callable[..., Any], *args: Any) -> None:
+    with pytest.raises(ValueError, match=f"^{argument}: expected ") as refusal:
+        function(*args)
+    assert came in str(refusal.value).rsplit(", got ", 1)[-1]
+
+
+@pytest.mark.parametrize(
+    ("value", "came"),
+    [
+        ([[1.0, 2.0]], "list"),
+        (torch.rand(3), "[3]"),
+        (torch.rand(3, 3), "[3, 3]"),
+        (torch.ones(3, 2, dtype=torch.int64), "int64"),
+        (torch.rand(3, 2, device="meta"), "meta"),
+        (SPARSE, "sparse"),
+    ],
+)
+def test_check_tensor_refuses_other_types_shapes_kinds_and_devices(value: Any, came: str) -> None:
+    def check(x: Any) -> None:
+        checks.check_tensor("points", x, ("n", 2), kind="floating", device=CPU)
+
+    check(torch.rand(3, 2))
+    check(torch.rand(0, 2, dtype=torch.bfloat16))
+    assert_refused("points", came, check, value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "accepted"),
+    [
+        ("any", {torch.float32, torch.int32, torch.bool, torch.complex64}),
+        ("floating", {torch.float32}),
+        ("integer", {torch.int32}),
+        ("bool", {torch.bool}),
+    ],
+)
+def test_kinds_of_dtypes(kind: str, accepted: set[torch.dtype]) -> None:
+    def check(x: Tensor) -> None:
+        checks.check_tensor("x", x, (2,), kind=kind)
+
+    for dtype in (torch.float32, torch.int32, torch.bool, torch.complex64):
+        x = torch.zeros(2, dtype=dtype)
+        if dtype in accepted:
+            check(x)
+        else:
+            assert_refused("x", str(dtype), check, x)
+
+
+@pytest.mark.parametrize(
+    "shapes", [[[4, 3], [2, 1]], ((4, 3), (2, 1)), torch.tensor([[4, 3], [2, 1]]),
+               [np.array([4, 3]).tolist(), [np.int64(2), np.int32(1)]]]
+)  # fmt: skip
+def test_level_shapes_of_any_type(shapes: Any) -> None:
+    result = checks.as_level_shapes(shapes)
+    assert result == ((4, 3), (2, 1))
+    assert {type(size) for row in result for size in row} == {int}
+
+
+@pytest.mark.parametrize(
+    ("shapes", "came"),
+    [
+        ([], "[]"),
+        ([[]], "[[]]"),
+        ([4, 3], "[4, 3]"),
+        ([[4, 3], [2]], "[[4, 3], [2]]"),
+        ([[4, 0]], "[[4, 0]]"),
+        ([[4, 1.5]], "1.5"),
+        ([[4, True]], "True"),
+        (torch.ones(2, 2), "float32"),
+        (torch.tensor([4, 3]), "[2]"),
+    ],
+)
+def test_invalid_level_shapes(shapes: Any, came: str) -> None:
+    assert_refused("shapes", came, checks.as_level_shapes, shapes, "shapes")
+
+
+def test_as_integer() -> None:
+    assert [checks.as_integer(x) for x in (3, np.int64(4), torch.tensor(5))] == [3, 4, 5]
+    assert [checks.as_integer(x) for x in (True, 3.0, "3", None)] == [None] * 4
+
+
+@pytest.mark.parametrize("wrong", [3, [3], [3, 4], [3, 0], [3, -1], [3, 5.0], [3, True]])
+def test_invalid_neighborhood_sizes(wrong: Any) -> None:
+    sizes: Any = [np.int64(3), 5]
+    assert checks.check_neighborhood_sizes(sizes, 2) == (3, 5)
+    assert_refused("neighborhood_sizes", str(wrong), checks.check_neighborhood_sizes, wrong, 2)
+
+
+@pytest.mark.parametrize("wrong", [0, -1, 1.0, True, None])
+def test_invalid_counts(wrong: Any) -> None:
+    def check(heads: int) -> None:
+        checks.check_counts(layers=1, heads=heads)
+
+    check(8)
+    assert_refused("heads", str(wrong), check, wrong)
+
+
+@pytest.mark.parametrize("wrong", [0, -1.0, float("inf"), float("nan"), "4"])
+def test_invalid_cell_sizes(wrong: Any) -> None:
+    checks.check_cells("size", 0.5)
+    assert_refused("size", str(wrong), checks.check_cells, "size", wrong)
+
+
+@pytest.mark.parametrize("wrong", [1, 1.5, -0.1, float("nan"), "0"])
+def test_invalid_dropout_rates(wrong: Any) -> None:
+    checks.check_dropout("dropout", 0)
+    checks.check_dropout("dropout", 0.99)
+    assert_refused("dropout", str(wrong), checks.check_dropout, "dropout", wrong)
+
+
+def test_contents_are_read_on_the_cpu_by_default() -> None:
+    meta = torch.device("meta")
+    assert checks.reads_contents(None, CPU)
+    assert not checks.reads_contents(None, meta)
+    assert checks.reads_contents(True, meta)
+    assert not checks.reads_contents(False, CPU)
+
+
+def test_check_finite_names_the_first_row() -> None:
+    x = torch.zeros(4, 2)
+    checks.check_finite("positions", x)
+    x[2, 1], x[3, 0] = torch.nan, torch.inf
+    assert_refused("positions", "row 2", checks.check_finite, "positions", x)
+
+
+@pytest.mark.parametrize("wrong", [[1, 2, 5], [0, 3, 2, 5], [0, 2, 4], [0, 2, 6]])
+def test_invalid_offsets(wrong: list[int]) -> None:
+    checks.check_offsets("offsets", torch.tensor([0, 2, 2, 5]), 5)
+    assert_refused("offsets", str(wrong), checks.check_offsets, "offsets", torch.tensor(wrong), 5)
+
+
+def test_rows_are_all_rows_or_valid_indices() -> None:
+    def check(rows: Tensor | None) -> list[int]:
+        checked = checks.check_rows("rows", rows, 4, CPU)
+        assert checked.dtype == torch.int64
+        return checked.tolist()
+
+    assert check(None) == [0, 1, 2, 3]
+    assert check(torch.tensor([3, 0, 3], dtype=torch.uint8)) == [3, 0, 3]
+    assert check(torch.tensor([], dtype=torch.int32)) == []
+    for wrong, came in (
+        (torch.tensor([0, 4]), "from 0 to 4"),
+        (torch.tensor([-1, 2]), "from -1 to 2"),
+        (torch.tensor([0.0]), "float32"),
+        (torch.tensor([[0]]), "[1, 1]"),
+    ):
+        assert_refused("rows", came, check, wrong)
