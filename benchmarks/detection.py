@@ -124,7 +124,7 @@ def study(seeds: Sequence[int], steps: int, folder: Path) -> str:
     """Trains with each attention and seed, one after another; a table of all runs and means."""
     rows: list[tuple[str, ...]] = []
     for attention in ("neighborhood", "deformable"):
-        runs = []
+        runs: dict[str, tuple[float, ...]] = {}
         for seed in seeds:
             out = folder / f"{attention}-{seed}"
             command = [sys.executable, "-m", "examples.detect_digits", "--attention", attention]
@@ -132,10 +132,9 @@ def study(seeds: Sequence[int], steps: int, folder: Path) -> str:
             subprocess.run(command, check=True)
             run = json.loads((out / "figures.json").read_text())
             step, peak = sum(run["seconds_of_a_step"].values()), run["peak_memory"] / 2**20
-            runs.append((run["ap50"], run["ap75"], run["ap"], step, peak))
-            rows.append((attention, str(seed), *(f"{figure:.3f}" for figure in runs[-1])))
-        means = map(mean, zip(*runs, strict=True))
-        rows.append((attention, "mean", *(f"{figure:.3f}" for figure in means)))
+            runs[str(seed)] = run["ap50"], run["ap75"], run["ap"], step, peak
+        runs["mean"] = tuple(map(mean, zip(*runs.values(), strict=True)))
+        rows += [(attention, name, *(f"{x:.3f}" for x in run)) for name, run in runs.items()]
     return table(("", "seed", "AP50", "AP75", "AP", "s a step", "peak MiB"), rows)
 
 

@@ -66,8 +66,7 @@ def usages(case: Case, architecture: int) -> Iterator[dict[str, Any]]:
         compiled = triton.compile(source, target=target, options=options)
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             Path(file.name).write_bytes(compiled.asm["cubin"])
-            tool = triton.knobs.nvidia.cuobjdump.path
-            command = [tool, "--dump-resource-usage", file.name]
+            command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
             output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         found = re.search(r"REG:(\d+) STACK:(\d+)", output)
         assert found is not None, output
@@ -91,8 +90,7 @@ def launches(case: Case) -> list[Launch]:
     with mock.patch.object(triton_ops, "launch", record):
         if not case.everything:
             _find_tiles(plan)
-        _rotate(plan, case)
-        _attend(plan, case)
+        _rotate_and_attend(plan, case)
     return list(found.values())
 
 
@@ -101,8 +99,7 @@ def _plan(case: Case) -> NeighborhoodPlan:
     coordinates = scene.coordinates[: case.n_points]
     points = FeaturePyramid(torch.zeros(len(coordinates), 1), coordinates, scene.level_shapes, 1)
     positions = points.positions()[: case.n_queries]
-    offsets = torch.tensor([0, len(positions)])
-    return plan_neighborhoods(positions, offsets, points, scene.windows)
+    return plan_neighborhoods(positions, torch.tensor([0, len(positions)]), points, scene.windows)
 
 
 def _find_tiles(plan: NeighborhoodPlan) -> None:
@@ -113,18 +110,15 @@ def _find_tiles(plan: NeighborhoodPlan) -> None:
     triton_ops.find_runs(*slices[:3], list(plan.neighborhood_sizes), plan.position_dim, rows)
 
 
-def _rotate(plan: NeighborhoodPlan, case: Case) -> None:
-    x = torch.zeros(plan.n_points, case.heads, case.width, dtype=case.dtype)
+def _rotate_and_attend(plan: NeighborhoodPlan, case: Case) -> None:
+    def zeros(*shape: int) -> Tensor:
+        return torch.zeros(*shape, case.heads, case.width, dtype=case.dtype)
+
+    x = zeros(plan.n_points)
     coordinates = torch.zeros(plan.n_points, plan.position_dim + 1)
     frequencies = torch.zeros(plan.position_dim + 1, case.heads, case.width // 2)
     triton_ops.rotate(x, coordinates, frequencies)
     triton_ops.rotate_backward(x, x, coordinates, frequencies)
-
-
-def _attend(plan: NeighborhoodPlan, case: Case) -> None:
-    def zeros(*shape: int) -> Tensor:
-        return torch.zeros(*shape, case.heads, case.width, dtype=case.dtype)
-
     background, seed = [], None
     if case.everything:
         seed = torch.tensor(5)

@@ -8,16 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import vicinal
 from benchmarks.measure import Call, Timings, Work, time_calls
 from benchmarks.outcome import Figures
 from benchmarks.scenes import Scene
-from vicinal import (
-    FeaturePyramid,
-    NeighborhoodPlan,
-    SparseNeighborhoodAttentionBlock,
-    neighborhood_attention,
-    plan_neighborhoods,
-)
 
 CPU = torch.device("cpu")
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -43,12 +37,12 @@ class Layer:
         scene, windows = self.scene, self.scene.windows
         coordinates = scene.coordinates.to(self.device)
         self.x = torch.randn(len(coordinates), self.embed_dim).to(self.device, self.dtype)
-        self.pyramid = FeaturePyramid(self.x, coordinates, scene.level_shapes, 1)
+        self.pyramid = vicinal.FeaturePyramid(self.x, coordinates, scene.level_shapes, 1)
         positions = self.pyramid.positions  # for other commits: a method or a property
         self.positions = positions() if callable(positions) else positions
         self.offsets = torch.tensor([0, len(self.x)], device=self.device)
         dim, backend = len(scene.level_shapes[0]), self.backend
-        self.block = SparseNeighborhoodAttentionBlock(
+        self.block = vicinal.SparseNeighborhoodAttentionBlock(
             self.embed_dim, self.heads, len(windows), windows, position_dim=dim, backend=backend
         ).to(self.device, self.dtype)
 
@@ -64,16 +58,17 @@ class Layer:
     def time(self, calls: Mapping[str, Call], repeats: int) -> Timings:
         return time_calls(calls, repeats, self.device)
 
-    def make_plan(self) -> NeighborhoodPlan:
-        return plan_neighborhoods(self.positions, self.offsets, self.pyramid, self.scene.windows)
+    def make_plan(self) -> vicinal.NeighborhoodPlan:
+        windows = self.scene.windows
+        return vicinal.plan_neighborhoods(self.positions, self.offsets, self.pyramid, windows)
 
     @torch.no_grad()
-    def make_forward_plan(self) -> NeighborhoodPlan:
+    def make_forward_plan(self) -> vicinal.NeighborhoodPlan:
         """On a GPU, a plan without what a backward pass needs."""
         return self.make_plan()
 
     @cached_property
-    def plan(self) -> NeighborhoodPlan:
+    def plan(self) -> vicinal.NeighborhoodPlan:
         return self.make_plan()
 
     @cached_property
@@ -85,21 +80,19 @@ class Layer:
     def figures(self) -> Figures:
         return {"points": len(self), "neighbors": self.n_pairs / len(self)}
 
-    def forward(self, x: Tensor, plan: NeighborhoodPlan | None = None) -> Tensor:
+    def forward(self, x: Tensor, plan: vicinal.NeighborhoodPlan | None = None) -> Tensor:
         """The whole block, planning included unless ``plan`` is given."""
-        out: Tensor = self.block(
-            x, self.positions, self.offsets, self.pyramid.with_values(x), plan=plan
-        )
+        pyramid = self.pyramid.with_values(x)
+        out: Tensor = self.block(x, self.positions, self.offsets, pyramid, plan=plan)
         return out
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The library's attention alone."""
-        return neighborhood_attention(q, k, v, self.plan, backend=self.backend)
+        return vicinal.neighborhood_attention(q, k, v, self.plan, backend=self.backend)
 
-    def whole(self, plan: NeighborhoodPlan | None = None) -> Work:
+    def whole(self, plan: vicinal.NeighborhoodPlan | None = None) -> Work:
         """The block with all its parameters, planning included unless ``plan`` is given."""
-        parameters = tuple(self.block.parameters())
-        return Work(partial(self.forward, plan=plan), (self.x,), parameters)
+        return Work(partial(self.forward, plan=plan), (self.x,), tuple(self.block.parameters()))
 
     def floor(self) -> Work:
         """The GEMM floor: the block's dense projections alone."""
@@ -133,9 +126,4 @@ class Layer:
 
     def around(self, attend: Attend) -> Callable[[Tensor], Tensor]:
         """The block around another attention. Must match `forward` with `attend`."""
-
-        def forward(x: Tensor) -> Tensor:
-            out: Tensor = x + self.block.out_proj(attend(*self.projected(x)).flatten(1))
-            return out
-
-        return forward
+        return lambda x: x + self.block.out_proj(attend(*self.projected(x)).flatten(1))

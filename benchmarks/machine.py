@@ -1,12 +1,12 @@
 """What the figures were taken on: machine, versions, commit."""
 
 import contextlib
-import importlib.metadata
 import os
 import platform
 import re
 import subprocess
 from collections.abc import Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +41,7 @@ def describe_gpu() -> dict[str, Any]:
 
 def versions() -> dict[str, str | None]:
     """Of Python and the packages; None for what is not installed."""
-    found = {
-        d.name.lower().replace("-", "_"): d.version for d in importlib.metadata.distributions()
-    }
+    found = {d.name.lower().replace("-", "_"): d.version for d in metadata.distributions()}
     return {"python": platform.python_version()} | {name: found.get(name) for name in PACKAGES}
 
 

@@ -76,13 +76,10 @@ def retain_freed_memory() -> None:
 
 
 def run_command(
-    command: Sequence[str],
-    *,
-    environment: Mapping[str, str] | None = None,
-    timeout: float = TIMEOUT,
+    command: Sequence[str], *, environment: Mapping[str, str] = {}, timeout: float = TIMEOUT
 ) -> Outcome:
     """The outcome that ``command`` prints as its last line, or the reason why it ended."""
-    env = {**os.environ, **(environment or {})}
+    env = {**os.environ, **environment}
     try:
         done = subprocess.run(
             command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout

@@ -1,14 +1,14 @@
 """The scenes of the measurements: points of a feature pyramid, one image each."""
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import normalize, pad
 
 from benchmarks.outcome import require
+from vicinal import FeaturePyramid
 
 STRIDES = (1, 2, 4, 8)
 STEPS_PER_TRACK = 120
@@ -42,7 +42,7 @@ def particle_tracks(n_tracks: int, *, size: int = 512, seed: int = 1) -> Scene:
     turns = TURN_RADIANS * torch.randn(n_tracks, STEPS_PER_TRACK, generator=generator)
     heading = heading + turns.cumsum(dim=1)
     steps = torch.stack((heading.sin(), heading.cos()), dim=-1)
-    return _pooled(_marked_cells(start, steps, size, generator), (size, size), WINDOWS_2D)
+    return _pooled(_marked_cells(start, steps, size, generator), size, WINDOWS_2D)
 
 
 def of_density(n_tracks: int) -> Scene:
@@ -62,7 +62,7 @@ def tracks_in_volume(n_tracks: int, *, size: int = 160, seed: int = 1) -> Scene:
         heading = normalize(heading, dim=-1) + turn
         steps.append(normalize(heading, dim=-1))
     marked = _marked_cells(start, torch.stack(steps, dim=1), size, generator)
-    return _pooled(marked, (size, size, size), WINDOWS_3D)
+    return _pooled(marked, size, WINDOWS_3D)
 
 
 def handwriting(n_digits: int, *, size: int = 512, seed: int = 0) -> Scene:
@@ -71,7 +71,7 @@ def handwriting(n_digits: int, *, size: int = 512, seed: int = 0) -> Scene:
     from examples.canvas import draw, load_digits
 
     ink = draw(load_digits(), n_digits, size, torch.Generator().manual_seed(seed))
-    return _pooled(ink.nonzero(), (size, size), WINDOWS_2D)
+    return _pooled(ink.nonzero(), size, WINDOWS_2D)
 
 
 def _marked_cells(start: Tensor, steps: Tensor, size: int, generator: torch.Generator) -> Tensor:
@@ -87,12 +87,9 @@ def _marked_cells(start: Tensor, steps: Tensor, size: int, generator: torch.Gene
     return cells[((cells >= 0) & (cells < size)).all(dim=-1)]
 
 
-def _pooled(cells: Tensor, shape: Sequence[int], windows: tuple[int, ...]) -> Scene:
+def _pooled(cells: Tensor, size: int, windows: tuple[int, ...]) -> Scene:
     """One level per stride: a cell is a point where at least one of ``cells`` [m, P] falls in."""
-    levels = []
-    for level, stride in enumerate(STRIDES):
-        occupied = torch.unique(cells // stride, dim=0)  # sorted: cells in row-major order
-        image = occupied.new_zeros(len(occupied), 1)
-        levels.append(torch.cat((image, occupied, image + level), dim=1))
-    shapes = tuple(tuple(math.ceil(size / stride) for size in shape) for stride in STRIDES)
-    return Scene(torch.cat(levels), shapes, windows)
+    coordinates, values = pad(cells, (1, 0)), torch.zeros(len(cells), 1)  # of image 0
+    shape = [size] * cells.shape[1]
+    pyramid = FeaturePyramid.from_points(coordinates, values, shape, 1, strides=STRIDES)
+    return Scene(pyramid.coordinates, pyramid.level_shapes, windows)

@@ -11,6 +11,8 @@ from benchmarks.layer import Layer
 from benchmarks.measure import Work, peak_memory
 from benchmarks.outcome import DisagreementError, Figures
 
+Results = Sequence[Tensor | None]
+
 ROUNDINGS = 256
 """How far apart outputs and gradients of inputs may be, in units of the dtype's rounding (2^-24 in
 float32) of the largest value. Measured: 20. Angles of the rotation reach some hundred radians,
@@ -24,10 +26,7 @@ products with positions in the hundreds, of either sign: gathering is off by 10,
 
 
 def check_agreement(
-    name: str,
-    actual: Sequence[Tensor | None],
-    expected: Sequence[Tensor | None],
-    tolerance: float = ROUNDINGS,
+    name: str, actual: Results, expected: Results, tolerance: float = ROUNDINGS
 ) -> float:
     """The largest difference between two lists of results, in roundings of the largest value."""
     worst = 0.0
@@ -94,12 +93,10 @@ def against(
             f"{kind}_over_vicinal": timings.ratio("baseline", "vicinal"),
         }
     if layer.device.type == "cuda" or sys.platform == "linux":
-        peaks = [
-            peak_memory(getattr(work, kinds[-1]), layer.device).of_call
-            for work in (baseline, vicinal)
-        ]
-        figures |= {"peak_bytes": peaks[0], "peak_bytes_vicinal": peaks[1]}
-        figures["memory_over_vicinal"] = peaks[0] / max(peaks[1], 1)
+        calls = [getattr(work, kinds[-1]) for work in (baseline, vicinal)]
+        peak, peak_vicinal = (peak_memory(call, layer.device).of_call for call in calls)
+        figures |= {"peak_bytes": peak, "peak_bytes_vicinal": peak_vicinal}
+        figures["memory_over_vicinal"] = peak / max(peak_vicinal, 1)
     return figures
 
 

@@ -17,11 +17,9 @@ from benchmarks.outcome import Figures, require
 def prepare(layer: Layer) -> Comparison:
     """The sampling alone, on two dimensions; values, locations and weights given."""
     require("transformers")
-    from transformers.models.deformable_detr.modeling_deformable_detr import (
-        MultiScaleDeformableAttention,
-    )
+    from transformers.models.deformable_detr import modeling_deformable_detr
 
-    sample = MultiScaleDeformableAttention()
+    sample = modeling_deformable_detr.MultiScaleDeformableAttention()
     shapes = list(layer.pyramid.level_shapes)
     starts = torch.tensor([0, *(h * w for h, w in shapes)]).cumsum(0)[:-1]
     locations, weights = _locations_and_weights(layer)

@@ -41,13 +41,11 @@ class GatherAndProject:
 
     def __call__(self, x: Tensor) -> Tensor:
         """X [N, E] -> [N, E]."""
-        layer, positions = self.layer, self.layer.positions
+        layer, positions, windows = self.layer, self.layer.positions, self.layer.scene.windows
         maps = layer.pyramid.with_values(x).to_coo().coalesce()
         shapes = torch.tensor(layer.pyramid.level_shapes, device=x.device)
         # [N, K, P], [N, K], [K]
-        cells, outside, levels = get_multilevel_neighborhoods(
-            positions, shapes, layer.scene.windows
-        )
+        cells, outside, levels = get_multilevel_neighborhoods(positions, shapes, windows)
         scales = shapes / shapes.amax(dim=0).to(positions.dtype)
         centers = (cells.to(positions.dtype) + 0.5) / scales[levels]
         key_positions = torch.cat((centers, levels.expand(len(x), -1).unsqueeze(-1)), dim=-1)

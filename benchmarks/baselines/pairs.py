@@ -40,9 +40,8 @@ def prepare_edges(layer: Layer) -> Comparison:
     convolution = TransformerConv(1, width, heads, root_weight=False, bias=False)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out: Tensor = convolution.propagate(
-            edges, query=q, key=k, value=v, edge_attr=None, size=(len(k), len(q))
-        )
+        given, size = {"query": q, "key": k, "value": v}, (len(k), len(q))
+        out: Tensor = convolution.propagate(edges, **given, edge_attr=None, size=size)
         return out
 
     return Comparison(Work(attend, vicinal.inputs), vicinal)

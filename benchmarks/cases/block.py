@@ -1,6 +1,7 @@
 """The block and its attention: time over their floors, memory, scaling and threads."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -68,10 +69,8 @@ def attention(layer: Layer, repeats: int) -> Figures:
 
     calls = {"copying": copy, "forward": attention.forward, "backward": attention.backward()}
     timings = layer.time(calls, repeats)
-    ratios = {
-        "forward_over_copying": timings.ratio("forward", "copying"),
-        "backward_over_forward": timings.ratio("backward", "forward"),
-    }
+    pairs = (("forward", "copying"), ("backward", "forward"))
+    ratios = {f"{name}_over_{base}": timings.ratio(name, base) for name, base in pairs}
     return layer.figures | timings.medians() | ratios
 
 
@@ -175,18 +174,15 @@ def two_threads(layer: Layer, repeats: int) -> Figures:
         raise CaseSkipped("two threads need two cores, and there is one")
     threads = torch.get_num_threads()
 
-    def with_threads(n_threads: int, call: Call) -> Callable[[], None]:
-        def run() -> None:
-            torch.set_num_threads(n_threads)
-            call()
-
-        return run
+    def with_threads(n_threads: int, call: Call) -> None:
+        torch.set_num_threads(n_threads)
+        call()
 
     figures: Figures = {}
     for name, call in _calls(layer).items():
         # The first call with another number of threads also starts them, so the second counts.
-        calls = {"to one": with_threads(1, call), "one": call}
-        calls |= {"to two": with_threads(2, call), "two": call}
+        to_one, to_two = (partial(with_threads, n, call) for n in (1, 2))
+        calls: dict[str, Call] = {"to one": to_one, "one": call, "to two": to_two, "two": call}
         figures[name.replace(" ", "_")] = layer.time(calls, repeats).ratio("one", "two")
     torch.set_num_threads(threads)
     return figures
@@ -195,10 +191,8 @@ def two_threads(layer: Layer, repeats: int) -> Figures:
 def seconds(layer: Layer, repeats: int) -> Figures:
     """Times for the comparison of two commits, by public names, which both should have."""
     calls = {**_calls(layer), "plan": layer.make_plan}
-    figures: Figures = {"package": str(Path(vicinal.__file__).parent)}
-    for name, call in calls.items():
-        figures[name] = layer.time({name: call}, repeats).median(name)
-    return figures
+    times = {name: layer.time({name: call}, repeats).median(name) for name, call in calls.items()}
+    return {"package": str(Path(vicinal.__file__).parent), **times}
 
 
 def _calls(layer: Layer) -> dict[str, Call]:
