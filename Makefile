@@ -24,7 +24,7 @@ demo: .venv/ready
 	$(BIN)/python -m examples.detect_digits
 
 test: .venv/ready
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: .venv/ready
 	$(BIN)/ruff check .
