@@ -277,14 +277,14 @@ def encode_boxes(boxes: Tensor, targets: Tensor) -> Tensor:
 
 
 def check_boxes(argument: str, boxes: Tensor) -> None:
-    """Refuses everything but a floating tensor ``[..., 2P]``."""
+    """Raises ValueError unless ``boxes`` is a floating tensor ``[..., 2P]``."""
     is_floating = isinstance(boxes, Tensor) and boxes.is_floating_point()
     if not is_floating or not boxes.dim() or not boxes.shape[-1] or boxes.shape[-1] % 2:
         refuse(argument, "a floating tensor of shape [n, 2P]", boxes)
 
 
 def check_box_sizes(argument: str, boxes: Tensor) -> None:
-    """Refuses boxes ``[n, 2P]`` with a size that is not positive. Reads contents."""
+    """Raises ValueError for a size that is not positive in boxes ``[n, 2P]``. Reads contents."""
     positive = (boxes.chunk(2, -1)[1] > 0).all(-1)
     if not positive.all():
         row = int(positive.logical_not().nonzero()[0])

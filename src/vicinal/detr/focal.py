@@ -69,7 +69,7 @@ def sigmoid_focal_loss(
         ``[N]``, at least float32.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit, or, on the CPU, labels are outside
+        ValueError: shapes, dtypes or devices do not match, or, on the CPU, labels are outside
             [-1, C).
 
     Example:
@@ -108,7 +108,7 @@ def varifocal_loss(
         ``[N]``, at least float32.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit, or, on the CPU, labels are outside
+        ValueError: shapes, dtypes or devices do not match, or, on the CPU, labels are outside
             [-1, C).
 
     Example:

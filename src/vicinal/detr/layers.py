@@ -147,7 +147,7 @@ class DetectionHead(nn.Module):
             logits ``[n, C]`` and boxes ``[n, 2P]`` in the dtype of ``boxes``.
 
         Raises:
-            ValueError: shapes, dtypes or devices do not fit.
+            ValueError: shapes, dtypes or devices do not match.
         """
         check_tensor("embeddings", embeddings, ("n", self.embed_dim), kind="floating")
         shape = (len(embeddings), 2 * self.position_dim)
@@ -226,7 +226,7 @@ class QuerySelfAttention(nn.Module):
             the new embeddings, ``[N, E]``.
 
         Raises:
-            ValueError: shapes, dtypes or devices of the queries do not fit.
+            ValueError: shapes, dtypes or devices of the queries do not match.
         """
         check_object_queries(queries, self.embed_dim, self.position_dim)
         x = self.norm(queries.embeddings) if self.norm_first else queries.embeddings

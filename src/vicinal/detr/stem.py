@@ -91,7 +91,7 @@ class PointStem(nn.Module):
             a pyramid with embeddings ``[nnz, E]`` in the dtype of ``values``, sorted by image.
 
         Raises:
-            ValueError: shapes, dtypes or devices do not fit, or points lie outside the grid.
+            ValueError: shapes, dtypes or devices do not match, or points lie outside the grid.
         """
         self._check_points(coordinates, values, spatial_shape)
         raw = FeaturePyramid.from_points(

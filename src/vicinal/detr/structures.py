@@ -151,7 +151,7 @@ class Matches(NamedTuple):
 
 
 def check_object_queries(queries: ObjectQueries, embed_dim: int, position_dim: int) -> None:
-    """Refuses queries that do not fit a decoder of these sizes, by the name of the field."""
+    """Raises ValueError, naming the field, unless queries match a decoder of these sizes."""
     if not isinstance(queries, ObjectQueries):
         refuse("queries", "ObjectQueries", queries)
     check_tensor("queries.embeddings", queries.embeddings, ("N", embed_dim), kind="floating")
@@ -248,7 +248,7 @@ def check_predictions(predictions: Predictions, *, check_contents: bool | None =
 
 
 def check_predictions_and_targets(predictions: Predictions, targets: Targets) -> None:
-    """Refuses predictions and targets that are not valid or not of the same images."""
+    """Raises ValueError unless predictions and targets are valid and of the same images."""
     check_predictions(predictions)
     logits, boxes, offsets = predictions
     check_targets(targets, boxes.shape[1] // 2, logits.shape[1], len(offsets) - 1)
@@ -259,7 +259,7 @@ def check_predictions_and_targets(predictions: Predictions, targets: Targets) ->
 def _check_boxes_and_offsets(
     name: str, boxes: Tensor, offsets: Tensor, check_contents: bool | None
 ) -> None:
-    """Refuses everything but boxes ``[n, 2P]`` and the offsets of their rows."""
+    """Raises ValueError unless given boxes ``[n, 2P]`` and the offsets of their rows."""
     check_boxes(f"{name}.boxes", boxes)
     check_tensor(f"{name}.boxes", boxes, ("n", "2P"))
     check_tensor(f"{name}.offsets", offsets, ("B + 1",), kind="integer", device=boxes.device)
