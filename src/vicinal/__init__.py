@@ -10,19 +10,22 @@ from .attention import (
 from .nn.block import SparseNeighborhoodAttentionBlock
 from .nn.deformable import SparseDeformableAttention
 from .nn.rotary import RotaryEncoding
-from .plan import NeighborhoodPlan, plan_neighborhoods
+from .plan import NeighborhoodPlan, PointCopies, QueryPlacement, plan_neighborhoods
 from .pyramid import FeaturePyramid
-from .windows import get_multilevel_neighborhoods
+from .windows import cell_positions, get_multilevel_neighborhoods
 
 __all__ = [
     "Background",
     "FeaturePyramid",
     "NeighborhoodPlan",
     "NeighborhoodWeights",
+    "PointCopies",
+    "QueryPlacement",
     "RotaryEncoding",
     "SparseDeformableAttention",
     "SparseNeighborhoodAttentionBlock",
     "__version__",
+    "cell_positions",
     "get_multilevel_neighborhoods",
     "neighborhood_attention",
     "neighborhood_attention_weights",

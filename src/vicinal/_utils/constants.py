@@ -31,6 +31,11 @@ def constant(numbers: Numbers, device: torch.device, dtype: torch.dtype = torch.
     return made
 
 
+def has_float64(device: torch.device) -> bool:
+    """Whether the device computes in float64; Apple's GPUs do not."""
+    return device.type != "mps"
+
+
 def execution_mode(device: torch.device) -> str:
     """What runs the ops issued now on a device: "python" (eager mode), "compiler" (a graph that
     torch.compile or torch.export traces) or "graph" (a CUDA graph being captured).
