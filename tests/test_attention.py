@@ -1,7 +1,9 @@
 """`neighborhood_attention` on both back ends: against the oracle and against each other."""
 
 import math
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -23,7 +25,7 @@ from problems import (
 )
 from torch import Tensor
 
-from vicinal import FeaturePyramid, neighborhood_attention
+from vicinal import FeaturePyramid, neighborhood_attention, plan_neighborhoods
 
 EXACT = 1e-11
 
@@ -351,3 +353,20 @@ def test_columns_beyond_32_bits(center: int, backend: str) -> None:
     plan = scene.plan()
     inputs = make_inputs(plan, background=True)
     assert_close(inputs.attend(plan, backend)[0], oracle(scene, inputs)[0], 1e-13)
+
+
+def test_numpy_arrays_serve_as_tensors() -> None:
+    scene = scene_2d()
+    plan = scene.plan()
+    q = torch.randn(plan.n_queries, 2, 4)
+    k, v = torch.randn(2, plan.n_points, 2, 4)
+    mask = torch.rand(plan.n_queries) < 0.5
+    expected = neighborhood_attention(q, k, v, plan, query_mask=mask)
+    arrays: Any = [x.numpy() for x in (q, k, v, mask)]
+    out = neighborhood_attention(
+        arrays[0], arrays[1], arrays[2], plan, query_mask=arrays[3], return_lse=False
+    )
+    assert torch.equal(out, expected)
+    where: list[Any] = [scene.positions.numpy(), scene.offsets.numpy(), np.array(scene.sizes)]
+    from_arrays = plan_neighborhoods(where[0], where[1], scene.pyramid, where[2])
+    assert torch.equal(from_arrays.pairs(), plan.pairs())

@@ -163,12 +163,8 @@ def neighborhood_attention(
         ```
     """
     check_dropout("dropout_p", dropout_p)
-    _check(q, k, plan, background, query_mask)
-    check_tensor("v", v, (plan.n_keys, q.shape[1], "dv"), kind="floating", device=q.device)
-    if background is not None and background.value.shape[-1] != v.shape[-1]:
-        refuse("background.value", f"the width of v, {v.shape[-1]}", background.value)
-    q, k, v, *cells = _autocast(q, k, v, *(background or ()))
-    _check_dtypes(q, k=k, v=v, **dict(zip(_BACKGROUND_NAMES, cells, strict=False)))
+    operands, query_mask = _operands(plan, background, query_mask, q=q, k=k, v=v)
+    q, k, v, *cells = operands.values()
     chosen = choose_backend(backend, q.device, q.dtype, max(q.shape[2], v.shape[2]))
     points_need_grad = torch.is_grad_enabled() and (k.requires_grad or v.requires_grad)
     tensors = tensors_for(plan, chosen, points_need_grad=points_need_grad)
@@ -210,9 +206,8 @@ def neighborhood_attention_weights(
         torch.testing.assert_close(first.weights.sum(0), torch.ones(2))
         ```
     """
-    _check(q, k, plan, background, query_mask)
-    q, k, *cells = _autocast(q, k, *(background or ()))
-    _check_dtypes(q, k=k, **dict(zip(_BACKGROUND_NAMES, cells, strict=False)))
+    operands, query_mask = _operands(plan, background, query_mask, q=q, k=k)
+    q, k, *cells = operands.values()
     if cells:
         cells[2] = cells[2][..., :0]  # values do not affect the weights
     queries = plan._check_queries(queries)
@@ -240,44 +235,52 @@ def autocasts(device: torch.device) -> bool:
     return available and torch.is_autocast_enabled(device.type)
 
 
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    device = tensors[0].device
-    if not autocasts(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device.type)
-    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+def _autocast(x: Tensor) -> Tensor:
+    if not autocasts(x.device) or x.dtype == torch.float64:
+        return x
+    return x.to(torch.get_autocast_dtype(x.device.type))
 
 
-def _check(
-    q: Tensor,
-    k: Tensor,
+def _operands(
     plan: NeighborhoodPlan,
     background: Background | None,
     query_mask: Tensor | None,
-) -> None:
-    check_tensor("q", q, (plan.n_queries, "H", "d"), kind="floating", device=plan.device)
+    **rows: Tensor,
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """The operands by name, cast under autocast, then the query mask.
+
+    ``rows`` holds q and k, and v where it is used. The background's tensors follow them.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not match each other or the plan.
+    """
+    device = plan.device
+    q = check_tensor("q", rows["q"], (plan.n_queries, "H", "d"), kind="floating", device=device)
     heads, width = q.shape[1:]
     if width < 1:
         refuse("q", "a head width d of at least 1", q)
     if not isinstance(background, Background | None):
         refuse("background", "a Background or None", background)
-    shapes: dict[str, tuple[Tensor, tuple[int | str, ...]]] = {
-        "k": (k, (plan.n_keys, heads, width))
+    shapes: dict[str, tuple[int | str, ...]] = {
+        "q": (plan.n_queries, heads, width),
+        "k": (plan.n_keys, heads, width),
+        "v": (plan.n_keys, heads, "dv"),
+        "background.query": (plan.n_queries, plan.n_levels, heads, width),
+        "background.key": (plan.window_slots, heads, width),
+        "background.value": (plan.batch_size, plan.n_levels, heads, "dv"),
     }
-    if background is not None:
-        sizes: tuple[tuple[int | str, ...], ...] = (
-            (plan.n_queries, plan.n_levels, heads, width),
-            (plan.window_slots, heads, width),
-            (plan.batch_size, plan.n_levels, heads, "dv"),
-        )
-        shapes |= dict(zip(_BACKGROUND_NAMES, zip(background, sizes, strict=True), strict=True))
-    for name, (tensor, shape) in shapes.items():
-        check_tensor(name, tensor, shape, kind="floating", device=q.device)
+    rows |= zip(_BACKGROUND_NAMES, background or (), strict=False)
+    operands = {
+        name: _autocast(check_tensor(name, x, shapes[name], kind="floating", device=device))
+        for name, x in rows.items()
+    }
+    for name, x in operands.items():
+        if x.dtype != operands["q"].dtype:
+            refuse(name, f"the dtype of q, {operands['q'].dtype}", x)
+    v, value = operands.get("v"), operands.get("background.value")
+    if v is not None and value is not None and value.shape[-1] != v.shape[-1]:
+        refuse("background.value", f"the width of v, {v.shape[-1]}", value)
     if query_mask is not None:
-        check_tensor("query_mask", query_mask, (plan.n_queries,), kind="bool", device=q.device)
-
-
-def _check_dtypes(q: Tensor, **others: Tensor) -> None:
-    for name, tensor in others.items():
-        if tensor.dtype != q.dtype:
-            refuse(name, f"the dtype of q, {q.dtype}", tensor)
+        mask = query_mask
+        query_mask = check_tensor("query_mask", mask, (plan.n_queries,), kind="bool", device=device)
+    return operands, query_mask
