@@ -147,6 +147,7 @@ class _KeyedCells(NamedTuple):
     query_keys: Tensor  # int64 [L, N]
     point_keys: Tensor  # int64 [nnz + C], -1 for points outside their level
     coordinates: Tensor  # int64 [nnz + C, P + 2]
+    positions: Tensor  # [N, P], a copy of what the plan was made for
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -341,7 +342,7 @@ class NeighborhoodPlan:
         )
 
     def _find_point_slices(self) -> NeighborSlices:
-        keys, _, query_keys, point_keys, coordinates = self._keyed_cells
+        keys, _, query_keys, point_keys, coordinates, _ = self._keyed_cells
         image, cells, levels = coordinates[:, 0], coordinates[:, 1:-1], coordinates[:, -1]
         sorted_queries, order = torch.sort(query_keys, dim=1, stable=True)
         first, last = keys.rows_around(point_keys, levels)
@@ -534,9 +535,12 @@ def check_plan(
     check_plan_points(plan, planned_points, pyramid, check_contents)
     if not reads_contents(check_contents, plan.device):
         return
-    image, centers = _query_cells(positions, offsets, pyramid, plan._keyed_cells.keys)
-    if not torch.equal(image.int(), plan.query_batch):
+    if not torch.equal(query_images(positions, offsets, plan.batch_size).int(), plan.query_batch):
         refuse_plan(plan, "images", "query_batch_offsets")
+    planned = plan._keyed_cells.positions
+    if planned.dtype == positions.dtype and torch.equal(planned, positions):
+        return
+    _, centers = _query_cells(positions, offsets, pyramid, plan._keyed_cells.keys)
     if not torch.equal(centers, plan._keyed_cells.centers):
         refuse_plan(plan, "query cells", "query_spatial_positions")
 
@@ -585,7 +589,9 @@ def _plan(
         periodic_axes=pyramid.periodic_axes,
         copies=copies,
         _tensors=tensors,
-        _keyed_cells=_KeyedCells(keys, centers, query_keys, point_keys, coordinates),
+        _keyed_cells=_KeyedCells(
+            keys, centers, query_keys, point_keys, coordinates, positions.detach().clone()
+        ),
         _created_in=execution_mode(device),
     )
 
