@@ -2,8 +2,10 @@
 
 import base64
 import dataclasses
+import errno
 import itertools
 import json
+import os
 import re
 import shutil
 import struct
@@ -158,6 +160,83 @@ def test_nothing_is_written_where_something_cannot_be_drawn(tmp_path: Path) -> N
             tmp_path / "page.html", View(SCENE.pyramid, [record], image=torch.full((2, 2), 2.0))
         )
     assert not (tmp_path / "page.html").exists()
+
+
+def nothing_attended(shapes: tuple[tuple[int, ...], ...]) -> View:
+    """One query on a map without points."""
+    dim = len(shapes[0])
+    pyramid = FeaturePyramid(torch.zeros(0, 1), torch.zeros(0, dim + 2).long(), shapes, 1)
+    weights = NeighborhoodWeights(
+        torch.zeros(2).long(), torch.zeros(0).long(), torch.zeros(0, 1), None
+    )
+    return View(pyramid, [AttentionRecord(torch.ones(1, dim), weights)])
+
+
+LONE = "half a \ud83d character"
+REFUSED: dict[str, Callable[[Path], object]] = {
+    "page title": lambda path: write_explorer(path, nothing_attended(((4, 4),)), title=LONE),
+    "title": lambda path: write_explorer(
+        path, dataclasses.replace(nothing_attended(((4, 4),)), title=LONE)
+    ),
+    "name": lambda path: make_record(SCENE, 0, name=LONE),
+    "label": lambda path: make_record(SCENE, 0, labels=["a"] * 7 + [LONE]),
+    "levels": lambda path: write_explorer(path, nothing_attended(((4, 4),) * 256)),
+    "size": lambda path: write_explorer(path, nothing_attended(((4, 2**32 + 1),))),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_a_page_cannot_hold_is_refused_and_an_existing_page_stays(
+    tmp_path: Path, what: str
+) -> None:
+    page = tmp_path / "page.html"
+    page.write_text("an existing page")
+    with pytest.raises(ValueError, match=r": expected"):
+        REFUSED[what](page)
+    assert page.read_text() == "an existing page"
+    assert list(tmp_path.iterdir()) == [page]
+
+
+def test_the_most_levels_and_the_largest_size(tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    write_explorer(page, nothing_attended(((4, 2**32),) * 255))
+    assert len(read(page)["views"][0]["level_shapes"]) == 255
+
+
+def test_a_full_disk_keeps_an_existing_page(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    page = tmp_path / "page.html"
+    page.write_text("an existing page")
+
+    def fail(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match=r"No space left") as error:
+        write_explorer(page, nothing_attended(((4, 4),)))
+    assert error.value.errno == errno.ENOSPC
+    assert error.value.filename == str(page)
+    assert page.read_text() == "an existing page"
+    assert list(tmp_path.iterdir()) == [page]
+
+
+def test_a_page_keeps_its_mode_and_a_link_stays(tmp_path: Path) -> None:
+    page, link = tmp_path / "page.html", tmp_path / "link.html"
+    page.write_text("an existing page")
+    page.chmod(0o640)
+    link.symlink_to(page)
+    write_explorer(link, nothing_attended(((4, 4),)))
+    assert link.is_symlink()
+    assert page.stat().st_mode & 0o777 == 0o640
+    assert read(page)["views"]
+
+
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+    page = tmp_path / "missing" / "page.html"
+    with pytest.raises(FileNotFoundError) as error:
+        write_explorer(page, nothing_attended(((4, 4),)))
+    assert error.value.filename == str(page)
 
 
 # ------------------------------------------------------------------------------------- the browser

@@ -9,7 +9,6 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,11 +16,13 @@ from torch import Tensor
 
 from .._utils.checks import refuse
 from ..pyramid import FeaturePyramid
+from .files import replace_file
 from .image import encode_png, to_uint8
 from .palette import DARK, LIGHT, Palette
 from .projection import ProjectedCells, project_cells, project_record
-from .record import AttentionRecord, check_record
+from .record import AttentionRecord, check_record, check_text
 
+MAX_LEVELS, MAX_SIZE = 255, 2**32  # what the numbers of the page can hold
 WEIGHT_STEPS = 2**16 - 1  # a query's largest weight, as a quantized uint16
 _SCRIPTS = ("decode.js", "draw.js", "state.js", "details.js", "input.js")
 
@@ -41,7 +42,8 @@ class View:
             alone are drawn as one cell, with the sum of their weights. None: the first.
 
     Raises:
-        ValueError: no records, or records of several images or of another pyramid.
+        ValueError: no records, records of several images or of another pyramid, or a ``title`` with
+            a lone surrogate.
 
     Example:
         ```python
@@ -74,6 +76,7 @@ class View:
     axis: int | None = None
 
     def __post_init__(self) -> None:
+        check_text("title", self.title)
         if not self.records:
             refuse("records", "at least one AttentionRecord", "none")
         for record in self.records:
@@ -97,18 +100,19 @@ def write_explorer(
     1e-5 of the query's largest weight. With 8 heads and 80 points, a query takes about 2 KB.
 
     Args:
-        path: HTML file to write. An existing file is replaced.
+        path: HTML file to write. An existing file is replaced once the new one is complete.
         views: one image or several to choose from.
         title: title of the page.
 
     Raises:
         ValueError: ``views`` is empty, an image has an invalid shape, dtype or range, an ``axis``
-            is out of range, or a pyramid has more than three dimensions. No file is written then.
+            is out of range, ``title`` has a lone surrogate, or a pyramid has more than three
+            dimensions, 255 levels or 2^32 cells along an axis. No file is written then.
+        OSError: the file cannot be written; the error names ``path``, which stays as it was.
 
     Example:
         ```python
         import tempfile
-        from pathlib import Path
 
         import torch
         from vicinal import FeaturePyramid, SparseNeighborhoodAttentionBlock
@@ -135,6 +139,7 @@ def write_explorer(
     is_sequence = isinstance(views, Sequence) and len(views) > 0
     if not is_sequence or not all(isinstance(view, View) for view in views):
         refuse("views", "at least one View", str(views))
+    check_text("title", title)
     data = {"weight_steps": WEIGHT_STEPS, "views": [_encode_view(view) for view in views]}
     parts = {
         "title": html.escape(title),
@@ -147,11 +152,23 @@ def write_explorer(
     # All placeholders in one pass, because the inserted text may contain placeholders itself.
     template = _read_asset("explorer.html")
     text = re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)
-    Path(path).write_text(text, encoding="utf-8")
+    content = text.encode()
+    with replace_file(path) as file:
+        file.write(content)
+
+
+def _check_sizes(pyramid: FeaturePyramid) -> None:
+    """Raises ValueError for a pyramid whose levels or cells the page cannot number."""
+    if pyramid.n_levels > MAX_LEVELS:
+        refuse("pyramid", f"at most {MAX_LEVELS} levels", f"{pyramid.n_levels}")
+    largest = max(max(shape) for shape in pyramid.level_shapes)
+    if largest > MAX_SIZE:
+        refuse("pyramid", f"at most 2^32 ({MAX_SIZE}) cells along an axis", f"{largest}")
 
 
 def _encode_view(view: View) -> dict[str, Any]:
     """What ``decodeView`` in ``decode.js`` reads."""
+    _check_sizes(view.pyramid)
     cells = project_cells(view.pyramid, view.records[0].batch_index, view.axis)
     image = None
     if view.image is not None:
