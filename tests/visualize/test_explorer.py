@@ -40,14 +40,14 @@ QUIET = [
 
 SCENE = make_scene(((32, 24), (16, 12)), (5, 7), (8,), 260, distinct=True)
 UNEVEN = make_scene(((6, 10), (9, 4), (9, 12)), (3, 3, 5), (4,), 130, distinct=True)
-CellKey = tuple[int, int, int]  # level, row, column
+CellKey = tuple[int, ...]  # level, cell along each axis
 
 
 def by_cell(
     weights: dict[int, Tensor], pyramid: FeaturePyramid = SCENE.pyramid
 ) -> dict[CellKey, Tensor]:
     """The weights ``[H]`` of each cell, in two dimensions."""
-    cells = {}
+    cells: dict[CellKey, Tensor] = {}
     for point, heads in weights.items():
         _, row, column, level = pyramid.coordinates[point].tolist()
         cells[level, row, column] = heads
@@ -301,12 +301,12 @@ def table_weights(page: "Page") -> dict[CellKey, float]:
     )
     found = {}
     for data, cells in rows:
-        row, column = map(int, data["cell"].split(","))
+        cell = tuple(map(int, data["cell"].split(",")))
         weight = float(data["weight"])
-        found[int(data["level"]), row, column] = weight
+        found[(int(data["level"]), *cell)] = weight
         assert cells[0] == data["level"]
         assert cells[-1] == f"{100 * weight:.2f} %"
-        assert [int(cell) for cell in cells[1:-1]] in ([row, column], [column])
+        assert tuple(int(text) for text in cells[1:-1]) == cell
     assert len(found) == len(rows)
     assert list(found.values()) == sorted(found.values(), reverse=True)
     return found
@@ -614,18 +614,24 @@ def test_views_and_records(open_page: OpenPage) -> None:
 
 def test_three_dimensions_are_projected_along_an_axis(open_page: OpenPage) -> None:
     record, by_point = make_record(CUBE, 0)
-    page = open_page(View(CUBE.pyramid, [record], axis=1))
+    page = open_page(View(CUBE.pyramid, [record], axis=1, axis_names=["axis 0", "y", "axis 2"]))
     query = busiest_query(CUBE, 0)
     for _ in range(query + 1):
         page.keyboard.press("ArrowRight")
     expected: dict[CellKey, Tensor] = {}
     for point, heads in by_point[query].items():
-        _, row, _, column, level = CUBE.pyramid.coordinates[point].tolist()
-        expected[level, row, column] = expected.get((level, row, column), 0) + heads
-    assert len(expected) < len(by_point[query])
+        _, *cell, level = CUBE.pyramid.coordinates[point].tolist()
+        expected[(level, *cell)] = expected.get((level, *cell), 0) + heads
+    assert len({(level, a, c) for level, a, _, c in expected}) < len(expected)
     assert_table(page, expected)
     headings = page.locator("#points th").all_inner_texts()
-    assert headings == ["level", "axis 0", "axis 2", "weight"]
+    assert headings == ["level", "axis 0", "y", "axis 2", "weight"]
+    counts = page.locator("#level-sums tbody tr td:nth-child(2)").all_inner_texts()
+    levels = [sum(cell[0] == level for cell in expected) for level in (0, 1)]
+    assert counts == [str(count) for count in levels]
+    position = record.positions[query].tolist()
+    for name, x in zip(("axis 0", "y", "axis 2"), position, strict=True):
+        assert f"{name} {x:.1f}" in page.inner_text("#where")
 
 
 def test_one_dimension_is_a_row(open_page: OpenPage) -> None:
@@ -635,7 +641,7 @@ def test_one_dimension_is_a_row(open_page: OpenPage) -> None:
     expected: dict[CellKey, Tensor] = {}
     for point, heads in by_point[query].items():
         _, cell, level = LINE.pyramid.coordinates[point].tolist()
-        expected[level, 0, cell] = expected.get((level, 0, cell), 0) + heads
+        expected[level, cell] = expected.get((level, cell), 0) + heads
     click(page, 0, 0.3, float(LINE.positions[query, 0]) - 0.5)
     assert selected(page) == query
     assert_table(page, expected)

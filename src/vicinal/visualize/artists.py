@@ -38,6 +38,7 @@ class CellCollection(PolyCollection):
     dot_color: Any = None  # of cells smaller than the least size; None: that of large ones
 
     def draw(self, renderer: Any) -> None:
+        assert self.axes is not None
         (x0, y0), (x1, y1) = self.axes.transData.transform([(0, 0), self.cell_size[::-1]])
         side = min(abs(x1 - x0), abs(y1 - y0)) / renderer.points_to_pixels(1)
         if side >= GAP_FROM:

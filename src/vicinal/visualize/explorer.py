@@ -38,8 +38,10 @@ class View:
         image: ``[H, W]`` intensities, drawn translucent above the points, or ``[H, W, 3]`` colors,
             drawn below them. Floating in [0, 1] or uint8, of any resolution; it is stretched over
             the whole map. None: no image.
-        axis: axis to project along, for three dimensions only. Points that differ in that axis
-            alone are drawn as one cell, with the sum of their weights. None: the first.
+        axis: axis to look along, for three dimensions only. Cells that differ in that axis alone
+            are drawn as one, with the sum of their weights, and listed apart. None: the one that
+            hides the fewest cells.
+        axis_names: a name per axis of the pyramid. None: as in `draw_attention`.
 
     Raises:
         ValueError: no records, records of several images or of another pyramid, or a ``title`` with
@@ -74,6 +76,7 @@ class View:
     title: str = "image"
     image: Tensor | None = None
     axis: int | None = None
+    axis_names: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         check_text("title", self.title)
@@ -169,7 +172,9 @@ def _check_sizes(pyramid: FeaturePyramid) -> None:
 def _encode_view(view: View) -> dict[str, Any]:
     """What ``decodeView`` in ``decode.js`` reads."""
     _check_sizes(view.pyramid)
-    cells = project_cells(view.pyramid, view.records[0].batch_index, view.axis)
+    cells = project_cells(
+        view.pyramid, view.records[0].batch_index, view.axis, view.axis_names, merged=False
+    )
     image = None
     if view.image is not None:
         pixels = to_uint8(view.image)
@@ -178,20 +183,16 @@ def _encode_view(view: View) -> dict[str, Any]:
     return {
         "title": view.title,
         "level_shapes": cells.level_shapes,
-        "axis_names": _axis_names(cells),
+        "axis_names": cells.drawn_names,
+        "all_names": cells.axis_names,
+        "dropped_axis": cells.projection.dropped_axis,
+        "view": cells.occupied_corners.flatten().tolist(),
         "cells": _encode(cells.cells, "I"),
+        "depths": _encode(cells.depths, "I"),
         "levels": _encode(cells.levels, "B"),
         "image": image,
         "records": [_encode_record(record, cells) for record in view.records],
     }
-
-
-def _axis_names(cells: ProjectedCells) -> list[str | None]:
-    if cells.projection.is_row:
-        return [None, "cell"]
-    if cells.projection.dropped_axis is None:
-        return ["row", "column"]
-    return [f"axis {axis}" for axis in cells.projection.axes]
 
 
 def _encode_record(record: AttentionRecord, cells: ProjectedCells) -> dict[str, Any]:
@@ -212,6 +213,8 @@ def _encode_record(record: AttentionRecord, cells: ProjectedCells) -> dict[str, 
         "windows": _encode(projected.windows, "f"),
         "window_sizes": None if sizes is None else [" × ".join([str(s)] * dim) for s in sizes],
         "positions": _encode(projected.positions, "f"),
+        "coordinates": _encode(record.positions, "f"),
+        "sizes": None if record.boxes is None else _encode(record.boxes[:, dim:], "f"),
         "levels": _encode(record.levels, "B"),
         "boxes": _encode(projected.boxes, "f"),
         "query_names": [record.describe(query) for query in range(len(record))],

@@ -13,7 +13,7 @@ from ..pyramid import FeaturePyramid
 from ..windows import finest_level
 from .artists import draw_cells, draw_image, make_rectangle, set_view
 from .palette import CATEGORICAL, LIGHT
-from .projection import ProjectedCells, ProjectedRecord, project_cells, project_record
+from .projection import ProjectedCells, ProjectedRecord, crop_around, project_cells, project_record
 from .record import AttentionRecord, check_record
 
 MAX_DOT_AREA = 60.0  # of the point with the largest weight, in points squared
@@ -127,7 +127,6 @@ def _crop(
     cells: ProjectedCells, projected: ProjectedRecord, queries: Tensor, crop: str | Tensor
 ) -> Tensor:
     """``[2, 2]``: low and high corner of the view, in cells of the full shape."""
-    limits = cells.map_corners.double()
     if isinstance(crop, Tensor):
         check_tensor("crop", crop, (2, cells.pyramid.position_dim))
         if not (crop[0] < crop[1]).all():
@@ -140,11 +139,7 @@ def _crop(
     if projected.boxes is not None:
         parts.append(projected.boxes[queries])
     corners = torch.cat([part.flatten(0, 1) for part in parts])
-    if crop == "map" or not len(corners):
-        return limits
-    low, high = corners.amin(0), corners.amax(0)
-    margin = (0.02 * (high - low)).clamp(min=2)
-    return torch.stack((low - margin, high + margin)).clamp(limits[0], limits[1])
+    return cells.map_corners.double() if crop == "map" else crop_around(corners, cells)
 
 
 def _color(query: int) -> str:

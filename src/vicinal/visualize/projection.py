@@ -71,6 +71,11 @@ class ProjectedCells(NamedTuple):
         """int64 ``[2, 2]``: low and high corner of the whole map."""
         return torch.tensor([[0, 0], self.full_shape])
 
+    @property
+    def occupied_corners(self) -> Tensor:
+        """float64 ``[2, 2]``: corners of the part with cells, or of the map without cells."""
+        return crop_around(self.corners(torch.arange(len(self.cells))).flatten(0, 1), self)
+
     def corners(self, cell_ids: Tensor) -> Tensor:
         """float64 ``[n, 2, 2]``: low and high corner of cells, in cells of the full shape."""
         corners = torch.stack((self.cells[cell_ids], self.cells[cell_ids] + 1), 1)
@@ -79,6 +84,16 @@ class ProjectedCells(NamedTuple):
     def level_corners(self, level: int) -> Tensor:
         """float64 ``[n, 2, 2]``: `corners` of all cells of a level."""
         return self.corners((self.levels == level).nonzero().squeeze(1))
+
+
+def crop_around(points: Tensor, cells: ProjectedCells) -> Tensor:
+    """float64 ``[2, 2]``: bounds of ``points`` ``[n, 2]`` with a margin, within the map."""
+    limits = cells.map_corners.double()
+    if not len(points):
+        return limits
+    low, high = points.amin(0), points.amax(0)
+    margin = (0.02 * (high - low)).clamp(min=2)
+    return torch.stack((low - margin, high + margin)).clamp(limits[0], limits[1])
 
 
 class ProjectedRecord(NamedTuple):
