@@ -12,6 +12,7 @@ Run it from the root of the repository: ``python -m examples.detect_digits``, or
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import shlex
 import sys
@@ -24,7 +25,21 @@ from torch import Tensor
 
 from examples.arguments import at_least_1, require, require_folder, seed
 from examples.canvas import Digits, load_digits
-from examples.digits.checkpoints import STATE, WEIGHTS, load_weights, read_metadata
+from examples.digits.checkpoints import (
+    STATE,
+    WEIGHTS,
+    CheckpointError,
+    load_state,
+    load_weights,
+    read_metadata,
+)
+from examples.digits.folder import (
+    LockError,
+    WriteError,
+    explain_write_errors,
+    lock_for_run,
+    write_file,
+)
 from examples.digits.processes import PeerError, peak_memory, process_group, rank_and_world_size
 from examples.digits.scenes import Batch, Scenes, split_digits
 from examples.digits.training import (
@@ -53,7 +68,8 @@ def main() -> int:
     before = _checkpoint_time(arguments.out)
     with process_group() as device:
         try:
-            run(arguments, device)
+            with lock_for_run(arguments.out, device):
+                run(arguments, device)
         except InterruptionError as interruption:
             _print_once(f"\nStopped: {interruption}. To resume: {resume_command()}")
             return 130
@@ -67,7 +83,7 @@ def main() -> int:
         except DivergenceError as problem:
             _print_once(f"\nStopped at {problem}.", every_process=problem.on_one_process)
             return 1
-        except (ConfigError, PeerError) as problem:
+        except (CheckpointError, ConfigError, LockError, PeerError, WriteError) as problem:
             _print_once(f"\nStopped: {problem}.")
             return 1
     return 0
@@ -104,10 +120,13 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def _check_resumable(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    for name in (STATE, WEIGHTS):
-        if not (arguments.out / name).is_file():
-            parser.error(f"argument --resume: missing file {arguments.out / name}")
-    trained = read_metadata(arguments.out).get("attention")
+    try:
+        state = load_state(arguments.out, torch.device("cpu"))
+    except FileNotFoundError:
+        parser.error(f"argument --resume: missing file {arguments.out / STATE}")
+    except CheckpointError as problem:
+        parser.error(f"argument --resume: {problem}")
+    trained = state["metadata"].get("attention")
     if trained != arguments.attention:
         parser.error(f"argument --attention: expected {trained}, as the run in {arguments.out}")
 
@@ -140,7 +159,7 @@ def run(arguments: argparse.Namespace, device: torch.device) -> None:
         "seconds_of_a_step": history.seconds,
         "peak_memory": memory,
     }
-    (arguments.out / FIGURES).write_text(json.dumps(figures, indent=2) + "\n")
+    write_file(arguments.out / FIGURES, (json.dumps(figures, indent=2) + "\n").encode())
     _draw(model, tests.batch(range(N_DRAWN)).to(device), arguments.out)
     _check_checkpoint(arguments.out, tests.batch(range(1)))
 
@@ -193,12 +212,15 @@ def _draw(model: DigitDetector, canvases: Batch, folder: Path) -> None:
 
     found, output = detect(model, canvases)
     records = attention_records(model, output, found, SCORE_THRESHOLD)
-    draw_detections(canvases, output.pyramid, records).savefig(folder / PICTURE)
+    picture = io.BytesIO()
+    draw_detections(canvases, output.pyramid, records).savefig(picture, format="png")
+    write_file(folder / PICTURE, picture.getvalue())
     views = [
         View(output.pyramid, [record], f"canvas {number}", canvases.dense_ink(number))
         for number, record in enumerate(records)
     ]
-    write_explorer(folder / PAGE, views, title="Points that each detection attended to")
+    with explain_write_errors(folder / PAGE):
+        write_explorer(folder / PAGE, views, title="Points that each detection attended to")
     print(f"Picture of {N_DRAWN} canvases with the attended points: {folder / PICTURE}")
     print(f"Interactive page, for a browser: {folder / PAGE}")
 

@@ -3,59 +3,153 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import itertools
-import os
-from collections.abc import Iterator, Mapping
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from examples.digits.folder import write_file
+
 WEIGHTS, STATE = "model.safetensors", "training_state.pt"
+STATE_VERSION = 2
+"""Version of the training state.
+
+Version 2 has its number, and the optimizer's state in the present order of the parameters. The
+first version has neither.
+"""
+
+
+class CheckpointError(ValueError):
+    """A file of a checkpoint cannot be used; the message names it."""
+
+
+class DamagedFileError(CheckpointError):
+    """A file is incomplete, or its content was changed."""
 
 
 def save_weights(folder: Path, weights: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
     """Writes ``model.safetensors`` with ``metadata`` in its header."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     contiguous = {name: tensor.contiguous() for name, tensor in weights.items()}
-    with _atomic_write(folder / WEIGHTS) as path:
-        save_file(contiguous, path, metadata)
+    write_file(folder / WEIGHTS, save(contiguous, metadata))
 
 
 def load_weights(folder: Path, model: nn.Module) -> None:
-    """Loads the weights in ``model.safetensors`` into ``model``."""
+    """Loads the weights in ``model.safetensors`` into ``model``.
+
+    Raises:
+        DamagedFileError: the file is damaged.
+    """
     from safetensors.torch import load_file
 
-    model.load_state_dict(load_file(folder / WEIGHTS))
+    with _damage_of_weights(folder / WEIGHTS):
+        weights = load_file(folder / WEIGHTS)
+    model.load_state_dict(weights)
 
 
 def read_metadata(folder: Path) -> dict[str, str]:
-    """Reads the metadata in the header of ``model.safetensors``."""
+    """Reads the metadata in the header of ``model.safetensors``.
+
+    Raises:
+        DamagedFileError: the file is damaged.
+    """
     from safetensors import safe_open
 
-    with safe_open(folder / WEIGHTS, "pt") as file:
+    with _damage_of_weights(folder / WEIGHTS), safe_open(folder / WEIGHTS, "pt") as file:
         metadata: dict[str, str] | None = file.metadata()
     return metadata or {}
 
 
-def save_state(folder: Path, state: Mapping[str, Any]) -> None:
-    """Writes ``training_state.pt``: tensors, numbers, strings, and lists and dicts of them."""
-    with _atomic_write(folder / STATE) as path:
-        torch.save(dict(state), path)
+@contextlib.contextmanager
+def _damage_of_weights(path: Path) -> Iterator[None]:
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        raise DamagedFileError(f"{path}: expected weights, got a damaged file ({error})") from error
+
+
+def save_state(
+    folder: Path,
+    state: Mapping[str, Any],
+    before_replacing: Callable[[], object] | None = None,
+) -> None:
+    """Writes ``training_state.pt``: tensors, numbers, strings, and lists and dicts of them.
+
+    Args:
+        folder: for the file.
+        state: by name.
+        before_replacing: called when the state is written and the file still is as before.
+    """
+    content = io.BytesIO()
+    torch.save({"version": STATE_VERSION, **state}, content)
+    write_file(folder / STATE, content.getvalue(), before_replacing)
 
 
 def load_state(folder: Path, device: torch.device) -> dict[str, Any]:
-    """Reads ``training_state.pt``, without executing any code in it."""
-    state: dict[str, Any] = torch.load(folder / STATE, map_location=device, weights_only=True)
+    """Reads ``training_state.pt``, without executing any code in it.
+
+    Raises:
+        DamagedFileError: the file is damaged.
+        CheckpointError: the state has another version.
+    """
+    path = folder / STATE
+    state = _read_state(path, device)
+    version = state.pop("version", None)
+    if version != STATE_VERSION:
+        found = "a state without version" if version is None else f"version {version}"
+        raise CheckpointError(
+            f"{path}: expected a training state of version {STATE_VERSION}, got {found}, whose "
+            "optimizer does not fit; start without --resume, which keeps this file under another "
+            "name, or resume with the version of the example that wrote it"
+        )
     return state
 
 
-def rename_existing(folder: Path) -> list[Path]:
-    """Renames both files with the first unused number, such as ``training_state.1.pt``."""
+def _read_state(path: Path, device: torch.device) -> dict[str, Any]:
+    content = io.BytesIO(path.read_bytes())
+    try:
+        with zipfile.ZipFile(content) as archive:
+            broken = archive.testzip()  # torch does not compare the checksums
+        if broken is not None:
+            raise ValueError(f"wrong checksum of {broken}")
+        content.seek(0)
+        state = torch.load(content, map_location=device, weights_only=True)
+        if not isinstance(state, dict):
+            raise TypeError(f"a {type(state).__name__}")
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of any type, depending on which bytes are wrong
+        raise DamagedFileError(
+            f"{path}: expected a training state, got a damaged file ({_first_sentence(error)}); "
+            "start without --resume, which keeps this file under another name"
+        ) from error
+    return state
+
+
+def _first_sentence(error: Exception) -> str:
+    return str(error).split(". ")[0].split("\n")[0] or type(error).__name__
+
+
+def rename_existing(folder: Path, damaged: bool = False) -> list[Path]:
+    """Renames both files with the first unused number, such as ``training_state.1.pt``.
+
+    Args:
+        folder: with the files.
+        damaged: append ``.damaged`` to the name of the training state.
+    """
     for number in itertools.count(1):
         files = {folder / name: _numbered(folder / name, number) for name in (STATE, WEIGHTS)}
+        if damaged:
+            state = files[folder / STATE]
+            files[folder / STATE] = state.with_name(f"{state.name}.damaged")
         if not any(path.exists() for path in files.values()):
             break
     moved = [(path, aside) for path, aside in files.items() if path.exists()]
@@ -66,15 +160,3 @@ def rename_existing(folder: Path) -> list[Path]:
 
 def _numbered(path: Path, number: int) -> Path:
     return path.with_suffix(f".{number}{path.suffix}")
-
-
-@contextlib.contextmanager
-def _atomic_write(path: Path) -> Iterator[Path]:
-    """Yields a temporary path that replaces ``path`` once it is completely written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)

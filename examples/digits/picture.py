@@ -67,7 +67,7 @@ def draw_detections(
 
 def _draw(ax: Axes, batch: Batch, pyramid: FeaturePyramid, record: AttentionRecord) -> None:
     image = record.batch_index
-    draw_overview(pyramid, record, image=batch.dense_ink(image), ax=ax)
+    draw_overview(pyramid, record, image=batch.dense_ink(image), crop="map", ax=ax)
     ax.set_xticks([])
     ax.set_yticks([])
 

@@ -35,6 +35,9 @@ def process_group() -> Iterator[torch.device]:
             dist.destroy_process_group()
 
 
+PEER_STOPPED = "another process stopped; it prints the reason"
+
+
 class PeerError(Exception):
     """Another process of the process group has stopped."""
 
@@ -47,7 +50,7 @@ def peer_errors() -> Iterator[None]:
     except RuntimeError as problem:
         # gloo raises a plain RuntimeError.
         if isinstance(problem, dist.DistError) or "gloo/transport" in str(problem):
-            raise PeerError("another process stopped; it prints the reason") from problem
+            raise PeerError(PEER_STOPPED) from problem
         raise
 
 

@@ -17,7 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from examples.digits.checkpoints import load_state, rename_existing, save_state, save_weights
+from examples.digits.checkpoints import (
+    CheckpointError,
+    DamagedFileError,
+    load_state,
+    rename_existing,
+    save_state,
+    save_weights,
+)
 from examples.digits.processes import (
     all_reduce_sums,
     deferred_signals,
@@ -119,7 +126,9 @@ def train(
         batches: generates the canvases with the given numbers. The first canvas of step ``s`` is
             ``s * config.batch``.
         folder: for ``model.safetensors`` and ``training_state.pt``, which are replaced atomically.
-            Files of an unfinished run are renamed.
+            Files of an unfinished run, and files that cannot be read, are renamed. Two runs in one
+            folder would replace each other's files; `examples.digits.folder.lock_folder` prevents
+            it.
         resume: resume from the state in ``folder``.
         save_every: steps between checkpoints. The first and the last step are always saved.
         metadata: for the header of ``model.safetensors``.
@@ -128,6 +137,8 @@ def train(
         ConfigError: a batch has fewer canvases than there are processes, or the checkpoint was
             written with another configuration.
         FileNotFoundError: there is no checkpoint to resume from.
+        CheckpointError: the checkpoint to resume from is damaged or of another version.
+        WriteError: a checkpoint cannot be written; the one before is kept.
         DivergenceError: a loss or a gradient is not finite, or ``model`` raised a ValueError.
         InterruptionError: SIGINT (Ctrl-C) or SIGTERM was received.
         PeerError: another process raised one of these.
@@ -252,34 +263,37 @@ class _Run:
         first, self.saved = not self.saved, True
         if self.rank != 0:
             return
-        if first:
-            self._keep_unfinished_run()
         weights = self.model.state_dict()
         state = {
             "config": dataclasses.asdict(self.config),
+            "metadata": self.metadata,
             "losses": self.losses,
             "model": weights,  # repeated, since the two files may be of different steps
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
         }
-        save_state(self.folder, state)
+        save_state(self.folder, state, self._keep_existing_run if first else None)
         save_weights(self.folder, weights, self.metadata)
         self.watch.lap("saving")
 
-    def _keep_unfinished_run(self) -> None:
-        """Renames the checkpoint of an unfinished run, so it is not overwritten."""
+    def _keep_existing_run(self) -> None:
+        """Renames a checkpoint that is not finished or cannot be read, so that it is kept."""
         from tqdm import tqdm
 
+        damaged = False
         try:
             state = load_state(self.folder, torch.device("cpu"))
+            done, steps = len(state["losses"]), state["config"]["steps"]
+            if done >= steps:
+                return
+            what = f"an unfinished run of {done} of {steps} steps"
         except FileNotFoundError:
             return
-        done, steps = len(state["losses"]), state["config"]["steps"]
-        if done < steps:
-            names = " and ".join(path.name for path in rename_existing(self.folder))
-            tqdm.write(
-                f"Renamed an unfinished run of {done} of {steps} steps in {self.folder}: {names}"
-            )
+        except CheckpointError as problem:
+            damaged = isinstance(problem, DamagedFileError)
+            what = "a damaged checkpoint" if damaged else "a checkpoint of another version"
+        names = " and ".join(path.name for path in rename_existing(self.folder, damaged))
+        tqdm.write(f"Renamed {what} in {self.folder}: {names}")
 
     def resume(self) -> None:
         """Loads the checkpoint."""

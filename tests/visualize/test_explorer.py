@@ -2,8 +2,10 @@
 
 import base64
 import dataclasses
+import errno
 import itertools
 import json
+import os
 import re
 import shutil
 import struct
@@ -38,14 +40,14 @@ QUIET = [
 
 SCENE = make_scene(((32, 24), (16, 12)), (5, 7), (8,), 260, distinct=True)
 UNEVEN = make_scene(((6, 10), (9, 4), (9, 12)), (3, 3, 5), (4,), 130, distinct=True)
-CellKey = tuple[int, int, int]  # level, row, column
+CellKey = tuple[int, ...]  # level, cell along each axis
 
 
 def by_cell(
     weights: dict[int, Tensor], pyramid: FeaturePyramid = SCENE.pyramid
 ) -> dict[CellKey, Tensor]:
     """The weights ``[H]`` of each cell, in two dimensions."""
-    cells = {}
+    cells: dict[CellKey, Tensor] = {}
     for point, heads in weights.items():
         _, row, column, level = pyramid.coordinates[point].tolist()
         cells[level, row, column] = heads
@@ -160,6 +162,83 @@ def test_nothing_is_written_where_something_cannot_be_drawn(tmp_path: Path) -> N
     assert not (tmp_path / "page.html").exists()
 
 
+def nothing_attended(shapes: tuple[tuple[int, ...], ...]) -> View:
+    """One query on a map without points."""
+    dim = len(shapes[0])
+    pyramid = FeaturePyramid(torch.zeros(0, 1), torch.zeros(0, dim + 2).long(), shapes, 1)
+    weights = NeighborhoodWeights(
+        torch.zeros(2).long(), torch.zeros(0).long(), torch.zeros(0, 1), None
+    )
+    return View(pyramid, [AttentionRecord(torch.ones(1, dim), weights)])
+
+
+LONE = "half a \ud83d character"
+REFUSED: dict[str, Callable[[Path], object]] = {
+    "page title": lambda path: write_explorer(path, nothing_attended(((4, 4),)), title=LONE),
+    "title": lambda path: write_explorer(
+        path, dataclasses.replace(nothing_attended(((4, 4),)), title=LONE)
+    ),
+    "name": lambda path: make_record(SCENE, 0, name=LONE),
+    "label": lambda path: make_record(SCENE, 0, labels=["a"] * 7 + [LONE]),
+    "levels": lambda path: write_explorer(path, nothing_attended(((4, 4),) * 256)),
+    "size": lambda path: write_explorer(path, nothing_attended(((4, 2**32 + 1),))),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_a_page_cannot_hold_is_refused_and_an_existing_page_stays(
+    tmp_path: Path, what: str
+) -> None:
+    page = tmp_path / "page.html"
+    page.write_text("an existing page")
+    with pytest.raises(ValueError, match=r": expected"):
+        REFUSED[what](page)
+    assert page.read_text() == "an existing page"
+    assert list(tmp_path.iterdir()) == [page]
+
+
+def test_the_most_levels_and_the_largest_size(tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    write_explorer(page, nothing_attended(((4, 2**32),) * 255))
+    assert len(read(page)["views"][0]["level_shapes"]) == 255
+
+
+def test_a_full_disk_keeps_an_existing_page(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    page = tmp_path / "page.html"
+    page.write_text("an existing page")
+
+    def fail(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match=r"No space left") as error:
+        write_explorer(page, nothing_attended(((4, 4),)))
+    assert error.value.errno == errno.ENOSPC
+    assert error.value.filename == str(page)
+    assert page.read_text() == "an existing page"
+    assert list(tmp_path.iterdir()) == [page]
+
+
+def test_a_page_keeps_its_mode_and_a_link_stays(tmp_path: Path) -> None:
+    page, link = tmp_path / "page.html", tmp_path / "link.html"
+    page.write_text("an existing page")
+    page.chmod(0o640)
+    link.symlink_to(page)
+    write_explorer(link, nothing_attended(((4, 4),)))
+    assert link.is_symlink()
+    assert page.stat().st_mode & 0o777 == 0o640
+    assert read(page)["views"]
+
+
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+    page = tmp_path / "missing" / "page.html"
+    with pytest.raises(FileNotFoundError) as error:
+        write_explorer(page, nothing_attended(((4, 4),)))
+    assert error.value.filename == str(page)
+
+
 # ------------------------------------------------------------------------------------- the browser
 
 
@@ -222,12 +301,12 @@ def table_weights(page: "Page") -> dict[CellKey, float]:
     )
     found = {}
     for data, cells in rows:
-        row, column = map(int, data["cell"].split(","))
+        cell = tuple(map(int, data["cell"].split(",")))
         weight = float(data["weight"])
-        found[int(data["level"]), row, column] = weight
+        found[(int(data["level"]), *cell)] = weight
         assert cells[0] == data["level"]
         assert cells[-1] == f"{100 * weight:.2f} %"
-        assert [int(cell) for cell in cells[1:-1]] in ([row, column], [column])
+        assert tuple(int(text) for text in cells[1:-1]) == cell
     assert len(found) == len(rows)
     assert list(found.values()) == sorted(found.values(), reverse=True)
     return found
@@ -535,18 +614,24 @@ def test_views_and_records(open_page: OpenPage) -> None:
 
 def test_three_dimensions_are_projected_along_an_axis(open_page: OpenPage) -> None:
     record, by_point = make_record(CUBE, 0)
-    page = open_page(View(CUBE.pyramid, [record], axis=1))
+    page = open_page(View(CUBE.pyramid, [record], axis=1, axis_names=["axis 0", "y", "axis 2"]))
     query = busiest_query(CUBE, 0)
     for _ in range(query + 1):
         page.keyboard.press("ArrowRight")
     expected: dict[CellKey, Tensor] = {}
     for point, heads in by_point[query].items():
-        _, row, _, column, level = CUBE.pyramid.coordinates[point].tolist()
-        expected[level, row, column] = expected.get((level, row, column), 0) + heads
-    assert len(expected) < len(by_point[query])
+        _, *cell, level = CUBE.pyramid.coordinates[point].tolist()
+        expected[(level, *cell)] = expected.get((level, *cell), 0) + heads
+    assert len({(level, a, c) for level, a, _, c in expected}) < len(expected)
     assert_table(page, expected)
     headings = page.locator("#points th").all_inner_texts()
-    assert headings == ["level", "axis 0", "axis 2", "weight"]
+    assert headings == ["level", "axis 0", "y", "axis 2", "weight"]
+    counts = page.locator("#level-sums tbody tr td:nth-child(2)").all_inner_texts()
+    levels = [sum(cell[0] == level for cell in expected) for level in (0, 1)]
+    assert counts == [str(count) for count in levels]
+    position = record.positions[query].tolist()
+    for name, x in zip(("axis 0", "y", "axis 2"), position, strict=True):
+        assert f"{name} {x:.1f}" in page.inner_text("#where")
 
 
 def test_one_dimension_is_a_row(open_page: OpenPage) -> None:
@@ -556,7 +641,7 @@ def test_one_dimension_is_a_row(open_page: OpenPage) -> None:
     expected: dict[CellKey, Tensor] = {}
     for point, heads in by_point[query].items():
         _, cell, level = LINE.pyramid.coordinates[point].tolist()
-        expected[level, 0, cell] = expected.get((level, 0, cell), 0) + heads
+        expected[level, cell] = expected.get((level, cell), 0) + heads
     click(page, 0, 0.3, float(LINE.positions[query, 0]) - 0.5)
     assert selected(page) == query
     assert_table(page, expected)

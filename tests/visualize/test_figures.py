@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import PathCollection, PolyCollection
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -172,15 +173,15 @@ def test_a_row_per_head() -> None:
     weights = torch.stack(list(by_point[query].values()))
     levels = SCENE.pyramid.levels[list(by_point[query])]
     for head, row in enumerate(rows):
-        assert row[0].get_ylabel() == f"head {head}"
+        assert row[0].get_ylabel().splitlines()[0] == f"head {head}"
         for level, ax in enumerate(row):
             share = float(weights[levels == level, head].sum())
             assert percents(ax) == [f"{share:.0%}"]
             assert len(corners(squares(ax, 2))) == int((levels == level).sum())
     assert figure.axes[-1].get_ylim() == pytest.approx((0, float(weights.max())))
     two = draw_attention(SCENE.pyramid, record, query, heads=[2, 0])
-    assert [ax.get_ylabel() for ax in two.axes[:4:2]] == ["head 2", "head 0"]
-    assert two.axes[0].get_xlabel() == rows[2][0].get_xlabel()
+    assert [ax.get_ylabel().splitlines()[0] for ax in two.axes[:4:2]] == ["head 2", "head 0"]
+    assert percents(two.axes[0]) == percents(rows[2][0])
 
 
 def test_boxes_backgrounds_and_names() -> None:
@@ -277,7 +278,9 @@ def test_a_query_without_neighbors() -> None:
 def test_three_dimensions_add_up_along_an_axis(axis: int | None) -> None:
     record, by_point = make_record(CUBE, 0, boxes=boxes_around(CUBE.positions))
     query = busiest_query(CUBE, 0)
-    along = 0 if axis is None else axis
+    cells = CUBE.pyramid.coordinates[CUBE.pyramid.batch == 0, 1:].tolist()
+    shown = [len({(*c[:i], *c[i + 1 :]) for c in map(tuple, cells)}) for i in range(3)]
+    along = shown.index(max(shown)) if axis is None else axis  # it hides the fewest cells
     row, column = (other for other in range(3) if other != along)
     figure = draw_attention(CUBE.pyramid, record, query, axis=axis)
     shapes = CUBE.pyramid.level_shapes
@@ -343,7 +346,7 @@ def test_points_that_share_a_cell_are_one_square() -> None:
 def test_the_overview_draws_the_points_of_each_query(level: int | None) -> None:
     positions = SCENE.positions[6:]
     record, by_point = make_record(SCENE, IMAGE, boxes=boxes_around(positions))
-    ax = draw_overview(SCENE.pyramid, record, queries=torch.tensor([3, 1]), level=level)
+    ax = draw_overview(SCENE.pyramid, record, queries=torch.tensor([3, 1]), level=level, crop="map")
     dots = [x for x in ax.collections if isinstance(x, PathCollection)]
     for query, drawn in zip([3, 1], dots, strict=True):
         expected = {}
@@ -393,6 +396,88 @@ def test_an_overview_without_boxes_in_given_axes() -> None:
 
 def test_an_overview_of_three_dimensions() -> None:
     record, _ = make_record(CUBE, 0)
-    ax = draw_overview(CUBE.pyramid, record, axis=1)
+    ax = draw_overview(CUBE.pyramid, record, axis=1, axis_names=["x", "y", "$z"], crop="map")
+    assert (ax.get_ylabel(), ax.get_xlabel()) == ("x", "$z")
     assert ax.get_xlim() == (0, 7)
     assert ax.get_ylim() == (6, 0)
+
+
+# --------------------------------------------------------------------------------------- large maps
+
+
+def wall(n: int) -> tuple[FeaturePyramid, AttentionRecord]:
+    """Points on a line of cells across a part of a large map, and a query on the first of them."""
+    cells = torch.full((n, 3), 40)
+    cells[:, 0] = 700 + torch.arange(n)
+    cells[:, 2] = 20 + torch.arange(n) % 30
+    coordinates = torch.nn.functional.pad(cells, (1, 1))
+    pyramid = FeaturePyramid(torch.zeros(n, 1), coordinates, ((4000, 4000, 80),), 1)
+    weights = NeighborhoodWeights(
+        torch.tensor([0, n]), torch.arange(n), torch.full((n, 1), 1 / n), None
+    )
+    return pyramid, AttentionRecord(pyramid.positions()[:1], weights)
+
+
+def dark_pixels(figure: Figure, darkest: int) -> int:
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return int((np.asarray(canvas.buffer_rgba())[..., :3].max(-1) < darkest).sum())
+
+
+def test_cells_smaller_than_a_pixel_are_visible() -> None:
+    pyramid, record = wall(400)
+    none = torch.zeros(0).long()
+    whole = draw_overview(pyramid, record, axis=2, queries=none, crop="map")
+    frame = draw_overview(pyramid, record, axis=2, queries=none, crop=torch.tensor(
+        [[0, 2000, 0], [4000, 4000, 80]]))  # fmt: skip
+    visible = dark_pixels(whole.figure, 190) - dark_pixels(frame.figure, 190)  # type: ignore[arg-type]
+    assert visible > 40  # of the 60 that 400 of 4000 cells take
+
+
+def test_attended_cells_smaller_than_a_pixel_keep_the_color_of_their_weight() -> None:
+    pyramid, record = wall(400)
+    apart = torch.tensor([[0, 0, 0, 0, 0], [0, 3999, 3999, 0, 0]])
+    pyramid = FeaturePyramid(torch.zeros(2, 1), apart, pyramid.level_shapes, 1)
+    weights = NeighborhoodWeights(
+        torch.tensor([0, 2]), torch.arange(2), torch.full((2, 1), 0.5), None
+    )
+    record = AttentionRecord(torch.tensor([[2000.0, 9.0, 1.0]]), weights)
+    figure = draw_attention(pyramid, record, axis=2)
+    ink = tuple(int(LIGHT.weights[-1][i : i + 2], 16) for i in (1, 3, 5))
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    left = np.asarray(canvas.buffer_rgba())[:, : canvas.get_width_height()[0] * 2 // 3, :3]
+    assert (np.abs(left.astype(int) - ink).max(-1) < 100).sum() >= 2
+
+
+def test_the_overview_shows_what_is_occupied() -> None:
+    pyramid, record = wall(400)
+    ax = draw_overview(pyramid, record, axis=1)
+    assert ax.get_ylim() == pytest.approx((1100 + 8, 700 - 8))  # 2 % of 400 cells
+    assert ax.get_xlim() == pytest.approx((18, 52))  # 2 cells
+    given = torch.tensor([[650, 0, 10], [900, 60, 70.5]])
+    ax = draw_overview(pyramid, record, axis=1, crop=given)
+    assert (ax.get_xlim(), ax.get_ylim()) == ((10, 70.5), (900, 650))
+
+
+def test_the_axis_to_look_along_hides_the_fewest_cells() -> None:
+    pyramid, record = wall(400)
+    ax = draw_overview(pyramid, record, axis_names=["x", "y", "z"])
+    assert (ax.get_ylabel(), ax.get_xlabel()) == ("x", "z")
+    assert draw_attention(pyramid, record).get_suptitle().endswith("axis 1")
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("crop", "all"),
+        ("crop", torch.zeros(2, 2)),
+        ("crop", torch.zeros(2, 3)),
+        ("axis_names", "xyz"),
+        ("axis_names", ["x", "y"]),
+        ("axis_names", ["x", "y", 3]),
+    ],
+)
+def test_wrong_views_are_refused(argument: str, value: object) -> None:
+    with pytest.raises(ValueError, match=rf"^{argument}.*: expected"):
+        draw_overview(*wall(5), **{argument: value})  # type: ignore[arg-type]

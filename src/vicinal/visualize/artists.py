@@ -16,6 +16,8 @@ from .image import to_uint8
 from .palette import LIGHT
 from .projection import ProjectedCells
 
+LEAST_SIZE = 1.5  # of a cell, in points
+GAP_FROM = 5.0  # least size of cells with a gap between them, in points
 WEIGHT_COLORMAP = LinearSegmentedColormap.from_list("weights", LIGHT.weights)
 _INTENSITY_OPACITY = 0.35  # of the largest intensity, so that the points stay visible below it
 
@@ -26,12 +28,43 @@ def make_rectangle(corners: Tensor, **style: Any) -> Rectangle:
     return Rectangle((left, top), right - left, bottom - top, **style)
 
 
+class CellCollection(PolyCollection):
+    """Cells with a gap between large ones; small ones are drawn with a least visible size.
+
+    The size of a cell on paper depends on view and layout, so it is measured when it is drawn.
+    """
+
+    cell_size: tuple[float, float]  # height and width, in cells of the full shape
+    dot_color: Any = None  # of cells smaller than the least size; None: that of large ones
+
+    def draw(self, renderer: Any) -> None:
+        assert self.axes is not None
+        (x0, y0), (x1, y1) = self.axes.transData.transform([(0, 0), self.cell_size[::-1]])
+        side = min(abs(x1 - x0), abs(y1 - y0)) / renderer.points_to_pixels(1)
+        if side >= GAP_FROM:
+            self.set_edgecolor("white")
+            self.set_linewidth(0.8)
+        else:
+            if side < LEAST_SIZE and self.dot_color is not None:
+                self.set_facecolor(self.dot_color)
+            self.set_edgecolor(self.get_facecolor())
+            self.set_linewidth(max(0.0, LEAST_SIZE - side))
+        super().draw(renderer)
+
+
 def draw_cells(ax: Axes, corners: Tensor, **style: Any) -> None:
-    """Adds cells, given their corners ``[n, 2, 2]``, as one collection."""
+    """Adds cells of one level, given their corners ``[n, 2, 2]``, as one collection.
+
+    ``dot_color`` replaces their color where they are smaller than the least visible size.
+    """
+    dot_color = style.pop("dot_color", None)
     top, left, bottom, right = corners.flatten(1).t()
     vertices = torch.stack((left, top, right, top, right, bottom, left, bottom), 1)
     array: Any = vertices.view(-1, 4, 2).numpy()  # fast, although the stubs want sequences
-    ax.add_collection(PolyCollection(array, **style))
+    cells = CellCollection(array, **style)
+    height, width = (corners[0, 1] - corners[0, 0]).tolist() if len(corners) else (1.0, 1.0)
+    cells.cell_size, cells.dot_color = (height, width), dot_color
+    ax.add_collection(cells)
 
 
 def draw_image(ax: Axes, image: Tensor | None, cells: ProjectedCells) -> None:

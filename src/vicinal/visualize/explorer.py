@@ -9,7 +9,6 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,11 +16,13 @@ from torch import Tensor
 
 from .._utils.checks import refuse
 from ..pyramid import FeaturePyramid
+from .files import replace_file
 from .image import encode_png, to_uint8
 from .palette import DARK, LIGHT, Palette
 from .projection import ProjectedCells, project_cells, project_record
-from .record import AttentionRecord, check_record
+from .record import AttentionRecord, check_record, check_text
 
+MAX_LEVELS, MAX_SIZE = 255, 2**32  # what the numbers of the page can hold
 WEIGHT_STEPS = 2**16 - 1  # a query's largest weight, as a quantized uint16
 _SCRIPTS = ("decode.js", "draw.js", "state.js", "details.js", "input.js")
 
@@ -37,11 +38,14 @@ class View:
         image: ``[H, W]`` intensities, drawn translucent above the points, or ``[H, W, 3]`` colors,
             drawn below them. Floating in [0, 1] or uint8, of any resolution; it is stretched over
             the whole map. None: no image.
-        axis: axis to project along, for three dimensions only. Points that differ in that axis
-            alone are drawn as one cell, with the sum of their weights. None: the first.
+        axis: axis to look along, for three dimensions only. Cells that differ in that axis alone
+            are drawn as one, with the sum of their weights, and listed apart. None: the one that
+            hides the fewest cells.
+        axis_names: a name per axis of the pyramid. None: as in `draw_attention`.
 
     Raises:
-        ValueError: no records, or records of several images or of another pyramid.
+        ValueError: no records, records of several images or of another pyramid, or a ``title`` with
+            a lone surrogate.
 
     Example:
         ```python
@@ -72,8 +76,10 @@ class View:
     title: str = "image"
     image: Tensor | None = None
     axis: int | None = None
+    axis_names: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
+        check_text("title", self.title)
         if not self.records:
             refuse("records", "at least one AttentionRecord", "none")
         for record in self.records:
@@ -97,18 +103,19 @@ def write_explorer(
     1e-5 of the query's largest weight. With 8 heads and 80 points, a query takes about 2 KB.
 
     Args:
-        path: HTML file to write. An existing file is replaced.
+        path: HTML file to write. An existing file is replaced once the new one is complete.
         views: one image or several to choose from.
         title: title of the page.
 
     Raises:
         ValueError: ``views`` is empty, an image has an invalid shape, dtype or range, an ``axis``
-            is out of range, or a pyramid has more than three dimensions. No file is written then.
+            is out of range, ``title`` has a lone surrogate, or a pyramid has more than three
+            dimensions, 255 levels or 2^32 cells along an axis. No file is written then.
+        OSError: the file cannot be written; the error names ``path``, which stays as it was.
 
     Example:
         ```python
         import tempfile
-        from pathlib import Path
 
         import torch
         from vicinal import FeaturePyramid, SparseNeighborhoodAttentionBlock
@@ -135,6 +142,7 @@ def write_explorer(
     is_sequence = isinstance(views, Sequence) and len(views) > 0
     if not is_sequence or not all(isinstance(view, View) for view in views):
         refuse("views", "at least one View", str(views))
+    check_text("title", title)
     data = {"weight_steps": WEIGHT_STEPS, "views": [_encode_view(view) for view in views]}
     parts = {
         "title": html.escape(title),
@@ -147,12 +155,26 @@ def write_explorer(
     # All placeholders in one pass, because the inserted text may contain placeholders itself.
     template = _read_asset("explorer.html")
     text = re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)
-    Path(path).write_text(text, encoding="utf-8")
+    content = text.encode()
+    with replace_file(path) as file:
+        file.write(content)
+
+
+def _check_sizes(pyramid: FeaturePyramid) -> None:
+    """Raises ValueError for a pyramid whose levels or cells the page cannot number."""
+    if pyramid.n_levels > MAX_LEVELS:
+        refuse("pyramid", f"at most {MAX_LEVELS} levels", f"{pyramid.n_levels}")
+    largest = max(max(shape) for shape in pyramid.level_shapes)
+    if largest > MAX_SIZE:
+        refuse("pyramid", f"at most 2^32 ({MAX_SIZE}) cells along an axis", f"{largest}")
 
 
 def _encode_view(view: View) -> dict[str, Any]:
     """What ``decodeView`` in ``decode.js`` reads."""
-    cells = project_cells(view.pyramid, view.records[0].batch_index, view.axis)
+    _check_sizes(view.pyramid)
+    cells = project_cells(
+        view.pyramid, view.records[0].batch_index, view.axis, view.axis_names, merged=False
+    )
     image = None
     if view.image is not None:
         pixels = to_uint8(view.image)
@@ -161,20 +183,16 @@ def _encode_view(view: View) -> dict[str, Any]:
     return {
         "title": view.title,
         "level_shapes": cells.level_shapes,
-        "axis_names": _axis_names(cells),
+        "axis_names": cells.drawn_names,
+        "all_names": cells.axis_names,
+        "dropped_axis": cells.projection.dropped_axis,
+        "view": cells.occupied_corners.flatten().tolist(),
         "cells": _encode(cells.cells, "I"),
+        "depths": _encode(cells.depths, "I"),
         "levels": _encode(cells.levels, "B"),
         "image": image,
         "records": [_encode_record(record, cells) for record in view.records],
     }
-
-
-def _axis_names(cells: ProjectedCells) -> list[str | None]:
-    if cells.projection.is_row:
-        return [None, "cell"]
-    if cells.projection.dropped_axis is None:
-        return ["row", "column"]
-    return [f"axis {axis}" for axis in cells.projection.axes]
 
 
 def _encode_record(record: AttentionRecord, cells: ProjectedCells) -> dict[str, Any]:
@@ -195,6 +213,8 @@ def _encode_record(record: AttentionRecord, cells: ProjectedCells) -> dict[str, 
         "windows": _encode(projected.windows, "f"),
         "window_sizes": None if sizes is None else [" × ".join([str(s)] * dim) for s in sizes],
         "positions": _encode(projected.positions, "f"),
+        "coordinates": _encode(record.positions, "f"),
+        "sizes": None if record.boxes is None else _encode(record.boxes[:, dim:], "f"),
         "levels": _encode(record.levels, "B"),
         "boxes": _encode(projected.boxes, "f"),
         "query_names": [record.describe(query) for query in range(len(record))],

@@ -33,6 +33,7 @@ def draw_attention(
     *,
     heads: str | Sequence[int] = "mean",
     axis: int | None = None,
+    axis_names: Sequence[str] | None = None,
     image: Tensor | None = None,
     margin: int = 3,
 ) -> Figure:
@@ -48,7 +49,10 @@ def draw_attention(
         query: index of the query to draw, in [0, n).
         heads: ``"mean"`` for the mean over the heads, ``"each"`` for one row per head, or indices
             of the heads to draw, one row each.
-        axis: axis to project along, for three dimensions only. None: the first.
+        axis: axis to look along, for three dimensions only. None: the one that hides the fewest
+            cells.
+        axis_names: a name per axis of the pyramid. None: ``row`` and ``column`` in two dimensions,
+            ``cell`` in one, ``axis 0`` to ``axis 2`` in three.
         image: ``[H, W]`` intensities, drawn translucent above the points, or ``[H, W, 3]`` colors,
             drawn below them. Floating in [0, 1] or uint8, of any resolution; it is stretched over
             the whole map. None: no image.
@@ -91,7 +95,7 @@ def draw_attention(
         refuse("margin", "a number of cells, at least 0", margin)
     rows = _head_rows(heads, record.n_heads)
     image = None if image is None else to_uint8(image)
-    cells = project_cells(pyramid, record.batch_index, axis)
+    cells = project_cells(pyramid, record.batch_index, axis, axis_names)
     projected = project_record(record, cells)
     ids, weights = projected.attended(query)
     row_weights = torch.stack([weights[:, row].mean(1) for row in rows.values()], 1)
@@ -108,18 +112,22 @@ def draw_attention(
         for ax, level_weights in zip(axes[:, level], row_weights[in_level].t(), strict=True):
             panel.draw(ax)
             colors = WEIGHT_COLORMAP(norm(level_weights.tolist()))
-            draw_cells(ax, panel.attended, facecolor=colors, edgecolor="white", zorder=2)
+            draw_cells(ax, panel.attended, facecolor=colors, zorder=2)
             draw_image(ax, image, cells)
             set_view(ax, panel.view, is_row=cells.projection.is_row)
             ax.set_xlabel(f"{float(level_weights.sum()):.0%} of the weight", **_TEXT)
         axes[0, level].set_title(_panel_title(record, query, level, cells), fontsize=10)
     if projected.background is not None:
         _add_background_shares(axes, projected.background[query], rows)
+    row_name, column_name = cells.drawn_names
     for ax, name in zip(axes[:, 0], rows, strict=True):
-        ax.set_ylabel(name, **_TEXT)
+        ax.set_ylabel(name if row_name is None else f"{name}\n{row_name}", **_TEXT)
+        ax.yaxis.label.set_parse_math(False)
+    for ax in axes[-1]:
+        ax.set_xlabel(f"{column_name}\n{ax.get_xlabel()}", parse_math=False)
     title = f"Attention of {record.describe(query)}: {record.name}"
     if cells.projection.dropped_axis is not None:
-        title += f", projected along axis {cells.projection.dropped_axis}"
+        title += f", along {cells.axis_names[cells.projection.dropped_axis]}"
     figure.suptitle(title, fontsize=12, parse_math=False)
     _add_colorbar(figure, norm)
     _add_legend(figure, record, n_columns=2 if n_levels == 1 else 4)
@@ -164,7 +172,7 @@ class _Panel(NamedTuple):
         ax.grid(which="minor", color=LIGHT.point, linewidth=0.5, zorder=0)
         ax.tick_params(which="minor", length=0)
         ax.set_axisbelow(True)
-        draw_cells(ax, self.visible, facecolor=LIGHT.point, edgecolor="white", zorder=1)
+        draw_cells(ax, self.visible, facecolor=LIGHT.point, dot_color=LIGHT.dot, zorder=1)
         for corners, style in ((self.window, _WINDOW), (self.box, _BOX)):
             if corners is not None:
                 ax.add_patch(make_rectangle(corners, zorder=4, **style))

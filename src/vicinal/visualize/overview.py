@@ -1,5 +1,7 @@
 """A figure of an image with its queries: boxes, labels and attended points."""
 
+from collections.abc import Sequence
+
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -11,7 +13,7 @@ from ..pyramid import FeaturePyramid
 from ..windows import finest_level
 from .artists import draw_cells, draw_image, make_rectangle, set_view
 from .palette import CATEGORICAL, LIGHT
-from .projection import ProjectedCells, ProjectedRecord, project_cells, project_record
+from .projection import ProjectedCells, ProjectedRecord, crop_around, project_cells, project_record
 from .record import AttentionRecord, check_record
 
 MAX_DOT_AREA = 60.0  # of the point with the largest weight, in points squared
@@ -31,6 +33,8 @@ def draw_overview(
     queries: Tensor | None = None,
     level: int | None = None,
     axis: int | None = None,
+    axis_names: Sequence[str] | None = None,
+    crop: str | Tensor = "occupied",
     image: Tensor | None = None,
     ax: Axes | None = None,
 ) -> Axes:
@@ -47,7 +51,12 @@ def draw_overview(
         record: queries of one image and their weights.
         queries: integer ``[m]``, indices of the record's queries to draw. None: all.
         level: draw attended points of this level only. None: of all levels.
-        axis: axis to project along, for three dimensions only. None: the first.
+        axis: axis to look along, for three dimensions only. None: the one that hides the fewest
+            cells.
+        axis_names: a name per axis of the pyramid. None: ``row`` and ``column`` in two dimensions,
+            ``cell`` in one, ``axis 0`` to ``axis 2`` in three.
+        crop: ``"occupied"`` for the part with points and queries, ``"map"`` for the whole
+            map, or ``[2, P]``, its low and high corner in cells of the full shape.
         image: ``[H, W]`` intensities or ``[H, W, 3]`` colors, as in `draw_attention`.
         ax: axes to draw in. None: the axes of a new figure.
 
@@ -91,19 +100,46 @@ def draw_overview(
         queries = torch.arange(len(record))
     check_tensor("queries", queries, ("m",), kind="integer")
     check_range("queries", queries, len(record))
-    cells = project_cells(pyramid, record.batch_index, axis)
+    cells = project_cells(pyramid, record.batch_index, axis, axis_names)
     projected = project_record(record, cells)
+    view = _crop(cells, projected, queries, crop)
     if ax is None:
         ax = Figure((7, 7), layout="constrained").subplots()
     finest = finest_level(pyramid.level_shapes)
-    draw_cells(ax, cells.level_corners(finest), facecolor=LIGHT.point, zorder=1)
+    draw_cells(
+        ax, cells.level_corners(finest), facecolor=LIGHT.point, dot_color=LIGHT.dot, zorder=1
+    )
     draw_image(ax, image, cells)
-    set_view(ax, cells.map_corners, is_row=cells.projection.is_row)
+    set_view(ax, view, is_row=cells.projection.is_row)
+    for label, name in (
+        (ax.set_ylabel, cells.drawn_names[0]),
+        (ax.set_xlabel, cells.drawn_names[1]),
+    ):
+        label(name or "", color=LIGHT.text, parse_math=False)
     for query in queries.tolist():
         _draw_query(ax, cells, projected, query, level)
     if record.labels is not None or record.scores is not None:
         _draw_labels(ax, record, projected, queries.tolist())
     return ax
+
+
+def _crop(
+    cells: ProjectedCells, projected: ProjectedRecord, queries: Tensor, crop: str | Tensor
+) -> Tensor:
+    """``[2, 2]``: low and high corner of the view, in cells of the full shape."""
+    if isinstance(crop, Tensor):
+        check_tensor("crop", crop, (2, cells.pyramid.position_dim))
+        if not (crop[0] < crop[1]).all():
+            refuse("crop", "a low corner below the high one", str(crop.tolist()))
+        low, high = crop.detach().cpu().double()
+        return torch.stack((cells.projection(low, 0), cells.projection(high, 1)))
+    if crop not in ("occupied", "map"):
+        refuse("crop", "'occupied', 'map' or a tensor [2, P]", crop)
+    parts = [cells.corners(torch.arange(len(cells.cells))), projected.positions[queries, None]]
+    if projected.boxes is not None:
+        parts.append(projected.boxes[queries])
+    corners = torch.cat([part.flatten(0, 1) for part in parts])
+    return cells.map_corners.double() if crop == "map" else crop_around(corners, cells)
 
 
 def _color(query: int) -> str:

@@ -11,6 +11,7 @@ class Palette(NamedTuple):
     text: str  # also the color of an intensity image
     muted: str  # secondary text, and queries that are not selected
     point: str  # points without attention weight, and grid lines
+    dot: str  # the same points where cells are too small to be seen
     border: str
     window: str
     query: str  # the selected query and its box
@@ -23,6 +24,7 @@ LIGHT = Palette(
     "#2b303b",
     "#5b6472",
     "#dfe3e8",
+    "#8d96a3",
     "#c3c9d1",
     "#0f7c8a",
     "#b3243c",
@@ -34,6 +36,7 @@ DARK = Palette(
     "#e3e7ee",
     "#a3adbb",
     "#333b47",
+    "#6b7686",
     "#47505d",
     "#4cc3d1",
     "#ff7a8a",

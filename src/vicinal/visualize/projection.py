@@ -4,6 +4,7 @@ Three dimensions are projected along one axis: points that differ in that axis a
 cell, and their weights are summed. One dimension becomes a row that is one cell high.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,7 +15,9 @@ from .._utils.checks import LevelShapes, refuse
 from .._utils.ragged import offsets_from_counts
 from ..pyramid import FeaturePyramid
 from ..windows import full_shape, level_scales, window_centers
-from .record import AttentionRecord, check_record
+from .record import AttentionRecord, check_record, check_text
+
+_DEFAULT_NAMES = {1: ("cell",), 2: ("row", "column"), 3: ("axis 0", "axis 1", "axis 2")}
 
 
 @dataclass(frozen=True)
@@ -37,13 +40,18 @@ class Projection:
 
 
 class ProjectedCells(NamedTuple):
-    """The occupied cells of one image, each listed once, on the CPU."""
+    """The occupied cells of one image, each listed once, on the CPU.
+
+    With ``merged=False`` cells that differ along the dropped axis alone are listed apart.
+    """
 
     pyramid: FeaturePyramid
     projection: Projection
     level_shapes: LevelShapes  # [L, 2]
     scales: Tensor  # float64 [L, 2]: cells of the level per cell of the full shape
+    axis_names: tuple[str, ...]  # of all P axes
     cells: Tensor  # int64 [m, 2]
+    depths: Tensor | None  # int64 [m], along the dropped axis; None where cells are merged
     levels: Tensor  # int64 [m]
     cell_ids: Tensor  # int64 [nnz]: the row in `cells` of each point, -1 for other images
 
@@ -53,9 +61,20 @@ class ProjectedCells(NamedTuple):
         return height, width
 
     @property
+    def drawn_names(self) -> list[str | None]:
+        """The names of the two drawn axes; None for the added axis of a row."""
+        names: list[str | None] = [self.axis_names[axis] for axis in self.projection.axes]
+        return [None, *names] if self.projection.is_row else names
+
+    @property
     def map_corners(self) -> Tensor:
         """int64 ``[2, 2]``: low and high corner of the whole map."""
         return torch.tensor([[0, 0], self.full_shape])
+
+    @property
+    def occupied_corners(self) -> Tensor:
+        """float64 ``[2, 2]``: corners of the part with cells, or of the map without cells."""
+        return crop_around(self.corners(torch.arange(len(self.cells))).flatten(0, 1), self)
 
     def corners(self, cell_ids: Tensor) -> Tensor:
         """float64 ``[n, 2, 2]``: low and high corner of cells, in cells of the full shape."""
@@ -65,6 +84,16 @@ class ProjectedCells(NamedTuple):
     def level_corners(self, level: int) -> Tensor:
         """float64 ``[n, 2, 2]``: `corners` of all cells of a level."""
         return self.corners((self.levels == level).nonzero().squeeze(1))
+
+
+def crop_around(points: Tensor, cells: ProjectedCells) -> Tensor:
+    """float64 ``[2, 2]``: bounds of ``points`` ``[n, 2]`` with a margin, within the map."""
+    limits = cells.map_corners.double()
+    if not len(points):
+        return limits
+    low, high = points.amin(0), points.amax(0)
+    margin = (0.02 * (high - low)).clamp(min=2)
+    return torch.stack((low - margin, high + margin)).clamp(limits[0], limits[1])
 
 
 class ProjectedRecord(NamedTuple):
@@ -84,38 +113,77 @@ class ProjectedRecord(NamedTuple):
         return self.cell_ids[pairs], self.weights[pairs]
 
 
-def choose_projection(position_dim: int, axis: int | None) -> Projection:
-    """Keeps one or two dimensions; projects three along ``axis`` (None: the first).
+def choose_projection(pyramid: FeaturePyramid, points: Tensor, axis: int | None) -> Projection:
+    """Keeps one or two dimensions; projects three along ``axis``.
+
+    For None, this is the axis along which the ``points`` merge into the most cells, so that the
+    fewest are hidden; the first of several.
 
     Raises:
         ValueError: more than three dimensions, or an ``axis`` with fewer than three.
     """
+    position_dim = pyramid.position_dim
     if position_dim > 3:
         refuse("pyramid", "1 to 3 spatial dimensions", f"{position_dim}")
     if position_dim < 3:
         if axis is not None:
             refuse("axis", f"None for {position_dim} dimensions", axis)
         return Projection(tuple(range(position_dim)))
-    axis = 0 if axis is None else axis
+    if axis is None:
+        axis = _clearest_axis(pyramid.coordinates[points, 1:])
     if not isinstance(axis, int) or axis not in range(3):
         refuse("axis", "0, 1 or 2", axis)
     return Projection(tuple(other for other in range(3) if other != axis), axis)
 
 
-def project_cells(pyramid: FeaturePyramid, batch_index: int, axis: int | None) -> ProjectedCells:
+def _clearest_axis(cells: Tensor) -> int:
+    """The axis without which most of ``cells`` ``[m, 3 + 1]``, with their level, differ."""
+    kept = ([1, 2, 3], [0, 2, 3], [0, 1, 3])
+    counts = [len(torch.unique(cells[:, columns], dim=0)) for columns in kept]
+    return counts.index(max(counts))
+
+
+def check_axis_names(axis_names: Sequence[str] | None, position_dim: int) -> tuple[str, ...]:
+    """Names of all axes; the default ones for None."""
+    if axis_names is None:
+        return _DEFAULT_NAMES[position_dim]
+    if isinstance(axis_names, str) or not isinstance(axis_names, Sequence):
+        refuse("axis_names", f"{position_dim} texts", axis_names)
+    if len(axis_names) != position_dim:
+        refuse("axis_names", f"{position_dim} texts", f"{len(axis_names)}")
+    for index, name in enumerate(axis_names):
+        check_text(f"axis_names[{index}]", name)
+    return tuple(axis_names)
+
+
+def project_cells(
+    pyramid: FeaturePyramid,
+    batch_index: int,
+    axis: int | None,
+    axis_names: Sequence[str] | None = None,
+    *,
+    merged: bool = True,
+) -> ProjectedCells:
     """The occupied cells of an image, by level and in row-major order."""
     pyramid = pyramid.to("cpu")
-    projection = choose_projection(pyramid.position_dim, axis)
-    shapes = projection(torch.tensor(pyramid.level_shapes), 1)
-    keys = torch.cat((pyramid.levels[:, None], projection(pyramid.cells, 0)), 1)
     points = (pyramid.batch == batch_index).nonzero().squeeze(1)
+    projection = choose_projection(pyramid, points, axis)
+    names = check_axis_names(axis_names, pyramid.position_dim)
+    shapes = projection(torch.tensor(pyramid.level_shapes), 1)
+    columns = [pyramid.levels[:, None], projection(pyramid.cells, 0)]
+    has_depth = not merged and projection.dropped_axis is not None
+    if has_depth:
+        columns.append(pyramid.cells[:, projection.dropped_axis, None])
+    keys = torch.cat(columns, 1)
     unique, inverse = torch.unique(keys[points], dim=0, return_inverse=True)
     return ProjectedCells(
         pyramid,
         projection,
         tuple(map(tuple, shapes.tolist())),
         shapes.double() / shapes.amax(0),
-        unique[:, 1:],
+        names,
+        unique[:, 1:3],
+        unique[:, 3] if has_depth else None,
         unique[:, 0],
         torch.full((len(pyramid),), -1).index_copy_(0, points, inverse),
     )

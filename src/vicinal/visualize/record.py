@@ -41,7 +41,8 @@ class AttentionRecord:
         scores: floating ``[n]``, one score per query, shown after its label.
 
     Raises:
-        ValueError: shapes or dtypes are inconsistent, or values are not finite.
+        ValueError: shapes or dtypes are inconsistent, values are not finite, or a text has a lone
+            surrogate.
 
     Example:
         ```python
@@ -86,11 +87,14 @@ class AttentionRecord:
             if value is not None:
                 check_tensor(name, value, shape, kind="floating")
                 check_finite(name, value if value.dim() == 2 else value[:, None])
+        check_text("name", self.name)
         if self.labels is not None:
             if isinstance(self.labels, str) or not all(isinstance(x, str) for x in self.labels):
                 refuse("labels", f"{n} texts", str(self.labels))
             if len(self.labels) != n:
                 refuse("labels", f"{n} texts", f"{len(self.labels)} texts")
+            for index, label in enumerate(self.labels):
+                check_text(f"labels[{index}]", label)
 
     def _check_weights(self, n: int) -> None:
         if not isinstance(self.weights, NeighborhoodWeights):
@@ -117,6 +121,19 @@ class AttentionRecord:
         """Name of a query: its label (without labels, its number) and its score, if any."""
         text = f"query {query}" if self.labels is None else self.labels[query]
         return text if self.scores is None else f"{text} {float(self.scores[query]):.2f}"
+
+
+def check_text(argument: str, value: object) -> None:
+    """Raises ValueError unless ``value`` is a text that a file can hold.
+
+    A lone surrogate, half of a character, has no encoding.
+    """
+    if not isinstance(value, str):
+        refuse(argument, "a text", value)
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        refuse(argument, "a text without lone surrogates", f"{value[error.start]!a} in {value!a}")
 
 
 def check_record(record: AttentionRecord, pyramid: FeaturePyramid) -> None:

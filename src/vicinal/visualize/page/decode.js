@@ -7,13 +7,19 @@
  * @property {number[][]} level_shapes [L][2], rows and columns of each level
  * @property {(string|null)[]} axis_names [2]; null for the added axis of one-dimensional data
  * @property {Uint32Array} cells [m, 2], row and column
+ * @property {?Uint32Array} depths [m], along the axis that is looked along, if there is one
+ * @property {?number} dropped_axis the axis that is looked along
+ * @property {string[]} all_names [P], of all axes
+ * @property {number[]} view [4], corners of the occupied part
+ * @property {number[][]} behind [m], ids of the cells drawn as one, at the first of them
+ * @property {number[]} firstOf [m], the first of the cells that a cell is drawn as one with
  * @property {Uint8Array} levels [m]
  * @property {?{url: string, is_intensity: boolean}} image
  * @property {Object[]} records encoded records, see decodeRecord
  * @property {number[]} size [2], the full shape
  * @property {number[][]} cellSizes [L][2], extent of a level's cells, in cells of the full shape
- * @property {number[][]} levelCells [L], ids of the cells of each level
- * @property {Map<number, number>[]} cellIds [L], from row * columns + column to the id
+ * @property {number[][]} levelCells [L], ids of the drawn cells of each level
+ * @property {Map<string, number>[]} cellIds [L], from "row,column" to the id
  */
 
 /**
@@ -24,6 +30,8 @@
  * @property {?Float32Array} windows [n, L, 4], corners in cells of the full shape
  * @property {?string[]} window_sizes [L], such as "5 × 5"
  * @property {Float32Array} positions [n, 2]
+ * @property {Float32Array} coordinates [n, P], positions along all axes
+ * @property {?Float32Array} sizes [n, P], of the boxes
  * @property {?Uint8Array} levels [n]
  * @property {?Float32Array} boxes [n, 4], corners in cells of the full shape
  * @property {string[]} query_names [n]
@@ -73,15 +81,22 @@ function memoize(compute) {
 const decodeView = memoize((encoded) => {
   const shapes = encoded.level_shapes;
   const view = { ...encoded, cells: decodeArray(encoded.cells, Uint32Array) };
+  view.depths = decodeArray(encoded.depths, Uint32Array);
   view.levels = decodeArray(encoded.levels, Uint8Array);
+  [view.firstOf, view.behind] = [[], []];
   view.size = [0, 1].map((axis) => Math.max(...shapes.map((shape) => shape[axis])));
   view.cellSizes = shapes.map((shape) => shape.map((n, axis) => view.size[axis] / n));
   view.levelCells = shapes.map(() => []);
   view.cellIds = shapes.map(() => new Map());
   view.levels.forEach((level, id) => {
-    view.levelCells[level].push(id);
-    const [row, column] = cellAt(view, id);
-    view.cellIds[level].set(row * shapes[level][1] + column, id);
+    const key = cellAt(view, id).join();
+    if (!view.cellIds[level].has(key)) {
+      view.cellIds[level].set(key, id);
+      view.levelCells[level].push(id);
+      view.behind[id] = [];
+    }
+    view.firstOf[id] = view.cellIds[level].get(key);
+    view.behind[view.firstOf[id]].push(id);
   });
   return view;
 });
@@ -91,6 +106,8 @@ const decodeRecord = memoize((encoded) => ({
   ...encoded,
   windows: decodeArray(encoded.windows, Float32Array),
   positions: decodeArray(encoded.positions, Float32Array),
+  coordinates: decodeArray(encoded.coordinates, Float32Array),
+  sizes: decodeArray(encoded.sizes, Float32Array),
   levels: decodeArray(encoded.levels, Uint8Array),
   boxes: decodeArray(encoded.boxes, Float32Array),
   scores: decodeArray(encoded.scores, Float32Array),
@@ -108,6 +125,17 @@ const decodeRecord = memoize((encoded) => ({
  */
 function cellAt(view, id) {
   return [view.cells[2 * id], view.cells[2 * id + 1]];
+}
+
+/**
+ * @param {View} view
+ * @param {number} id of a cell
+ * @returns {number[]} [P], its coordinates along all axes
+ */
+function cellCoordinates(view, id) {
+  const drawn = cellAt(view, id).slice(view.axis_names[0] === null ? 1 : 0);
+  if (view.dropped_axis !== null) drawn.splice(view.dropped_axis, 0, view.depths[id]);
+  return drawn;
 }
 
 /**

@@ -31,13 +31,14 @@ function showDetails() {
  */
 function describeQuery(query) {
   const { record, view } = state;
-  const position = queryPosition(record, query);
-  const coordinates = shownAxes().map((i) => `${view.axis_names[i]} ${position[i].toFixed(1)}`);
+  const dim = view.all_names.length;
+  const ofQuery = (values) => values.subarray(dim * query, dim * (query + 1));
+  const position = ofQuery(record.coordinates);
+  const coordinates = view.all_names.map((name, i) => `${name} ${position[i].toFixed(1)}`);
   const parts = [`query ${query}`, coordinates.join(", ")];
   if (record.levels !== null) parts.push(`level ${record.levels[query]}`);
-  const box = queryBox(record, query);
-  if (box !== null) {
-    const sides = shownAxes().map((i) => (box[i + 2] - box[i]).toFixed(1));
+  if (record.sizes !== null) {
+    const sides = [...ofQuery(record.sizes)].map((side) => side.toFixed(1));
     parts.push(`box ${sides.join(" × ")}`);
   }
   return parts.join("; ");
@@ -52,10 +53,10 @@ function shownAxes() {
 function showLevelSums() {
   const { record, view, query, head } = state;
   const hasBackground = record.background !== null;
-  const heading = ["level", "points", "weight", ...(hasBackground ? ["empty cells"] : [])];
+  const heading = ["level", "cells", "weight", ...(hasBackground ? ["empty cells"] : [])];
   const nLevels = view.level_shapes.length;
-  const rows = state.levelSums.map(({ points, weight }, level) => {
-    const texts = [level, points, formatPercent(weight)];
+  const rows = state.levelSums.map(({ cells, weight }, level) => {
+    const texts = [level, cells, formatPercent(weight)];
     if (hasBackground) {
       texts.push(formatPercent(backgroundWeight(record, nLevels, query, level, head)));
     }
@@ -70,16 +71,15 @@ function showPoints() {
   const sorted = [...state.weights]
     .filter(([id]) => state.visibleLevels.has(view.levels[id]))
     .sort((a, b) => b[1] - a[1]);
-  const axes = shownAxes();
   const rows = sorted.slice(0, MAX_ROWS).map(([id, weight]) => {
-    const cell = cellAt(view, id);
-    const row = tableRow([view.levels[id], ...axes.map((i) => cell[i]), formatPercent(weight)]);
+    const cell = cellCoordinates(view, id);
+    const row = tableRow([view.levels[id], ...cell, formatPercent(weight)]);
     Object.assign(row.dataset, { level: view.levels[id], cell: cell.join(","), weight });
     row.onmouseenter = () => highlight(id);
     row.onmouseleave = () => highlight(null);
     return row;
   });
-  const heading = ["level", ...axes.map((i) => view.axis_names[i]), "weight"];
+  const heading = ["level", ...view.all_names, "weight"];
   fillTable(element("points"), heading, rows);
   const hidden = sorted.length - rows.length;
   if (hidden > 0) element("points-note").textContent = `and ${hidden} more`;

@@ -12,13 +12,14 @@ const canvas = document.getElementById("map");
 const HEADING = 22; // pixels above each panel
 const GAP = 10; // pixels between panels
 const MAX_DOTS = 500; // queries drawn as dots; more would hide the points
+const LEAST_SIZE = 1.5; // pixels of a cell; twice as many of an attended one
 const IMAGE_OPACITY = 0.35; // of an intensity image, so that the points below it stay visible
 
 /** @returns {Object} colors of the current color scheme, by role as in palette.py */
 function readPalette() {
   const style = getComputedStyle(document.documentElement);
   const color = (name) => style.getPropertyValue(`--${name}`).trim();
-  const names = ["surface", "outside", "text", "muted", "point", "border", "window", "query"];
+  const names = ["surface", "outside", "text", "muted", "point", "dot", "border", "window", "query"];
   const palette = Object.fromEntries(names.map((name) => [name, color(name)]));
   palette.weights = [0, 1, 2, 3].map((i) => parseColor(color(`weight-${i}`)));
   return palette;
@@ -78,7 +79,7 @@ function arrangePanels(levels, size, width, height) {
  */
 function unzoomedCorners(state, level) {
   const { view, record, query } = state;
-  if (!state.closeUp || query === null) return [0, 0, ...view.size];
+  if (!state.closeUp || query === null) return view.view;
   const margin = view.cellSizes[level].map((size) => 3 * size);
   let corners = queryWindow(record, view.level_shapes.length, query, level);
   if (corners === null) {
@@ -217,25 +218,25 @@ function drawHeading(ctx, state, panel) {
  * @param {Transform} transform
  */
 function drawCells(ctx, state, panel, transform) {
-  const { palette, view, weights } = state;
+  const { palette, view, drawnWeights: weights } = state;
   const [height, width] = cellPixels(state, panel.level, transform);
   const line = Math.min(height, width) >= 6 ? 1 : 0; // a gap between large cells only
-  const fill = ([x, y, w, h]) =>
-    ctx.fillRect(x, y, Math.max(1, w - line), Math.max(1, h - line));
+  const fill = ([x, y, w, h], least) =>
+    ctx.fillRect(x, y, Math.max(least, w - line), Math.max(least, h - line));
   if (line) drawGrid(ctx, state, panel, transform);
-  ctx.fillStyle = palette.point;
+  ctx.fillStyle = Math.min(height, width) < LEAST_SIZE ? palette.dot : palette.point;
   ctx.globalAlpha = state.image && !view.image.is_intensity ? 0.5 : 1;
   const attended = [];
   for (const id of view.levelCells[panel.level]) {
     const rectangle = toPixels(transform, cellCorners(view, id));
     if (!isVisible(rectangle, panel)) continue;
     if (weights.has(id)) attended.push([id, rectangle]);
-    else fill(rectangle);
+    else fill(rectangle, LEAST_SIZE);
   }
   ctx.globalAlpha = 1;
   for (const [id, rectangle] of attended) {
     ctx.fillStyle = weightColor(palette, weights.get(id) / (state.maxWeight || 1));
-    fill(rectangle);
+    fill(rectangle, 2 * LEAST_SIZE);
   }
   if (state.highlighted !== null && view.levels[state.highlighted] === panel.level) {
     const rectangle = toPixels(transform, cellCorners(view, state.highlighted));

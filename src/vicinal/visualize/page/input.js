@@ -83,17 +83,22 @@ function nearestQuery(queries, panel, transform, x, y) {
 function describePixel(x, y) {
   const panel = panelAt(x, y);
   if (panel === undefined) return "";
-  const { view, weights } = state;
+  const { view, drawnWeights: weights } = state;
   const transform = panelTransform(state, panel);
   const [height, width] = cellPixels(state, panel.level, transform);
   const cell = [Math.floor((y - transform.y) / height), Math.floor((x - transform.x) / width)];
   const shape = view.level_shapes[panel.level];
   if (cell.some((index, i) => index < 0 || index >= shape[i])) return "outside the map";
   const names = shownAxes().map((i) => `${view.axis_names[i]} ${cell[i]}`);
-  const id = view.cellIds[panel.level].get(cell[0] * shape[1] + cell[1]);
+  const id = view.cellIds[panel.level].get(cell.join());
   const content = id === undefined ? "no point"
     : weights.has(id) ? `weight ${formatPercent(weights.get(id))}`
     : state.query === null ? "a point" : "a point without weight";
+  if (id !== undefined && view.depths !== null) {
+    const depths = view.behind[id].map((other) => view.depths[other]);
+    const shown = depths.length > 6 ? `${depths[0]} to ${depths.at(-1)}` : depths.join(", ");
+    names.push(`${view.all_names[view.dropped_axis]} ${shown}`);
+  }
   return `level ${panel.level}, ${names.join(", ")}: ${content}`;
 }
 

@@ -16,8 +16,9 @@ const state = {
   image: null, // HTMLImageElement or HTMLCanvasElement
   palette: readPalette(),
   weights: new Map(), // of the selected query, by cell id
+  drawnWeights: new Map(), // sums over the cells that are drawn as one, by the id of the first
   maxWeight: 0,
-  levelSums: [], // {points, weight} of each level
+  levelSums: [], // {cells, weight} of each level
   labelOrder: [], // queries in the order in which they get a label
   panels: [],
 };
@@ -212,13 +213,16 @@ function updatePanels() {
 function update() {
   const { view, record, query, head } = state;
   state.weights = query === null ? new Map() : queryWeights(record, query, head);
-  state.levelSums = view.level_shapes.map(() => ({ points: 0, weight: 0 }));
+  state.levelSums = view.level_shapes.map(() => ({ cells: 0, weight: 0 }));
+  state.drawnWeights = new Map();
   state.maxWeight = 0;
   for (const [id, weight] of state.weights) {
     const sums = state.levelSums[view.levels[id]];
-    sums.points += 1;
+    sums.cells += 1;
     sums.weight += weight;
-    state.maxWeight = Math.max(state.maxWeight, weight);
+    const sum = (state.drawnWeights.get(view.firstOf[id]) || 0) + weight;
+    state.drawnWeights.set(view.firstOf[id], sum);
+    state.maxWeight = Math.max(state.maxWeight, sum);
   }
   showDetails();
   updatePanels();
