@@ -115,8 +115,9 @@ def _rotate_and_attend(plan: NeighborhoodPlan, case: Case) -> None:
         return torch.zeros(*shape, case.heads, case.width, dtype=case.dtype)
 
     x = zeros(plan.n_points)
-    coordinates = torch.zeros(plan.n_points, plan.position_dim + 1)
-    frequencies = torch.zeros(plan.position_dim + 1, case.heads, case.width // 2)
+    axes, exact = plan.position_dim + 1, torch.float64
+    coordinates = torch.zeros(plan.n_points, axes, dtype=exact)
+    frequencies = torch.zeros(axes, case.heads, case.width // 2, dtype=exact)
     triton_ops.rotate(x, coordinates, frequencies)
     triton_ops.rotate_backward(x, x, coordinates, frequencies)
     background, seed = [], None

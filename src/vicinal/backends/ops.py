@@ -88,12 +88,12 @@ class Ops:
 
     def rotate(self, x: Tensor, coordinates: Tensor, frequencies: Tensor) -> Tensor:
         """See `reference.rotate`."""
-        sums = torch.promote_types(x.dtype, coordinates.dtype)
-        storage = torch.float64 if sums == torch.float64 else x.dtype
-        coordinates, frequencies = (y.to(sums).contiguous() for y in (coordinates, frequencies))
+        coordinates, frequencies = (
+            y.to(torch.float64).contiguous() for y in (coordinates, frequencies)
+        )
         table = frequencies.expand(-1, x.shape[1], -1).contiguous()
-        rotated: Tensor = self._ops.rotate(x.to(storage), coordinates, table)
-        return rotated.to(x.dtype)
+        rotated: Tensor = self._ops.rotate(x, coordinates, table)
+        return rotated
 
     def find_slices(
         self, sorted_keys: Tensor, centers: Tensor, traversal: Tensor, level: Tensor,

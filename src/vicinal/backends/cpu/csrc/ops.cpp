@@ -472,11 +472,12 @@ struct RotaryArguments {
     params.n_heads = x.size(1);
     params.n_pairs = x.size(1) * (x.size(2) / 2);
     params.n_coordinates = coordinates.size(1);
-    const ScalarType type = accumulator_dtype(x);
-    check_contiguous("coordinates", coordinates, x.size(0) * params.n_coordinates, type);
-    check_contiguous("frequencies", frequencies, params.n_coordinates * params.n_pairs, type);
-    params.coordinates = coordinates.data_ptr();
-    params.frequencies = frequencies.data_ptr();
+    check_contiguous("coordinates", coordinates, x.size(0) * params.n_coordinates,
+                     ScalarType::Double);
+    check_contiguous("frequencies", frequencies, params.n_coordinates * params.n_pairs,
+                     ScalarType::Double);
+    params.coordinates = coordinates.const_data_ptr<double>();
+    params.frequencies = frequencies.const_data_ptr<double>();
   }
 
   void run(const Tensor& x, bool forward) const {
@@ -512,8 +513,8 @@ std::tuple<Tensor, Tensor, Tensor> rotate_backward(Tensor grad_out, Tensor out, 
   p.out = rows_of(out);
   p.grad_out = rows_of(grad_out);
   p.grad_x = rows_of(grad_x);
-  p.grad_coordinates = grad_coordinates.data_ptr();
-  p.grad_frequency_parts = grad_frequency_parts.data_ptr();
+  p.grad_coordinates = grad_coordinates.mutable_data_ptr<double>();
+  p.grad_frequency_parts = grad_frequency_parts.mutable_data_ptr<double>();
   arguments.run(out, false);
   return {grad_x, grad_coordinates, sum_parts(grad_frequency_parts, frequencies)};
 }

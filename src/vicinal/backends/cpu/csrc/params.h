@@ -87,14 +87,14 @@ struct AttentionParams {
 // Rotates channel pairs by the angles coordinates @ frequencies.
 struct RotaryParams {
   int64_t n_heads = 0, n_coordinates = 0;
-  int64_t n_pairs = 0;                // of all heads: H * d / 2
-  const void* coordinates = nullptr;  // [n, C], accumulator dtype
-  const void* frequencies = nullptr;  // [C, n_pairs], accumulator dtype
-  Rows x, out;                        // [n, H, d]
+  int64_t n_pairs = 0;                  // of all heads: H * d / 2
+  const double* coordinates = nullptr;  // [n, C]
+  const double* frequencies = nullptr;  // [C, n_pairs]
+  Rows x, out;                          // [n, H, d]
   // Backward only.
-  Rows grad_out, grad_x;                 // [n, H, d]
-  void* grad_coordinates = nullptr;      // [n, C], accumulator dtype
-  void* grad_frequency_parts = nullptr;  // [chunks, C, n_pairs], accumulator dtype
+  Rows grad_out, grad_x;                   // [n, H, d]
+  double* grad_coordinates = nullptr;      // [n, C]
+  double* grad_frequency_parts = nullptr;  // [chunks, C, n_pairs]
 };
 
 }  // namespace vicinal
