@@ -128,7 +128,8 @@ def _rotate_and_attend(plan: NeighborhoodPlan, case: Case) -> None:
     slices = plan._tensors.query_slices
     tiles = plan._query_tiles(reference.find_runs), plan._point_tiles(reference.find_runs)
     flags = triton_ops.find_flags(zeros(plan.n_points), zeros(plan.n_points))
-    tensors = [*tiles[0], flags, *slices[1:3], plan._tensors.point_columns, *tiles[1]]
+    columns = plan._tensors.point_columns
+    tensors = [*tiles[0], flags, *slices[1:3], columns, columns[:0], *tiles[1]]
     arguments = (
         zeros(plan.n_queries), zeros(plan.n_points), zeros(plan.n_points), None, seed, background,
         tensors, list(plan.neighborhood_sizes), plan.position_dim, 0.1, 0.2,

@@ -34,7 +34,8 @@ def attend(
         )
         weights, lse = softmax(logits, row, len(queries))
         if seed is not None:
-            keep = keep_mask(seed, queries[row], column, q.shape[1], dropout_p)
+            counted = dropout_columns(plan, column)
+            keep = keep_mask(seed, queries[row], counted, q.shape[1], dropout_p)
             weights = weights * keep / (1 - dropout_p)
         acc = values.new_zeros(len(queries), *values.shape[1:])
         return acc.index_add(0, row, weights[..., None] * values).to(q.dtype), lse
@@ -126,6 +127,18 @@ def softmax(logits: Tensor, row: Tensor, n_rows: int) -> tuple[Tensor, Tensor]:
     divisor = torch.where(row_sum == 0, 1, row_sum)
     lse = torch.where(row_sum == 0, -torch.inf, divisor.log() + row_max)
     return exponentials / divisor.index_select(0, row), lse
+
+
+def dropout_columns(plan: PlanTensors, column: Tensor) -> Tensor:
+    """The columns ``[M]`` of `score_pairs` as `keep_mask` takes them: a copy is its point, and
+    empty cells are numbered after the points that are no copies.
+    """
+    if plan.copy_points is None:
+        return column
+    n_originals = plan.n_points - len(plan.copy_points)
+    others = torch.arange(n_originals + plan.window_slots, device=column.device)
+    points, cells = others[:n_originals], others[n_originals:]
+    return torch.cat((points, plan.copy_points.long(), cells))[column]
 
 
 def keep_mask(seed: Tensor, query: Tensor, column: Tensor, n_heads: int, rate: float) -> Tensor:

@@ -76,6 +76,8 @@ class PlanTensors(NamedTuple):
         position_dim: number of spatial dimensions, P.
         query_tiles: the points of tiles of queries, for back ends that have `Backend.find_runs`.
         point_tiles: the queries of tiles of points, likewise, where points need gradients.
+        copy_points: int32 ``[C]``: the last C points are copies of these, beyond the seam of a
+            periodic axis. Dropout counts a copy as the point that it is of. None: no copies.
     """
 
     query_slices: NeighborSlices
@@ -86,6 +88,7 @@ class PlanTensors(NamedTuple):
     position_dim: int
     query_tiles: Tiles | None = None
     point_tiles: Tiles | None = None
+    copy_points: Tensor | None = None
 
     @property
     def n_queries(self) -> int:

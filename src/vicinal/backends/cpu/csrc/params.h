@@ -43,6 +43,13 @@ struct DropoutParams {
   bool active = false;
   uint32_t key = 0, threshold = 0;  // drop where hash(key, head, query, column) < threshold
   double keep_scale = 1;            // 1 / (1 - dropout_p)
+  int64_t n_originals = 0;          // points that are no copies
+  const int32_t* copy_points = nullptr;  // [nnz - n_originals], the point that each copy is of
+
+  // The column of a point: a copy has that of its point.
+  uint32_t column_of(int64_t point) const {
+    return point < n_originals ? point : copy_points[point - n_originals];
+  }
 };
 
 // Keys and values of the cells that hold no point: see vicinal.attention.Background.
