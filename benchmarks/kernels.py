@@ -115,8 +115,9 @@ def _rotate_and_attend(plan: NeighborhoodPlan, case: Case) -> None:
         return torch.zeros(*shape, case.heads, case.width, dtype=case.dtype)
 
     x = zeros(plan.n_points)
-    coordinates = torch.zeros(plan.n_points, plan.position_dim + 1)
-    frequencies = torch.zeros(plan.position_dim + 1, case.heads, case.width // 2)
+    axes, exact = plan.position_dim + 1, torch.float64
+    coordinates = torch.zeros(plan.n_points, axes, dtype=exact)
+    frequencies = torch.zeros(axes, case.heads, case.width // 2, dtype=exact)
     triton_ops.rotate(x, coordinates, frequencies)
     triton_ops.rotate_backward(x, x, coordinates, frequencies)
     background, seed = [], None
@@ -127,7 +128,8 @@ def _rotate_and_attend(plan: NeighborhoodPlan, case: Case) -> None:
     slices = plan._tensors.query_slices
     tiles = plan._query_tiles(reference.find_runs), plan._point_tiles(reference.find_runs)
     flags = triton_ops.find_flags(zeros(plan.n_points), zeros(plan.n_points))
-    tensors = [*tiles[0], flags, *slices[1:3], plan._tensors.point_columns, *tiles[1]]
+    columns = plan._tensors.point_columns
+    tensors = [*tiles[0], flags, *slices[1:3], columns, columns[:0], *tiles[1]]
     arguments = (
         zeros(plan.n_queries), zeros(plan.n_points), zeros(plan.n_points), None, seed, background,
         tensors, list(plan.neighborhood_sizes), plan.position_dim, 0.1, 0.2,

@@ -170,7 +170,7 @@ def test_plans_of_other_sizes_are_an_error_of_the_op() -> None:
         lambda x: torch.cat((x, x[:1])),
         lambda x: torch.stack((x, x), -1)[..., 0],
     ]
-    bad_plans = [tensors[:-1], [*tensors, tensors[0]]]
+    bad_plans = [tensors[:-1], [*tensors, tensors[0], tensors[0]]]
     for index, x in enumerate(tensors):
         bad_plans += [[*tensors[:index], f(x), *tensors[index + 1 :]] for f in changes]
     for bad in bad_plans:

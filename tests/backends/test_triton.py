@@ -398,15 +398,13 @@ def test_rotation(pattern: str, extent: float) -> None:
     cotangent = torch.randn(x.shape)
     expected.backward(cotangent.double())
     rotated.backward(cotangent.to(DEVICE))
-    # float32 rounds an angle of 1000 radians by up to 6e-5.
-    tolerance = TOLERANCE * max(1.0, extent / 100)
-    assert relative_error(rotated.detach().cpu(), expected.detach()) < tolerance
+    assert relative_error(rotated.detach().cpu(), expected.detach()) < TOLERANCE
     pairs = [(leaves[0].grad, x64.grad), (leaves[1].grad, coordinates64.grad)]
     pairs += [(p.grad, e.grad) for p, e in zip(encoding.freqs, exact.freqs, strict=True)]
     for grad, expected_grad in pairs:
         assert grad is not None
         assert expected_grad is not None
-        assert relative_error(grad.cpu(), expected_grad) < tolerance
+        assert relative_error(grad.cpu(), expected_grad) < TOLERANCE
 
 
 def test_rotation_by_large_coordinates_in_float64() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _ARGUMENTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? query_mask, Tensor? seed, Tensor[] background, "
@@ -80,6 +81,7 @@ class Ops:
         query_mask: Tensor | None, seed: Tensor | None, scale: float, dropout_p: float,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """See `reference.attend`; ``plan`` holds the tensors of it that the kernel needs."""
+        refuse_forward_mode(q, k, v, *background)
         result: tuple[Tensor, Tensor] = self._ops.neighborhood_attention(
             q, k, v, query_mask, seed, list(background), list(plan),
             list(neighborhood_sizes), position_dim, scale, dropout_p,
@@ -88,12 +90,13 @@ class Ops:
 
     def rotate(self, x: Tensor, coordinates: Tensor, frequencies: Tensor) -> Tensor:
         """See `reference.rotate`."""
-        sums = torch.promote_types(x.dtype, coordinates.dtype)
-        storage = torch.float64 if sums == torch.float64 else x.dtype
-        coordinates, frequencies = (y.to(sums).contiguous() for y in (coordinates, frequencies))
+        refuse_forward_mode(x, coordinates, frequencies)
+        coordinates, frequencies = (
+            y.to(torch.float64).contiguous() for y in (coordinates, frequencies)
+        )
         table = frequencies.expand(-1, x.shape[1], -1).contiguous()
-        rotated: Tensor = self._ops.rotate(x.to(storage), coordinates, table)
-        return rotated.to(x.dtype)
+        rotated: Tensor = self._ops.rotate(x, coordinates, table)
+        return rotated
 
     def find_slices(
         self, sorted_keys: Tensor, centers: Tensor, traversal: Tensor, level: Tensor,
@@ -119,6 +122,18 @@ class Ops:
         """float32 ``[nnz, H]``: NaN where a key or value is not finite, zero elsewhere."""
         flags: Tensor = self._ops.find_flags(k, v)
         return flags
+
+
+def refuse_forward_mode(*tensors: Tensor | None) -> None:
+    """Raises NotImplementedError for tensors with a tangent: kernels would treat it as zero."""
+    if torch.compiler.is_compiling():
+        return
+    for x in tensors:
+        if x is not None and forward_ad.unpack_dual(x).tangent is not None:
+            raise NotImplementedError(
+                "the compiled kernels have no forward-mode formulas; use backend='reference' for "
+                "torch.func.jvp, jacfwd and torch.autograd.forward_ad"
+            )
 
 
 def refuse_double_backward(ctx: Any, *_: Any) -> None:

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from .._utils.constants import constant
 from .._utils.ragged import expand_ranges, starts_from_counts
 from .._utils.random import hash_integers
-from .types import Backend, PlanTensors
+from .types import Backend, PlanTensors, widest_dtype
 
 CHUNK = 1024  # queries
 
@@ -34,7 +34,8 @@ def attend(
         )
         weights, lse = softmax(logits, row, len(queries))
         if seed is not None:
-            keep = keep_mask(seed, queries[row], column, q.shape[1], dropout_p)
+            counted = dropout_columns(plan, column)
+            keep = keep_mask(seed, queries[row], counted, q.shape[1], dropout_p)
             weights = weights * keep / (1 - dropout_p)
         acc = values.new_zeros(len(queries), *values.shape[1:])
         return acc.index_add(0, row, weights[..., None] * values).to(q.dtype), lse
@@ -128,6 +129,18 @@ def softmax(logits: Tensor, row: Tensor, n_rows: int) -> tuple[Tensor, Tensor]:
     return exponentials / divisor.index_select(0, row), lse
 
 
+def dropout_columns(plan: PlanTensors, column: Tensor) -> Tensor:
+    """The columns ``[M]`` of `score_pairs` as `keep_mask` takes them: a copy is its point, and
+    empty cells are numbered after the points that are no copies.
+    """
+    if plan.copy_points is None:
+        return column
+    n_originals = plan.n_points - len(plan.copy_points)
+    others = torch.arange(n_originals + plan.window_slots, device=column.device)
+    points, cells = others[:n_originals], others[n_originals:]
+    return torch.cat((points, plan.copy_points.long(), cells))[column]
+
+
 def keep_mask(seed: Tensor, query: Tensor, column: Tensor, n_heads: int, rate: float) -> Tensor:
     """Bool ``[M, H]``: which weights dropout keeps.
 
@@ -142,15 +155,23 @@ def rotate(x: Tensor, coordinates: Tensor, frequencies: Tensor) -> Tensor:
     """Rotates the channel pairs of ``x`` ``[n, H, d]`` by the angles ``coordinates @ frequencies``,
     with coordinates ``[n, C]`` and frequencies ``[C, H or 1, d / 2]``.
 
+    Angles are float64, whatever the dtypes of the arguments, or float32 on a device without
+    float64. So they are as exact at coordinates of 2^30 as near the origin. The rotation is
+    computed in the dtype of x, float32 at least. Back ends that compute the gradients in that dtype
+    too, as all others do, lose digits of the frequencies' gradients at large coordinates: these are
+    sums over the rows of products with the coordinates, so float32 holds them to 2^-24 of the
+    largest product, however small the sum is.
+
     The products are summed one by one. A matrix product would obey autocast and TF32, which cannot
     tell cell 300 from cell 301.
     """
-    table = frequencies.to(torch.promote_types(coordinates.dtype, torch.float32))
-    columns = coordinates.to(table.dtype)[:, :, None, None].unbind(1)
+    exact = widest_dtype(x.device)
+    table, columns = frequencies.to(exact), coordinates.to(exact)[:, :, None, None].unbind(1)
     angles = columns[0] * table[0]
     for column, row in zip(columns[1:], table[1:], strict=True):
         angles = torch.addcmul(angles, column, row)
-    return apply_rotary(x, angles.cos(), angles.sin())
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return apply_rotary(x, angles.cos().to(dtype), angles.sin().to(dtype))
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

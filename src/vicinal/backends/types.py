@@ -9,6 +9,12 @@ from torch import Tensor
 FindRuns = Callable[..., tuple[Tensor, Tensor, Tensor]]  # see `backends.reference.find_runs`
 
 TILE = 16  # rows of a tile: the minimum of `tl.dot`
+_WITHOUT_FLOAT64 = ("mps",)
+
+
+def widest_dtype(device: torch.device) -> torch.dtype:
+    """float64, or float32 on a device type that has no float64."""
+    return torch.float32 if device.type in _WITHOUT_FLOAT64 else torch.float64
 
 
 class NeighborSlices(NamedTuple):
@@ -72,6 +78,8 @@ class PlanTensors(NamedTuple):
             a copy of; None or empty: there are no copies.
         query_tiles: the points of tiles of queries, for back ends that have `Backend.find_runs`.
         point_tiles: the queries of tiles of points, likewise, where points need gradients.
+        copy_points: int32 ``[C]``: the last C points are copies of these, beyond the seam of a
+            periodic axis. Dropout counts a copy as the point that it is of. None: no copies.
     """
 
     query_slices: NeighborSlices
@@ -83,6 +91,7 @@ class PlanTensors(NamedTuple):
     copy_points: Tensor | None = None
     query_tiles: Tiles | None = None
     point_tiles: Tiles | None = None
+    copy_points: Tensor | None = None
 
     @property
     def n_queries(self) -> int:

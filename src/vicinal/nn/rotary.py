@@ -114,8 +114,11 @@ class RotaryEncoding(nn.Module):
     def forward(self, x: Tensor, coordinates: Tensor) -> Tensor:
         """Rotates ``x`` ``[n, H, d]`` by the angles of ``coordinates`` ``[n, P + 1]``.
 
-        Angles and rotation are computed in the dtype of the coordinates, or float32 if that is
-        wider. The result has the shape and dtype of ``x``.
+        Angles are computed in float64, so they are as exact at coordinates of 2^30 as near the
+        origin; the rotation in float32, or float64 if ``x`` has that dtype. The result has the
+        shape and dtype of ``x``. Back ends other than the reference sum the gradients of the
+        frequencies in the dtype of the rotation: at large coordinates float32 holds them to 2^-24
+        of the largest product with a coordinate.
 
         Raises:
             ValueError: shapes or devices do not match, or coordinates are integers.

@@ -22,7 +22,9 @@ def attend(
     query_mask: Tensor | None, seed: Tensor | None, scale: float, dropout_p: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See `backends.reference.attend`."""
-    tensors = (*plan.query_slices, plan.query_batch, plan.center_columns, plan.point_columns)
+    tensors = [*plan.query_slices, plan.query_batch, plan.center_columns, plan.point_columns]
+    if plan.copy_points is not None:
+        tensors.append(plan.copy_points)
     return _OPS.attend(
         q, k, v, tensors, plan.neighborhood_sizes, plan.position_dim,
         background, query_mask, seed, scale, dropout_p,

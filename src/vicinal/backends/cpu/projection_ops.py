@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops import refuse_double_backward
+from ..ops import refuse_double_backward, refuse_forward_mode
 
 _PROJECT = "vicinal::project"
 _PROJECT_BACKWARD = "vicinal::project_backward"
@@ -32,6 +32,7 @@ def project(
     eps: float, residual: Tensor | None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """``residual + norm(x) @ weight.t() + bias`` for each of the weights; see `reference`."""
+    refuse_forward_mode(x, *weights, *biases, *norm, residual)
     lists = (list(group) for group in (weights, biases, norm))
     return tuple(torch.ops.vicinal.project(x, *lists, eps, residual))
 

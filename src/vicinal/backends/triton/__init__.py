@@ -30,7 +30,8 @@ def attend(
     assert plan.query_tiles is not None
     _, starts, stops, _ = plan.query_slices
     flags = _OPS.find_flags(k.detach(), v.detach())
-    tensors = [*plan.query_tiles, flags, starts, stops, plan.point_columns]
+    copies = plan.point_columns[:0] if plan.copy_points is None else plan.copy_points
+    tensors = [*plan.query_tiles, flags, starts, stops, plan.point_columns, copies]
     if plan.point_tiles is not None:  # for the backward pass
         tensors += plan.point_tiles
     return _OPS.attend(

@@ -22,6 +22,7 @@ from .parts import (
     dropout_factors,
     load_lse_and_delta,
     load_rows,
+    point_columns,
     softmax_step,
     store_rows,
 )
@@ -131,7 +132,8 @@ def attend(tiles, levels, n_rows, n_columns, n_items, n_runs, n_groups, n_heads,
                 logits, row_max, row_sum
             )  # [ROWS, BLOCK], then [ROWS] each
             if HAS_DROPOUT:
-                weights *= dropout_factors(dropout, head, row[:, None], point[None, :])
+                column = point_columns(dropout, point, walk.n_items)  # [BLOCK]
+                weights *= dropout_factors(dropout, head, row[:, None], column[None, :])
             acc = acc * rescale[:, None] + dot(weights.to(v.dtype), v)
         if HAS_BACKGROUND:
             row_max, row_sum, acc = attend_cells(
@@ -232,7 +234,8 @@ def query_gradients(tiles, levels, n_rows, n_columns, n_items, n_runs, n_groups,
             weights = tl.exp2(logits - lse[:, None])  # [ROWS, BLOCK]
             grad_weights = dot(grad_out, tl.trans(v))  # [ROWS, BLOCK]
             if HAS_DROPOUT:
-                grad_weights *= dropout_factors(dropout, head, row[:, None], point[None, :])
+                column = point_columns(dropout, point, walk.n_items)  # [BLOCK]
+                grad_weights *= dropout_factors(dropout, head, row[:, None], column[None, :])
             grad_logits = weights * (grad_weights - delta[:, None])  # [ROWS, BLOCK]
             grad_logits = tl.where(pair_mask, grad_logits, 0.0)
             grad_q += dot(grad_logits.to(k.dtype), k)
@@ -289,8 +292,9 @@ def point_gradients(tiles, levels, n_rows, n_columns, n_items, n_runs, n_groups,
         grad_weights = dot(v, tl.trans(grad_out))  # [ROWS, BLOCK]
         dropped_weights = weights  # [ROWS, BLOCK]
         if HAS_DROPOUT:
+            column = point_columns(dropout, row, walk.n_rows)  # [ROWS]
             dropout_factor = dropout_factors(
-                dropout, head, query[None, :], row[:, None]
+                dropout, head, query[None, :], column[:, None]
             )  # [ROWS, BLOCK]
             dropped_weights = weights * dropout_factor
             grad_weights *= dropout_factor

@@ -155,7 +155,8 @@ def attend_cells(
             logits, row_max, row_sum
         )  # [ROWS, CELLS], then [ROWS] each
         if HAS_DROPOUT:
-            weights *= dropout_factors(dropout, head, row[:, None], (walk.n_items + slot)[None, :])
+            column = walk.n_items - dropout.n_copies + slot  # [CELLS]
+            weights *= dropout_factors(dropout, head, row[:, None], column[None, :])
         acc *= rescale[:, None]
         weight_sum = weight_sum * rescale + tl.sum(weights, 1)
     v = load_cell_values(
@@ -206,8 +207,9 @@ def cell_logit_gradients(
     grad_weights = grad_weight[:, None]  # [ROWS, 1], [ROWS, CELLS] with dropout
     dropped_weights = weights  # [ROWS, CELLS]
     if HAS_DROPOUT:
+        column = walk.n_items - dropout.n_copies + slot  # [CELLS]
         dropout_factor = dropout_factors(
-            dropout, head, row[:, None], (walk.n_items + slot)[None, :]
+            dropout, head, row[:, None], column[None, :]
         )  # [ROWS, CELLS]
         grad_weights = grad_weights * dropout_factor
         dropped_weights = weights * dropout_factor

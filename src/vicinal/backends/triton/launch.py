@@ -63,6 +63,7 @@ class AttentionArguments:
         background: the op's ``background``: query, key and value, or nothing.
         heads: q, k and v as `Rows`.
         flags: float32 ``[nnz, H]``, see `attention.find_flags`.
+        copies: int32 ``[C]``, see `PlanTensors.copy_points`.
         constants: sizes that kernels are compiled for.
         query_tiles: the `Tiles` of queries, to which ``query_mask`` is not applied.
         query_walk, point_walk: the `Walk` of each pass; the second only for backward passes.
@@ -82,7 +83,7 @@ class AttentionArguments:
 
         n_tensors, n_slices = len(Tiles._fields), slices_per_level(sizes, dim)
         self.query_tiles = Tiles(*plan[:n_tensors])
-        self.flags, starts, stops, point_columns, *point_tiles = plan[n_tensors:]
+        self.flags, starts, stops, point_columns, self.copies, *point_tiles = plan[n_tensors:]
         levels = constant(_level_table(sizes, dim), k.device, torch.int32)
         tiles = self.query_tiles
         if query_mask is not None:

@@ -50,7 +50,7 @@ def attend(
     with on_device_of(q):
         launch(
             attention_kernels.attend, args.query_programs, *args.query_walk, args.cells,
-            _dropout(seed, dropout_p), *args.heads, args.flags, heads(out), lse, scale,
+            _dropout(seed, dropout_p, args.copies), *args.heads, args.flags, heads(out), lse, scale,
             **args.constants, HAS_DROPOUT=seed is not None, HAS_BACKGROUND=bool(background),
             ROWS=args.query_rows, CELLS=_CELLS,
         )  # fmt: skip
@@ -75,7 +75,7 @@ def attend_backward(
         weight_sums = lse.new_empty(len(lse), args.n_levels, args.n_heads)
         cell_gradients = CellGradients(heads(grad_background[0].flatten(0, 1)), weight_sums)
     constants = {**args.constants, "HAS_DROPOUT": seed is not None}
-    dropout = _dropout(seed, dropout_p)
+    dropout = _dropout(seed, dropout_p, args.copies)
     with on_device_of(q):
         if needs_queries:
             launch(
@@ -239,8 +239,10 @@ def find_flags(k: Tensor, v: Tensor) -> Tensor:
     return flags
 
 
-def _dropout(seed: Tensor | None, rate: float) -> Dropout | None:
-    return None if seed is None else Dropout(seed, int(rate * 2**32), 1 / (1 - rate))
+def _dropout(seed: Tensor | None, rate: float, copies: Tensor) -> Dropout | None:
+    if seed is None:
+        return None
+    return Dropout(seed, int(rate * 2**32), 1 / (1 - rate), copies, len(copies))
 
 
 KERNELS: dict[str, Callable[..., Any]] = {

@@ -26,6 +26,8 @@ class Dropout(NamedTuple):
     seed: Any  # int64 scalar tensor
     threshold: int  # rate * 2^32
     factor: float  # 1 / (1 - rate)
+    copy_points: Any  # int32 [C], the point that each of the last C points is a copy of
+    n_copies: int  # C
 
 
 @triton.jit
@@ -137,6 +139,14 @@ def _mix_bits(x):
 
 
 @triton.jit
+def point_columns(dropout, point, n_points):
+    """The columns of points ``[n]`` for `dropout_factors`: a copy has that of its point."""
+    copy = point - (n_points - dropout.n_copies)  # [n]
+    column = tl.load(dropout.copy_points + copy, mask=copy >= 0, other=0)  # [n]
+    return tl.where(copy >= 0, column, point)
+
+
+@triton.jit
 def dropout_factors(dropout, head, query, column):
     """What dropout multiplies weights by, zero where it drops them.
 
@@ -147,7 +157,8 @@ def dropout_factors(dropout, head, query, column):
         dropout: the `Dropout`.
         head: the head's index.
         query, column: ``[m, 1]`` and ``[1, n]``, or ``[1, n]`` and ``[m, 1]``. The column of a
-            point is its index; that of an empty cell, the number of points plus the cell's slot.
+            point is its index, see `point_columns`; that of an empty cell, the number of points
+            that are no copies plus the cell's slot.
 
     Returns:
         float32 ``[m, n]``.

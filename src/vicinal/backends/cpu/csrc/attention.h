@@ -236,10 +236,12 @@ class AttentionKernel {
 
   // The column number of a key for dropout. Empty cells are numbered after the points.
   auto point_column(const KeyBlock& block) const {
-    return [this, &block](int64_t key) { return neighbors_.point_ids[block.slots[key]]; };
+    return [this, &block](int64_t key) {
+      return p_.dropout.column_of(neighbors_.point_ids[block.slots[key]]);
+    };
   }
   auto cell_column(const KeyBlock& block) const {
-    return [this, &block](int64_t key) { return p_.slices.n_points + block.slots[key] - 1; };
+    return [this, &block](int64_t key) { return p_.dropout.n_originals + block.slots[key] - 1; };
   }
 
   static void compute_logits(QueryState<L>& x, const KeyBlock& block, const PackedRows<L>& keys) {

@@ -29,6 +29,7 @@
 #include <vector>
 
 #include "buffer.h"
+#include "checks.h"
 #include "params.h"
 #include "scheduling.h"
 #include "slice_search.h"
@@ -64,9 +65,6 @@
 namespace vicinal {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Sizes = std::vector<int64_t>;
 using Tensors = std::vector<Tensor>;
 
 // ------------------------------------------------------------------------ instruction sets
@@ -119,42 +117,6 @@ ScalarType accumulator_dtype(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-Sizes sizes_of(const Tensor& x) {
-  Sizes sizes;
-  for (int64_t axis = 0; axis < x.dim(); ++axis) sizes.push_back(x.size(axis));
-  return sizes;
-}
-
-// For error messages, such as "Float [3, 4]".
-std::string describe(const Sizes& sizes, ScalarType type) {
-  std::string text = std::string(torch::headeronly::toString(type)) + " [";
-  for (size_t axis = 0; axis < sizes.size(); ++axis)
-    text += (axis ? ", " : "") + std::to_string(sizes[axis]);
-  return text + "]";
-}
-
-void check_tensor(const char* name, const Tensor& x, const Sizes& sizes, ScalarType type) {
-  STD_TORCH_CHECK(sizes_of(x) == sizes && x.scalar_type() == type, "vicinal: ", name, " must be ",
-                  describe(sizes, type), ", got ", describe(sizes_of(x), x.scalar_type()));
-}
-
-void check_contiguous(const char* name, const Tensor& x, int64_t numel, ScalarType type) {
-  STD_TORCH_CHECK(x.scalar_type() == type && x.is_contiguous() && x.numel() == numel, "vicinal: ",
-                  name, " must be contiguous ", type, " of ", numel, " elements, got ",
-                  x.is_contiguous() ? "contiguous " : "non-contiguous ",
-                  describe(sizes_of(x), x.scalar_type()));
-}
-
-// The data of an index tensor.
-const int32_t* int32_data(const char* name, const Tensor& x, int64_t numel) {
-  check_contiguous(name, x, numel, ScalarType::Int);
-  return x.const_data_ptr<int32_t>();
-}
-const int64_t* int64_data(const char* name, const Tensor& x, int64_t numel) {
-  check_contiguous(name, x, numel, ScalarType::Long);
-  return x.const_data_ptr<int64_t>();
-}
-
 // An uninitialized tensor. A large allocation is new memory, and its page faults take longer than
 // filling it, unless pages are huge. The advice applies to the address range: after the tensor is
 // freed, malloc may reuse the range, which then still has huge pages.
@@ -177,8 +139,7 @@ Tensor new_tensor_like(const Tensor& x, ScalarType type) {
 
 // Returns x if its channels (the last axis) are contiguous, else a contiguous copy.
 Tensor contiguous_channels(const char* name, const Tensor& x) {
-  STD_TORCH_CHECK(x.dim() == 3, "vicinal: ", name, " must have 3 dimensions, got ",
-                  describe(sizes_of(x), x.scalar_type()));
+  check_dims(name, x, 3);
   return x.size(2) <= 1 || x.stride(2) == 1 ? x : torch::stable::contiguous(x);
 }
 
@@ -228,15 +189,18 @@ void run_queue(int64_t n_units, int64_t units_per_chunk, const Body& body) {
 // ------------------------------------------------------------------------ attention
 
 // Indices of the tensors in the ops' argument `plan`.
-enum PlanTensor { kTraversal, kStarts, kStops, kOrder, kQueryBatch, kCenterColumns, kPointColumns };
+enum PlanTensor {
+  kTraversal, kStarts, kStops, kOrder, kQueryBatch, kCenterColumns, kPointColumns,
+  kCopyPoints,  // where there are copies
+};
 constexpr size_t kPlanTensors = 7;
 
 NeighborSlices slices_of(const Tensors& plan, int64_t n_queries, int64_t n_points) {
   const int64_t n_slices = plan[kStarts].size(1);
-  return {int32_data("plan.traversal", plan[kTraversal], n_queries),
-          int32_data("plan.starts", plan[kStarts], n_queries * n_slices),
-          int32_data("plan.stops", plan[kStops], n_queries * n_slices),
-          int32_data("plan.order", plan[kOrder], n_points),
+  return {int32_data("plan.traversal", plan[kTraversal], {n_queries}),
+          int32_data("plan.starts", plan[kStarts], {n_queries, n_slices}),
+          int32_data("plan.stops", plan[kStops], {n_queries, n_slices}),
+          int32_data("plan.order", plan[kOrder], {n_points}),
           n_queries, n_slices, n_points};
 }
 
@@ -256,6 +220,7 @@ class AttentionArguments {
     const int64_t n = q.size(0), points = k.size(0);
     check_tensor("k", k, {points, q.size(1), q.size(2)}, q.scalar_type());
     check_tensor("v", v, {points, q.size(1), v.size(2)}, q.scalar_type());
+    check_dropout(dropout_p);
     check_plan(position_dim);
     params.n_heads = q.size(1);
     params.scale = scale;
@@ -299,35 +264,41 @@ class AttentionArguments {
 
   // Checks that the plan has one slice per row of the windows.
   void check_plan(int64_t position_dim) {
-    STD_TORCH_CHECK(plan_.size() == kPlanTensors, "vicinal: plan must have ", kPlanTensors,
-                    " tensors, got ", plan_.size());
-    int64_t rows = 0;
-    for (int64_t window : windows_) {
-      window_rows_.push_back(1);
-      for (int64_t axis = 1; axis < position_dim; ++axis) window_rows_.back() *= window;
-      rows += window_rows_.back();
-    }
-    const Tensor& starts = plan_[kStarts];
-    STD_TORCH_CHECK(starts.dim() == 2 && starts.size(1) == rows, "vicinal: plan.starts must have ",
-                    rows, " columns, one per row of the windows, got ",
-                    describe(sizes_of(starts), starts.scalar_type()));
+    STD_TORCH_CHECK(plan_.size() == kPlanTensors || plan_.size() == kPlanTensors + 1,
+                    "vicinal: plan must have ", kPlanTensors, " tensors, and one more with copies",
+                    ", got ", plan_.size());
+    check_dims("plan.starts", plan_[kStarts], 2);
+    window_rows_ = count_window_rows(windows_, position_dim, plan_[kStarts].size(1));
+    const int64_t n = q.size(0), points = k.size(0);
+    int32_data("plan.query_batch", plan_[kQueryBatch], {n});
+    int32_data("plan.center_columns", plan_[kCenterColumns], {n, int64_t(windows_.size())});
+    int32_data("plan.point_columns", plan_[kPointColumns], {points});
   }
 
   void set_query_mask(const Tensor& query_mask) {
     query_mask_ = torch::stable::contiguous(query_mask);
-    check_contiguous("query_mask", query_mask_, q.size(0), ScalarType::Bool);
+    check_contiguous("query_mask", query_mask_, {q.size(0)}, ScalarType::Bool);
     params.query_mask = static_cast<const bool*>(query_mask_.data_ptr());
   }
 
   void set_dropout(const Tensor& seed, double dropout_p) {
-    STD_TORCH_CHECK(seed.scalar_type() == ScalarType::Long && seed.numel() == 1,
-                    "vicinal: seed must be one int64, got ",
-                    describe(sizes_of(seed), seed.scalar_type()));
+    check_contiguous("seed", seed, {}, ScalarType::Long);
     const uint64_t bits = *seed.const_data_ptr<int64_t>();
     params.dropout.active = true;
     params.dropout.key = baseline::hash32(baseline::hash32(uint32_t(bits)) ^ uint32_t(bits >> 32));
     params.dropout.threshold = uint32_t(dropout_p * 4294967296.0);
     params.dropout.keep_scale = 1 / (1 - dropout_p);
+    params.dropout.n_originals = k.size(0);
+    if (plan_.size() > kPlanTensors) set_copies(plan_[kCopyPoints]);
+  }
+
+  void set_copies(const Tensor& copy_points) {
+    check_dims("plan.copy_points", copy_points, 1);
+    const int64_t n_copies = copy_points.size(0);
+    params.dropout.copy_points = int32_data("plan.copy_points", copy_points, {n_copies});
+    params.dropout.n_originals -= n_copies;
+    STD_TORCH_CHECK(params.dropout.n_originals >= 0, "vicinal: plan.copy_points must be at most ",
+                    k.size(0), " points, got ", n_copies);
   }
 
   void set_background(const Tensors& tensors) {
@@ -338,24 +309,24 @@ class AttentionArguments {
     b.n_levels = windows_.size();
     for (int64_t level = 0; level < b.n_levels; ++level)
       b.n_cells += window_rows_[level] * windows_[level];
-    b.n_images = tensors[2].dim() > 0 ? tensors[2].size(0) : 0;
+    check_dims("background.value", tensors[2], 4);
+    b.n_images = tensors[2].size(0);
     const int64_t n = q.size(0), d = q.size(2), dv = v.size(2);
-    b.query = add_background("background.query", tensors[0], n * b.n_levels, d);
-    b.key = add_background("background.key", tensors[1], b.n_cells, d);
-    b.value = add_background("background.value", tensors[2], b.n_images * b.n_levels, dv);
+    const int64_t heads = params.n_heads;
+    b.query = add_background("background.query", tensors[0], {n, b.n_levels, heads, d});
+    b.key = add_background("background.key", tensors[1], {b.n_cells, heads, d});
+    b.value = add_background("background.value", tensors[2], {b.n_images, b.n_levels, heads, dv});
     b.windows = windows_.data();
     b.window_rows = window_rows_.data();
-    b.query_batch = int32_data("plan.query_batch", plan_[kQueryBatch], n);
-    b.center_columns = int32_data("plan.center_columns", plan_[kCenterColumns], n * b.n_levels);
-    b.point_columns = int32_data("plan.point_columns", plan_[kPointColumns], k.size(0));
+    b.query_batch = plan_[kQueryBatch].const_data_ptr<int32_t>();
+    b.center_columns = plan_[kCenterColumns].const_data_ptr<int32_t>();
+    b.point_columns = plan_[kPointColumns].const_data_ptr<int32_t>();
   }
 
   // Checks and stores a tensor [..., H, width] of the background, and returns it as rows.
-  Rows add_background(const char* name, const Tensor& x, int64_t rows, int64_t width) {
-    STD_TORCH_CHECK(x.dim() >= 3, "vicinal: ", name, " must have 3 dimensions or more, got ",
-                    describe(sizes_of(x), x.scalar_type()));
+  Rows add_background(const char* name, const Tensor& x, const Sizes& sizes) {
+    check_tensor(name, x, sizes, q.scalar_type());
     background.push_back(torch::stable::contiguous(x));
-    check_contiguous(name, background.back(), rows * params.n_heads * width, q.scalar_type());
     return flattened_rows(background.back());
   }
 
@@ -426,12 +397,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> neighborhood_attention_backward(
   grad_out = contiguous_channels("grad_out", grad_out);
   grad_lse = torch::stable::contiguous(grad_lse);
   const Sizes out_sizes{q.size(0), q.size(1), v.size(2)};
-  const int64_t n_lse = q.size(0) * q.size(1);
+  const Sizes lse_sizes{q.size(0), q.size(1)};
   check_tensor("grad_out", grad_out, out_sizes, q.scalar_type());
-  check_tensor("out", out, out_sizes, q.scalar_type());
-  check_contiguous("out", out, out.numel(), q.scalar_type());
-  check_contiguous("lse", lse, n_lse, accumulator_dtype(q));
-  check_contiguous("grad_lse", grad_lse, n_lse, accumulator_dtype(q));
+  check_contiguous("out", out, out_sizes, q.scalar_type());
+  check_contiguous("lse", lse, lse_sizes, accumulator_dtype(q));
+  check_contiguous("grad_lse", grad_lse, lse_sizes, accumulator_dtype(q));
   Tensor grad_q = new_tensor_like(q, q.scalar_type());
   // Many tiles add to the gradients of a point, in the accumulator dtype.
   Tensor grad_k = new_tensor_like(k, accumulator_dtype(k));
@@ -463,20 +433,19 @@ constexpr int64_t kRowsPerChunk = 512;
 struct RotaryArguments {
   // x: [n, H, d], the input or the output of the rotation.
   RotaryArguments(const Tensor& x, const Tensor& coordinates, const Tensor& frequencies) {
-    STD_TORCH_CHECK(x.dim() == 3 && x.size(2) % 2 == 0,
-                    "vicinal: x must be [n, H, d] with even d, got ",
-                    describe(sizes_of(x), x.scalar_type()));
-    STD_TORCH_CHECK(coordinates.dim() == 2 && coordinates.size(1) >= 1,
-                    "vicinal: coordinates must be [n, C] with C at least 1, got ",
-                    describe(sizes_of(coordinates), coordinates.scalar_type()));
-    params.n_heads = x.size(1);
-    params.n_pairs = x.size(1) * (x.size(2) / 2);
-    params.n_coordinates = coordinates.size(1);
-    const ScalarType type = accumulator_dtype(x);
-    check_contiguous("coordinates", coordinates, x.size(0) * params.n_coordinates, type);
-    check_contiguous("frequencies", frequencies, params.n_coordinates * params.n_pairs, type);
-    params.coordinates = coordinates.data_ptr();
-    params.frequencies = frequencies.data_ptr();
+    check_dims("x", x, 3);
+    check_dims("coordinates", coordinates, 2);
+    const int64_t heads = x.size(1), pairs = x.size(2) / 2, axes = coordinates.size(1);
+    STD_TORCH_CHECK(x.size(2) % 2 == 0 && axes >= 1,
+                    "vicinal: x must have an even width and coordinates at least one column, got ",
+                    x.size(2), " and ", axes);
+    check_contiguous("coordinates", coordinates, {x.size(0), axes}, ScalarType::Double);
+    check_contiguous("frequencies", frequencies, {axes, heads, pairs}, ScalarType::Double);
+    params.n_heads = heads;
+    params.n_pairs = heads * pairs;
+    params.n_coordinates = axes;
+    params.coordinates = coordinates.const_data_ptr<double>();
+    params.frequencies = frequencies.const_data_ptr<double>();
   }
 
   void run(const Tensor& x, bool forward) const {
@@ -503,7 +472,7 @@ std::tuple<Tensor, Tensor, Tensor> rotate_backward(Tensor grad_out, Tensor out, 
   RotaryArguments arguments(out, coordinates, frequencies);
   grad_out = contiguous_channels("grad_out", grad_out);
   check_tensor("grad_out", grad_out, sizes_of(out), out.scalar_type());
-  check_contiguous("out", out, out.numel(), out.scalar_type());
+  check_contiguous("out", out, sizes_of(out), out.scalar_type());
   const int64_t n_chunks = (out.size(0) + kRowsPerChunk - 1) / kRowsPerChunk;
   Tensor grad_x = new_tensor_like(out, out.scalar_type());
   Tensor grad_coordinates = torch::stable::empty_like(coordinates);
@@ -512,8 +481,8 @@ std::tuple<Tensor, Tensor, Tensor> rotate_backward(Tensor grad_out, Tensor out, 
   p.out = rows_of(out);
   p.grad_out = rows_of(grad_out);
   p.grad_x = rows_of(grad_x);
-  p.grad_coordinates = grad_coordinates.data_ptr();
-  p.grad_frequency_parts = grad_frequency_parts.data_ptr();
+  p.grad_coordinates = grad_coordinates.mutable_data_ptr<double>();
+  p.grad_frequency_parts = grad_frequency_parts.mutable_data_ptr<double>();
   arguments.run(out, false);
   return {grad_x, grad_coordinates, sum_parts(grad_frequency_parts, frequencies)};
 }
@@ -522,19 +491,19 @@ std::tuple<Tensor, Tensor, Tensor> rotate_backward(Tensor grad_out, Tensor out, 
 
 std::tuple<Tensor, Tensor> find_slices(Tensor sorted_keys, Tensor centers, Tensor traversal,
                                        Tensor level, Tensor offset, Tensor radius) {
-  STD_TORCH_CHECK(centers.dim() == 2, "vicinal: centers must be [L, N], got ",
-                  describe(sizes_of(centers), centers.scalar_type()));
+  check_dims("centers", centers, 2);
+  for (const Tensor* x : {&sorted_keys, &level}) check_dims("sorted_keys and level", *x, 1);
   SliceSearch s;
   s.n_levels = centers.size(0);
   s.n_queries = centers.size(1);
   s.n_rows = level.numel();
   s.n_keys = sorted_keys.numel();
-  s.keys = int64_data("sorted_keys", sorted_keys, s.n_keys);
-  s.centers = int64_data("centers", centers, s.n_levels * s.n_queries);
-  s.traversal = int32_data("traversal", traversal, s.n_queries);
-  s.level = int64_data("level", level, s.n_rows);
-  s.offset = int64_data("offset", offset, s.n_rows);
-  s.radius = int64_data("radius", radius, s.n_rows);
+  s.keys = int64_data("sorted_keys", sorted_keys, {s.n_keys});
+  s.centers = int64_data("centers", centers, {s.n_levels, s.n_queries});
+  s.traversal = int32_data("traversal", traversal, {s.n_queries});
+  s.level = int64_data("level", level, {s.n_rows});
+  s.offset = int64_data("offset", offset, {s.n_rows});
+  s.radius = int64_data("radius", radius, {s.n_rows});
   for (int64_t row = 0; row < s.n_rows; ++row)
     STD_TORCH_CHECK(s.level[row] >= 0 && s.level[row] < s.n_levels, "vicinal: level[", row,
                     "] must be at least 0 and less than ", s.n_levels, ", got ", s.level[row]);
@@ -551,6 +520,8 @@ std::tuple<Tensor, Tensor> find_slices(Tensor sorted_keys, Tensor centers, Tenso
 
 // An uninitialized [n_rows, n_columns] tensor, in huge pages if large.
 Tensor new_rows(Tensor like, int64_t n_rows, int64_t n_columns) {
+  STD_TORCH_CHECK(n_rows >= 0 && n_columns >= 0, "vicinal: sizes must not be negative, got ",
+                  n_rows, " and ", n_columns);
   return new_tensor(like, {n_rows, n_columns}, like.scalar_type());
 }
 

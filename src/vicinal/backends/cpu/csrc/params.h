@@ -43,6 +43,13 @@ struct DropoutParams {
   bool active = false;
   uint32_t key = 0, threshold = 0;  // drop where hash(key, head, query, column) < threshold
   double keep_scale = 1;            // 1 / (1 - dropout_p)
+  int64_t n_originals = 0;          // points that are no copies
+  const int32_t* copy_points = nullptr;  // [nnz - n_originals], the point that each copy is of
+
+  // The column of a point: a copy has that of its point.
+  uint32_t column_of(int64_t point) const {
+    return point < n_originals ? point : copy_points[point - n_originals];
+  }
 };
 
 // Keys and values of the cells that hold no point: see vicinal.attention.Background.
@@ -87,14 +94,14 @@ struct AttentionParams {
 // Rotates channel pairs by the angles coordinates @ frequencies.
 struct RotaryParams {
   int64_t n_heads = 0, n_coordinates = 0;
-  int64_t n_pairs = 0;                // of all heads: H * d / 2
-  const void* coordinates = nullptr;  // [n, C], accumulator dtype
-  const void* frequencies = nullptr;  // [C, n_pairs], accumulator dtype
-  Rows x, out;                        // [n, H, d]
+  int64_t n_pairs = 0;                  // of all heads: H * d / 2
+  const double* coordinates = nullptr;  // [n, C]
+  const double* frequencies = nullptr;  // [C, n_pairs]
+  Rows x, out;                          // [n, H, d]
   // Backward only.
-  Rows grad_out, grad_x;                 // [n, H, d]
-  void* grad_coordinates = nullptr;      // [n, C], accumulator dtype
-  void* grad_frequency_parts = nullptr;  // [chunks, C, n_pairs], accumulator dtype
+  Rows grad_out, grad_x;                   // [n, H, d]
+  double* grad_coordinates = nullptr;      // [n, C]
+  double* grad_frequency_parts = nullptr;  // [chunks, C, n_pairs]
 };
 
 }  // namespace vicinal

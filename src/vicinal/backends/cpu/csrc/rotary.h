@@ -2,9 +2,29 @@
 
 namespace vicinal::VICINAL_ISA {
 
+// Angles are sums in float64, and so exact at coordinates where float32 would lose whole turns.
+// Float32 takes them modulo a turn of 2 pi.
+typedef Vector<double> Angles;
+
+// As many numbers of type Real as Angles has lanes, at any address of an array of them.
+template <typename Real>
+struct AnglesAs {
+  typedef Real Vector
+      __attribute__((vector_size(n_lanes<double> * sizeof(Real)), aligned(sizeof(Real)), may_alias));
+};
+
+// The first part of a turn has 22 bits, so its product with up to 2^31 turns is exact.
+constexpr double kTurnHigh = 6.283184051513672, kTurnLow = 1.2556659146019252e-06;
+
+VICINAL_INLINE inline Angles reduce_to_one_turn(Angles angle) {
+  constexpr double kTurnsPerRadian = 0.15915494309189533577, kRound = Simd<double>::round_magic;
+  const Angles turns = (angle * kTurnsPerRadian + kRound) - kRound;
+  return (angle - turns * kTurnHigh) - turns * kTurnLow;
+}
+
 // Each row is rotated in one pass: angles from coordinates, their cosines and sines, the rotation.
-// Angles are never stored: the backward pass recomputes them, and needs only `out` besides.
-// Per-row vectors of channel pairs are [n_vectors], for n_pairs pairs, zero-padded.
+// Angles of all rows are never stored: the backward pass recomputes them, and needs only `out`
+// besides. Per-row vectors of channel pairs are [n_vectors], for n_pairs pairs, zero-padded.
 template <typename T>
 class RotaryKernel {
   using Real = typename Accumulator<T>::type;
@@ -14,17 +34,19 @@ class RotaryKernel {
   explicit RotaryKernel(const RotaryParams& params)
       : p_(params),
         n_vectors_((params.n_pairs + n_lanes<Real> - 1) / n_lanes<Real>),
-        frequencies_(params.n_coordinates * n_vectors_),
+        n_lanes_(n_vectors_ * n_lanes<Real>),
+        frequencies_(params.n_coordinates * n_lanes_),
+        rounded_frequencies_(params.n_coordinates * n_vectors_),
+        angles_(n_vectors_),
         cosines_(n_vectors_),
         sines_(n_vectors_),
         grad_angles_(n_vectors_),
         grad_frequencies_(params.n_coordinates * n_vectors_) {
-    const Real* frequencies = static_cast<const Real*>(p_.frequencies);
-    for (int64_t c = 0; c < p_.n_coordinates; ++c) {
-      Real* row = reinterpret_cast<Real*>(&frequencies_[c * n_vectors_]);
-      std::fill_n(&frequencies_[c * n_vectors_], n_vectors_, V{});
-      std::copy_n(frequencies + c * p_.n_pairs, p_.n_pairs, row);
-    }
+    std::fill_n(frequencies_.get(), p_.n_coordinates * n_lanes_, 0);
+    for (int64_t c = 0; c < p_.n_coordinates; ++c)
+      std::copy_n(p_.frequencies + c * p_.n_pairs, p_.n_pairs, &frequencies_[c * n_lanes_]);
+    std::copy_n(frequencies_.get(), p_.n_coordinates * n_lanes_,
+                reinterpret_cast<Real*>(rounded_frequencies_.get()));
   }
 
   void forward(int64_t begin, int64_t end) {
@@ -45,23 +67,32 @@ class RotaryKernel {
       compute_grad_angles(row);
       for (int64_t c = 0; c < p_.n_coordinates; ++c) accumulate_gradients(row, c);
     }
-    Real* parts = static_cast<Real*>(p_.grad_frequency_parts);
     for (int64_t c = 0; c < p_.n_coordinates; ++c) {
       const Real* sums = reinterpret_cast<const Real*>(&grad_frequencies_[c * n_vectors_]);
-      std::copy_n(sums, p_.n_pairs, parts + (chunk * p_.n_coordinates + c) * p_.n_pairs);
+      std::copy_n(sums, p_.n_pairs,
+                  p_.grad_frequency_parts + (chunk * p_.n_coordinates + c) * p_.n_pairs);
     }
   }
 
  private:
   // Computes cosines_ and sines_ of coordinates[row] @ frequencies.
   void compute_angles(int64_t row) {
-    const Real* coordinates = static_cast<const Real*>(p_.coordinates) + row * p_.n_coordinates;
-    for (int64_t i = 0; i < n_vectors_; ++i) {
-      V angle = coordinates[0] * frequencies_[i];
-      for (int64_t c = 1; c < p_.n_coordinates; ++c)
-        angle += coordinates[c] * frequencies_[c * n_vectors_ + i];
-      cosine_and_sine<Real>(angle, cosines_[i], sines_[i]);
+    const double* coordinates = p_.coordinates + row * p_.n_coordinates;
+    Real* const angles = reinterpret_cast<Real*>(angles_.get());
+    for (int64_t i = 0; i < n_lanes_; i += n_lanes<double>) {
+      Angles angle = coordinates[0] * frequencies_at(0, i);
+      for (int64_t c = 1; c < p_.n_coordinates; ++c) angle += coordinates[c] * frequencies_at(c, i);
+      if constexpr (!std::is_same_v<Real, double>) angle = reduce_to_one_turn(angle);
+      using Converted = typename AnglesAs<Real>::Vector;
+      *reinterpret_cast<Converted*>(angles + i) = __builtin_convertvector(angle, Converted);
     }
+    for (int64_t i = 0; i < n_vectors_; ++i)
+      cosine_and_sine<Real>(angles_[i], cosines_[i], sines_[i]);
+  }
+
+  // The frequencies of coordinate c from pair i on.
+  VICINAL_INLINE const Angles& frequencies_at(int64_t c, int64_t i) const {
+    return *reinterpret_cast<const Angles*>(&frequencies_[c * n_lanes_ + i]);
   }
 
   // Rotates one row; a direction of -1 is the inverse rotation.
@@ -97,23 +128,25 @@ class RotaryKernel {
   // The gradients by coordinate c of a row, and by its frequencies.
   void accumulate_gradients(int64_t row, int64_t c) {
     const int64_t index = row * p_.n_coordinates + c;
-    const Real coordinate = static_cast<const Real*>(p_.coordinates)[index];
+    const Real coordinate = p_.coordinates[index];
     V products{};
     for (int64_t i = 0; i < n_vectors_; ++i) {
       grad_frequencies_[c * n_vectors_ + i] += coordinate * grad_angles_[i];
-      products += frequencies_[c * n_vectors_ + i] * grad_angles_[i];
+      products += rounded_frequencies_[c * n_vectors_ + i] * grad_angles_[i];
     }
     Real sum = 0;
     for (int lane = 0; lane < n_lanes<Real>; ++lane) sum += products[lane];
-    static_cast<Real*>(p_.grad_coordinates)[index] = sum;
+    p_.grad_coordinates[index] = sum;
   }
 
   const RotaryParams& p_;
-  const int64_t n_vectors_;
-  Buffer<V> frequencies_;       // [C, n_vectors]
-  Buffer<V> cosines_, sines_;   // [n_vectors], of the current row
-  Buffer<V> grad_angles_;       // [n_vectors], of the current row
-  Buffer<V> grad_frequencies_;  // [C, n_vectors], sums over rows
+  const int64_t n_vectors_, n_lanes_;  // n_lanes: of n_vectors vectors, n_pairs or more
+  Buffer<double> frequencies_;         // [C, n_lanes]
+  Buffer<V> rounded_frequencies_;      // [C, n_vectors]
+  Buffer<V> angles_;                   // [n_vectors], of the current row
+  Buffer<V> cosines_, sines_;          // [n_vectors], of the current row
+  Buffer<V> grad_angles_;              // [n_vectors], of the current row
+  Buffer<V> grad_frequencies_;         // [C, n_vectors], sums over rows
 };
 
 template <typename T>
