@@ -423,7 +423,7 @@ def test_rotation_by_large_coordinates_in_float64() -> None:
 @given(scene=scenes())
 def test_slices(scene: Scene) -> None:
     plan = scene.plan()
-    keys, _, query_keys, point_keys, _ = plan._keyed_cells
+    keys, _, query_keys, point_keys, *_ = plan._keyed_cells
     traversal = plan._tensors.query_slices.traversal
     arguments = [point_keys.sort().values, query_keys, traversal, *keys.window_rows()]
     found = back_end.find_slices(*[x.to(DEVICE) for x in arguments])
@@ -560,7 +560,7 @@ def test_kernels_stay_in_their_buffers(
     results = ((x.out, x.lse, *x.grads) for x in (actual, exact))
     for result, expected in zip(*results, strict=True):
         assert relative_error(result, expected) < TOLERANCE
-    keys, _, query_keys, point_keys, _ = plan._keyed_cells
+    keys, _, query_keys, point_keys, *_ = plan._keyed_cells
     traversal = plan._tensors.query_slices.traversal
     back_end.find_slices(point_keys.sort().values, query_keys, traversal, *keys.window_rows())
     encoding = RotaryEncoding(6, 1, 2, backend="triton").to(DEVICE)
@@ -617,7 +617,7 @@ def test_opcheck() -> None:
         encoding(inputs.q.expand(-1, 2, -1), torch.rand(6, 3, device=DEVICE)).sum().backward()
         slices = plan._tensors.query_slices
         back_end.find_runs(*slices[:3], plan.neighborhood_sizes, 2, TILE)
-        keys, _, query_keys, point_keys, _ = plan._keyed_cells
+        keys, _, query_keys, point_keys, *_ = plan._keyed_cells
         back_end.find_slices(
             point_keys.sort().values, query_keys, slices.traversal, *keys.window_rows()
         )
