@@ -9,7 +9,8 @@ from .attention import (
 )
 from .nn.block import SparseNeighborhoodAttentionBlock
 from .nn.deformable import SparseDeformableAttention
-from .nn.rotary import RotaryEncoding
+from .nn.earlier_checkpoints import export_state_dict
+from .nn.rotary import FreqGroupPattern, RotaryEncoding
 from .plan import NeighborhoodPlan, plan_neighborhoods
 from .pyramid import FeaturePyramid
 from .windows import get_multilevel_neighborhoods
@@ -17,12 +18,14 @@ from .windows import get_multilevel_neighborhoods
 __all__ = [
     "Background",
     "FeaturePyramid",
+    "FreqGroupPattern",
     "NeighborhoodPlan",
     "NeighborhoodWeights",
     "RotaryEncoding",
     "SparseDeformableAttention",
     "SparseNeighborhoodAttentionBlock",
     "__version__",
+    "export_state_dict",
     "get_multilevel_neighborhoods",
     "neighborhood_attention",
     "neighborhood_attention_weights",

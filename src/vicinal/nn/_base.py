@@ -25,11 +25,14 @@ from ..windows import coordinate_dtype, finest_level
 PlanT = TypeVar("PlanT")
 
 
-def check_sizes(embed_dim: int, n_heads: int, **others: int) -> None:
-    """Raises ValueError for sizes below one and an ``embed_dim`` that the heads do not divide."""
+def check_sizes(embed_dim: int, n_heads: int, **others: int) -> tuple[int, ...]:
+    """The sizes as ints; raises ValueError for sizes below one and an ``embed_dim`` that the heads
+    do not divide.
+    """
     check_counts(embed_dim=embed_dim, n_heads=n_heads, **others)
     if embed_dim % n_heads:
         refuse("embed_dim", f"a multiple of n_heads ({n_heads})", embed_dim)
+    return tuple(map(int, (embed_dim, n_heads, *others.values())))
 
 
 class Arguments(NamedTuple):

@@ -1,12 +1,18 @@
 """The neighborhood attention block: norm, project, rotate, attend, project, residual."""
 
 from collections.abc import Mapping, Sequence
+from enum import Enum
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .._utils.checks import check_neighborhood_sizes, reads_contents, refuse
+from .._utils.checks import (
+    check_dropout,
+    check_neighborhood_sizes,
+    reads_contents,
+    refuse,
+)
 from .._utils.constants import constant
 from ..attention import (
     Background,
@@ -20,8 +26,9 @@ from ..plan import NeighborhoodPlan, plan_neighborhoods
 from ..pyramid import FeaturePyramid
 from ..windows import level_scales, window_centers, window_offsets
 from ._base import Inputs, SparseAttention, check_sizes
+from ._earlier_keys import rename_earlier_keys
 from .projections import add_projected, project
-from .rotary import RotaryEncoding
+from .rotary import RotaryEncoding, as_freq_group_pattern, check_equal_groups
 
 
 class SparseNeighborhoodAttentionBlock(SparseAttention[NeighborhoodPlan]):
@@ -37,27 +44,37 @@ class SparseNeighborhoodAttentionBlock(SparseAttention[NeighborhoodPlan]):
             quotient.
         n_heads: number of heads, H.
         n_levels: number of levels, L. Default: 4.
-        neighborhood_sizes: odd window width of each level, in cells of that level. Default:
-            ``(3, 5, 7, 9)``.
+        neighborhood_sizes: odd window width of each level, in cells of that level, a sequence, an
+            integer tensor or an array ``[L]``. Default: ``(3, 5, 7, 9)``.
         position_dim: number of spatial dimensions, P. Default: 2.
-        dropout: probability of dropping a softmax weight, and a channel of the output projection,
-            in training. Default: 0.
+        dropout: probability of dropping a channel of the output projection, in training.
+            Default: 0.
         bias: whether the projections have biases. Default: False.
         norm_first: whether the layer norm is on the query before its projection (default), or on
             the result after the residual.
         rope_spatial_base_theta: see `RotaryEncoding`, for all ``rope_`` arguments.
         rope_level_base_theta: base of the level's frequencies.
         rope_share_heads: whether heads share their frequencies.
-        rope_freq_group_pattern: ``"single"``, ``"partition"`` or ``"closure"``.
+        rope_freq_group_pattern: ``"single"``, ``"partition"`` or ``"closure"``, or an enum with
+            that value, such as `FreqGroupPattern`.
         rope_enforce_freq_groups_equal: whether groups of unequal size raise a ValueError.
+        attention_dropout: probability of dropping a softmax weight in training. None (default):
+            that of ``dropout``. The earlier implementation never dropped weights, as with 0.
         backend: back end of the attention, see `neighborhood_attention`. None (default): chosen by
             device and dtype.
 
-    Checkpoints of the earlier implementation load with ``strict=True``.
+    Checkpoints of the earlier implementation load with ``strict=True``, and the parameters are in
+    its order, so that the state of an optimizer loads as well. `export_state_dict` writes such
+    checkpoints.
+
+    Attributes:
+        attn_drop_rate: probability of dropping a softmax weight in training.
+        rope_spatial_base_theta, rope_level_base_theta, rope_share_heads: as given.
 
     Raises:
         ValueError: sizes do not divide, the head width is odd, the number of windows is not
-            ``n_levels``, a window is not odd, ``dropout`` is outside [0, 1), or a name is unknown.
+            ``n_levels``, a window is not odd, a rate of dropout is outside [0, 1), or a name is
+            unknown.
 
     Example:
         ```python
@@ -85,7 +102,7 @@ class SparseNeighborhoodAttentionBlock(SparseAttention[NeighborhoodPlan]):
         embed_dim: int,
         n_heads: int,
         n_levels: int = 4,
-        neighborhood_sizes: Sequence[int] = (3, 5, 7, 9),
+        neighborhood_sizes: Tensor | Sequence[int] = (3, 5, 7, 9),
         position_dim: int = 2,
         dropout: float = 0.0,
         bias: bool = False,
@@ -93,25 +110,36 @@ class SparseNeighborhoodAttentionBlock(SparseAttention[NeighborhoodPlan]):
         rope_spatial_base_theta: float = 100.0,
         rope_level_base_theta: float = 10.0,
         rope_share_heads: bool = False,
-        rope_freq_group_pattern: str = "single",
+        rope_freq_group_pattern: str | Enum = "single",
         rope_enforce_freq_groups_equal: bool = True,
         *,
+        attention_dropout: float | None = None,
         backend: str | None = None,
     ) -> None:
-        check_sizes(embed_dim, n_heads, n_levels=n_levels, position_dim=position_dim)
+        embed_dim, n_heads, n_levels, position_dim = check_sizes(
+            embed_dim, n_heads, n_levels=n_levels, position_dim=position_dim
+        )
         width = embed_dim // n_heads
         if width % 2:
             expected = f"an even head width, embed_dim / {n_heads}"
             refuse("embed_dim", expected, f"{embed_dim} ({width})")
+        pattern = as_freq_group_pattern("rope_freq_group_pattern", rope_freq_group_pattern)
+        if rope_enforce_freq_groups_equal:
+            check_equal_groups("embed_dim", width, pattern)
+        attention_dropout = dropout if attention_dropout is None else attention_dropout
+        check_dropout("attention_dropout", attention_dropout)
         super().__init__(embed_dim, n_heads, n_levels, position_dim, dropout, norm_first)
         check_backend(backend)
         self.neighborhood_sizes = check_neighborhood_sizes(neighborhood_sizes, n_levels)
         self.backend = backend
+        self.attn_drop_rate = attention_dropout
+        self.rope_spatial_base_theta = rope_spatial_base_theta
+        self.rope_level_base_theta = rope_level_base_theta
+        self.rope_share_heads = rope_share_heads
         prepare_backends()
 
         self.norm = nn.LayerNorm(embed_dim)
         self.q_in_proj = nn.Linear(embed_dim, embed_dim, bias=bias)
-        self.kv_proj = nn.Linear(embed_dim, 2 * embed_dim, bias=bias)
         self.pos_encoding = RotaryEncoding(
             width,
             n_heads,
@@ -119,17 +147,18 @@ class SparseNeighborhoodAttentionBlock(SparseAttention[NeighborhoodPlan]):
             spatial_base_theta=rope_spatial_base_theta,
             level_base_theta=rope_level_base_theta,
             share_heads=rope_share_heads,
-            freq_group_pattern=rope_freq_group_pattern,
+            freq_group_pattern=pattern,
             enforce_freq_groups_equal=rope_enforce_freq_groups_equal,
             backend=backend,
         )
+        self.kv_proj = nn.Linear(embed_dim, 2 * embed_dim, bias=bias)
         self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias)
         self.dropout = nn.Dropout(dropout)
-        self.register_load_state_dict_pre_hook(_rename_earlier_keys)
+        self.register_load_state_dict_pre_hook(rename_earlier_keys)
 
     def reset_parameters(self) -> None:
         """Draws all parameters from their initial distribution."""
-        for part in (self.norm, self.q_in_proj, self.kv_proj, self.pos_encoding, self.out_proj):
+        for part in (self.norm, self.q_in_proj, self.pos_encoding, self.kv_proj, self.out_proj):
             part.reset_parameters()
 
     def make_plan(
@@ -192,7 +221,7 @@ class SparseNeighborhoodAttentionBlock(SparseAttention[NeighborhoodPlan]):
             k,
             v,
             plan,
-            dropout_p=self.dropout.p if self.training else 0.0,
+            dropout_p=self.attn_drop_rate if self.training else 0.0,
             background=background,
             query_mask=inputs.mask,
             backend=self.backend,
@@ -261,17 +290,3 @@ def _with_level(positions: Tensor, level: Tensor | int) -> Tensor:
     if isinstance(level, int):
         return torch.nn.functional.pad(positions, (0, 1), value=float(level))
     return torch.cat((positions, level.to(positions.dtype)[:, None]), 1)
-
-
-def _rename_earlier_keys(
-    module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any
-) -> None:
-    """Accepts checkpoints of the earlier implementation, which names the projection differently
-    and saves two constants.
-    """
-    for name in ("weight", "bias"):
-        if f"{prefix}subset_attn.kv_proj.{name}" in state_dict:
-            moved = state_dict.pop(f"{prefix}subset_attn.kv_proj.{name}")
-            state_dict[f"{prefix}kv_proj.{name}"] = moved
-    for name in ("rope_spatial_base_theta", "rope_level_base_theta"):
-        state_dict.pop(f"{prefix}{name}", None)

@@ -95,7 +95,7 @@ class SparseDeformableAttention(SparseAttention[CellIndex]):
         bias: bool = True,
         norm_first: bool = True,
     ) -> None:
-        check_sizes(
+        embed_dim, n_heads, n_levels, n_points, position_dim = check_sizes(
             embed_dim, n_heads, n_levels=n_levels, n_points=n_points, position_dim=position_dim
         )
         super().__init__(embed_dim, n_heads, n_levels, position_dim, dropout, norm_first)
