@@ -184,7 +184,7 @@ def test_neighborhood_sizes_may_be_a_tensor_or_an_array(sizes: Any) -> None:
 def test_sizes_may_be_integers_of_numpy() -> None:
     sizes: Any = (np.int64(8), np.int32(2), np.int64(2))
     dim: Any = np.int64(3)
-    block = SparseNeighborhoodAttentionBlock(*sizes, (3, 5), dim)
+    block = SparseNeighborhoodAttentionBlock(sizes[0], sizes[1], sizes[2], (3, 5), dim)
     assert block.kv_proj.weight.shape == (16, 8)
     for name in ("embed_dim", "n_heads", "n_levels", "position_dim"):
         assert type(getattr(block, name)) is int

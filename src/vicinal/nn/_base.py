@@ -1,6 +1,7 @@
 """The call form that the attention modules share: arguments, their validation, the plan."""
 
 import inspect
+import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -21,6 +22,7 @@ from ..attention import NeighborhoodWeights, autocasts
 from ..plan import check_placement
 from ..pyramid import FeaturePyramid
 from ..windows import coordinate_dtype, finest_level
+from .projections import call_norm
 
 PlanT = TypeVar("PlanT")
 
@@ -55,7 +57,7 @@ class Inputs(NamedTuple):
     query: Tensor  # [N, E]
     positions: Tensor  # [N, P]
     offsets: Tensor  # [B + 1]
-    level: Tensor | int  # [N]; on a GPU maybe outside [0, L)
+    level: Tensor | int  # [N], in [0, L)
     mask: Tensor | None  # bool [N]
     pyramid: FeaturePyramid
     background: Tensor | None  # [B, L, E]
@@ -71,7 +73,8 @@ class Inputs(NamedTuple):
 class SparseAttention(nn.Module, Generic[PlanT]):
     """Base of the modules in which queries attend to a sparse feature pyramid."""
 
-    norm: nn.LayerNorm
+    norm: nn.Module
+    out_proj: nn.Linear
     _plan_type: type[PlanT]
 
     def __init__(
@@ -143,7 +146,12 @@ class SparseAttention(nn.Module, Generic[PlanT]):
             query_mask,
             plan,
         )
-        return self._forward(*self._validate(arguments))
+        inputs, plan = self._validate(arguments)
+        unused = _nonfinite_masked_rows(inputs)
+        if unused is None:
+            out = self._add_attended(inputs, plan)
+            return out if self.norm_first else call_norm(self.norm, out)
+        return self._forward_around(unused, inputs, plan)
 
     def attention_weights(
         self, *arguments: Any, queries: Tensor | None = None, **keywords: Any
@@ -171,8 +179,22 @@ class SparseAttention(nn.Module, Generic[PlanT]):
     ) -> PlanT:
         """Makes the ``plan`` of `forward`."""
 
+    def _forward_around(self, unused: Tensor, inputs: Inputs, plan: PlanT) -> Tensor:
+        """The forward pass where the rows ``unused`` ``[N, 1]`` must not reach any parameter's
+        gradient: zeros take their place, and the results of these rows are constants.
+        """
+        query = inputs.query
+        out = self._add_attended(inputs._replace(query=query.masked_fill(unused, 0)), plan)
+        whole = torch.where(unused, query + out.detach(), out)
+        if self.norm_first:
+            return whole
+        with torch.no_grad():
+            normed = call_norm(self.norm, whole)
+        return torch.where(unused, normed, call_norm(self.norm, out))
+
     @abstractmethod
-    def _forward(self, inputs: Inputs, plan: PlanT) -> Tensor: ...
+    def _add_attended(self, inputs: Inputs, plan: PlanT) -> Tensor:
+        """The query plus its projected attended values, before the norm if that comes last."""
 
     @abstractmethod
     def _weights(
@@ -191,6 +213,7 @@ class SparseAttention(nn.Module, Generic[PlanT]):
         background = arguments.background_embedding
         levels, mask = arguments.query_level_indices, arguments.query_mask
         level = finest_level(pyramid.level_shapes) if levels is None else levels
+        level, mask = self._mask_invalid_levels(level, mask)
         inputs = Inputs(arguments.query, positions, offsets, level, mask, pyramid, background)
         if arguments.plan is None:
             return inputs, self.make_plan(positions, offsets, pyramid)
@@ -202,6 +225,16 @@ class SparseAttention(nn.Module, Generic[PlanT]):
             expected = ", ".join(f"{name} {given}" for name, (_, given) in made_for.items())
             refuse("plan", f"one for {expected}", repr(arguments.plan))
         return inputs, arguments.plan
+
+    def _mask_invalid_levels(
+        self, level: Tensor | int, mask: Tensor | None
+    ) -> tuple[Tensor | int, Tensor | None]:
+        """Levels in [0, L), and the mask with the queries at other levels."""
+        if isinstance(level, int) or reads_contents(None, level.device):  # they were validated
+            return level, mask
+        valid = level.clamp(0, self.n_levels - 1)
+        invalid = valid.ne(level)
+        return valid, invalid if mask is None else mask | invalid
 
     def _check_queries(self, arguments: Arguments) -> None:
         query, positions, _, _, _, background, levels, mask, _ = arguments
@@ -252,10 +285,28 @@ class SparseAttention(nn.Module, Generic[PlanT]):
 
     @property
     def _reference(self) -> Tensor:
-        """A parameter, with whose dtype and device all arguments must agree."""
-        return self.norm.weight
+        """A parameter, with whose dtype and device all arguments must agree.
+
+        Not one of the norm, which may have another dtype or no parameters.
+        """
+        weight = getattr(self.out_proj, "weight", None)
+        # A module that replaces the projection may wrap it.
+        return weight if isinstance(weight, Tensor) else next(self.out_proj.parameters())
 
     def _check_dtype(self, argument: str, value: Tensor) -> None:
         dtype: torch.dtype = self._reference.dtype
         if value.dtype != dtype and not autocasts(value.device):
             refuse(argument, f"the dtype of the module, {dtype}", value)
+
+
+def _nonfinite_masked_rows(inputs: Inputs) -> Tensor | None:
+    """Bool ``[N, 1]``: the masked queries that hold a number that is not finite; None if there are
+    none, which on a GPU is known only without a mask.
+    """
+    if inputs.mask is None:
+        return None
+    largest = torch.linalg.vector_norm(inputs.query.detach(), math.inf, dim=1)
+    rows: Tensor = inputs.mask & ~largest.isfinite()
+    if reads_contents(None, rows.device) and not rows.any():
+        return None
+    return rows[:, None]

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from .._utils.checks import (
     check_dropout,
     check_neighborhood_sizes,
-    reads_contents,
     refuse,
 )
 from .._utils.constants import constant
@@ -27,7 +26,8 @@ from ..pyramid import FeaturePyramid
 from ..windows import level_scales, window_centers, window_offsets
 from ._base import Inputs, SparseAttention, check_sizes
 from ._earlier_keys import rename_earlier_keys
-from .projections import add_projected, project
+from .initialized import reset_children
+from .projections import add_projected, is_inactive_dropout, project
 from .rotary import RotaryEncoding, as_freq_group_pattern, check_equal_groups
 
 
@@ -62,6 +62,7 @@ class SparseNeighborhoodAttentionBlock(SparseAttention[NeighborhoodPlan]):
             that of ``dropout``. The earlier implementation never dropped weights, as with 0.
         backend: back end of the attention, see `neighborhood_attention`. None (default): chosen by
             device and dtype.
+        device, dtype: of the parameters, as in `torch.nn.Linear`.
 
     Checkpoints of the earlier implementation load with ``strict=True``, and the parameters are in
     its order, so that the state of an optimizer loads as well. `export_state_dict` writes such
@@ -115,6 +116,8 @@ class SparseNeighborhoodAttentionBlock(SparseAttention[NeighborhoodPlan]):
         *,
         attention_dropout: float | None = None,
         backend: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         embed_dim, n_heads, n_levels, position_dim = check_sizes(
             embed_dim, n_heads, n_levels=n_levels, position_dim=position_dim
@@ -138,8 +141,9 @@ class SparseNeighborhoodAttentionBlock(SparseAttention[NeighborhoodPlan]):
         self.rope_share_heads = rope_share_heads
         prepare_backends()
 
-        self.norm = nn.LayerNorm(embed_dim)
-        self.q_in_proj = nn.Linear(embed_dim, embed_dim, bias=bias)
+        kind: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.norm = nn.LayerNorm(embed_dim, **kind)
+        self.q_in_proj = nn.Linear(embed_dim, embed_dim, bias=bias, **kind)
         self.pos_encoding = RotaryEncoding(
             width,
             n_heads,
@@ -150,16 +154,16 @@ class SparseNeighborhoodAttentionBlock(SparseAttention[NeighborhoodPlan]):
             freq_group_pattern=pattern,
             enforce_freq_groups_equal=rope_enforce_freq_groups_equal,
             backend=backend,
+            **kind,
         )
-        self.kv_proj = nn.Linear(embed_dim, 2 * embed_dim, bias=bias)
-        self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias)
+        self.kv_proj = nn.Linear(embed_dim, 2 * embed_dim, bias=bias, **kind)
+        self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias, **kind)
         self.dropout = nn.Dropout(dropout)
         self.register_load_state_dict_pre_hook(rename_earlier_keys)
 
     def reset_parameters(self) -> None:
         """Draws all parameters from their initial distribution."""
-        for part in (self.norm, self.q_in_proj, self.pos_encoding, self.kv_proj, self.out_proj):
-            part.reset_parameters()
+        reset_children(self)
 
     def make_plan(
         self,
@@ -172,21 +176,18 @@ class SparseNeighborhoodAttentionBlock(SparseAttention[NeighborhoodPlan]):
             query_spatial_positions, query_batch_offsets, pyramid, self.neighborhood_sizes
         )
 
-    def _forward(self, inputs: Inputs, plan: NeighborhoodPlan) -> Tensor:
-        query, inputs = inputs.query, self._mask_invalid_levels(inputs)
-        attended = self._attend(inputs, plan)
+    def _add_attended(self, inputs: Inputs, plan: NeighborhoodPlan) -> Tensor:
+        query, attended = inputs.query, self._attend(inputs, plan)
         backend = choose_backend(self.backend, query.device, query.dtype)
-        if self.dropout.training and self.dropout.p > 0:
-            (projected,) = project(backend, attended, self.out_proj)
-            out: Tensor = query + self.dropout(projected)
-        else:
-            out = add_projected(backend, query, attended, self.out_proj)
-        return out if self.norm_first else self.norm(out)
+        if is_inactive_dropout(self.dropout):
+            return add_projected(backend, query, attended, self.out_proj)
+        (projected,) = project(backend, attended, self.out_proj)
+        out: Tensor = query + self.dropout(projected)
+        return out
 
     def _weights(
         self, inputs: Inputs, plan: NeighborhoodPlan, queries: Tensor | None
     ) -> NeighborhoodWeights:
-        inputs = self._mask_invalid_levels(inputs)
         q, k, _, background = self._project(inputs, plan)
         return neighborhood_attention_weights(
             q, k, plan, background=background, query_mask=inputs.mask, queries=queries
@@ -203,15 +204,6 @@ class SparseNeighborhoodAttentionBlock(SparseAttention[NeighborhoodPlan]):
             "position_dim": (plan.position_dim, self.position_dim),
             "device": (plan.device, inputs.positions.device),
         }
-
-    def _mask_invalid_levels(self, inputs: Inputs) -> Inputs:
-        """``inputs`` with levels in [0, L), where queries at other levels are masked."""
-        level, mask = inputs.level, inputs.mask
-        if isinstance(level, int) or reads_contents(None, level.device):  # they were validated
-            return inputs
-        valid = level.clamp(0, self.n_levels - 1)
-        invalid = valid.ne(level)
-        return inputs._replace(level=valid, mask=invalid if mask is None else mask | invalid)
 
     def _attend(self, inputs: Inputs, plan: NeighborhoodPlan) -> Tensor:
         """The attended values ``[N, E]``. All intermediate tensors are freed on return."""
@@ -244,7 +236,7 @@ class SparseNeighborhoodAttentionBlock(SparseAttention[NeighborhoodPlan]):
         return q, k, v, background
 
     def _heads(
-        self, x: Tensor, linear: nn.Linear, parts: int, norm: nn.LayerNorm | None = None
+        self, x: Tensor, linear: nn.Linear, parts: int, norm: nn.Module | None = None
     ) -> tuple[Tensor, ...]:
         """``linear(norm(x))`` as ``parts`` of ``[n, H, d]``."""
         backend = choose_backend(self.backend, x.device, x.dtype)
