@@ -1,6 +1,7 @@
 """Sparse maps as dense tensors: conversion both ways, pooling, and what is refused."""
 
 import contextlib
+import math
 from collections import defaultdict
 from typing import Any
 
@@ -249,8 +250,9 @@ def test_pooling(pooling: str, cloud: tuple[Tensor, tuple[int, ...], int, list[i
     pyramid = FeaturePyramid.from_points(
         coordinates, values, shape, batch_size, strides=strides, pooling=pooling
     )
+    multiple = math.lcm(*strides)
     assert pyramid.level_shapes == tuple(
-        tuple(-(-size // stride) for size in shape) for stride in strides
+        tuple(-(-size // multiple) * multiple // stride for size in shape) for stride in strides
     )
     assert pyramid.batch_size == batch_size
     by_hand = pool_by_hand(coordinates, values, strides, pooling)
@@ -269,7 +271,7 @@ def test_pooling(pooling: str, cloud: tuple[Tensor, tuple[int, ...], int, list[i
 def test_default_strides() -> None:
     coordinates = torch.tensor([[0, 0, 0], [0, 9, 4]])
     pyramid = FeaturePyramid.from_points(coordinates, torch.rand(2, 3), (10, 7), 1)
-    assert pyramid.level_shapes == ((10, 7), (5, 4), (3, 2), (2, 1))
+    assert pyramid.level_shapes == ((16, 8), (8, 4), (4, 2), (2, 1))
     assert pyramid.cells.tolist()[1::2] == [[9, 4], [4, 2], [2, 1], [1, 0]]
 
 
@@ -300,7 +302,7 @@ POINTS: dict[str, Any] = {
         ("coordinates", torch.tensor([[0, 0, -1], [1, 5, 3]])),
         ("coordinates", POINTS["coordinates"].to("meta")),
         ("values", torch.rand(2)),
-        ("values", torch.ones(2, 3, dtype=torch.int64)),
+        ("values", torch.ones(2, 3, dtype=torch.bool)),
         ("batch_size", -1),
         ("batch_size", 2.0),
     ],
@@ -325,7 +327,7 @@ PYRAMID: dict[str, Any] = {
     ("argument", "value", "came"),
     [
         ("values", torch.rand(2), "[2]"),
-        ("values", torch.ones(2, 3, dtype=torch.int64), "int64"),
+        ("values", torch.ones(2, 3, dtype=torch.bool), "bool"),
         ("values", torch.rand(2, 3).to_sparse(), "sparse_coo"),
         ("coordinates", torch.zeros(2, 4), "float32"),
         ("coordinates", torch.zeros(3, 4, dtype=torch.int64), "[3, 4]"),
@@ -371,16 +373,123 @@ def test_contents_are_unchecked_only_on_request() -> None:
         (lambda coo: coo.to_dense().to_sparse(), "stacked_feature_maps"),
         (lambda coo: coo.to_dense().to_sparse(3), "stacked_feature_maps"),
         (lambda coo: coo.to_dense()[..., 0].to_sparse(3), "stacked_feature_maps"),
-        (lambda coo: coo.to_dense()[:, :8].to_sparse(4), "stacked_feature_maps"),
-        (lambda coo: coo.to_dense()[..., :2, :].to_sparse(4), "stacked_feature_maps"),
-        (lambda coo: coo.to_dense()[:, :1, :1].to_sparse(4), "stacked_feature_maps"),
+        (lambda coo: torch.cat((coo.to_dense(),) * 2, 1).to_sparse(4), "stacked_feature_maps"),
+        (lambda coo: torch.cat((coo.to_dense(),) * 2, 3).to_sparse(4), "stacked_feature_maps"),
         (lambda coo: coo.to_dense().flatten(1, 2).to_sparse(3), "stacked_feature_maps"),
     ],
 )
 def test_from_coo_refusals(change: Any, argument: str) -> None:
     with pytest.raises(ValueError, match="expected") as refusal:
         FeaturePyramid.from_coo(change(sparse_map()), SHAPES)
-    assert str(refusal.value).startswith(f"{argument}:")
+    assert str(refusal.value).startswith(argument)
+
+
+def test_a_map_of_another_size_is_taken_if_its_points_are_inside() -> None:
+    coo = sparse_map()
+    expected = FeaturePyramid.from_coo(coo, SHAPES)
+    parts = coo.indices(), coo.values()
+    largest = torch.sparse_coo_tensor(*parts, (3, 20, 9, 4, 3), check_invariants=True)
+    inferred = torch.sparse_coo_tensor(*parts, check_invariants=True)
+    for other in (largest, inferred):
+        pyramid = FeaturePyramid.from_coo(other, SHAPES)
+        assert torch.equal(pyramid.coordinates, expected.coordinates)
+        assert torch.equal(pyramid.values, expected.values)
+
+
+# ------------------------------------------------------------------------------------ strides
+
+
+@pytest.mark.parametrize(
+    "strides", [(1, 2, 4, 8), (2, 4, 8), [(1, 3), (2, 6), (5, 1)], (3, 4), [(2, 3, 1)], 8]
+)
+def test_points_lie_in_the_window_centers_of_what_they_were_pooled_into(strides: Any) -> None:
+    dim = 3 if strides == [(2, 3, 1)] else 2
+    for sizes in [(500, 513, 7)[:dim], (1, 30, 2)[:dim]]:
+        cells = torch.stack([torch.randint(0, size, (200,)) for size in sizes], 1)
+        points = torch.nn.functional.pad(cells, (1, 0))
+        pyramid = FeaturePyramid.from_points(
+            points, torch.rand(200, 1), sizes, 1, strides=strides, keep_point_rows=True
+        )
+        assert pyramid.strides is not None
+        assert pyramid.point_rows is not None
+        least = torch.tensor(pyramid.strides).amin(0)
+        for level, stride in enumerate(torch.tensor(pyramid.strides)):
+            rows = pyramid.point_rows[:, level]
+            assert (pyramid.levels[rows] == level).all()
+            assert torch.equal(pyramid.cells[rows], cells // stride)
+            centers = (pyramid.cells[rows] + 0.5) * stride / least
+            torch.testing.assert_close(pyramid.positions()[rows].double(), centers.double())
+            extent = torch.tensor(pyramid.level_shapes[level]) * stride
+            assert torch.equal(
+                extent, torch.tensor(pyramid.level_shapes[0]) * torch.tensor(pyramid.strides[0])
+            )
+
+
+def test_a_scene_does_not_depend_on_the_size_of_its_grid() -> None:
+    points = torch.nn.functional.pad(torch.randint(0, 500, (300, 2)), (1, 0))
+    values = torch.rand(300, 2)
+    first, *others = (
+        FeaturePyramid.from_points(points, values, (size, size), 1, strides=(1, 2, [4, 8]))
+        for size in (500, 504, 512, 704)
+    )
+    for other in others:
+        assert torch.equal(first.coordinates, other.coordinates)
+        assert torch.equal(first.values, other.values)
+        assert torch.equal(first.positions(), other.positions())
+
+
+def test_strides_of_maps_of_padded_convolutions() -> None:
+    # 500 raw cells, of which convolutions with padding make 251, 126 and 64.
+    sides, strides = (500, 251, 126, 64), (1, 2, 4, 8)
+    levels = []
+    for side in sides:
+        indices = torch.tensor([[0, side - 1, 3]]).t()
+        size = (1, side, side, 2)
+        level = torch.sparse_coo_tensor(indices, torch.rand(1, 2), size, check_invariants=True)
+        levels.append(level)
+    pyramid = FeaturePyramid.from_levels(levels, strides=strides)
+    assert pyramid.level_shapes == tuple((512 // stride,) * 2 for stride in strides)
+    expected = [(side - 0.5) * stride for side, stride in zip(sides, strides, strict=True)]
+    assert pyramid.positions()[:, 0].tolist() == expected
+    stacked = torch.sparse_coo_tensor(
+        pyramid.coordinates.t(), pyramid.values, (1, 500, 500, 4, 2), check_invariants=False
+    )
+    for shapes in (None, [(side, side) for side in sides]):
+        same = FeaturePyramid.from_coo(stacked, shapes, strides=strides)
+        assert sorted(same.positions().tolist()) == sorted(pyramid.positions().tolist())
+
+
+def test_sums_and_means_of_integers() -> None:
+    points = torch.tensor([[0, 0, 1], [0, 1, 1], [0, 5, 5]])
+    counts = torch.tensor([[3], [4], [2**40 + 1]])
+    made = {
+        pooling: FeaturePyramid.from_points(
+            points, counts, (6, 6), 1, strides=2, pooling=pooling
+        ).values
+        for pooling in ("sum", "mean", "max")
+    }
+    assert made["sum"].tolist() == [[7], [2**40 + 1]]
+    assert made["max"].tolist() == [[4], [2**40 + 1]]
+    assert made["mean"][0].item() == 3.5
+
+
+def test_strides_that_do_not_belong_to_the_level_shapes_are_refused() -> None:
+    wrong: Any
+    for wrong in [(1, 3), (1,), (1, 2, 4), (0, 1)]:
+        with pytest.raises(ValueError, match=r"^strides: expected"):
+            FeaturePyramid(**PYRAMID | {"level_shapes": [(6, 4), (3, 2)]}, strides=wrong)
+
+
+def test_positions_of_large_maps_lie_in_their_own_cells() -> None:
+    for power in (22, 23, 24, 30, 40):
+        side = 2**power
+        cells = torch.tensor([[0, 0, 0, 0], [0, side - 1, side - 2, 0], [0, side // 2 - 1, 0, 1]])
+        shapes = ((side, side), (side // 2, side // 2))
+        pyramid = FeaturePyramid(torch.rand(3, 1), cells, shapes, 1)
+        positions = pyramid.positions(torch.float16)
+        scales = torch.tensor([[1.0], [1.0], [0.5]])
+        assert torch.equal((positions * scales).floor().long(), pyramid.cells)
+        assert positions.dtype == (torch.float32 if power <= 23 else torch.float64)
 
 
 @given(scenes(max_dim=4))

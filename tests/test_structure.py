@@ -17,6 +17,7 @@ LAYERS = [  # each may import those before it
     ("_version", "_utils"),
     ("windows",),
     ("backends",),
+    ("pooling",),
     ("pyramid",),
     ("_index",),
     ("plan",),

@@ -11,9 +11,9 @@ from .nn.block import SparseNeighborhoodAttentionBlock
 from .nn.deformable import SparseDeformableAttention
 from .nn.earlier_checkpoints import export_state_dict
 from .nn.rotary import FreqGroupPattern, RotaryEncoding
-from .plan import NeighborhoodPlan, plan_neighborhoods
+from .plan import NeighborhoodPlan, PointCopies, QueryPlacement, plan_neighborhoods
 from .pyramid import FeaturePyramid
-from .windows import get_multilevel_neighborhoods
+from .windows import cell_positions, get_multilevel_neighborhoods
 
 __all__ = [
     "Background",
@@ -21,10 +21,13 @@ __all__ = [
     "FreqGroupPattern",
     "NeighborhoodPlan",
     "NeighborhoodWeights",
+    "PointCopies",
+    "QueryPlacement",
     "RotaryEncoding",
     "SparseDeformableAttention",
     "SparseNeighborhoodAttentionBlock",
     "__version__",
+    "cell_positions",
     "export_state_dict",
     "get_multilevel_neighborhoods",
     "neighborhood_attention",

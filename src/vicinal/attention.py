@@ -123,8 +123,10 @@ def neighborhood_attention(
     Args:
         q: ``[N, H, d]``, float16, bfloat16, float32 or float64. Half precisions are accumulated in
             float32.
-        k: ``[nnz, H, d]``, in the pyramid's order.
-        v: ``[nnz, H, dv]``, in the pyramid's order.
+        k: ``[nnz, H, d]``, in the pyramid's order. With periodic axes ``[nnz + C, H, d]``: the keys
+            of the plan's copies come last.
+        v: ``[nnz, H, dv]`` or ``[nnz + C, H, dv]``, likewise. `NeighborhoodPlan.append_copies`
+            appends its rows of copies.
         plan: the neighbors of each query, from `plan_neighborhoods`.
         scale: factor of the logits; None (default): ``d ** -0.5``.
         dropout_p: probability of dropping a weight; the others are divided by ``1 - dropout_p``.
@@ -162,7 +164,7 @@ def neighborhood_attention(
     """
     check_dropout("dropout_p", dropout_p)
     _check(q, k, plan, background, query_mask)
-    check_tensor("v", v, (plan.n_points, q.shape[1], "dv"), kind="floating", device=q.device)
+    check_tensor("v", v, (plan.n_keys, q.shape[1], "dv"), kind="floating", device=q.device)
     if background is not None and background.value.shape[-1] != v.shape[-1]:
         refuse("background.value", f"the width of v, {v.shape[-1]}", background.value)
     q, k, v, *cells = _autocast(q, k, v, *(background or ()))
@@ -220,15 +222,16 @@ def neighborhood_attention_weights(
         queries, q, k, k[..., :0], tensors, tuple(cells), query_mask, scale
     )
     weights, _ = reference.softmax(logits, row, len(queries))
-    n_pairs = int((column < plan.n_points).sum())
+    n_pairs = int((column < plan.n_keys).sum())
     offsets = offsets_from_counts(torch.bincount(row[:n_pairs], minlength=len(queries)))
     empty = None
     if background is not None:
-        level = reference.slot_levels(tensors)[column[n_pairs:] - plan.n_points]
+        level = reference.slot_levels(tensors)[column[n_pairs:] - plan.n_keys]
         empty = weights.new_zeros(len(queries) * plan.n_levels, q.shape[1])
         empty = empty.index_add(0, row[n_pairs:] * plan.n_levels + level, weights[n_pairs:])
         empty = empty.unflatten(0, (len(queries), plan.n_levels))
-    return NeighborhoodWeights(offsets, column[:n_pairs], weights[:n_pairs], empty)
+    points = plan.points_of_keys(column[:n_pairs])
+    return NeighborhoodWeights(offsets, points, weights[:n_pairs], empty)
 
 
 def autocasts(device: torch.device) -> bool:
@@ -259,7 +262,7 @@ def _check(
     if not isinstance(background, Background | None):
         refuse("background", "a Background or None", background)
     shapes: dict[str, tuple[Tensor, tuple[int | str, ...]]] = {
-        "k": (k, (plan.n_points, heads, width))
+        "k": (k, (plan.n_keys, heads, width))
     }
     if background is not None:
         sizes: tuple[tuple[int | str, ...], ...] = (

@@ -6,6 +6,7 @@ they fall into, one order per level, the queries whose window holds a point are 
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ._index.cell_keys import CellKeys
+from ._index.plan_checks import check_plan_facts, check_plan_points, refuse_plan
 from ._index.tiles import GroupedCells, find_tiles
 from ._utils.checks import (
     LevelShapes,
@@ -26,26 +28,135 @@ from ._utils.checks import (
     reads_contents,
     refuse,
 )
-from ._utils.constants import execution_mode
-from ._utils.ragged import batch_ids
+from ._utils.constants import constant, execution_mode, trainable_tensors
+from ._utils.ragged import batch_ids, offsets_from_counts
 from .backends import choose_backend
 from .backends.reference import list_pairs, search_slices
 from .backends.types import Backend, FindRuns, NeighborSlices, PlanTensors, Tiles
 from .pyramid import FeaturePyramid
-from .windows import window_centers
+from .windows import check_position_dtype, check_windows_fit, window_centers
 
 _INT32_MAX = 2**31 - 1
 T = TypeVar("T")
 
 
+class QueryPlacement(NamedTuple):
+    """Where the queries of a batch are: positions, images and levels.
+
+    What `plan_neighborhoods`, ``make_plan`` and ``forward`` of the attention modules take.
+
+    Attributes:
+        positions: floating ``[N, P]``, in cells of the full shape.
+        offsets: int64 ``[B + 1]``: image ``b`` owns the queries ``offsets[b]:offsets[b + 1]``.
+        levels: int64 ``[N]``, the pyramid level of each query, or None: the level with the most
+            cells.
+
+    Example:
+        ```python
+        import torch
+        from vicinal import QueryPlacement
+
+        positions = 64 * torch.rand(2, 5, 2)  # two images, five queries each
+        padding = torch.zeros(2, 5, dtype=torch.bool)
+        padding[1, 3:] = True  # the second image has three queries
+        placement = QueryPlacement.from_padded(positions, padding)
+        assert placement.offsets.tolist() == [0, 5, 8]
+        ```
+    """
+
+    positions: Tensor
+    offsets: Tensor
+    levels: Tensor | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """Returns the arguments of ``make_plan`` and of an attention module's call, by name:
+        ``block(query, **placement.arguments(), stacked_feature_maps=pyramid)``.
+        """
+        return {
+            "query_spatial_positions": self.positions,
+            "query_batch_offsets": self.offsets,
+            "query_level_indices": self.levels,
+        }
+
+    @classmethod
+    def of_points(cls, pyramid: FeaturePyramid) -> "QueryPlacement":
+        """The placement where every point is a query, at the center of its cell, on its level.
+
+        The positions' dtype is that of the values, widened until it holds the map's cells. On a GPU
+        this synchronizes.
+
+        Raises:
+            ValueError: the points are not sorted by image.
+        """
+        dtype = pyramid.values.dtype
+        dtype = dtype if dtype.is_floating_point else torch.float32
+        return cls(pyramid.positions(dtype), pyramid.batch_offsets(), pyramid.levels)
+
+    @classmethod
+    def from_padded(
+        cls, positions: Tensor, mask: Tensor | None = None, levels: Tensor | None = None
+    ) -> "QueryPlacement":
+        """The placement of queries that are padded to the same number for every image.
+
+        The other inputs become rows in the same way, ``query[~mask]``, and the results are put back
+        by ``padded[~mask] = out``. On a GPU this synchronizes.
+
+        Args:
+            positions: floating ``[B, n, P]``, in cells of the full shape.
+            mask: bool ``[B, n]``, True: padding, as the ``key_padding_mask`` of PyTorch's
+                attention. None (default): no padding.
+            levels: integer ``[B, n]``, the level of each query, or None (default).
+
+        Raises:
+            ValueError: shapes, dtypes or devices do not match.
+        """
+        positions = check_tensor("positions", positions, ("B", "n", "P"), kind="floating")
+        shape, device = positions.shape[:2], positions.device
+        if levels is not None:
+            levels = check_tensor("levels", levels, shape, kind="integer", device=device)
+        if mask is None:
+            mask = torch.zeros(shape, dtype=torch.bool, device=device)
+        valid = ~check_tensor("mask", mask, shape, kind="bool", device=device)
+        offsets = offsets_from_counts(valid.sum(1))
+        return cls(positions[valid], offsets, None if levels is None else levels[valid])
+
+
+class PointCopies(NamedTuple):
+    """The C copies of points that windows reach across the seam of a periodic axis.
+
+    Attributes:
+        points: int64 ``[C]``, the row of the point that each copy is of.
+        shifts: int64 ``[C, P]``, from the point's cell to that of the copy, in cells of its level:
+            plus or minus the level's size along periodic axes, else 0.
+
+    Example:
+        ```python
+        import torch
+        from vicinal import FeaturePyramid, plan_neighborhoods
+
+        points = torch.tensor([[0, 0], [0, 5]])  # image, cell on a circle of 16 cells
+        pyramid = FeaturePyramid.from_points(
+            points, torch.ones(2, 8), (16,), 1, strides=1, periodic_axes=(0,)
+        )
+        plan = plan_neighborhoods(torch.tensor([[15.5]]), torch.tensor([0, 1]), pyramid, [3])
+        assert plan.copies.points.tolist() == [0]
+        assert plan.copies.shifts.tolist() == [[16]]  # the point at cell 0 is also at cell 16
+        assert plan.pairs().tolist() == [[0, 0]]
+        ```
+    """
+
+    points: Tensor
+    shifts: Tensor
+
+
 class _KeyedCells(NamedTuple):
-    """The cells of queries and points with their keys, from which `point_slices` are found."""
+    """The cells of queries, points and copies with their keys, to find `point_slices` from."""
 
     keys: CellKeys
     centers: Tensor  # int64 [L, N, P], the centers of the queries' windows
     query_keys: Tensor  # int64 [L, N]
-    point_keys: Tensor  # int64 [nnz], -1 for points outside their level
-    coordinates: Tensor  # int64 [nnz, P + 2]
+    point_keys: Tensor  # int64 [nnz + C], -1 for points outside their level
+    coordinates: Tensor  # int64 [nnz + C, P + 2]
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -60,6 +171,9 @@ class NeighborhoodPlan:
         position_dim: number of spatial dimensions, P.
         batch_size: number of images, B.
         level_shapes: the spatial shape of each level.
+        periodic_axes: axes along which the map repeats.
+        copies: the copies of points beyond the seam of periodic axes. There are none without
+            periodic axes. Keys and values have a row for each of them, after those of the points.
 
     Example:
         ```python
@@ -80,6 +194,8 @@ class NeighborhoodPlan:
     position_dim: int
     batch_size: int
     level_shapes: LevelShapes
+    periodic_axes: tuple[int, ...]
+    copies: PointCopies
     _tensors: PlanTensors  # without tiles
     _keyed_cells: _KeyedCells
     _created_in: str = "python"  # see `execution_mode`
@@ -93,6 +209,11 @@ class NeighborhoodPlan:
     @property
     def n_points(self) -> int:
         """nnz, the number of points of all images and levels."""
+        return self._tensors.n_points - self.copies.points.shape[0]
+
+    @property
+    def n_keys(self) -> int:
+        """The number of points and of their copies, nnz + C."""
         return self._tensors.n_points
 
     @property
@@ -132,8 +253,21 @@ class NeighborhoodPlan:
             ValueError: ``queries`` is not an integer tensor of indices in ``[0, N)``.
         """
         queries = self._check_queries(queries)
-        row, point, _ = list_pairs(self._tensors, queries)
-        return torch.stack((queries[row], point), 1)
+        row, key, _ = list_pairs(self._tensors, queries)
+        return torch.stack((queries[row], self.points_of_keys(key)), 1)
+
+    def append_copies(self, values: Tensor) -> Tensor:
+        """Returns ``values`` ``[nnz, ...]`` with the rows of the copies appended."""
+        if not self.periodic_axes:
+            return values
+        return torch.cat((values, values.index_select(0, self.copies.points)))
+
+    def points_of_keys(self, keys: Tensor) -> Tensor:
+        """Returns the points, int64 ``[m]``, that the rows ``keys`` of the keys belong to."""
+        if not self.periodic_axes:
+            return keys
+        points = torch.arange(self.n_points, device=keys.device)
+        return self.append_copies(points)[keys]
 
     def to(self, device: torch.device | str) -> "NeighborhoodPlan":
         """Returns the same plan on another device."""
@@ -141,6 +275,7 @@ class NeighborhoodPlan:
             return self
         keys, *cells = self._keyed_cells
         tensors = self._tensors
+        copies = PointCopies(*(part.to(device) for part in self.copies))
         return dataclasses.replace(
             self,
             _tensors=tensors._replace(
@@ -148,7 +283,9 @@ class NeighborhoodPlan:
                 query_batch=tensors.query_batch.to(device),
                 center_columns=tensors.center_columns.to(device),
                 point_columns=tensors.point_columns.to(device),
+                copy_points=copies.points.int(),
             ),
+            copies=copies,
             _keyed_cells=_KeyedCells(keys.to(device), *(part.to(device) for part in cells)),
             _created_in=execution_mode(torch.device(device)),
             _cache={},
@@ -191,7 +328,8 @@ class NeighborhoodPlan:
             mode = execution_mode(self.device)
             if mode != self._created_in:
                 return self._find_in_other_mode(name, find, mode)
-            self._cache[name] = find()
+            with trainable_tensors():
+                self._cache[name] = find()
         found: T = self._cache[name]
         return found
 
@@ -230,7 +368,7 @@ class NeighborhoodPlan:
         if not self._fits_int32:
             refuse(
                 "level_shapes",
-                "sizes below 2^30 for a back end that takes tiles",
+                "sizes of at most 2^30 for a back end that takes tiles",
                 str(self.level_shapes),
             )
         windows = self.neighborhood_sizes, self.position_dim
@@ -263,18 +401,21 @@ class NeighborhoodPlan:
     @property
     def _fits_int32(self) -> bool:
         """Whether int32 holds all cells and the differences between them."""
-        return max(map(max, self.level_shapes)) < 2**30
+        return max(map(max, self.level_shapes)) <= 2**30
 
 
 def plan_neighborhoods(
     query_spatial_positions: Tensor,
     query_batch_offsets: Tensor,
     pyramid: FeaturePyramid,
-    neighborhood_sizes: Sequence[int],
+    neighborhood_sizes: Tensor | Sequence[int],
     *,
     check_contents: bool | None = None,
 ) -> NeighborhoodPlan:
     """Finds every query's neighbors once, for all layers that share queries, points and windows.
+
+    The number of images is that of the pyramid or that of the offsets, whichever is larger. Images
+    that are missing at the end of the other hold nothing.
 
     Args:
         query_spatial_positions: floating ``[N, P]``, in cells of the full shape.
@@ -290,8 +431,10 @@ def plan_neighborhoods(
         the plan, on the device of the positions.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not match, a window is even or not positive,
-            offsets or positions fail the validation, or the cells are too many for 64-bit keys.
+        ValueError: shapes, dtypes or devices do not match, a window is even or not positive, or
+            wider than its level along a periodic axis, positions have a dtype that cannot hold the
+            map's cell centers, offsets or positions fail the validation, or the cells are too many
+            for 64-bit keys.
 
     Example:
         ```python
@@ -310,19 +453,24 @@ def plan_neighborhoods(
     """
     if not isinstance(pyramid, FeaturePyramid):
         refuse("pyramid", "a FeaturePyramid", pyramid)
-    check_placement(query_spatial_positions, query_batch_offsets, pyramid, check_contents)
+    positions, offsets, pyramid = check_placement(
+        query_spatial_positions, query_batch_offsets, pyramid, check_contents
+    )
     sizes = check_neighborhood_sizes(neighborhood_sizes, pyramid.n_levels)
-    n_queries, n_points = query_spatial_positions.shape[0], pyramid.values.shape[0]
+    check_windows_fit(sizes, pyramid.level_shapes, pyramid.periodic_axes)
+    n_queries, n_keys = positions.shape[0], pyramid.values.shape[0] << len(pyramid.periodic_axes)
     largest = _INT32_MAX // pyramid.n_levels
-    if n_points > _INT32_MAX or n_queries > largest or pyramid.batch_size > largest:
+    if n_keys > _INT32_MAX or n_queries > largest or pyramid.batch_size > largest:
         expected = "at most 2^31 points, queries x levels, and images x levels"
-        refuse("query_spatial_positions", expected, query_spatial_positions)
-    backend = choose_backend(None, query_spatial_positions.device)
-    plan = _plan(query_spatial_positions, query_batch_offsets, pyramid, sizes, backend)
-    if plan._fits_int32:  # else another back end may still take the plan
-        # A plan that a CUDA graph makes cannot be completed later.
-        in_graph = execution_mode(plan.device) == "graph"
-        tensors_for(plan, backend, points_need_grad=torch.is_grad_enabled() or in_graph)
+        refuse("query_spatial_positions", expected, positions)
+    backend = choose_backend(None, positions.device)
+    needs_grad = torch.is_grad_enabled()
+    with trainable_tensors():
+        plan = _plan(positions, offsets, pyramid, sizes, backend)
+        if plan._fits_int32:  # else another back end may still take the plan
+            # A plan that a CUDA graph makes cannot be completed later.
+            in_graph = execution_mode(plan.device) == "graph"
+            tensors_for(plan, backend, points_need_grad=needs_grad or in_graph)
     return plan
 
 
@@ -340,16 +488,70 @@ def tensors_for(plan: NeighborhoodPlan, backend: Backend, *, points_need_grad: b
 
 def check_placement(
     positions: Tensor, offsets: Tensor, pyramid: FeaturePyramid, check_contents: bool | None = None
-) -> None:
-    """Raises ValueError unless positions and offsets can be those of queries on the pyramid."""
+) -> tuple[Tensor, Tensor, FeaturePyramid]:
+    """Returns positions and offsets as tensors, and offsets and pyramid of the same images.
+
+    Raises:
+        ValueError: they cannot be those of queries on the pyramid.
+    """
     device = pyramid.coordinates.device
     name, shape = "query_spatial_positions", ("N", pyramid.position_dim)
-    check_tensor(name, positions, shape, kind="floating", device=device)
-    n_offsets = (pyramid.batch_size + 1,)
-    check_tensor("query_batch_offsets", offsets, n_offsets, kind="integer", device=device)
+    positions = check_tensor(name, positions, shape, kind="floating", device=device)
+    check_position_dtype(name, positions, pyramid.level_shapes)
+    offsets = check_tensor(
+        "query_batch_offsets", offsets, ("B + 1",), kind="integer", device=device
+    )
+    if not offsets.shape[0]:
+        refuse("query_batch_offsets", "at least one number", offsets)
     if reads_contents(check_contents, device):
         check_offsets("query_batch_offsets", offsets, len(positions))
         check_finite(name, positions)
+    n_missing = pyramid.batch_size - (offsets.shape[0] - 1)
+    if n_missing < 0:
+        n_images = offsets.shape[0] - 1
+        pyramid = dataclasses.replace(pyramid, batch_size=n_images, check_contents=False)
+    elif n_missing > 0:  # images without queries
+        offsets = torch.cat((offsets, offsets[-1:].expand(n_missing)))
+    return positions, offsets, pyramid
+
+
+def check_plan(
+    plan: NeighborhoodPlan,
+    positions: Tensor,
+    offsets: Tensor,
+    pyramid: FeaturePyramid,
+    neighborhood_sizes: tuple[int, ...],
+    check_contents: bool | None = None,
+) -> None:
+    """Raises ValueError unless ``plan`` was made for these queries, points and windows.
+
+    Queries may have moved within their cells. On a GPU only what needs no synchronization is
+    compared, unless ``check_contents`` is True.
+
+    Args:
+        plan: the plan to check.
+        positions, offsets, pyramid: of the queries and points, as `check_placement` returns them.
+        neighborhood_sizes: window width of each level.
+        check_contents: whether to compare tensor contents. None: on the CPU only.
+    """
+    facts = {
+        "neighborhood_sizes": (plan.neighborhood_sizes, neighborhood_sizes),
+        "level_spatial_shapes": (plan.level_shapes, pyramid.level_shapes),
+        "periodic_axes": (plan.periodic_axes, pyramid.periodic_axes),
+        "number of images": (plan.batch_size, pyramid.batch_size),
+        "number of queries": (plan.n_queries, positions.shape[0]),
+        "device": (plan.device, positions.device),
+    }
+    check_plan_facts(plan, facts)
+    planned_points = plan._keyed_cells.coordinates[: plan.n_points]
+    check_plan_points(plan, planned_points, pyramid, check_contents)
+    if not reads_contents(check_contents, plan.device):
+        return
+    image, centers = _query_cells(positions, offsets, pyramid, plan._keyed_cells.keys)
+    if not torch.equal(image.int(), plan.query_batch):
+        refuse_plan(plan, "images", "query_batch_offsets")
+    if not torch.equal(centers, plan._keyed_cells.centers):
+        refuse_plan(plan, "query cells", "query_spatial_positions")
 
 
 def _plan(
@@ -367,9 +569,14 @@ def _plan(
 
     misplaced = pyramid.misplaced()
     coordinates = pyramid.coordinates.long().masked_fill(misplaced[:, None], 0)
+    copies = find_copies(coordinates, misplaced, pyramid, sizes)
+    copied = coordinates[copies.points]
+    copied[:, 1:-1] += copies.shifts
+    coordinates = torch.cat((coordinates, copied))
     cells, point_levels = coordinates[:, 1:-1], coordinates[:, -1]
-    # Misplaced points sort to the front, outside every window.
-    point_keys = keys.of(cells, point_levels, coordinates[:, 0]).masked_fill(misplaced, -1)
+    point_keys = keys.of(cells, point_levels, coordinates[:, 0])
+    # Misplaced points, which have no copies, sort to the front, outside every window.
+    point_keys[: misplaced.shape[0]].masked_fill_(misplaced, -1)
 
     sorted_points, order = torch.sort(point_keys, stable=True)
     traversal = torch.argsort(keys.along_curve(centers[keys.finest], image), stable=True).int()
@@ -381,16 +588,45 @@ def _plan(
         point_columns=cells[order, -1].int(),
         neighborhood_sizes=sizes,
         position_dim=pyramid.position_dim,
+        copy_points=copies.points.int(),
     )
     return NeighborhoodPlan(
         neighborhood_sizes=sizes,
         position_dim=pyramid.position_dim,
         batch_size=pyramid.batch_size,
         level_shapes=pyramid.level_shapes,
+        periodic_axes=pyramid.periodic_axes,
+        copies=copies,
         _tensors=tensors,
         _keyed_cells=_KeyedCells(keys, centers, query_keys, point_keys, coordinates),
         _created_in=execution_mode(device),
     )
+
+
+def find_copies(
+    coordinates: Tensor, misplaced: Tensor, pyramid: FeaturePyramid, sizes: Sequence[int]
+) -> PointCopies:
+    """The copies of points that windows of ``sizes`` around cells inside the map reach.
+
+    Along a periodic axis a point less than a radius from one edge is also one map's size beyond the
+    other; along several of them, so is every combination.
+    """
+    dim, device = pyramid.position_dim, coordinates.device
+    levels, cells = coordinates[:, -1], coordinates[:, 1:-1]
+    radius = constant([size // 2 for size in sizes], device)[levels]
+    shape = constant(pyramid.level_shapes, device)[levels]
+    rows, shifts = [levels.new_zeros(0)], [levels.new_zeros(0, dim)]
+    shift = torch.where(cells < radius[:, None], shape, 0)
+    shift = torch.where(cells >= shape - radius[:, None], -shape, shift)
+    for chosen in itertools.product((False, True), repeat=len(pyramid.periodic_axes)):
+        axes = list(itertools.compress(pyramid.periodic_axes, chosen))
+        if axes:
+            reached = (shift[:, axes] != 0).all(1) & ~misplaced
+            rows.append(reached.nonzero().flatten())
+            moved = torch.zeros_like(shift)
+            moved[:, axes] = shift[:, axes]
+            shifts.append(moved[rows[-1]])
+    return PointCopies(torch.cat(rows), torch.cat(shifts))
 
 
 def query_images(positions: Tensor, offsets: Tensor, batch_size: int) -> Tensor:
@@ -412,4 +648,5 @@ def _query_cells(
     """
     image = query_images(positions, offsets, pyramid.batch_size)
     positions = positions.masked_fill(image[:, None] < 0, math.nan)
-    return image, keys.clamp(window_centers(positions, pyramid.level_shapes))
+    geometry = pyramid.level_shapes, pyramid.periodic_axes
+    return image, keys.clamp(window_centers(positions, *geometry))

@@ -1,16 +1,21 @@
 """Feature pyramids: multi-level sparse feature maps as plain dense tensors."""
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import InitVar, dataclass
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, InitVar, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ._utils.checks import (
     LevelShapes,
+    as_integer,
     as_level_shapes,
+    as_numbers,
+    as_spatial_shape,
     check_range,
     check_tensor,
     describe,
@@ -19,9 +24,15 @@ from ._utils.checks import (
 )
 from ._utils.constants import constant
 from ._utils.ragged import offsets_from_ids
-from .windows import coordinate_dtype, full_shape, level_scales
-
-Pool = Callable[[Tensor, Tensor, int], Tensor]
+from ._utils.strides import (
+    Strides,
+    as_strides,
+    check_strides_of_shapes,
+    least_strides,
+    shapes_from_strides,
+)
+from .pooling import check_pooling, pool_points
+from .windows import as_periodic_axes, centers_of_cells, full_shape
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -40,10 +51,22 @@ class FeaturePyramid:
         batch_size: number of images B, empty images included.
         check_contents: whether to validate that points lie inside their level. On a GPU that
             synchronizes. None (default): on the CPU only.
+        strides: the raw cells per cell of each level, one per axis: one int or P ints per level.
+            Sizes times strides must be the same for all levels. None (default): not known.
+        periodic_axes: axes along which the map repeats, such as an azimuth. Default: none.
+        origin: raw coordinates of the lower corner of raw cell 0, ``[P]``. None (default): not
+            known.
+        cell_size: size of a raw cell in raw units, ``[P]``. None (default): not known.
+        point_rows: int64 ``[n, L]``, the row of the cell on each level that each of n raw points
+            was pooled into, or -1. None (default): not known.
+
+    Raw cells are those of the grid that the levels were pooled from, at stride 1. Positions are in
+    cells of the full shape: raw cells divided by the least stride of the axis.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not match, or a point lies outside the batch, the
-            levels or its level's shape.
+        ValueError: shapes, dtypes or devices do not match, a point lies outside the batch, the
+            levels or its level's shape, strides do not belong to the level shapes, or the axes, the
+            origin or the cell size are not those of P dimensions.
 
     Example:
         ```python
@@ -61,23 +84,47 @@ class FeaturePyramid:
     level_shapes: LevelShapes
     batch_size: int
     check_contents: InitVar[bool | None] = None
+    _: KW_ONLY
+    strides: Strides | None = None
+    periodic_axes: tuple[int, ...] = ()
+    origin: tuple[float, ...] | None = None
+    cell_size: tuple[float, ...] | None = None
+    point_rows: Tensor | None = None
 
     def __post_init__(self, check_contents: bool | None) -> None:
-        shapes = as_level_shapes(self.level_shapes, "level_shapes")
-        object.__setattr__(self, "level_shapes", shapes)
-        check_tensor("values", self.values, ("nnz", "E"), kind="floating")
-        check_tensor(
-            "coordinates",
-            self.coordinates,
-            (self.values.shape[0], self.position_dim + 2),
-            kind="integer",
-            device=self.values.device,
+        self._set(level_shapes=as_level_shapes(self.level_shapes, "level_shapes"))
+        values = check_tensor("values", self.values, ("nnz", "E"), kind="number")
+        shape = (values.shape[0], self.position_dim + 2)
+        coordinates = check_tensor(
+            "coordinates", self.coordinates, shape, kind="integer", device=values.device
         )
-        if not isinstance(self.batch_size, int) or self.batch_size < 0:
+        batch_size = as_integer(self.batch_size)
+        if batch_size is None or batch_size < 0:
             refuse("batch_size", "a non-negative integer", self.batch_size)
-        object.__setattr__(self, "coordinates", self.coordinates.long())
-        if reads_contents(check_contents, self.coordinates.device):
+        self._set(values=values, coordinates=coordinates.long(), batch_size=batch_size)
+        self._check_geometry()
+        if reads_contents(check_contents, coordinates.device):
             _check_points("coordinates", self)
+
+    def _set(self, **fields: Any) -> None:
+        for name, value in fields.items():
+            object.__setattr__(self, name, value)
+
+    def _check_geometry(self) -> None:
+        dim, device = self.position_dim, self.values.device
+        self._set(periodic_axes=as_periodic_axes(self.periodic_axes, dim))
+        if self.strides is not None:
+            self._set(strides=as_strides(self.strides, dim, self.n_levels))
+            check_strides_of_shapes(self.strides, self.level_shapes)
+        if self.origin is not None:
+            self._set(origin=as_numbers("origin", self.origin, dim))
+        if self.cell_size is not None:
+            self._set(cell_size=as_numbers("cell_size", self.cell_size, dim))
+            if min(self.cell_size) <= 0:
+                refuse("cell_size", "sizes above 0", self.cell_size)
+        if self.point_rows is not None:
+            shape = ("n", self.n_levels)
+            check_tensor("point_rows", self.point_rows, shape, kind="integer", device=device)
 
     def __repr__(self) -> str:
         levels = ", ".join("x".join(map(str, shape)) for shape in self.level_shapes)
@@ -134,11 +181,11 @@ class FeaturePyramid:
         These are the query positions where every point is a query.
 
         Args:
-            dtype: of the computation and the result, float32 or wider. Default: float32.
+            dtype: of the result. Default: float32. A dtype that cannot hold the centers is widened:
+                half precisions to float32, and float32 to float64 above 2^23 cells along an axis.
         """
-        cells = self.cells.to(coordinate_dtype(dtype))
         levels = self.levels.clamp(0, self.n_levels - 1)
-        return (cells + 0.5) / level_scales(self.level_shapes, cells)[levels]
+        return centers_of_cells(self.cells, levels, self.level_shapes, dtype)
 
     def batch_offsets(self) -> Tensor:
         """Returns int64 ``[B + 1]``: image ``b`` holds the points ``offsets[b]:offsets[b + 1]``.
@@ -180,8 +227,10 @@ class FeaturePyramid:
     def from_coo(
         cls,
         stacked_feature_maps: Tensor,
-        level_spatial_shapes: Tensor | Sequence[Sequence[int]],
+        level_spatial_shapes: Tensor | Sequence[Sequence[int]] | None = None,
         *,
+        strides: Any = None,
+        periodic_axes: Sequence[int] = (),
         check_contents: bool | None = None,
     ) -> "FeaturePyramid":
         """Makes a pyramid from one sparse COO map of all levels.
@@ -190,13 +239,21 @@ class FeaturePyramid:
 
         Args:
             stacked_feature_maps: sparse COO ``[B, *full_shape, L, E]`` with one dense dimension,
-                coalesced or not. On a GPU, coalescing synchronizes.
-            level_spatial_shapes: integer ``[L, P]``, the spatial shape of each level.
+                coalesced or not. Its sizes may be smaller or larger if all points lie inside their
+                levels. On a GPU, coalescing synchronizes.
+            level_spatial_shapes: integer ``[L, P]``, the spatial shape of each level. With
+                ``strides`` it may be None (default): the shapes that hold the map and its points.
+            strides: raw cells per cell of each level, one int or P ints per level. Level shapes are
+                padded to an extent that all levels share, so that positions are exact. None
+                (default): level shapes are taken as they are.
+            periodic_axes: axes along which the map repeats; they are not padded. Default: none.
             check_contents: as for the class.
 
         Raises:
-            ValueError: the map is not a sparse COO tensor with one dense dimension, its sizes do
-                not match ``level_spatial_shapes``, or points lie outside their level's shape.
+            ValueError: the map is not a sparse COO tensor with one dense dimension, its number of
+                dimensions does not match, points lie outside their level's shape, a size along a
+                periodic axis is not a multiple of the strides, or both ``level_spatial_shapes`` and
+                ``strides`` are missing.
 
         Example:
             ```python
@@ -210,18 +267,39 @@ class FeaturePyramid:
             assert len(pyramid) == 2
             ```
         """
-        shapes = as_level_shapes(level_spatial_shapes)
-        sizes: list[int | str] = ["B", *full_shape(shapes), len(shapes), "E"]
-        _check_coo("stacked_feature_maps", stacked_feature_maps, sizes)
+        name = "stacked_feature_maps"
+        shapes = None if level_spatial_shapes is None else as_level_shapes(level_spatial_shapes)
+        if shapes is None and strides is None:
+            refuse("level_spatial_shapes", "[L, P] sizes, or strides", None)
+        dim = _dim_of_coo(stacked_feature_maps) if shapes is None else len(shapes[0])
+        _check_coo(
+            name, stacked_feature_maps, ["B", *[f"S{axis}" for axis in range(dim)], "L", "E"]
+        )
+        axes = as_periodic_axes(periodic_axes, dim)
         coo = stacked_feature_maps.coalesce()
-        pyramid = cls(coo.values(), coo.indices().t(), shapes, coo.shape[0], check_contents=False)
+        # Copies: graphs of torch.compile do not take views of a sparse tensor.
+        values = coo.values().clone()
+        coordinates = coo.indices().t().contiguous()
+        if strides is not None:
+            strides = as_strides(strides, dim, None if shapes is None else len(shapes))
+            extent = _extent_of_coo(coo.shape[1:-2], coordinates, shapes, strides)
+            shapes = shapes_from_strides(extent, strides, axes)
+        assert shapes is not None
+        pyramid = cls(
+            values, coordinates, shapes, coo.shape[0], False, strides=strides, periodic_axes=axes
+        )
         if reads_contents(check_contents, coo.device):
-            _check_points("stacked_feature_maps", pyramid)
+            _check_points(name, pyramid)
         return pyramid
 
     @classmethod
     def from_levels(
-        cls, levels: Sequence[Tensor], *, check_contents: bool | None = None
+        cls,
+        levels: Sequence[Tensor],
+        *,
+        strides: Any = None,
+        periodic_axes: Sequence[int] = (),
+        check_contents: bool | None = None,
     ) -> "FeaturePyramid":
         """Makes a pyramid from one sparse COO map per level.
 
@@ -229,11 +307,17 @@ class FeaturePyramid:
 
         Args:
             levels: sparse COO ``[B, *S[l], E]`` with one dense dimension each, coalesced or not.
+            strides: raw cells per cell of each level, one int or P ints per level. Level shapes are
+                padded to an extent that all levels share, so that positions are exact; strided
+                convolutions with padding return maps of other sizes. None (default): the sizes of
+                the maps.
+            periodic_axes: axes along which the maps repeat; they are not padded. Default: none.
             check_contents: as for the class.
 
         Raises:
-            ValueError: there is no level, a map is not sparse COO with one dense dimension, or maps
-                differ in batch size, number of dimensions, width, dtype or device.
+            ValueError: there is no level, a map is not sparse COO with one dense dimension, maps
+                differ in batch size, number of dimensions, width, dtype or device, there is not one
+                stride per level, or a size along a periodic axis is not a multiple of the strides.
 
         Example:
             ```python
@@ -261,17 +345,26 @@ class FeaturePyramid:
             _check_coo(f"levels[{index}]", level, sizes)
             if (level.dtype, level.device) != (first.dtype, first.device):
                 refuse(f"levels[{index}]", f"{first.dtype} on {first.device}", level)
+        shapes = tuple(tuple(level.shape[1:-1]) for level in levels)
+        axes = as_periodic_axes(periodic_axes, len(shapes[0]))
+        if strides is not None:
+            strides = as_strides(strides, len(shapes[0]), len(levels))
+            shapes = shapes_from_strides(_extent(shapes, strides), strides, axes)
         maps = [level.coalesce() for level in levels]
-        coordinates = [
+        cells = [
             torch.nn.functional.pad(level.indices().t(), (0, 1), value=index)
             for index, level in enumerate(maps)
         ]
-        return _sorted_by_image(
-            torch.cat([level.values() for level in maps]),
-            torch.cat(coordinates),
-            tuple(tuple(level.shape[1:-1]) for level in maps),
+        coordinates, order = _sort_by_image(torch.cat(cells))
+        values = torch.cat([level.values() for level in maps])[order]
+        return cls(
+            values,
+            coordinates,
+            shapes,
             first.shape[0],
             check_contents,
+            strides=strides,
+            periodic_axes=axes,
         )
 
     @classmethod
@@ -282,8 +375,12 @@ class FeaturePyramid:
         spatial_shape: Sequence[int],
         batch_size: int,
         *,
-        strides: Sequence[int] = (1, 2, 4, 8),
+        strides: Any = (1, 2, 4, 8),
         pooling: str = "mean",
+        periodic_axes: Sequence[int] = (),
+        origin: Sequence[float] | None = None,
+        cell_size: Sequence[float] | None = None,
+        keep_point_rows: bool = False,
         check_contents: bool | None = None,
     ) -> "FeaturePyramid":
         """Makes a pyramid from the points of one grid, pooled once per stride.
@@ -293,12 +390,21 @@ class FeaturePyramid:
         Args:
             coordinates: integer ``[n, P + 1]``: image, then cell along each axis of a grid of
                 ``spatial_shape``. Points that share a cell are pooled as well.
-            values: floating ``[n, E]``.
-            spatial_shape: the ``P`` sizes of the grid. Level ``l`` has ``ceil(size / strides[l])``
-                cells along an axis.
+            values: floating or integer ``[n, E]``.
+            spatial_shape: the ``P`` sizes of the grid. Along each axis the grid is padded to a
+                common multiple of the strides, so that positions are exact and do not depend on
+                the size of the grid.
             batch_size: number of images, empty images included.
-            strides: the width of each level's cells, in cells of the grid. Default: 1, 2, 4, 8.
-            pooling: ``"mean"`` (default) or ``"max"`` over all points in the cell.
+            strides: the size of each level's cells, in cells of the grid: one int or P ints per
+                level; one int is one level. Default: 1, 2, 4, 8.
+            pooling: ``"mean"`` (default), ``"sum"`` or ``"max"`` over all points in the cell. The
+                mean of integers is floating.
+            periodic_axes: axes along which the grid repeats, such as an azimuth. They are not
+                padded. Default: none.
+            origin: raw coordinates of the grid's lower corner, ``[P]``. None (default): not known.
+            cell_size: size of a cell of the grid in raw units, ``[P]``. None (default): not known.
+            keep_point_rows: whether the pyramid keeps the row that each given point was pooled into
+                on every level, as ``point_rows``. Default: False.
             check_contents: as for the class.
 
         Returns:
@@ -307,7 +413,8 @@ class FeaturePyramid:
 
         Raises:
             ValueError: shapes, dtypes or devices do not match, a stride is below 1, ``pooling`` is
-                unknown, or points lie outside the grid.
+                unknown, points lie outside the grid, or the size along a periodic axis is not a
+                multiple of every stride.
 
         Example:
             ```python
@@ -321,74 +428,91 @@ class FeaturePyramid:
             assert pyramid.levels.tolist() == [0, 0, 0, 1, 1]
             ```
         """
-        shape = as_level_shapes([spatial_shape], "spatial_shape")
-        if math.prod(shape[0]) * batch_size >= 2**62:
-            refuse("spatial_shape", "fewer than 2^62 cells in all images", str(shape[0]))
-        if pooling not in _POOLING:
-            refuse("pooling", f"one of {list(_POOLING)}", pooling)
-        if not strides or any(not isinstance(stride, int) or stride < 1 for stride in strides):
-            refuse("strides", "integers of at least 1", str(list(strides)))
-        check_tensor("coordinates", coordinates, ("n", len(shape[0]) + 1), kind="integer")
+        shape = as_spatial_shape(spatial_shape)
+        strides = as_strides(strides, len(shape))
+        axes = as_periodic_axes(periodic_axes, len(shape))
+        level_shapes = shapes_from_strides(shape, strides, axes)
+        pool = check_pooling(pooling)
+        coordinates = check_tensor(
+            "coordinates", coordinates, ("n", len(shape) + 1), kind="integer"
+        )
         grid = cls(
             values,
             torch.nn.functional.pad(coordinates, (0, 1)),
-            shape,
+            (shape,),
             batch_size,
             check_contents,
         )
-        levels = [_pool(grid, stride, _POOLING[pooling]) for stride in strides]
-        for index, (_, cells) in enumerate(levels):
-            cells[:, -1] = index
-        return _sorted_by_image(
-            torch.cat([pooled for pooled, _ in levels]),
-            torch.cat([cells for _, cells in levels]),
-            tuple(tuple(-(-size // stride) for size in shape[0]) for stride in strides),
-            batch_size,
+        if math.prod(map(max, zip(*level_shapes, strict=True))) * grid.batch_size >= 2**62:
+            refuse("spatial_shape", "fewer than 2^62 cells in all images", spatial_shape)
+        levels = [
+            pool_points(grid.values, grid.coordinates[:, :-1], stride, level_shape, pool)
+            for stride, level_shape in zip(strides, level_shapes, strict=True)
+        ]
+        cells = [
+            torch.nn.functional.pad(cells, (0, 1), value=index)
+            for index, (_, cells, _) in enumerate(levels)
+        ]
+        sorted_cells, order = _sort_by_image(torch.cat(cells))
+        return cls(
+            torch.cat([pooled for pooled, _, _ in levels])[order],
+            sorted_cells,
+            level_shapes,
+            grid.batch_size,
             False,
+            strides=strides,
+            periodic_axes=axes,
+            origin=None if origin is None else as_numbers("origin", origin, len(shape)),
+            cell_size=None if cell_size is None else as_numbers("cell_size", cell_size, len(shape)),
+            point_rows=_rows_of_points(levels, order) if keep_point_rows else None,
         )
 
 
-def _pool(grid: FeaturePyramid, stride: int, pool: Pool) -> tuple[Tensor, Tensor]:
-    """Pools the points of ``grid`` into cells of ``stride``: values and coordinates."""
-    cells = grid.coordinates.clone()
-    cells[:, 1:-1] //= stride
-    key = cells[:, 0]
-    for axis, size in enumerate(grid.level_shapes[0]):
-        key = key * -(-size // stride) + cells[:, axis + 1]
-    unique, cell_of = torch.unique(key, return_inverse=True)
-    # All points of a cell write the same row, so their order does not matter.
-    pooled_cells = cells.new_empty(len(unique), cells.shape[1]).index_copy_(0, cell_of, cells)
-    return pool(grid.values, cell_of, len(unique)), pooled_cells
+def _rows_of_points(levels: Sequence[tuple[Tensor, Tensor, Tensor]], order: Tensor) -> Tensor:
+    """``[n, L]``: the row of each point on every level, after all levels were sorted by ``order``.
+
+    ``levels`` is what `pool_points` returned for each level.
+    """
+    row_after = torch.argsort(order)
+    first_rows = itertools.accumulate((len(cells) for _, cells, _ in levels), initial=0)
+    rows = [row_after[row + first] for (_, _, row), first in zip(levels, first_rows, strict=False)]
+    return torch.stack(rows, 1)
 
 
-def _mean(values: Tensor, cell_of: Tensor, n_cells: int) -> Tensor:
-    # index_add, whose gradient reads rows: the gradient of scatter_reduce takes ten times as long.
-    wide = values.to(coordinate_dtype(values.dtype))
-    sums = wide.new_zeros(n_cells, values.shape[1]).index_add(0, cell_of, wide)
-    counts = torch.bincount(cell_of, minlength=n_cells)
-    return (sums / counts[:, None]).to(values.dtype)
-
-
-def _max(values: Tensor, cell_of: Tensor, n_cells: int) -> Tensor:
-    index = cell_of[:, None].expand_as(values)
-    empty = values.new_zeros(n_cells, values.shape[1])
-    return empty.scatter_reduce(0, index, values, "amax", include_self=False)
-
-
-_POOLING: dict[str, Pool] = {"mean": _mean, "max": _max}
-
-
-def _sorted_by_image(
-    values: Tensor,
-    coordinates: Tensor,
-    level_shapes: LevelShapes,
-    batch_size: int,
-    check_contents: bool | None,
-) -> FeaturePyramid:
+def _sort_by_image(coordinates: Tensor) -> tuple[Tensor, Tensor]:
+    """``coordinates`` sorted by image, and their order before that."""
     order = torch.argsort(coordinates[:, 0], stable=True)
-    return FeaturePyramid(
-        values[order], coordinates[order], level_shapes, batch_size, check_contents
-    )
+    return coordinates[order], order
+
+
+def _extent(shapes: LevelShapes, strides: Strides) -> list[int]:
+    """The raw cells along each axis that hold all levels."""
+    pairs = zip(shapes, strides, strict=True)
+    extents = ([size * step for size, step in zip(*level, strict=True)] for level in pairs)
+    return [max(axis) for axis in zip(*extents, strict=True)]
+
+
+def _extent_of_coo(
+    sizes: Sequence[int], coordinates: Tensor, shapes: LevelShapes | None, strides: Strides
+) -> list[int]:
+    """The raw cells along each axis that hold a COO map of spatial ``sizes``, and its points.
+
+    ``shapes`` are given level shapes, or None.
+    """
+    stored = [[1] * len(sizes) for _ in strides]
+    for level in range(len(strides)):
+        cells = coordinates[coordinates[:, -1] == level, 1:-1]
+        if len(cells):
+            stored[level] = (cells.amax(0) + 1).tolist()
+    given = [(tuple(sizes), least_strides(strides)), *zip(stored, strides, strict=True)]
+    given += [] if shapes is None else zip(shapes, strides, strict=True)
+    held, steps = zip(*given, strict=True)
+    return _extent(tuple(map(tuple, held)), steps)
+
+
+def _dim_of_coo(value: Any) -> int:
+    """The number of spatial dimensions of a map ``[B, *full_shape, L, E]``, at least 1."""
+    return max(value.dim() - 3, 1) if isinstance(value, Tensor) else 1
 
 
 def _check_coo(argument: str, value: Tensor, sizes: Sequence[int | str]) -> None:

@@ -3,19 +3,23 @@
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ._utils.checks import (
     LevelShapes,
+    as_integers,
     as_level_shapes,
     check_finite,
     check_neighborhood_sizes,
+    check_range,
     check_tensor,
     reads_contents,
+    refuse,
 )
-from ._utils.constants import constant
+from ._utils.constants import constant, has_float64
 
 
 def full_shape(level_shapes: LevelShapes) -> tuple[int, ...]:
@@ -34,21 +38,124 @@ def coordinate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def position_dtype(level_shapes: LevelShapes, dtype: torch.dtype) -> torch.dtype:
+    """``dtype``, or the next wider one in which cell centers of the map lie in their own cells.
+
+    That is float32 up to 2^23 cells along an axis, else float64.
+    """
+    dtype = coordinate_dtype(dtype)
+    return dtype if holds_centers(level_shapes, dtype) else torch.float64
+
+
+def holds_centers(level_shapes: LevelShapes, dtype: torch.dtype) -> bool:
+    """Whether ``dtype`` can represent ``x + 0.5`` for every cell ``x`` of the full shape."""
+    return max(full_shape(level_shapes)) <= 1 / torch.finfo(dtype).eps
+
+
+def check_position_dtype(argument: str, positions: Tensor, level_shapes: LevelShapes) -> None:
+    """Raises ValueError for positions in a dtype in which cell centers leave their cells."""
+    if not holds_centers(level_shapes, positions.dtype):
+        full = full_shape(level_shapes)
+        expected = f"a dtype that holds the cell centers of a map of {list(full)} cells"
+        wider = "torch.float64, or positions() of the pyramid"
+        refuse(argument, f"{expected} ({wider})", positions)
+
+
 def level_scales(level_shapes: LevelShapes, like: Tensor) -> Tensor:
     """``[L, P]``: each level's size over the full shape, with the dtype and device of ``like``."""
     # Divided in float64 and rounded: compiled float32 division need not round to nearest, and a
     # cell's border may lie between the two results.
+    exact = torch.float64 if has_float64(like.device) else torch.float32
     shapes, full = (
-        constant(sizes, like.device, torch.float64)
-        for sizes in (level_shapes, full_shape(level_shapes))
+        constant(sizes, like.device, exact) for sizes in (level_shapes, full_shape(level_shapes))
     )
     return (shapes / full).to(like.dtype)
 
 
-def window_centers(positions: Tensor, level_shapes: LevelShapes) -> Tensor:
+def wrap_positions(
+    positions: Tensor, level_shapes: LevelShapes, periodic_axes: Sequence[int]
+) -> Tensor:
+    """``positions`` ``[N, P]`` modulo the full shape along ``periodic_axes``, in [0, F)."""
+    if not periodic_axes:
+        return positions
+    full = full_shape(level_shapes)
+    columns = list(positions.unbind(1))
+    for axis in periodic_axes:
+        wrapped = columns[axis].remainder(full[axis])
+        # The remainder of a small negative number is rounded to F. Zero, with its gradient.
+        columns[axis] = torch.where(wrapped < full[axis], wrapped, wrapped - wrapped.detach())
+    return torch.stack(columns, 1)
+
+
+def window_centers(
+    positions: Tensor, level_shapes: LevelShapes, periodic_axes: Sequence[int] = ()
+) -> Tensor:
     """``[L, N, P]``: the cell, as floats, that contains each of ``positions`` ``[N, P]``."""
     positions = positions.detach().to(coordinate_dtype(positions.dtype))
-    return torch.floor(positions * level_scales(level_shapes, positions)[:, None])
+    positions = wrap_positions(positions, level_shapes, periodic_axes)
+    centers = torch.floor(positions * level_scales(level_shapes, positions)[:, None])
+    if not periodic_axes:
+        return centers
+    # The product of a position below F and a scale may be rounded to S[l].
+    last = [
+        [size - 1 if axis in periodic_axes else 2**62 for axis, size in enumerate(shape)]
+        for shape in level_shapes
+    ]
+    return torch.minimum(centers, constant(last, centers.device, centers.dtype)[:, None])
+
+
+def cell_positions(
+    cells: Tensor,
+    levels: Tensor,
+    level_spatial_shapes: Tensor | Sequence[Sequence[int]],
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Returns the centers of cells as positions, in cells of the full shape.
+
+    The full shape is the largest size of each axis over the levels. The center of cell ``x`` on
+    level ``l`` is ``(x + 0.5) * full_shape / level_spatial_shapes[l]``.
+
+    Args:
+        cells: integer ``[n, P]``, each in cells of its own level, inside the map or not.
+        levels: integer ``[n]``, the level of each cell, in ``[0, L)``.
+        level_spatial_shapes: integer ``[L, P]``, the spatial shape of each level.
+        dtype: of the result. Default: float32. A dtype that cannot hold the centers is widened:
+            half precisions to float32, and float32 to float64 above 2^23 cells along an axis.
+
+    Returns:
+        ``[n, P]``, the positions of queries that lie at these cells.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not match, or, on the CPU, a level is not in
+            ``[0, L)``.
+
+    Example:
+        ```python
+        import torch
+        from vicinal import cell_positions
+
+        cells, levels = torch.tensor([[3, 5], [1, 2]]), torch.tensor([0, 1])
+        positions = cell_positions(cells, levels, [[8, 8], [4, 4]])
+        assert positions.tolist() == [[3.5, 5.5], [3.0, 5.0]]
+        ```
+    """
+    shapes = as_level_shapes(level_spatial_shapes)
+    cells = check_tensor("cells", cells, ("n", len(shapes[0])), kind="integer")
+    levels = check_tensor("levels", levels, (len(cells),), kind="integer", device=cells.device)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        refuse("dtype", "a floating dtype", dtype)
+    if reads_contents(None, cells.device):
+        check_range("levels", levels, len(shapes))
+    return centers_of_cells(cells, levels.clamp(0, len(shapes) - 1), shapes, dtype)
+
+
+def centers_of_cells(
+    cells: Tensor, levels: Tensor, level_shapes: LevelShapes, dtype: torch.dtype
+) -> Tensor:
+    """`cell_positions` of arguments that are known to be valid."""
+    cells = cells.to(position_dtype(level_shapes, dtype))
+    return (cells + 0.5) / level_scales(level_shapes, cells)[levels]
 
 
 def window_offsets(neighborhood_size: int, position_dim: int) -> list[tuple[int, ...]]:
@@ -63,7 +170,9 @@ def window_offsets(neighborhood_size: int, position_dim: int) -> list[tuple[int,
 def get_multilevel_neighborhoods(
     query_fullscale_spatial_positions: Tensor,
     level_spatial_shapes: Tensor | Sequence[Sequence[int]],
-    neighborhood_sizes: Sequence[int] = (3, 5, 7, 9),
+    neighborhood_sizes: Tensor | Sequence[int] = (3, 5, 7, 9),
+    *,
+    periodic_axes: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the cells of every query's windows, for inspection and tests.
 
@@ -74,16 +183,18 @@ def get_multilevel_neighborhoods(
         query_fullscale_spatial_positions: floating ``[N, P]``, in cells of the full shape (the
             largest size of each axis over the levels).
         level_spatial_shapes: integer ``[L, P]``, the size of each level in its own cells.
-        neighborhood_sizes: odd window width of each level, in cells of that level.
+        neighborhood_sizes: odd window width of each level, in cells of that level, ``[L]``.
+        periodic_axes: axes along which the map repeats. Default: none.
 
     Returns:
         the cells, int64 ``[N, K, P]``, levels in order and each window row-major, cells beyond
-        the map as computed; a bool mask ``[N, K]``, True where a cell lies outside its level;
-        the level of every slot, int64 ``[K]``.
+        the map as computed, but wrapped along periodic axes; a bool mask ``[N, K]``, True where a
+        cell lies outside its level; the level of every slot, int64 ``[K]``.
 
     Raises:
         ValueError: positions or shapes are not 2-D or do not agree on P, positions are integers
-            or not finite, or a size is even or not positive.
+            or not finite, positions have a dtype that cannot hold the map's cell centers, a size
+            is even or not positive, or a window is wider than its level along a periodic axis.
 
     Example:
         ```python
@@ -98,18 +209,21 @@ def get_multilevel_neighborhoods(
         assert outside[0, :3].all()  # the row above the map
         ```
     """
-    positions = query_fullscale_spatial_positions
+    name = "query_fullscale_spatial_positions"
     shapes = as_level_shapes(level_spatial_shapes)
     dim = len(shapes[0])
-    check_tensor("query_fullscale_spatial_positions", positions, ("N", dim), kind="floating")
+    positions = check_tensor(name, query_fullscale_spatial_positions, ("N", dim), kind="floating")
     sizes = check_neighborhood_sizes(neighborhood_sizes, len(shapes))
+    axes = as_periodic_axes(periodic_axes, dim)
+    check_windows_fit(sizes, shapes, axes)
+    check_position_dtype(name, positions, shapes)
     if reads_contents(None, positions.device):
-        check_finite("query_fullscale_spatial_positions", positions)
+        check_finite(name, positions)
 
     device = positions.device
     offsets = [constant(window_offsets(size, dim), device) for size in sizes]
     # Clamped, since the conversion of very large positions to integers would overflow.
-    centers = window_centers(positions, shapes).clamp(-(2.0**62), 2.0**62).long()
+    centers = window_centers(positions, shapes, axes).clamp(-(2.0**62), 2.0**62).long()
     cells = torch.cat(
         [center[:, None] + window for center, window in zip(centers, offsets, strict=True)],
         1,
@@ -119,5 +233,27 @@ def get_multilevel_neighborhoods(
         constant([len(window) for window in offsets], device),
     )
     slot_shapes = constant(shapes, device)[slot_levels]
+    for axis in axes:
+        cells[..., axis] %= slot_shapes[:, axis]
     outside = ((cells < 0) | (cells >= slot_shapes)).any(-1)
     return cells, outside, slot_levels
+
+
+def as_periodic_axes(periodic_axes: Any, position_dim: int) -> tuple[int, ...]:
+    """``periodic_axes`` in ascending order; raises ValueError unless they are axes of space."""
+    axes = as_integers(periodic_axes)
+    valid = axes is not None and len(set(axes)) == len(axes)
+    if axes is None or not valid or any(not 0 <= axis < position_dim for axis in axes):
+        refuse("periodic_axes", f"distinct axes in [0, {position_dim})", periodic_axes)
+    return tuple(sorted(axes))
+
+
+def check_windows_fit(
+    sizes: Sequence[int], level_shapes: LevelShapes, periodic_axes: Sequence[int]
+) -> None:
+    """Raises ValueError for a window that would hold a cell twice, around a periodic axis."""
+    for level, (size, shape) in enumerate(zip(sizes, level_shapes, strict=True)):
+        for axis in periodic_axes:
+            if size > shape[axis]:
+                expected = f"at most {shape[axis]} at level {level}, its size along periodic axis"
+                refuse("neighborhood_sizes", f"{expected} {axis}", list(sizes))

@@ -138,10 +138,37 @@ def test_check_finite_names_the_first_row() -> None:
     assert_refused("positions", "row 2", checks.check_finite, "positions", x)
 
 
-@pytest.mark.parametrize("wrong", [[1, 2, 5], [0, 3, 2, 5], [0, 2, 4], [0, 2, 6]])
-def test_invalid_offsets(wrong: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("wrong", "came"),
+    [([1, 2, 5], "from 1"), ([0, 3, 2, 5], "2 after 3"), ([0, 2, 4], "to 4"), ([0, 2, 6], "to 6")],
+)
+def test_invalid_offsets(wrong: list[int], came: str) -> None:
     checks.check_offsets("offsets", torch.tensor([0, 2, 2, 5]), 5)
-    assert_refused("offsets", str(wrong), checks.check_offsets, "offsets", torch.tensor(wrong), 5)
+    assert_refused("offsets", came, checks.check_offsets, "offsets", torch.tensor(wrong), 5)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.arange(10_000),
+        [torch.arange(10_000)],
+        np.arange(10_000),
+        list(range(10_000)),
+        {"points": list(range(10_000))},
+    ],
+)
+def test_descriptions_never_list_a_whole_tensor(value: Any) -> None:
+    assert len(checks.describe(value)) < 250
+
+
+def test_numpy_arrays_serve_as_tensors() -> None:
+    made = checks.check_tensor("x", np.ones((2, 3), np.float32), ("n", 3), kind="floating")
+    assert torch.equal(made, torch.ones(2, 3))
+    assert checks.as_level_shapes(np.array([[4, 3], [2, 1]])) == ((4, 3), (2, 1))
+    assert checks.as_level_shapes([torch.Size([4, 3])]) == ((4, 3),)
+    assert checks.check_neighborhood_sizes(np.array([3, 5]), 2) == (3, 5)
+    assert checks.check_neighborhood_sizes(torch.tensor([3, 5]), 2) == (3, 5)
+    assert_refused("x", "<U1", checks.check_tensor, "x", np.array(["a"]), (1,))
 
 
 def test_rows_are_all_rows_or_valid_indices() -> None:

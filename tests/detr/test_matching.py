@@ -269,7 +269,7 @@ def test_refused_targets_of_positions(targets: Any, argument: str, came: str) ->
         (torch.rand(5), [0, 2, 5], "positions", "[5]"),
         (torch.ones(5, 2).long(), [0, 2, 5], "positions", "int64"),
         (torch.full((5, 2), torch.nan), [0, 2, 5], "positions", "in row 0"),
-        (torch.rand(5, 2), [0, 2, 4], "offsets", "[0, 2, 4]"),
+        (torch.rand(5, 2), [0, 2, 4], "offsets", "to 4"),
         (torch.rand(5, 2), [0, 2, 1, 5], "targets.offsets", "[3]"),
         (torch.rand(5, 3), [0, 2, 5], "targets.boxes", "[4, 4]"),
     ],

@@ -6,7 +6,7 @@ from typing import Any
 import deformable_scenes
 import pytest
 import torch
-from block_scenes import EMBED, make_arguments, make_block
+from block_scenes import make_arguments, make_block
 from problems import scene_2d
 from torch import Tensor, nn
 
@@ -50,7 +50,7 @@ def test_nonfinite_masked_rows_add_nothing_to_parameter_gradients(
     query[bad_rows[0]] = bad
     query[bad_rows[1], 3] = bad
     query.requires_grad_()
-    weights = torch.randn(len(query), EMBED, dtype=torch.float64)
+    weights = torch.randn(*query.shape, dtype=torch.float64)
     without = weights.clone()
     without[bad_rows] = 0
     if loss == "nan":
@@ -73,7 +73,7 @@ def test_nonfinite_masked_rows_add_nothing_to_parameter_gradients(
 @pytest.mark.parametrize("kind", ["block", "deformable"])
 def test_finite_masked_rows_reach_the_output_bias(kind: str, backend: str) -> None:
     module, call = modules_and_calls(kind, backend, bias=True, background=False)
-    weights = torch.zeros(len(call["query"]), EMBED, dtype=torch.float64)
+    weights = torch.zeros(*call["query"].shape, dtype=torch.float64)
     weights[MASKED] = 1
     grads = parameter_gradients(module, module(**call), weights)
     assert (grads["out_proj.bias"] == len(MASKED)).all()

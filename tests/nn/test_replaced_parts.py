@@ -5,7 +5,7 @@ from typing import Any
 import deformable_scenes
 import pytest
 import torch
-from block_scenes import EMBED, EXACT, make_arguments, make_block
+from block_scenes import EXACT, make_arguments, make_block
 from problems import assert_close, scene_2d
 from torch import Tensor, nn
 
@@ -29,10 +29,10 @@ def test_norm_may_be_replaced_by_the_identity(kind: str, norm_first: bool, backe
     module, call = module_and_call(kind, backend, norm_first=norm_first)
     reference, _ = module_and_call(kind, backend, norm_first=True)
     reference.load_state_dict(module.state_dict())
-    normed = nn.functional.layer_norm(call["query"], (EMBED,))
+    normed = nn.functional.layer_norm(call["query"], call["query"].shape[1:])
     # On a query that is normed already, a norm without weights changes next to nothing.
     module.norm = nn.Identity()
-    reference.norm = nn.LayerNorm(EMBED, eps=0, elementwise_affine=False)
+    reference.norm = nn.LayerNorm(normed.shape[1], eps=0, elementwise_affine=False)
     out = module(**call | {"query": normed})
     assert_close(out, reference(**call | {"query": normed}), 1e-4)
     out.sum().backward()
@@ -43,10 +43,11 @@ def test_norm_may_be_replaced_by_the_identity(kind: str, norm_first: bool, backe
 @KINDS
 @NORM_FIRST
 @pytest.mark.parametrize(
-    "norm", [nn.LayerNorm(EMBED, elementwise_affine=False), nn.RMSNorm(EMBED).double()]
+    "make_norm", [lambda width: nn.LayerNorm(width, elementwise_affine=False), nn.RMSNorm]
 )
-def test_other_norms(kind: str, norm_first: bool, norm: nn.Module, backend: str) -> None:
+def test_other_norms(kind: str, norm_first: bool, make_norm: Any, backend: str) -> None:
     module, call = module_and_call(kind, backend, norm_first=norm_first)
+    norm = make_norm(call["query"].shape[1]).double()
     module.norm = norm
     out = module(**call)
     module.norm, module.norm_first = nn.Identity(), True

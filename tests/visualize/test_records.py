@@ -52,8 +52,8 @@ REFUSALS: list[tuple[Callable[[], object], str, str]] = [
     (draws(batch_index=2), "batch_index", "2"),
     (draws(batch_index=0), "weights.points", "image 1"),
     (draws(weights=WEIGHTS._replace(points=WEIGHTS.points + 123)), "weights.points", "to 2"),
-    (draws(neighborhood_sizes=(3,)), "neighborhood_sizes", "[3]"),
-    (draws(neighborhood_sizes=(3, 4)), "neighborhood_sizes", "[3, 4]"),
+    (draws(neighborhood_sizes=(3,)), "neighborhood_sizes", "(3,)"),
+    (draws(neighborhood_sizes=(3, 4)), "neighborhood_sizes", "(3, 4)"),
     (draws(levels=torch.tensor([0, 1, 2, 0])), "levels", "2"),
     (
         draws(weights=WEIGHTS._replace(background=torch.zeros(4, 3, HEADS))),

@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._utils.checks import LevelShapes, refuse
-from .._utils.constants import constant
+from .._utils.constants import constant, trainable_tensors
 from .._utils.ragged import expand_ranges, starts_from_counts
 from ..pyramid import FeaturePyramid
 from .cell_keys import CellKeys
+from .plan_checks import check_plan_facts, check_plan_points
 
 # 2^64 divided by the golden ratio, as a signed integer: multiplicative hashing spreads runs of
 # neighboring keys evenly (Knuth, "The Art of Computer Programming", volume 3, section 6.4).
@@ -35,6 +36,7 @@ class CellIndex:
         n_cells: M.
         batch_size: number of images.
         level_shapes: the spatial shape of each level.
+        periodic_axes: axes along which the map repeats.
 
     Example:
         ```python
@@ -55,6 +57,8 @@ class CellIndex:
     n_cells: int
     batch_size: int
     level_shapes: LevelShapes
+    periodic_axes: tuple[int, ...]
+    _coordinates: Tensor  # int64 [nnz, P + 2], of the points
     _origins: Tensor  # int64 [B, L], the key of each level's first cell
     _steps: Tensor  # int64 [P, L], from the key of a cell to that of the next along an axis
     _starts: Tensor  # int32 [buckets], the first entry of each
@@ -97,7 +101,10 @@ class CellIndex:
         """
         key = self._origins[images][:, None, levels]
         sizes = constant(self.level_shapes, self.device, firsts[0].dtype)[levels].t()
-        for first, step, size in zip(firsts, self._steps[:, levels], sizes, strict=True):
+        axes = zip(firsts, self._steps[:, levels], sizes, strict=True)
+        for axis, (first, step, size) in enumerate(axes):
+            if axis in self.periodic_axes:
+                first = first.remainder(size)
             # All cells beyond the map are empty, so their distance does not matter.
             key = key + first.clamp(min=-2).minimum(size).long() * step
         wanted = key.flatten()
@@ -117,6 +124,7 @@ class CellIndex:
         )
 
 
+@trainable_tensors()
 def index_cells(pyramid: FeaturePyramid) -> CellIndex:
     """Finds the occupied cells once, for all layers that share the points.
 
@@ -144,20 +152,43 @@ def index_cells(pyramid: FeaturePyramid) -> CellIndex:
     # Far below the key of any location.
     point_keys = point_keys.masked_fill(misplaced, -(2**62))
     cells, cell_of_point = torch.unique(point_keys, return_inverse=True)
+    # To the key of the cell before along an axis: across the seam from cell 0 of a periodic axis.
+    step = -steps[:, coordinates[:, -1]]
+    for axis in pyramid.periodic_axes:
+        size = constant(pyramid.level_shapes, device)[coordinates[:, -1], axis]
+        step[axis] *= torch.where(coordinates[:, axis + 1] == 0, 1 - size, 1)
     # All points of a cell write the same values, so their order does not matter.
-    step = cells.new_zeros(dim, len(cells))
-    step.index_copy_(1, cell_of_point, steps[:, coordinates[:, -1]])
+    step_of_cell = cells.new_zeros(dim, len(cells)).index_copy_(1, cell_of_point, step)
     corners = constant(list(itertools.product((0, 1), repeat=dim)), device)
-    firsts = cells - (corners[:, :, None] * step).sum(1)
+    firsts = cells + (corners[:, :, None] * step_of_cell).sum(1)
     return CellIndex(
         cell_of_point,
         len(cells),
         pyramid.batch_size,
         pyramid.level_shapes,
+        pyramid.periodic_axes,
+        coordinates,
         origins,
         steps,
         *_hash(firsts),
     )
+
+
+def check_cell_index(
+    index: CellIndex, pyramid: FeaturePyramid, check_contents: bool | None = None
+) -> None:
+    """Raises ValueError unless ``index`` was made for the points of ``pyramid``.
+
+    On a GPU only what needs no synchronization is compared, unless ``check_contents`` is True.
+    """
+    facts = {
+        "level_spatial_shapes": (index.level_shapes, pyramid.level_shapes),
+        "periodic_axes": (index.periodic_axes, pyramid.periodic_axes),
+        "number of images": (index.batch_size, pyramid.batch_size),
+        "device": (index.device, pyramid.coordinates.device),
+    }
+    check_plan_facts(index, facts)
+    check_plan_points(index, index._coordinates, pyramid, check_contents)
 
 
 def _hash(keys: Tensor) -> tuple[Tensor, int, Tensor, Tensor]:

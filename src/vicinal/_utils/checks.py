@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import numbers
 import operator
 from collections.abc import Sequence
 from typing import Any, NoReturn, cast
@@ -12,12 +13,31 @@ from torch import Tensor
 LevelShapes = tuple[tuple[int, ...], ...]
 
 
+_LONGEST = 200  # characters of a value in an error message
+
+
 def describe(value: Any) -> str:
-    """A short description of ``value`` for an error message."""
-    if not isinstance(value, Tensor):
-        return f"{type(value).__name__} {value!r}"
-    layout = "" if value.layout == torch.strided else f"{value.layout} "
-    return f"{layout}{value.dtype} tensor of shape {list(value.shape)} on {value.device}"
+    """A short description of ``value`` for an error message: never the numbers of a tensor."""
+    if isinstance(value, Tensor):
+        layout = "" if value.layout == torch.strided else f"{value.layout} "
+        return f"{layout}{value.dtype} tensor of shape {list(value.shape)} on {value.device}"
+    if _is_array(value):
+        return f"{value.dtype} array of shape {list(value.shape)}"
+    if isinstance(value, list | tuple) and any(map(_is_tensor_or_array, value)):
+        items = ", ".join(map(describe, value[:4])) + (", ..." if len(value) > 4 else "")
+        return f"{type(value).__name__} of {items}"
+    text = repr(value)
+    shortened = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+    return f"{type(value).__name__} {shortened}"
+
+
+def _is_array(value: Any) -> bool:
+    """Whether ``value`` is an array of NumPy or of a library with the same protocol."""
+    return hasattr(value, "__array__") and hasattr(value, "dtype") and hasattr(value, "shape")
+
+
+def _is_tensor_or_array(value: Any) -> bool:
+    return isinstance(value, Tensor) or _is_array(value)
 
 
 def refuse(argument: str, expected: str, got: Any) -> NoReturn:
@@ -33,17 +53,19 @@ def check_tensor(
     *,
     kind: str = "any",
     device: torch.device | None = None,
-) -> None:
-    """Raises ValueError unless ``value`` is a dense tensor of ``shape``, kind and device.
+) -> Tensor:
+    """Returns ``value`` as a tensor; raises ValueError unless it has ``shape``, kind and device.
 
-    A string in ``shape`` names a size that is free.
+    A NumPy array becomes a tensor on ``device``. A string in ``shape`` names a size that is free.
     """
     kinds = {
         "any": lambda dtype: True,
         "floating": lambda dtype: dtype.is_floating_point,
         "integer": _is_integer,
+        "number": lambda dtype: dtype.is_floating_point or _is_integer(dtype),
         "bool": lambda dtype: dtype == torch.bool,
     }
+    value = as_tensor(argument, value, device)
     if not isinstance(value, Tensor) or value.layout != torch.strided:
         refuse(argument, _tensor_of(kind, shape), value)
     matches = value.dim() == len(shape) and all(
@@ -53,6 +75,21 @@ def check_tensor(
         refuse(argument, _tensor_of(kind, shape), value)
     if device is not None and value.device != device:
         refuse(argument, f"{_tensor_of(kind, shape)} on {device}", value)
+    return value
+
+
+def as_tensor(argument: str, value: Any, device: torch.device | None = None) -> Any:
+    """A NumPy array as a tensor on ``device``, the CPU for None; all else as it is.
+
+    Raises:
+        ValueError: the array has a dtype that tensors do not have.
+    """
+    if isinstance(value, Tensor) or not _is_array(value):
+        return value
+    try:
+        return torch.as_tensor(value, device=device)
+    except (TypeError, ValueError):
+        refuse(argument, "an array of numbers that tensors can hold", value)
 
 
 def _tensor_of(kind: str, shape: Sequence[int | str]) -> str:
@@ -65,22 +102,38 @@ def _is_integer(dtype: torch.dtype) -> bool:
 
 
 def as_level_shapes(
-    level_spatial_shapes: Tensor | Sequence[Sequence[int]], argument: str = "level_spatial_shapes"
+    level_spatial_shapes: Any, argument: str = "level_spatial_shapes"
 ) -> LevelShapes:
     """``[L, P]`` sizes as tuples of ints. It reads contents, so a GPU tensor synchronizes."""
-    if isinstance(level_spatial_shapes, Tensor):
-        check_tensor(argument, level_spatial_shapes, ("L", "P"), kind="integer")
-        rows = level_spatial_shapes.tolist()
-    else:
-        rows = list(level_spatial_shapes)
-        if not all(isinstance(row, Sequence) for row in rows):
-            refuse(argument, "[L, P] sizes, a row per level", str(rows))
-    if not rows or not rows[0] or any(len(row) != len(rows[0]) for row in rows):
-        refuse(argument, "[L, P] sizes with L and P at least 1", level_spatial_shapes)
-    shapes = tuple(tuple(as_integer(size) for size in row) for row in rows)
-    if any(size is None or size < 1 for row in shapes for size in row):
-        refuse(argument, "positive integers", str(rows))
-    return cast(LevelShapes, shapes)
+    expected = "[L, P] positive sizes, a row per level, with L and P at least 1"
+    rows = _as_lists(argument, level_spatial_shapes, expected)
+    if not isinstance(rows, list | tuple) or not rows:
+        refuse(argument, expected, level_spatial_shapes)
+    shapes = [as_integers(_as_lists(argument, row, expected)) for row in rows]
+    if None in shapes:
+        refuse(argument, expected, level_spatial_shapes)
+    if any(not row or len(row) != len(rows[0]) or min(row) < 1 for row in shapes):
+        refuse(argument, expected, rows)
+    return cast(LevelShapes, tuple(shapes))
+
+
+def as_spatial_shape(spatial_shape: Any, position_dim: int | None = None) -> tuple[int, ...]:
+    """``[P]`` sizes as a tuple of ints. It reads contents, so a GPU tensor synchronizes."""
+    expected = f"{'P' if position_dim is None else position_dim} positive sizes"
+    shape = as_integers(_as_lists("spatial_shape", spatial_shape, expected))
+    if not shape or min(shape) < 1 or position_dim not in (None, len(shape)):
+        refuse("spatial_shape", expected, shape or spatial_shape)
+    return shape
+
+
+def _as_lists(argument: str, value: Any, expected: str) -> Any:
+    """A tensor or an array of integers as nested lists; all else as it is."""
+    value = as_tensor(argument, value)
+    if not isinstance(value, Tensor):
+        return value
+    if not _is_integer(value.dtype) or value.layout != torch.strided:
+        refuse(argument, expected, value)
+    return value.tolist()
 
 
 def as_integer(value: Any) -> int | None:
@@ -91,35 +144,59 @@ def as_integer(value: Any) -> int | None:
         return None
 
 
-def check_neighborhood_sizes(neighborhood_sizes: Sequence[int], n_levels: int) -> tuple[int, ...]:
-    expected = f"one window width per level ({n_levels})"
-    if not isinstance(neighborhood_sizes, Sequence):
-        refuse("neighborhood_sizes", expected, neighborhood_sizes)
-    if len(neighborhood_sizes) != n_levels:
-        refuse("neighborhood_sizes", expected, str(list(neighborhood_sizes)))
-    sizes = tuple(as_integer(size) for size in neighborhood_sizes)
-    if any(size is None or size < 1 or size % 2 == 0 for size in sizes):
-        came = str(list(neighborhood_sizes))
-        refuse("neighborhood_sizes", "odd neighborhood_sizes, at least 1", came)
-    return cast(tuple[int, ...], sizes)
+def as_integers(values: Any) -> tuple[int, ...] | None:
+    """``values`` as a tuple of ints if it is a sequence of integers; None otherwise."""
+    if not isinstance(values, Sequence) or isinstance(values, str):
+        return None
+    integers = tuple(map(as_integer, values))
+    return None if None in integers else cast(tuple[int, ...], integers)
+
+
+def as_numbers(argument: str, values: Any, n: int) -> tuple[float, ...]:
+    """``n`` finite numbers as floats, of one number or of a sequence, tensor or array ``[n]``."""
+    expected = f"{n} finite numbers, one per axis"
+    given = as_tensor(argument, values)
+    given = given.tolist() if isinstance(given, Tensor) else given
+    given = [given] * n if _is_real(given) else given
+    if not isinstance(given, Sequence) or len(given) != n or not all(map(_is_real, given)):
+        refuse(argument, expected, values)
+    if not all(map(math.isfinite, given)):
+        refuse(argument, expected, values)
+    return tuple(map(float, given))
+
+
+def check_neighborhood_sizes(neighborhood_sizes: Any, n_levels: int) -> tuple[int, ...]:
+    """``neighborhood_sizes`` as a tuple of ints, one per level; raises ValueError for others."""
+    argument, expected = "neighborhood_sizes", f"one window width per level ({n_levels})"
+    given = _as_lists(argument, neighborhood_sizes, expected)
+    if not isinstance(given, Sequence) or len(given) != n_levels:
+        refuse(argument, expected, neighborhood_sizes)
+    sizes = as_integers(given)
+    if sizes is None or any(size < 1 or size % 2 == 0 for size in sizes):
+        refuse(argument, "odd neighborhood_sizes, at least 1", neighborhood_sizes)
+    return sizes
 
 
 def check_counts(**counts: int) -> None:
     """Raises ValueError unless all ``counts`` are integers of at least one."""
     for name, count in counts.items():
-        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        if (as_integer(count) or 0) < 1:
             refuse(name, "an integer of at least 1", count)
 
 
 def check_cells(argument: str, size: float) -> None:
     """Raises ValueError unless ``size`` is a positive, finite length in cells."""
-    if not isinstance(size, int | float) or not 0 < size < math.inf:
+    if not _is_real(size) or not 0 < size < math.inf:
         refuse(argument, "a finite size above 0, in cells", size)
 
 
 def check_dropout(argument: str, rate: float) -> None:
-    if not isinstance(rate, int | float) or not 0.0 <= rate < 1.0:
+    if not _is_real(rate) or not 0.0 <= rate < 1.0:
         refuse(argument, "a rate in [0, 1)", rate)
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def reads_contents(check_contents: bool | None, device: torch.device) -> bool:
@@ -127,7 +204,9 @@ def reads_contents(check_contents: bool | None, device: torch.device) -> bool:
     since they synchronize a GPU, and not in a compiled graph, where contents do not exist yet.
     """
     if check_contents is None:
-        return device.type == "cpu" and not torch.compiler.is_compiling()
+        if device.type != "cpu" or torch.compiler.is_compiling():
+            return False
+        return type(torch.empty(0)) is Tensor  # fake tensors have no contents
     return check_contents
 
 
@@ -140,16 +219,20 @@ def check_finite(argument: str, value: Tensor) -> None:
 
 def check_offsets(argument: str, offsets: Tensor, total: int) -> None:
     values = offsets.tolist()
-    rising = all(a <= b for a, b in itertools.pairwise(values))
-    if values[0] != 0 or values[-1] != total or not rising:
-        refuse(argument, f"offsets that rise from 0 to {total}", str(values))
+    if values[0] != 0 or values[-1] != total:
+        came = f"offsets from {values[0]} to {values[-1]}"
+        refuse(argument, f"offsets that rise from 0 to {total}", came)
+    for index, (first, second) in enumerate(itertools.pairwise(values)):
+        if first > second:
+            came = f"{second} after {first} at index {index + 1}"
+            refuse(argument, f"offsets that rise from 0 to {total}", came)
 
 
 def check_rows(argument: str, rows: Tensor | None, n: int, device: torch.device) -> Tensor:
     """``rows`` as int64, all of the ``n`` rows for None; raises ValueError for other indices."""
     if rows is None:
         return torch.arange(n, device=device)
-    check_tensor(argument, rows, ("n",), kind="integer", device=device)
+    rows = check_tensor(argument, rows, ("n",), kind="integer", device=device)
     if reads_contents(None, device):
         check_range(argument, rows, n)
     return rows.long()

@@ -1,6 +1,6 @@
 """The neighborhood attention block: norm, project, rotate, attend, project, residual."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from enum import Enum
 from typing import Any
 
@@ -21,9 +21,9 @@ from ..attention import (
 )
 from ..backends import check_backend, choose_backend, prepare_backends
 from ..backends.reference import apply_rotary
-from ..plan import NeighborhoodPlan, plan_neighborhoods
+from ..plan import NeighborhoodPlan, check_plan, plan_neighborhoods
 from ..pyramid import FeaturePyramid
-from ..windows import level_scales, window_centers, window_offsets
+from ..windows import centers_of_cells, level_scales, window_centers, window_offsets
 from ._base import Inputs, SparseAttention, check_sizes
 from ._earlier_keys import rename_earlier_keys
 from .initialized import reset_children
@@ -170,10 +170,21 @@ class SparseNeighborhoodAttentionBlock(SparseAttention[NeighborhoodPlan]):
         query_spatial_positions: Tensor,
         query_batch_offsets: Tensor,
         pyramid: FeaturePyramid,
+        query_level_indices: Tensor | None = None,
+        *,
+        check_contents: bool | None = None,
     ) -> NeighborhoodPlan:
-        """Makes the ``plan`` of `forward`: `plan_neighborhoods` with the windows of this block."""
+        """Makes the ``plan`` of `forward`: `plan_neighborhoods` with the windows of this block.
+
+        ``query_level_indices`` is not used, so that ``**placement.arguments()`` of a
+        `QueryPlacement` can be passed.
+        """
         return plan_neighborhoods(
-            query_spatial_positions, query_batch_offsets, pyramid, self.neighborhood_sizes
+            query_spatial_positions,
+            query_batch_offsets,
+            pyramid,
+            self.neighborhood_sizes,
+            check_contents=check_contents,
         )
 
     def _add_attended(self, inputs: Inputs, plan: NeighborhoodPlan) -> Tensor:
@@ -193,17 +204,11 @@ class SparseNeighborhoodAttentionBlock(SparseAttention[NeighborhoodPlan]):
             q, k, plan, background=background, query_mask=inputs.mask, queries=queries
         )
 
-    def _made_for(self, plan: NeighborhoodPlan, inputs: Inputs) -> Mapping[str, tuple[Any, Any]]:
-        pyramid = inputs.pyramid
-        return {
-            "queries": (plan.n_queries, inputs.positions.shape[0]),
-            "points": (plan.n_points, pyramid.values.shape[0]),
-            "images": (plan.batch_size, pyramid.batch_size),
-            "level_shapes": (plan.level_shapes, pyramid.level_shapes),
-            "neighborhood_sizes": (plan.neighborhood_sizes, self.neighborhood_sizes),
-            "position_dim": (plan.position_dim, self.position_dim),
-            "device": (plan.device, inputs.positions.device),
-        }
+    def _check_plan(
+        self, plan: NeighborhoodPlan, inputs: Inputs, check_contents: bool | None
+    ) -> None:
+        queries = inputs.positions, inputs.offsets
+        check_plan(plan, *queries, inputs.pyramid, self.neighborhood_sizes, check_contents)
 
     def _attend(self, inputs: Inputs, plan: NeighborhoodPlan) -> Tensor:
         """The attended values ``[N, E]``. All intermediate tensors are freed on return."""
@@ -227,11 +232,11 @@ class SparseNeighborhoodAttentionBlock(SparseAttention[NeighborhoodPlan]):
         norm = self.norm if self.norm_first else None
         (q,) = self._heads(inputs.query, self.q_in_proj, 1, norm)
         q = self.pos_encoding(q, _with_level(positions, inputs.level))
-        k, v = self._heads(pyramid.values, self.kv_proj, 2)
-        k = self.pos_encoding(k, _with_level(pyramid.positions(positions.dtype), pyramid.levels))
+        k, v = map(plan.append_copies, self._heads(pyramid.values, self.kv_proj, 2))
+        k = self.pos_encoding(k, _key_coordinates(pyramid, plan, positions.dtype))
         background = None
         if inputs.background is not None:
-            centers = window_centers(positions, pyramid.level_shapes)
+            centers = window_centers(positions, pyramid.level_shapes, pyramid.periodic_axes)
             background = self._background(inputs.background, q, centers, plan, pyramid)
         return q, k, v, background
 
@@ -275,6 +280,17 @@ class SparseNeighborhoodAttentionBlock(SparseAttention[NeighborhoodPlan]):
         ones = one.repeat(plan.window_slots, self.n_heads, q.shape[-1] // 2)
         cell_keys = self.pos_encoding(ones, torch.cat(offsets))
         return Background(torch.stack(queries, 1), cell_keys, value)
+
+
+def _key_coordinates(pyramid: FeaturePyramid, plan: NeighborhoodPlan, dtype: torch.dtype) -> Tensor:
+    """``[nnz + C, P + 1]``: positions and levels of the points, then of the plan's copies."""
+    positions = pyramid.positions(dtype)
+    if pyramid.periodic_axes:
+        points, shifts = plan.copies
+        cells, levels = pyramid.cells[points] + shifts, pyramid.levels[points]
+        at_copies = centers_of_cells(cells, levels, pyramid.level_shapes, dtype)
+        positions = torch.cat((positions, at_copies))
+    return _with_level(positions, plan.append_copies(pyramid.levels))
 
 
 def _with_level(positions: Tensor, level: Tensor | int) -> Tensor:

@@ -1,14 +1,13 @@
 """Multi-scale deformable attention over a sparse pyramid, with the call form of the block."""
 
 import math
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._index.cell_hash import CellIndex, index_cells
+from .._index.cell_hash import CellIndex, check_cell_index, index_cells
 from .._index.sampling import cell_weights, sample
 from .._utils.checks import check_rows, refuse
 from .._utils.ragged import offsets_from_counts
@@ -86,6 +85,7 @@ class SparseDeformableAttention(SparseAttention[CellIndex]):
     """
 
     _plan_type = CellIndex
+    _uses_levels = False
 
     def __init__(
         self,
@@ -131,6 +131,9 @@ class SparseDeformableAttention(SparseAttention[CellIndex]):
         query_spatial_positions: Tensor,
         query_batch_offsets: Tensor,
         pyramid: FeaturePyramid,
+        query_level_indices: Tensor | None = None,
+        *,
+        check_contents: bool | None = None,
     ) -> CellIndex:
         """Makes the ``plan`` of `forward`: an index of the pyramid's cells.
 
@@ -171,14 +174,8 @@ class SparseDeformableAttention(SparseAttention[CellIndex]):
             None if inputs.background is None else empty,
         )
 
-    def _made_for(self, plan: CellIndex, inputs: Inputs) -> Mapping[str, tuple[Any, Any]]:
-        pyramid = inputs.pyramid
-        return {
-            "points": (plan.n_points, len(pyramid)),
-            "images": (plan.batch_size, pyramid.batch_size),
-            "level_shapes": (plan.level_shapes, pyramid.level_shapes),
-            "device": (plan.device, pyramid.coordinates.device),
-        }
+    def _check_plan(self, plan: CellIndex, inputs: Inputs, check_contents: bool | None) -> None:
+        check_cell_index(plan, inputs.pyramid, check_contents)
 
     def _sampling(self, inputs: Inputs) -> _Sampling:
         batch_size = inputs.pyramid.batch_size
