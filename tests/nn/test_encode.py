@@ -10,7 +10,12 @@ from block_scenes import EMBED, EXACT, coo_arguments, distinct_scene, make_argum
 from problems import assert_close, run_python, scene_2d
 from torch import Tensor
 
-from vicinal import FeaturePyramid, QueryPlacement, SparseNeighborhoodAttentionBlock
+from vicinal import (
+    FeaturePyramid,
+    QueryPlacement,
+    SparseDeformableAttention,
+    SparseNeighborhoodAttentionBlock,
+)
 
 KINDS = pytest.mark.parametrize("kind", ["block", "deformable"])
 
@@ -201,8 +206,7 @@ def test_maps_smaller_and_larger_than_the_full_shape() -> None:
 WARNING = """
 import warnings, torch
 from vicinal import FeaturePyramid, SparseNeighborhoodAttentionBlock
-pyramid = FeaturePyramid(torch.randn(1, 8), torch.tensor([[0, 0, 0, 0]]), [({size},)], 1) if False \\
-    else FeaturePyramid(torch.randn(1, 8), torch.tensor([[0, 0, 0]]), [({size},)], 1)
+pyramid = FeaturePyramid(torch.randn(1, 8), torch.tensor([[0, 0, 0]]), [({size},)], 1)
 block = SparseNeighborhoodAttentionBlock(8, 2, 1, [3], position_dim=1)
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
@@ -272,8 +276,6 @@ def test_results_do_not_depend_on_where_the_seam_is(
     if kind == "block":
         module: Any = SparseNeighborhoodAttentionBlock(EMBED, 2, 2, (3, 5), backend=backend)
     else:
-        from vicinal import SparseDeformableAttention
-
         module = SparseDeformableAttention(EMBED, 2, 2)
     module = module.double()
     query = torch.randn(20, EMBED, dtype=torch.float64)
@@ -297,8 +299,7 @@ def test_results_do_not_depend_on_where_the_seam_is(
         assert_close(out, unwound_loop(module, query, positions, pyramid), 1e-11)
 
 
-@KINDS
-def test_periodic_axes_of_a_sparse_map(kind: str) -> None:
+def test_periodic_axes_of_a_sparse_map() -> None:
     module: Any = SparseNeighborhoodAttentionBlock(EMBED, 2, 2, (3, 5)).double()
     pyramid, positions = seam_scene(6)
     query = torch.randn(20, EMBED, dtype=torch.float64)
@@ -350,31 +351,22 @@ def test_fake_tensors_give_shapes() -> None:
     with FakeTensorMode():
         block = SparseNeighborhoodAttentionBlock(12, 2, 2, (3, 5))
         coordinates = torch.zeros(30, 4, dtype=torch.int64)
-        pyramid = FeaturePyramid(torch.randn(30, 12), coordinates, [(8, 8), (4, 4)], 1)
+        pyramid = FeaturePyramid(torch.randn(30, 12), coordinates, ((8, 8), (4, 4)), 1)
         out = block(torch.randn(5, 12), torch.rand(5, 2), torch.tensor([0, 5]), pyramid)
         assert out.shape == (5, 12)
 
 
-# -------------------------------------------------------------------------- torch.func
+# ------------------------------------------------------------------------------- compiled
 
 
-@pytest.mark.parametrize("transform", ["grad", "vjp", "jacrev"])
-def test_functional_transforms(transform: str, backend: str) -> None:
-    scene = scene_2d(n_queries=4)
-    block = make_block(scene, backend)
-    call = make_arguments(scene)._asdict()
-    weights = dict(block.named_parameters())
-
-    def loss(parameters: dict[str, Tensor]) -> Tensor:
-        return torch.func.functional_call(block, parameters, (), call).square().sum()
-
-    expected = torch.autograd.grad(loss(weights), list(weights.values()))
-    if transform == "grad":
-        found = torch.func.grad(loss)(weights)
-    elif transform == "vjp":
-        value, pull = torch.func.vjp(loss, weights)
-        (found,) = pull(torch.ones_like(value))
-    else:
-        found = torch.func.jacrev(loss)(weights)
-    for name, grad in zip(weights, expected, strict=True):
-        assert_close(found[name], grad, EXACT)
+def test_block_compiles_on_a_pyramid_of_a_sparse_map() -> None:
+    scene = distinct_scene()
+    block = make_block(scene)
+    call, coo, _ = coo_arguments(make_arguments(scene))
+    shapes = call.pop("level_spatial_shapes")
+    call["stacked_feature_maps"] = FeaturePyramid.from_coo(coo.detach(), shapes)
+    call["plan"] = block.make_plan(
+        call["query_spatial_positions"], call["query_batch_offsets"], call["stacked_feature_maps"]
+    )
+    compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
+    assert_close(compiled(**call), block(**call), 1e-12)
