@@ -9,7 +9,8 @@ from .attention import (
 )
 from .nn.block import SparseNeighborhoodAttentionBlock
 from .nn.deformable import SparseDeformableAttention
-from .nn.rotary import RotaryEncoding
+from .nn.earlier_checkpoints import export_state_dict
+from .nn.rotary import FreqGroupPattern, RotaryEncoding
 from .plan import NeighborhoodPlan, PointCopies, QueryPlacement, plan_neighborhoods
 from .pyramid import FeaturePyramid
 from .windows import cell_positions, get_multilevel_neighborhoods
@@ -17,6 +18,7 @@ from .windows import cell_positions, get_multilevel_neighborhoods
 __all__ = [
     "Background",
     "FeaturePyramid",
+    "FreqGroupPattern",
     "NeighborhoodPlan",
     "NeighborhoodWeights",
     "PointCopies",
@@ -26,6 +28,7 @@ __all__ = [
     "SparseNeighborhoodAttentionBlock",
     "__version__",
     "cell_positions",
+    "export_state_dict",
     "get_multilevel_neighborhoods",
     "neighborhood_attention",
     "neighborhood_attention_weights",

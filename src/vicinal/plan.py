@@ -28,7 +28,7 @@ from ._utils.checks import (
     reads_contents,
     refuse,
 )
-from ._utils.constants import constant, execution_mode
+from ._utils.constants import constant, execution_mode, trainable_tensors
 from ._utils.ragged import batch_ids, offsets_from_counts
 from .backends import choose_backend
 from .backends.reference import list_pairs, search_slices
@@ -67,6 +67,16 @@ class QueryPlacement(NamedTuple):
     positions: Tensor
     offsets: Tensor
     levels: Tensor | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """Returns the arguments of ``make_plan`` and of an attention module's call, by name:
+        ``block(query, **placement.arguments(), stacked_feature_maps=pyramid)``.
+        """
+        return {
+            "query_spatial_positions": self.positions,
+            "query_batch_offsets": self.offsets,
+            "query_level_indices": self.levels,
+        }
 
     @classmethod
     def of_points(cls, pyramid: FeaturePyramid) -> "QueryPlacement":
@@ -319,7 +329,8 @@ class NeighborhoodPlan:
             mode = execution_mode(self.device)
             if mode != self._created_in:
                 return self._find_in_other_mode(name, find, mode)
-            self._cache[name] = find()
+            with trainable_tensors():
+                self._cache[name] = find()
         found: T = self._cache[name]
         return found
 
@@ -454,11 +465,13 @@ def plan_neighborhoods(
         expected = "at most 2^31 points, queries x levels, and images x levels"
         refuse("query_spatial_positions", expected, positions)
     backend = choose_backend(None, positions.device)
-    plan = _plan(positions, offsets, pyramid, sizes, backend)
-    if plan._fits_int32:  # else another back end may still take the plan
-        # A plan that a CUDA graph makes cannot be completed later.
-        in_graph = execution_mode(plan.device) == "graph"
-        tensors_for(plan, backend, points_need_grad=torch.is_grad_enabled() or in_graph)
+    needs_grad = torch.is_grad_enabled()
+    with trainable_tensors():
+        plan = _plan(positions, offsets, pyramid, sizes, backend)
+        if plan._fits_int32:  # else another back end may still take the plan
+            # A plan that a CUDA graph makes cannot be completed later.
+            in_graph = execution_mode(plan.device) == "graph"
+            tensors_for(plan, backend, points_need_grad=needs_grad or in_graph)
     return plan
 
 

@@ -7,7 +7,7 @@ from vicinal import backends
 from vicinal.backends import cpu, reference, triton
 from vicinal.backends.types import Backend
 
-CPU, META, CUDA = (torch.device(name) for name in ("cpu", "meta", "cuda"))
+CPU, META, CUDA, MPS = (torch.device(name) for name in ("cpu", "meta", "cuda", "mps"))
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float32, torch.float64, torch.bfloat16])
@@ -16,7 +16,11 @@ def test_the_default_on_the_cpu_is_the_compiled_kernel(dtype: torch.dtype | None
 
 
 def test_the_default_on_a_device_without_kernels_is_the_reference() -> None:
-    assert backends.choose_backend(None, META, torch.float32) is reference.BACKEND
+    assert backends.choose_backend(None, MPS, torch.float32) is reference.BACKEND
+
+
+def test_meta_tensors_get_the_shapes_of_the_compiled_kernel() -> None:
+    assert backends.choose_backend(None, META, torch.float32) is cpu.BACKEND
 
 
 def replace(name: str, backend: Backend, monkeypatch: pytest.MonkeyPatch) -> Backend:
@@ -59,8 +63,8 @@ def test_the_reference_runs_on_any_device(device: torch.device) -> None:
 
 
 def test_the_cpu_back_end_refuses_other_devices() -> None:
-    with pytest.raises(ValueError, match=r"^backend: .*meta.*'cpu'.*CPU"):
-        backends.choose_backend("cpu", META)
+    with pytest.raises(ValueError, match=r"^backend: .*mps.*'cpu'.*CPU"):
+        backends.choose_backend("cpu", MPS)
 
 
 def test_unknown_names_are_refused_with_the_known_ones() -> None:

@@ -67,9 +67,9 @@ def test_matches_its_layers_by_hand(position_dim: int) -> None:
 def test_one_plan_serves_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
-    def spy(*arguments: Any) -> Any:
+    def spy(*arguments: Any, **options: Any) -> Any:
         calls.append(arguments)
-        return plan_neighborhoods(*arguments)
+        return plan_neighborhoods(*arguments, **options)
 
     monkeypatch.setattr("vicinal.nn.block.plan_neighborhoods", spy)
     for checkpoint in (False, True):

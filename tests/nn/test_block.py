@@ -218,8 +218,8 @@ def test_constructor_defaults() -> None:
     assert (block.n_levels, block.position_dim, block.norm_first) == (4, 2, True)
     assert block.dropout.p == 0
     assert list(block.state_dict()) == [
-        "norm.weight", "norm.bias", "q_in_proj.weight", "kv_proj.weight",
-        "pos_encoding.freqs.0", "out_proj.weight",
+        "norm.weight", "norm.bias", "q_in_proj.weight", "pos_encoding.freqs.0",
+        "kv_proj.weight", "out_proj.weight",
     ]  # fmt: skip
     torch.manual_seed(0)
     first = block.pos_encoding.freqs[0].detach()

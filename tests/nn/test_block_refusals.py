@@ -192,7 +192,10 @@ def assert_raises_for(call: dict[str, Any], name: str, came: str) -> None:
 def test_valid_arguments_are_accepted() -> None:
     block = make_block(SCENE, dropout=0.5)
     assert block(**valid_call()).isfinite().all()
-    assert block(**valid_call(), plan=SCENE.plan()).isfinite().all()
+    call = valid_call()
+    pyramid = FeaturePyramid.from_coo(call["stacked_feature_maps"], SHAPES)
+    plan = block.make_plan(SCENE.positions, SCENE.offsets, pyramid)
+    assert block(**call, plan=plan).isfinite().all()
 
 
 @pytest.mark.parametrize(("name", "value", "came"), INVALID)

@@ -147,6 +147,7 @@ def test_autocast_keeps_positions_exact(background: bool, backend: str) -> None:
     rounded = arguments | {
         "query_spatial_positions": scene.positions.bfloat16().float(),
         "plan": scene.plan(),
+        "check_contents": False,  # positions have left their cells
     }
     confused = (block(**rounded) - expected).detach().pow(2).mean().sqrt() / size
     assert 0 < error < 0.02

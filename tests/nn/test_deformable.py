@@ -469,7 +469,7 @@ def test_head_directions() -> None:
 
 
 def test_initial_projections() -> None:
-    module = SparseDeformableAttention(64, 4)
+    module: Any = SparseDeformableAttention(64, 4)
     assert (module.n_levels, module.n_points, module.position_dim) == (4, 4, 2)
     bound = math.sqrt(6 / 128)
     for proj in (module.value_proj, module.out_proj):

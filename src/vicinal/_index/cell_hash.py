@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._utils.checks import LevelShapes, refuse
-from .._utils.constants import constant
+from .._utils.constants import constant, trainable_tensors
 from .._utils.ragged import expand_ranges, starts_from_counts
 from ..pyramid import FeaturePyramid
 from .cell_keys import CellKeys
@@ -124,6 +124,7 @@ class CellIndex:
         )
 
 
+@trainable_tensors()
 def index_cells(pyramid: FeaturePyramid) -> CellIndex:
     """Finds the occupied cells once, for all layers that share the points.
 

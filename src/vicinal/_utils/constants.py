@@ -1,6 +1,7 @@
 """Small constant tensors, which reach a GPU without a synchronization."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -34,6 +35,16 @@ def constant(numbers: Numbers, device: torch.device, dtype: torch.dtype = torch.
 def has_float64(device: torch.device) -> bool:
     """Whether the device computes in float64; Apple's GPUs do not."""
     return device.type != "mps"
+
+
+@contextlib.contextmanager
+def trainable_tensors() -> Iterator[None]:
+    """Makes tensors that a training step can use, also under `torch.inference_mode`."""
+    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def execution_mode(device: torch.device) -> str:

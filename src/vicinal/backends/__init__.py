@@ -11,7 +11,7 @@ _BACKENDS = {
     "cpu": cpu.BACKEND,
     "triton": triton.BACKEND,
 }
-_BY_DEVICE = {"cpu": "cpu", "cuda": "triton"}
+_BY_DEVICE = {"cpu": "cpu", "cuda": "triton", "meta": "cpu"}
 
 
 def prepare_backends() -> None:

@@ -3,11 +3,14 @@
 from .._index.cell_hash import CellIndex
 from .block import SparseNeighborhoodAttentionBlock
 from .deformable import SparseDeformableAttention
-from .rotary import RotaryEncoding
+from .earlier_checkpoints import export_state_dict
+from .rotary import FreqGroupPattern, RotaryEncoding
 
 __all__ = [
     "CellIndex",
+    "FreqGroupPattern",
     "RotaryEncoding",
     "SparseDeformableAttention",
     "SparseNeighborhoodAttentionBlock",
+    "export_state_dict",
 ]

@@ -1,8 +1,11 @@
 """The call form that the attention modules share: arguments, their validation, the plan."""
 
+import functools
 import inspect
+import math
+import warnings
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -18,18 +21,29 @@ from .._utils.checks import (
     refuse,
 )
 from ..attention import NeighborhoodWeights, autocasts
-from ..plan import check_placement
+from ..plan import QueryPlacement, check_placement
 from ..pyramid import FeaturePyramid
-from ..windows import coordinate_dtype, finest_level
+from ..windows import (
+    as_periodic_axes,
+    coordinate_dtype,
+    finest_level,
+    full_shape,
+    wrap_positions,
+)
+from .projections import call_norm
 
 PlanT = TypeVar("PlanT")
+_LEAST_QUERIES = 16  # from which a warning of positions in [0, 1] is likely right
 
 
-def check_sizes(embed_dim: int, n_heads: int, **others: int) -> None:
-    """Raises ValueError for sizes below one and an ``embed_dim`` that the heads do not divide."""
+def check_sizes(embed_dim: int, n_heads: int, **others: int) -> tuple[int, ...]:
+    """The sizes as ints; raises ValueError for sizes below one and an ``embed_dim`` that the heads
+    do not divide.
+    """
     check_counts(embed_dim=embed_dim, n_heads=n_heads, **others)
     if embed_dim % n_heads:
         refuse("embed_dim", f"a multiple of n_heads ({n_heads})", embed_dim)
+    return tuple(map(int, (embed_dim, n_heads, *others.values())))
 
 
 class Arguments(NamedTuple):
@@ -44,6 +58,8 @@ class Arguments(NamedTuple):
     query_level_indices: Tensor | None = None
     query_mask: Tensor | None = None
     plan: Any = None
+    periodic_axes: Sequence[int] = ()
+    check_contents: bool | None = None
 
 
 class Inputs(NamedTuple):
@@ -52,7 +68,7 @@ class Inputs(NamedTuple):
     query: Tensor  # [N, E]
     positions: Tensor  # [N, P]
     offsets: Tensor  # [B + 1]
-    level: Tensor | int  # [N]; on a GPU maybe outside [0, L)
+    level: Tensor | int  # [N], in [0, L)
     mask: Tensor | None  # bool [N]
     pyramid: FeaturePyramid
     background: Tensor | None  # [B, L, E]
@@ -62,14 +78,17 @@ class Inputs(NamedTuple):
         invalid, and its angles must not spoil the gradients.
         """
         dtype = coordinate_dtype(self.positions.dtype)
-        return self.positions.to(dtype).nan_to_num(0.0, 0.0, 0.0)
+        positions = self.positions.to(dtype).nan_to_num(0.0, 0.0, 0.0)
+        return wrap_positions(positions, self.pyramid.level_shapes, self.pyramid.periodic_axes)
 
 
 class SparseAttention(nn.Module, Generic[PlanT]):
     """Base of the modules in which queries attend to a sparse feature pyramid."""
 
-    norm: nn.LayerNorm
+    norm: nn.Module
+    out_proj: nn.Linear
     _plan_type: type[PlanT]
+    _uses_levels = True  # whether results depend on the queries' levels
 
     def __init__(
         self,
@@ -97,6 +116,8 @@ class SparseAttention(nn.Module, Generic[PlanT]):
         query_mask: Tensor | None = None,
         *,
         plan: PlanT | None = None,
+        periodic_axes: Sequence[int] = (),
+        check_contents: bool | None = None,
     ) -> Tensor:
         """Attends, projects the result and adds the residual.
 
@@ -111,14 +132,20 @@ class SparseAttention(nn.Module, Generic[PlanT]):
             level_spatial_shapes: integer ``[L, P]``, the spatial shape of each level; may be None
                 for a pyramid.
             background_embedding: ``[B, L, E]``, the embedding of empty cells by image and level,
-                also of cells beyond the map. None (default): empty cells contribute nothing.
+                also of cells beyond the map. Images without queries may have no row. None
+                (default): empty cells contribute nothing.
             query_level_indices: integer ``[N]``, the pyramid level of each query, which the rotary
                 encoding uses. None (default): the level with the most cells. Deformable attention
-                ignores it.
+                ignores it. `encode` and `QueryPlacement` fill it in where every point is a query.
             query_mask: bool ``[N]``, True: the query is masked; its attended value is zero, so its
                 result is ``query + out_proj.bias``.
             plan: what `make_plan` returned for the same points, and for the block the same queries.
                 None (default): made here. Layers that share these share a plan.
+            periodic_axes: axes along which a sparse COO map repeats. Default: none. A pyramid knows
+                its own; with one, they are those or are left out.
+            check_contents: whether to validate the contents of tensors, and that ``plan`` was made
+                for these points and query cells. None (default): on the CPU only; on a GPU that
+                synchronizes.
 
         Returns:
             ``[N, E]``.
@@ -139,8 +166,15 @@ class SparseAttention(nn.Module, Generic[PlanT]):
             query_level_indices,
             query_mask,
             plan,
+            periodic_axes,
+            check_contents,
         )
-        return self._forward(*self._validate(arguments))
+        inputs, plan = self._validate(arguments)
+        unused = _nonfinite_masked_rows(inputs)
+        if unused is None:
+            out = self._add_attended(inputs, plan)
+            return out if self.norm_first else call_norm(self.norm, out)
+        return self._forward_around(unused, inputs, plan)
 
     def attention_weights(
         self, *arguments: Any, queries: Tensor | None = None, **keywords: Any
@@ -162,14 +196,86 @@ class SparseAttention(nn.Module, Generic[PlanT]):
             raise TypeError(f"{type(self).__name__}.attention_weights: {error}") from None
         return self._weights(*self._validate(Arguments(**bound.arguments)), queries)
 
+    def encode(
+        self,
+        pyramid: FeaturePyramid,
+        plan: PlanT | None = None,
+        background_embedding: Tensor | None = None,
+    ) -> FeaturePyramid:
+        """Lets every point attend as a query, at the center of its cell and on its own level.
+
+        Args:
+            pyramid: the points, in any order.
+            plan: from `make_encoder_plan` of a pyramid with the same points. None (default): made
+                here. Layers share it.
+            background_embedding: as for `forward`.
+
+        Returns:
+            the pyramid with the results as its embeddings, the points in the given order.
+
+        Raises:
+            ValueError: as `forward` does.
+
+        Example:
+            ```python
+            import torch
+            from vicinal import FeaturePyramid, SparseNeighborhoodAttentionBlock
+
+            points = torch.nn.functional.pad(torch.randint(0, 64, (500, 2)), (1, 0))
+            pyramid = FeaturePyramid.from_points(points, torch.randn(500, 32), (64, 64), 1)
+            layers = [SparseNeighborhoodAttentionBlock(32, 4) for _ in range(2)]
+            plan = layers[0].make_encoder_plan(pyramid)
+            for layer in layers:
+                pyramid = layer.encode(pyramid, plan)
+            ```
+        """
+        order, placement = _placement_of_points(pyramid)
+        out = self(
+            pyramid.values[order],
+            **placement.arguments(),
+            stacked_feature_maps=pyramid,
+            background_embedding=background_embedding,
+            plan=plan,
+        )
+        return pyramid.with_values(out.index_select(0, order.argsort()))
+
+    def make_encoder_plan(self, pyramid: FeaturePyramid) -> PlanT:
+        """Makes the ``plan`` of `encode`, where every point is a query, the points in any order.
+
+        Raises:
+            ValueError: as `make_plan` does.
+        """
+        _, placement = _placement_of_points(pyramid)
+        return self.make_plan(**placement.arguments(), pyramid=pyramid)
+
     @abstractmethod
     def make_plan(
-        self, query_spatial_positions: Tensor, query_batch_offsets: Tensor, pyramid: FeaturePyramid
+        self,
+        query_spatial_positions: Tensor,
+        query_batch_offsets: Tensor,
+        pyramid: FeaturePyramid,
+        query_level_indices: Tensor | None = None,
+        *,
+        check_contents: bool | None = None,
     ) -> PlanT:
         """Makes the ``plan`` of `forward`."""
 
+    def _forward_around(self, unused: Tensor, inputs: Inputs, plan: PlanT) -> Tensor:
+        """The forward pass where the rows ``unused`` ``[N, 1]`` must not reach any parameter's
+        gradient: zeros take their place, and the results of these rows are constants.
+        """
+        query = inputs.query
+        out = self._add_attended(inputs._replace(query=query.masked_fill(unused, 0)), plan)
+        whole = torch.where(unused, query + out.detach(), out)
+        if self.norm_first:
+            return whole
+        with torch.no_grad():
+            normed = call_norm(self.norm, whole)
+        return torch.where(unused, normed, call_norm(self.norm, out))
+
     @abstractmethod
-    def _forward(self, inputs: Inputs, plan: PlanT) -> Tensor: ...
+    def _add_attended(self, inputs: Inputs, plan: PlanT) -> Tensor:
+        """The query plus its projected attended values, before the norm if that comes last."""
 
     @abstractmethod
     def _weights(
@@ -177,51 +283,78 @@ class SparseAttention(nn.Module, Generic[PlanT]):
     ) -> NeighborhoodWeights: ...
 
     @abstractmethod
-    def _made_for(self, plan: PlanT, inputs: Inputs) -> Mapping[str, tuple[Any, Any]]:
-        """By name, the plan's value and that of ``inputs``, which must be equal."""
+    def _check_plan(self, plan: PlanT, inputs: Inputs, check_contents: bool | None) -> None:
+        """Raises ValueError unless ``plan`` was made for ``inputs``."""
 
     def _validate(self, arguments: Arguments) -> tuple[Inputs, PlanT]:
         """Raises ValueError for arguments that do not match; fills in pyramid, level and plan."""
-        self._check_queries(arguments)
-        pyramid = self._pyramid(arguments)
-        positions, offsets = arguments.query_spatial_positions, arguments.query_batch_offsets
-        background = arguments.background_embedding
+        contents = arguments.check_contents
+        arguments = self._check_queries(arguments)
+        positions, offsets, pyramid = check_placement(
+            arguments.query_spatial_positions,
+            arguments.query_batch_offsets,
+            self._pyramid(arguments),
+            contents,
+        )
+        _warn_of_unit_positions(positions, pyramid)
+        background = _background_of_images(arguments, offsets)
         levels, mask = arguments.query_level_indices, arguments.query_mask
         level = finest_level(pyramid.level_shapes) if levels is None else levels
+        if self._uses_levels:
+            level, mask = self._mask_invalid_levels(level, mask, contents)
         inputs = Inputs(arguments.query, positions, offsets, level, mask, pyramid, background)
-        if arguments.plan is None:
-            return inputs, self.make_plan(positions, offsets, pyramid)
-        if not isinstance(arguments.plan, self._plan_type):
-            refuse("plan", f"a {self._plan_type.__name__} from make_plan, or None", arguments.plan)
-        check_placement(positions, offsets, pyramid)
-        made_for = self._made_for(arguments.plan, inputs)
-        if any(planned != given for planned, given in made_for.values()):
-            expected = ", ".join(f"{name} {given}" for name, (_, given) in made_for.items())
-            refuse("plan", f"one for {expected}", repr(arguments.plan))
-        return inputs, arguments.plan
+        plan = arguments.plan
+        if plan is None:
+            return inputs, self.make_plan(positions, offsets, pyramid, check_contents=False)
+        if not isinstance(plan, self._plan_type):
+            refuse("plan", f"a {self._plan_type.__name__} from make_plan, or None", plan)
+        self._check_plan(plan, inputs, contents)
+        return inputs, plan
 
-    def _check_queries(self, arguments: Arguments) -> None:
-        query, positions, _, _, _, background, levels, mask, _ = arguments
+    def _mask_invalid_levels(
+        self, level: Tensor | int, mask: Tensor | None, check_contents: bool | None
+    ) -> tuple[Tensor | int, Tensor | None]:
+        """Levels in [0, L), and the mask with the queries at other levels."""
+        if isinstance(level, int) or reads_contents(check_contents, level.device):
+            return level, mask  # they were validated
+        valid = level.clamp(0, self.n_levels - 1)
+        invalid = valid.ne(level)
+        return valid, invalid if mask is None else mask | invalid
+
+    def _check_queries(self, arguments: Arguments) -> Arguments:
+        """The arguments that belong to queries, as tensors; raises ValueError for wrong ones."""
         device = self._reference.device
-        check_tensor("query", query, ("N", self.embed_dim), kind="floating", device=device)
+        query = arguments.query
+        query = check_tensor("query", query, ("N", self.embed_dim), kind="floating", device=device)
         self._check_dtype("query", query)
         n = query.shape[0]
-        shape = (n, self.position_dim)
-        check_tensor("query_spatial_positions", positions, shape, kind="floating", device=device)
+        name, shape = "query_spatial_positions", (n, self.position_dim)
+        positions = arguments.query_spatial_positions
+        positions = check_tensor(name, positions, shape, kind="floating", device=device)
+        background, levels = arguments.background_embedding, arguments.query_level_indices
         if background is not None:
-            cells = ("B", self.n_levels, self.embed_dim)
-            check_tensor("background_embedding", background, cells, kind="floating", device=device)
-            self._check_dtype("background_embedding", background)
+            name, cells = "background_embedding", ("B", self.n_levels, self.embed_dim)
+            background = check_tensor(name, background, cells, kind="floating", device=device)
+            self._check_dtype(name, background)
         if levels is not None:
-            check_tensor("query_level_indices", levels, (n,), kind="integer", device=device)
-            if reads_contents(None, device):
-                check_range("query_level_indices", levels, self.n_levels)
+            name = "query_level_indices"
+            levels = check_tensor(name, levels, (n,), kind="integer", device=device)
+            if reads_contents(arguments.check_contents, device):
+                check_range(name, levels, self.n_levels)
+        mask = arguments.query_mask
         if mask is not None:
-            check_tensor("query_mask", mask, (n,), kind="bool", device=device)
+            mask = check_tensor("query_mask", mask, (n,), kind="bool", device=device)
+        return arguments._replace(
+            query=query,
+            query_spatial_positions=positions,
+            background_embedding=background,
+            query_level_indices=levels,
+            query_mask=mask,
+        )
 
     def _pyramid(self, arguments: Arguments) -> FeaturePyramid:
         """The feature maps as a pyramid."""
-        maps, background = arguments.stacked_feature_maps, arguments.background_embedding
+        maps, axes = arguments.stacked_feature_maps, arguments.periodic_axes
         if not isinstance(maps, FeaturePyramid | Tensor):
             refuse("stacked_feature_maps", "a sparse COO tensor or a FeaturePyramid", maps)
         shapes = arguments.level_spatial_shapes
@@ -230,6 +363,9 @@ class SparseAttention(nn.Module, Generic[PlanT]):
             if shapes not in (None, maps.level_shapes):
                 refuse("level_spatial_shapes", f"the pyramid's {maps.level_shapes}", str(shapes))
             shapes = maps.level_shapes
+            axes = as_periodic_axes(axes, maps.position_dim)
+            if axes not in ((), maps.periodic_axes):
+                refuse("periodic_axes", f"the pyramid's {maps.periodic_axes}", str(axes))
         elif shapes is None:
             refuse("level_spatial_shapes", "[L, P] sizes, required with a sparse tensor", None)
         if (len(shapes), len(shapes[0])) != (self.n_levels, self.position_dim):
@@ -242,17 +378,84 @@ class SparseAttention(nn.Module, Generic[PlanT]):
             refuse("stacked_feature_maps", expected, values)
         self._check_dtype("stacked_feature_maps", values)
         if isinstance(maps, Tensor):
-            maps = FeaturePyramid.from_coo(maps, shapes)
-        if background is not None and background.shape[0] != maps.batch_size:
-            refuse("background_embedding", f"{maps.batch_size} images", background)
+            contents = arguments.check_contents
+            maps = FeaturePyramid.from_coo(
+                maps, shapes, periodic_axes=axes, check_contents=contents
+            )
         return maps
 
     @property
     def _reference(self) -> Tensor:
-        """A parameter, with whose dtype and device all arguments must agree."""
-        return self.norm.weight
+        """A parameter, with whose dtype and device all arguments must agree.
+
+        Not one of the norm, which may have another dtype or no parameters.
+        """
+        weight = getattr(self.out_proj, "weight", None)
+        # A module that replaces the projection may wrap it.
+        return weight if isinstance(weight, Tensor) else next(self.out_proj.parameters())
 
     def _check_dtype(self, argument: str, value: Tensor) -> None:
         dtype: torch.dtype = self._reference.dtype
         if value.dtype != dtype and not autocasts(value.device):
             refuse(argument, f"the dtype of the module, {dtype}", value)
+
+
+def _nonfinite_masked_rows(inputs: Inputs) -> Tensor | None:
+    """Bool ``[N, 1]``: the masked queries that hold a number that is not finite; None if there are
+    none, which on a GPU is known only without a mask.
+    """
+    if inputs.mask is None:
+        return None
+    largest = torch.linalg.vector_norm(inputs.query.detach(), math.inf, dim=1)
+    rows: Tensor = inputs.mask & ~largest.isfinite()
+    if reads_contents(None, rows.device) and not rows.any():
+        return None
+    return rows[:, None]
+
+
+def _placement_of_points(pyramid: FeaturePyramid) -> tuple[Tensor, QueryPlacement]:
+    """The points' rows, sorted by image, and their placement as queries in that order."""
+    if not isinstance(pyramid, FeaturePyramid):
+        refuse("pyramid", "a FeaturePyramid", pyramid)
+    images, order = pyramid.batch.sort(stable=True)
+    bounds = torch.arange(pyramid.batch_size + 1, device=images.device)
+    positions = pyramid.positions(coordinate_dtype(pyramid.values.dtype))
+    return order, QueryPlacement(
+        positions[order], torch.searchsorted(images, bounds), pyramid.levels[order]
+    )
+
+
+def _background_of_images(arguments: Arguments, offsets: Tensor) -> Tensor | None:
+    """The background with a row per image: images without queries may have none."""
+    background = arguments.background_embedding
+    if background is None:
+        return None
+    n_images, n_rows = offsets.shape[0] - 1, background.shape[0]
+    if n_rows >= n_images:
+        return background[:n_images] if n_rows > n_images else background
+    if reads_contents(arguments.check_contents, offsets.device):
+        n_needed = int((offsets < offsets[-1]).sum())
+        if n_needed > n_rows:
+            expected = f"a row for each of the {n_needed} images up to the last one with queries"
+            refuse("background_embedding", expected, background)
+    return nn.functional.pad(background, (0, 0, 0, 0, 0, n_images - n_rows))
+
+
+def _warn_of_unit_positions(positions: Tensor, pyramid: FeaturePyramid) -> None:
+    """Warns once where all positions seem to be fractions of the map."""
+    if positions.shape[0] < _LEAST_QUERIES or not reads_contents(None, positions.device):
+        return
+    if max(full_shape(pyramid.level_shapes)) > 1 and bool(
+        ((positions >= 0) & (positions <= 1)).all()
+    ):
+        _warn_once()
+
+
+@functools.cache
+def _warn_once() -> None:
+    warnings.warn(
+        "query_spatial_positions: all of them lie in [0, 1]; expected positions in cells of the "
+        "full shape, such as FeaturePyramid.positions(), not fractions of the map",
+        UserWarning,
+        stacklevel=2,
+    )

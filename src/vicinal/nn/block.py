@@ -1,12 +1,17 @@
 """The neighborhood attention block: norm, project, rotate, attend, project, residual."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from enum import Enum
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .._utils.checks import check_neighborhood_sizes, reads_contents, refuse
+from .._utils.checks import (
+    check_dropout,
+    check_neighborhood_sizes,
+    refuse,
+)
 from .._utils.constants import constant
 from ..attention import (
     Background,
@@ -16,12 +21,14 @@ from ..attention import (
 )
 from ..backends import check_backend, choose_backend, prepare_backends
 from ..backends.reference import apply_rotary
-from ..plan import NeighborhoodPlan, plan_neighborhoods
+from ..plan import NeighborhoodPlan, check_plan, plan_neighborhoods
 from ..pyramid import FeaturePyramid
-from ..windows import level_scales, window_centers, window_offsets
+from ..windows import centers_of_cells, level_scales, window_centers, window_offsets
 from ._base import Inputs, SparseAttention, check_sizes
-from .projections import add_projected, project
-from .rotary import RotaryEncoding
+from ._earlier_keys import rename_earlier_keys
+from .initialized import reset_children
+from .projections import add_projected, is_inactive_dropout, project
+from .rotary import RotaryEncoding, as_freq_group_pattern, check_equal_groups
 
 
 class SparseNeighborhoodAttentionBlock(SparseAttention[NeighborhoodPlan]):
@@ -37,27 +44,38 @@ class SparseNeighborhoodAttentionBlock(SparseAttention[NeighborhoodPlan]):
             quotient.
         n_heads: number of heads, H.
         n_levels: number of levels, L. Default: 4.
-        neighborhood_sizes: odd window width of each level, in cells of that level. Default:
-            ``(3, 5, 7, 9)``.
+        neighborhood_sizes: odd window width of each level, in cells of that level, a sequence, an
+            integer tensor or an array ``[L]``. Default: ``(3, 5, 7, 9)``.
         position_dim: number of spatial dimensions, P. Default: 2.
-        dropout: probability of dropping a softmax weight, and a channel of the output projection,
-            in training. Default: 0.
+        dropout: probability of dropping a channel of the output projection, in training.
+            Default: 0.
         bias: whether the projections have biases. Default: False.
         norm_first: whether the layer norm is on the query before its projection (default), or on
             the result after the residual.
         rope_spatial_base_theta: see `RotaryEncoding`, for all ``rope_`` arguments.
         rope_level_base_theta: base of the level's frequencies.
         rope_share_heads: whether heads share their frequencies.
-        rope_freq_group_pattern: ``"single"``, ``"partition"`` or ``"closure"``.
+        rope_freq_group_pattern: ``"single"``, ``"partition"`` or ``"closure"``, or an enum with
+            that value, such as `FreqGroupPattern`.
         rope_enforce_freq_groups_equal: whether groups of unequal size raise a ValueError.
+        attention_dropout: probability of dropping a softmax weight in training. None (default):
+            that of ``dropout``. The earlier implementation never dropped weights, as with 0.
         backend: back end of the attention, see `neighborhood_attention`. None (default): chosen by
             device and dtype.
+        device, dtype: of the parameters, as in `torch.nn.Linear`.
 
-    Checkpoints of the earlier implementation load with ``strict=True``.
+    Checkpoints of the earlier implementation load with ``strict=True``, and the parameters are in
+    its order, so that the state of an optimizer loads as well. `export_state_dict` writes such
+    checkpoints.
+
+    Attributes:
+        attn_drop_rate: probability of dropping a softmax weight in training.
+        rope_spatial_base_theta, rope_level_base_theta, rope_share_heads: as given.
 
     Raises:
         ValueError: sizes do not divide, the head width is odd, the number of windows is not
-            ``n_levels``, a window is not odd, ``dropout`` is outside [0, 1), or a name is unknown.
+            ``n_levels``, a window is not odd, a rate of dropout is outside [0, 1), or a name is
+            unknown.
 
     Example:
         ```python
@@ -85,7 +103,7 @@ class SparseNeighborhoodAttentionBlock(SparseAttention[NeighborhoodPlan]):
         embed_dim: int,
         n_heads: int,
         n_levels: int = 4,
-        neighborhood_sizes: Sequence[int] = (3, 5, 7, 9),
+        neighborhood_sizes: Tensor | Sequence[int] = (3, 5, 7, 9),
         position_dim: int = 2,
         dropout: float = 0.0,
         bias: bool = False,
@@ -93,25 +111,39 @@ class SparseNeighborhoodAttentionBlock(SparseAttention[NeighborhoodPlan]):
         rope_spatial_base_theta: float = 100.0,
         rope_level_base_theta: float = 10.0,
         rope_share_heads: bool = False,
-        rope_freq_group_pattern: str = "single",
+        rope_freq_group_pattern: str | Enum = "single",
         rope_enforce_freq_groups_equal: bool = True,
         *,
+        attention_dropout: float | None = None,
         backend: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        check_sizes(embed_dim, n_heads, n_levels=n_levels, position_dim=position_dim)
+        embed_dim, n_heads, n_levels, position_dim = check_sizes(
+            embed_dim, n_heads, n_levels=n_levels, position_dim=position_dim
+        )
         width = embed_dim // n_heads
         if width % 2:
             expected = f"an even head width, embed_dim / {n_heads}"
             refuse("embed_dim", expected, f"{embed_dim} ({width})")
+        pattern = as_freq_group_pattern("rope_freq_group_pattern", rope_freq_group_pattern)
+        if rope_enforce_freq_groups_equal:
+            check_equal_groups("embed_dim", width, pattern)
+        attention_dropout = dropout if attention_dropout is None else attention_dropout
+        check_dropout("attention_dropout", attention_dropout)
         super().__init__(embed_dim, n_heads, n_levels, position_dim, dropout, norm_first)
         check_backend(backend)
         self.neighborhood_sizes = check_neighborhood_sizes(neighborhood_sizes, n_levels)
         self.backend = backend
+        self.attn_drop_rate = attention_dropout
+        self.rope_spatial_base_theta = rope_spatial_base_theta
+        self.rope_level_base_theta = rope_level_base_theta
+        self.rope_share_heads = rope_share_heads
         prepare_backends()
 
-        self.norm = nn.LayerNorm(embed_dim)
-        self.q_in_proj = nn.Linear(embed_dim, embed_dim, bias=bias)
-        self.kv_proj = nn.Linear(embed_dim, 2 * embed_dim, bias=bias)
+        kind: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.norm = nn.LayerNorm(embed_dim, **kind)
+        self.q_in_proj = nn.Linear(embed_dim, embed_dim, bias=bias, **kind)
         self.pos_encoding = RotaryEncoding(
             width,
             n_heads,
@@ -119,70 +151,64 @@ class SparseNeighborhoodAttentionBlock(SparseAttention[NeighborhoodPlan]):
             spatial_base_theta=rope_spatial_base_theta,
             level_base_theta=rope_level_base_theta,
             share_heads=rope_share_heads,
-            freq_group_pattern=rope_freq_group_pattern,
+            freq_group_pattern=pattern,
             enforce_freq_groups_equal=rope_enforce_freq_groups_equal,
             backend=backend,
+            **kind,
         )
-        self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias)
+        self.kv_proj = nn.Linear(embed_dim, 2 * embed_dim, bias=bias, **kind)
+        self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias, **kind)
         self.dropout = nn.Dropout(dropout)
-        self.register_load_state_dict_pre_hook(_rename_earlier_keys)
+        self.register_load_state_dict_pre_hook(rename_earlier_keys)
 
     def reset_parameters(self) -> None:
         """Draws all parameters from their initial distribution."""
-        for part in (self.norm, self.q_in_proj, self.kv_proj, self.pos_encoding, self.out_proj):
-            part.reset_parameters()
+        reset_children(self)
 
     def make_plan(
         self,
         query_spatial_positions: Tensor,
         query_batch_offsets: Tensor,
         pyramid: FeaturePyramid,
+        query_level_indices: Tensor | None = None,
+        *,
+        check_contents: bool | None = None,
     ) -> NeighborhoodPlan:
-        """Makes the ``plan`` of `forward`: `plan_neighborhoods` with the windows of this block."""
+        """Makes the ``plan`` of `forward`: `plan_neighborhoods` with the windows of this block.
+
+        ``query_level_indices`` is not used, so that ``**placement.arguments()`` of a
+        `QueryPlacement` can be passed.
+        """
         return plan_neighborhoods(
-            query_spatial_positions, query_batch_offsets, pyramid, self.neighborhood_sizes
+            query_spatial_positions,
+            query_batch_offsets,
+            pyramid,
+            self.neighborhood_sizes,
+            check_contents=check_contents,
         )
 
-    def _forward(self, inputs: Inputs, plan: NeighborhoodPlan) -> Tensor:
-        query, inputs = inputs.query, self._mask_invalid_levels(inputs)
-        attended = self._attend(inputs, plan)
+    def _add_attended(self, inputs: Inputs, plan: NeighborhoodPlan) -> Tensor:
+        query, attended = inputs.query, self._attend(inputs, plan)
         backend = choose_backend(self.backend, query.device, query.dtype)
-        if self.dropout.training and self.dropout.p > 0:
-            (projected,) = project(backend, attended, self.out_proj)
-            out: Tensor = query + self.dropout(projected)
-        else:
-            out = add_projected(backend, query, attended, self.out_proj)
-        return out if self.norm_first else self.norm(out)
+        if is_inactive_dropout(self.dropout):
+            return add_projected(backend, query, attended, self.out_proj)
+        (projected,) = project(backend, attended, self.out_proj)
+        out: Tensor = query + self.dropout(projected)
+        return out
 
     def _weights(
         self, inputs: Inputs, plan: NeighborhoodPlan, queries: Tensor | None
     ) -> NeighborhoodWeights:
-        inputs = self._mask_invalid_levels(inputs)
         q, k, _, background = self._project(inputs, plan)
         return neighborhood_attention_weights(
             q, k, plan, background=background, query_mask=inputs.mask, queries=queries
         )
 
-    def _made_for(self, plan: NeighborhoodPlan, inputs: Inputs) -> Mapping[str, tuple[Any, Any]]:
-        pyramid = inputs.pyramid
-        return {
-            "queries": (plan.n_queries, inputs.positions.shape[0]),
-            "points": (plan.n_points, pyramid.values.shape[0]),
-            "images": (plan.batch_size, pyramid.batch_size),
-            "level_shapes": (plan.level_shapes, pyramid.level_shapes),
-            "neighborhood_sizes": (plan.neighborhood_sizes, self.neighborhood_sizes),
-            "position_dim": (plan.position_dim, self.position_dim),
-            "device": (plan.device, inputs.positions.device),
-        }
-
-    def _mask_invalid_levels(self, inputs: Inputs) -> Inputs:
-        """``inputs`` with levels in [0, L), where queries at other levels are masked."""
-        level, mask = inputs.level, inputs.mask
-        if isinstance(level, int) or reads_contents(None, level.device):  # they were validated
-            return inputs
-        valid = level.clamp(0, self.n_levels - 1)
-        invalid = valid.ne(level)
-        return inputs._replace(level=valid, mask=invalid if mask is None else mask | invalid)
+    def _check_plan(
+        self, plan: NeighborhoodPlan, inputs: Inputs, check_contents: bool | None
+    ) -> None:
+        queries = inputs.positions, inputs.offsets
+        check_plan(plan, *queries, inputs.pyramid, self.neighborhood_sizes, check_contents)
 
     def _attend(self, inputs: Inputs, plan: NeighborhoodPlan) -> Tensor:
         """The attended values ``[N, E]``. All intermediate tensors are freed on return."""
@@ -192,7 +218,7 @@ class SparseNeighborhoodAttentionBlock(SparseAttention[NeighborhoodPlan]):
             k,
             v,
             plan,
-            dropout_p=self.dropout.p if self.training else 0.0,
+            dropout_p=self.attn_drop_rate if self.training else 0.0,
             background=background,
             query_mask=inputs.mask,
             backend=self.backend,
@@ -206,16 +232,16 @@ class SparseNeighborhoodAttentionBlock(SparseAttention[NeighborhoodPlan]):
         norm = self.norm if self.norm_first else None
         (q,) = self._heads(inputs.query, self.q_in_proj, 1, norm)
         q = self.pos_encoding(q, _with_level(positions, inputs.level))
-        k, v = self._heads(pyramid.values, self.kv_proj, 2)
-        k = self.pos_encoding(k, _with_level(pyramid.positions(positions.dtype), pyramid.levels))
+        k, v = map(plan.append_copies, self._heads(pyramid.values, self.kv_proj, 2))
+        k = self.pos_encoding(k, _key_coordinates(pyramid, plan, positions.dtype))
         background = None
         if inputs.background is not None:
-            centers = window_centers(positions, pyramid.level_shapes)
+            centers = window_centers(positions, pyramid.level_shapes, pyramid.periodic_axes)
             background = self._background(inputs.background, q, centers, plan, pyramid)
         return q, k, v, background
 
     def _heads(
-        self, x: Tensor, linear: nn.Linear, parts: int, norm: nn.LayerNorm | None = None
+        self, x: Tensor, linear: nn.Linear, parts: int, norm: nn.Module | None = None
     ) -> tuple[Tensor, ...]:
         """``linear(norm(x))`` as ``parts`` of ``[n, H, d]``."""
         backend = choose_backend(self.backend, x.device, x.dtype)
@@ -256,22 +282,19 @@ class SparseNeighborhoodAttentionBlock(SparseAttention[NeighborhoodPlan]):
         return Background(torch.stack(queries, 1), cell_keys, value)
 
 
+def _key_coordinates(pyramid: FeaturePyramid, plan: NeighborhoodPlan, dtype: torch.dtype) -> Tensor:
+    """``[nnz + C, P + 1]``: positions and levels of the points, then of the plan's copies."""
+    positions = pyramid.positions(dtype)
+    if pyramid.periodic_axes:
+        points, shifts = plan.copies
+        cells, levels = pyramid.cells[points] + shifts, pyramid.levels[points]
+        at_copies = centers_of_cells(cells, levels, pyramid.level_shapes, dtype)
+        positions = torch.cat((positions, at_copies))
+    return _with_level(positions, plan.append_copies(pyramid.levels))
+
+
 def _with_level(positions: Tensor, level: Tensor | int) -> Tensor:
     """``[n, P + 1]``: positions ``[n, P]`` with the level appended as a coordinate."""
     if isinstance(level, int):
         return torch.nn.functional.pad(positions, (0, 1), value=float(level))
     return torch.cat((positions, level.to(positions.dtype)[:, None]), 1)
-
-
-def _rename_earlier_keys(
-    module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any
-) -> None:
-    """Accepts checkpoints of the earlier implementation, which names the projection differently
-    and saves two constants.
-    """
-    for name in ("weight", "bias"):
-        if f"{prefix}subset_attn.kv_proj.{name}" in state_dict:
-            moved = state_dict.pop(f"{prefix}subset_attn.kv_proj.{name}")
-            state_dict[f"{prefix}kv_proj.{name}"] = moved
-    for name in ("rope_spatial_base_theta", "rope_level_base_theta"):
-        state_dict.pop(f"{prefix}{name}", None)

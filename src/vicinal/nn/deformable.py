@@ -1,14 +1,13 @@
 """Multi-scale deformable attention over a sparse pyramid, with the call form of the block."""
 
 import math
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._index.cell_hash import CellIndex, index_cells
+from .._index.cell_hash import CellIndex, check_cell_index, index_cells
 from .._index.sampling import cell_weights, sample
 from .._utils.checks import check_rows, refuse
 from .._utils.ragged import offsets_from_counts
@@ -17,6 +16,8 @@ from ..plan import check_placement, query_images
 from ..pyramid import FeaturePyramid
 from ..windows import level_scales
 from ._base import Inputs, SparseAttention, check_sizes
+from .initialized import BiasedLinear, XavierLinear, reset_children
+from .projections import call_norm
 
 
 class _Sampling(NamedTuple):
@@ -63,6 +64,7 @@ class SparseDeformableAttention(SparseAttention[CellIndex]):
             weights always do. Default: True.
         norm_first: whether the layer norm is on the query before the projections (default), or on
             the result after the residual.
+        device, dtype: of the parameters, as in `torch.nn.Linear`.
 
     Raises:
         ValueError: sizes below one or that do not divide, or ``dropout`` outside [0, 1).
@@ -83,6 +85,7 @@ class SparseDeformableAttention(SparseAttention[CellIndex]):
     """
 
     _plan_type = CellIndex
+    _uses_levels = False
 
     def __init__(
         self,
@@ -94,21 +97,26 @@ class SparseDeformableAttention(SparseAttention[CellIndex]):
         dropout: float = 0.0,
         bias: bool = True,
         norm_first: bool = True,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        check_sizes(
+        embed_dim, n_heads, n_levels, n_points, position_dim = check_sizes(
             embed_dim, n_heads, n_levels=n_levels, n_points=n_points, position_dim=position_dim
         )
         super().__init__(embed_dim, n_heads, n_levels, position_dim, dropout, norm_first)
         self.n_points = n_points
 
+        kind: dict[str, Any] = {"device": device, "dtype": dtype}
         n_locations = n_heads * n_levels * n_points
-        self.norm = nn.LayerNorm(embed_dim)
-        self.offset_proj = nn.Linear(embed_dim, n_locations * position_dim)
-        self.weight_proj = nn.Linear(embed_dim, n_locations)
-        self.value_proj = nn.Linear(embed_dim, embed_dim, bias=bias)
-        self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias)
+        self.norm = nn.LayerNorm(embed_dim, **kind)
+        self.offset_proj = _OffsetProjection(
+            embed_dim, n_heads, n_levels, n_points, position_dim, **kind
+        )
+        self.weight_proj = BiasedLinear(embed_dim, n_locations, zero_weights=True, **kind)
+        self.value_proj = XavierLinear(embed_dim, embed_dim, bias=bias, **kind)
+        self.out_proj = XavierLinear(embed_dim, embed_dim, bias=bias, **kind)
         self.dropout = nn.Dropout(dropout)
-        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Sets Deformable DETR's initial values.
@@ -116,24 +124,16 @@ class SparseDeformableAttention(SparseAttention[CellIndex]):
         For every query, location k of a head lies ``k + 1`` cells away in that head's direction,
         and all weights are equal.
         """
-        self.norm.reset_parameters()
-        for proj in (self.offset_proj, self.weight_proj):
-            nn.init.zeros_(proj.weight)
-            nn.init.zeros_(proj.bias)
-        for proj in (self.value_proj, self.out_proj):
-            nn.init.xavier_uniform_(proj.weight)
-            if proj.bias is not None:
-                nn.init.zeros_(proj.bias)
-        steps = torch.arange(1.0, self.n_points + 1)[:, None]
-        offsets = (head_directions(self.n_heads, self.position_dim)[:, None] * steps)[:, None]
-        with torch.no_grad():
-            self.offset_proj.bias.copy_(offsets.expand(-1, self.n_levels, -1, -1).flatten())
+        reset_children(self)
 
     def make_plan(
         self,
         query_spatial_positions: Tensor,
         query_batch_offsets: Tensor,
         pyramid: FeaturePyramid,
+        query_level_indices: Tensor | None = None,
+        *,
+        check_contents: bool | None = None,
     ) -> CellIndex:
         """Makes the ``plan`` of `forward`: an index of the pyramid's cells.
 
@@ -148,14 +148,14 @@ class SparseDeformableAttention(SparseAttention[CellIndex]):
         check_placement(query_spatial_positions, query_batch_offsets, pyramid)
         return index_cells(pyramid)
 
-    def _forward(self, inputs: Inputs, plan: CellIndex) -> Tensor:
+    def _add_attended(self, inputs: Inputs, plan: CellIndex) -> Tensor:
         query = inputs.query
         table = self._table(plan, inputs.pyramid.values, inputs.background)
         images, _, locations, weights = self._sampling(inputs)
         attended = sample(table, plan, images, locations, weights.to(table.dtype))
-        projected = self.out_proj(attended.flatten(1).to(self.out_proj.weight.dtype))
+        projected = self.out_proj(attended.flatten(1).to(self._reference.dtype))
         out: Tensor = query + self.dropout(projected)
-        return out if self.norm_first else self.norm(out)
+        return out
 
     def _weights(
         self, inputs: Inputs, plan: CellIndex, queries: Tensor | None
@@ -174,20 +174,14 @@ class SparseDeformableAttention(SparseAttention[CellIndex]):
             None if inputs.background is None else empty,
         )
 
-    def _made_for(self, plan: CellIndex, inputs: Inputs) -> Mapping[str, tuple[Any, Any]]:
-        pyramid = inputs.pyramid
-        return {
-            "points": (plan.n_points, len(pyramid)),
-            "images": (plan.batch_size, pyramid.batch_size),
-            "level_shapes": (plan.level_shapes, pyramid.level_shapes),
-            "device": (plan.device, pyramid.coordinates.device),
-        }
+    def _check_plan(self, plan: CellIndex, inputs: Inputs, check_contents: bool | None) -> None:
+        check_cell_index(plan, inputs.pyramid, check_contents)
 
     def _sampling(self, inputs: Inputs) -> _Sampling:
         batch_size = inputs.pyramid.batch_size
         images = query_images(inputs.positions, inputs.offsets, batch_size)
         masked = images < 0 if inputs.mask is None else inputs.mask | (images < 0)
-        x = self.norm(inputs.query) if self.norm_first else inputs.query
+        x = call_norm(self.norm, inputs.query) if self.norm_first else inputs.query
         locations = self._locations(x, inputs.finite_positions(), inputs.pyramid)
         return _Sampling(images.clamp(min=0), masked, locations, self._softmax(x, masked))
 
@@ -214,6 +208,33 @@ class SparseDeformableAttention(SparseAttention[CellIndex]):
             table = torch.cat((table, self.value_proj(background).flatten(0, 1)))
         table = table.to(torch.promote_types(table.dtype, torch.float32))
         return table.view(-1, self.n_heads, self.embed_dim // self.n_heads)
+
+
+class _OffsetProjection(nn.Linear):
+    """Predicts the offsets of sampling locations. At first they are the same for every query:
+    location k of a head lies ``k + 1`` cells away in that head's direction.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        n_heads: int,
+        n_levels: int,
+        n_points: int,
+        position_dim: int,
+        **kind: Any,
+    ) -> None:
+        self.sizes = n_heads, n_levels, n_points, position_dim
+        super().__init__(embed_dim, math.prod(self.sizes), **kind)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Sets the initial values."""
+        n_heads, n_levels, n_points, position_dim = self.sizes
+        steps = torch.arange(1.0, n_points + 1)[:, None]
+        offsets = (head_directions(n_heads, position_dim)[:, None] * steps)[:, None]
+        self.weight.zero_()
+        self.bias.copy_(offsets.expand(-1, n_levels, -1, -1).flatten())
 
 
 def head_directions(n_heads: int, position_dim: int) -> Tensor:

@@ -22,7 +22,7 @@ except (ImportError, AttributeError):
 
 
 def project(
-    backend: Backend, x: Tensor, linear: nn.Linear, norm: nn.LayerNorm | None = None, parts: int = 1
+    backend: Backend, x: Tensor, linear: nn.Linear, norm: nn.Module | None = None, parts: int = 1
 ) -> tuple[Tensor, ...]:
     """``linear(norm(x))`` for ``x`` ``[n, E]``, its channels in ``parts`` of equal width.
 
@@ -30,7 +30,7 @@ def project(
     one tensor would have to be concatenated first.
     """
     if not (_is_unmodified(linear, x) and (norm is None or _is_unmodified(norm, x))):
-        projected: Tensor = linear(x if norm is None else norm(x))
+        projected: Tensor = linear(x if norm is None else call_norm(norm, x))
         return projected.chunk(parts, -1)
     affine, eps = ([], 0.0) if norm is None else ([norm.weight, norm.bias], norm.eps)
     return backend.project(
@@ -45,6 +45,28 @@ def add_projected(backend: Backend, residual: Tensor, x: Tensor, linear: nn.Line
         return residual + projected
     weights, biases = _parts(linear.weight, 1), _parts(linear.bias, 1)
     return backend.project(x, weights, biases, [], 0.0, residual)[0]
+
+
+def call_norm(norm: nn.Module, x: Tensor) -> Tensor:
+    """``norm(x)`` in the dtype of ``x``, computed in that of the norm's weight, if it has one."""
+    if autocasts(x.device):
+        return _called(norm, x)
+    weight = getattr(norm, "weight", None)
+    dtype = weight.dtype if isinstance(weight, Tensor) else x.dtype
+    return _called(norm, x.to(dtype)).to(x.dtype)
+
+
+def _called(module: nn.Module, x: Tensor) -> Tensor:
+    out: Tensor = module(x)
+    return out
+
+
+def is_inactive_dropout(dropout: nn.Module) -> bool:
+    """Whether calling the module would return its input and do nothing else."""
+    inactive = type(dropout) is nn.Identity
+    if type(dropout) is nn.Dropout:
+        inactive = dropout.p == 0 or not dropout.training
+    return inactive and "forward" not in vars(dropout) and not _has_hooks(dropout)
 
 
 def _parts(parameter: Tensor | None, parts: int) -> list[Tensor]:
@@ -68,6 +90,7 @@ def _is_unmodified(module: nn.Module, x: Tensor) -> bool:
     parameters = [module.weight] if no_bias else [module.weight, module.bias]
     return (
         all(type(parameter) is nn.Parameter for parameter in parameters)
+        and module.weight.dtype == x.dtype
         and "forward" not in vars(module)
         and not _has_hooks(module)
     )

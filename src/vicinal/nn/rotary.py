@@ -1,24 +1,38 @@
 """N-D rotary position encoding with learned frequencies."""
 
 import math
-from typing import Any
+from enum import Enum
 
 import torch
 from torch import Tensor, nn
 
-from .._utils.checks import check_tensor, refuse
+from .._utils.checks import check_counts, check_tensor, refuse
 from ..backends import check_backend, choose_backend
 from ..windows import coordinate_dtype
+from ._earlier_keys import drop_rotary_buffers
 
-_PATTERNS = ("single", "partition", "closure")
-_EARLIER_BUFFERS = (
-    "freq_group_pattern",
-    "encoding_ranges",
-    "freq_pos_indices",
-    "freq_group_indices",
-    "freq_head_indices",
-    "freq_enc_indices",
-)
+
+class FreqGroupPattern(str, Enum):
+    """Which coordinates the frequency groups of a `RotaryEncoding` have.
+
+    Each member equals its word, so that an argument may be either.
+
+    Example:
+        ```python
+        from vicinal import FreqGroupPattern, RotaryEncoding
+
+        rotary = RotaryEncoding(8, 2, 2, freq_group_pattern=FreqGroupPattern.PARTITION)
+        assert rotary.freq_group_pattern == "partition"
+        assert rotary.groups == [[0, 1], [2]]
+        ```
+    """
+
+    SINGLE = "single"
+    """One group with all coordinates."""
+    PARTITION = "partition"
+    """A group of the spatial coordinates and one of the level."""
+    CLOSURE = "closure"
+    """A group of the spatial coordinates, one of the level, and one of all coordinates."""
 
 
 class RotaryEncoding(nn.Module):
@@ -36,10 +50,11 @@ class RotaryEncoding(nn.Module):
         share_heads: whether all heads share one set of frequencies. Default: False.
         freq_group_pattern: the coordinates of each group of pairs. ``"single"`` (default): one
             group with all coordinates. ``"partition"``: space; level. ``"closure"``: space; level;
-            all.
+            all. A word, a `FreqGroupPattern`, or a member of any enum whose value is the word.
         enforce_freq_groups_equal: whether groups of unequal size raise a ValueError (default).
             Otherwise the first groups get one more pair each.
         backend: back end of the rotation, see `neighborhood_attention`.
+        device, dtype: of the parameters, as in `torch.nn.Linear`.
 
     ``freqs[g]`` is the parameter of group g, ``[coordinates of g, H or 1, pairs of g]``.
 
@@ -68,36 +83,38 @@ class RotaryEncoding(nn.Module):
         spatial_base_theta: float = 100.0,
         level_base_theta: float = 10.0,
         share_heads: bool = False,
-        freq_group_pattern: str = "single",
+        freq_group_pattern: str | Enum = "single",
         enforce_freq_groups_equal: bool = True,
         backend: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if head_dim < 2 or head_dim % 2:
+        check_counts(head_dim=head_dim, n_heads=n_heads, position_dim=position_dim)
+        head_dim, n_heads, position_dim = int(head_dim), int(n_heads), int(position_dim)
+        if head_dim % 2:
             refuse("head_dim", "an even number of channels per head", head_dim)
-        if freq_group_pattern not in _PATTERNS:
-            refuse("freq_group_pattern", f"one of {list(_PATTERNS)}", freq_group_pattern)
+        pattern = as_freq_group_pattern("freq_group_pattern", freq_group_pattern)
         check_backend(backend)
         self.head_dim, self.n_heads, self.position_dim = head_dim, n_heads, position_dim
-        self.backend = backend
+        self.backend, self.freq_group_pattern, self.share_heads = backend, pattern, share_heads
         self.thetas = [spatial_base_theta] * position_dim + [level_base_theta]
         space, level = list(range(position_dim)), [position_dim]
         self.groups = {
             "single": [space + level],
             "partition": [space, level],
             "closure": [space, level, space + level],
-        }[freq_group_pattern]
+        }[pattern.value]
 
+        if enforce_freq_groups_equal:
+            check_equal_groups("head_dim", head_dim, pattern)
         share, rest = divmod(head_dim // 2, len(self.groups))
-        if rest and enforce_freq_groups_equal:
-            expected = f"a multiple of {2 * len(self.groups)} for equal frequency groups"
-            refuse("head_dim", f"{expected} ({freq_group_pattern!r})", head_dim)
         heads = 1 if share_heads else n_heads
         self.freqs = nn.ParameterList(
-            torch.empty(len(group), heads, share + (index < rest))
+            torch.empty(len(group), heads, share + (index < rest), device=device, dtype=dtype)
             for index, group in enumerate(self.groups)
         )
-        self.register_load_state_dict_pre_hook(_drop_constant_buffers)
+        self.register_load_state_dict_pre_hook(drop_rotary_buffers)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -142,9 +159,18 @@ class RotaryEncoding(nn.Module):
         return f"head_dim={self.head_dim}, n_heads={self.n_heads}, position_dim={self.position_dim}"
 
 
-def _drop_constant_buffers(
-    module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any
-) -> None:
-    """Accepts checkpoints of the earlier implementation, which hold index tables as well."""
-    for name in _EARLIER_BUFFERS:
-        state_dict.pop(prefix + name, None)
+def as_freq_group_pattern(argument: str, pattern: str | Enum) -> FreqGroupPattern:
+    """The pattern that a word or a member of any enum names; raises ValueError for others."""
+    word = pattern.value if isinstance(pattern, Enum) else pattern
+    words = [known.value for known in FreqGroupPattern]
+    if not isinstance(word, str) or word not in words:
+        refuse(argument, f"one of {words}, or an enum with such a value", pattern)
+    return FreqGroupPattern(word)
+
+
+def check_equal_groups(argument: str, head_dim: int, pattern: FreqGroupPattern) -> None:
+    """Raises ValueError unless the channels of a head divide into equal groups of pairs."""
+    n_groups = {"single": 1, "partition": 2, "closure": 3}[pattern.value]
+    if head_dim % (2 * n_groups):
+        expected = f"a head width that is a multiple of {2 * n_groups} for equal frequency groups"
+        refuse(argument, f"{expected} ({pattern.value!r})", head_dim)

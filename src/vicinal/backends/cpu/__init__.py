@@ -44,6 +44,8 @@ def project(
 
 def unsupported_reason(device: torch.device, dtype: torch.dtype | None) -> str | None:
     """Why this back end cannot run on ``device``; None if it can."""
+    if device.type == "meta":  # shapes alone
+        return None
     if device.type != "cpu":
         return "it runs on CPUs only"
     if _LOAD_ERROR is not None and not torch.compiler.is_compiling():

@@ -1,0 +1,372 @@
+"""Calls that leave nothing to get wrong: every point a query, plans that are checked, batches."""
+
+import dataclasses
+from typing import Any
+
+import deformable_scenes
+import pytest
+import torch
+from block_scenes import EMBED, EXACT, coo_arguments, distinct_scene, make_arguments, make_block
+from problems import assert_close, run_python, scene_2d
+from torch import Tensor
+
+from vicinal import (
+    FeaturePyramid,
+    QueryPlacement,
+    SparseDeformableAttention,
+    SparseNeighborhoodAttentionBlock,
+)
+
+KINDS = pytest.mark.parametrize("kind", ["block", "deformable"])
+
+
+def make_module(kind: str, backend: str = "cpu") -> Any:
+    if kind == "block":
+        return make_block(scene_2d(), backend)
+    return deformable_scenes.make_module(deformable_scenes.SCENES[2])
+
+
+def points_for(module: Any, n: int = 50) -> FeaturePyramid:
+    """Points of the module's levels, in no order, with metadata."""
+    shapes = ((8, 16), (4, 8), (2, 4))[: module.n_levels]
+    level = torch.randint(len(shapes), (n,))
+    cells = [torch.randint(shapes[index][axis], (1,)) for index in level for axis in (0, 1)]
+    coordinates = torch.cat(
+        (torch.randint(3, (n, 1)), torch.cat(cells).view(n, 2), level[:, None]), 1
+    )
+    values = torch.randn(n, module.embed_dim, dtype=torch.float64)
+    return FeaturePyramid(values, coordinates, shapes, 4, origin=(1.0, 2.0), cell_size=(0.5, 0.25))
+
+
+# ----------------------------------------------------------------------------- encode
+
+
+@KINDS
+@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("planned", [False, True])
+def test_encode_lets_every_point_attend(
+    kind: str, background: bool, planned: bool, backend: str
+) -> None:
+    module = make_module(kind, backend)
+    pyramid = points_for(module)
+    cells = torch.randn(4, module.n_levels, module.embed_dim, dtype=torch.float64)
+    order = pyramid.batch.argsort(stable=True)
+    images = pyramid.batch[order]
+    expected = torch.empty_like(pyramid.values)
+    expected[order] = module(
+        pyramid.values[order],
+        pyramid.positions(torch.float64)[order],
+        torch.tensor([0, *[int((images <= image).sum()) for image in range(4)]]),
+        pyramid,
+        background_embedding=cells if background else None,
+        query_level_indices=pyramid.levels[order],
+    ).detach()
+    plan = module.make_encoder_plan(pyramid) if planned else None
+    encoded = module.encode(pyramid, plan, cells if background else None)
+    assert_close(encoded.values, expected, EXACT)
+    assert torch.equal(encoded.coordinates, pyramid.coordinates)
+    for name in ("level_shapes", "batch_size", "origin", "cell_size", "strides", "periodic_axes"):
+        assert getattr(encoded, name) == getattr(pyramid, name)
+
+
+@KINDS
+def test_placement_feeds_plan_and_call(kind: str) -> None:
+    module = make_module(kind)
+    pyramid = points_for(module)
+    positions = 8 * torch.rand(4, 5, 2, dtype=torch.float64)
+    padding = torch.arange(5) >= torch.tensor([[5], [2], [0], [3]])
+    levels = torch.randint(module.n_levels, (4, 5))
+    placement = QueryPlacement.from_padded(positions, padding, levels)
+    query = torch.randn(10, module.embed_dim, dtype=torch.float64)
+    plan = module.make_plan(**placement.arguments(), pyramid=pyramid)
+    out = module(query, **placement.arguments(), stacked_feature_maps=pyramid, plan=plan)
+    offsets = torch.tensor([0, 5, 7, 7, 10])
+    expected = module(
+        query, positions[~padding], offsets, pyramid, query_level_indices=levels[~padding]
+    )
+    assert torch.equal(out, expected)
+
+
+@KINDS
+def test_encode_refuses_what_is_no_pyramid(kind: str) -> None:
+    with pytest.raises(ValueError, match=r"^pyramid: expected"):
+        make_module(kind).encode(torch.zeros(2, 3))
+
+
+# ------------------------------------------------------------------------------ plans
+
+
+@KINDS
+@pytest.mark.parametrize("change", ["permuted", "moved", "other images"])
+def test_plan_for_other_points_raises(kind: str, change: str, backend: str) -> None:
+    module = make_module(kind, backend)
+    pyramid = points_for(module)
+    plan = module.make_encoder_plan(pyramid)
+    coordinates = pyramid.coordinates.clone()
+    if change == "permuted":
+        coordinates = coordinates.roll(1, 0)
+    elif change == "moved":
+        coordinates[0, 1] = (coordinates[0, 1] + 1) % 2
+    else:
+        coordinates[:, 0] = 2 - coordinates[:, 0]
+    other = dataclasses.replace(pyramid, coordinates=coordinates)
+    with pytest.raises(ValueError, match=r"^plan: made for other points.*stacked_feature_maps"):
+        module.encode(other, plan)
+
+
+def test_plan_of_a_pyramid_is_not_that_of_its_map() -> None:
+    scene = distinct_scene()
+    block = make_block(scene)
+    arguments = make_arguments(scene)
+    plan = block.make_plan(scene.positions, scene.offsets, scene.pyramid)
+    call, _, _ = coo_arguments(arguments)
+    with pytest.raises(ValueError, match=r"^plan: made for other points"):
+        block(**call, plan=plan)
+
+
+def test_plan_for_other_query_cells_raises(backend: str) -> None:
+    scene = scene_2d()
+    block = make_block(scene, backend)
+    arguments = make_arguments(scene)._asdict()
+    plan = block.make_plan(scene.positions, scene.offsets, scene.pyramid)
+    moved = scene.positions + 3
+    with pytest.raises(ValueError, match=r"^plan: made for other query cells"):
+        block(**arguments | {"query_spatial_positions": moved}, plan=plan)
+    unchecked = arguments | {"query_spatial_positions": moved, "check_contents": False}
+    assert block(**unchecked, plan=plan).isfinite().all()
+
+
+def test_queries_may_move_within_their_cells(backend: str) -> None:
+    scene = scene_2d()
+    block = make_block(scene, backend)
+    arguments = make_arguments(scene)._asdict()
+    plan = block.make_plan(scene.positions, scene.offsets, scene.pyramid)
+    moved = {"query_spatial_positions": scene.positions + 1e-9}
+    assert_close(block(**arguments | moved, plan=plan), block(**arguments | moved), 0.0)
+
+
+@KINDS
+def test_plan_made_in_inference_mode_can_be_trained_with(kind: str, backend: str) -> None:
+    module = make_module(kind, backend)
+    pyramid = points_for(module)
+    with torch.inference_mode():
+        plan = module.make_encoder_plan(pyramid)
+    module.encode(pyramid, plan).values.square().sum().backward()
+    found = [parameter.grad.clone() for parameter in module.parameters()]
+    module.zero_grad()
+    module.encode(pyramid).values.square().sum().backward()
+    for grad, parameter in zip(found, module.parameters(), strict=True):
+        assert torch.equal(grad, parameter.grad)
+
+
+# ---------------------------------------------------------------------------- batches
+
+
+@KINDS
+def test_images_that_are_missing_at_the_end_hold_nothing(kind: str, backend: str) -> None:
+    module = make_module(kind, backend)
+    pyramid = points_for(module)  # the last of four images is empty
+    query = torch.randn(6, module.embed_dim, dtype=torch.float64)
+    positions = 8 * torch.rand(6, 2, dtype=torch.float64)
+    cells = torch.randn(4, module.n_levels, module.embed_dim, dtype=torch.float64)
+    offsets = torch.tensor([0, 2, 5, 6, 6])
+    call = {"query": query, "query_spatial_positions": positions, "background_embedding": cells}
+    expected = module(**call, query_batch_offsets=offsets, stacked_feature_maps=pyramid)
+
+    def assert_same(**changes: Any) -> None:
+        given = {"query_batch_offsets": offsets, "stacked_feature_maps": pyramid}
+        assert torch.equal(module(**call | given | changes), expected)
+
+    assert_same(query_batch_offsets=offsets[:-1])
+    assert_same(background_embedding=cells[:-1])
+    assert_same(background_embedding=torch.cat((cells, cells)))
+    assert_same(stacked_feature_maps=dataclasses.replace(pyramid, batch_size=3))
+    with pytest.raises(ValueError, match=r"^background_embedding: expected .*3 .*got.*\[2, "):
+        assert_same(background_embedding=cells[:2])
+
+
+def test_maps_smaller_and_larger_than_the_full_shape() -> None:
+    scene = distinct_scene()
+    block = make_block(scene)
+    call, coo, _ = coo_arguments(make_arguments(scene))
+    expected = block(**call)
+    coo = coo.detach()
+    tight = [int(size) + 1 for size in coo.indices().amax(1)]
+    for sizes in (tight, [size + 3 for size in tight]):
+        sized = torch.sparse_coo_tensor(
+            coo.indices(), coo.values(), (*sizes, EMBED), check_invariants=True
+        )
+        sized = sized if sizes == tight else sized.coalesce()
+        maps = {"stacked_feature_maps": sized}
+        assert torch.equal(block(**call | maps), expected)
+
+
+# ----------------------------------------------------------------------------- warning
+
+WARNING = """
+import warnings, torch
+from vicinal import FeaturePyramid, SparseNeighborhoodAttentionBlock
+pyramid = FeaturePyramid(torch.randn(1, 8), torch.tensor([[0, 0, 0]]), [({size},)], 1)
+block = SparseNeighborhoodAttentionBlock(8, 2, 1, [3], position_dim=1)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for _ in range(2):
+        block(torch.randn({n}, 8), {factor} * torch.linspace(0, 1, {n})[:, None],
+              torch.tensor([0, {n}]), pyramid)
+print([str(w.category.__name__) for w in caught if "query_spatial_positions" in str(w.message)])
+"""
+
+
+@pytest.mark.parametrize(
+    ("size", "n", "factor", "warned"),
+    [(8, 16, 1, True), (8, 15, 1, False), (8, 16, 8, False), (1, 16, 1, False)],
+)
+def test_positions_in_the_unit_interval_are_warned_of_once(
+    size: int, n: int, factor: int, warned: bool
+) -> None:
+    code = WARNING.format(size=size, n=n, factor=factor)
+    assert run_python(code).strip() == str(["UserWarning"] * warned)
+
+
+# ------------------------------------------------------------------------ periodic axes
+
+
+def seam_scene(shift: int) -> tuple[FeaturePyramid, Tensor]:
+    """Points and queries near the seam of the last axis, moved by ``shift`` cells of the map."""
+    generator = torch.Generator().manual_seed(5)
+    shapes = ((8, 16), (4, 8))
+    rows, columns = torch.randint(8, (40,), generator=generator), torch.arange(40) % 16
+    fine = torch.stack((torch.zeros(40).long(), rows, (columns + shift) % 16), 1)
+    coarse = fine // torch.tensor([1, 2, 2])
+    coordinates = torch.cat(
+        [
+            torch.nn.functional.pad(part, (0, 1), value=level)
+            for level, part in enumerate((fine, coarse))
+        ]
+    )
+    values = torch.randn(80, EMBED, generator=generator, dtype=torch.float64)
+    pyramid = FeaturePyramid(values, coordinates, shapes, 1, periodic_axes=(1,))
+    positions = torch.rand(20, 2, generator=generator, dtype=torch.float64)
+    positions = positions * torch.tensor([8, 16]) + torch.tensor([0, shift])
+    return pyramid, positions
+
+
+def unwound_loop(block: Any, query: Tensor, positions: Tensor, pyramid: FeaturePyramid) -> Tensor:
+    """The block over the map repeated three times, without periodic axes."""
+    sizes = torch.tensor(pyramid.level_shapes)
+    copies = []
+    for turn in range(3):
+        moved = pyramid.coordinates.clone()
+        moved[:, 2] += turn * sizes[pyramid.levels, 1]
+        copies.append(moved)
+    shapes = tuple((rows, 3 * columns) for rows, columns in pyramid.level_shapes)
+    values = pyramid.values.repeat(3, 1)
+    plain = FeaturePyramid(values, torch.cat(copies), shapes, 1)
+    inside = positions % torch.tensor([1e9, 16.0], dtype=torch.float64)
+    inside = inside + torch.tensor([0.0, 16.0])
+    out: Tensor = block(query, inside, torch.tensor([0, len(query)]), plain)
+    return out
+
+
+@KINDS
+@pytest.mark.parametrize("background", [False, True])
+def test_results_do_not_depend_on_where_the_seam_is(
+    kind: str, background: bool, backend: str
+) -> None:
+    if kind == "block":
+        module: Any = SparseNeighborhoodAttentionBlock(EMBED, 2, 2, (3, 5), backend=backend)
+    else:
+        module = SparseDeformableAttention(EMBED, 2, 2)
+    module = module.double()
+    query = torch.randn(20, EMBED, dtype=torch.float64)
+    cells = torch.randn(1, 2, EMBED, dtype=torch.float64) if background else None
+    answers = []
+    for shift in (0, 2, 8, 14, -30):
+        pyramid, positions = seam_scene(shift)
+        pyramid = pyramid.with_values(pyramid.values.requires_grad_())
+        out = module(query, positions, torch.tensor([0, 20]), pyramid, background_embedding=cells)
+        leaves = [
+            pyramid.values,
+            module.kv_proj.weight if kind == "block" else module.value_proj.weight,
+        ]
+        answers.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+    for answer in answers[1:]:
+        for left, right in zip(answer, answers[0], strict=True):
+            assert_close(left, right, 1e-11)
+    if kind == "block" and not background:
+        pyramid, positions = seam_scene(6)
+        out = module(query, positions, torch.tensor([0, 20]), pyramid)
+        assert_close(out, unwound_loop(module, query, positions, pyramid), 1e-11)
+
+
+def test_periodic_axes_of_a_sparse_map() -> None:
+    module: Any = SparseNeighborhoodAttentionBlock(EMBED, 2, 2, (3, 5)).double()
+    pyramid, positions = seam_scene(6)
+    query = torch.randn(20, EMBED, dtype=torch.float64)
+    offsets, coo = torch.tensor([0, 20]), pyramid.to_coo()
+    shapes = pyramid.level_shapes
+    of_map = FeaturePyramid.from_coo(coo, shapes, periodic_axes=(1,))
+    expected = module(query, positions, offsets, of_map)
+    assert torch.equal(module(query, positions, offsets, of_map, periodic_axes=[1]), expected)
+    assert torch.equal(module(query, positions, offsets, coo, shapes, periodic_axes=(1,)), expected)
+    assert not torch.equal(module(query, positions % 8, offsets, coo, shapes), expected)
+    with pytest.raises(ValueError, match=r"^periodic_axes: expected"):
+        module(query, positions, offsets, of_map, periodic_axes=(0,))
+
+
+def test_weights_list_points_and_never_copies(backend: str) -> None:
+    module: Any = SparseNeighborhoodAttentionBlock(EMBED, 2, 2, (3, 5), backend=backend).double()
+    pyramid, positions = seam_scene(6)
+    query = torch.randn(20, EMBED, dtype=torch.float64)
+    offsets, points, weights, _ = module.attention_weights(
+        query, positions, torch.tensor([0, 20]), pyramid
+    )
+    assert int(points.max()) < len(pyramid)
+    row = torch.repeat_interleave(offsets.diff())
+    values = module.kv_proj(pyramid.values)[:, EMBED:].unflatten(1, (2, -1))[points]
+    attended = torch.zeros(20, 2, EMBED // 2, dtype=torch.float64)
+    attended = attended.index_add(0, row, weights[..., None] * values)
+    expected = module(query, positions, torch.tensor([0, 20]), pyramid)
+    assert_close(query + module.out_proj(attended.flatten(1)), expected, EXACT)
+
+
+# ----------------------------------------------------------------- tensors without contents
+
+
+def test_meta_tensors_give_shapes() -> None:
+    scene = scene_2d()
+    block = make_block(scene, None).to("meta")
+    arguments = make_arguments(scene, background=True, levels=True, mask=True)._asdict()
+    call = {
+        name: value.to("meta") if isinstance(value, Tensor | FeaturePyramid) else value
+        for name, value in arguments.items()
+    }
+    out = block(**call)
+    assert (out.device.type, out.shape) == ("meta", arguments["query"].shape)
+
+
+def test_fake_tensors_give_shapes() -> None:
+    from torch._subclasses import FakeTensorMode
+
+    with FakeTensorMode():
+        block = SparseNeighborhoodAttentionBlock(12, 2, 2, (3, 5))
+        coordinates = torch.zeros(30, 4, dtype=torch.int64)
+        pyramid = FeaturePyramid(torch.randn(30, 12), coordinates, ((8, 8), (4, 4)), 1)
+        out = block(torch.randn(5, 12), torch.rand(5, 2), torch.tensor([0, 5]), pyramid)
+        assert out.shape == (5, 12)
+
+
+# ------------------------------------------------------------------------------- compiled
+
+
+def test_block_compiles_on_a_pyramid_of_a_sparse_map() -> None:
+    scene = distinct_scene()
+    block = make_block(scene)
+    call, coo, _ = coo_arguments(make_arguments(scene))
+    shapes = call.pop("level_spatial_shapes")
+    call["stacked_feature_maps"] = FeaturePyramid.from_coo(coo.detach(), shapes)
+    call["plan"] = block.make_plan(
+        call["query_spatial_positions"], call["query_batch_offsets"], call["stacked_feature_maps"]
+    )
+    compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
+    assert_close(compiled(**call), block(**call), 1e-12)
