@@ -12,6 +12,7 @@ from .nn.deformable import SparseDeformableAttention
 from .nn.rotary import RotaryEncoding
 from .plan import NeighborhoodPlan, PointCopies, QueryPlacement, plan_neighborhoods
 from .pyramid import FeaturePyramid
+from .voxels import Voxels, voxelize
 from .windows import cell_positions, get_multilevel_neighborhoods
 
 __all__ = [
@@ -24,10 +25,12 @@ __all__ = [
     "RotaryEncoding",
     "SparseDeformableAttention",
     "SparseNeighborhoodAttentionBlock",
+    "Voxels",
     "__version__",
     "cell_positions",
     "get_multilevel_neighborhoods",
     "neighborhood_attention",
     "neighborhood_attention_weights",
     "plan_neighborhoods",
+    "voxelize",
 ]
