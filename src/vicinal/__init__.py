@@ -13,6 +13,7 @@ from .nn.earlier_checkpoints import export_state_dict
 from .nn.rotary import FreqGroupPattern, RotaryEncoding
 from .plan import NeighborhoodPlan, PointCopies, QueryPlacement, plan_neighborhoods
 from .pyramid import FeaturePyramid
+from .voxels import Voxels, voxelize
 from .windows import cell_positions, get_multilevel_neighborhoods
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "RotaryEncoding",
     "SparseDeformableAttention",
     "SparseNeighborhoodAttentionBlock",
+    "Voxels",
     "__version__",
     "cell_positions",
     "export_state_dict",
@@ -33,4 +35,5 @@ __all__ = [
     "neighborhood_attention",
     "neighborhood_attention_weights",
     "plan_neighborhoods",
+    "voxelize",
 ]

@@ -3,9 +3,9 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import KW_ONLY, InitVar, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from ._utils.checks import (
 )
 from ._utils.constants import constant
 from ._utils.ragged import offsets_from_ids
+from ._utils.raw_grid import RawGrid, keep_cells
 from ._utils.strides import (
     Strides,
     as_strides,
@@ -32,7 +33,7 @@ from ._utils.strides import (
     shapes_from_strides,
 )
 from .pooling import check_pooling, pool_points
-from .windows import as_periodic_axes, centers_of_cells, full_shape
+from .windows import as_periodic_axes, centers_of_cells, full_shape, position_dtype
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -59,6 +60,8 @@ class FeaturePyramid:
         cell_size: size of a raw cell in raw units, ``[P]``. None (default): not known.
         point_rows: int64 ``[n, L]``, the row of the cell on each level that each of n raw points
             was pooled into, or -1. None (default): not known.
+        point_batch: int64 ``[n]``, the image of each raw point. None (default): that of its rows,
+            and no image for raw points without rows.
 
     Raw cells are those of the grid that the levels were pooled from, at stride 1. Positions are in
     cells of the full shape: raw cells divided by the least stride of the axis.
@@ -79,6 +82,8 @@ class FeaturePyramid:
         ```
     """
 
+    _TENSORS: ClassVar = ("values", "coordinates", "point_rows", "point_batch")
+
     values: Tensor
     coordinates: Tensor
     level_shapes: LevelShapes
@@ -90,6 +95,7 @@ class FeaturePyramid:
     origin: tuple[float, ...] | None = None
     cell_size: tuple[float, ...] | None = None
     point_rows: Tensor | None = None
+    point_batch: Tensor | None = None
 
     def __post_init__(self, check_contents: bool | None) -> None:
         self._set(level_shapes=as_level_shapes(self.level_shapes, "level_shapes"))
@@ -105,6 +111,8 @@ class FeaturePyramid:
         self._check_geometry()
         if reads_contents(check_contents, coordinates.device):
             _check_points("coordinates", self)
+            if self.point_rows is not None:
+                _check_point_rows(self.point_rows, len(self))
 
     def _set(self, **fields: Any) -> None:
         for name, value in fields.items():
@@ -124,7 +132,14 @@ class FeaturePyramid:
                 refuse("cell_size", "sizes above 0", self.cell_size)
         if self.point_rows is not None:
             shape = ("n", self.n_levels)
-            check_tensor("point_rows", self.point_rows, shape, kind="integer", device=device)
+            rows = check_tensor("point_rows", self.point_rows, shape, kind="integer", device=device)
+            self._set(point_rows=rows.long())
+        if self.point_batch is not None:
+            n = 0 if self.point_rows is None else len(self.point_rows)
+            batch = check_tensor(
+                "point_batch", self.point_batch, (n,), kind="integer", device=device
+            )
+            self._set(point_batch=batch.long())
 
     def __repr__(self) -> str:
         levels = ", ".join("x".join(map(str, shape)) for shape in self.level_shapes)
@@ -203,13 +218,310 @@ class FeaturePyramid:
         """Returns a pyramid of the same points with other embeddings ``[nnz, E']``."""
         return dataclasses.replace(self, values=values, check_contents=False)
 
-    def to(self, device: torch.device | str) -> "FeaturePyramid":
-        """Returns the same pyramid on another device."""
+    def to(
+        self,
+        device: torch.device | str | int | torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
+        non_blocking: bool = False,
+    ) -> "FeaturePyramid":
+        """Returns the same pyramid on another device or with values of another dtype.
+
+        As for `torch.Tensor.to`, the dtype may come first: ``to(dtype)``, ``to(device)``,
+        ``to(device, dtype)``.
+
+        Args:
+            device: of all tensors. None (default): as they are.
+            dtype: floating; that of the values, if they are floating too. Coordinates remain
+                int64. None (default): as they are.
+            non_blocking: whether copies from pinned memory to a GPU may run asynchronously.
+
+        Raises:
+            ValueError: ``device`` is not a device, or ``dtype`` is not floating.
+        """
+        if isinstance(device, torch.dtype):
+            device, dtype = None, device
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            refuse("dtype", "a floating dtype", dtype)
+        try:
+            target = self.values.device if device is None else torch.device(device)
+        except (RuntimeError, TypeError):
+            refuse("device", "a device", device)
+        moved = self._map_tensors(lambda tensor: tensor.to(target, non_blocking=non_blocking))
+        if dtype is None or not self.values.is_floating_point():
+            return moved
+        return moved.with_values(moved.values.to(dtype))
+
+    def pin_memory(self) -> "FeaturePyramid":
+        """Returns the same pyramid in pinned memory, as a ``DataLoader`` with ``pin_memory=True``
+        does.
+        """
+        return self._map_tensors(lambda tensor: tensor.pin_memory())
+
+    def _map_tensors(self, function: Callable[[Tensor], Tensor]) -> "FeaturePyramid":
+        tensors = {name: getattr(self, name) for name in self._TENSORS}
+        mapped: dict[str, Any] = {
+            name: function(value) for name, value in tensors.items() if value is not None
+        }
+        return dataclasses.replace(self, **mapped, check_contents=False)
+
+    def __iter__(self) -> Iterator["FeaturePyramid"]:
+        return (self[image] for image in range(self.batch_size))
+
+    def __getitem__(self, images: int | slice) -> "FeaturePyramid":
+        """Returns one image, or a slice of the images, as a pyramid.
+
+        Its level shapes are those of the whole batch. Its points are sorted by image, and in their
+        order within an image. On a GPU this synchronizes.
+
+        Raises:
+            ValueError: ``images`` is neither a slice nor an index of an image.
+        """
+        index = as_integer(images)
+        if index is not None and -self.batch_size <= index < self.batch_size:
+            chosen = [index % self.batch_size]
+        elif isinstance(images, slice):
+            chosen = list(range(self.batch_size)[images])
+        else:
+            refuse("images", f"a slice, or the index of one of {self.batch_size} images", images)
+        device = self.values.device
+        # The last entry is for what belongs to no image.
+        new_image = torch.full((self.batch_size + 1,), len(chosen), device=device)
+        new_image[torch.tensor(chosen, dtype=torch.int64, device=device)] = torch.arange(
+            len(chosen), device=device
+        )
+        rows, images_of_rows = _rows_of_images(new_image[self.batch], len(chosen))
+        coordinates = torch.cat((images_of_rows[:, None], self.coordinates[rows, 1:]), 1)
+        point_rows, point_batch = self.point_rows, None
+        if point_rows is not None:
+            of_points = new_image[self._images_of_points(point_rows)]
+            points, point_batch = _rows_of_images(of_points, len(chosen))
+            new_row = torch.full((len(self) + 1,), -1, device=device)
+            new_row[rows] = torch.arange(len(rows), device=device)
+            point_rows = new_row[point_rows[points]]
         return dataclasses.replace(
             self,
-            values=self.values.to(device),
-            coordinates=self.coordinates.to(device),
+            values=self.values[rows],
+            coordinates=coordinates,
+            batch_size=len(chosen),
+            point_rows=point_rows,
+            point_batch=point_batch,
             check_contents=False,
+        )
+
+    def _images_of_points(self, point_rows: Tensor) -> Tensor:
+        """int64 ``[n]``, the image of every raw point, the number of images for no image."""
+        if self.point_batch is not None:
+            return self.point_batch
+        image_of_row = torch.nn.functional.pad(self.batch, (0, 1), value=self.batch_size)
+        return image_of_row[point_rows.amax(1)]
+
+    @classmethod
+    def cat(cls, pyramids: Sequence["FeaturePyramid"]) -> "FeaturePyramid":
+        """Makes one pyramid of the images of several, one after another.
+
+        Args:
+            pyramids: at least one. Their levels, widths, dtypes, devices, periodic axes, origins
+                and cell sizes must be the same. With the same strides the level shapes may differ:
+                those that hold all pyramids are taken, and positions do not change.
+
+        Raises:
+            ValueError: there is no pyramid, one differs from the first in what must be the same, or
+                some keep the rows of raw points and others do not.
+
+        Example:
+            ```python
+            import torch
+            from vicinal import FeaturePyramid
+
+            points, values = torch.tensor([[0, 3, 4], [0, 9, 9]]), torch.randn(2, 16)
+            small = FeaturePyramid.from_points(points, values, (16, 16), batch_size=1)
+            large = FeaturePyramid.from_points(points, values, (40, 16), batch_size=1)
+            both = FeaturePyramid.cat([small, large])
+            assert both.batch_size == 2
+            assert both.level_shapes == large.level_shapes
+            assert torch.equal(both[0].positions(), small.positions())
+            ```
+        """
+        pyramids = _check_alike(pyramids)
+        first = pyramids[0]
+        n_rows = itertools.accumulate(map(len, pyramids), initial=0)
+        n_images = itertools.accumulate((p.batch_size for p in pyramids), initial=0)
+        coordinates, rows, batch = [], [], []
+        for pyramid, before, images in zip(pyramids, n_rows, n_images, strict=False):
+            shifted = torch.cat((pyramid.batch[:, None] + images, pyramid.coordinates[:, 1:]), 1)
+            coordinates.append(shifted)
+            if pyramid.point_rows is not None:
+                rows.append(torch.where(pyramid.point_rows < 0, -1, pyramid.point_rows + before))
+            if pyramid.point_batch is not None:
+                batch.append(pyramid.point_batch + images)
+        return dataclasses.replace(
+            first,
+            values=torch.cat([pyramid.values for pyramid in pyramids]),
+            coordinates=torch.cat(coordinates),
+            level_shapes=_largest_shapes(pyramids),
+            batch_size=sum(pyramid.batch_size for pyramid in pyramids),
+            point_rows=torch.cat(rows) if rows else None,
+            point_batch=torch.cat(batch) if len(batch) == len(pyramids) else None,
+            check_contents=False,
+        )
+
+    def values_of_points(self, level: int | None = None, *, fill: float = 0.0) -> Tensor:
+        """Maps values back to the raw points that the pyramid was pooled from.
+
+        Args:
+            level: the level whose values to return, from 0. None (default): all levels, for
+                example to concatenate them, ``pyramid.values_of_points().flatten(1)``.
+            fill: the value of points that lie outside the map. Default: 0.
+
+        Returns:
+            ``[n, E]``, for each raw point the values of the cell that it lies in, or ``[n, L, E]``
+            for all levels. Gradients reach the values.
+
+        Raises:
+            ValueError: the pyramid does not know the rows of raw points, there is no such level, or
+                ``fill`` is not a finite number of the values' kind.
+
+        Example:
+            ```python
+            import torch
+            from vicinal import FeaturePyramid
+
+            coordinates = torch.tensor([[0, 2, 3], [0, 3, 3], [0, 7, 0]])  # image, row, column
+            counts = torch.ones(3, 1)
+            pyramid = FeaturePyramid.from_points(
+                coordinates, counts, (8, 8), 1, strides=(1, 2), pooling="sum", keep_point_rows=True
+            )
+            assert pyramid.values_of_points(level=1).tolist() == [[2], [2], [1]]
+            assert pyramid.values_of_points().shape == (3, 2, 1)
+            ```
+        """
+        rows = self.point_rows
+        if rows is None:
+            refuse("point_rows", "rows of points, as from_points(keep_point_rows=True) keeps", None)
+        if level is not None:
+            index = as_integer(level)
+            if index is None or not 0 <= index < self.n_levels:
+                refuse("level", f"a level in [0, {self.n_levels}), or None", level)
+            rows = rows[:, index]
+        fill_value = as_numbers("fill", fill, 1)[0]
+        if not (self.values.is_floating_point() or fill_value.is_integer()):
+            refuse("fill", "a whole number for values that are integers", fill)
+        outside = (rows < 0) | (rows >= len(self))
+        padded = torch.cat((self.values, self.values.new_full((1, self.embed_dim), fill_value)))
+        rows = rows.masked_fill(outside, len(self))
+        return padded.index_select(0, rows.flatten()).view(*rows.shape, self.embed_dim)
+
+    def positions_from_raw(self, points: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Converts raw coordinates to positions, in cells of the full shape.
+
+        Where origin or cell size are not known, raw coordinates are in raw cells from the map's
+        corner: origin 0, size 1. Without strides, raw cells are those of the full shape. The
+        arithmetic is in float64. A position lies in the cell that its raw coordinates lie in, also
+        where ``dtype`` is narrower.
+
+        Args:
+            points: floating or integer ``[n, P]``, in raw units.
+            dtype: of the result, floating. Default: float32. It is widened as for `positions`.
+
+        Returns:
+            ``[n, P]``, not wrapped along periodic axes.
+
+        Raises:
+            ValueError: ``points`` does not have P columns, or ``dtype`` is not floating.
+
+        Example:
+            ```python
+            import torch
+            from vicinal import voxelize
+
+            points = torch.tensor([[500_000.25, 5_000_000.0]], dtype=torch.float64)  # meters
+            bounds = [(500_000, 500_100), (4_999_990, 5_000_090)]
+            voxels = voxelize(points, cell_size=0.5, bounds=bounds)
+            pyramid = voxels.pyramid(torch.randn(1, 16), strides=(2, 4))
+            assert pyramid.positions_from_raw(points).tolist() == [[0.25, 10.0]]
+            ```
+        """
+        points = self._check_rows_of_numbers("points", points, self.position_dim)
+        return keep_cells(self._raw_grid().cells_of(points), self._position_dtype(dtype))
+
+    def raw_from_positions(self, positions: Tensor) -> Tensor:
+        """Converts positions to raw coordinates, the inverse of `positions_from_raw`.
+
+        Args:
+            positions: floating ``[n, P]``, in cells of the full shape.
+
+        Returns:
+            float64 ``[n, P]``, in raw units.
+
+        Raises:
+            ValueError: ``positions`` does not have P columns.
+        """
+        positions = self._check_rows_of_numbers("positions", positions, self.position_dim)
+        return self._raw_grid().points_of(positions)
+
+    def boxes_from_raw(self, boxes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Converts boxes in raw units to boxes in cells of the full shape.
+
+        Args:
+            boxes: floating or integer ``[n, 2P]``: center, then size along each axis, in raw units.
+            dtype: of the result, as for `positions_from_raw`.
+
+        Returns:
+            ``[n, 2P]``, center and size, as `vicinal.detr` takes them.
+
+        Raises:
+            ValueError: ``boxes`` does not have 2P columns, or ``dtype`` is not floating.
+
+        Example:
+            ```python
+            import torch
+            from vicinal import voxelize
+
+            points = torch.rand(50, 2)
+            voxels = voxelize(points, cell_size=(0.1, 0.05), bounds=[(0, 1), (0, 1)])
+            pyramid = voxels.pyramid(torch.randn(50, 16))
+            boxes = pyramid.boxes_from_raw(torch.tensor([[0.5, 0.5, 0.2, 0.2]]))
+            torch.testing.assert_close(boxes, torch.tensor([[5.0, 10.0, 2.0, 4.0]]))
+            ```
+        """
+        boxes = self._check_rows_of_numbers("boxes", boxes, 2 * self.position_dim)
+        center, size = boxes.chunk(2, 1)
+        sizes = self._raw_grid().cells_of_lengths(size)
+        centers = self.positions_from_raw(center, dtype)
+        return torch.cat((centers, sizes.to(centers.dtype)), 1)
+
+    def raw_from_boxes(self, boxes: Tensor) -> Tensor:
+        """Converts boxes in cells of the full shape to raw units, the inverse of `boxes_from_raw`.
+
+        Args:
+            boxes: floating ``[n, 2P]``: center, then size along each axis.
+
+        Returns:
+            float64 ``[n, 2P]``, center and size in raw units.
+
+        Raises:
+            ValueError: ``boxes`` does not have 2P columns.
+        """
+        boxes = self._check_rows_of_numbers("boxes", boxes, 2 * self.position_dim)
+        center, size = boxes.chunk(2, 1)
+        grid = self._raw_grid()
+        return torch.cat((grid.points_of(center), grid.lengths_of(size)), 1)
+
+    def _check_rows_of_numbers(self, argument: str, value: Any, width: int) -> Tensor:
+        return check_tensor(argument, value, ("n", width), kind="number")
+
+    def _position_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            refuse("dtype", "a floating dtype", dtype)
+        return position_dtype(self.level_shapes, dtype)
+
+    def _raw_grid(self) -> RawGrid:
+        """The grid of the full shape's cells over raw coordinates."""
+        ones = (1,) * self.position_dim
+        return RawGrid(
+            (0.0,) * self.position_dim if self.origin is None else self.origin,
+            ones if self.cell_size is None else self.cell_size,
+            ones if self.strides is None else least_strides(self.strides),
         )
 
     def to_coo(self) -> Tensor:
@@ -465,7 +777,69 @@ class FeaturePyramid:
             origin=None if origin is None else as_numbers("origin", origin, len(shape)),
             cell_size=None if cell_size is None else as_numbers("cell_size", cell_size, len(shape)),
             point_rows=_rows_of_points(levels, order) if keep_point_rows else None,
+            point_batch=grid.batch if keep_point_rows else None,
         )
+
+
+def _rows_of_images(images: Tensor, n_images: int) -> tuple[Tensor, Tensor]:
+    """The rows whose ``images`` ``[n]`` are below ``n_images``, sorted by image, and their images.
+    Rows of an image keep their order.
+    """
+    sorted_images, order = images.sort(stable=True)
+    kept = sorted_images < n_images
+    return order[kept], sorted_images[kept]
+
+
+def _check_alike(pyramids: Any) -> list[FeaturePyramid]:
+    """Raises ValueError unless ``pyramids`` can be one, except for the shapes of levels."""
+    if not isinstance(pyramids, Sequence) or not pyramids:
+        refuse("pyramids", "at least one FeaturePyramid", pyramids)
+    for index, pyramid in enumerate(pyramids):
+        if not isinstance(pyramid, FeaturePyramid):
+            refuse(f"pyramids[{index}]", "a FeaturePyramid", pyramid)
+        for name, want, came in zip(_ALIKE, _facts(pyramids[0]), _facts(pyramid), strict=True):
+            if want != came:
+                refuse(f"pyramids[{index}]", f"{name} {want}, as of the first", f"{came}")
+    return list(pyramids)
+
+
+_ALIKE = (
+    *("number of dimensions", "number of levels", "embed_dim", "dtype", "device", "strides"),
+    *("periodic_axes", "origin", "cell_size", "point_rows kept:"),
+)
+
+
+def _facts(pyramid: FeaturePyramid) -> tuple[Any, ...]:
+    """What `_ALIKE` names."""
+    values = pyramid.values
+    return (
+        *(pyramid.position_dim, pyramid.n_levels, pyramid.embed_dim, values.dtype, values.device),
+        *(pyramid.strides, pyramid.periodic_axes, pyramid.origin, pyramid.cell_size),
+        pyramid.point_rows is not None,
+    )
+
+
+def _largest_shapes(pyramids: Sequence[FeaturePyramid]) -> LevelShapes:
+    """Level shapes that hold all ``pyramids``.
+
+    Raises:
+        ValueError: they differ, and positions would change.
+    """
+    first = pyramids[0]
+    for index, pyramid in enumerate(pyramids):
+        periodic = [
+            tuple(shape[axis] for axis in first.periodic_axes)
+            for shape in (full_shape(first.level_shapes), full_shape(pyramid.level_shapes))
+        ]
+        differs = pyramid.level_shapes != first.level_shapes
+        if differs and (first.strides is None or periodic[0] != periodic[1]):
+            why = "without strides" if first.strides is None else "along periodic axes"
+            expected = f"level shapes {list(first.level_shapes)}, as of the first, {why}"
+            refuse(f"pyramids[{index}]", expected, str(list(pyramid.level_shapes)))
+    return tuple(
+        tuple(map(max, zip(*shapes, strict=True)))
+        for shapes in zip(*(pyramid.level_shapes for pyramid in pyramids), strict=True)
+    )
 
 
 def _rows_of_points(levels: Sequence[tuple[Tensor, Tensor, Tensor]], order: Tensor) -> Tensor:
@@ -525,6 +899,12 @@ def _check_coo(argument: str, value: Tensor, sizes: Sequence[int | str]) -> None
         for want, size in zip(sizes, value.shape, strict=True)
     ):
         refuse(argument, expected, value)
+
+
+def _check_point_rows(rows: Tensor, n: int) -> None:
+    if rows.numel() and (int(rows.min()) < -1 or int(rows.max()) >= n):
+        came = f"rows from {int(rows.min())} to {int(rows.max())}"
+        refuse("point_rows", f"rows in [0, {n}), or -1", came)
 
 
 def _check_points(argument: str, pyramid: FeaturePyramid) -> None:

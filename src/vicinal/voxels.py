@@ -1,0 +1,315 @@
+"""Voxels: the cells that raw points in any unit fall into."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._utils.checks import (
+    as_integer,
+    as_numbers,
+    as_tensor,
+    check_finite,
+    check_offsets,
+    check_range,
+    check_tensor,
+    refuse,
+)
+from ._utils.ragged import batch_ids
+from ._utils.raw_grid import lower_bound, offsets_from
+from .pyramid import FeaturePyramid
+from .windows import as_periodic_axes
+
+_MOST_CELLS = 2**53  # along an axis: float64 holds each of them
+_SAME_SIZE = 1e-6  # relative difference of cell sizes that are meant to be equal
+
+
+class Voxels(NamedTuple):
+    """The cells of raw points. `voxelize` makes it.
+
+    Attributes:
+        coordinates: int64 ``[m, P + 1]``: image and cell of each point that lies inside the
+            bounds, in the order of the points. Points may share a cell, and images need not be
+            sorted.
+        spatial_shape: the number of cells along each axis.
+        origin: raw coordinates of the lower corner of cell 0, ``[P]``.
+        cell_size: size of a cell in raw units, ``[P]``.
+        rows: int64 ``[n]``, the row of ``coordinates`` that each point has, or -1 where it lies
+            outside.
+        batch: int64 ``[n]``, the image of each point.
+        batch_size: number of images.
+        periodic_axes: axes along which the grid repeats.
+
+    Example:
+        ```python
+        import torch
+        from vicinal import voxelize
+
+        points = torch.tensor([[0.31, 2.7], [9.0, 0.0], [1.99, 0.0]])
+        voxels = voxelize(points, cell_size=0.5, bounds=[(0, 2), (0, 4)])
+        assert voxels.coordinates.tolist() == [[0, 0, 5], [0, 3, 0]]  # image, cell
+        assert voxels.rows.tolist() == [0, -1, 1]  # the second point lies outside
+        ```
+    """
+
+    coordinates: Tensor
+    spatial_shape: tuple[int, ...]
+    origin: tuple[float, ...]
+    cell_size: tuple[float, ...]
+    rows: Tensor
+    batch: Tensor
+    batch_size: int
+    periodic_axes: tuple[int, ...] = ()
+
+    def pyramid(
+        self, features: Tensor, *, strides: Any = (1, 2, 4, 8), pooling: str = "mean"
+    ) -> FeaturePyramid:
+        """Pools the features of the points into a pyramid.
+
+        The pyramid keeps origin, cell size and the rows of the points. So it converts raw
+        coordinates to positions, and `FeaturePyramid.values_of_points` maps values on a level back
+        to the points.
+
+        Args:
+            features: floating or integer ``[n, E]``, of all points, those outside included.
+            strides: the size of each level's cells, in cells: one int or P ints per level. Default:
+                1, 2, 4, 8.
+            pooling: ``"mean"`` (default), ``"sum"`` or ``"max"``.
+
+        Raises:
+            ValueError: ``features`` is not a tensor with a row per point on the points' device, or
+                as for `FeaturePyramid.from_points`.
+
+        Example:
+            ```python
+            import torch
+            from vicinal import voxelize
+
+            points, features = 3 * torch.rand(100, 2), torch.randn(100, 16)
+            pyramid = voxelize(points, cell_size=0.1).pyramid(features, strides=(1, 2, 4))
+            assert pyramid.values_of_points(level=2).shape == (100, 16)
+            ```
+        """
+        inside = self.rows >= 0
+        shape = (len(self.rows), "E")
+        features = check_tensor("features", features, shape, kind="number", device=self.rows.device)
+        pooled = FeaturePyramid.from_points(
+            self.coordinates,
+            features[inside],
+            self.spatial_shape,
+            self.batch_size,
+            strides=strides,
+            pooling=pooling,
+            periodic_axes=self.periodic_axes,
+            origin=self.origin,
+            cell_size=self.cell_size,
+            keep_point_rows=True,
+        )
+        assert pooled.point_rows is not None
+        rows = pooled.point_rows.new_full((len(inside), pooled.n_levels), -1)
+        rows[inside] = pooled.point_rows
+        return dataclasses.replace(
+            pooled, point_rows=rows, point_batch=self.batch, check_contents=False
+        )
+
+
+def voxelize(
+    points: Tensor,
+    batch: Tensor | None = None,
+    offsets: Tensor | None = None,
+    *,
+    cell_size: float | Sequence[float],
+    bounds: Any = None,
+    periodic_axes: Sequence[int] = (),
+    batch_size: int | None = None,
+) -> Voxels:
+    """Finds the cells of raw points in any unit.
+
+    All arithmetic is in float64, so cells are exact for UTM coordinates in meters and for clocks in
+    microseconds. The number of points inside depends on tensor contents, so on a GPU this
+    synchronizes.
+
+    Args:
+        points: floating or integer ``[n, P]``, in any unit, a tensor or an array.
+        batch: integer ``[n]``, the image of each point, in any order. None (default): see
+            ``offsets``.
+        offsets: integer ``[B + 1]``: image ``b`` has the points ``offsets[b]:offsets[b + 1]``. None
+            (default): all points are in image 0, unless ``batch`` is given.
+        cell_size: size of a cell in raw units, one number or one per axis.
+        bounds: ``(low, high)`` in raw units for each axis. A point is inside if
+            ``low <= x < high`` along all axes. None (default), or None for an axis: from the least
+            coordinate of the points, with as many cells as hold all points. Give bounds where
+            several batches, or the images of a batch, are to have the same grid.
+        periodic_axes: axes along which space repeats, such as an azimuth. Their bounds are one
+            period, into which points are wrapped, and must be given. Default: none.
+        batch_size: number of images, empty images included. None (default): as many as ``batch``
+            or ``offsets`` name.
+
+    Returns:
+        the cells of the points inside, the grid, and the row of every point.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not match, a point is not finite, ``batch`` or
+            ``offsets`` do not fit the points, a cell size is not above 0, ``low`` is not below
+            ``high``, there are more than 2^53 cells along an axis, or a period has no bounds or is
+            not a whole number of cells.
+
+    Example:
+        ```python
+        import math
+        import torch
+        from vicinal import voxelize
+
+        points = torch.tensor([[3.2, 1.0], [-3.1, 5.0]])  # azimuth, height
+        voxels = voxelize(
+            points,
+            cell_size=(math.pi / 180, 0.5),
+            bounds=[(-math.pi, math.pi), (0, 10)],
+            periodic_axes=[0],
+        )
+        assert voxels.spatial_shape == (360, 20)
+        assert voxels.coordinates.tolist() == [[0, 3, 2], [0, 2, 10]]
+        ```
+    """
+    points = check_tensor("points", points, ("n", "P"), kind="number").detach()
+    dim = points.shape[1]
+    if not dim:
+        refuse("points", "at least one column", points)
+    sizes = as_numbers("cell_size", cell_size, dim)
+    if min(sizes) <= 0:
+        refuse("cell_size", "sizes above 0", cell_size)
+    axes = as_periodic_axes(periodic_axes, dim)
+    spans = _as_bounds(bounds, dim, axes)
+    images, n_images = _images(points, batch, offsets, batch_size)
+    check_finite("points", points)
+    inside = torch.ones_like(images, dtype=torch.bool)
+    grid = []
+    for axis, (column, size, span) in enumerate(zip(points.unbind(1), sizes, spans, strict=True)):
+        line = _line(column, size, span, axis if axis in axes else None)
+        inside &= line.inside
+        grid.append(line)
+    coordinates = torch.stack([images, *(line.cells for line in grid)], 1)[inside]
+    return Voxels(
+        coordinates,
+        tuple(line.n_cells for line in grid),
+        tuple(line.low for line in grid),
+        tuple(line.cell_size for line in grid),
+        (inside.cumsum(0) - 1).masked_fill(~inside, -1),
+        images,
+        n_images,
+        axes,
+    )
+
+
+class _Line(NamedTuple):
+    """One axis of a grid, and where the points are along it."""
+
+    n_cells: int
+    low: float
+    cell_size: float
+    cells: Tensor  # int64 [n]
+    inside: Tensor  # bool [n]
+
+
+def _line(
+    column: Tensor, size: float, span: tuple[float, float] | None, periodic_axis: int | None
+) -> _Line:
+    """The cells of ``size`` along one axis, of which ``periodic_axis`` is the index if it is
+    periodic, in ``span``, or in the span of the points ``column`` ``[n]``.
+    """
+    low = lower_bound(column) if span is None else span[0]
+    offset = offsets_from(column, low)
+    inside = torch.ones_like(offset, dtype=torch.bool)
+    if span is None:
+        largest = float(offset.max()) if len(offset) else 0.0
+        n_cells = math.floor(_check_count(largest / size)) + 1
+    elif periodic_axis is not None:
+        period = span[1] - low
+        n_cells = _cells_of_period(period, size, periodic_axis)
+        size = period / n_cells
+        offset = offset.remainder(period)
+        # The remainder of a small negative number is rounded to the period.
+        offset = offset.masked_fill(offset >= period, 0)
+    else:
+        count = _check_count((span[1] - low) / size)
+        whole = max(round(count), 1)
+        n_cells = whole if abs(count - whole) <= 1e-9 * whole else math.ceil(count)
+        inside = (offset >= 0) & (column.double() < span[1])
+    cells = (offset / size).floor().clamp(0, n_cells - 1).long()
+    return _Line(n_cells, low, size, cells, inside)
+
+
+def _check_count(count: float) -> float:
+    if count >= _MOST_CELLS:
+        refuse("cell_size", "cells of which at most 2^53 lie along an axis", f"{count:.3g}")
+    return count
+
+
+def _cells_of_period(period: float, size: float, axis: int) -> int:
+    """The number of cells of ``size`` in a period, which must be a whole number."""
+    count = _check_count(period / size)
+    whole = max(round(count), 1)
+    if abs(count - whole) > _SAME_SIZE * whole:
+        fewer = max(math.floor(count), 1)
+        expected = (
+            f"a whole number of cells in the period {period} of axis {axis}, "
+            f"such as cells of {period / fewer} or {period / (fewer + 1)}"
+        )
+        refuse("cell_size", expected, f"{size}, of which {count} fit")
+    return whole
+
+
+def _as_bounds(
+    bounds: Any, dim: int, periodic_axes: Sequence[int]
+) -> list[tuple[float, float] | None]:
+    """``(low, high)`` of every axis, None where it is to be found from the points."""
+    given = as_tensor("bounds", bounds)
+    given = given.tolist() if isinstance(given, Tensor) else given
+    given = [None] * dim if given is None else given
+    expected = f"(low, high) or None for each of {dim} axes"
+    if not isinstance(given, Sequence) or len(given) != dim:
+        refuse("bounds", expected, bounds)
+    spans: list[tuple[float, float] | None] = []
+    for axis, span in enumerate(given):
+        if span is None:
+            if axis in periodic_axes:
+                refuse("bounds", f"one period (low, high) for periodic axis {axis}", None)
+            spans.append(None)
+            continue
+        if not isinstance(as_tensor("bounds", span), Sequence | Tensor):
+            refuse("bounds", expected, bounds)
+        low, high = as_numbers(f"bounds[{axis}]", span, 2)
+        if low >= high:
+            refuse(f"bounds[{axis}]", "low below high", span)
+        spans.append((low, high))
+    return spans
+
+
+def _images(
+    points: Tensor, batch: Tensor | None, offsets: Tensor | None, batch_size: int | None
+) -> tuple[Tensor, int]:
+    """The image of every point, int64 ``[n]``, and the number of images."""
+    n, device = len(points), points.device
+    size = 0 if batch_size is None else as_integer(batch_size)
+    if size is None or size < 0:
+        refuse("batch_size", "a non-negative integer", batch_size)
+    if batch is not None and offsets is not None:
+        refuse("offsets", "None where batch is given", offsets)
+    if offsets is not None:
+        offsets = check_tensor("offsets", offsets, ("B + 1",), kind="integer", device=device)
+        if not len(offsets):
+            refuse("offsets", "at least one number", offsets)
+        check_offsets("offsets", offsets, n)
+        images, named = batch_ids(offsets, n), len(offsets) - 1
+    elif batch is not None:
+        images = check_tensor("batch", batch, (n,), kind="integer", device=device).long()
+        named = int(images.max()) + 1 if n else 0
+        check_range("batch", images, named)
+    else:
+        images, named = torch.zeros(n, dtype=torch.int64, device=device), 1
+    if batch_size is not None and size < named:
+        refuse("batch_size", f"at least {named}, the number of images of the points", batch_size)
+    return images, max(size, named)
