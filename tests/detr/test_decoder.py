@@ -179,7 +179,11 @@ def test_invalid_arguments_are_refused_by_name() -> None:
         decoder(queries.embeddings, make_pyramid((5, 5)))
     with refused("queries.boxes"):
         decoder(queries._replace(boxes=-queries.boxes), make_pyramid((5, 5)))
-    with refused("query_batch_offsets"):
-        decoder(queries, make_pyramid((5, 5, 5)))
     with refused("query_level_indices"):
         decoder(queries._replace(levels=queries.levels + 2), make_pyramid((5, 5)))
+
+
+def test_images_without_queries_may_be_missing_at_the_end() -> None:
+    decoder, queries = make_decoder().double(), make_queries((2, 1))
+    predictions, _ = decoder(queries, make_pyramid((5, 5, 5)))
+    assert all(part.logits.shape[0] == 3 for part in predictions)

@@ -370,3 +370,30 @@ def test_block_compiles_on_a_pyramid_of_a_sparse_map() -> None:
     )
     compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
     assert_close(compiled(**call), block(**call), 1e-12)
+
+
+# ------------------------------------------------------------------------------ large maps
+
+
+@KINDS
+def test_positions_on_large_maps_need_a_dtype_that_holds_the_cells(kind: str) -> None:
+    size = 2**24
+    coordinates = torch.tensor([[0, size - 1 - cell, 0] for cell in range(5)])
+    module: Any = (
+        SparseNeighborhoodAttentionBlock(EMBED, 2, 1, [1], position_dim=1)
+        if kind == "block"
+        else SparseDeformableAttention(EMBED, 2, 1, position_dim=1)
+    )
+    pyramid = FeaturePyramid(torch.randn(5, EMBED), coordinates, ((size,),), 1)
+    assert pyramid.positions().dtype == torch.float64
+    narrow = pyramid.positions().float()
+    call = torch.randn(5, EMBED), narrow, torch.tensor([0, 5]), pyramid
+    with pytest.raises(ValueError, match=r"^query_spatial_positions: expected"):
+        module(*call)
+    assert module.encode(pyramid).values.isfinite().all()
+    if kind == "block":  # windows of one cell: every point sees itself alone
+        _, points, weights, _ = module.attention_weights(
+            torch.randn(5, EMBED), pyramid.positions(), torch.tensor([0, 5]), pyramid
+        )
+        assert points.tolist() == list(range(5))
+        assert (weights == 1).all()
