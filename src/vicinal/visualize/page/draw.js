@@ -207,6 +207,8 @@ function drawHeading(ctx, state, panel) {
   const parts = [`level ${panel.level}`];
   if (record.window_sizes !== null) parts.push(`window ${record.window_sizes[panel.level]}`);
   if (query !== null) parts.push(`${formatPercent(state.levelSums[panel.level].weight)} of the weight`);
+  const [down, right] = state.view.axis_names;
+  parts.push(down === null ? `${right} →` : `${down} ↓ ${right} →`);
   ctx.fillText(parts.join(" · "), panel.x, panel.y - 5, panel.w);
 }
 
