@@ -7,6 +7,7 @@ from .attention import (
     neighborhood_attention,
     neighborhood_attention_weights,
 )
+from .batching import collate_pyramids
 from .nn.block import SparseNeighborhoodAttentionBlock
 from .nn.deformable import SparseDeformableAttention
 from .nn.rotary import RotaryEncoding
@@ -28,6 +29,7 @@ __all__ = [
     "Voxels",
     "__version__",
     "cell_positions",
+    "collate_pyramids",
     "get_multilevel_neighborhoods",
     "neighborhood_attention",
     "neighborhood_attention_weights",

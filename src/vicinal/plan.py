@@ -281,6 +281,18 @@ class NeighborhoodPlan:
             _cache={},
         )
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Plain tensors, tuples and numbers; what can be found again is left out."""
+        return {**vars(self), "_keyed_cells": self._keyed_cells[1:], "_cache": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        geometry = state["level_shapes"], state["neighborhood_sizes"], state["batch_size"]
+        # On the device that the tensors were loaded to.
+        cells = state["_keyed_cells"]
+        keys = CellKeys(*geometry, cells[0].device)
+        mode = execution_mode(cells[0].device)
+        vars(self).update(state, _keyed_cells=_KeyedCells(keys, *cells), _created_in=mode)
+
     def __repr__(self) -> str:
         counts = self.counts()
         mean, largest = (
