@@ -103,7 +103,7 @@ def _plan(case: Case) -> NeighborhoodPlan:
 
 
 def _find_tiles(plan: NeighborhoodPlan) -> None:
-    keys, _, query_keys, point_keys, _ = plan._keyed_cells
+    keys, _, query_keys, point_keys, *_ = plan._keyed_cells
     slices = plan._tensors.query_slices
     triton_ops.find_slices(point_keys, query_keys, slices.traversal, *keys.window_rows())
     rows = tile_rows(plan.n_queries, plan.n_points)

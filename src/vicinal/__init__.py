@@ -7,6 +7,7 @@ from .attention import (
     neighborhood_attention,
     neighborhood_attention_weights,
 )
+from .batching import collate_pyramids
 from .nn.block import SparseNeighborhoodAttentionBlock
 from .nn.deformable import SparseDeformableAttention
 from .nn.earlier_checkpoints import export_state_dict
@@ -30,6 +31,7 @@ __all__ = [
     "Voxels",
     "__version__",
     "cell_positions",
+    "collate_pyramids",
     "export_state_dict",
     "get_multilevel_neighborhoods",
     "neighborhood_attention",

@@ -284,13 +284,25 @@ class NeighborhoodPlan:
                 query_batch=tensors.query_batch.to(device),
                 center_columns=tensors.center_columns.to(device),
                 point_columns=tensors.point_columns.to(device),
-                copy_points=copies.points.int(),
+                copy_points=copies.points.int() if self.periodic_axes else None,
             ),
             copies=copies,
             _keyed_cells=_KeyedCells(keys.to(device), *(part.to(device) for part in cells)),
             _created_in=execution_mode(torch.device(device)),
             _cache={},
         )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Plain tensors, tuples and numbers; what can be found again is left out."""
+        return {**vars(self), "_keyed_cells": self._keyed_cells[1:], "_cache": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        geometry = state["level_shapes"], state["neighborhood_sizes"], state["batch_size"]
+        # On the device that the tensors were loaded to.
+        cells = state["_keyed_cells"]
+        keys = CellKeys(*geometry, cells[0].device)
+        mode = execution_mode(cells[0].device)
+        vars(self).update(state, _keyed_cells=_KeyedCells(keys, *cells), _created_in=mode)
 
     def __repr__(self) -> str:
         counts = self.counts()
@@ -592,7 +604,7 @@ def _plan(
         point_columns=cells[order, -1].int(),
         neighborhood_sizes=sizes,
         position_dim=pyramid.position_dim,
-        copy_points=copies.points.int(),
+        copy_points=copies.points.int() if pyramid.periodic_axes else None,
     )
     return NeighborhoodPlan(
         neighborhood_sizes=sizes,

@@ -5,7 +5,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import KW_ONLY, InitVar, dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +34,9 @@ from ._utils.strides import (
 )
 from .pooling import check_pooling, pool_points
 from .windows import as_periodic_axes, centers_of_cells, full_shape, position_dtype
+
+# The fields of a pyramid that are tensors.
+TENSOR_FIELDS = ("values", "coordinates", "point_rows", "point_batch")
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -81,8 +84,6 @@ class FeaturePyramid:
         assert pyramid.positions().tolist() == [[2.5, 3.5], [3.0, 3.0]]
         ```
     """
-
-    _TENSORS: ClassVar = ("values", "coordinates", "point_rows", "point_batch")
 
     values: Tensor
     coordinates: Tensor
@@ -258,7 +259,7 @@ class FeaturePyramid:
         return self._map_tensors(lambda tensor: tensor.pin_memory())
 
     def _map_tensors(self, function: Callable[[Tensor], Tensor]) -> "FeaturePyramid":
-        tensors = {name: getattr(self, name) for name in self._TENSORS}
+        tensors = {name: getattr(self, name) for name in TENSOR_FIELDS}
         mapped: dict[str, Any] = {
             name: function(value) for name, value in tensors.items() if value is not None
         }
@@ -271,7 +272,8 @@ class FeaturePyramid:
         """Returns one image, or a slice of the images, as a pyramid.
 
         Its level shapes are those of the whole batch. Its points are sorted by image, and in their
-        order within an image. On a GPU this synchronizes.
+        order within an image. Raw points, whose rows it keeps, remain in their order. On a GPU this
+        synchronizes.
 
         Raises:
             ValueError: ``images`` is neither a slice nor an index of an image.
@@ -294,7 +296,8 @@ class FeaturePyramid:
         point_rows, point_batch = self.point_rows, None
         if point_rows is not None:
             of_points = new_image[self._images_of_points(point_rows)]
-            points, point_batch = _rows_of_images(of_points, len(chosen))
+            points = (of_points < len(chosen)).nonzero().flatten()
+            point_batch = of_points[points]
             new_row = torch.full((len(self) + 1,), -1, device=device)
             new_row[rows] = torch.arange(len(rows), device=device)
             point_rows = new_row[point_rows[points]]

@@ -74,12 +74,10 @@ class PlanTensors(NamedTuple):
         point_columns: int32 ``[nnz]``, the last coordinate of the points, in sorted order.
         neighborhood_sizes: window width of each level.
         position_dim: number of spatial dimensions, P.
-        copy_points: int32 ``[C]``, the row of the point that each of the last C rows of the keys is
-            a copy of; None or empty: there are no copies.
-        query_tiles: the points of tiles of queries, for back ends that have `Backend.find_runs`.
-        point_tiles: the queries of tiles of points, likewise, where points need gradients.
         copy_points: int32 ``[C]``: the last C points are copies of these, beyond the seam of a
             periodic axis. Dropout counts a copy as the point that it is of. None: no copies.
+        query_tiles: the points of tiles of queries, for back ends that have `Backend.find_runs`.
+        point_tiles: the queries of tiles of points, likewise, where points need gradients.
     """
 
     query_slices: NeighborSlices
@@ -91,7 +89,6 @@ class PlanTensors(NamedTuple):
     copy_points: Tensor | None = None
     query_tiles: Tiles | None = None
     point_tiles: Tiles | None = None
-    copy_points: Tensor | None = None
 
     @property
     def n_queries(self) -> int:

@@ -1,0 +1,141 @@
+"""Batches of pyramids: collation for data loaders, pytrees, and files of tensors."""
+
+import contextlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._index.cell_hash import CellIndex
+from ._utils.checks import refuse
+from .backends.types import NeighborSlices, PlanTensors
+from .plan import NeighborhoodPlan, PointCopies, QueryPlacement
+from .pyramid import TENSOR_FIELDS, FeaturePyramid
+from .voxels import Voxels
+
+
+def collate_pyramids(samples: Sequence[Any]) -> Any:
+    """Makes one batch of samples that are pyramids, or tuples, lists or dicts that hold pyramids.
+
+    It is the ``collate_fn`` of a `torch.utils.data.DataLoader`. Pyramids become one with the images
+    of all, as by `FeaturePyramid.cat`. All else is left to `torch.utils.data.default_collate`,
+    which stacks tensors.
+
+    Args:
+        samples: the samples of the batch, at least one, all of the same structure.
+
+    Returns:
+        one sample of that structure.
+
+    Raises:
+        ValueError: there is no sample, structures differ, or pyramids cannot be one.
+
+    Example:
+        ```python
+        import torch
+        from torch.utils.data import DataLoader
+        from vicinal import collate_pyramids, voxelize
+
+        def make_sample(label: int):
+            voxels = voxelize(torch.rand(50, 2), cell_size=0.1, bounds=[(0, 1), (0, 1)])
+            return voxels.pyramid(torch.randn(50, 16)), label
+
+        samples = [make_sample(label) for label in range(6)]
+        loader = DataLoader(samples, batch_size=3, collate_fn=collate_pyramids)
+        for pyramid, labels in loader:
+            assert pyramid.batch_size == len(labels) == 3
+        ```
+    """
+    if not isinstance(samples, Sequence) or not samples:
+        refuse("samples", "at least one sample", samples)
+    first = samples[0]
+    if isinstance(first, FeaturePyramid):
+        return FeaturePyramid.cat(samples)
+    if not _holds_pyramids(first):
+        return torch.utils.data.default_collate(list(samples))
+    if isinstance(first, Mapping):
+        _check_structure(samples, [isinstance(s, Mapping) and s.keys() for s in samples])
+        return {key: collate_pyramids([sample[key] for sample in samples]) for key in first}
+    _check_structure(samples, [isinstance(s, tuple | list) and len(s) for s in samples])
+    parts = [collate_pyramids(part) for part in zip(*samples, strict=True)]
+    is_named = hasattr(first, "_fields")
+    return type(first)(*parts) if is_named else type(first)(parts)
+
+
+def _holds_pyramids(sample: Any) -> bool:
+    if isinstance(sample, Mapping):
+        return any(map(_holds_pyramids, sample.values()))
+    if isinstance(sample, tuple | list):
+        return any(map(_holds_pyramids, sample))
+    return isinstance(sample, FeaturePyramid)
+
+
+def _check_structure(samples: Sequence[Any], structures: Sequence[Any]) -> None:
+    for index, structure in enumerate(structures):
+        if structure is False or structure != structures[0]:
+            kind, parts = type(samples[0]).__name__, len(samples[0])
+            expected = f"a {kind} with the same {parts} parts as the first"
+            refuse(f"samples[{index}]", expected, samples[index])
+
+
+_Context = tuple[tuple[str, ...], tuple[tuple[str, Any], ...]]  # names of tensors; other fields
+
+
+def _flatten(pyramid: FeaturePyramid) -> tuple[list[Tensor], _Context]:
+    fields = vars(pyramid)
+    tensors = {name: fields[name] for name in TENSOR_FIELDS if fields[name] is not None}
+    rest = tuple((name, value) for name, value in fields.items() if name not in tensors)
+    return list(tensors.values()), (tuple(tensors), rest)
+
+
+def _unflatten(leaves: Iterable[Any], context: _Context) -> FeaturePyramid:
+    # Not by the constructor: leaves may be anything, such as the sizes of the tensors.
+    names, rest = context
+    pyramid = object.__new__(FeaturePyramid)
+    vars(pyramid).update(rest, **dict(zip(names, leaves, strict=True)))
+    return pyramid
+
+
+def _as_tuples(value: Any) -> Any:
+    """Lists, which JSON makes of tuples, as tuples."""
+    return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
+
+
+def _register_pytree() -> None:
+    """Lets `torch.export` and ``tree_map`` take pyramids, whose leaves are their tensors."""
+    from torch.utils import _pytree
+
+    def flatten_with_keys(pyramid: FeaturePyramid) -> tuple[list[tuple[Any, Any]], _Context]:
+        leaves, context = _flatten(pyramid)
+        keys = map(_pytree.GetAttrKey, context[0])
+        return list(zip(keys, leaves, strict=True)), context
+
+    _pytree.register_pytree_node(
+        FeaturePyramid,
+        _flatten,
+        _unflatten,
+        serialized_type_name="vicinal.FeaturePyramid",
+        to_dumpable_context=list,
+        from_dumpable_context=_as_tuples,
+        flatten_with_keys_fn=flatten_with_keys,
+    )
+
+
+# Without these private names all else works.
+with contextlib.suppress(ImportError, AttributeError, TypeError):
+    _register_pytree()
+
+# What `torch.load(weights_only=True)` may rebuild: tuples and dataclasses of tensors and numbers.
+torch.serialization.add_safe_globals(
+    [
+        FeaturePyramid,
+        Voxels,
+        QueryPlacement,
+        NeighborhoodPlan,
+        PointCopies,
+        PlanTensors,
+        NeighborSlices,
+        CellIndex,
+    ]
+)
