@@ -297,5 +297,5 @@ WRONG_TARGETS: list[tuple[Any, str, str]] = [
 # Valid by themselves, but not for these predictions.
 TARGETS_OF_OTHERS: list[tuple[Any, str, str]] = [
     (TARGETS._replace(boxes=torch.rand(4, 6)), "targets.boxes", "[4, 6]"),
-    (TARGETS._replace(offsets=torch.tensor([0, 4])), "targets.offsets", "[2]"),
+    (TARGETS._replace(offsets=torch.tensor([0, 2, 4, 4])), "targets.offsets", "3 images"),
 ]

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +22,9 @@ from ._utils.checks import (
     refuse,
 )
 from ._utils.constants import constant, has_float64
+
+_FEWEST_NORMALIZED = 16  # numbers in [0, 1] are then no coincidence
+_warned_normalized: set[str] = set()  # arguments
 
 
 def full_shape(level_shapes: LevelShapes) -> tuple[int, ...]:
@@ -60,6 +64,26 @@ def check_position_dtype(argument: str, positions: Tensor, level_shapes: LevelSh
         expected = f"a dtype that holds the cell centers of a map of {list(full)} cells"
         wider = "torch.float64, or positions() of the pyramid"
         refuse(argument, f"{expected} ({wider})", positions)
+
+
+def warn_if_normalized(argument: str, positions: Tensor, level_shapes: LevelShapes) -> None:
+    """Warns, once per process and argument, where ``positions`` seem to be in units of the map.
+
+    That is where the rows of a whole batch, at least 16 of positions or boxes ``[N, ...]``, lie in
+    [0, 1] on a map of more cells. It reads contents, so it does so on the CPU only, and not in a
+    compiled graph.
+    """
+    if argument in _warned_normalized or not reads_contents(None, positions.device):
+        return
+    full = full_shape(level_shapes)
+    if positions.shape[0] < _FEWEST_NORMALIZED or max(full) == 1:
+        return
+    low, high = positions.detach().aminmax()
+    if low >= 0 and high <= 1:
+        _warned_normalized.add(argument)
+        expected = f"in cells of the full shape, {list(full)}"
+        message = f"{argument}: expected numbers {expected}, got {positions.shape[0]} rows"
+        warnings.warn(f"{message} that all lie in [0, 1]", UserWarning, stacklevel=3)
 
 
 def level_scales(level_shapes: LevelShapes, like: Tensor) -> Tensor:

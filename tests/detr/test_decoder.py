@@ -179,6 +179,8 @@ def test_invalid_arguments_are_refused_by_name() -> None:
         decoder(queries.embeddings, make_pyramid((5, 5)))
     with refused("queries.boxes"):
         decoder(queries._replace(boxes=-queries.boxes), make_pyramid((5, 5)))
+    with refused("pyramid"):
+        decoder(queries, make_pyramid((5, 5)).values)
     with refused("query_level_indices"):
         decoder(queries._replace(levels=queries.levels + 2), make_pyramid((5, 5)))
 

@@ -270,6 +270,9 @@ def test_invalid_denoising_arguments_are_refused_by_name() -> None:
         with refused(argument):
             DenoisingQueryGenerator(**options | {argument: wrong})
     detector = perturbed(make_detector(denoiser=DenoisingQueryGenerator(EMBED, CLASSES)))
-    for argument, targets in {"targets.offsets": make_targets((1,)), "targets": [1, 2]}.items():
+    for argument, targets in {
+        "targets.offsets": make_targets((1, 1, 1)),
+        "targets": [1, 2],
+    }.items():
         with refused(argument):
             detector(make_pyramid((4, 4)), targets)

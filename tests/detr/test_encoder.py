@@ -180,11 +180,19 @@ def test_invalid_arguments_are_refused_by_name() -> None:
         encoder(torch.zeros(3, EMBED))
     with refused("pyramid.values"):
         encoder(make_pyramid((5,), embed_dim=EMBED + 2))
-    pyramid = make_pyramid((5, 4))
-    with refused("coordinates"):
-        encoder(
-            FeaturePyramid(pyramid.values, pyramid.coordinates.flip(0), pyramid.level_shapes, 2)
-        )
+
+
+@pytest.mark.parametrize("kind", ["shuffled", "reversed"])
+def test_points_come_in_any_order_of_images(kind: str) -> None:
+    encoder, pyramid = perturbed(make_encoder()), make_pyramid(COUNTS)
+    n = len(pyramid)
+    order = torch.randperm(n) if kind == "shuffled" else torch.arange(n).flip(0)
+    mixed = FeaturePyramid(
+        pyramid.values[order], pyramid.coordinates[order], pyramid.level_shapes, len(COUNTS)
+    )
+    encoded = encoder(mixed)
+    assert torch.equal(encoded.coordinates, mixed.coordinates)
+    assert_close(encoded.values, encoder(pyramid).values[order], 1e-12)
 
 
 def test_layers_of_other_windows_are_refused() -> None:

@@ -122,7 +122,7 @@ def test_costs_are_computed_for_pairs_of_the_same_image_only(
 ) -> None:
     shapes = []
 
-    def counting(a: Tensor, b: Tensor) -> Tensor:
+    def counting(a: Tensor, b: Tensor, **_: Any) -> Tensor:
         shapes.append(a.shape)
         return a.new_zeros(len(a))
 
@@ -270,7 +270,7 @@ def test_refused_targets_of_positions(targets: Any, argument: str, came: str) ->
         (torch.ones(5, 2).long(), [0, 2, 5], "positions", "int64"),
         (torch.full((5, 2), torch.nan), [0, 2, 5], "positions", "in row 0"),
         (torch.rand(5, 2), [0, 2, 4], "offsets", "to 4"),
-        (torch.rand(5, 2), [0, 2, 1, 5], "targets.offsets", "[3]"),
+        (torch.rand(5, 2), [0, 5], "targets.offsets", "2 images"),
         (torch.rand(5, 3), [0, 2, 5], "targets.boxes", "[4, 4]"),
     ],
 )

@@ -181,6 +181,18 @@ def test_invalid_pyramids_are_refused_by_name() -> None:
         selection(make_pyramid((5,), 3))
     with refused("pyramid.values"):
         selection(make_pyramid((5,), embed_dim=EMBED + 2))
-    shapes = pyramid.level_shapes
-    with refused("coordinates"):
-        selection(FeaturePyramid(pyramid.values, pyramid.coordinates.flip(0), shapes, 2))
+
+
+def test_points_come_in_any_order_of_images() -> None:
+    selection, pyramid = make_selection(), make_pyramid((5, 0, 3))
+    order = torch.randperm(len(pyramid))
+    mixed = FeaturePyramid(
+        pyramid.values[order], pyramid.coordinates[order], pyramid.level_shapes, 3
+    )
+    ours, theirs = selection(mixed), selection(pyramid)
+    assert torch.equal(ours.candidates.offsets, theirs.candidates.offsets)
+    assert torch.equal(mixed.batch[ours.points], pyramid.batch[theirs.points])
+    assert torch.equal(ours.positions, mixed.positions(torch.float64)[ours.points])
+    assert torch.equal(ours.queries.offsets, theirs.queries.offsets)
+    assert_close(ours.queries.embeddings, theirs.queries.embeddings, 1e-12)
+    assert_close(ours.queries.boxes, theirs.queries.boxes, 1e-12)

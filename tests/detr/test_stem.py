@@ -4,9 +4,9 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from detr_scenes import EMBED, refused, stir
 from problems import assert_close
 from torch import Tensor
@@ -16,9 +16,10 @@ from vicinal.detr import PointStem
 
 CHANNELS = 2
 EXACT = 1e-11
+Cell = Sequence[int]
 
 
-def make_stem(position_dim: int, **options: Any) -> PointStem:
+def make_stem(position_dim: Any, **options: Any) -> PointStem:
     stem = PointStem(CHANNELS, EMBED, position_dim=position_dim, **options).double()
     stir(stem)
     return stem
@@ -34,52 +35,71 @@ def random_points(
     return torch.stack(axes, 1), torch.randn(n, CHANNELS, generator=generator, dtype=torch.float64)
 
 
+def pooled(cell: Cell, stride: Cell) -> tuple[int, ...]:
+    """The cell of ``stride`` that contains a cell of the grid."""
+    return tuple(x // step for x, step in zip(cell, stride, strict=True))
+
+
 def pooled_map(
-    coordinates: Tensor, values: Tensor, shape: Sequence[int], batch_size: int, stride: int
+    coordinates: Tensor, values: Tensor, shape: Sequence[int], batch_size: int, stride: Cell
 ) -> Tensor:
     """Dense ``[B, *shape / stride, C + 1]``: the mean of the points in a cell, and whether any."""
-    grid = [-(-size // stride) for size in shape]
+    grid = [-(-size // step) for size, step in zip(shape, stride, strict=True)]
     dense = torch.zeros(batch_size, *grid, values.shape[1] + 1, dtype=values.dtype)
     points: dict[tuple[int, ...], list[Tensor]] = {}
     for (image, *cell), value in zip(coordinates.tolist(), values, strict=True):
-        points.setdefault((image, *[x // stride for x in cell]), []).append(value)
+        points.setdefault((image, *pooled(cell, stride)), []).append(value)
     for cell, cell_values in points.items():
         mean = torch.stack(cell_values).mean(0)
         dense[cell] = torch.cat((mean, torch.ones(1, dtype=values.dtype)))
     return dense
 
 
-def window(dense: Tensor, image: int, center: Sequence[int], width: int) -> Tensor:
-    """The cells around ``center`` one after another, with zeros beyond the map."""
-    radius, dim = width // 2, len(center)
-    padded = F.pad(dense[image], (0, 0, *[radius, radius] * dim))
-    return padded[tuple(slice(x, x + width) for x in center)].flatten()
+def window(dense: Tensor, image: int, center: Cell, width: int, periodic: Cell = ()) -> Tensor:
+    """The cells around ``center`` one after another, zeros beyond the map, or around its seam."""
+    radius, cells = width // 2, []
+    for offset in itertools.product(range(-radius, radius + 1), repeat=len(center)):
+        cell = [x + step for x, step in zip(center, offset, strict=True)]
+        for axis in periodic:
+            cell[axis] %= dense.shape[1 + axis]
+        inside = all(0 <= x < size for x, size in zip(cell, dense.shape[1:-1], strict=True))
+        cells.append(dense[(image, *cell)] if inside else dense.new_zeros(dense.shape[-1]))
+    return torch.cat(cells)
 
 
 def stem_by_hand(
-    stem: PointStem, coordinates: Tensor, values: Tensor, shape: Sequence[int], batch_size: int
+    stem: PointStem,
+    coordinates: Tensor,
+    values: Tensor,
+    shape: Sequence[int],
+    batch_size: int,
+    periodic: Cell = (),
 ) -> dict[tuple[int, ...], Tensor]:
-    """Embeddings by (image, cell, level); grids whose sizes the strides divide."""
+    """Embeddings by (image, cell, level)."""
     maps = [
         pooled_map(coordinates, values, shape, batch_size, stride) for stride in stem.window_strides
     ]
     embedded: dict[tuple[int, ...], Tensor] = {}
     for image, *cell in set(map(tuple, coordinates.tolist())):
         windows = [
-            window(dense, image, [x // stride for x in cell], width)
+            window(dense, image, pooled(cell, stride), width, periodic)
             for dense, stride, width in zip(
                 maps, stem.window_strides, stem.window_sizes, strict=True
             )
         ]
-        within = [(x % stride + 0.5) / stride - 0.5 for x in cell for stride in stem.strides]
+        within = [
+            (x % stride[axis] + 0.5) / stride[axis] - 0.5
+            for axis, x in enumerate(cell)
+            for stride in stem.strides
+        ]
         features = torch.cat((*windows, torch.tensor(within, dtype=torch.float64)))
         embedded[(image, *cell)] = stem.layers(features)
     out = {}
     for level, (stride, mix) in enumerate(zip(stem.strides, stem.mixes, strict=True)):
-        pooled: dict[tuple[int, ...], list[Tensor]] = {}
+        parts: dict[tuple[int, ...], list[Tensor]] = {}
         for (image, *cell), embedding in embedded.items():
-            pooled.setdefault((image, *[x // stride for x in cell]), []).append(embedding)
-        for cell_key, embeddings in pooled.items():
+            parts.setdefault((image, *pooled(cell, stride)), []).append(embedding)
+        for cell_key, embeddings in parts.items():
             out[(*cell_key, level)] = stem.norm(mix(torch.stack(embeddings).mean(0)))
     return out
 
@@ -91,14 +111,18 @@ def stem_by_hand(
         ((8, 12), 40, (2, 4), (3, 5), (1, 4)),
         ((8, 12), 40, (1,), (3,), (1,)),
         ((4, 8, 4), 60, (1, 2, 4), (3, 3), (1, 2)),
+        ((25,), 15, (4, 8, 16), (5, 3), (1, 3)),
+        ((9, 13), 40, (2, 4), (3, 5), (1, 4)),
+        ((9, 13), 40, ((1, 2), (3, 4)), (3, 5), (1, (2, 3))),
+        ((5, 7, 6), 60, ((8, 2, 2), (16, 4, 8)), (3, 3), (1, (2, 1, 3))),
     ],
 )
 def test_embeddings_match_windows_of_a_dense_map(
     shape: tuple[int, ...],
     n: int,
-    strides: tuple[int, ...],
+    strides: tuple[Any, ...],
     sizes: tuple[int, ...],
-    window_strides: tuple[int, ...],
+    window_strides: tuple[Any, ...],
 ) -> None:
     stem = make_stem(len(shape), strides=strides, window_sizes=sizes, window_strides=window_strides)
     coordinates, values = random_points(shape, 3, n)
@@ -106,7 +130,13 @@ def test_embeddings_match_windows_of_a_dense_map(
     pyramid = stem(coordinates, values, shape, 3)
     expected = stem_by_hand(stem, coordinates, values, shape, 3)
     assert pyramid.batch_size == 3
-    assert pyramid.level_shapes == tuple(tuple(x // s for x in shape) for s in strides)
+    assert pyramid.strides == stem.strides
+    extents = [
+        tuple(size * step for size, step in zip(*level, strict=True))
+        for level in zip(pyramid.level_shapes, stem.strides, strict=True)
+    ]
+    assert len(set(extents)) == 1
+    assert all(extent >= size for extent, size in zip(extents[0], shape, strict=True))
     assert len(pyramid) == len(expected)
     assert (pyramid.batch.diff() >= 0).all()
     for row, value in zip(pyramid.coordinates.tolist(), pyramid.values, strict=True):
@@ -169,6 +199,51 @@ def test_grids_that_strides_do_not_divide() -> None:
     assert pyramid.level_shapes == ((16, 16), (8, 8), (4, 4), (2, 2))
     assert not pyramid.misplaced().any()
     assert pyramid.values.isfinite().all()
+
+
+@pytest.mark.parametrize("periodic", [(0,), (1,), (0, 1)])
+def test_windows_pass_the_seam_of_periodic_axes(periodic: tuple[int, ...]) -> None:
+    stem = make_stem(2, strides=((1, 2), (2, 4)), window_sizes=(3, 5), window_strides=(1, 2))
+    coordinates, values = random_points((12, 16), 3, 40)
+    pyramid = stem(coordinates, values, (12, 16), 3, periodic_axes=periodic)
+    assert pyramid.periodic_axes == periodic
+    expected = stem_by_hand(stem, coordinates, values, (12, 16), 3, periodic)
+    for row, value in zip(pyramid.coordinates.tolist(), pyramid.values, strict=True):
+        assert_close(value, expected[tuple(row)], EXACT)
+    plain = stem(coordinates, values, (12, 16), 3)
+    assert not torch.equal(plain.values, pyramid.values)
+    with refused("spatial_shape"):
+        stem(coordinates, values, (13, 17), 3, periodic_axes=periodic)
+
+
+def test_the_pyramid_keeps_where_raw_points_are() -> None:
+    stem = make_stem(2, strides=((2, 1), (4, 3)))
+    coordinates, values = random_points((11, 13), 3, 60)
+    pyramid = stem(
+        coordinates, values, (11, 13), 3, origin=(-2, 5), cell_size=0.5, keep_point_rows=True
+    )
+    assert (pyramid.origin, pyramid.cell_size) == ((-2.0, 5.0), (0.5, 0.5))
+    rows = pyramid.point_rows
+    assert rows is not None
+    for level, stride in enumerate(stem.strides):
+        cells = pyramid.coordinates[rows[:, level]]
+        assert (cells[:, -1] == level).all()
+        assert torch.equal(cells[:, 0], coordinates[:, 0])
+        assert torch.equal(cells[:, 1:-1], coordinates[:, 1:] // torch.tensor(stride))
+    assert stem(coordinates, values, (11, 13), 3).point_rows is None
+
+
+def test_arrays_and_integers_of_numpy_are_taken() -> None:
+    numbers = np.array([[1, 2], [2, 4]])
+    stem = make_stem(np.int64(2), strides=numbers, window_sizes=np.array([3, 3]))
+    same = make_stem(2, strides=((1, 2), (2, 4)), window_sizes=(3, 3))
+    same.load_state_dict(stem.state_dict())
+    coordinates, values = random_points((11, 13), 3, 60)
+    expected = same(coordinates, values, (11, 13), 3)
+    for shape in (np.array([11, 13]), torch.Size([11, 13]), torch.tensor([11, 13])):
+        pyramid = stem(coordinates.numpy(), values.numpy(), shape, np.int32(3))
+        assert torch.equal(pyramid.values, expected.values)
+        assert pyramid.level_shapes == expected.level_shapes
 
 
 def test_autocast_output_is_close_and_in_full_precision() -> None:

@@ -7,6 +7,7 @@ and int64 offsets ``[B + 1]`` mark them; image ``b`` owns the rows ``offsets[b]:
 
 from .boxes import (
     apply_deltas,
+    box_period,
     boxes_to_corners,
     corners_to_boxes,
     encode_boxes,
@@ -69,6 +70,7 @@ __all__ = [
     "Targets",
     "apply_deltas",
     "assign_points_to_boxes",
+    "box_period",
     "boxes_to_corners",
     "check_predictions",
     "check_targets",

@@ -5,15 +5,54 @@ and in the pyramid's order of axes.
 """
 
 import functools
+import math
+import numbers
 import operator
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._utils.checks import check_tensor, reads_contents, refuse
-from ..windows import coordinate_dtype
+from .._utils.checks import as_tensor, check_tensor, reads_contents, refuse
+from ..pyramid import FeaturePyramid
+from ..windows import coordinate_dtype, full_shape
+
+Period = Sequence[float | None]
 
 _MAX_LOG_SIZE_CHANGE = 4.0
+
+
+def box_period(pyramid: FeaturePyramid) -> tuple[float, ...] | None:
+    """Returns the period of boxes on a map with periodic axes.
+
+    Functions that compare boxes take it: centers then differ by the short way around the axis, so
+    that boxes may pass the seam.
+
+    Args:
+        pyramid: the map.
+
+    Returns:
+        ``[P]``, the size of the map along a periodic axis, in cells of the full shape, and infinity
+        along the others; None without periodic axes.
+
+    Example:
+        ```python
+        import torch
+        from vicinal import FeaturePyramid
+        from vicinal.detr import box_period
+
+        points = torch.tensor([[0, 3, 5]])  # image, azimuth, height
+        pyramid = FeaturePyramid.from_points(
+            points, torch.ones(1, 8), (64, 16), batch_size=1, periodic_axes=(0,)
+        )
+        assert box_period(pyramid) == (64.0, float("inf"))
+        ```
+    """
+    axes, sizes = pyramid.periodic_axes, full_shape(pyramid.level_shapes)
+    if not axes:
+        return None
+    return tuple(float(n) if axis in axes else math.inf for axis, n in enumerate(sizes))
 
 
 def boxes_to_corners(boxes: Tensor) -> tuple[Tensor, Tensor]:
@@ -38,8 +77,7 @@ def boxes_to_corners(boxes: Tensor) -> tuple[Tensor, Tensor]:
         assert high.tolist() == [[12.0, 23.0]]
         ```
     """
-    check_boxes("boxes", boxes)
-    center, size = boxes.chunk(2, -1)
+    center, size = check_boxes("boxes", boxes).chunk(2, -1)
     return center - size / 2, center + size / 2
 
 
@@ -65,12 +103,14 @@ def corners_to_boxes(low: Tensor, high: Tensor) -> Tensor:
         assert boxes.tolist() == [[10.0, 20.0, 4.0, 6.0]]
         ```
     """
-    check_tensor("low", low, [*low.shape[:-1], "P"], kind="floating")
-    check_tensor("high", high, low.shape, kind="floating", device=low.device)
+    low = as_tensor("low", low)
+    if not isinstance(low, Tensor) or not low.dim() or not low.is_floating_point():
+        refuse("low", "a floating tensor of shape [..., P]", low)
+    high = check_tensor("high", high, low.shape, kind="floating", device=low.device)
     return torch.cat(((low + high) / 2, high - low), -1)
 
 
-def iou(a: Tensor, b: Tensor) -> Tensor:
+def iou(a: Tensor, b: Tensor, *, period: Period | None = None) -> Tensor:
     """Computes the intersection over union (IoU) of boxes, element by element.
 
     An axis along which both boxes have size zero at the same coordinate is ignored, so two equal
@@ -79,12 +119,16 @@ def iou(a: Tensor, b: Tensor) -> Tensor:
     Args:
         a: floating ``[..., 2P]``, center and size per axis.
         b: floating ``[..., 2P]`` that broadcasts with ``a``, in the same units.
+        period: ``[P]``, the size of the map along each periodic axis, infinity or None along the
+            others, see `box_period`: centers differ by the short way. None (default): no axis is
+            periodic.
 
     Returns:
         ``[...]`` in [0, 1], at least float32.
 
     Raises:
-        ValueError: the boxes are not floating or differ in their number of axes.
+        ValueError: the boxes are not floating or differ in their number of axes, or ``period`` does
+            not have a size above 0 for each.
 
     Example:
         ```python
@@ -96,10 +140,10 @@ def iou(a: Tensor, b: Tensor) -> Tensor:
         assert iou(a, b).tolist() == [(torch.tensor(2.0) / 6).item()]
         ```
     """
-    return _iou_and_coverage(a, b)[0]
+    return _iou_and_coverage(a, b, period)[0]
 
 
-def generalized_iou(a: Tensor, b: Tensor) -> Tensor:
+def generalized_iou(a: Tensor, b: Tensor, *, period: Period | None = None) -> Tensor:
     """Computes the generalized IoU (GIoU) of boxes, element by element.
 
     The GIoU is the IoU minus the fraction of the smallest enclosing box that neither box covers
@@ -109,12 +153,16 @@ def generalized_iou(a: Tensor, b: Tensor) -> Tensor:
     Args:
         a: floating ``[..., 2P]``, center and size per axis.
         b: floating ``[..., 2P]`` that broadcasts with ``a``, in the same units.
+        period: ``[P]``, the size of the map along each periodic axis, infinity or None along the
+            others, see `box_period`: centers differ by the short way. None (default): no axis is
+            periodic.
 
     Returns:
         ``[...]`` in [-1, 1], at least float32.
 
     Raises:
-        ValueError: the boxes are not floating or differ in their number of axes.
+        ValueError: the boxes are not floating or differ in their number of axes, or ``period`` does
+            not have a size above 0 for each.
 
     Example:
         ```python
@@ -127,22 +175,26 @@ def generalized_iou(a: Tensor, b: Tensor) -> Tensor:
         assert generalized_iou(box, far).item() < -0.99
         ```
     """
-    overlap, coverage = _iou_and_coverage(a, b)
+    overlap, coverage = _iou_and_coverage(a, b, period)
     return overlap + coverage - 1
 
 
-def pairwise_iou(a: Tensor, b: Tensor) -> Tensor:
+def pairwise_iou(a: Tensor, b: Tensor, *, period: Period | None = None) -> Tensor:
     """Computes the `iou` of every box of ``a`` with every box of ``b``.
 
     Args:
         a: floating ``[n, 2P]``, center and size per axis.
         b: floating ``[m, 2P]``, in the same units.
+        period: ``[P]``, the size of the map along each periodic axis, infinity or None along the
+            others, see `box_period`: centers differ by the short way. None (default): no axis is
+            periodic.
 
     Returns:
         ``[n, m]`` in [0, 1], at least float32.
 
     Raises:
-        ValueError: the boxes are not floating or differ in their number of axes.
+        ValueError: the boxes are not floating or differ in their number of axes, or ``period`` does
+            not have a size above 0 for each.
 
     Example:
         ```python
@@ -153,21 +205,25 @@ def pairwise_iou(a: Tensor, b: Tensor) -> Tensor:
         assert pairwise_iou(boxes, boxes).tolist() == [[1.0, 0.0], [0.0, 1.0]]
         ```
     """
-    return iou(a[:, None], b[None])
+    return iou(*_as_pairs(a, b), period=period)
 
 
-def pairwise_generalized_iou(a: Tensor, b: Tensor) -> Tensor:
+def pairwise_generalized_iou(a: Tensor, b: Tensor, *, period: Period | None = None) -> Tensor:
     """Computes the `generalized_iou` of every box of ``a`` with every box of ``b``.
 
     Args:
         a: floating ``[n, 2P]``, center and size per axis.
         b: floating ``[m, 2P]``, in the same units.
+        period: ``[P]``, the size of the map along each periodic axis, infinity or None along the
+            others, see `box_period`: centers differ by the short way. None (default): no axis is
+            periodic.
 
     Returns:
         ``[n, m]`` in [-1, 1], at least float32.
 
     Raises:
-        ValueError: the boxes are not floating or differ in their number of axes.
+        ValueError: the boxes are not floating or differ in their number of axes, or ``period`` does
+            not have a size above 0 for each.
 
     Example:
         ```python
@@ -178,10 +234,10 @@ def pairwise_generalized_iou(a: Tensor, b: Tensor) -> Tensor:
         assert pairwise_generalized_iou(boxes, boxes).diagonal().tolist() == [1.0, 1.0]
         ```
     """
-    return generalized_iou(a[:, None], b[None])
+    return generalized_iou(*_as_pairs(a, b), period=period)
 
 
-def relative_l1(boxes: Tensor, targets: Tensor) -> Tensor:
+def relative_l1(boxes: Tensor, targets: Tensor, *, period: Period | None = None) -> Tensor:
     """Computes the mean absolute error of boxes, relative to the size of their targets.
 
     Each coordinate's error is divided by the size of the target along that axis, so small objects
@@ -189,10 +245,17 @@ def relative_l1(boxes: Tensor, targets: Tensor) -> Tensor:
 
     Args:
         boxes: floating ``[..., 2P]``, center and size per axis.
-        targets: floating ``[..., 2P]``, in the same units.
+        targets: floating ``[..., 2P]`` that broadcasts with ``boxes``, in the same units.
+        period: ``[P]``, the size of the map along each periodic axis, infinity or None along the
+            others, see `box_period`: centers differ by the short way. None (default): no axis is
+            periodic.
 
     Returns:
         ``[...]``, the mean over the 2P numbers of a box, at least float32.
+
+    Raises:
+        ValueError: the boxes are not floating or differ in their number of axes, or ``period`` does
+            not have a size above 0 for each.
 
     Example:
         ```python
@@ -204,9 +267,10 @@ def relative_l1(boxes: Tensor, targets: Tensor) -> Tensor:
         assert relative_l1(boxes, targets).item() == 1 / 4 / 4
         ```
     """
-    dtype = coordinate_dtype(torch.promote_types(boxes.dtype, targets.dtype))
-    size = targets.to(dtype).chunk(2, -1)[1]
-    return ((boxes.to(dtype) - targets).abs() / torch.cat((size, size), -1)).mean(-1)
+    boxes, targets = _as_comparable("boxes", boxes, "targets", targets)
+    (center, size), (target_center, target_size) = boxes.chunk(2, -1), targets.chunk(2, -1)
+    errors = center_offsets(center, target_center, period), size - target_size
+    return (torch.cat(errors, -1).abs() / torch.cat((target_size, target_size), -1)).mean(-1)
 
 
 def apply_deltas(boxes: Tensor, deltas: Tensor) -> Tensor:
@@ -236,26 +300,30 @@ def apply_deltas(boxes: Tensor, deltas: Tensor) -> Tensor:
         assert moved.tolist() == [[11.0, 16.0, 2.0, 4.0]]
         ```
     """
-    check_boxes("boxes", boxes)
-    check_tensor("deltas", deltas, boxes.shape, kind="floating", device=boxes.device)
+    boxes = check_boxes("boxes", boxes)
+    deltas = check_tensor("deltas", deltas, boxes.shape, kind="floating", device=boxes.device)
     center, size = boxes.chunk(2, -1)
     shift, growth = deltas.to(boxes.dtype).chunk(2, -1)
     growth = growth.clamp(-_MAX_LOG_SIZE_CHANGE, _MAX_LOG_SIZE_CHANGE)
     return torch.cat((center + shift * size, size * growth.exp()), -1)
 
 
-def encode_boxes(boxes: Tensor, targets: Tensor) -> Tensor:
+def encode_boxes(boxes: Tensor, targets: Tensor, *, period: Period | None = None) -> Tensor:
     """Computes the deltas with which `apply_deltas` turns ``boxes`` into ``targets``.
 
     Args:
         boxes: floating ``[n, 2P]``, center and size per axis.
         targets: floating ``[n, 2P]``, in the same units.
+        period: ``[P]``, the size of the map along each periodic axis, infinity or None along the
+            others, see `box_period`: centers differ by the short way. None (default): no axis is
+            periodic.
 
     Returns:
         deltas ``[n, 2P]``, first of the center, then of the size, not clamped.
 
     Raises:
-        ValueError: shapes or devices differ, or, on the CPU, a size is not positive.
+        ValueError: shapes or devices differ, ``period`` does not have a size above 0 for each
+            axis, or, on the CPU, a size is not positive.
 
     Example:
         ```python
@@ -267,20 +335,66 @@ def encode_boxes(boxes: Tensor, targets: Tensor) -> Tensor:
         torch.testing.assert_close(apply_deltas(boxes, encode_boxes(boxes, targets)), targets)
         ```
     """
-    check_boxes("boxes", boxes)
-    check_tensor("targets", targets, boxes.shape, kind="floating", device=boxes.device)
+    boxes = check_boxes("boxes", boxes)
+    targets = check_tensor("targets", targets, boxes.shape, kind="floating", device=boxes.device)
     for argument, value in {"boxes": boxes, "targets": targets}.items():
         if reads_contents(None, boxes.device):
             check_box_sizes(argument, value)
     (center, size), (target_center, target_size) = boxes.chunk(2, -1), targets.chunk(2, -1)
-    return torch.cat(((target_center - center) / size, (target_size / size).log()), -1)
+    shift = center_offsets(target_center, center, period) / size
+    return torch.cat((shift, (target_size / size).log()), -1)
 
 
-def check_boxes(argument: str, boxes: Tensor) -> None:
-    """Raises ValueError unless ``boxes`` is a floating tensor ``[..., 2P]``."""
+def center_offsets(centers: Tensor, origins: Tensor, period: Period | None) -> Tensor:
+    """``centers - origins`` ``[..., P]``, by the short way along periodic axes."""
+    offsets = centers - origins
+    if period is None:
+        return offsets
+    columns = list(offsets.unbind(-1))
+    for axis, size in enumerate(as_period(period, len(columns))):
+        if size != math.inf:
+            turns = (columns[axis].detach() / size).round()
+            columns[axis] = columns[axis] - turns * size
+    return torch.stack(columns, -1)
+
+
+def as_period(period: Any, position_dim: int) -> tuple[float, ...]:
+    """``period`` as floats, infinity for None; raises ValueError unless P sizes above 0."""
+    given = as_tensor("period", period)
+    given = given.tolist() if isinstance(given, Tensor) else given
+    if not isinstance(given, Sequence) or len(given) != position_dim:
+        refuse("period", f"a size above 0 or None for each of {position_dim} axes", period)
+    sizes = [math.inf if size is None else size for size in given]
+    if not all(isinstance(size, numbers.Real) and size > 0 for size in sizes):
+        refuse("period", f"a size above 0 or None for each of {position_dim} axes", period)
+    return tuple(map(float, sizes))
+
+
+def check_boxes(argument: str, boxes: Any, device: torch.device | None = None) -> Tensor:
+    """``boxes`` as a tensor; raises ValueError unless it is a floating ``[..., 2P]``."""
+    boxes = as_tensor(argument, boxes, device)
     is_floating = isinstance(boxes, Tensor) and boxes.is_floating_point()
     if not is_floating or not boxes.dim() or not boxes.shape[-1] or boxes.shape[-1] % 2:
         refuse(argument, "a floating tensor of shape [n, 2P]", boxes)
+    tensor: Tensor = boxes
+    return tensor
+
+
+def _as_comparable(a_name: str, a: Any, b_name: str, b: Any) -> tuple[Tensor, Tensor]:
+    """Boxes of the same number of axes, in the wider of their dtypes, at least float32."""
+    a = check_boxes(a_name, a)
+    b = check_boxes(b_name, b, a.device)
+    if a.shape[-1] != b.shape[-1] or a.device != b.device:
+        refuse(b_name, f"boxes of {a.shape[-1] // 2} axes on {a.device}", b)
+    dtype = coordinate_dtype(torch.promote_types(a.dtype, b.dtype))
+    return a.to(dtype), b.to(dtype)
+
+
+def _as_pairs(a: Any, b: Any) -> tuple[Tensor, Tensor]:
+    """``[n, 1, 2P]`` and ``[1, m, 2P]``."""
+    a = check_tensor("a", a, ("n", "2P"), kind="floating")
+    b = check_tensor("b", b, ("m", "2P"), kind="floating", device=a.device)
+    return a[:, None], b[None]
 
 
 def check_box_sizes(argument: str, boxes: Tensor) -> None:
@@ -291,21 +405,21 @@ def check_box_sizes(argument: str, boxes: Tensor) -> None:
         refuse(argument, "boxes of positive size", f"{boxes[row].tolist()} in row {row}")
 
 
-def _iou_and_coverage(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+def _iou_and_coverage(a: Any, b: Any, period: Period | None) -> tuple[Tensor, Tensor]:
     """The IoU, and the fraction of the smallest enclosing box that is covered, ``[...]`` each.
 
     Lengths are normalized by the enclosing box, axis by axis: nothing overflows for large boxes,
     and the 0 / 0 of boxes without volume is replaced by its limit.
     """
-    check_boxes("a", a)
-    check_boxes("b", b)
-    if a.shape[-1] != b.shape[-1]:
-        refuse("b", f"boxes of {a.shape[-1] // 2} axes", b)
-    dtype = coordinate_dtype(torch.promote_types(a.dtype, b.dtype))
-    (a_low, a_high), (b_low, b_high) = boxes_to_corners(a.to(dtype)), boxes_to_corners(b.to(dtype))
+    a, b = _as_comparable("a", a, "b", b)
+    (a_center, a_size), (b_center, b_size) = a.chunk(2, -1), b.chunk(2, -1)
+    # Corners relative to the center of b: those of far boxes would be rounded.
+    offset = center_offsets(a_center, b_center, period)
+    a_low, a_high = offset - a_size / 2, offset + a_size / 2
+    b_low, b_high = -b_size / 2, b_size / 2
     enclosing = torch.maximum(a_high, b_high) - torch.minimum(a_low, b_low)
     shared = (torch.minimum(a_high, b_high) - torch.maximum(a_low, b_low)).clamp(min=0)
-    one = torch.ones((), dtype=dtype, device=a.device)
+    one = torch.ones((), dtype=a.dtype, device=a.device)
     intersection, a_volume, b_volume = (
         functools.reduce(operator.mul, _safe_ratio(length, enclosing, one).unbind(-1))
         for length in (shared, a_high - a_low, b_high - b_low)

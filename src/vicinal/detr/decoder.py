@@ -3,12 +3,14 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .._utils.checks import check_counts, refuse
 from ..pyramid import FeaturePyramid
+from ..windows import wrap_positions
 from .layers import DetectionHead, run_layer
-from .structures import ObjectQueries, Predictions, check_object_queries
+from .structures import ObjectQueries, Predictions, check_boxes_on_map, check_object_queries
 
 
 class DecoderLayer(nn.Module):
@@ -60,12 +62,13 @@ class DecoderLayer(nn.Module):
         Returns:
             ``[N, E]``.
         """
+        positions, offsets, levels = queries.placement
         attended = self.cross_attention(
             self.self_attention(queries),
-            queries.positions,
-            queries.offsets,
+            positions,
+            offsets,
             pyramid,
-            query_level_indices=queries.levels,
+            query_level_indices=levels,
             plan=plan,
         )
         out: Tensor = self.feed_forward(attended)
@@ -78,7 +81,9 @@ class Decoder(nn.Module):
     As in Deformable DETR (Zhu et al., "Deformable DETR", 2021), each layer's head refines the
     boxes, the next layer attends around the refined boxes, and no gradient flows through the boxes
     from one layer to the next. Windows follow the centers of the boxes, so each layer makes a plan
-    of its own. An embedding of the size of its box is added to each query before every layer.
+    of its own. An embedding of the size of its box is added to each query before every layer. Along
+    periodic axes of the map, centers are wrapped into it before every layer, so boxes may pass the
+    seam; the self-attention measures distances within the map, not around the axis.
 
     Args:
         layers: at least one `DecoderLayer`.
@@ -131,12 +136,14 @@ class Decoder(nn.Module):
         if not layers:
             refuse("layers", "at least one", "none")
         check_counts(embed_dim=embed_dim, n_classes=n_classes, position_dim=position_dim)
-        self.embed_dim, self.position_dim = embed_dim, position_dim
+        self.embed_dim, self.position_dim = int(embed_dim), int(position_dim)
         self.layers = nn.ModuleList(layers)
         self.sizes = nn.Sequential(
-            nn.Linear(position_dim, embed_dim), nn.GELU(), nn.Linear(embed_dim, embed_dim)
+            nn.Linear(self.position_dim, self.embed_dim),
+            nn.GELU(),
+            nn.Linear(self.embed_dim, self.embed_dim),
         )
-        self.norms = nn.ModuleList(nn.LayerNorm(embed_dim) for _ in layers)
+        self.norms = nn.ModuleList(nn.LayerNorm(self.embed_dim) for _ in layers)
         self.heads = nn.ModuleList(
             DetectionHead(embed_dim, n_classes, position_dim) for _ in layers
         )
@@ -148,7 +155,8 @@ class Decoder(nn.Module):
         """Refines object queries layer by layer.
 
         Args:
-            queries: object queries of the images of the pyramid.
+            queries: object queries of the images of the pyramid. Their boxes have a dtype that
+                holds the map's cells.
             pyramid: the encoder's points, with values ``[nnz, E]``.
 
         Returns:
@@ -156,19 +164,36 @@ class Decoder(nn.Module):
             passed to each layer.
 
         Raises:
-            ValueError: queries or pyramid do not fit, or are not of the same number of images.
+            ValueError: queries or pyramid do not fit, or boxes have a dtype in which centers of the
+                map's cells do not lie in their own cells.
         """
-        check_object_queries(queries, self.embed_dim, self.position_dim)
+        queries = check_object_queries(queries, self.embed_dim, self.position_dim)
+        if not isinstance(pyramid, FeaturePyramid):
+            refuse("pyramid", "a FeaturePyramid", pyramid)
+        if pyramid.position_dim != self.position_dim:
+            refuse("pyramid", f"{self.position_dim} spatial dimensions", repr(pyramid))
+        check_boxes_on_map("queries.boxes", queries.boxes, pyramid)
         predictions, layer_queries = [], []
         for layer, norm, head in zip(self.layers, self.norms, self.heads, strict=True):
+            queries = _wrap_centers(queries, pyramid)
             # The rotary encoding covers positions only; the box's size enters by an embedding.
             size = queries.boxes[:, self.position_dim :].log2().to(queries.embeddings.dtype)
             queries = queries._replace(embeddings=queries.embeddings + self.sizes(size))
             layer_queries.append(queries)
             cross_attention: Any = layer.cross_attention
-            plan = cross_attention.make_plan(queries.positions, queries.offsets, pyramid)
+            positions, offsets, _ = queries.placement
+            plan = cross_attention.make_plan(positions, offsets, pyramid)
             embeddings = run_layer(layer, queries, pyramid, plan, checkpoint=self.checkpoint)
             logits, boxes = head(norm(embeddings), queries.boxes)
             predictions.append(Predictions(logits, boxes, queries.offsets))
             queries = queries._replace(embeddings=embeddings, boxes=boxes.detach())
         return predictions, layer_queries
+
+
+def _wrap_centers(queries: ObjectQueries, pyramid: FeaturePyramid) -> ObjectQueries:
+    """Queries whose centers lie inside the map along its periodic axes."""
+    if not pyramid.periodic_axes:
+        return queries
+    centers = wrap_positions(queries.positions, pyramid.level_shapes, pyramid.periodic_axes)
+    sizes = queries.boxes[:, pyramid.position_dim :]
+    return queries._replace(boxes=torch.cat((centers, sizes), 1))

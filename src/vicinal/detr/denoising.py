@@ -4,17 +4,27 @@ Li et al., "DN-DETR: Accelerate DETR Training by Introducing Query DeNoising", 2
 """
 
 import math
-from typing import NamedTuple
+import numbers
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .._utils.checks import check_cells, check_counts, refuse
+from .._utils.checks import as_integer, check_cells, check_counts, refuse
 from .._utils.ragged import batch_ids, rank_in_image
 from .._utils.random import uniform_from_hash
 from ..pyramid import FeaturePyramid
 from ..windows import level_scales
-from .structures import Matches, ObjectQueries, Predictions, Targets, check_targets
+from .structures import (
+    Matches,
+    ObjectQueries,
+    Predictions,
+    Targets,
+    check_boxes_on_map,
+    check_object_queries,
+    check_targets,
+    pad_offsets,
+)
 
 
 class DenoisingQueries(NamedTuple):
@@ -150,9 +160,9 @@ class DenoisingQueryGenerator(nn.Module):
         super().__init__()
         check_counts(embed_dim=embed_dim, n_classes=n_classes, n_groups=n_groups)
         check_cells("box_size", box_size)
-        self.n_classes, self.n_groups = n_classes, n_groups
+        self.n_classes, self.n_groups = int(n_classes), int(n_groups)
         self.label_noise, self.box_noise, self.box_size = label_noise, box_noise, box_size
-        self.labels = nn.Embedding(n_classes, embed_dim)
+        self.labels = nn.Embedding(self.n_classes, int(embed_dim))
 
     def forward(
         self, queries: ObjectQueries, targets: Targets, pyramid: FeaturePyramid
@@ -168,13 +178,17 @@ class DenoisingQueryGenerator(nn.Module):
             the queries of both kinds, ordered by image.
 
         Raises:
-            ValueError: targets are not valid (`check_targets`), or are on another device or not of
-                the same images as the queries.
+            ValueError: queries or targets are not valid (`check_targets`), are on another device or
+                not of the same images, or targets have a dtype that cannot hold the map's cells.
         """
+        queries = check_object_queries(queries, self.labels.embedding_dim, pyramid.position_dim)
         n_own, device = len(queries.embeddings), queries.embeddings.device
-        check_targets(targets, pyramid.position_dim, self.n_classes, len(queries.offsets) - 1)
-        if targets.boxes.device != device:
-            refuse("targets.boxes", f"boxes on {device}", targets.boxes)
+        n_images = max(pyramid.batch_size, len(queries.offsets) - 1)
+        own_offsets = pad_offsets("queries.offsets", queries.offsets, n_images)
+        targets = check_targets(
+            targets, pyramid.position_dim, self.n_classes, n_images, device=device
+        )
+        check_boxes_on_map("targets.boxes", targets.boxes, pyramid)
         noisy = make_denoising_queries(
             targets,
             self.n_groups,
@@ -184,7 +198,7 @@ class DenoisingQueryGenerator(nn.Module):
         )
         embeddings = self.labels(noisy.labels).to(queries.embeddings.dtype)
         image = torch.cat(
-            (batch_ids(queries.offsets, n_own), batch_ids(noisy.offsets, len(noisy.boxes)))
+            (batch_ids(own_offsets, n_own), batch_ids(noisy.offsets, len(noisy.boxes)))
         )
         order = torch.argsort(image, stable=True)
         groups = torch.cat((noisy.group.new_zeros(n_own), noisy.group + 1))
@@ -192,12 +206,12 @@ class DenoisingQueryGenerator(nn.Module):
             torch.cat((queries.embeddings, embeddings))[order],
             torch.cat((queries.boxes, noisy.boxes.to(queries.boxes)))[order],
             torch.cat((queries.levels, self._levels(noisy.boxes, pyramid)))[order],
-            queries.offsets + noisy.offsets,
+            own_offsets + noisy.offsets,
             groups[order],
         )
         row = torch.argsort(order)
         return QueriesWithDenoising(
-            joined, row[:n_own], queries.offsets, row[n_own:], noisy.offsets, noisy.matches()
+            joined, row[:n_own], own_offsets, row[n_own:], noisy.offsets, noisy.matches()
         )
 
     def _levels(self, boxes: Tensor, pyramid: FeaturePyramid) -> Tensor:
@@ -248,8 +262,9 @@ def make_denoising_queries(
         assert (queries.boxes[:, :2] - 5).abs().max() <= 1
         ```
     """
-    _check_noise(targets, n_groups, label_noise, box_noise, n_classes)
-    boxes, labels, offsets = targets.boxes, targets.labels.long(), targets.offsets.long()
+    _check_noise(n_groups, label_noise, box_noise, n_classes)
+    boxes, labels, offsets = check_targets(targets, None, n_classes, None)
+    n_groups, n_classes = int(n_groups), int(n_classes)
     device, n_rows = boxes.device, n_groups * len(labels)
     seed_device = device if generator is None else generator.device
 
@@ -279,20 +294,29 @@ def _uniform_noise(seed: Tensor, boxes: Tensor, labels: Tensor, group: Tensor) -
     Noise is a hash of the seed, the object and its group. So processes that share a batch and draw
     the same seed generate the same noise as a single process.
     """
-    box_bits = boxes.float().view(torch.int32).long()
     columns = torch.arange(boxes.shape[1] + 2, device=boxes.device)
-    key = (*box_bits.unbind(1), labels, group)
+    key = (*_box_bits(boxes), labels, group)
     return uniform_from_hash(seed, [*(number[:, None] for number in key), columns])
 
 
-def _check_noise(
-    targets: Targets, n_groups: int, label_noise: float, box_noise: float, n_classes: int
-) -> None:
+def _box_bits(boxes: Tensor) -> tuple[Tensor, ...]:
+    """All bits of the numbers of every box, 32 each in tensors ``[D]``."""
+    if boxes.dtype != torch.float64:
+        return boxes.float().view(torch.int32).long().unbind(1)
+    bits = boxes.contiguous().view(torch.int64)
+    return (*bits.unbind(1), *(bits >> 32).unbind(1))
+
+
+def _check_noise(n_groups: Any, label_noise: Any, box_noise: Any, n_classes: Any) -> None:
     for name, number, least in (("n_groups", n_groups, 0), ("n_classes", n_classes, 1)):
-        if not isinstance(number, int) or number < least:
+        count = as_integer(number)
+        if count is None or count < least:
             refuse(name, f"an integer of at least {least}", number)
-    if not isinstance(label_noise, int | float) or not 0 <= label_noise <= 1:
+    if not _is_real(label_noise) or not 0 <= label_noise <= 1:
         refuse("label_noise", "a rate in [0, 1]", label_noise)
-    if not isinstance(box_noise, int | float) or not 0 <= box_noise < 1:
+    if not _is_real(box_noise) or not 0 <= box_noise < 1:
         refuse("box_noise", "a rate in [0, 1)", box_noise)
-    check_targets(targets, None, n_classes, None)
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)

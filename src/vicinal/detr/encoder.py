@@ -1,11 +1,14 @@
 """The encoder of a DETR on sparse data: every point of the pyramid is a query."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .._utils.checks import check_counts, check_tensor, refuse
+from ..plan import QueryPlacement
 from ..pyramid import FeaturePyramid
 from .layers import run_layer
 
@@ -106,28 +109,40 @@ class Encoder(nn.Module):
             refuse("layers", "at least one", "none")
         check_counts(embed_dim=embed_dim)
         self.layers = nn.ModuleList(layers)
-        self.norm = nn.LayerNorm(embed_dim)
+        self.norm = nn.LayerNorm(int(embed_dim))
         self.checkpoint = checkpoint
 
     def forward(self, pyramid: FeaturePyramid) -> FeaturePyramid:
-        """Encodes a pyramid. On a GPU this synchronizes, to check that points are sorted by image.
+        """Encodes a pyramid. On a GPU this synchronizes, to see whether points are sorted by image.
 
         Args:
-            pyramid: points with values ``[nnz, E]``, sorted by image.
+            pyramid: points with values ``[nnz, E]``, in any order.
 
         Returns:
-            the same points with new values ``[nnz, E]``.
+            the same points, in the same order, with new values ``[nnz, E]``.
 
         Raises:
-            ValueError: the values have another width, points are not sorted by image, or the
-                attention refuses its arguments.
+            ValueError: the values have another width, or the attention refuses its arguments.
         """
         if not isinstance(pyramid, FeaturePyramid):
             refuse("pyramid", "a FeaturePyramid", pyramid)
         width = self.norm.normalized_shape[0]
         check_tensor("pyramid.values", pyramid.values, ("nnz", width), kind="floating")
-        positions = pyramid.positions(pyramid.values.dtype)
-        offsets = pyramid.batch_offsets()
+        if (pyramid.batch[1:] >= pyramid.batch[:-1]).all():
+            return pyramid.with_values(self._encode(pyramid))
+        order = torch.argsort(pyramid.batch, stable=True)
+        sorted_points = dataclasses.replace(
+            pyramid,
+            values=pyramid.values[order],
+            coordinates=pyramid.coordinates[order],
+            point_rows=None,
+            check_contents=False,
+        )
+        return pyramid.with_values(self._encode(sorted_points)[torch.argsort(order)])
+
+    def _encode(self, pyramid: FeaturePyramid) -> Tensor:
+        """The new values of points that are sorted by image."""
+        positions, offsets, _ = QueryPlacement.of_points(pyramid)
         attention: Any = self.layers[0].attention
         plan = attention.make_plan(positions, offsets, pyramid)
         values = pyramid.values
@@ -135,4 +150,5 @@ class Encoder(nn.Module):
             values = run_layer(
                 layer, values, pyramid, positions, offsets, plan, checkpoint=self.checkpoint
             )
-        return pyramid.with_values(self.norm(values))
+        encoded: Tensor = self.norm(values)
+        return encoded

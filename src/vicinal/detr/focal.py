@@ -1,7 +1,9 @@
 """Focal losses from logits, and the weights that the matching cost and the loss share."""
 
 import math
+import numbers
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,7 +48,8 @@ class LossWeights:
         for field in fields(LossWeights):
             value = getattr(self, field.name)
             largest = 1.0 if field.name == "alpha" else math.inf
-            if not isinstance(value, int | float) or not 0 <= value <= largest or value == math.inf:
+            is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+            if not is_number or not 0 <= value <= largest or value == math.inf:
                 refuse(field.name, f"a finite number in [0, {largest}]", value)
 
 
@@ -82,6 +85,7 @@ def sigmoid_focal_loss(
         assert loss[0] < loss[1]
         ```
     """
+    logits, labels = _check_labels(logits, labels)
     is_label = _one_hot(logits, labels)
     positive, negative = focal_terms(logits, alpha, gamma)
     return torch.where(is_label, positive, negative).sum(1)
@@ -121,8 +125,9 @@ def varifocal_loss(
         assert loss.shape == (2,)
         ```
     """
+    logits, labels = _check_labels(logits, labels)
     is_label = _one_hot(logits, labels)
-    check_tensor("quality", quality, labels.shape, kind="floating", device=logits.device)
+    quality = check_tensor("quality", quality, labels.shape, kind="floating", device=logits.device)
     _, negative = focal_terms(logits, alpha, gamma)
     logits = logits.to(negative.dtype)
     score = quality.to(negative.dtype)[:, None]
@@ -145,14 +150,19 @@ def focal_terms(logits: Tensor, alpha: float, gamma: float) -> tuple[Tensor, Ten
     )
 
 
-def _one_hot(logits: Tensor, labels: Tensor) -> Tensor:
-    """Bool ``[N, C]``: whether a column is its row's label."""
-    check_tensor("logits", logits, ("N", "C"), kind="floating")
-    check_tensor("labels", labels, logits.shape[:1], kind="integer", device=logits.device)
-    n_classes = logits.shape[1]
+def _check_labels(logits: Any, labels: Any) -> tuple[Tensor, Tensor]:
+    """Both as tensors; raises ValueError unless they are logits and labels of the same rows."""
+    logits = check_tensor("logits", logits, ("N", "C"), kind="floating")
+    shape, n_classes = logits.shape[:1], logits.shape[1]
+    labels = check_tensor("labels", labels, shape, kind="integer", device=logits.device)
     if reads_contents(None, logits.device):
         invalid = (labels < -1) | (labels >= n_classes)
         if invalid.any():
             span = f"labels from {int(labels.min())} to {int(labels.max())}"
             refuse("labels", f"classes in [0, {n_classes}), or -1", span)
-    return labels[:, None] == torch.arange(n_classes, device=logits.device)
+    return logits, labels
+
+
+def _one_hot(logits: Tensor, labels: Tensor) -> Tensor:
+    """Bool ``[N, C]``: whether a column is its row's label."""
+    return labels[:, None] == torch.arange(logits.shape[1], device=logits.device)

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint as checkpointed
 from .._utils.checks import check_counts, check_dropout, check_tensor, refuse
 from .._utils.ragged import batch_ids, rank_in_image
 from ..nn._base import check_sizes
+from ..nn.initialized import BiasedLinear, reset_children
 from ..nn.rotary import RotaryEncoding
 from ..windows import coordinate_dtype
 from .boxes import apply_deltas
@@ -53,9 +54,11 @@ class FeedForward(nn.Module):
         norm_first: bool = True,
     ) -> None:
         super().__init__()
+        check_counts(embed_dim=embed_dim)
         hidden_dim = 4 * embed_dim if hidden_dim is None else hidden_dim
-        check_counts(embed_dim=embed_dim, hidden_dim=hidden_dim)
+        check_counts(hidden_dim=hidden_dim)
         check_dropout("dropout", dropout)
+        embed_dim, hidden_dim = int(embed_dim), int(hidden_dim)
         self.embed_dim, self.norm_first = embed_dim, norm_first
         self.norm = nn.LayerNorm(embed_dim)
         self.layers = nn.Sequential(
@@ -78,7 +81,7 @@ class FeedForward(nn.Module):
         Raises:
             ValueError: ``x`` has another shape.
         """
-        check_tensor("x", x, ("n", self.embed_dim), kind="floating")
+        x = check_tensor("x", x, ("n", self.embed_dim), kind="floating")
         if self.norm_first:
             return x + self.layers(self.norm(x))  # type: ignore[no-any-return]
         return self.norm(x + self.layers(x))  # type: ignore[no-any-return]
@@ -114,27 +117,22 @@ class DetectionHead(nn.Module):
     def __init__(self, embed_dim: int, n_classes: int, position_dim: int = 2) -> None:
         super().__init__()
         check_counts(embed_dim=embed_dim, n_classes=n_classes, position_dim=position_dim)
+        embed_dim, n_classes, position_dim = int(embed_dim), int(n_classes), int(position_dim)
         self.embed_dim, self.position_dim = embed_dim, position_dim
-        self.classes = nn.Linear(embed_dim, n_classes)
+        initial_logit = -math.log((1 - _INITIAL_SCORE) / _INITIAL_SCORE)
+        self.classes = BiasedLinear(embed_dim, n_classes, initial_bias=initial_logit)
         self.box = nn.Sequential(
             nn.Linear(embed_dim, embed_dim),
             nn.GELU(),
             nn.Linear(embed_dim, embed_dim),
             nn.GELU(),
-            nn.Linear(embed_dim, 2 * position_dim),
+            BiasedLinear(embed_dim, 2 * position_dim, zero_weights=True),
         )
-        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Reinitializes all parameters."""
-        for part in (self.classes, *self.box):
-            if isinstance(part, nn.Linear):
-                part.reset_parameters()
-        nn.init.constant_(self.classes.bias, -math.log((1 - _INITIAL_SCORE) / _INITIAL_SCORE))
-        last = self.box[-1]
-        assert isinstance(last, nn.Linear)
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
+        self.classes.reset_parameters()
+        reset_children(self.box)
 
     def forward(self, embeddings: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
         """Predicts logits and boxes.
@@ -149,9 +147,9 @@ class DetectionHead(nn.Module):
         Raises:
             ValueError: shapes, dtypes or devices do not match.
         """
-        check_tensor("embeddings", embeddings, ("n", self.embed_dim), kind="floating")
+        embeddings = check_tensor("embeddings", embeddings, ("n", self.embed_dim), kind="floating")
         shape = (len(embeddings), 2 * self.position_dim)
-        check_tensor("boxes", boxes, shape, kind="floating", device=embeddings.device)
+        boxes = check_tensor("boxes", boxes, shape, kind="floating", device=embeddings.device)
         logits: Tensor = self.classes(embeddings)
         return logits, apply_deltas(boxes, self.box(embeddings))
 
@@ -206,6 +204,7 @@ class QuerySelfAttention(nn.Module):
         if embed_dim % (2 * n_heads):
             refuse("embed_dim", f"an even multiple of n_heads ({n_heads})", embed_dim)
         check_dropout("dropout", dropout)
+        embed_dim, n_heads, position_dim = int(embed_dim), int(n_heads), int(position_dim)
         self.embed_dim, self.n_heads = embed_dim, n_heads
         self.position_dim, self.norm_first = position_dim, norm_first
         self.norm = nn.LayerNorm(embed_dim)
@@ -228,7 +227,7 @@ class QuerySelfAttention(nn.Module):
         Raises:
             ValueError: shapes, dtypes or devices of the queries do not match.
         """
-        check_object_queries(queries, self.embed_dim, self.position_dim)
+        queries = check_object_queries(queries, self.embed_dim, self.position_dim)
         x = self.norm(queries.embeddings) if self.norm_first else queries.embeddings
         q, k, v = self.in_proj(x).unflatten(-1, (3, self.n_heads, -1)).unbind(1)
         coordinates = torch.cat((queries.positions, queries.levels[:, None]), 1)

@@ -1,18 +1,25 @@
 """The training loss of a detector: classes, distance and overlap of matched predictions."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
 from .._utils.checks import check_range, check_tensor, reads_contents, refuse
-from .boxes import generalized_iou, iou, relative_l1
+from .boxes import Period, box_period, generalized_iou, iou, relative_l1
 from .detector import DetectorOutput
 from .focal import LossWeights, sigmoid_focal_loss, varifocal_loss
 from .matching import HungarianMatcher, assign_points_to_boxes
-from .structures import Matches, Predictions, Targets, check_predictions_and_targets
+from .structures import (
+    Matches,
+    Predictions,
+    Targets,
+    check_boxes_on_map,
+    check_predictions_and_targets,
+    check_targets,
+)
 
 
 class LossTerms(NamedTuple):
@@ -81,6 +88,8 @@ class DetectionLoss(LossWeights):
         targets: Targets,
         matches: Matches,
         n_objects: Tensor | float,
+        *,
+        period: Period | None = None,
     ) -> LossTerms:
         """Computes the loss of predictions that are matched to objects.
 
@@ -90,6 +99,9 @@ class DetectionLoss(LossWeights):
             matches: from `HungarianMatcher`, or from `Matches.from_assignment` for one-to-many
                 supervision; each prediction occurs at most once.
             n_objects: the divisor of all sums, see `mean_object_count`.
+            period: ``[P]``, the size of the map along each periodic axis, infinity or None along
+                the others, see `box_period`: centers differ by the short way. None (default): no
+                axis is periodic.
 
         Returns:
             weighted scalars.
@@ -98,15 +110,18 @@ class DetectionLoss(LossWeights):
             ValueError: predictions or targets are not valid (`check_predictions`,
                 `check_targets`) or not of the same images, or matches are out of range.
         """
-        check_predictions_and_targets(predictions, targets)
-        _check_matches(matches, predictions, targets)
+        predictions, targets = check_predictions_and_targets(predictions, targets)
+        matches = _check_matches(matches, predictions, targets)
         boxes = predictions.boxes[matches.prediction]
         target_boxes = targets.boxes[matches.target]
-        classes = self._class_loss(predictions.logits, targets.labels, matches, boxes, target_boxes)
+        overlap = iou(boxes.detach(), target_boxes, period=period) if self.quality else None
+        classes = self._class_loss(predictions.logits, targets.labels, matches, overlap)
+        l1 = relative_l1(boxes, target_boxes, period=period)
+        giou = generalized_iou(boxes, target_boxes, period=period)
         return LossTerms(
             self.class_weight * classes.sum() / n_objects,
-            self.l1_weight * relative_l1(boxes, target_boxes).sum() / n_objects,
-            self.giou_weight * (1 - generalized_iou(boxes, target_boxes)).sum() / n_objects,
+            self.l1_weight * l1.sum() / n_objects,
+            self.giou_weight * (1 - giou).sum() / n_objects,
         )
 
     def _class_loss(
@@ -114,15 +129,13 @@ class DetectionLoss(LossWeights):
         logits: Tensor,
         target_labels: Tensor,
         matches: Matches,
-        boxes: Tensor,
-        target_boxes: Tensor,
+        overlap: Tensor | None,
     ) -> Tensor:
-        """``[N]``, the loss of every prediction's logits; boxes are those of the matches."""
+        """``[N]``, the loss of every prediction's logits; ``overlap`` is the quality of matches."""
         labels = torch.full(logits.shape[:1], -1, device=logits.device)
-        labels[matches.prediction] = target_labels[matches.target].long()
-        if not self.quality:
+        labels[matches.prediction] = target_labels[matches.target]
+        if overlap is None:
             return sigmoid_focal_loss(logits, labels, self.alpha, self.gamma)
-        overlap = iou(boxes.detach(), target_boxes)
         quality = overlap.new_zeros(len(logits)).index_copy(0, matches.prediction, overlap)
         return varifocal_loss(logits, labels, quality, self.alpha, self.gamma)
 
@@ -187,32 +200,44 @@ class SetCriterion(nn.Module):
 
         Args:
             output: of a `Detector`.
-            targets: the objects of the same images, in the same units.
+            targets: the objects of the same images, in the same units. On a map with periodic
+                axes their boxes may pass the seam.
 
         Returns:
             weighted scalars by name: ``"candidates ..."``, ``"layer i ..."`` and, with denoising
             queries, ``"denoising i ..."``, each for ``classes``, ``l1`` and ``giou``.
 
         Raises:
-            ValueError: targets are not valid (`check_targets`) or not of the same images, or
-                predictions are not finite.
+            ValueError: targets are not valid (`check_targets`), not of the same images or in a
+                dtype that cannot hold the map's cells, or predictions are not finite.
         """
         if not isinstance(output, DetectorOutput):
             refuse("output", "a DetectorOutput", output)
         candidates, device = output.selection.candidates, output.layers[0].logits.device
-        assignment = assign_points_to_boxes(output.selection.positions, candidates.offsets, targets)
+        targets = check_targets(targets, None, None, len(candidates.offsets) - 1, device=device)
+        check_boxes_on_map("targets.boxes", targets.boxes, output.pyramid)
+        period = box_period(output.pyramid)
+        assignment = assign_points_to_boxes(
+            output.selection.positions, candidates.offsets, targets, period=period
+        )
         inside = Matches.from_assignment(assignment)
         n_objects = mean_object_count(len(targets.labels), device)
         n_inside = mean_object_count(len(inside.prediction), device)
-        terms = {"candidates": self.candidate_loss(candidates, targets, inside, n_inside)}
+        terms = {
+            "candidates": self.candidate_loss(candidates, targets, inside, n_inside, period=period)
+        }
         for index, predictions in enumerate(output.layers):
-            matches = self.matcher(predictions, targets)
-            terms[f"layer {index}"] = self.loss(predictions, targets, matches, n_objects)
+            matches = self.matcher(predictions, targets, period=period)
+            terms[f"layer {index}"] = self.loss(
+                predictions, targets, matches, n_objects, period=period
+            )
         if output.denoising is not None:
             layers, matches = output.denoising
             n_noisy = mean_object_count(len(matches.target), device)
             for index, predictions in enumerate(layers):
-                terms[f"denoising {index}"] = self.loss(predictions, targets, matches, n_noisy)
+                terms[f"denoising {index}"] = self.loss(
+                    predictions, targets, matches, n_noisy, period=period
+                )
         return {
             f"{stage} {name}": value
             for stage, losses in terms.items()
@@ -272,13 +297,18 @@ def mean_object_count(n: Tensor | int, device: torch.device) -> Tensor:
     return count.clamp(min=1) / dist.get_world_size()
 
 
-def _check_matches(matches: Matches, predictions: Predictions, targets: Targets) -> None:
+def _check_matches(matches: Any, predictions: Predictions, targets: Targets) -> Matches:
+    """``matches`` as int64 tensors; raises ValueError unless they are rows of both."""
     if not isinstance(matches, Matches):
         refuse("matches", "Matches", matches)
-    n_rows = {"prediction": len(predictions.logits), "target": len(targets.labels)}
     device = predictions.logits.device
-    for (name, n), indices in zip(n_rows.items(), matches, strict=True):
-        shape: list[int | str] = ["K"] if name == "prediction" else [len(matches.prediction)]
-        check_tensor(f"matches.{name}", indices, shape, kind="integer", device=device)
-        if reads_contents(None, device):
-            check_range(f"matches.{name}", indices, n)
+    prediction = check_tensor(
+        "matches.prediction", matches.prediction, ("K",), kind="integer", device=device
+    ).long()
+    target = check_tensor(
+        "matches.target", matches.target, prediction.shape, kind="integer", device=device
+    ).long()
+    if reads_contents(None, device):
+        check_range("matches.prediction", prediction, len(predictions.logits))
+        check_range("matches.target", target, len(targets.labels))
+    return Matches(prediction, target)

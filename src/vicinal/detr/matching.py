@@ -11,7 +11,7 @@ from torch import Tensor
 from .._utils.checks import check_finite, check_offsets, check_tensor, reads_contents, refuse
 from .._utils.ragged import expand_ranges
 from ..windows import coordinate_dtype
-from .boxes import boxes_to_corners, generalized_iou, relative_l1
+from .boxes import Period, boxes_to_corners, center_offsets, generalized_iou, relative_l1
 from .focal import LossWeights, focal_terms
 from .structures import (
     Matches,
@@ -56,7 +56,9 @@ class HungarianMatcher(LossWeights):
     """
 
     @torch.no_grad()
-    def __call__(self, predictions: Predictions, targets: Targets) -> Matches:
+    def __call__(
+        self, predictions: Predictions, targets: Targets, *, period: Period | None = None
+    ) -> Matches:
         """Matches the objects of every image.
 
         An image with fewer predictions than objects has as many matches as predictions. Costs of
@@ -65,6 +67,9 @@ class HungarianMatcher(LossWeights):
         Args:
             predictions: of all images.
             targets: the objects of the same images.
+            period: ``[P]``, the size of the map along each periodic axis, infinity or None along
+                the others, see `box_period`: centers differ by the short way. None (default): no
+                axis is periodic.
 
         Returns:
             pairs, image by image, on the device of the predictions.
@@ -74,12 +79,12 @@ class HungarianMatcher(LossWeights):
                 `check_targets`) or not of the same images, or costs overflow.
             ImportError: SciPy is not installed.
         """
-        check_predictions_and_targets(predictions, targets)
+        predictions, targets = check_predictions_and_targets(predictions, targets)
         solve = _linear_sum_assignment()
         device = predictions.logits.device
         offsets = torch.stack((predictions.offsets, targets.offsets)).tolist()
         prediction, target = _pairs_within_images(offsets[0], offsets[1], device)
-        costs = self._costs(predictions, targets, prediction, target).cpu()
+        costs = self._costs(predictions, targets, prediction, target, period).cpu()
         if not torch.isfinite(costs).all():
             check_predictions(predictions, check_contents=True)
             refuse("predictions", "boxes near enough for finite costs", "costs that overflow")
@@ -99,7 +104,12 @@ class HungarianMatcher(LossWeights):
         return Matches(*torch.cat(pairs, 1).to(device))
 
     def _costs(
-        self, predictions: Predictions, targets: Targets, prediction: Tensor, target: Tensor
+        self,
+        predictions: Predictions,
+        targets: Targets,
+        prediction: Tensor,
+        target: Tensor,
+        period: Period | None,
     ) -> Tensor:
         """``[K]``: the cost of every pair of a row ``prediction`` and a row ``target``."""
         logits = predictions.logits[prediction, targets.labels[target]]
@@ -107,12 +117,14 @@ class HungarianMatcher(LossWeights):
         boxes, target_boxes = predictions.boxes[prediction], targets.boxes[target]
         return (
             self.class_weight * (positive - negative)
-            + self.l1_weight * relative_l1(boxes, target_boxes)
-            - self.giou_weight * generalized_iou(boxes, target_boxes)
+            + self.l1_weight * relative_l1(boxes, target_boxes, period=period)
+            - self.giou_weight * generalized_iou(boxes, target_boxes, period=period)
         )
 
 
-def assign_points_to_boxes(positions: Tensor, offsets: Tensor, targets: Targets) -> Tensor:
+def assign_points_to_boxes(
+    positions: Tensor, offsets: Tensor, targets: Targets, *, period: Period | None = None
+) -> Tensor:
     """Assigns every point to the smallest object of its image whose box contains it.
 
     One-to-many supervision for dense predictions, as in FCOS (Tian et al., 2019). Points on the
@@ -122,6 +134,9 @@ def assign_points_to_boxes(positions: Tensor, offsets: Tensor, targets: Targets)
         positions: floating ``[n, P]``, in cells of the full shape.
         offsets: integer ``[B + 1]``: image ``b`` owns the points ``offsets[b]:offsets[b + 1]``.
         targets: the objects of the same images.
+        period: ``[P]``, the size of the map along each periodic axis, infinity or None along the
+            others, see `box_period`: centers differ by the short way. None (default): no axis
+            is periodic.
 
     Returns:
         int64 ``[n]``, rows of ``targets``, -1 for points outside all boxes.
@@ -142,9 +157,11 @@ def assign_points_to_boxes(positions: Tensor, offsets: Tensor, targets: Targets)
         assert assign_points_to_boxes(points, torch.tensor([0, 2]), targets).tolist() == [0, -1]
         ```
     """
-    _check_points(positions, offsets, targets)
+    positions, offsets, targets = _check_points(positions, offsets, targets)
     n, device = len(positions), positions.device
-    low, high = boxes_to_corners(targets.boxes.to(coordinate_dtype(targets.boxes.dtype)))
+    boxes = targets.boxes.to(coordinate_dtype(targets.boxes.dtype))
+    low, high = boxes_to_corners(boxes)
+    center = boxes[:, : positions.shape[1]]
     order = torch.argsort((high - low).log().sum(1), stable=True)
     # Comparisons run fastest over contiguous points, and ranks as int32: axes and objects first.
     n_targets, points = len(order), positions.t().contiguous()[:, None]  # [P, 1, n]
@@ -156,19 +173,34 @@ def assign_points_to_boxes(positions: Tensor, offsets: Tensor, targets: Targets)
     for own, objects in _slices_per_image(*torch.stack((offsets, targets.offsets)).tolist()):
         if objects.stop > objects.start:
             position = points[..., own]
+            if period is not None:
+                position = _near(position, center[objects], period)
             inside = ((low[:, objects] <= position) & (position <= high[:, objects])).all(0)
             smallest[own] = torch.where(inside, rank[objects], n_targets).amin(0)
     return torch.cat((order, order.new_full((1,), -1)))[smallest]
 
 
-def _check_points(positions: Tensor, offsets: Tensor, targets: Targets) -> None:
-    check_tensor("positions", positions, ("n", "P"), kind="floating")
+def _near(positions: Tensor, centers: Tensor, period: Period) -> Tensor:
+    """``[P, m, n]``: ``positions`` ``[P, 1, n]`` by the short way from each of ``centers``
+    ``[m, P]``.
+    """
+    centers = centers[None]  # [1, m, P]
+    offsets = center_offsets(positions.permute(2, 1, 0), centers, period)
+    return (centers + offsets).permute(2, 1, 0)
+
+
+def _check_points(
+    positions: Tensor, offsets: Tensor, targets: Targets
+) -> tuple[Tensor, Tensor, Targets]:
+    positions = check_tensor("positions", positions, ("n", "P"), kind="floating")
     n, position_dim = positions.shape
-    check_tensor("offsets", offsets, ("B + 1",), kind="integer", device=positions.device)
-    check_targets(targets, position_dim, None, len(offsets) - 1)
-    if reads_contents(None, positions.device):
+    device = positions.device
+    offsets = check_tensor("offsets", offsets, ("B + 1",), kind="integer", device=device).long()
+    targets = check_targets(targets, position_dim, None, len(offsets) - 1, device=device)
+    if reads_contents(None, device):
         check_offsets("offsets", offsets, n)
         check_finite("positions", positions)
+    return positions, offsets, targets
 
 
 def _slices_per_image(

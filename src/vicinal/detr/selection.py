@@ -6,8 +6,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .._utils.checks import as_integer, check_cells, check_counts, check_tensor, refuse
+from .._utils.checks import (
+    as_integers,
+    as_tensor,
+    check_cells,
+    check_counts,
+    check_tensor,
+    refuse,
+)
 from .._utils.constants import constant
+from .._utils.ragged import offsets_from_ids
 from ..pyramid import FeaturePyramid
 from ..windows import level_scales
 from .layers import DetectionHead
@@ -21,7 +29,7 @@ class QuerySelectionOutput(NamedTuple):
         queries: the object queries, N of them, by image and then by descending score.
         candidates: predictions at all n points of the levels that queries are selected from.
         positions: floating ``[n, P]``, the positions of these points, in cells of the full shape.
-        points: int64 ``[n]``, the rows of these points in the pyramid.
+        points: int64 ``[n]``, the rows of these points in the pyramid, by image.
         chosen: int64 ``[N]``, the candidate that each query was made from.
 
     Example:
@@ -90,13 +98,11 @@ class QuerySelection(nn.Module):
         super().__init__()
         check_counts(n_queries=n_queries)
         check_cells("box_size", box_size)
-        if levels is not None and not (levels and all(map(_is_level, levels))):
-            refuse("levels", "at least one level, none below 0", str(list(levels)))
-        self.n_queries, self.box_size = n_queries, box_size
-        self.levels = None if levels is None else tuple(levels)
+        self.n_queries, self.box_size = int(n_queries), box_size
+        self.levels = None if levels is None else _as_levels(levels)
         self.head = DetectionHead(embed_dim, n_classes, position_dim)
-        self.project = nn.Linear(embed_dim, embed_dim)
-        self.norm = nn.LayerNorm(embed_dim)
+        self.project = nn.Linear(int(embed_dim), int(embed_dim))
+        self.norm = nn.LayerNorm(int(embed_dim))
 
     def forward(self, pyramid: FeaturePyramid) -> QuerySelectionOutput:
         """Selects object queries.
@@ -104,17 +110,16 @@ class QuerySelection(nn.Module):
         On a GPU this synchronizes, since the number of candidates depends on contents.
 
         Args:
-            pyramid: points with values ``[nnz, E]``, sorted by image.
+            pyramid: points with values ``[nnz, E]``, in any order.
 
         Returns:
             the queries, whose boxes carry no gradient, and the candidates.
 
         Raises:
-            ValueError: the pyramid has another width or number of dimensions, lacks one of
-                ``levels``, or its points are not sorted by image.
+            ValueError: the pyramid has another width or number of dimensions, or lacks one of
+                ``levels``.
         """
         self._check(pyramid)
-        first_points = pyramid.batch_offsets()
         points = self._candidate_points(pyramid)
         embeddings = pyramid.values[points]
         dtype = pyramid.values.dtype
@@ -132,8 +137,7 @@ class QuerySelection(nn.Module):
             levels[chosen],
             offsets,
         )
-        # Points ascend, so the candidates before an image's first point are of earlier images.
-        candidates = Predictions(logits, boxes, torch.searchsorted(points, first_points))
+        candidates = Predictions(logits, boxes, offsets_from_ids(image, pyramid.batch_size))
         return QuerySelectionOutput(queries, candidates, positions, points, chosen)
 
     def _check(self, pyramid: FeaturePyramid) -> None:
@@ -147,13 +151,17 @@ class QuerySelection(nn.Module):
             refuse("pyramid", f"levels {list(self.levels)}", repr(pyramid))
 
     def _candidate_points(self, pyramid: FeaturePyramid) -> Tensor:
-        """int64 ``[n]``: the points of the levels that queries are selected from, ascending."""
+        """int64 ``[n]``: the points of the levels that queries are selected from, by image."""
         if self.levels is None:
-            return torch.arange(len(pyramid), device=pyramid.values.device)
+            return torch.argsort(pyramid.batch, stable=True)
         wanted = constant(self.levels, pyramid.values.device)
-        return torch.isin(pyramid.levels, wanted).nonzero().flatten()
+        points = torch.isin(pyramid.levels, wanted).nonzero().flatten()
+        return points[torch.argsort(pyramid.batch[points], stable=True)]
 
 
-def _is_level(level: Any) -> bool:
-    index = as_integer(level)
-    return index is not None and index >= 0
+def _as_levels(levels: Any) -> tuple[int, ...]:
+    given = as_tensor("levels", levels)
+    indices = as_integers(given.tolist() if isinstance(given, Tensor) else given)
+    if not indices or min(indices) < 0:
+        refuse("levels", "at least one level, none below 0", levels)
+    return indices

@@ -1,16 +1,27 @@
 """The stem: from points with raw values to a pyramid of embeddings, without convolutions."""
 
+import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .._utils.checks import check_counts, check_tensor, refuse
+from .._utils.checks import (
+    as_integers,
+    as_spatial_shape,
+    as_tensor,
+    check_counts,
+    check_tensor,
+    refuse,
+)
 from .._utils.constants import constant
 from .._utils.ragged import offsets_from_ids
+from .._utils.strides import Strides, as_strides
 from ..backends.reference import list_pairs
 from ..plan import plan_neighborhoods
 from ..pyramid import FeaturePyramid
+from ..windows import coordinate_dtype
 
 
 class PointStem(nn.Module):
@@ -26,9 +37,11 @@ class PointStem(nn.Module):
     Args:
         in_channels: number of channels of the raw values.
         embed_dim: width of the embeddings, E.
-        strides: strides of the pyramid's levels, in cells of the grid; default (1, 2, 4, 8).
+        strides: strides of the pyramid's levels, in cells of the grid: one int or P ints per level;
+            default (1, 2, 4, 8).
         window_sizes: odd width of each window, in cells of its stride; default (7, 7).
-        window_strides: stride of each window's cells; the first is 1. Default (1, 2).
+        window_strides: stride of each window's cells, one int or P ints each; the first is 1.
+            Default (1, 2).
         position_dim: number of spatial dimensions, P; default 2.
 
     Raises:
@@ -52,20 +65,21 @@ class PointStem(nn.Module):
         self,
         in_channels: int,
         embed_dim: int,
-        strides: Sequence[int] = (1, 2, 4, 8),
+        strides: Any = (1, 2, 4, 8),
         window_sizes: Sequence[int] = (7, 7),
-        window_strides: Sequence[int] = (1, 2),
+        window_strides: Any = (1, 2),
         position_dim: int = 2,
     ) -> None:
         super().__init__()
         check_counts(in_channels=in_channels, embed_dim=embed_dim, position_dim=position_dim)
-        _check_windows(strides, window_sizes, window_strides)
-        self.in_channels, self.position_dim = in_channels, position_dim
-        self.strides, self.window_strides = tuple(strides), tuple(window_strides)
-        self.window_sizes = tuple(window_sizes)
-        n_cells = sum(size**position_dim for size in self.window_sizes)
+        in_channels, embed_dim = int(in_channels), int(embed_dim)
+        self.in_channels, self.position_dim = in_channels, int(position_dim)
+        self.strides = as_strides(strides, self.position_dim)
+        self.window_strides = _as_window_strides(window_strides, self.position_dim)
+        self.window_sizes = _as_window_sizes(window_sizes, len(self.window_strides))
+        n_cells = sum(size**self.position_dim for size in self.window_sizes)
         # Each cell has its values and a flag for whether it is stored.
-        n_features = n_cells * (in_channels + 1) + position_dim * len(self.strides)
+        n_features = n_cells * (in_channels + 1) + self.position_dim * len(self.strides)
         self.layers = nn.Sequential(
             nn.Linear(n_features, embed_dim),
             nn.GELU(),
@@ -76,7 +90,16 @@ class PointStem(nn.Module):
         self.norm = nn.LayerNorm(embed_dim)
 
     def forward(
-        self, coordinates: Tensor, values: Tensor, spatial_shape: Sequence[int], batch_size: int
+        self,
+        coordinates: Tensor,
+        values: Tensor,
+        spatial_shape: Sequence[int],
+        batch_size: int,
+        *,
+        periodic_axes: Sequence[int] = (),
+        origin: Sequence[float] | None = None,
+        cell_size: Sequence[float] | None = None,
+        keep_point_rows: bool = False,
     ) -> FeaturePyramid:
         """Builds a pyramid from points.
 
@@ -84,29 +107,53 @@ class PointStem(nn.Module):
             coordinates: integer ``[n, P + 1]``: image, then the cell along each axis of the grid.
                 Values of points that share a cell are averaged.
             values: floating ``[n, in_channels]``.
-            spatial_shape: P sizes of the grid.
+            spatial_shape: P sizes of the grid. The result does not depend on how far they exceed
+                the points.
             batch_size: number of images.
+            periodic_axes: axes along which the grid repeats; windows pass the seam. Default: none.
+            origin, cell_size: raw coordinates of the grid's lower corner and size of its cells,
+                ``[P]``, which the pyramid keeps. None (default): not known.
+            keep_point_rows: whether the pyramid keeps the row of each given point on every level,
+                as ``point_rows``. Default: False.
 
         Returns:
             a pyramid with embeddings ``[nnz, E]`` in the dtype of ``values``, sorted by image.
 
         Raises:
-            ValueError: shapes, dtypes or devices do not match, or points lie outside the grid.
+            ValueError: shapes, dtypes or devices do not match, points lie outside the grid, or the
+                size along a periodic axis is not a multiple of all strides.
         """
-        self._check_points(coordinates, values, spatial_shape)
+        device = self.norm.weight.device
+        values = check_tensor(
+            "values", values, ("n", self.in_channels), kind="floating", device=device
+        )
+        shape = (values.shape[0], self.position_dim + 1)
+        coordinates = check_tensor("coordinates", coordinates, shape, kind="integer", device=device)
+        spatial_shape = as_spatial_shape(spatial_shape, self.position_dim)
         raw = FeaturePyramid.from_points(
             coordinates,
-            torch.cat((values, values.new_ones(len(values), 1)), 1),
+            torch.cat((values, values.new_ones(values.shape[0], 1)), 1),
             spatial_shape,
             batch_size,
             strides=self.window_strides,
+            periodic_axes=periodic_axes,
+            keep_point_rows=keep_point_rows,
         )
         points = (raw.levels == 0).nonzero().flatten()
         cells = raw.coordinates[points, :-1]
         features = torch.cat((self._windows(raw, points), self._cell_offsets(cells, values)), 1)
         pyramid = FeaturePyramid.from_points(
-            cells, self.layers(features), spatial_shape, batch_size, strides=self.strides
+            cells,
+            self.layers(features),
+            spatial_shape,
+            batch_size,
+            strides=self.strides,
+            periodic_axes=periodic_axes,
+            origin=origin,
+            cell_size=cell_size,
+            keep_point_rows=keep_point_rows,
         )
+        pyramid = _with_rows_of_given_points(pyramid, raw, points)
         # Embeddings have the dtype of the values, under autocast too.
         mixed = values.new_empty(pyramid.values.shape)
         for level, mix in enumerate(self.mixes):
@@ -114,48 +161,52 @@ class PointStem(nn.Module):
             mixed = mixed.index_copy(0, rows, mix(pyramid.values[rows]).to(mixed.dtype))
         return pyramid.with_values(self.norm(mixed))
 
-    def _check_points(
-        self, coordinates: Tensor, values: Tensor, spatial_shape: Sequence[int]
-    ) -> None:
-        if not isinstance(spatial_shape, Sequence) or len(spatial_shape) != self.position_dim:
-            refuse("spatial_shape", f"{self.position_dim} sizes", spatial_shape)
-        check_tensor("values", values, ("n", self.in_channels), kind="floating")
-        shape = (len(values), self.position_dim + 1)
-        check_tensor("coordinates", coordinates, shape, kind="integer", device=values.device)
-
     def _windows(self, raw: FeaturePyramid, points: Tensor) -> Tensor:
         """``[n, window cells * (channels + 1)]``, the raw values, zero in empty cells."""
         positions, image = raw.positions(raw.values.dtype)[points], raw.batch[points]
         offsets = offsets_from_ids(image, raw.batch_size)
         plan = plan_neighborhoods(positions, offsets, raw, self.window_sizes, check_contents=False)
-        row, point, slot = list_pairs(
-            plan._tensors, torch.arange(len(points), device=points.device)
-        )
+        row, key, slot = list_pairs(plan._tensors, torch.arange(len(points), device=points.device))
         windows = raw.values.new_zeros(len(points), plan.window_slots, raw.embed_dim)
-        return windows.index_put((row, slot), raw.values[point]).flatten(1)
+        neighbors = raw.values[plan.points_of_keys(key)]
+        return windows.index_put((row, slot), neighbors).flatten(1)
 
     def _cell_offsets(self, cells: Tensor, like: Tensor) -> Tensor:
         """``[n, P * levels]``: offsets from the center of the point's cell at each level.
 
-        In units of that level's cells, in (-1/2, 1/2).
+        In units of that level's cells, in (-1/2, 1/2), with the dtype of ``like``.
         """
-        strides = constant(self.strides, cells.device)
-        remainder = cells[:, 1:, None] % strides
-        return ((remainder.to(like.dtype) + 0.5) / strides - 0.5).flatten(1)
+        strides = constant(self.strides, cells.device).t()
+        remainder = (cells[:, 1:, None] % strides).to(coordinate_dtype(like.dtype))
+        return ((remainder + 0.5) / strides - 0.5).flatten(1).to(like.dtype)
 
 
-def _check_windows(
-    strides: Sequence[int], window_sizes: Sequence[int], window_strides: Sequence[int]
-) -> None:
-    for name, numbers in {
-        "strides": strides,
-        "window_sizes": window_sizes,
-        "window_strides": window_strides,
-    }.items():
-        if not numbers or any(not isinstance(n, int) or n < 1 for n in numbers):
-            refuse(name, "integers of at least 1", str(list(numbers)))
-    if window_strides[0] != 1:
-        refuse("window_strides", "strides that begin with 1", str(list(window_strides)))
-    if len(window_sizes) != len(window_strides) or any(n % 2 == 0 for n in window_sizes):
-        expected = f"an odd width for each of {len(window_strides)} window_strides"
-        refuse("window_sizes", expected, str(list(window_sizes)))
+def _with_rows_of_given_points(
+    pyramid: FeaturePyramid, raw: FeaturePyramid, points: Tensor
+) -> FeaturePyramid:
+    """``pyramid``, made of the rows ``points`` of ``raw``, with the rows of the points that ``raw``
+    was made of, if it keeps them.
+    """
+    if raw.point_rows is None or pyramid.point_rows is None:
+        return pyramid
+    rank = torch.searchsorted(points, raw.point_rows[:, 0].contiguous())
+    return dataclasses.replace(pyramid, point_rows=pyramid.point_rows[rank], check_contents=False)
+
+
+def _as_window_strides(window_strides: Any, position_dim: int) -> Strides:
+    try:
+        strides = as_strides(window_strides, position_dim)
+    except ValueError:
+        refuse("window_strides", "integers of at least 1, one or P per window", window_strides)
+    if max(strides[0]) != 1:
+        refuse("window_strides", "strides that begin with 1", str(list(strides)))
+    return strides
+
+
+def _as_window_sizes(window_sizes: Any, n_windows: int) -> tuple[int, ...]:
+    given = as_tensor("window_sizes", window_sizes)
+    sizes = as_integers(given.tolist() if isinstance(given, Tensor) else given)
+    if sizes is None or len(sizes) != n_windows or any(n < 1 or n % 2 == 0 for n in sizes):
+        expected = f"an odd width of at least 1 for each of {n_windows} window_strides"
+        refuse("window_sizes", expected, window_sizes)
+    return sizes

@@ -4,7 +4,7 @@ Each structure has int64 offsets ``[B + 1]``: image ``b`` owns the rows
 ``offsets[b]:offsets[b + 1]``. Images may differ in their number of rows, and may have none.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from .._utils.checks import (
     refuse,
 )
 from .._utils.ragged import offsets_from_ids, rank_in_image
+from ..plan import QueryPlacement
+from ..pyramid import FeaturePyramid
+from ..windows import check_position_dtype, warn_if_normalized
 from .boxes import check_box_sizes, check_boxes
 
 _MAX_CLASSES = 2**62
@@ -59,6 +62,11 @@ class ObjectQueries(NamedTuple):
     def positions(self) -> Tensor:
         """``[N, P]``: the centers of the boxes, in cells of the full shape."""
         return self.boxes[:, : self.boxes.shape[1] // 2]
+
+    @property
+    def placement(self) -> QueryPlacement:
+        """Positions, offsets and levels, as ``make_plan`` and ``forward`` of attentions take."""
+        return QueryPlacement(self.positions, self.offsets, self.levels)
 
 
 class Targets(NamedTuple):
@@ -143,25 +151,43 @@ class Matches(NamedTuple):
         On a GPU this synchronizes, since the number of pairs depends on contents.
 
         Args:
-            assignment: int64 ``[n]``, the object of each prediction or -1 for none, as
+            assignment: integer ``[n]``, the object of each prediction or -1 for none, as
                 `assign_points_to_boxes` returns it.
+
+        Raises:
+            ValueError: ``assignment`` is not an integer tensor ``[n]``.
         """
+        assignment = check_tensor("assignment", assignment, ("n",), kind="integer").long()
         (prediction,) = torch.nonzero(assignment >= 0, as_tuple=True)
         return cls(prediction, assignment[prediction])
 
 
-def check_object_queries(queries: ObjectQueries, embed_dim: int, position_dim: int) -> None:
-    """Raises ValueError, naming the field, unless queries match a decoder of these sizes."""
+def check_object_queries(queries: Any, embed_dim: int, position_dim: int) -> ObjectQueries:
+    """``queries`` as tensors; raises ValueError unless they match a decoder of these sizes."""
     if not isinstance(queries, ObjectQueries):
         refuse("queries", "ObjectQueries", queries)
-    check_tensor("queries.embeddings", queries.embeddings, ("N", embed_dim), kind="floating")
-    n, device = len(queries.embeddings), queries.embeddings.device
+    embeddings = check_tensor(
+        "queries.embeddings", queries.embeddings, ("N", embed_dim), kind="floating"
+    )
+    n, device, groups = embeddings.shape[0], embeddings.device, queries.groups
     shape = (n, 2 * position_dim)
     check_tensor("queries.boxes", queries.boxes, shape, kind="floating", device=device)
-    check_tensor("queries.levels", queries.levels, (n,), kind="integer", device=device)
-    if queries.groups is not None:
-        check_tensor("queries.groups", queries.groups, (n,), kind="integer", device=device)
-    _check_boxes_and_offsets("queries", queries.boxes, queries.offsets, None)
+    levels = check_tensor("queries.levels", queries.levels, (n,), kind="integer", device=device)
+    if groups is not None:
+        groups = check_tensor("queries.groups", groups, (n,), kind="integer", device=device).long()
+    boxes, offsets = _check_boxes_and_offsets(
+        "queries", queries.boxes, queries.offsets, None, device
+    )
+    return ObjectQueries(embeddings, boxes, levels.long(), offsets, groups)
+
+
+def check_boxes_on_map(argument: str, boxes: Tensor, pyramid: FeaturePyramid) -> None:
+    """Raises ValueError for boxes in a dtype that cannot hold the map's cells.
+
+    Warns, on the CPU, where boxes seem to be in units of the map.
+    """
+    check_position_dtype(argument, boxes, pyramid.level_shapes)
+    warn_if_normalized(argument, boxes, pyramid.level_shapes)
 
 
 def check_targets(
@@ -171,7 +197,8 @@ def check_targets(
     batch_size: int | None,
     *,
     check_contents: bool | None = None,
-) -> None:
+    device: torch.device | None = None,
+) -> Targets:
     """Raises an error unless ``targets`` are valid for ``batch_size`` images.
 
     The losses call this themselves. Call it with ``check_contents=True`` to validate a data set
@@ -184,6 +211,11 @@ def check_targets(
         batch_size: number of images, B, those without objects included; None: any.
         check_contents: whether to check values as well as shapes and dtypes, which synchronizes on
             a GPU; None (default): on the CPU only.
+        device: of the boxes; NumPy arrays are copied to it. None (default): any.
+
+    Returns:
+        the targets as tensors, labels and offsets int64. Offsets of fewer than ``batch_size``
+        images have the missing ones appended: the last images have no objects.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, offsets do not ascend from 0 to M, labels
@@ -203,25 +235,34 @@ def check_targets(
     """
     if not isinstance(targets, Targets):
         refuse("targets", "Targets", targets)
-    boxes, labels, offsets = targets
-    _check_boxes_and_offsets("targets", boxes, offsets, check_contents)
-    n, device = boxes.shape[0], boxes.device
+    boxes, offsets = _check_boxes_and_offsets(
+        "targets", targets.boxes, targets.offsets, check_contents, device
+    )
+    n = boxes.shape[0]
     if position_dim is not None:
         check_tensor("targets.boxes", boxes, (n, 2 * position_dim))
     if batch_size is not None:
-        check_tensor("targets.offsets", offsets, (batch_size + 1,))
-    check_tensor("targets.labels", labels, (n,), kind="integer", device=device)
-    if reads_contents(check_contents, device):
+        offsets = pad_offsets("targets.offsets", offsets, batch_size)
+    labels = check_tensor(
+        "targets.labels", targets.labels, (n,), kind="integer", device=boxes.device
+    ).long()
+    if reads_contents(check_contents, boxes.device):
         check_range("targets.labels", labels, _MAX_CLASSES if n_classes is None else n_classes)
+    return Targets(boxes, labels, offsets)
 
 
-def check_predictions(predictions: Predictions, *, check_contents: bool | None = None) -> None:
+def check_predictions(
+    predictions: Predictions, *, check_contents: bool | None = None
+) -> Predictions:
     """Raises an error unless the parts of ``predictions`` fit each other and are finite.
 
     Args:
         predictions: of a detector.
         check_contents: whether to check values as well as shapes and dtypes, which synchronizes on
             a GPU; None (default): on the CPU only.
+
+    Returns:
+        the predictions as tensors, offsets int64.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, offsets do not ascend from 0 to N, logits
@@ -238,37 +279,65 @@ def check_predictions(predictions: Predictions, *, check_contents: bool | None =
     """
     if not isinstance(predictions, Predictions):
         refuse("predictions", "Predictions", predictions)
-    logits, boxes, offsets = predictions
-    check_tensor("predictions.logits", logits, ("N", "C"), kind="floating")
+    logits = check_tensor("predictions.logits", predictions.logits, ("N", "C"), kind="floating")
+    device = logits.device
     rows = (logits.shape[0], "2P")
-    check_tensor("predictions.boxes", boxes, rows, kind="floating", device=logits.device)
-    _check_boxes_and_offsets("predictions", boxes, offsets, check_contents)
-    if reads_contents(check_contents, logits.device):
+    check_tensor("predictions.boxes", predictions.boxes, rows, kind="floating", device=device)
+    boxes, offsets = _check_boxes_and_offsets(
+        "predictions", predictions.boxes, predictions.offsets, check_contents, device
+    )
+    if reads_contents(check_contents, device):
         check_finite("predictions.logits", logits)
+    return Predictions(logits, boxes, offsets)
 
 
-def check_predictions_and_targets(predictions: Predictions, targets: Targets) -> None:
-    """Raises ValueError unless predictions and targets are valid and of the same images."""
-    check_predictions(predictions)
+def check_predictions_and_targets(
+    predictions: Predictions, targets: Targets
+) -> tuple[Predictions, Targets]:
+    """Both as tensors; raises ValueError unless they are valid and of the same images."""
+    predictions = check_predictions(predictions)
     logits, boxes, offsets = predictions
-    check_targets(targets, boxes.shape[1] // 2, logits.shape[1], len(offsets) - 1)
-    if targets.boxes.device != logits.device:
-        refuse("targets.boxes", f"boxes on {logits.device}", targets.boxes)
+    targets = check_targets(
+        targets,
+        boxes.shape[1] // 2,
+        logits.shape[1],
+        offsets.shape[0] - 1,
+        device=logits.device,
+    )
+    return predictions, targets
+
+
+def pad_offsets(argument: str, offsets: Tensor, batch_size: int) -> Tensor:
+    """``offsets`` of ``batch_size`` images, of which the missing last ones have no rows.
+
+    Raises ValueError for offsets of more images.
+    """
+    n_images = offsets.shape[0] - 1
+    if n_images > batch_size:
+        refuse(argument, f"offsets of {batch_size} images", f"offsets of {n_images} images")
+    return torch.cat((offsets, offsets[-1:].expand(batch_size - n_images)))
 
 
 def _check_boxes_and_offsets(
-    name: str, boxes: Tensor, offsets: Tensor, check_contents: bool | None
-) -> None:
-    """Raises ValueError unless given boxes ``[n, 2P]`` and the offsets of their rows."""
-    check_boxes(f"{name}.boxes", boxes)
-    check_tensor(f"{name}.boxes", boxes, ("n", "2P"))
-    check_tensor(f"{name}.offsets", offsets, ("B + 1",), kind="integer", device=boxes.device)
-    if not len(offsets):
+    name: str,
+    boxes: Tensor,
+    offsets: Tensor,
+    check_contents: bool | None,
+    device: torch.device | None,
+) -> tuple[Tensor, Tensor]:
+    """Boxes ``[n, 2P]`` and int64 offsets of their rows; raises ValueError for others."""
+    boxes = check_boxes(f"{name}.boxes", boxes, device)
+    boxes = check_tensor(f"{name}.boxes", boxes, ("n", "2P"), device=device)
+    offsets = check_tensor(
+        f"{name}.offsets", offsets, ("B + 1",), kind="integer", device=boxes.device
+    ).long()
+    if not offsets.shape[0]:
         refuse(f"{name}.offsets", "at least one number", offsets)
     if reads_contents(check_contents, boxes.device):
-        check_offsets(f"{name}.offsets", offsets, len(boxes))
+        check_offsets(f"{name}.offsets", offsets, boxes.shape[0])
         check_finite(f"{name}.boxes", boxes)
         check_box_sizes(f"{name}.boxes", boxes)
+    return boxes, offsets
 
 
 def top_k_per_image(
