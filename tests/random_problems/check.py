@@ -1,5 +1,6 @@
 """Holds the library's answers to a random problem against the loops."""
 
+import dataclasses
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor
 import vicinal
 
 from . import loops, maps
-from .problem import Cell, Problem, draw_problem
+from .problem import MOST_SLOTS, Cell, Problem, draw_problem
 
 Tensors = dict[str, Tensor]
 TOLERANCES: dict[str, tuple[Any, float]] = {  # type of numbers, largest absolute difference
@@ -46,7 +47,7 @@ class Checker:
         self.check_neighborhoods()
         self.check_sources()
         self.check_functional()
-        if self.problem.block is not None and not self.problem.periodic_axes:
+        if self.problem.block is not None:
             self.check_block()
         return self.largest
 
@@ -277,7 +278,7 @@ class Checker:
             "values": self.draw(len(p.coordinates), p.embed_dim),
         }
         if p.background:
-            tensors["background"] = self.draw(p.images, len(p.shapes), p.embed_dim)
+            tensors["background"] = self.draw(p.background_rows, len(p.shapes), p.embed_dim)
         ours, expected = self.leaves(tensors)
         parameters, expected_parameters = self.leaves(own)
         with torch.no_grad():
@@ -290,6 +291,37 @@ class Checker:
         self.compare_gradients(
             "block", ((out,), ours | parameters), ((answer,), expected | expected_parameters)
         )
+
+        if len(p.coordinates) * sum(size**p.dim for size in p.sizes) < MOST_SLOTS:
+            self.check_encode(block, expected_parameters)
+
+    def check_encode(self, block: Any, parameters: Tensors) -> None:
+        """`encode`, where every point is a query, whatever the order of the points."""
+        rows = sorted(range(len(self.problem.coordinates)), key=self.image_of_point)
+        p = dataclasses.replace(
+            self.problem,
+            coordinates=[self.problem.coordinates[row] for row in rows],
+            map_images=self.problem.images,
+            through="pyramid",
+            mask=None,
+        )
+        p = dataclasses.replace(
+            p,
+            positions=[loops.cell_center(p, row[-1], row[1:-1])[:-1] for row in p.coordinates],
+            query_levels=[row[-1] for row in p.coordinates],
+            offsets=[sum(row[0] < image for row in p.coordinates) for image in range(p.images + 1)],
+        )
+        values = self.draw(len(rows), p.embed_dim)
+        cells = {"background": self.draw(p.images + 1, len(p.shapes), p.embed_dim)}
+        positions = torch.tensor(p.positions, dtype=torch.float64).view(-1, p.dim)
+        tensors = cells | {"query": values[rows], "positions": positions, "values": values[rows]}
+        pyramid = self.pyramid(values.to(self.dtype))
+        background = cells["background"].to(self.dtype) if p.background else None
+        encoded = block.encode(pyramid, background_embedding=background).values
+        self.compare("encode", encoded[rows], loops.block(p, tensors, parameters))
+
+    def image_of_point(self, row: int) -> int:
+        return self.problem.coordinates[row][0]
 
     def block_arguments(self, block: Any, tensors: Tensors) -> dict[str, Any]:
         p = self.problem
@@ -309,9 +341,10 @@ class Checker:
         }
         if p.through == "plan":
             arguments["plan"] = block.make_plan(*placement, pyramid)
-        elif maps.is_coo(p):
+        elif p.through == "coo":
             arguments["stacked_feature_maps"] = maps.coo_map(p, tensors["values"])
             arguments["level_spatial_shapes"] = torch.tensor(p.shapes)
+            arguments["periodic_axes"] = p.periodic_axes
         return arguments
 
 

@@ -10,11 +10,6 @@ from torch import Tensor
 from .problem import Cell, Problem
 
 
-def is_coo(problem: Problem) -> bool:
-    """Whether the block is given a COO map."""
-    return problem.through == "coo" and not problem.periodic_axes
-
-
 def coo_map(problem: Problem, values: Tensor) -> Tensor:
     """``[B, *spatial, L, E]``, not coalesced. Without strides its size may differ from the full
     shape: it may be padded, or just hold the points.
@@ -41,7 +36,7 @@ def level_map(problem: Problem, values: Tensor, level: int) -> Tensor:
 
 def stored(problem: Problem, tensors: Mapping[str, Tensor]) -> tuple[Problem, dict[str, Tensor]]:
     """The problem as the block is given it: a COO map sums the points of a cell."""
-    if not is_coo(problem) or not problem.coordinates:
+    if problem.through != "coo" or not problem.coordinates:
         return problem, dict(tensors)
     sums: dict[Cell, Tensor] = {}
     for row, value in zip(problem.coordinates, tensors["values"], strict=True):

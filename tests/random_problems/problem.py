@@ -33,6 +33,7 @@ class Problem:
     query_levels: list[int] | None
     mask: list[bool] | None
     background: bool
+    background_rows: int  # at least one for every image with queries
     heads: int
     head_dim: int
     block: dict[str, Any] | None  # options of the block; None: no block
@@ -94,6 +95,7 @@ def draw_problem(seed: int, real: Real = np.float64) -> Problem:
         query_levels=[rng.randrange(n_levels) for _ in range(n)] if rng.random() < 0.5 else None,
         mask=[rng.random() < masked for _ in range(n)] if rng.random() < 0.4 else None,
         background=rng.random() < 0.5,
+        background_rows=rng.randint(sum(offset < n for offset in offsets), images + 1),
         heads=rng.randint(1, 3),
         head_dim=rng.choice((2, 4, 6, 8)),
         block=block,
