@@ -210,6 +210,29 @@ def test_gradients_flow_through_batches_and_images() -> None:
     assert torch.autograd.gradcheck(second_image, values)
 
 
+def test_bad_contents_that_are_not_checked_belong_to_no_image() -> None:
+    pyramid = make_pyramid(batch_size=2)
+    assert pyramid.point_rows is not None
+    assert pyramid.point_batch is not None
+    bad_images, bad_rows, bad_batch = (
+        pyramid.coordinates.clone(),
+        pyramid.point_rows.clone(),
+        pyramid.point_batch.clone(),
+    )
+    bad_images[0, 0], bad_rows[0], bad_batch[1] = 9, 10_000, -4
+    contents: dict[str, Any] = {"point_rows": bad_rows, "point_batch": bad_batch}
+    broken = FeaturePyramid(
+        pyramid.values, bad_images, pyramid.level_shapes, 2, check_contents=False, **contents
+    )
+    assert sum(map(len, broken)) == len(pyramid) - 1
+    assert broken.values_of_points()[0].eq(0).all()
+    assert sum(len(image.values_of_points()) for image in broken) == 29
+    for name, value in contents.items():
+        stale = {"point_rows": pyramid.point_rows, name: value}
+        with pytest.raises(ValueError, match=name):
+            FeaturePyramid(*stored(pyramid), **stale)
+
+
 # ------------------------------------------------------------------------- data loaders
 
 

@@ -5,6 +5,7 @@ import math
 from collections import defaultdict
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -557,3 +558,57 @@ def test_from_coo_names_the_map_that_holds_a_point_outside_its_level() -> None:
         FeaturePyramid.from_coo(coo, SHAPES)
     unchecked = FeaturePyramid.from_coo(coo, SHAPES, check_contents=False)
     assert unchecked.misplaced().all()
+
+
+def test_arrays_and_their_numbers_are_taken() -> None:
+    points: Any = np.array([[0, 2, 3], [0, 5, 5], [1, 5, 4]], dtype=np.int16)
+    values: Any = np.arange(6, dtype=np.float32).reshape(3, 2)
+    arguments: dict[str, Any] = {
+        "spatial_shape": np.array([8, 8]),
+        "batch_size": np.int64(2),
+        "strides": np.array([1, 2]),
+        "origin": np.array([0.5, 1.0]),
+        "cell_size": np.float32(0.25),
+        "periodic_axes": np.array([1]),
+    }
+    pyramid = FeaturePyramid.from_points(points, values, **arguments)
+    same = FeaturePyramid.from_points(
+        torch.tensor(points),
+        torch.tensor(values),
+        torch.Size([8, 8]),
+        2,
+        strides=(1, 2),
+        periodic_axes=(1,),
+    )
+    assert torch.equal(pyramid.values, same.values)
+    assert torch.equal(pyramid.coordinates, same.coordinates)
+    assert (pyramid.origin, pyramid.cell_size) == ((0.5, 1.0), (0.25, 0.25))
+    assert (pyramid.periodic_axes, pyramid.strides) == (same.periodic_axes, same.strides)
+    stored: list[Any] = [pyramid.values.numpy(), pyramid.coordinates.numpy()]
+    shapes: Any = np.array(pyramid.level_shapes)
+    n_images: Any = np.int32(2)
+    again = FeaturePyramid(stored[0], stored[1], shapes, n_images)
+    assert torch.equal(again.positions(), same.positions())
+    assert torch.equal(again.with_values(stored[0]).values, same.values)
+
+
+@pytest.mark.parametrize("n_values", [1, 4])
+def test_values_for_other_points_are_named(n_values: int) -> None:
+    wrong = torch.ones(n_values, 2)
+    with pytest.raises(ValueError, match="values"):
+        FeaturePyramid.from_points(torch.tensor([[0, 1, 1], [0, 2, 2]]), wrong, (4, 4), 1)
+    pyramid = FeaturePyramid(torch.ones(2, 2), torch.tensor([[0, 1, 0], [0, 2, 0]]), ((4,),), 1)
+    with pytest.raises(ValueError, match="values"):
+        pyramid.with_values(wrong)
+
+
+@pytest.mark.parametrize("levels", [None, torch.ones(1, 4, 4, 3), np.ones((1, 4, 4, 3)), 3])
+def test_levels_that_are_no_sequence_are_refused(levels: Any) -> None:
+    with pytest.raises(ValueError, match="levels"):
+        FeaturePyramid.from_levels(levels)
+
+
+@pytest.mark.parametrize("dtype", ["float32", torch.int64, None])
+def test_positions_of_no_floating_dtype_are_refused(dtype: Any) -> None:
+    with pytest.raises(ValueError, match="dtype"):
+        scene_2d().pyramid.positions(dtype)

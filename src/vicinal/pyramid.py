@@ -107,13 +107,15 @@ class FeaturePyramid:
         )
         batch_size = as_integer(self.batch_size)
         if batch_size is None or batch_size < 0:
-            refuse("batch_size", "a non-negative integer", self.batch_size)
+            refuse("batch_size", "a non-negative integer", describe(self.batch_size))
         self._set(values=values, coordinates=coordinates.long(), batch_size=batch_size)
         self._check_geometry()
         if reads_contents(check_contents, coordinates.device):
             _check_points("coordinates", self)
             if self.point_rows is not None:
                 _check_point_rows(self.point_rows, len(self))
+            if self.point_batch is not None:
+                check_range("point_batch", self.point_batch, self.batch_size)
 
     def _set(self, **fields: Any) -> None:
         for name, value in fields.items():
@@ -199,8 +201,12 @@ class FeaturePyramid:
         Args:
             dtype: of the result. Default: float32. A dtype that cannot hold the centers is widened:
                 half precisions to float32, and float32 to float64 above 2^23 cells along an axis.
+
+        Raises:
+            ValueError: ``dtype`` is not floating.
         """
         levels = self.levels.clamp(0, self.n_levels - 1)
+        dtype = self._position_dtype(dtype)
         return centers_of_cells(self.cells, levels, self.level_shapes, dtype)
 
     def batch_offsets(self) -> Tensor:
@@ -216,7 +222,13 @@ class FeaturePyramid:
         return offsets_from_ids(self.batch, self.batch_size)
 
     def with_values(self, values: Tensor) -> "FeaturePyramid":
-        """Returns a pyramid of the same points with other embeddings ``[nnz, E']``."""
+        """Returns a pyramid of the same points with other embeddings ``[nnz, E']``.
+
+        Raises:
+            ValueError: ``values`` does not have a row per point, on the points' device.
+        """
+        device = self.coordinates.device
+        values = check_tensor("values", values, (len(self), "E"), kind="number", device=device)
         return dataclasses.replace(self, values=values, check_contents=False)
 
     def to(
@@ -291,7 +303,7 @@ class FeaturePyramid:
         new_image[torch.tensor(chosen, dtype=torch.int64, device=device)] = torch.arange(
             len(chosen), device=device
         )
-        rows, images_of_rows = _rows_of_images(new_image[self.batch], len(chosen))
+        rows, images_of_rows = _rows_of_images(new_image[self._known(self.batch)], len(chosen))
         coordinates = torch.cat((images_of_rows[:, None], self.coordinates[rows, 1:]), 1)
         point_rows, point_batch = self.point_rows, None
         if point_rows is not None:
@@ -300,7 +312,7 @@ class FeaturePyramid:
             point_batch = of_points[points]
             new_row = torch.full((len(self) + 1,), -1, device=device)
             new_row[rows] = torch.arange(len(rows), device=device)
-            point_rows = new_row[point_rows[points]]
+            point_rows = new_row[self._known(point_rows[points], len(self))]
         return dataclasses.replace(
             self,
             values=self.values[rows],
@@ -312,11 +324,18 @@ class FeaturePyramid:
         )
 
     def _images_of_points(self, point_rows: Tensor) -> Tensor:
-        """int64 ``[n]``, the image of every raw point, the number of images for no image."""
+        """int64 ``[n]``, the image of every raw point, B for none."""
         if self.point_batch is not None:
-            return self.point_batch
-        image_of_row = torch.nn.functional.pad(self.batch, (0, 1), value=self.batch_size)
-        return image_of_row[point_rows.amax(1)]
+            return self._known(self.point_batch)
+        image_of_row = torch.nn.functional.pad(
+            self._known(self.batch), (0, 1), value=self.batch_size
+        )
+        return image_of_row[self._known(point_rows.amax(1), len(self))]
+
+    def _known(self, indices: Tensor, stop: int | None = None) -> Tensor:
+        """``indices``, with ``stop`` (default: B) for those that are out of range."""
+        stop = self.batch_size if stop is None else stop
+        return indices.masked_fill((indices < 0) | (indices >= stop), stop)
 
     @classmethod
     def cat(cls, pyramids: Sequence["FeaturePyramid"]) -> "FeaturePyramid":
@@ -409,9 +428,8 @@ class FeaturePyramid:
         fill_value = as_numbers("fill", fill, 1)[0]
         if not (self.values.is_floating_point() or fill_value.is_integer()):
             refuse("fill", "a whole number for values that are integers", fill)
-        outside = (rows < 0) | (rows >= len(self))
         padded = torch.cat((self.values, self.values.new_full((1, self.embed_dim), fill_value)))
-        rows = rows.masked_fill(outside, len(self))
+        rows = self._known(rows, len(self))
         return padded.index_select(0, rows.flatten()).view(*rows.shape, self.embed_dim)
 
     def positions_from_raw(self, points: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -648,8 +666,8 @@ class FeaturePyramid:
             assert pyramid.level_shapes == ((8, 8), (4, 4))
             ```
         """
-        if not levels:
-            refuse("levels", "at least one map", "none")
+        if not isinstance(levels, Sequence) or not levels:
+            refuse("levels", "a sequence of at least one map", levels)
         first = levels[0]
         for index, level in enumerate(levels):
             if not isinstance(level, Tensor) or not isinstance(first, Tensor):
@@ -751,6 +769,7 @@ class FeaturePyramid:
         coordinates = check_tensor(
             "coordinates", coordinates, ("n", len(shape) + 1), kind="integer"
         )
+        values = check_tensor("values", values, (len(coordinates), "E"), kind="number")
         grid = cls(
             values,
             torch.nn.functional.pad(coordinates, (0, 1)),
