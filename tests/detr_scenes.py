@@ -3,10 +3,11 @@
 import itertools
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -41,6 +42,15 @@ SHAPES: dict[int, Shapes] = {
 
 def offsets_from_counts(counts: Sequence[int]) -> Tensor:
     return torch.tensor([0, *itertools.accumulate(counts)])
+
+
+# The library takes what NumPy has, though its annotations name tensors and ints.
+as_array: Callable[..., Any] = np.array
+integer: Callable[..., Any] = np.int64
+
+
+def array(x: Tensor) -> Any:
+    return x.detach().numpy()
 
 
 def spans(offsets: Tensor) -> list[slice]:

@@ -74,7 +74,7 @@ def test_invalid_queries_are_refused_by_name(argument: str, wrong: Any) -> None:
 
 def test_other_types_are_refused() -> None:
     with refused("queries"):
-        check_object_queries(tuple(make_queries([1])), EMBED, 2)  # type: ignore[arg-type]
+        check_object_queries(tuple(make_queries([1])), EMBED, 2)
 
 
 def test_matches_from_an_assignment() -> None:

@@ -365,7 +365,7 @@ def as_period(period: Any, position_dim: int) -> tuple[float, ...]:
     if not isinstance(given, Sequence) or len(given) != position_dim:
         refuse("period", f"a size above 0 or None for each of {position_dim} axes", period)
     sizes = [math.inf if size is None else size for size in given]
-    if not all(isinstance(size, numbers.Real) and size > 0 for size in sizes):
+    if not all(isinstance(size, numbers.Real) and float(size) > 0 for size in sizes):
         refuse("period", f"a size above 0 or None for each of {position_dim} axes", period)
     return tuple(map(float, sizes))
 

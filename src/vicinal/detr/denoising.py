@@ -5,12 +5,12 @@ Li et al., "DN-DETR: Accelerate DETR Training by Introducing Query DeNoising", 2
 
 import math
 import numbers
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .._utils.checks import as_integer, check_cells, check_counts, refuse
+from .._utils.checks import as_integer, check_cells, check_counts, check_dropout, refuse
 from .._utils.ragged import batch_ids, rank_in_image
 from .._utils.random import uniform_from_hash
 from ..pyramid import FeaturePyramid
@@ -307,16 +307,11 @@ def _box_bits(boxes: Tensor) -> tuple[Tensor, ...]:
     return (*bits.unbind(1), *(bits >> 32).unbind(1))
 
 
-def _check_noise(n_groups: Any, label_noise: Any, box_noise: Any, n_classes: Any) -> None:
+def _check_noise(n_groups: int, label_noise: float, box_noise: float, n_classes: int) -> None:
     for name, number, least in (("n_groups", n_groups, 0), ("n_classes", n_classes, 1)):
         count = as_integer(number)
         if count is None or count < least:
             refuse(name, f"an integer of at least {least}", number)
-    if not _is_real(label_noise) or not 0 <= label_noise <= 1:
+    if not isinstance(label_noise, numbers.Real) or not 0 <= label_noise <= 1:
         refuse("label_noise", "a rate in [0, 1]", label_noise)
-    if not _is_real(box_noise) or not 0 <= box_noise < 1:
-        refuse("box_noise", "a rate in [0, 1)", box_noise)
-
-
-def _is_real(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+    check_dropout("box_noise", box_noise)

@@ -219,7 +219,7 @@ def select_detections(predictions: Predictions, top_k: int = 100) -> Detections:
         assert confident.tolist() == [True, False]
         ```
     """
-    check_predictions(predictions)
+    predictions = check_predictions(predictions)
     check_counts(top_k=top_k)
     # In half precision, the sigmoid maps distinct large logits to equal scores.
     scores = predictions.logits.to(coordinate_dtype(predictions.logits.dtype)).sigmoid()

@@ -1,0 +1,174 @@
+"""Boxes on maps with periodic axes: a scene moved across the seam gives the same numbers."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from detr_scenes import CLASSES, EMBED, HEADS, array, as_array, perturbed, random_images, refused
+from problems import assert_close
+from torch import Tensor
+
+from vicinal import FeaturePyramid, SparseDeformableAttention
+from vicinal.detr import (
+    Decoder,
+    DecoderLayer,
+    DetectionLoss,
+    DetectorOutput,
+    FeedForward,
+    HungarianMatcher,
+    ObjectQueries,
+    Predictions,
+    QuerySelectionOutput,
+    QuerySelfAttention,
+    SetCriterion,
+    Targets,
+    apply_deltas,
+    assign_points_to_boxes,
+    box_period,
+    encode_boxes,
+    generalized_iou,
+    iou,
+    pairwise_generalized_iou,
+    pairwise_iou,
+    relative_l1,
+)
+
+PERIOD = (16.0, math.inf)
+
+
+def moved(boxes: Tensor, shift: float = -3.0) -> Tensor:
+    """``boxes`` moved along the periodic axis, with centers in [0, 16)."""
+    center = (boxes[:, :1] + shift) % PERIOD[0]
+    return torch.cat((center, boxes[:, 1:]), 1)
+
+
+def scene(seed: int = 0) -> tuple[Predictions, Targets]:
+    """Boxes around the cell 3, which `moved` has on both sides of the seam."""
+    return random_images([(9, 4), (7, 3)], seed=seed)
+
+
+@pytest.mark.parametrize("compare", [pairwise_iou, pairwise_generalized_iou])
+def test_overlaps_are_those_of_a_scene_far_from_the_seam(compare: Callable[..., Tensor]) -> None:
+    predictions, targets = scene()
+    expected = compare(predictions.boxes, targets.boxes)
+    a, b = moved(predictions.boxes), moved(targets.boxes)
+    assert_close(compare(a, b, period=PERIOD), expected, 1e-12)
+    assert_close(compare(b, a, period=PERIOD), expected.t(), 1e-12)
+    assert (compare(a, b) - expected).abs().max() > 0.1
+    assert torch.equal(compare(a, b, period=(None, None)), compare(a, b))
+
+
+@pytest.mark.parametrize("turns", [-2, -1, 1, 3])
+def test_whole_turns_change_nothing(turns: int) -> None:
+    predictions, targets = scene()
+    a, b = predictions.boxes[:7], targets.boxes
+    shift = torch.tensor([turns * PERIOD[0], 0, 0, 0], dtype=a.dtype)
+    for compare in (iou, generalized_iou, relative_l1, encode_boxes):
+        assert_close(compare(a + shift, b, period=PERIOD), compare(a, b), 1e-12)
+        assert_close(compare(a, b + shift, period=PERIOD), compare(a, b), 1e-12)
+
+
+def test_distances_and_deltas_take_the_short_way() -> None:
+    a, b = torch.tensor([[15.0, 4, 2, 2]]), torch.tensor([[1.0, 4, 2, 4]])
+    assert relative_l1(a, b, period=PERIOD).item() == (2 / 2 + 2 / 4) / 4
+    deltas = encode_boxes(a, b, period=PERIOD)
+    assert_close(deltas, torch.tensor([[1, 0, 0, math.log(2)]]), 1e-6)
+    assert_close(apply_deltas(a, deltas), torch.tensor([[17.0, 4, 2, 4]]), 1e-6)
+    b.requires_grad_()
+    (grad,) = torch.autograd.grad(relative_l1(b, a, period=PERIOD).sum(), b)
+    assert grad[0, 0] > 0  # beyond the seam, so towards it is down
+
+
+def test_matches_and_losses_are_those_of_a_scene_far_from_the_seam() -> None:
+    predictions, targets = scene()
+    expected = HungarianMatcher()(predictions, targets)
+    ours = predictions._replace(boxes=moved(predictions.boxes))
+    theirs = targets._replace(boxes=moved(targets.boxes))
+    matches = HungarianMatcher()(ours, theirs, period=PERIOD)
+    assert torch.equal(matches.prediction, expected.prediction)
+    assert torch.equal(matches.target, expected.target)
+    for loss in (DetectionLoss(), DetectionLoss(quality=True)):
+        got = loss(ours, theirs, matches, 7.0, period=PERIOD)
+        for value, wanted in zip(got, loss(predictions, targets, expected, 7.0), strict=True):
+            assert_close(value, wanted, 1e-12)
+
+
+def test_assignments_are_those_of_a_scene_far_from_the_seam() -> None:
+    _, targets = scene()
+    generator = torch.Generator().manual_seed(1)
+    positions = 6 * torch.rand(60, 2, generator=generator, dtype=torch.float64)
+    offsets = torch.tensor([0, 40, 60])
+    expected = assign_points_to_boxes(positions, offsets, targets)
+    assert (expected >= 0).any()
+    ours = torch.cat(((positions[:, :1] - 3) % PERIOD[0], positions[:, 1:]), 1)
+    theirs = targets._replace(boxes=moved(targets.boxes))
+    assert torch.equal(assign_points_to_boxes(ours, offsets, theirs, period=PERIOD), expected)
+    assert not torch.equal(assign_points_to_boxes(ours, offsets, theirs), expected)
+
+
+def make_decoder() -> Decoder:
+    torch.manual_seed(0)
+    attention = SparseDeformableAttention(EMBED, HEADS, 1, 2)
+    layers = [DecoderLayer(QuerySelfAttention(EMBED, HEADS), attention, FeedForward(EMBED))] * 2
+    return perturbed(Decoder(layers, EMBED, CLASSES))
+
+
+def test_a_decoder_takes_boxes_beyond_the_seam() -> None:
+    cells = torch.cartesian_prod(torch.arange(1), torch.arange(16), torch.arange(8))
+    values = torch.randn(len(cells), EMBED, dtype=torch.float64)
+    pyramid = FeaturePyramid.from_points(cells, values, (16, 8), 1, strides=1, periodic_axes=(0,))
+    assert box_period(pyramid) == PERIOD
+    assert box_period(FeaturePyramid.from_points(cells, values, (16, 8), 1)) is None
+    boxes = torch.tensor([[15.5, 4, 2, 2], [1.0, 3, 3, 3]], dtype=torch.float64)
+    embeddings = torch.randn(2, EMBED, dtype=torch.float64)
+    queries = ObjectQueries(embeddings, boxes, torch.zeros(2).long(), torch.tensor([0, 2]))
+    turn = torch.tensor([[16.0, 0, 0, 0], [-32, 0, 0, 0]], dtype=torch.float64)
+    decoder = make_decoder()
+    ours, theirs = (
+        decoder(queries._replace(boxes=given), pyramid)[0] for given in (boxes + turn, boxes)
+    )
+    for one, other in zip(ours, theirs, strict=True):
+        assert_close(one.logits, other.logits, 1e-12)
+        assert_close(one.boxes, other.boxes, 1e-12)
+
+
+@pytest.mark.parametrize(
+    "period", [(16.0,), 16.0, (16.0, 0.0), (16.0, -1), ("16", 2), (math.nan, 2)]
+)
+def test_wrong_periods_are_refused(period: Any) -> None:
+    boxes = random_images([(3, 3)])[1].boxes
+    for compare in (iou, generalized_iou, pairwise_iou, relative_l1, encode_boxes):
+        with refused("period"):
+            compare(boxes, boxes, period=period)
+
+
+def test_arrays_of_numpy_are_taken() -> None:
+    predictions, targets = scene()
+    a, b = predictions.boxes[:7], targets.boxes
+    for compare in (iou, generalized_iou, pairwise_iou, relative_l1, encode_boxes):
+        got = compare(array(a), array(b), period=as_array(PERIOD))
+        assert torch.equal(got, compare(a, b, period=PERIOD))
+
+
+def test_a_criterion_uses_the_period_of_the_map() -> None:
+    """The losses of a whole output, with predictions moved by a turn."""
+    predictions, targets = random_images([(6, 3)])
+    cells = torch.tensor([[0, x, 2] for x in range(6)])
+    losses = []
+    for turns in (0, 1):
+        pyramid = FeaturePyramid.from_points(
+            cells, torch.randn(6, EMBED).double(), (16, 8), 1, strides=1, periodic_axes=(0,)
+        )
+        shift = torch.tensor([16.0 * turns, 0, 0, 0])
+        found = predictions._replace(boxes=predictions.boxes + shift)
+        queries = ObjectQueries(pyramid.values, found.boxes, pyramid.levels, found.offsets)
+        rows = torch.arange(6)
+        positions = pyramid.positions(torch.float64)
+        selection = QuerySelectionOutput(queries, found, positions, rows, rows)
+        losses.append(
+            SetCriterion()(DetectorOutput(pyramid, selection, [found], [queries]), targets)
+        )
+    for name, value in losses[0].items():
+        assert_close(losses[1][name], value, 1e-12)
