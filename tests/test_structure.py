@@ -21,6 +21,7 @@ LAYERS = [  # each may import those before it
     ("pyramid",),
     ("voxels",),
     ("_index",),
+    ("placement",),
     ("plan",),
     ("batching",),
     ("attention",),

@@ -1,5 +1,6 @@
 """Multi-level sparse neighborhood attention for PyTorch."""
 
+from ._index.copies import PointCopies
 from ._version import __version__
 from .attention import (
     Background,
@@ -12,7 +13,8 @@ from .nn.block import SparseNeighborhoodAttentionBlock
 from .nn.deformable import SparseDeformableAttention
 from .nn.earlier_checkpoints import export_state_dict
 from .nn.rotary import FreqGroupPattern, RotaryEncoding
-from .plan import NeighborhoodPlan, PointCopies, QueryPlacement, plan_neighborhoods
+from .placement import QueryPlacement
+from .plan import NeighborhoodPlan, plan_neighborhoods
 from .pyramid import FeaturePyramid
 from .voxels import Voxels, voxelize
 from .windows import cell_positions, get_multilevel_neighborhoods

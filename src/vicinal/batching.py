@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from ._index.cell_hash import CellIndex
+from ._index.copies import PointCopies
 from ._utils.checks import refuse
 from .backends.types import NeighborSlices, PlanTensors
-from .plan import NeighborhoodPlan, PointCopies, QueryPlacement
+from .placement import QueryPlacement
+from .plan import NeighborhoodPlan
 from .pyramid import TENSOR_FIELDS, FeaturePyramid
 from .voxels import Voxels
 

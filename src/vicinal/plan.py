@@ -6,7 +6,6 @@ they fall into, one order per level, the queries whose window holds a point are 
 """
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,137 +15,26 @@ import torch
 from torch import Tensor
 
 from ._index.cell_keys import CellKeys
+from ._index.copies import PointCopies, find_copies
 from ._index.plan_checks import check_plan_facts, check_plan_points, refuse_plan
 from ._index.tiles import GroupedCells, find_tiles
 from ._utils.checks import (
     LevelShapes,
-    check_finite,
     check_neighborhood_sizes,
-    check_offsets,
     check_rows,
-    check_tensor,
     reads_contents,
     refuse,
 )
-from ._utils.constants import constant, execution_mode, trainable_tensors
-from ._utils.ragged import batch_ids, offsets_from_counts
+from ._utils.constants import execution_mode, trainable_tensors
 from .backends import choose_backend
 from .backends.reference import list_pairs, search_slices
 from .backends.types import Backend, FindRuns, NeighborSlices, PlanTensors, Tiles
+from .placement import check_placement, query_images
 from .pyramid import FeaturePyramid
-from .windows import check_position_dtype, check_windows_fit, window_centers
+from .windows import check_windows_fit, window_centers
 
 _INT32_MAX = 2**31 - 1
 T = TypeVar("T")
-
-
-class QueryPlacement(NamedTuple):
-    """Where the queries of a batch are: positions, images and levels.
-
-    What `plan_neighborhoods`, ``make_plan`` and ``forward`` of the attention modules take.
-
-    Attributes:
-        positions: floating ``[N, P]``, in cells of the full shape.
-        offsets: int64 ``[B + 1]``: image ``b`` owns the queries ``offsets[b]:offsets[b + 1]``.
-        levels: int64 ``[N]``, the pyramid level of each query, or None: the level with the most
-            cells.
-
-    Example:
-        ```python
-        import torch
-        from vicinal import QueryPlacement
-
-        positions = 64 * torch.rand(2, 5, 2)  # two images, five queries each
-        padding = torch.zeros(2, 5, dtype=torch.bool)
-        padding[1, 3:] = True  # the second image has three queries
-        placement = QueryPlacement.from_padded(positions, padding)
-        assert placement.offsets.tolist() == [0, 5, 8]
-        ```
-    """
-
-    positions: Tensor
-    offsets: Tensor
-    levels: Tensor | None = None
-
-    def arguments(self) -> dict[str, Any]:
-        """Returns the arguments of ``make_plan`` and of an attention module's call, by name:
-        ``block(query, **placement.arguments(), stacked_feature_maps=pyramid)``.
-        """
-        return {
-            "query_spatial_positions": self.positions,
-            "query_batch_offsets": self.offsets,
-            "query_level_indices": self.levels,
-        }
-
-    @classmethod
-    def of_points(cls, pyramid: FeaturePyramid) -> "QueryPlacement":
-        """The placement where every point is a query, at the center of its cell, on its level.
-
-        The positions' dtype is that of the values, widened until it holds the map's cells. On a GPU
-        this synchronizes.
-
-        Raises:
-            ValueError: the points are not sorted by image.
-        """
-        dtype = pyramid.values.dtype
-        dtype = dtype if dtype.is_floating_point else torch.float32
-        return cls(pyramid.positions(dtype), pyramid.batch_offsets(), pyramid.levels)
-
-    @classmethod
-    def from_padded(
-        cls, positions: Tensor, mask: Tensor | None = None, levels: Tensor | None = None
-    ) -> "QueryPlacement":
-        """The placement of queries that are padded to the same number for every image.
-
-        The other inputs become rows in the same way, ``query[~mask]``, and the results are put back
-        by ``padded[~mask] = out``. On a GPU this synchronizes.
-
-        Args:
-            positions: floating ``[B, n, P]``, in cells of the full shape.
-            mask: bool ``[B, n]``, True: padding, as the ``key_padding_mask`` of PyTorch's
-                attention. None (default): no padding.
-            levels: integer ``[B, n]``, the level of each query, or None (default).
-
-        Raises:
-            ValueError: shapes, dtypes or devices do not match.
-        """
-        positions = check_tensor("positions", positions, ("B", "n", "P"), kind="floating")
-        shape, device = positions.shape[:2], positions.device
-        if levels is not None:
-            levels = check_tensor("levels", levels, shape, kind="integer", device=device)
-        if mask is None:
-            mask = torch.zeros(shape, dtype=torch.bool, device=device)
-        valid = ~check_tensor("mask", mask, shape, kind="bool", device=device)
-        offsets = offsets_from_counts(valid.sum(1))
-        return cls(positions[valid], offsets, None if levels is None else levels[valid])
-
-
-class PointCopies(NamedTuple):
-    """The C copies of points that windows reach across the seam of a periodic axis.
-
-    Attributes:
-        points: int64 ``[C]``, the row of the point that each copy is of.
-        shifts: int64 ``[C, P]``, from the point's cell to that of the copy, in cells of its level:
-            plus or minus the level's size along periodic axes, else 0.
-
-    Example:
-        ```python
-        import torch
-        from vicinal import FeaturePyramid, plan_neighborhoods
-
-        points = torch.tensor([[0, 0], [0, 5]])  # image, cell on a circle of 16 cells
-        pyramid = FeaturePyramid.from_points(
-            points, torch.ones(2, 8), (16,), 1, strides=1, periodic_axes=(0,)
-        )
-        plan = plan_neighborhoods(torch.tensor([[15.5]]), torch.tensor([0, 1]), pyramid, [3])
-        assert plan.copies.points.tolist() == [0]
-        assert plan.copies.shifts.tolist() == [[16]]  # the point at cell 0 is also at cell 16
-        assert plan.pairs().tolist() == [[0, 0]]
-        ```
-    """
-
-    points: Tensor
-    shifts: Tensor
 
 
 class _KeyedCells(NamedTuple):
@@ -499,35 +387,6 @@ def tensors_for(plan: NeighborhoodPlan, backend: Backend, *, points_need_grad: b
     )
 
 
-def check_placement(
-    positions: Tensor, offsets: Tensor, pyramid: FeaturePyramid, check_contents: bool | None = None
-) -> tuple[Tensor, Tensor, FeaturePyramid]:
-    """Returns positions and offsets as tensors, and offsets and pyramid of the same images.
-
-    Raises:
-        ValueError: they cannot be those of queries on the pyramid.
-    """
-    device = pyramid.coordinates.device
-    name, shape = "query_spatial_positions", ("N", pyramid.position_dim)
-    positions = check_tensor(name, positions, shape, kind="floating", device=device)
-    check_position_dtype(name, positions, pyramid.level_shapes)
-    offsets = check_tensor(
-        "query_batch_offsets", offsets, ("B + 1",), kind="integer", device=device
-    )
-    if not offsets.shape[0]:
-        refuse("query_batch_offsets", "at least one number", offsets)
-    if reads_contents(check_contents, device):
-        check_offsets("query_batch_offsets", offsets, len(positions))
-        check_finite(name, positions)
-    n_missing = pyramid.batch_size - (offsets.shape[0] - 1)
-    if n_missing < 0:
-        n_images = offsets.shape[0] - 1
-        pyramid = dataclasses.replace(pyramid, batch_size=n_images, check_contents=False)
-    elif n_missing > 0:  # images without queries
-        offsets = torch.cat((offsets, offsets[-1:].expand(n_missing)))
-    return positions, offsets, pyramid
-
-
 def check_plan(
     plan: NeighborhoodPlan,
     positions: Tensor,
@@ -619,43 +478,6 @@ def _plan(
         ),
         _created_in=execution_mode(device),
     )
-
-
-def find_copies(
-    coordinates: Tensor, misplaced: Tensor, pyramid: FeaturePyramid, sizes: Sequence[int]
-) -> PointCopies:
-    """The copies of points that windows of ``sizes`` around cells inside the map reach.
-
-    Along a periodic axis a point less than a radius from one edge is also one map's size beyond the
-    other; along several of them, so is every combination.
-    """
-    dim, device = pyramid.position_dim, coordinates.device
-    levels, cells = coordinates[:, -1], coordinates[:, 1:-1]
-    radius = constant([size // 2 for size in sizes], device)[levels]
-    shape = constant(pyramid.level_shapes, device)[levels]
-    rows, shifts = [levels.new_zeros(0)], [levels.new_zeros(0, dim)]
-    shift = torch.where(cells < radius[:, None], shape, 0)
-    shift = torch.where(cells >= shape - radius[:, None], -shape, shift)
-    for chosen in itertools.product((False, True), repeat=len(pyramid.periodic_axes)):
-        axes = list(itertools.compress(pyramid.periodic_axes, chosen))
-        if axes:
-            reached = (shift[:, axes] != 0).all(1) & ~misplaced
-            rows.append(reached.nonzero().flatten())
-            moved = torch.zeros_like(shift)
-            moved[:, axes] = shift[:, axes]
-            shifts.append(moved[rows[-1]])
-    return PointCopies(torch.cat(rows), torch.cat(shifts))
-
-
-def query_images(positions: Tensor, offsets: Tensor, batch_size: int) -> Tensor:
-    """int64 ``[N]``: the image of each query, -1 for an invalid query.
-
-    A query is invalid if it belongs to no image by ``offsets`` ``[B + 1]``, or if its position
-    ``[N, P]`` is not finite.
-    """
-    image = batch_ids(offsets, positions.shape[0])
-    invalid = (image >= batch_size) | ~positions.isfinite().all(1)
-    return image.masked_fill(invalid, -1)
 
 
 def _query_cells(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .._utils.checks import check_counts, check_tensor, refuse
-from ..plan import QueryPlacement
+from ..placement import QueryPlacement
 from ..pyramid import FeaturePyramid
 from .layers import run_layer
 

@@ -18,7 +18,7 @@ from .._utils.checks import (
     refuse,
 )
 from .._utils.ragged import offsets_from_ids, rank_in_image
-from ..plan import QueryPlacement
+from ..placement import QueryPlacement
 from ..pyramid import FeaturePyramid
 from ..windows import check_position_dtype, warn_if_normalized
 from .boxes import check_box_sizes, check_boxes

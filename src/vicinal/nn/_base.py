@@ -21,7 +21,7 @@ from .._utils.checks import (
     refuse,
 )
 from ..attention import NeighborhoodWeights, autocasts
-from ..plan import QueryPlacement, check_placement
+from ..placement import QueryPlacement, check_placement
 from ..pyramid import FeaturePyramid
 from ..windows import (
     as_periodic_axes,

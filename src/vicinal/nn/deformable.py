@@ -12,7 +12,7 @@ from .._index.sampling import cell_weights, sample
 from .._utils.checks import check_rows, refuse
 from .._utils.ragged import offsets_from_counts
 from ..attention import NeighborhoodWeights
-from ..plan import check_placement, query_images
+from ..placement import check_placement, query_images
 from ..pyramid import FeaturePyramid
 from ..windows import level_scales
 from ._base import Inputs, SparseAttention, check_sizes
