@@ -43,7 +43,7 @@ def main() -> int:
                 again = f"--seed {seed} --problems 1 --backend {backend} --gradients 1"
                 print(f"seed {seed} failed. Repeat: python -m tests.random_problems {again}\n")
         done = seed - options.seed + 1
-        if done % 500 == 0 or done == options.problems:
+        if done % max(1, options.problems // 20) == 0 or done == options.problems:
             worst = ", ".join(f"{name} {value:.2g}" for name, value in largest.items())
             seconds = time.monotonic() - started
             print(
