@@ -6,12 +6,13 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import torch.nn.functional as F
 from problems import assert_close
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from torch.utils.flop_counter import FlopCounterMode
 
-from vicinal.backends import cpu, reference
+from vicinal.backends import choose_backend, cpu, reference
 from vicinal.backends.cpu import projection_ops
 from vicinal.backends.cpu import projections as cpu_projections
 
@@ -69,6 +70,16 @@ def make_inputs(
         EPS,
         draw(rows, out_width) if residual else None,
     )
+
+
+def plain(
+    x: Tensor, weights: list[Tensor], biases: list[Tensor], norm: list[Tensor], eps: float,
+    residual: Tensor | None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The projections by the modules' own functions."""
+    assert residual is not None
+    x = F.layer_norm(x, x.shape[1:], *norm, eps)
+    return tuple(residual + F.linear(x, *part) for part in zip(weights, biases, strict=True))
 
 
 ALL = make_inputs(parts=2, bias=True, norm=True, residual=True)
@@ -148,8 +159,9 @@ def test_no_rows(norm: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_many_chunks_round_no_more_than_one(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("project", [projection_ops.project, reference.project])
+def test_projections_round_no_more_than_plain_torch(
+    project: Callable[..., Sequence[Tensor]], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cpu_projections, "chunk_rows", lambda x: 512)
     inputs = make_inputs(20_000, bias=True, norm=True, residual=True, width=16).to(dtype)
@@ -159,12 +171,11 @@ def test_many_chunks_round_no_more_than_one(
         outs = project(*inputs)
         return [*outs, *gradients(outs, inputs)]
 
-    right = answers(reference.project, exact)
-    ours, theirs = (
-        answers(project, inputs) for project in (projection_ops.project, reference.project)
-    )
-    for index, (left, plain, true) in enumerate(zip(ours, theirs, right, strict=True)):
-        errors = [(part.double() - true).square().mean().sqrt() for part in (left, plain)]
+    right = answers(plain, exact)
+    theirs = answers(plain, inputs)
+    ours = answers(project, inputs)
+    for index, (left, other, true) in enumerate(zip(ours, theirs, right, strict=True)):
+        errors = [(part.double() - true).square().mean().sqrt() for part in (left, other)]
         # Sums over rows are taken in another order; rows themselves are not.
         assert errors[0] <= (1.02 if index == 0 else 1.5) * errors[1]
 
@@ -215,6 +226,25 @@ def test_chunks_do_not_depend_on_the_number_of_threads(
 ) -> None:
     torch.set_num_threads(threads)
     assert cpu_projections.chunk_rows(torch.empty(7, 256)) == 2048
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("rows", [40, 700])  # below and above the rows of a chunk
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+def test_gradients_do_not_depend_on_the_number_of_threads(
+    dtype: torch.dtype, rows: int, name: str, monkeypatch: pytest.MonkeyPatch,
+    restored_threads: None,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(cpu_projections, "chunk_rows", lambda x: 300)
+    inputs = make_inputs(rows, bias=True, norm=True, width=66).to(dtype)
+    backend = choose_backend(name, torch.device("cpu"))
+    found = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        found.append(gradients(backend.project(*inputs), inputs)[-2:])
+    for other in found[1:]:
+        for left, right in zip(other, found[0], strict=True):
+            assert torch.equal(left, right)
 
 
 def test_a_second_derivative_is_refused() -> None:

@@ -193,9 +193,23 @@ def project(
     of the layer norm or nothing; ``residual`` may be None.
     """
     if norm:
-        x = F.layer_norm(x, x.shape[1:], norm[0], norm[1], eps)
+        x = layer_norm(x, *norm, eps)
     outs = (F.linear(x, weight, bias) for weight, bias in itertools.zip_longest(weights, biases))
     return tuple(out if residual is None else residual + out for out in outs)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """`F.layer_norm` of the rows of ``x`` ``[n, E]``, whose gradients have the same bits for any
+    number of CPU threads.
+
+    Torch's own gradients of weight and bias are summed per thread. `Tensor.sum`, which autograd
+    uses here, gives each thread whole columns.
+    """
+    if x.device.type != "cpu":
+        return F.layer_norm(x, x.shape[1:], weight, bias, eps)
+    exact = x.to(torch.promote_types(x.dtype, torch.float32))
+    standardized = F.layer_norm(exact, x.shape[1:], eps=eps)
+    return torch.addcmul(bias, standardized, weight).to(x.dtype)
 
 
 def find_slices(

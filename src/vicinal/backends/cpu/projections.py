@@ -109,11 +109,23 @@ def _grad_x(
         grad_x.addmm_(grad, weight)
     if not norm:
         return []
-    before_norm, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
-        grad_x, x, x.shape[1:], *moments, *norm, [True] * 3
+    # Torch sums the gradients of weight and bias in an order that depends on the threads.
+    before_norm, _, _ = torch.ops.aten.native_layer_norm_backward(
+        grad_x, x, x.shape[1:], *moments, *norm, [True, False, False]
     )
+    grads_norm = _grad_norm(grad_x, x, *moments)
     grad_x.copy_(before_norm)
-    return [grad_weight, grad_bias]
+    return grads_norm
+
+
+def _grad_norm(grad: Tensor, x: Tensor, mean: Tensor, inverse_std: Tensor) -> list[Tensor]:
+    """The gradients of the norm's weight and bias, sums over rows by `Tensor.sum`, which gives
+    each thread whole columns.
+    """
+    dtype = torch.promote_types(mean.dtype, torch.float32)
+    inverse_std = inverse_std.to(dtype)
+    standardized = torch.addcmul(-mean.to(dtype) * inverse_std, x, inverse_std)
+    return [standardized.mul_(grad).sum(0), grad.sum(0, dtype=dtype)]
 
 
 def _add(sums: list[Tensor], terms: list[Tensor]) -> None:
