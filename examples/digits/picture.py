@@ -11,7 +11,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from torch import Tensor
 
-from examples.digits.scenes import SIZE, Batch
+from examples.digits.model import STRIDES
+from examples.digits.scenes import Batch
 from vicinal import FeaturePyramid
 from vicinal.detr import boxes_to_corners, pairwise_iou
 from vicinal.visualize import AttentionRecord, draw_overview
@@ -72,7 +73,7 @@ def _draw(ax: Axes, batch: Batch, pyramid: FeaturePyramid, record: AttentionReco
     ax.set_yticks([])
 
     own = slice(*batch.box_offsets[image : image + 2].tolist())
-    boxes = batch.boxes[own] * (pyramid.level_shapes[0][0] / SIZE)
+    boxes = batch.boxes[own] / STRIDES[0]
     found = _found(boxes, batch.labels[own], record)
     for (top, left), (bottom, right), is_found in zip(*boxes_to_corners(boxes), found, strict=True):
         ax.add_patch(

@@ -1,9 +1,7 @@
 """The call form that the attention modules share: arguments, their validation, the plan."""
 
-import functools
 import inspect
 import math
-import warnings
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -27,13 +25,12 @@ from ..windows import (
     as_periodic_axes,
     coordinate_dtype,
     finest_level,
-    full_shape,
+    warn_if_normalized,
     wrap_positions,
 )
 from .projections import call_norm
 
 PlanT = TypeVar("PlanT")
-_LEAST_QUERIES = 16  # from which a warning of positions in [0, 1] is likely right
 
 
 def check_sizes(embed_dim: int, n_heads: int, **others: int) -> tuple[int, ...]:
@@ -296,7 +293,7 @@ class SparseAttention(nn.Module, Generic[PlanT]):
             self._pyramid(arguments),
             contents,
         )
-        _warn_of_unit_positions(positions, pyramid)
+        warn_if_normalized("query_spatial_positions", positions, pyramid.level_shapes)
         background = _background_of_images(arguments, offsets)
         levels, mask = arguments.query_level_indices, arguments.query_mask
         level = finest_level(pyramid.level_shapes) if levels is None else levels
@@ -439,23 +436,3 @@ def _background_of_images(arguments: Arguments, offsets: Tensor) -> Tensor | Non
             expected = f"a row for each of the {n_needed} images up to the last one with queries"
             refuse("background_embedding", expected, background)
     return nn.functional.pad(background, (0, 0, 0, 0, 0, n_images - n_rows))
-
-
-def _warn_of_unit_positions(positions: Tensor, pyramid: FeaturePyramid) -> None:
-    """Warns once where all positions seem to be fractions of the map."""
-    if positions.shape[0] < _LEAST_QUERIES or not reads_contents(None, positions.device):
-        return
-    if max(full_shape(pyramid.level_shapes)) > 1 and bool(
-        ((positions >= 0) & (positions <= 1)).all()
-    ):
-        _warn_once()
-
-
-@functools.cache
-def _warn_once() -> None:
-    warnings.warn(
-        "query_spatial_positions: all of them lie in [0, 1]; expected positions in cells of the "
-        "full shape, such as FeaturePyramid.positions(), not fractions of the map",
-        UserWarning,
-        stacklevel=2,
-    )

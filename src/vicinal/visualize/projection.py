@@ -220,7 +220,9 @@ def _project_windows(record: AttentionRecord, cells: ProjectedCells) -> Tensor |
     if record.neighborhood_sizes is None:
         return None
     shapes = cells.pyramid.level_shapes
-    centers = window_centers(record.positions.cpu(), shapes).double()  # [L, n, P]
+    centers = window_centers(
+        record.positions.cpu(), shapes, cells.pyramid.periodic_axes
+    ).double()  # [L, n, P]
     scales = level_scales(shapes, centers)[:, None]
     radii = torch.tensor(record.neighborhood_sizes)[:, None, None] // 2
     low, high = (centers - radii) / scales, (centers + radii + 1) / scales
