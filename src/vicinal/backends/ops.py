@@ -91,7 +91,7 @@ class Ops:
         self.names = (*_EVERYWHERE, *others)
         for name in self.names:
             torch.library.define(f"{namespace}::{name}", _SCHEMAS[name])
-            torch.library.register_fake(f"{namespace}::{name}", _FAKES[name])
+            torch.library.register_fake(f"{namespace}::{name}", on_one_device(_FAKES[name]))
         self._attend = DifferentiableOp(
             namespace, "neighborhood_attention", _setup_attention, _backward_attention
         )
@@ -149,6 +149,22 @@ class Ops:
         """float32 ``[nnz, H]``: NaN where a key or value is not finite, zero elsewhere."""
         flags: Tensor = self._ops.find_flags(k, v)
         return flags
+
+
+def on_one_device(fake: Callable[..., Any]) -> Callable[..., Any]:
+    """``fake`` with a check of devices. Torch calls fakes for a mix of meta and other tensors too,
+    and would return uninitialized memory.
+    """
+
+    @functools.wraps(fake)
+    def checked(*arguments: Any, **named: Any) -> Any:
+        groups = [x if isinstance(x, list) else [x] for x in (*arguments, *named.values())]
+        devices = {str(x.device) for group in groups for x in group if isinstance(x, Tensor)}
+        if len(devices) > 1:
+            raise RuntimeError(f"vicinal: expected tensors on one device, got {sorted(devices)}")
+        return fake(*arguments, **named)
+
+    return checked
 
 
 def refuse_tangents(*tensors: Tensor | None) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops import DifferentiableOp, refuse_tangents
+from ..ops import DifferentiableOp, on_one_device, refuse_tangents
 
 _PROJECT = "vicinal::project"
 _PROJECT_BACKWARD = "vicinal::project_backward"
@@ -38,11 +38,13 @@ def project(
 
 
 @torch.library.register_fake(_PROJECT)
+@on_one_device
 def _(x: Tensor, weights: list[Tensor], *_: Any) -> list[Tensor]:
     return [x.new_empty(x.shape[0], weight.shape[0]) for weight in weights]
 
 
 @torch.library.register_fake(_PROJECT_BACKWARD)
+@on_one_device
 def _(
     grads: list[Tensor], x: Tensor, weights: list[Tensor], norm: list[Tensor], eps: float,
     needs_x: bool, needs_weights: bool, needs_biases: bool,
