@@ -1,5 +1,7 @@
 """Multilinear sampling of sparse maps."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -27,6 +29,34 @@ def test_gradcheck(background: bool) -> None:
     locations = (4 * torch.rand(3, 2, 2, 2, 2, dtype=torch.float64)).requires_grad_()
     weights = torch.randn(3, 2, 2, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(sample, (table, locations, weights))
+
+
+def sampled_weights() -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    """`sample` as a function of the weights, and weights."""
+    scene = make_scene(((3, 2), (2, 4)), (1, 1), (2, 1), 8)
+    index, images = index_cells(scene.pyramid), torch.tensor([0, 0, 1])
+    table = torch.randn(index.n_cells + 4, 2, 2, dtype=torch.float64)
+    locations = 4 * torch.rand(3, 2, 2, 2, 2, dtype=torch.float64)
+    weights = torch.randn(3, 2, 2, 2, dtype=torch.float64)
+    return lambda x: sampling.sample(table, index, images, locations, x), weights
+
+
+def test_transforms() -> None:
+    sample, weights = sampled_weights()
+    expected = torch.autograd.functional.jacobian(sample, weights)
+    assert_close(torch.func.jacrev(sample)(weights), expected, EXACT)
+    both = torch.func.vmap(sample)(torch.stack((weights, 2 * weights)))
+    assert_close(both, torch.stack((sample(weights), sample(2 * weights))), EXACT)
+
+
+def test_other_derivatives_are_refused() -> None:
+    sample, weights = sampled_weights()
+    leaf = weights.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(sample(leaf).pow(2).sum(), leaf, create_graph=True)
+    with pytest.raises(NotImplementedError, match="once"):
+        grad.sum().backward()
+    with pytest.raises(NotImplementedError, match="forward-mode"):
+        torch.func.jvp(sample, (weights,), (weights,))
 
 
 def test_linear_functions_are_interpolated_exactly_in_four_dimensions() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from torch.utils.flop_counter import FlopCounterMode
 
-from vicinal.backends import choose_backend, cpu, reference
+from vicinal.backends import choose_backend, cpu, prepare_backends, reference
 from vicinal.backends.cpu import projection_ops
 from vicinal.backends.cpu import projections as cpu_projections
 
@@ -78,7 +78,7 @@ def plain(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """The projections by the modules' own functions."""
     assert residual is not None
-    x = F.layer_norm(x, x.shape[1:], *norm, eps)
+    x = F.layer_norm(x, x.shape[1:], norm[0], norm[1], eps)
     return tuple(residual + F.linear(x, *part) for part in zip(weights, biases, strict=True))
 
 
@@ -200,6 +200,7 @@ def test_opcheck() -> None:
 @pytest.mark.parametrize("parts", [1, 2])
 def test_flops_are_counted(parts: int) -> None:
     inputs = make_inputs(parts=parts, norm=True)
+    prepare_backends()  # as every module does
     with FlopCounterMode(display=False) as counter:
         outs = projection_ops.project(*inputs)
         product = 2 * 13 * WIDTH * (WIDTH - 2) * parts

@@ -7,6 +7,8 @@ import pytest
 import torch
 from block_scenes import own_calls
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
 
 CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
     "one row less": lambda x: x[1:],
@@ -102,3 +104,57 @@ def test_other_windows_are_refused(windows: list[int]) -> None:
 def test_negative_sizes_are_refused() -> None:
     with pytest.raises(RuntimeError, match="negative"):
         torch.ops.vicinal.new_rows(torch.zeros(1), -1, 4)
+
+
+def all_calls() -> dict[str, tuple[Any, list[Any]]]:
+    """The ops, those of the projections too, with arguments that fit."""
+    calls = {name: (op, fresh(list(arguments))) for name, (op, arguments) in own_calls().items()}
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=torch.float64)
+
+    x, weights, norm, grads = draw(5, 6), [draw(4, 6)], [draw(6), draw(6)], [draw(5, 4)]
+    ops = torch.ops.vicinal
+    calls["project"] = ops.project.default, [x, weights, [draw(4)], norm, 1e-5, draw(5, 4)]
+    backward = [grads, x, weights, norm, 1e-5, True, True, True]
+    calls["project_backward"] = ops.project_backward.default, backward
+    return calls
+
+
+def changed(x: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """``x`` with every tensor in it changed."""
+    if isinstance(x, list | tuple):
+        return [changed(part, change) for part in x]
+    return change(x) if isinstance(x, Tensor) else x
+
+
+def described(result: Any, device: str) -> Any:
+    """The shape and dtype of every tensor, all of which are on ``device``."""
+    if isinstance(result, list | tuple):
+        return [described(part, device) for part in result]
+    assert result.device.type == device
+    return result.shape, result.dtype
+
+
+def test_meta_and_fake_tensors() -> None:
+    calls = all_calls()
+    assert len(calls) == 7
+    for op, arguments in calls.values():
+        expected = described(op(*arguments), "cpu")
+        assert described(op(*changed(arguments, lambda x: x.to("meta"))), "meta") == expected
+        mode = FakeTensorMode()
+        faked = changed(arguments, mode.from_tensor)
+        with mode:
+            assert described(op(*faked), "cpu") == expected
+
+
+def test_a_mix_of_devices_is_refused() -> None:
+    refused = 0
+    for op, arguments in all_calls().values():
+        for index, argument in enumerate(arguments):
+            moved = changed(argument, lambda x: x.to("meta"))
+            if any(isinstance(x, Tensor) for x in tree_leaves(argument)):
+                with pytest.raises(RuntimeError, match="device"):
+                    op(*arguments[:index], moved, *arguments[index + 1 :])
+                refused += 1
+    assert refused > 30

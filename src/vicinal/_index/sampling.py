@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._utils.ragged import starts_from_counts
+from ..backends.transforms import map_batch
 from .cell_hash import CellIndex
 
 _CHUNK = {"cpu": 2**19}  # corners of a chunk, about what the caches hold
@@ -49,8 +50,9 @@ def sample(
     Returns:
         ``[N, H, d]``.
     """
-    out: Tensor = _Sample.apply(table, index, images, locations, weights)
-    return out
+    (out,) = _Sample.apply(table, index, images, locations, weights)
+    sampled: Tensor = out
+    return sampled
 
 
 class CellWeights(NamedTuple):
@@ -90,25 +92,41 @@ def cell_weights(
 class _Sample(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        table: Tensor,
-        index: CellIndex,
-        images: Tensor,
-        locations: Tensor,
-        weights: Tensor,
-    ) -> Tensor:
-        ctx.index = index
-        ctx.save_for_backward(table, images, locations, weights)
+        table: Tensor, index: CellIndex, images: Tensor, locations: Tensor, weights: Tensor
+    ) -> tuple[Tensor]:
         out = table.new_empty(len(locations), *table.shape[1:])
         for chunk in _chunks(locations):
             corners = _corners(table, index, images[chunk], locations[chunk], weights[chunk])
             out[chunk] = _sum(table.flatten(0, 1), corners).view_as(out[chunk])
-        return out
+        return (out,)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor]) -> None:
+        table, ctx.index, *given = inputs
+        ctx.save_for_backward(table, *given)
+
+    @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         table, images, *given = ctx.saved_tensors
+        grad_table, *grad_given = _Gradients.apply(grad, table, ctx.index, images, *given)
+        return grad_table, None, None, *grad_given
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
+        raise NotImplementedError("deformable sampling has no forward-mode formulas")
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
+        return map_batch(_Sample, info.batch_size, in_dims, arguments)
+
+
+class _Gradients(torch.autograd.Function):
+    """The gradients of `_Sample`: a function, so that transforms of `torch.func` take it too."""
+
+    @staticmethod
+    def forward(
+        grad: Tensor, table: Tensor, index: CellIndex, images: Tensor, *given: Tensor
+    ) -> tuple[Tensor, ...]:
         table = table.detach()
         grad_table = torch.zeros_like(table).flatten(0, 1)
         grad_given = [torch.empty_like(x) for x in given]
@@ -116,15 +134,27 @@ class _Sample(torch.autograd.Function):
             part = grad[chunk].flatten(0, 1)
             with torch.enable_grad():
                 leaves = [x[chunk].detach().requires_grad_() for x in given]
-                corners = _corners(table, ctx.index, images[chunk], *leaves)
-                if len(table) == ctx.index.n_cells + 1:
+                corners = _corners(table, index, images[chunk], *leaves)
+                if len(table) == index.n_cells + 1:
                     corners = _first_rows(corners, table[:-1, :, 0].numel())
                 out = _sum(table.flatten(0, 1), corners)
             parts = torch.autograd.grad(out, leaves, part)
             for whole, grad_leaf in zip(grad_given, parts, strict=True):
                 whole[chunk] = grad_leaf
             grad_table += _sum_transposed(corners, part, len(grad_table))
-        return grad_table.view_as(table), None, None, *grad_given
+        return grad_table.view_as(table), *grad_given
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise NotImplementedError("deformable sampling is differentiable once")
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
+        return map_batch(_Gradients, info.batch_size, in_dims, arguments)
 
 
 def _chunks(locations: Tensor) -> Iterator[slice]:

@@ -3,12 +3,22 @@
 So `torch.compile`, `torch.export`, saved-tensor hooks and `opcheck` work with any kernel.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+from .transforms import (
+    Rule,
+    call,
+    once,
+    refuse_double_backward,
+    refuse_forward_mode,
+    transforms_active,
+)
 
 _ARGUMENTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? query_mask, Tensor? seed, Tensor[] background, "
@@ -45,6 +55,32 @@ _EVERYWHERE = (
 )
 
 
+class DifferentiableOp:
+    """An op that is differentiable once, also under the transforms of `torch.func`."""
+
+    def __init__(
+        self, namespace: str, name: str, setup: Callable[..., None], backward: Callable[..., Any]
+    ) -> None:
+        """``backward`` gets the op that computes the gradients, the context, which arguments need
+        a gradient, and the gradients of the results.
+        """
+        self._op = getattr(getattr(torch.ops, namespace), name)
+        op_backward = getattr(getattr(torch.ops, namespace), f"{name}_backward")
+        self._rule = Rule(self._op, setup, functools.partial(backward, once(op_backward)))
+
+        def register(ctx: Any, *grads: Tensor) -> Any:
+            return backward(op_backward, ctx, ctx.needs_input_grad, *grads)
+
+        full_name = f"{namespace}::{name}"
+        torch.library.register_autograd(full_name, register, setup_context=setup)
+        torch.library.register_autograd(f"{full_name}_backward", refuse_double_backward)
+
+    def __call__(self, *arguments: Any) -> Any:
+        if transforms_active():
+            return call(self._rule, *arguments)
+        return self._op(*arguments)
+
+
 class Ops:
     """The ops of one back end, in a namespace of its own: two back ends may share a device."""
 
@@ -55,20 +91,11 @@ class Ops:
         self.names = (*_EVERYWHERE, *others)
         for name in self.names:
             torch.library.define(f"{namespace}::{name}", _SCHEMAS[name])
-            torch.library.register_fake(f"{namespace}::{name}", _FAKES[name])
-        self._differentiate("neighborhood_attention", _backward_attention, _setup_attention)
-        self._differentiate("rotate", _backward_rotate, _setup_rotate)
-
-    def _differentiate(self, name: str, backward: Callable[..., Any], setup: Any) -> None:
-        """Registers ``backward``, which gets the op that computes the gradients."""
-
-        def call(ctx: Any, *grads: Tensor) -> Any:
-            return backward(getattr(self._ops, f"{name}_backward"), ctx, *grads)
-
-        torch.library.register_autograd(f"{self.namespace}::{name}", call, setup_context=setup)
-        torch.library.register_autograd(
-            f"{self.namespace}::{name}_backward", refuse_double_backward
+            torch.library.register_fake(f"{namespace}::{name}", on_one_device(_FAKES[name]))
+        self._attend = DifferentiableOp(
+            namespace, "neighborhood_attention", _setup_attention, _backward_attention
         )
+        self._rotate = DifferentiableOp(namespace, "rotate", _setup_rotate, _backward_rotate)
 
     def register(self, device: str, kernels: dict[str, Callable[..., Any]]) -> None:
         """Registers ``kernels``, by the names of the ops, for a device."""
@@ -81,8 +108,8 @@ class Ops:
         query_mask: Tensor | None, seed: Tensor | None, scale: float, dropout_p: float,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """See `reference.attend`; ``plan`` holds the tensors of it that the kernel needs."""
-        refuse_forward_mode(q, k, v, *background)
-        result: tuple[Tensor, Tensor] = self._ops.neighborhood_attention(
+        refuse_tangents(q, k, v, *background)
+        result: tuple[Tensor, Tensor] = self._attend(
             q, k, v, query_mask, seed, list(background), list(plan),
             list(neighborhood_sizes), position_dim, scale, dropout_p,
         )  # fmt: skip
@@ -90,12 +117,12 @@ class Ops:
 
     def rotate(self, x: Tensor, coordinates: Tensor, frequencies: Tensor) -> Tensor:
         """See `reference.rotate`."""
-        refuse_forward_mode(x, coordinates, frequencies)
+        refuse_tangents(x, coordinates, frequencies)
         coordinates, frequencies = (
             y.to(torch.float64).contiguous() for y in (coordinates, frequencies)
         )
         table = frequencies.expand(-1, x.shape[1], -1).contiguous()
-        rotated: Tensor = self._ops.rotate(x, coordinates, table)
+        rotated: Tensor = self._rotate(x, coordinates, table)
         return rotated
 
     def find_slices(
@@ -124,22 +151,29 @@ class Ops:
         return flags
 
 
-def refuse_forward_mode(*tensors: Tensor | None) -> None:
+def on_one_device(fake: Callable[..., Any]) -> Callable[..., Any]:
+    """``fake`` with a check of devices. Torch calls fakes for a mix of meta and other tensors too,
+    and would return uninitialized memory.
+    """
+
+    @functools.wraps(fake)
+    def checked(*arguments: Any, **named: Any) -> Any:
+        groups = [x if isinstance(x, list) else [x] for x in (*arguments, *named.values())]
+        devices = {str(x.device) for group in groups for x in group if isinstance(x, Tensor)}
+        if len(devices) > 1:
+            raise RuntimeError(f"vicinal: expected tensors on one device, got {sorted(devices)}")
+        return fake(*arguments, **named)
+
+    return checked
+
+
+def refuse_tangents(*tensors: Tensor | None) -> None:
     """Raises NotImplementedError for tensors with a tangent: kernels would treat it as zero."""
     if torch.compiler.is_compiling():
         return
     for x in tensors:
         if x is not None and forward_ad.unpack_dual(x).tangent is not None:
-            raise NotImplementedError(
-                "the compiled kernels have no forward-mode formulas; use backend='reference' for "
-                "torch.func.jvp, jacfwd and torch.autograd.forward_ad"
-            )
-
-
-def refuse_double_backward(ctx: Any, *_: Any) -> None:
-    raise NotImplementedError(
-        "the compiled kernels are differentiable once; use backend='reference' for higher orders"
-    )
+            refuse_forward_mode()
 
 
 def _fake_attention(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -174,10 +208,12 @@ def _setup_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Te
     ctx.save_for_backward(*output, q, k, v, query_mask, seed, *background, *plan)
 
 
-def _backward_attention(op: Any, ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
+def _backward_attention(
+    op: Any, ctx: Any, needs: tuple[Any, ...], grad_out: Tensor, grad_lse: Tensor
+) -> tuple[Any, ...]:
     out, lse, q, k, v, query_mask, seed, *rest = ctx.saved_tensors
     background, plan = rest[: ctx.n_background], rest[ctx.n_background :]
-    needs_q, needs_k, needs_v, _, _, needs_background, *_ = ctx.needs_input_grad
+    needs_q, needs_k, needs_v, _, _, needs_background, *_ = needs
     # The gradients of the background are computed together with those of the queries.
     needs_queries, needs_points = needs_q or any(needs_background), needs_k or needs_v
     grad_q, grad_k, grad_v, grad_background = op(
@@ -205,7 +241,9 @@ def _setup_rotate(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tenso
     ctx.save_for_backward(output, *inputs[1:])
 
 
-def _backward_rotate(op: Any, ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _backward_rotate(
+    op: Any, ctx: Any, needs: tuple[bool, ...], grad_out: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     grads: tuple[Tensor, Tensor, Tensor] = op(grad_out, *ctx.saved_tensors)
     return grads
 

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from .._utils.constants import constant
 from .._utils.ragged import expand_ranges, starts_from_counts
 from .._utils.random import hash_integers
+from .transforms import transforms_active
 from .types import Backend, PlanTensors, widest_dtype
 
 CHUNK = 1024  # queries
@@ -41,7 +42,10 @@ def attend(
         return acc.index_add(0, row, weights[..., None] * values).to(q.dtype), lse
 
     chunks = torch.arange(len(q), device=q.device).split(CHUNK)
-    parts = [checkpoint(attend_chunk, queries, use_reentrant=False) for queries in chunks]
+    if transforms_active():  # torch.func has no saved-tensor hooks
+        parts = [attend_chunk(queries) for queries in chunks]
+    else:
+        parts = [checkpoint(attend_chunk, queries, use_reentrant=False) for queries in chunks]
     out, lse = zip(*parts, strict=True)
     return torch.cat(out), torch.cat(lse)
 
@@ -193,7 +197,7 @@ def project(
     of the layer norm or nothing; ``residual`` may be None.
     """
     if norm:
-        x = layer_norm(x, *norm, eps)
+        x = layer_norm(x, norm[0], norm[1], eps)
     outs = (F.linear(x, weight, bias) for weight, bias in itertools.zip_longest(weights, biases))
     return tuple(out if residual is None else residual + out for out in outs)
 

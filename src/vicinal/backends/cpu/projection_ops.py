@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops import refuse_double_backward, refuse_forward_mode
+from ..ops import DifferentiableOp, on_one_device, refuse_tangents
 
 _PROJECT = "vicinal::project"
 _PROJECT_BACKWARD = "vicinal::project_backward"
@@ -32,17 +32,19 @@ def project(
     eps: float, residual: Tensor | None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """``residual + norm(x) @ weight.t() + bias`` for each of the weights; see `reference`."""
-    refuse_forward_mode(x, *weights, *biases, *norm, residual)
+    refuse_tangents(x, *weights, *biases, *norm, residual)
     lists = (list(group) for group in (weights, biases, norm))
-    return tuple(torch.ops.vicinal.project(x, *lists, eps, residual))
+    return tuple(_differentiable(x, *lists, eps, residual))
 
 
 @torch.library.register_fake(_PROJECT)
+@on_one_device
 def _(x: Tensor, weights: list[Tensor], *_: Any) -> list[Tensor]:
     return [x.new_empty(x.shape[0], weight.shape[0]) for weight in weights]
 
 
 @torch.library.register_fake(_PROJECT_BACKWARD)
+@on_one_device
 def _(
     grads: list[Tensor], x: Tensor, weights: list[Tensor], norm: list[Tensor], eps: float,
     needs_x: bool, needs_weights: bool, needs_biases: bool,
@@ -69,11 +71,13 @@ def _setup_project(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
     ctx.save_for_backward(x, *norm, *(weights if ctx.needs_x else ()))
 
 
-def _backward_project(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
-    _, needs_weights, needs_biases, _, _, needs_residual = ctx.needs_input_grad
+def _backward_project(
+    op: Any, ctx: Any, needs: tuple[Any, ...], grads: list[Tensor]
+) -> tuple[Any, ...]:
+    _, needs_weights, needs_biases, _, _, needs_residual = needs
     x, *parameters = ctx.saved_tensors
     norm, weights = parameters[: ctx.lengths[2]], parameters[ctx.lengths[2] :]
-    grad_x, *lists = torch.ops.vicinal.project_backward(
+    grad_x, *lists = op(
         grads, x, weights, norm, ctx.eps, ctx.needs_x, any(needs_weights), any(needs_biases)
     )
     lists = [part or [None] * n for part, n in zip(lists, ctx.lengths, strict=True)]
@@ -81,7 +85,4 @@ def _backward_project(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
     return grad_x if ctx.needs_x else None, *lists, None, grad_residual
 
 
-torch.library.register_autograd(_PROJECT, _backward_project, setup_context=_setup_project)
-
-
-torch.library.register_autograd(_PROJECT_BACKWARD, refuse_double_backward)
+_differentiable = DifferentiableOp("vicinal", "project", _setup_project, _backward_project)
