@@ -9,6 +9,7 @@ from problems import make_inputs, scene_2d
 from torch import Tensor
 
 from vicinal import Background, neighborhood_attention, neighborhood_attention_weights
+from vicinal.backends import choose_backend
 
 PLAN = scene_2d().plan()  # 12 queries, 60 points, 3 levels, 43 slots, 3 images
 
@@ -100,10 +101,8 @@ def test_invalid_arguments_of_weights_raise(name: str, value: Any, came: str) ->
 
 
 def test_cpu_backend_on_another_device_raises_with_a_reason() -> None:
-    plan = PLAN.to("meta")
-    inputs = make_inputs(PLAN).map(lambda x: x.to("meta"))
-    with pytest.raises(ValueError, match=r"backend: expected .*meta.* got 'cpu': .*CPU"):
-        neighborhood_attention(*inputs[:3], plan, backend="cpu")
+    with pytest.raises(ValueError, match=r"backend: expected .*cuda.* got 'cpu': .*CPU"):
+        choose_backend("cpu", torch.device("cuda"), torch.float32, 8)
 
 
 def test_fields_of_background() -> None:

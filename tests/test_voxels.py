@@ -299,7 +299,7 @@ def test_counts_of_events_are_integers() -> None:
     voxels = voxelize(torch.tensor([[0.2], [0.3], [1.2], [9.0]]), cell_size=1, bounds=[(0, 4)])
     pyramid = voxels.pyramid(torch.ones(4, 1, dtype=torch.int32), strides=(1, 2), pooling="sum")
     counts = pyramid.values_of_points(fill=-1)
-    assert counts.dtype == torch.int32
+    assert counts.dtype == torch.int64
     assert counts.flatten(1).tolist() == [[2, 3], [2, 3], [1, 3], [-1, -1]]
     with pytest.raises(ValueError, match="fill"):
         pyramid.values_of_points(fill=0.5)

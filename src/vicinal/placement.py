@@ -9,7 +9,7 @@ from torch import Tensor
 from ._utils.checks import check_finite, check_offsets, check_tensor, reads_contents, refuse
 from ._utils.ragged import batch_ids, offsets_from_counts
 from .pyramid import FeaturePyramid
-from .windows import check_position_dtype
+from .windows import check_position_dtype, warn_if_normalized
 
 
 class QueryPlacement(NamedTuple):
@@ -113,6 +113,7 @@ def check_placement(
     if reads_contents(check_contents, device):
         check_offsets("query_batch_offsets", offsets, len(positions))
         check_finite(name, positions)
+    warn_if_normalized(name, positions, pyramid.level_shapes)
     n_missing = pyramid.batch_size - (offsets.shape[0] - 1)
     if n_missing < 0:
         n_images = offsets.shape[0] - 1

@@ -47,10 +47,10 @@ def pool_points(
 
 def _sum(values: Tensor, row: Tensor, n_rows: int) -> Tensor:
     # index_add, whose gradient reads rows: the gradient of scatter_reduce takes ten times as long.
-    # Integers are exact in their own dtype.
-    wide = values.to(coordinate_dtype(values.dtype)) if values.is_floating_point() else values
-    sums = wide.new_zeros(n_rows, values.shape[1]).index_add(0, row, wide)
-    return sums.to(values.dtype)
+    # The sum of integers is int64, as that of `torch.sum`.
+    dtype = values.dtype if values.is_floating_point() else torch.int64
+    wide = values.to(coordinate_dtype(dtype) if dtype.is_floating_point else dtype)
+    return wide.new_zeros(n_rows, values.shape[1]).index_add(0, row, wide).to(dtype)
 
 
 def _mean(values: Tensor, row: Tensor, n_rows: int) -> Tensor:

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import KW_ONLY, InitVar, dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from ._utils.checks import (
     check_range,
     check_tensor,
     describe,
+    is_real,
     reads_contents,
     refuse,
 )
@@ -401,7 +403,7 @@ class FeaturePyramid:
 
         Raises:
             ValueError: the pyramid does not know the rows of raw points, there is no such level, or
-                ``fill`` is not a finite number of the values' kind.
+                ``fill`` is not a number of the values' kind.
 
         Example:
             ```python
@@ -425,7 +427,9 @@ class FeaturePyramid:
             if index is None or not 0 <= index < self.n_levels:
                 refuse("level", f"a level in [0, {self.n_levels}), or None", level)
             rows = rows[:, index]
-        fill_value = as_numbers("fill", fill, 1)[0]
+        if not is_real(fill):
+            refuse("fill", "a number", fill)
+        fill_value = float(fill)
         if not (self.values.is_floating_point() or fill_value.is_integer()):
             refuse("fill", "a whole number for values that are integers", fill)
         padded = torch.cat((self.values, self.values.new_full((1, self.embed_dim), fill_value)))
@@ -615,8 +619,11 @@ class FeaturePyramid:
         coordinates = coo.indices().t().contiguous()
         if strides is not None:
             strides = as_strides(strides, dim, None if shapes is None else len(shapes))
-            extent = _extent_of_coo(coo.shape[1:-2], coordinates, shapes, strides)
-            shapes = shapes_from_strides(extent, strides, axes)
+            given = (tuple(coo.shape[1:-2]),) if shapes is None else shapes
+            steps = (least_strides(strides),) if shapes is None else strides
+            extent = _extent(name, given, steps, axes)
+            extent = _extent_of_points(coordinates, extent, strides, axes)
+            shapes = shapes_from_strides(extent, strides, axes, name)
         assert shapes is not None
         pyramid = cls(
             values, coordinates, shapes, coo.shape[0], False, strides=strides, periodic_axes=axes
@@ -682,7 +689,8 @@ class FeaturePyramid:
         axes = as_periodic_axes(periodic_axes, len(shapes[0]))
         if strides is not None:
             strides = as_strides(strides, len(shapes[0]), len(levels))
-            shapes = shapes_from_strides(_extent(shapes, strides), strides, axes)
+            extent = _extent("levels", shapes, strides, axes)
+            shapes = shapes_from_strides(extent, strides, axes, "levels")
         maps = [level.coalesce() for level in levels]
         cells = [
             torch.nn.functional.pad(level.indices().t(), (0, 1), value=index)
@@ -731,7 +739,7 @@ class FeaturePyramid:
             strides: the size of each level's cells, in cells of the grid: one int or P ints per
                 level; one int is one level. Default: 1, 2, 4, 8.
             pooling: ``"mean"`` (default), ``"sum"`` or ``"max"`` over all points in the cell. The
-                mean of integers is floating.
+                mean of integers is floating, their sum int64.
             periodic_axes: axes along which the grid repeats, such as an azimuth. They are not
                 padded. Default: none.
             origin: raw coordinates of the grid's lower corner, ``[P]``. None (default): not known.
@@ -764,7 +772,7 @@ class FeaturePyramid:
         shape = as_spatial_shape(spatial_shape)
         strides = as_strides(strides, len(shape))
         axes = as_periodic_axes(periodic_axes, len(shape))
-        level_shapes = shapes_from_strides(shape, strides, axes)
+        level_shapes = shapes_from_strides(shape, strides, axes, "spatial_shape")
         pool = check_pooling(pooling)
         coordinates = check_tensor(
             "coordinates", coordinates, ("n", len(shape) + 1), kind="integer"
@@ -881,29 +889,33 @@ def _sort_by_image(coordinates: Tensor) -> tuple[Tensor, Tensor]:
     return coordinates[order], order
 
 
-def _extent(shapes: LevelShapes, strides: Strides) -> list[int]:
-    """The raw cells along each axis that hold all levels."""
-    pairs = zip(shapes, strides, strict=True)
-    extents = ([size * step for size, step in zip(*level, strict=True)] for level in pairs)
-    return [max(axis) for axis in zip(*extents, strict=True)]
-
-
-def _extent_of_coo(
-    sizes: Sequence[int], coordinates: Tensor, shapes: LevelShapes | None, strides: Strides
+def _extent(
+    argument: str, shapes: LevelShapes, strides: Strides, periodic_axes: Sequence[int]
 ) -> list[int]:
-    """The raw cells along each axis that hold a COO map of spatial ``sizes``, and its points.
+    """The raw cells along each axis that hold all levels; the same for all on a periodic axis."""
+    levels = zip(shapes, strides, strict=True)
+    extents = zip(*(map(operator.mul, *level) for level in levels), strict=True)
+    held = []
+    for axis, sizes in enumerate(extents):
+        if axis in periodic_axes and len(set(sizes)) > 1:
+            expected = f"levels of one extent, size times stride, along periodic axis {axis}"
+            refuse(argument, expected, str(list(sizes)))
+        held.append(max(sizes))
+    return held
 
-    ``shapes`` are given level shapes, or None.
-    """
-    stored = [[1] * len(sizes) for _ in strides]
-    for level in range(len(strides)):
+
+def _extent_of_points(
+    coordinates: Tensor, extent: Sequence[int], strides: Strides, periodic_axes: Sequence[int]
+) -> list[int]:
+    """``extent``, enlarged until it holds all points; a periodic axis keeps its own."""
+    held = list(extent)
+    for level, stride in enumerate(strides):
         cells = coordinates[coordinates[:, -1] == level, 1:-1]
-        if len(cells):
-            stored[level] = (cells.amax(0) + 1).tolist()
-    given = [(tuple(sizes), least_strides(strides)), *zip(stored, strides, strict=True)]
-    given += [] if shapes is None else zip(shapes, strides, strict=True)
-    held, steps = zip(*given, strict=True)
-    return _extent(tuple(map(tuple, held)), steps)
+        stops = (cells.amax(0) + 1).tolist() if cells.shape[0] else [0] * len(held)
+        held = [
+            max(size, stop * step) for size, stop, step in zip(held, stops, stride, strict=True)
+        ]
+    return [extent[axis] if axis in periodic_axes else size for axis, size in enumerate(held)]
 
 
 def _dim_of_coo(value: Any) -> int:

@@ -230,9 +230,11 @@ def _line(
         period = span[1] - low
         n_cells = _cells_of_period(period, size, periodic_axis)
         size = period / n_cells
-        offset = offset.remainder(period)
-        # The remainder of a small negative number is rounded to the period.
-        offset = offset.masked_fill(offset >= period, 0)
+        # In cells, as for positions, so that both fall into the same cell at a border.
+        inner = (offset / size).remainder(n_cells)
+        # The remainder of a small negative number is rounded to the number of cells.
+        cells = inner.masked_fill(inner >= n_cells, 0).floor().long()
+        return _Line(n_cells, low, size, cells, inside)
     else:
         count = _check_count((span[1] - low) / size)
         whole = max(round(count), 1)

@@ -21,9 +21,12 @@ from ._utils.checks import (
     reads_contents,
     refuse,
 )
-from ._utils.constants import constant, has_float64
+from ._utils.constants import constant, widest_dtype
 
 _FEWEST_NORMALIZED = 16  # numbers in [0, 1] are then no coincidence
+# Up to this size float32 products of cell centers and scales lie in the right cells: the error, two
+# roundings of at most 2^-24 each, is below half a cell of the finer level.
+_FLOAT32_PRODUCTS = 2**21
 _warned_normalized: set[str] = set()  # arguments
 
 
@@ -67,13 +70,13 @@ def check_position_dtype(argument: str, positions: Tensor, level_shapes: LevelSh
 
 
 def warn_if_normalized(argument: str, positions: Tensor, level_shapes: LevelShapes) -> None:
-    """Warns, once per process and argument, where ``positions`` seem to be in units of the map.
+    """Warns, once per process, where ``positions`` seem to be in units of the map.
 
     That is where the rows of a whole batch, at least 16 of positions or boxes ``[N, ...]``, lie in
     [0, 1] on a map of more cells. It reads contents, so it does so on the CPU only, and not in a
     compiled graph.
     """
-    if argument in _warned_normalized or not reads_contents(None, positions.device):
+    if _warned_normalized or not reads_contents(None, positions.device):
         return
     full = full_shape(level_shapes)
     if positions.shape[0] < _FEWEST_NORMALIZED or max(full) == 1:
@@ -90,9 +93,9 @@ def level_scales(level_shapes: LevelShapes, like: Tensor) -> Tensor:
     """``[L, P]``: each level's size over the full shape, with the dtype and device of ``like``."""
     # Divided in float64 and rounded: compiled float32 division need not round to nearest, and a
     # cell's border may lie between the two results.
-    exact = torch.float64 if has_float64(like.device) else torch.float32
     shapes, full = (
-        constant(sizes, like.device, exact) for sizes in (level_shapes, full_shape(level_shapes))
+        constant(sizes, like.device, widest_dtype(like.device))
+        for sizes in (level_shapes, full_shape(level_shapes))
     )
     return (shapes / full).to(like.dtype)
 
@@ -116,8 +119,10 @@ def window_centers(
     positions: Tensor, level_shapes: LevelShapes, periodic_axes: Sequence[int] = ()
 ) -> Tensor:
     """``[L, N, P]``: the cell, as floats, that contains each of ``positions`` ``[N, P]``."""
-    positions = positions.detach().to(coordinate_dtype(positions.dtype))
-    positions = wrap_positions(positions, level_shapes, periodic_axes)
+    dtype = coordinate_dtype(positions.dtype)
+    if max(full_shape(level_shapes)) > _FLOAT32_PRODUCTS:
+        dtype = widest_dtype(positions.device)
+    positions = wrap_positions(positions.detach().to(dtype), level_shapes, periodic_axes)
     centers = torch.floor(positions * level_scales(level_shapes, positions)[:, None])
     if not periodic_axes:
         return centers
@@ -179,8 +184,10 @@ def centers_of_cells(
     cells: Tensor, levels: Tensor, level_shapes: LevelShapes, dtype: torch.dtype
 ) -> Tensor:
     """`cell_positions` of arguments that are known to be valid."""
-    cells = cells.to(position_dtype(level_shapes, dtype))
-    return (cells + 0.5) / level_scales(level_shapes, cells)[levels]
+    # Computed in float64 and rounded: the scale of stride 3 is rounded in float32.
+    wide = cells.to(widest_dtype(cells.device))
+    centers = (wide + 0.5) / level_scales(level_shapes, wide)[levels]
+    return centers.to(position_dtype(level_shapes, dtype))
 
 
 def window_offsets(neighborhood_size: int, position_dim: int) -> list[tuple[int, ...]]:

@@ -187,3 +187,24 @@ def test_rows_are_all_rows_or_valid_indices() -> None:
         (torch.tensor([[0]]), "[1, 1]"),
     ):
         assert_refused("rows", came, check, wrong)
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.arange(12.0).reshape(4, 3)[::-1, ::-1],
+        np.arange(12.0).reshape(4, 3).astype(">f8"),
+        np.broadcast_to(np.arange(3.0), (4, 3)),
+    ],
+)
+def test_arrays_of_any_strides_and_byte_order_serve_as_tensors(array: Any) -> None:
+    made = checks.check_tensor("x", array, ("n", 3), kind="floating")
+    assert made.tolist() == array.tolist()
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.uint32, np.uint64])
+def test_unsigned_integers_serve_as_integers(dtype: Any) -> None:
+    made = checks.check_tensor("x", np.array([3, 200], dtype), (2,), kind="integer")
+    assert made.min().item() == 3
+    if dtype is np.uint64:
+        assert_refused("x", "uint64", checks.check_tensor, "x", np.array([2**63], dtype), (1,))

@@ -1,7 +1,5 @@
 """Maps of so many cells that float32 cannot hold their centers."""
 
-from typing import Any
-
 import pytest
 import torch
 from detr_scenes import CLASSES, EMBED, HEADS, gradients, make_queries, perturbed, refused
@@ -156,7 +154,13 @@ def test_boxes_in_units_of_the_map_cause_one_warning() -> None:
     with pytest.warns(UserWarning, match=r"targets\.boxes"):
         criterion(output, normalized(16))
     criterion(output, normalized(16))  # once is enough
-    given: Any = queries._replace(boxes=normalized(16).boxes)
+    detector.decoder(queries._replace(boxes=normalized(16).boxes), pyramid)
+
+
+@pytest.mark.usefixtures("no_warning_yet")
+def test_queries_in_units_of_the_map_cause_one_warning() -> None:
+    detector, pyramid = make_detector(), make_scene(SMALL)[0]
+    given = make_queries((16,), dtype=torch.float32)._replace(boxes=normalized(16).boxes)
     with pytest.warns(UserWarning, match=r"queries\.boxes"):
         detector.decoder(given, pyramid)
     detector.decoder(given, pyramid)

@@ -221,7 +221,7 @@ def other_pyramid(values: Tensor, level_shapes: Shapes = SHAPES) -> FeaturePyram
         ("stacked_feature_maps", other_pyramid(zeros(2, 10)), None, "[2, 10]"),
         ("stacked_feature_maps", other_pyramid(zeros(2, 12).float()), SHAPES, "float32"),
         ("stacked_feature_maps", other_pyramid(zeros(2, 12).to("meta")), None, "meta"),
-        ("level_spatial_shapes", other_pyramid(zeros(2, 12), SHAPES[:2]), None, "(5, 5)"),
+        ("stacked_feature_maps", other_pyramid(zeros(2, 12), SHAPES[:2]), None, "(5, 5)"),
         ("level_spatial_shapes", other_pyramid(zeros(2, 12)), (*SHAPES[:2], (9, 9)), "(9, 9)"),
     ],
 )

@@ -28,7 +28,7 @@ def test_nonfinite_positions_raise_or_are_excluded(
     with pytest.raises(ValueError, match="query_spatial_positions: expected finite"):
         module(**nonfinite._asdict())
     # Without checks of contents, as on a GPU, such a query is excluded.
-    monkeypatch.setattr("vicinal.plan.reads_contents", lambda *_: False)
+    monkeypatch.setattr("vicinal.placement.reads_contents", lambda *_: False)
     mask = torch.arange(11) == 4
     masked = arguments._replace(query_mask=mask)
     out, expected = module(**nonfinite._asdict()), module(**masked._asdict())
@@ -42,7 +42,7 @@ def test_nonfinite_positions_raise_or_are_excluded(
 def test_queries_outside_all_offsets_are_excluded(monkeypatch: pytest.MonkeyPatch) -> None:
     scene = SCENES[2]
     module, arguments = make_module(scene), make_arguments(scene, background=True)
-    monkeypatch.setattr("vicinal.plan.reads_contents", lambda *_: False)
+    monkeypatch.setattr("vicinal.placement.reads_contents", lambda *_: False)
     short = arguments._replace(query_batch_offsets=torch.tensor([0, 5, 5, 9]))
     masked = arguments._replace(query_mask=torch.arange(11) >= 9)
     assert torch.equal(module(**short._asdict()), module(**masked._asdict()))

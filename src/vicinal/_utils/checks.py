@@ -4,7 +4,8 @@ import itertools
 import math
 import numbers
 import operator
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn, cast
 
 import torch
@@ -21,11 +22,13 @@ def describe(value: Any) -> str:
     if isinstance(value, Tensor):
         layout = "" if value.layout == torch.strided else f"{value.layout} "
         return f"{layout}{value.dtype} tensor of shape {list(value.shape)} on {value.device}"
-    if _is_array(value):
+    if _is_array(value) and value.shape != ():
         return f"{value.dtype} array of shape {list(value.shape)}"
     if isinstance(value, list | tuple) and any(map(_is_tensor_or_array, value)):
         items = ", ".join(map(describe, value[:4])) + (", ..." if len(value) > 4 else "")
         return f"{type(value).__name__} of {items}"
+    if isinstance(value, Mapping) and any(map(_is_tensor_or_array, value.values())):
+        return f"{type(value).__name__} with the keys {describe(list(value))}"
     text = repr(value)
     shortened = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
     return f"{type(value).__name__} {shortened}"
@@ -75,7 +78,7 @@ def check_tensor(
         refuse(argument, _tensor_of(kind, shape), value)
     if device is not None and value.device != device:
         refuse(argument, f"{_tensor_of(kind, shape)} on {device}", value)
-    return value
+    return _signed(argument, value)
 
 
 def as_tensor(argument: str, value: Any, device: torch.device | None = None) -> Any:
@@ -87,9 +90,29 @@ def as_tensor(argument: str, value: Any, device: torch.device | None = None) -> 
     if isinstance(value, Tensor) or not _is_array(value):
         return value
     try:
-        return torch.as_tensor(value, device=device)
+        return torch.as_tensor(_native(value), device=device)
     except (TypeError, ValueError):
         refuse(argument, "an array of numbers that tensors can hold", value)
+
+
+def _native(array: Any) -> Any:
+    """An array that a tensor can share memory with; a copy where strides, byte order or a flag
+    that forbids writing are in the way.
+    """
+    numpy = sys.modules.get("numpy")
+    if numpy is None or not isinstance(array, numpy.ndarray):
+        return array
+    return numpy.require(array, array.dtype.newbyteorder("="), ["C", "W"])
+
+
+def _signed(argument: str, value: Tensor) -> Tensor:
+    """``value`` as int64 if its dtype is an unsigned one for which torch has few functions."""
+    if value.dtype not in (torch.uint16, torch.uint32, torch.uint64):
+        return value
+    signed = value.long()
+    if value.dtype == torch.uint64 and reads_contents(None, value.device) and (signed < 0).any():
+        refuse(argument, "integers below 2^63", value)
+    return signed
 
 
 def _tensor_of(kind: str, shape: Sequence[int | str]) -> str:
@@ -157,8 +180,8 @@ def as_numbers(argument: str, values: Any, n: int) -> tuple[float, ...]:
     expected = f"{n} finite numbers, one per axis"
     given = as_tensor(argument, values)
     given = given.tolist() if isinstance(given, Tensor) else given
-    given = [given] * n if _is_real(given) else given
-    if not isinstance(given, Sequence) or len(given) != n or not all(map(_is_real, given)):
+    given = [given] * n if is_real(given) else given
+    if not isinstance(given, Sequence) or len(given) != n or not all(map(is_real, given)):
         refuse(argument, expected, values)
     if not all(map(math.isfinite, given)):
         refuse(argument, expected, values)
@@ -186,16 +209,24 @@ def check_counts(**counts: int) -> None:
 
 def check_cells(argument: str, size: float) -> None:
     """Raises ValueError unless ``size`` is a positive, finite length in cells."""
-    if not _is_real(size) or not 0 < size < math.inf:
+    if not is_real(size) or not 0 < size < math.inf:
         refuse(argument, "a finite size above 0, in cells", size)
 
 
+def check_base(argument: str, theta: Any) -> float:
+    """``theta`` as a float; raises ValueError unless it is a finite base of frequencies."""
+    if not is_real(theta) or not 0 < theta < math.inf:
+        refuse(argument, "a finite number above 0", theta)
+    return float(theta)
+
+
 def check_dropout(argument: str, rate: float) -> None:
-    if not _is_real(rate) or not 0.0 <= rate < 1.0:
+    if not is_real(rate) or not 0.0 <= rate < 1.0:
         refuse(argument, "a rate in [0, 1)", rate)
 
 
-def _is_real(value: Any) -> bool:
+def is_real(value: Any) -> bool:
+    """Whether ``value`` is a real number, NumPy numbers included."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 

@@ -32,9 +32,9 @@ def constant(numbers: Numbers, device: torch.device, dtype: torch.dtype = torch.
     return made
 
 
-def has_float64(device: torch.device) -> bool:
-    """Whether the device computes in float64; Apple's GPUs do not."""
-    return device.type != "mps"
+def widest_dtype(device: torch.device) -> torch.dtype:
+    """float64, or float32 on Apple's GPUs, which have no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 @contextlib.contextmanager

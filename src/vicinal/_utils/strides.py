@@ -41,7 +41,7 @@ def as_strides(strides: Any, position_dim: int, n_levels: int | None = None) -> 
 
 
 def shapes_from_strides(
-    sizes: Sequence[int], strides: Strides, periodic_axes: Sequence[int]
+    sizes: Sequence[int], strides: Strides, periodic_axes: Sequence[int], argument: str
 ) -> LevelShapes:
     """The shape of every level of a grid of ``sizes`` raw cells.
 
@@ -57,7 +57,7 @@ def shapes_from_strides(
         multiple = math.lcm(*(level[axis] for level in strides))
         if axis in periodic_axes and size % multiple:
             expected = f"a multiple of all strides, {multiple}, along periodic axis {axis}"
-            refuse("spatial_shape", expected, str(size))
+            refuse(argument, expected, str(size))
         extents.append(-(-size // multiple) * multiple)
     return tuple(
         tuple(extent // stride for extent, stride in zip(extents, level, strict=True))

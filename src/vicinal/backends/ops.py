@@ -169,8 +169,6 @@ def on_one_device(fake: Callable[..., Any]) -> Callable[..., Any]:
 
 def refuse_tangents(*tensors: Tensor | None) -> None:
     """Raises NotImplementedError for tensors with a tangent: kernels would treat it as zero."""
-    if torch.compiler.is_compiling():
-        return
     for x in tensors:
         if x is not None and forward_ad.unpack_dual(x).tangent is not None:
             refuse_forward_mode()

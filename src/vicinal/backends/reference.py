@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .._utils.constants import constant
+from .._utils.constants import constant, widest_dtype
 from .._utils.ragged import expand_ranges, starts_from_counts
 from .._utils.random import hash_integers
 from .transforms import transforms_active
-from .types import Backend, PlanTensors, widest_dtype
+from .types import Backend, PlanTensors
 
 CHUNK = 1024  # queries
 

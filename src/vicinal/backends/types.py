@@ -8,13 +8,7 @@ from torch import Tensor
 
 FindRuns = Callable[..., tuple[Tensor, Tensor, Tensor]]  # see `backends.reference.find_runs`
 
-TILE = 16  # rows of a tile: the minimum of `tl.dot`
-_WITHOUT_FLOAT64 = ("mps",)
-
-
-def widest_dtype(device: torch.device) -> torch.dtype:
-    """float64, or float32 on a device type that has no float64."""
-    return torch.float32 if device.type in _WITHOUT_FLOAT64 else torch.float64
+TILE = 16
 
 
 class NeighborSlices(NamedTuple):

@@ -136,6 +136,7 @@ class Encoder(nn.Module):
             values=pyramid.values[order],
             coordinates=pyramid.coordinates[order],
             point_rows=None,
+            point_batch=None,
             check_contents=False,
         )
         return pyramid.with_values(self._encode(sorted_points)[torch.argsort(order)])

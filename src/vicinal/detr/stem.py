@@ -190,7 +190,12 @@ def _with_rows_of_given_points(
     if raw.point_rows is None or pyramid.point_rows is None:
         return pyramid
     rank = torch.searchsorted(points, raw.point_rows[:, 0].contiguous())
-    return dataclasses.replace(pyramid, point_rows=pyramid.point_rows[rank], check_contents=False)
+    return dataclasses.replace(
+        pyramid,
+        point_rows=pyramid.point_rows[rank],
+        point_batch=raw.point_batch,
+        check_contents=False,
+    )
 
 
 def _as_window_strides(window_strides: Any, position_dim: int) -> Strides:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .._utils.checks import (
+    LevelShapes,
     as_level_shapes,
     check_counts,
     check_dropout,
@@ -25,7 +26,6 @@ from ..windows import (
     as_periodic_axes,
     coordinate_dtype,
     finest_level,
-    warn_if_normalized,
     wrap_positions,
 )
 from .projections import call_norm
@@ -286,6 +286,9 @@ class SparseAttention(nn.Module, Generic[PlanT]):
     def _validate(self, arguments: Arguments) -> tuple[Inputs, PlanT]:
         """Raises ValueError for arguments that do not match; fills in pyramid, level and plan."""
         contents = arguments.check_contents
+        if isinstance(arguments.stacked_feature_maps, FeaturePyramid):
+            shapes = arguments.stacked_feature_maps.level_shapes
+            self._check_level_shapes("stacked_feature_maps", shapes)
         arguments = self._check_queries(arguments)
         positions, offsets, pyramid = check_placement(
             arguments.query_spatial_positions,
@@ -293,7 +296,6 @@ class SparseAttention(nn.Module, Generic[PlanT]):
             self._pyramid(arguments),
             contents,
         )
-        warn_if_normalized("query_spatial_positions", positions, pyramid.level_shapes)
         background = _background_of_images(arguments, offsets)
         levels, mask = arguments.query_level_indices, arguments.query_mask
         level = finest_level(pyramid.level_shapes) if levels is None else levels
@@ -365,9 +367,7 @@ class SparseAttention(nn.Module, Generic[PlanT]):
                 refuse("periodic_axes", f"the pyramid's {maps.periodic_axes}", str(axes))
         elif shapes is None:
             refuse("level_spatial_shapes", "[L, P] sizes, required with a sparse tensor", None)
-        if (len(shapes), len(shapes[0])) != (self.n_levels, self.position_dim):
-            expected = f"{self.n_levels} levels of {self.position_dim} sizes"
-            refuse("level_spatial_shapes", expected, str(shapes))
+        self._check_level_shapes("level_spatial_shapes", shapes)
         values = maps.values if isinstance(maps, FeaturePyramid) else maps
         device = self._reference.device
         if values.shape[-1:] != (self.embed_dim,) or values.device != device:
@@ -380,6 +380,11 @@ class SparseAttention(nn.Module, Generic[PlanT]):
                 maps, shapes, periodic_axes=axes, check_contents=contents
             )
         return maps
+
+    def _check_level_shapes(self, argument: str, shapes: LevelShapes) -> None:
+        if (len(shapes), len(shapes[0])) != (self.n_levels, self.position_dim):
+            expected = f"n_levels={self.n_levels} levels of position_dim={self.position_dim} sizes"
+            refuse(argument, expected, str(shapes))
 
     @property
     def _reference(self) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .._utils.checks import (
+    check_base,
     check_dropout,
     check_neighborhood_sizes,
     refuse,
@@ -136,8 +137,9 @@ class SparseNeighborhoodAttentionBlock(SparseAttention[NeighborhoodPlan]):
         self.neighborhood_sizes = check_neighborhood_sizes(neighborhood_sizes, n_levels)
         self.backend = backend
         self.attn_drop_rate = attention_dropout
-        self.rope_spatial_base_theta = rope_spatial_base_theta
-        self.rope_level_base_theta = rope_level_base_theta
+        bases = rope_spatial_base_theta, rope_level_base_theta
+        self.rope_spatial_base_theta = check_base("rope_spatial_base_theta", bases[0])
+        self.rope_level_base_theta = check_base("rope_level_base_theta", bases[1])
         self.rope_share_heads = rope_share_heads
         prepare_backends()
 

@@ -6,7 +6,7 @@ from enum import Enum
 import torch
 from torch import Tensor, nn
 
-from .._utils.checks import check_counts, check_tensor, refuse
+from .._utils.checks import check_base, check_counts, check_tensor, refuse
 from ..backends import check_backend, choose_backend
 from ..windows import coordinate_dtype
 from ._earlier_keys import drop_rotary_buffers
@@ -98,7 +98,9 @@ class RotaryEncoding(nn.Module):
         check_backend(backend)
         self.head_dim, self.n_heads, self.position_dim = head_dim, n_heads, position_dim
         self.backend, self.freq_group_pattern, self.share_heads = backend, pattern, share_heads
-        self.thetas = [spatial_base_theta] * position_dim + [level_base_theta]
+        space_base = check_base("spatial_base_theta", spatial_base_theta)
+        self.thetas = [space_base] * position_dim
+        self.thetas.append(check_base("level_base_theta", level_base_theta))
         space, level = list(range(position_dim)), [position_dim]
         self.groups = {
             "single": [space + level],

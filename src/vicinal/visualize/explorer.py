@@ -117,6 +117,8 @@ def write_explorer(
         ```python
         import tempfile
 
+        from pathlib import Path
+
         import torch
         from vicinal import FeaturePyramid, SparseNeighborhoodAttentionBlock
         from vicinal.visualize import AttentionRecord, View, write_explorer
@@ -141,7 +143,7 @@ def write_explorer(
     views = [views] if isinstance(views, View) else views
     is_sequence = isinstance(views, Sequence) and len(views) > 0
     if not is_sequence or not all(isinstance(view, View) for view in views):
-        refuse("views", "at least one View", str(views))
+        refuse("views", "at least one View", views)
     check_text("title", title)
     data = {"weight_steps": WEIGHT_STEPS, "views": [_encode_view(view) for view in views]}
     parts = {

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._utils.checks import LevelShapes, refuse
+from .._utils.checks import LevelShapes, as_integer, refuse
 from .._utils.ragged import offsets_from_counts
 from ..pyramid import FeaturePyramid
 from ..windows import full_shape, level_scales, window_centers
@@ -131,8 +131,9 @@ def choose_projection(pyramid: FeaturePyramid, points: Tensor, axis: int | None)
         return Projection(tuple(range(position_dim)))
     if axis is None:
         axis = _clearest_axis(pyramid.coordinates[points, 1:])
-    if not isinstance(axis, int) or axis not in range(3):
-        refuse("axis", "0, 1 or 2", axis)
+    given, axis = axis, as_integer(axis)
+    if axis not in range(3):
+        refuse("axis", "0, 1 or 2", given)
     return Projection(tuple(other for other in range(3) if other != axis), axis)
 
 

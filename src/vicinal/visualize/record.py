@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,40 +75,48 @@ class AttentionRecord:
     scores: Tensor | None = None
 
     def __post_init__(self) -> None:
-        check_tensor("positions", self.positions, ("n", "P"), kind="floating")
-        check_finite("positions", self.positions)
-        n, dim = self.positions.shape
-        self._check_weights(n)
+        positions = check_tensor("positions", self.positions, ("n", "P"), kind="floating")
+        check_finite("positions", positions)
+        n, dim = positions.shape
+        self._set(positions=positions, weights=self._checked_weights(n))
         if self.levels is not None:
-            check_tensor("levels", self.levels, (n,), kind="integer")
+            self._set(levels=check_tensor("levels", self.levels, (n,), kind="integer"))
         for name, value, shape in (
             ("boxes", self.boxes, (n, 2 * dim)),
             ("scores", self.scores, (n,)),
         ):
             if value is not None:
-                check_tensor(name, value, shape, kind="floating")
+                value = check_tensor(name, value, shape, kind="floating")
                 check_finite(name, value if value.dim() == 2 else value[:, None])
+                self._set(**{name: value})
         check_text("name", self.name)
         if self.labels is not None:
             if isinstance(self.labels, str) or not all(isinstance(x, str) for x in self.labels):
-                refuse("labels", f"{n} texts", str(self.labels))
+                refuse("labels", f"{n} texts", self.labels)
             if len(self.labels) != n:
                 refuse("labels", f"{n} texts", f"{len(self.labels)} texts")
             for index, label in enumerate(self.labels):
                 check_text(f"labels[{index}]", label)
 
-    def _check_weights(self, n: int) -> None:
+    def _set(self, **fields: Any) -> None:
+        for name, value in fields.items():
+            object.__setattr__(self, name, value)
+
+    def _checked_weights(self, n: int) -> NeighborhoodWeights:
+        """The weights as tensors."""
         if not isinstance(self.weights, NeighborhoodWeights):
             refuse("weights", "NeighborhoodWeights", self.weights)
         offsets, points, weights, background = self.weights
-        check_tensor("weights.offsets", offsets, (n + 1,), kind="integer")
-        check_tensor("weights.points", points, ("M",), kind="integer")
-        check_tensor("weights.weights", weights, (len(points), "H"), kind="floating")
+        offsets = check_tensor("weights.offsets", offsets, (n + 1,), kind="integer")
+        points = check_tensor("weights.points", points, ("M",), kind="integer")
+        shape = (len(points), "H")
+        weights = check_tensor("weights.weights", weights, shape, kind="floating")
         check_offsets("weights.offsets", offsets, len(points))
         check_finite("weights.weights", weights)
         if background is not None:
-            heads = weights.shape[1]
-            check_tensor("weights.background", background, (n, "L", heads), kind="floating")
+            cells = (n, "L", weights.shape[1])
+            background = check_tensor("weights.background", background, cells, kind="floating")
+        return NeighborhoodWeights(offsets, points, weights, background)
 
     def __len__(self) -> int:
         return len(self.positions)
