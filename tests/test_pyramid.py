@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from problems import Scene, assert_close, make_scene, scene_2d, scenes, sparse_coo
 from torch import Tensor
 
-from vicinal import FeaturePyramid
+from vicinal import FeaturePyramid, get_multilevel_neighborhoods
 
 SHAPES = ((6, 4), (5, 5), (9, 8))  # full shape 9 x 8
 
@@ -458,6 +458,49 @@ def test_strides_of_maps_of_padded_convolutions() -> None:
     for shapes in (None, [(side, side) for side in sides]):
         same = FeaturePyramid.from_coo(stacked, shapes, strides=strides)
         assert sorted(same.positions().tolist()) == sorted(pyramid.positions().tolist())
+
+
+@pytest.mark.parametrize("strides", [(1, 3), (1, 3, 6, 12), (1, 7), (1, 11)])
+def test_windows_of_large_maps_are_centered_on_what_points_were_pooled_into(strides: Any) -> None:
+    side = 8_388_000
+    cells = torch.arange(side - 3000, side)[:, None]
+    points = torch.nn.functional.pad(cells, (1, 0))
+    pyramid = FeaturePyramid.from_points(
+        points, torch.ones(3000, 1), (side,), 1, strides=strides, keep_point_rows=True
+    )
+    assert pyramid.point_rows is not None
+    positions = pyramid.positions(torch.float32)[pyramid.point_rows[:, 0]]
+    centers, *_ = get_multilevel_neighborhoods(positions, pyramid.level_shapes, [1] * len(strides))
+    for level, stride in enumerate(strides):
+        assert torch.equal(centers[:, level, 0], cells[:, 0] // stride)
+
+
+def test_a_periodic_axis_is_not_padded_by_strides() -> None:
+    def make_map(side: int) -> Tensor:
+        size = (1, side, 2)
+        return torch.sparse_coo_tensor(
+            torch.tensor([[0], [side - 1]]), torch.rand(1, 2), size, check_invariants=True
+        )
+
+    with pytest.raises(ValueError, match="levels: expected"):
+        FeaturePyramid.from_levels([make_map(40), make_map(21)], strides=(1, 2), periodic_axes=(0,))
+    pyramid = FeaturePyramid.from_levels(
+        [make_map(40), make_map(20)], strides=(1, 2), periodic_axes=(0,)
+    )
+    assert pyramid.level_shapes == ((40,), (20,))
+    padded = torch.sparse_coo_tensor(
+        pyramid.coordinates.t(), pyramid.values, (1, 48, 2, 2), check_invariants=True
+    )
+    same = FeaturePyramid.from_coo(padded, [(40,), (20,)], strides=(1, 2), periodic_axes=(0,))
+    assert same.level_shapes == ((40,), (20,))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16])
+def test_counts_do_not_overflow(dtype: torch.dtype) -> None:
+    points = torch.zeros(40_000, 3, dtype=torch.int64)
+    ones = torch.ones(40_000, 1, dtype=dtype)
+    pyramid = FeaturePyramid.from_points(points, ones, (4, 4), 1, strides=1, pooling="sum")
+    assert pyramid.values.tolist() == [[40_000]]
 
 
 def test_sums_and_means_of_integers() -> None:

@@ -422,3 +422,11 @@ def test_voxels_are_a_tuple() -> None:
     voxels = voxelize(cloud(5), cell_size=0.5)
     assert isinstance(voxels, Voxels)
     assert isinstance(voxels, tuple)
+
+
+def test_points_on_borders_of_a_periodic_axis_have_the_cells_of_their_positions() -> None:
+    azimuth = torch.arange(1800, dtype=torch.float64)[:, None] * 0.2
+    voxels = voxelize(azimuth, cell_size=0.2, bounds=[(-180, 180)], periodic_axes=[0])
+    pyramid = voxels.pyramid(torch.ones(1800, 1), strides=1)
+    cells = pyramid.positions_from_raw(azimuth, torch.float64).floor().long() % 1800
+    assert torch.equal(cells, voxels.coordinates[:, 1:])

@@ -1,6 +1,7 @@
 """The encoder: its layers one after another, on one plan, with and without checkpointing."""
 
 import copy
+import dataclasses
 from typing import Any
 
 import pytest
@@ -203,3 +204,21 @@ def test_layers_of_other_windows_are_refused() -> None:
     ]
     with refused("plan"):
         Encoder(layers, EMBED).double()(make_pyramid((5,)))
+
+
+def test_unsorted_points_keep_the_rows_of_raw_points() -> None:
+    points = torch.tensor([[0, 1, 2], [1, 0, 3], [0, 3, 3], [1, 2, 2]])
+    pyramid = FeaturePyramid.from_points(
+        points, torch.randn(4, EMBED), (4, 4), 2, strides=(1, 2), keep_point_rows=True
+    )
+    assert pyramid.point_rows is not None
+    order = torch.arange(len(pyramid)).flip(0)
+    shuffled = dataclasses.replace(
+        pyramid,
+        values=pyramid.values[order],
+        coordinates=pyramid.coordinates[order],
+        point_rows=len(order) - 1 - pyramid.point_rows,
+    )
+    encoder = make_encoder().float()
+    expected, actual = encoder(pyramid), encoder(shuffled)
+    assert_close(actual.values_of_points(0), expected.values_of_points(0), 1e-6)
