@@ -49,6 +49,8 @@ def test_transforms() -> None:
     assert_close(both, torch.stack((sample(weights), sample(2 * weights))), EXACT)
 
 
+# Torch itself uses it, when forward mode is first used in a process.
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
 def test_other_derivatives_are_refused() -> None:
     sample, weights = sampled_weights()
     leaf = weights.clone().requires_grad_()
