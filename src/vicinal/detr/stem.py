@@ -111,8 +111,9 @@ class PointStem(nn.Module):
                 the points.
             batch_size: number of images.
             periodic_axes: axes along which the grid repeats; windows pass the seam. Default: none.
-            origin, cell_size: raw coordinates of the grid's lower corner and size of its cells,
-                ``[P]``, which the pyramid keeps. None (default): not known.
+            origin: raw coordinates of the grid's lower corner, ``[P]``, which the pyramid keeps.
+                None (default): not known.
+            cell_size: size of the grid's cells in raw units, ``[P]``, likewise.
             keep_point_rows: whether the pyramid keeps the row of each given point on every level,
                 as ``point_rows``. Default: False.
 

@@ -63,7 +63,8 @@ class SparseNeighborhoodAttentionBlock(SparseAttention[NeighborhoodPlan]):
             that of ``dropout``. The earlier implementation never dropped weights, as with 0.
         backend: back end of the attention, see `neighborhood_attention`. None (default): chosen by
             device and dtype.
-        device, dtype: of the parameters, as in `torch.nn.Linear`.
+        device: of the parameters. None (default): torch's default device.
+        dtype: of the parameters. None (default): torch's default dtype.
 
     Checkpoints of the earlier implementation load with ``strict=True``, and the parameters are in
     its order, so that the state of an optimizer loads as well. `export_state_dict` writes such

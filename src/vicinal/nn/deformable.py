@@ -64,7 +64,8 @@ class SparseDeformableAttention(SparseAttention[CellIndex]):
             weights always do. Default: True.
         norm_first: whether the layer norm is on the query before the projections (default), or on
             the result after the residual.
-        device, dtype: of the parameters, as in `torch.nn.Linear`.
+        device: of the parameters. None (default): torch's default device.
+        dtype: of the parameters. None (default): torch's default dtype.
 
     Raises:
         ValueError: sizes below one or that do not divide, or ``dropout`` outside [0, 1).

@@ -54,7 +54,8 @@ class RotaryEncoding(nn.Module):
         enforce_freq_groups_equal: whether groups of unequal size raise a ValueError (default).
             Otherwise the first groups get one more pair each.
         backend: back end of the rotation, see `neighborhood_attention`.
-        device, dtype: of the parameters, as in `torch.nn.Linear`.
+        device: of the parameters. None (default): torch's default device.
+        dtype: of the parameters. None (default): torch's default dtype.
 
     ``freqs[g]`` is the parameter of group g, ``[coordinates of g, H or 1, pairs of g]``.
 
