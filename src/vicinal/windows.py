@@ -27,7 +27,7 @@ _FEWEST_NORMALIZED = 16  # numbers in [0, 1] are then no coincidence
 # Up to this size float32 products of cell centers and scales lie in the right cells: the error, two
 # roundings of at most 2^-24 each, is below half a cell of the finer level.
 _FLOAT32_PRODUCTS = 2**21
-_warned_normalized: set[str] = set()  # arguments
+_warned_normalized: set[str] = set()  # the argument that was warned of, if any
 
 
 def full_shape(level_shapes: LevelShapes) -> tuple[int, ...]:

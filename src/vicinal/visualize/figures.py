@@ -91,7 +91,7 @@ def draw_attention(
     """
     check_record(record, pyramid)
     check_range("query", torch.tensor([query]), len(record))
-    if (as_integer(margin) or 0) < 0 or as_integer(margin) is None:
+    if as_integer(margin) is None or margin < 0:
         refuse("margin", "a number of cells, at least 0", margin)
     rows = _head_rows(heads, record.n_heads)
     image = None if image is None else to_uint8(image)
