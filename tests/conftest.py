@@ -23,6 +23,27 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
 
+# Of the interpreter of Triton 3.6 and a NumPy that it was not written for.
+OF_TRITON = "ignore:Conversion of an array with ndim > 0:DeprecationWarning"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        config.addinivalue_line("filterwarnings", OF_TRITON)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--shard", help="only the tests of one of N processes, such as 0/4")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keeps every N-th test, for processes side by side where pytest-xdist is not installed."""
+    if config.getoption("--shard"):
+        first, n = map(int, config.getoption("--shard").split("/"))
+        config.hook.pytest_deselected(items=[x for i, x in enumerate(items) if i % n != first])
+        items[:] = items[first::n]
+
+
 def pytest_terminal_summary(terminalreporter: "pytest.TerminalReporter") -> None:
     """Prints the resources of compiled kernels, which their tests record."""
     reports = terminalreporter.getreports("passed")

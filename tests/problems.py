@@ -10,6 +10,7 @@ import os
 import random
 import subprocess
 import sys
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -424,6 +425,16 @@ def as_leaves(arguments: tuple[Any, ...], *, requires_grad: bool) -> tuple[Any, 
         return x
 
     return tuple(change(x) for x in arguments)
+
+
+def opcheck(op: Any, arguments: Sequence[Any], **options: Any) -> None:
+    """``torch.library.opcheck``, which since torch 2.14 reads the gradients of copies that it makes
+    and hides the warning of that, but not from a filter that makes warnings errors.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"The \.grad attribute of a Tensor that is not a leaf")
+        results = torch.library.opcheck(op, tuple(arguments), **options)
+    assert set(results.values()) == {"SUCCESS"}
 
 
 def forged(x: Tensor, kind: int, generator: torch.Generator) -> Tensor:

@@ -2,12 +2,7 @@
 `backends.test_triton`, which uses a GPU if there is one.
 """
 
-import os
-import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -330,53 +325,3 @@ def test_plans_of_a_gpu_are_those_of_the_cpu() -> None:
         strict=True,
     ):
         assert torch.equal(ours.cpu(), theirs)
-
-
-def sanitize(tool: str, *command: str) -> subprocess.CompletedProcess[str]:
-    """Runs Python under NVIDIA's Compute Sanitizer, whose reports become an exit code of 7."""
-    checker = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    if not Path(checker).exists():
-        pytest.skip("compute-sanitizer is not installed")
-    # Calls that fail may be PyTorch's own queries of the device.
-    quiet = ["--report-api-errors", "no"] if tool == "memcheck" else []
-    return subprocess.run(
-        [checker, "--tool", tool, *quiet, "--error-exitcode", "7", sys.executable, *command],
-        # Each tensor in an allocation of its own, so that reads beyond its end are errors.
-        env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-
-
-@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
-def test_compute_sanitizer(tool: str) -> None:
-    """Good contents, bad ones and plans of garbage, every kernel."""
-    file = Path(__file__).parent / "backends" / "test_triton.py"
-    tests = "test_kernels_stay_in_their_buffers", "test_forged_plans_stay_in_their_buffers"
-    watched = [f"{file}::{test}" for test in tests]
-    done = sanitize(tool, "-m", "pytest", "-q", "-p", "no:cacheprovider", *watched)
-    assert done.returncode == 0, done.stdout[-3000:]
-
-
-OVERRUN = """
-import torch
-from vicinal.backends.triton import attention as triton_attention
-from vicinal.backends.triton.launch import heads, launch, widths
-
-x = torch.zeros({allocated}, 1, 16, device="cuda")
-flags = torch.zeros({allocated}, 1, device="cuda")
-launch(
-    triton_attention.find_flags, {given} // 32, heads(x), heads(x), flags, {given}, 1,
-    **widths(x, x), BLOCK=32, num_warps=1,
-)
-torch.cuda.synchronize()
-"""
-
-
-@pytest.mark.parametrize(("given", "reported"), [(64, False), (96, True)])
-def test_compute_sanitizer_notices(given: int, reported: bool) -> None:
-    """The sanitizer itself: it reports a kernel that is given more points than were allocated."""
-    done = sanitize("memcheck", "-c", OVERRUN.format(allocated=64, given=given))
-    assert (done.returncode == 7) == reported, done.stdout[-3000:]
-    assert ("out of bounds" in done.stdout) == reported

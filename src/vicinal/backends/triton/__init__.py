@@ -33,7 +33,7 @@ def attend(
     copies = plan.point_columns[:0] if plan.copy_points is None else plan.copy_points
     tensors = [*plan.query_tiles, flags, starts, stops, plan.point_columns, copies]
     if plan.point_tiles is not None:  # for the backward pass
-        tensors += plan.point_tiles
+        tensors.extend(plan.point_tiles)  # not +=, which torch 2.11 does not compile
     return _OPS.attend(
         q, k, v, tensors, plan.neighborhood_sizes, plan.position_dim,
         background, query_mask, seed, scale, dropout_p,
