@@ -93,17 +93,17 @@ class NeighborhoodPlan:
     @property
     def n_queries(self) -> int:
         """N, the number of queries."""
-        return self._tensors.n_queries
+        return self._tensors.n_queries()
 
     @property
     def n_points(self) -> int:
         """nnz, the number of points of all images and levels."""
-        return self._tensors.n_points - self.copies.points.shape[0]
+        return self._tensors.n_points() - self.copies.points.shape[0]
 
     @property
     def n_keys(self) -> int:
         """The number of points and of their copies, nnz + C."""
-        return self._tensors.n_points
+        return self._tensors.n_points()
 
     @property
     def n_levels(self) -> int:
@@ -113,7 +113,7 @@ class NeighborhoodPlan:
     @property
     def window_slots(self) -> int:
         """K, the number of cells in all windows of a query, empty cells included."""
-        return self._tensors.window_slots
+        return self._tensors.window_slots()
 
     @property
     def query_batch(self) -> Tensor:

@@ -317,7 +317,7 @@ def test_a_study_in_parts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
         return Outcome(figures=FIGURES) if timeout > 70 else late
 
     monkeypatch.setattr(study, "run_case", run_case)
-    monkeypatch.setattr(study.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(study, "time", mock.Mock(monotonic=lambda: clock[0]))
     part = ("--out", tmp_path, "--only", "memory/", "--seconds", 100, "--resume")
     names = [f"memory/{name}" for name in ("tracks", "volume", "handwriting")]
     for _ in range(4):
@@ -327,7 +327,7 @@ def test_a_study_in_parts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     ]  # fmt: skip
     (file,) = tmp_path.glob("*.json")
     assert [*report.load(file)] == names
-    monkeypatch.setattr(study.machine, "describe_commit", lambda: {"id": "x", "dirty": False})
+    monkeypatch.setattr(machine, "describe_commit", lambda: {"id": "x", "dirty": False})
     file.rename(tmp_path / (machine.file_stem({"id": "x", "dirty": False}) + ".json"))
     assert run_study(*part) == 0  # figures of other code do not count
     assert given[-2:] == [(names[0], 100), (names[1], 30)]

@@ -84,27 +84,23 @@ class PlanTensors(NamedTuple):
     query_tiles: Tiles | None = None
     point_tiles: Tiles | None = None
 
-    @property
+    # Methods, since torch 2.10 compiles no property of a named tuple.
     def n_queries(self) -> int:
         return self.query_batch.shape[0]
 
-    @property
     def n_points(self) -> int:
         return self.point_columns.shape[0]
 
-    @property
     def n_levels(self) -> int:
         return len(self.neighborhood_sizes)
 
-    @property
     def cells_per_level(self) -> list[int]:
         """The number of cells in a window of each level."""
         return [size**self.position_dim for size in self.neighborhood_sizes]
 
-    @property
     def window_slots(self) -> int:
         """K, the number of cells in all windows of a query."""
-        return sum(self.cells_per_level)
+        return sum(self.cells_per_level())
 
 
 class Backend(NamedTuple):
