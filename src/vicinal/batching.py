@@ -9,11 +9,12 @@ from torch import Tensor
 
 from ._index.cell_hash import CellIndex
 from ._index.copies import PointCopies
+from ._pyramid.data import TENSOR_FIELDS
 from ._utils.checks import refuse
 from .backends.types import NeighborSlices, PlanTensors
 from .placement import QueryPlacement
 from .plan import NeighborhoodPlan
-from .pyramid import TENSOR_FIELDS, FeaturePyramid
+from .pyramid import FeaturePyramid
 from .voxels import Voxels
 
 
