@@ -10,13 +10,15 @@ from torch import Tensor
 
 from ._pyramid import sources
 from ._pyramid.concatenation import cat_pyramids
+from ._pyramid.coo import coalesce
 from ._pyramid.data import TENSOR_FIELDS, PyramidData
 from ._pyramid.images import select_images
 from ._pyramid.raw_points import values_of_points
 from ._utils.checks import check_tensor, describe, refuse
 from ._utils.ragged import offsets_from_ids
 from ._utils.raw_grid import RawGrid, keep_cells
-from ._utils.strides import StridesLike, least_strides
+from ._utils.strides import least_strides
+from ._utils.types import StridesLike
 from .windows import centers_of_cells, full_shape, position_dtype
 
 
@@ -358,13 +360,14 @@ class FeaturePyramid(PyramidData):
     def to_coo(self) -> Tensor:
         """Returns the coalesced sparse COO map ``[B, *full_shape, L, E]`` with one dense dimension.
 
-        Points that share a cell become one point with the sum of their embeddings.
+        Points that share a cell become one point with the sum of their embeddings. Sums of half
+        precisions are accumulated in float32 and rounded once.
         """
         size = (self.batch_size, *full_shape(self.level_shapes), self.n_levels, self.embed_dim)
         coo = torch.sparse_coo_tensor(
             self.coordinates.t(), self.values, size, check_invariants=False
         )
-        return coo.coalesce()
+        return coalesce(coo)
 
     @classmethod
     def from_coo(
@@ -382,8 +385,9 @@ class FeaturePyramid(PyramidData):
 
         Args:
             stacked_feature_maps: sparse COO ``[B, *full_shape, L, E]`` with one dense dimension,
-                coalesced or not. Its sizes may be smaller or larger if all points lie inside their
-                levels. On a GPU, coalescing synchronizes.
+                coalesced or not: values of one cell are added, as in `to_coo`. Its sizes may be
+                smaller or larger if all points lie inside their levels. On a GPU, coalescing
+                synchronizes.
             level_spatial_shapes: integer ``[L, P]``, the spatial shape of each level. With
                 ``strides`` it may be None (default): the shapes that hold the map and its points.
             strides: raw cells per cell of each level, one int or P ints per level. Level shapes are

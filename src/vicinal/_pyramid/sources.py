@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,9 +16,11 @@ from .._utils.checks import (
     reads_contents,
     refuse,
 )
-from .._utils.strides import StridesLike, as_strides, least_strides, shapes_from_strides
+from .._utils.strides import as_strides, least_strides, shapes_from_strides
+from .._utils.types import StridesLike
 from ..pooling import check_pooling, pool_points
 from ..windows import as_periodic_axes
+from .coo import check_coo, coalesce, dim_of_coo
 from .data import PyramidData, check_points
 from .extents import extent_of_levels, extent_of_points
 
@@ -38,10 +40,10 @@ def from_coo(
     shapes = None if level_spatial_shapes is None else as_level_shapes(level_spatial_shapes)
     if shapes is None and strides is None:
         refuse("level_spatial_shapes", "[L, P] sizes, or strides", None)
-    dim = _dim_of_coo(stacked_feature_maps) if shapes is None else len(shapes[0])
-    _check_coo(name, stacked_feature_maps, ["B", *[f"S{axis}" for axis in range(dim)], "L", "E"])
+    dim = dim_of_coo(stacked_feature_maps) if shapes is None else len(shapes[0])
+    check_coo(name, stacked_feature_maps, ["B", *[f"S{axis}" for axis in range(dim)], "L", "E"])
     axes = as_periodic_axes(periodic_axes, dim)
-    coo = stacked_feature_maps.coalesce()
+    coo = coalesce(stacked_feature_maps)
     # Copies: graphs of torch.compile do not take views of a sparse tensor.
     values = coo.values().clone()
     coordinates = coo.indices().t().contiguous()
@@ -78,7 +80,7 @@ def from_levels(
         sizes: list[int | str] = ["B", *[f"S{axis}" for axis in range(first.dim() - 2)], "E"]
         if index:
             sizes[0], sizes[-1] = first.shape[0], first.shape[-1]
-        _check_coo(f"levels[{index}]", level, sizes)
+        check_coo(f"levels[{index}]", level, sizes)
         if (level.dtype, level.device) != (first.dtype, first.device):
             refuse(f"levels[{index}]", f"{first.dtype} on {first.device}", level)
     shapes = tuple(tuple(level.shape[1:-1]) for level in levels)
@@ -87,7 +89,7 @@ def from_levels(
         strides = as_strides(strides, len(shapes[0]), len(levels))
         extent = extent_of_levels("levels", shapes, strides, axes)
         shapes = shapes_from_strides(extent, strides, axes, "levels")
-    maps = [level.coalesce() for level in levels]
+    maps = [coalesce(level) for level in levels]
     cells = [
         torch.nn.functional.pad(level.indices().t(), (0, 1), value=index)
         for index, level in enumerate(maps)
@@ -176,20 +178,3 @@ def _sort_by_image(coordinates: Tensor) -> tuple[Tensor, Tensor]:
     """``coordinates`` sorted by image, and their order before that."""
     order = torch.argsort(coordinates[:, 0], stable=True)
     return coordinates[order], order
-
-
-def _dim_of_coo(value: Any) -> int:
-    """The number of spatial dimensions of a map ``[B, *full_shape, L, E]``, at least 1."""
-    return max(value.dim() - 3, 1) if isinstance(value, Tensor) else 1
-
-
-def _check_coo(argument: str, value: Tensor, sizes: Sequence[int | str]) -> None:
-    expected = f"a sparse COO tensor [{', '.join(map(str, sizes))}] with one dense dimension"
-    is_coo = isinstance(value, Tensor) and value.layout == torch.sparse_coo
-    if not is_coo or value.dense_dim() != 1 or value.dim() != len(sizes):
-        refuse(argument, expected, value)
-    if any(
-        isinstance(want, int) and want != size
-        for want, size in zip(sizes, value.shape, strict=True)
-    ):
-        refuse(argument, expected, value)

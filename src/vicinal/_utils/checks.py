@@ -6,18 +6,12 @@ import numbers
 import operator
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn, Protocol, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor
 
 LevelShapes = tuple[tuple[int, ...], ...]
-
-
-class ArrayLike(Protocol):
-    """An array of NumPy, or of a library with the same protocol."""
-
-    def __array__(self) -> Any: ...
 
 
 _LONGEST = 200  # characters of a value in an error message

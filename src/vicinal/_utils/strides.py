@@ -6,14 +6,12 @@ from typing import Any
 
 from torch import Tensor
 
-from .checks import ArrayLike, LevelShapes, as_integer, as_integers, as_tensor, refuse
+from .checks import LevelShapes, as_integer, as_integers, as_tensor, refuse
 
 Strides = tuple[tuple[int, ...], ...]
-# What users give: a stride, or one per level, each an int or one int per axis.
-StridesLike = int | Sequence[int | Sequence[int]] | Tensor | ArrayLike
 
 
-def as_strides(strides: StridesLike, position_dim: int, n_levels: int | None = None) -> Strides:
+def as_strides(strides: Any, position_dim: int, n_levels: int | None = None) -> Strides:
     """``strides`` as a tuple per level of one int per axis.
 
     Args:
@@ -27,7 +25,7 @@ def as_strides(strides: StridesLike, position_dim: int, n_levels: int | None = N
     """
     levels = "" if n_levels is None else f"{n_levels} levels: "
     expected = f"{levels}integers of at least 1, or one for each of {position_dim} axes, per level"
-    given: Any = as_tensor("strides", strides)
+    given = as_tensor("strides", strides)
     given = given.tolist() if isinstance(given, Tensor) else given
     given = [given] if as_integer(given) is not None else given
     if not isinstance(given, Sequence) or not given or len(given) != (n_levels or len(given)):
