@@ -15,6 +15,7 @@ from ._pyramid.data import TENSOR_FIELDS, PyramidData
 from ._pyramid.images import select_images
 from ._pyramid.raw_points import values_of_points
 from ._utils.checks import check_tensor, describe, refuse
+from ._utils.collation import batched_by_cat
 from ._utils.ragged import offsets_from_ids
 from ._utils.raw_grid import RawGrid, keep_cells
 from ._utils.strides import least_strides
@@ -22,6 +23,7 @@ from ._utils.types import StridesLike
 from .windows import centers_of_cells, full_shape, position_dtype
 
 
+@batched_by_cat
 @dataclass(frozen=True, repr=False, eq=False)
 class FeaturePyramid(PyramidData):
     """The points of a multi-level sparse feature map.
