@@ -395,6 +395,23 @@ def test_ragged_batches_that_differ_are_refused(first: Any, second: Any, named: 
     assert "objects" in str(caught.value)
 
 
+@pytest.mark.parametrize("n_images", [0, 1, 3])
+def test_offsets_of_other_images_than_the_pyramid_are_refused(n_images: int) -> None:
+    offsets = torch.zeros(n_images + 1, dtype=torch.int64)
+    wrong = make_targets(0)._replace(offsets=offsets)
+    samples = [(make_pyramid(9 * n, batch_size=n), {"objects": wrong}) for n in (n_images, 2)]
+    with pytest.raises(ValueError, match=r"samples\[1\].*objects.*offsets"):
+        collate_pyramids(samples)
+    several = [(make_pyramid(), make_pyramid(batch_size=5), make_targets(2)) for _ in range(2)]
+    assert [part.batch_size for part in collate_pyramids(several)[:2]] == [2, 10]
+
+
+def test_fields_that_must_be_there_are_named() -> None:
+    nothing: Any = None
+    with pytest.raises(ValueError, match=r"parts\[1\]\.boxes"):
+        Targets.cat([make_targets(1), make_targets(1)._replace(boxes=nothing)])
+
+
 @pytest.mark.parametrize("parts", [[], None, make_targets(1)])
 def test_no_ragged_batches_are_refused(parts: Any) -> None:
     with pytest.raises(ValueError, match="parts"):

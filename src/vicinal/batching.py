@@ -11,7 +11,7 @@ from ._index.cell_hash import CellIndex
 from ._index.copies import PointCopies
 from ._pyramid.data import TENSOR_FIELDS
 from ._utils.checks import refuse
-from ._utils.collation import collate
+from ._utils.collation import batched_parts, collate
 from .backends.types import NeighborSlices, PlanTensors
 from .placement import QueryPlacement
 from .plan import NeighborhoodPlan
@@ -36,8 +36,8 @@ def collate_pyramids(samples: Sequence[Any]) -> Any:
         first sample's, so that a ``defaultdict`` keeps its default.
 
     Raises:
-        ValueError: there is no sample, structures differ, or what they hold cannot be one. The
-            message names the sample and the field.
+        ValueError: there is no sample, structures differ, what they hold cannot be one, or offsets
+            beside a pyramid are not of its images. The message names the sample and the field.
 
     Example:
         ```python
@@ -57,7 +57,22 @@ def collate_pyramids(samples: Sequence[Any]) -> Any:
     """
     if not isinstance(samples, Sequence) or not samples:
         refuse("samples", "at least one sample", samples)
+    for index, sample in enumerate(samples):
+        _check_images(f"samples[{index}]", sample)
     return collate(list(samples))
+
+
+def _check_images(argument: str, sample: Any) -> None:
+    """Raises ValueError where offsets in a sample are not of the images of a pyramid in it: in a
+    batch, they would be those of other images.
+    """
+    parts = list(batched_parts(sample))
+    counts = [part.batch_size for _, part in parts if isinstance(part, FeaturePyramid)]
+    for field, part in parts:
+        shape: tuple[int, ...] = getattr(getattr(part, "offsets", None), "shape", ())
+        if counts and len(shape) == 1 and shape[0] - 1 not in counts:
+            expected = f"offsets of {' or '.join(map(str, counts))} images, as of the pyramid"
+            refuse(f"{argument}{field}.offsets", expected, f"offsets of {shape[0] - 1} images")
 
 
 _Context = tuple[tuple[str, ...], tuple[tuple[str, Any], ...]]  # names of tensors; other fields

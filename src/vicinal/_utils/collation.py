@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping, MutableMapping, MutableSequence, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, MutableSequence, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -69,12 +69,19 @@ def _has_names(value: Any) -> bool:
 
 
 def _holds_ours(value: Any) -> bool:
-    """Whether ``value`` is, or holds at any depth, what `default_collate` does not take as it is
-    meant: None, or what is batched by its ``cat``.
-    """
+    """Whether ``value`` is, or holds at any depth, None or what is batched by its ``cat``."""
     if value is None or cat_of(value) is not None:
         return True
     return any(map(_holds_ours, _parts(value).values()))
+
+
+def batched_parts(value: Any, field: str = "") -> Iterator[tuple[str, Any]]:
+    """What ``value``, which is at ``field``, holds that is batched by its ``cat``, and where."""
+    if cat_of(value) is not None:
+        yield field, value
+        return
+    for key, part in _parts(value).items():
+        yield from batched_parts(part, _name(value, field, key))
 
 
 def _parts(value: Any) -> dict[Any, Any]:

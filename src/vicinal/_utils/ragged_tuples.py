@@ -51,7 +51,8 @@ def _as_tensors(argument: str, part: Any) -> dict[str, Tensor | None]:
     tensors: dict[str, Tensor | None] = {}
     for field in _fields(part):
         name, value = f"{argument}.{field}", as_tensor(f"{argument}.{field}", getattr(part, field))
-        if value is not None and field != "offsets":
+        is_optional = field in part._field_defaults
+        if field != "offsets" and not (value is None and is_optional):
             is_matrix = isinstance(value, Tensor) and value.dim() == 2
             shape = (rows, "width") if is_matrix else (rows,)
             value = check_tensor(name, value, shape, kind="number", device=device)
