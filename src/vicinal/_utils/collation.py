@@ -40,7 +40,8 @@ def collate(samples: list[Any], field: str = "") -> Any:
         try:
             return cat(samples)
         except ValueError as error:
-            raise ValueError(f"field {field} of the samples: {error}" if field else error) from None
+            where = f"field {field} of the samples: " if field else ""
+            raise ValueError(f"{where}{error}") from error
     for index, sample in enumerate(samples):
         if (sample is None) != (first is None):
             expected = "None, as in the first sample" if first is None else "a value, not None"
@@ -50,10 +51,11 @@ def collate(samples: list[Any], field: str = "") -> Any:
     if not _holds_ours(first):
         return _collate_others(samples, field)
     _check_structure(samples, field)
-    columns = {key: [_parts(sample)[key] for sample in samples] for key in _parts(first)}
-    return _rebuild(
-        first, {key: collate(part, _name(first, field, key)) for key, part in columns.items()}
-    )
+    parts = list(map(_parts, samples))
+    joined = {
+        key: collate([part[key] for part in parts], _name(first, field, key)) for key in parts[0]
+    }
+    return _rebuild(first, joined)
 
 
 def _name(container: Any, field: str, key: Any) -> str:
