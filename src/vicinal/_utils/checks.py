@@ -29,9 +29,11 @@ def describe(value: Any) -> str:
         return f"{type(value).__name__} of {items}"
     if isinstance(value, Mapping) and any(map(_is_tensor_or_array, value.values())):
         return f"{type(value).__name__} with the keys {describe(list(value))}"
-    text = repr(value)
+    name, text = type(value).__name__, repr(value)
     shortened = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
-    return f"{type(value).__name__} {shortened}"
+    # The text of many types begins with their names, as in torch.Size([3]).
+    names_type = "(" in text and text.partition("(")[0].rpartition(".")[2] == name
+    return shortened if names_type else f"{name} {shortened}"
 
 
 def _is_array(value: Any) -> bool:
@@ -129,10 +131,10 @@ def as_level_shapes(
 ) -> LevelShapes:
     """``[L, P]`` sizes as tuples of ints. It reads contents, so a GPU tensor synchronizes."""
     expected = "[L, P] positive sizes, a row per level, with L and P at least 1"
-    rows = _as_lists(argument, level_spatial_shapes, expected)
+    rows = as_list(argument, level_spatial_shapes, expected)
     if not isinstance(rows, list | tuple) or not rows:
         refuse(argument, expected, level_spatial_shapes)
-    shapes = [as_integers(_as_lists(argument, row, expected)) for row in rows]
+    shapes = [as_integers(as_list(argument, row, expected)) for row in rows]
     if None in shapes:
         refuse(argument, expected, level_spatial_shapes)
     if any(not row or len(row) != len(rows[0]) or min(row) < 1 for row in shapes):
@@ -143,18 +145,18 @@ def as_level_shapes(
 def as_spatial_shape(spatial_shape: Any, position_dim: int | None = None) -> tuple[int, ...]:
     """``[P]`` sizes as a tuple of ints. It reads contents, so a GPU tensor synchronizes."""
     expected = f"{'P' if position_dim is None else position_dim} positive sizes"
-    shape = as_integers(_as_lists("spatial_shape", spatial_shape, expected))
+    shape = as_integers(as_list("spatial_shape", spatial_shape, expected))
     if not shape or min(shape) < 1 or position_dim not in (None, len(shape)):
         refuse("spatial_shape", expected, shape or spatial_shape)
     return shape
 
 
-def _as_lists(argument: str, value: Any, expected: str) -> Any:
-    """A tensor or an array of integers as nested lists; all else as it is."""
+def as_list(argument: str, value: Any, expected: str) -> Any:
+    """A tensor or an array as nested lists; all else as it is."""
     value = as_tensor(argument, value)
     if not isinstance(value, Tensor):
         return value
-    if not _is_integer(value.dtype) or value.layout != torch.strided:
+    if value.layout != torch.strided or value.device.type == "meta":
         refuse(argument, expected, value)
     return value.tolist()
 
@@ -175,23 +177,40 @@ def as_integers(values: Any) -> tuple[int, ...] | None:
     return None if None in integers else cast(tuple[int, ...], integers)
 
 
-def as_numbers(argument: str, values: Any, n: int) -> tuple[float, ...]:
-    """``n`` finite numbers as floats, of one number or of a sequence, tensor or array ``[n]``."""
-    expected = f"{n} finite numbers, one per axis"
-    given = as_tensor(argument, values)
-    given = given.tolist() if isinstance(given, Tensor) else given
+def as_numbers(
+    argument: str, values: Any, n: int, expected: str | None = None
+) -> tuple[float, ...]:
+    """``n`` finite numbers, of one number or of a sequence, tensor or array ``[n]``.
+
+    They are floats or ints, see `as_float`. ``expected`` is for the message; None: a number for
+    each of ``n`` axes.
+    """
+    expected = expected or f"a finite number, or one for each of {n} axes"
+    given = as_list(argument, values, expected)
     given = [given] * n if is_real(given) else given
-    if not isinstance(given, Sequence) or len(given) != n or not all(map(is_real, given)):
+    if not isinstance(given, Sequence) or len(given) != n or not all(map(_is_finite, given)):
         refuse(argument, expected, values)
-    if not all(map(math.isfinite, given)):
-        refuse(argument, expected, values)
-    return tuple(map(float, given))
+    return tuple(map(as_float, given))
+
+
+def as_float(number: Any) -> float:
+    """A finite real number as a float, or as an int where it is an integer that no float equals."""
+    nearest = float(number)
+    integer = as_integer(number)
+    return nearest if integer is None or integer == nearest else integer
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return is_real(value) and math.isfinite(value)
+    except OverflowError:  # an integer beyond float64
+        return False
 
 
 def check_neighborhood_sizes(neighborhood_sizes: Any, n_levels: int) -> tuple[int, ...]:
     """``neighborhood_sizes`` as a tuple of ints, one per level; raises ValueError for others."""
     argument, expected = "neighborhood_sizes", f"one window width per level ({n_levels})"
-    given = _as_lists(argument, neighborhood_sizes, expected)
+    given = as_list(argument, neighborhood_sizes, expected)
     if not isinstance(given, Sequence) or len(given) != n_levels:
         refuse(argument, expected, neighborhood_sizes)
     sizes = as_integers(given)
@@ -239,6 +258,13 @@ def reads_contents(check_contents: bool | None, device: torch.device) -> bool:
             return False
         return type(torch.empty(0)) is Tensor  # fake tensors have no contents
     return check_contents
+
+
+def check_has_contents(argument: str, value: Tensor) -> None:
+    """Raises ValueError for a tensor without numbers: one on the meta device, or a fake one."""
+    is_real_tensor = torch.compiler.is_compiling() or type(torch.empty(0)) is Tensor
+    if value.device.type == "meta" or not is_real_tensor:
+        refuse(argument, "a tensor with contents, as the result depends on them", value)
 
 
 def check_finite(argument: str, value: Tensor) -> None:

@@ -6,7 +6,6 @@ and in the pyramid's order of axes.
 
 import functools
 import math
-import numbers
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._utils.checks import as_tensor, check_tensor, reads_contents, refuse
+from .._utils.checks import as_list, as_tensor, check_tensor, is_real, reads_contents, refuse
 from ..pyramid import FeaturePyramid
 from ..windows import coordinate_dtype, full_shape
 
@@ -360,13 +359,13 @@ def center_offsets(centers: Tensor, origins: Tensor, period: Period | None) -> T
 
 def as_period(period: Any, position_dim: int) -> tuple[float, ...]:
     """``period`` as floats, infinity for None; raises ValueError unless P sizes above 0."""
-    given = as_tensor("period", period)
-    given = given.tolist() if isinstance(given, Tensor) else given
+    expected = f"a size above 0 or None for each of {position_dim} axes"
+    given = as_list("period", period, expected)
     if not isinstance(given, Sequence) or len(given) != position_dim:
-        refuse("period", f"a size above 0 or None for each of {position_dim} axes", period)
+        refuse("period", expected, period)
     sizes = [math.inf if size is None else size for size in given]
-    if not all(isinstance(size, numbers.Real) and float(size) > 0 for size in sizes):
-        refuse("period", f"a size above 0 or None for each of {position_dim} axes", period)
+    if not all(is_real(size) and size > 0 for size in sizes):
+        refuse("period", expected, period)
     return tuple(map(float, sizes))
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .._utils.checks import (
     as_integers,
-    as_tensor,
+    as_list,
     check_cells,
     check_counts,
     check_tensor,
@@ -160,8 +160,8 @@ class QuerySelection(nn.Module):
 
 
 def _as_levels(levels: Any) -> tuple[int, ...]:
-    given = as_tensor("levels", levels)
-    indices = as_integers(given.tolist() if isinstance(given, Tensor) else given)
+    expected = "at least one level, none below 0"
+    indices = as_integers(as_list("levels", levels, expected))
     if not indices or min(indices) < 0:
-        refuse("levels", "at least one level, none below 0", levels)
+        refuse("levels", expected, levels)
     return indices
