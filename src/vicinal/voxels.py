@@ -14,10 +14,10 @@ from ._utils.checks import (
     as_list,
     as_numbers,
     check_finite,
-    check_has_contents,
     check_offsets,
     check_range,
     check_tensor,
+    has_contents,
     refuse,
 )
 from ._utils.ragged import batch_ids
@@ -188,7 +188,8 @@ def voxelize(
         refuse("cell_size", "sizes above 0", cell_size)
     axes = as_periodic_axes(periodic_axes, dim)
     spans = _as_bounds(bounds, dim, axes)
-    check_has_contents("points", points)
+    if not has_contents(points):
+        refuse("points", "a tensor with contents, which the number of cells depends on", points)
     images, n_images = _images(points, batch, offsets, batch_size)
     check_finite("points", points)
     inside = torch.ones_like(images, dtype=torch.bool)

@@ -25,8 +25,9 @@ _MAX_LOG_SIZE_CHANGE = 4.0
 def box_period(pyramid: FeaturePyramid) -> tuple[float, ...] | None:
     """Returns the period of boxes on a map with periodic axes.
 
-    Functions that compare boxes take it: centers then differ by the short way around the axis, so
-    that boxes may pass the seam.
+    Functions and losses that compare boxes take it as their ``period``: the size of the map along
+    each periodic axis, infinity or None along the others. Centers then differ by the short way
+    around the axis, so that boxes may pass the seam.
 
     Args:
         pyramid: the map.
@@ -118,9 +119,7 @@ def iou(a: Tensor, b: Tensor, *, period: Period | None = None) -> Tensor:
     Args:
         a: floating ``[..., 2P]``, center and size per axis.
         b: floating ``[..., 2P]`` that broadcasts with ``a``, in the same units.
-        period: ``[P]``, the size of the map along each periodic axis, infinity or None along the
-            others, see `box_period`: centers differ by the short way. None (default): no axis is
-            periodic.
+        period: ``[P]``, see `box_period`. None (default): no axis is periodic.
 
     Returns:
         ``[...]`` in [0, 1], at least float32.
@@ -152,9 +151,7 @@ def generalized_iou(a: Tensor, b: Tensor, *, period: Period | None = None) -> Te
     Args:
         a: floating ``[..., 2P]``, center and size per axis.
         b: floating ``[..., 2P]`` that broadcasts with ``a``, in the same units.
-        period: ``[P]``, the size of the map along each periodic axis, infinity or None along the
-            others, see `box_period`: centers differ by the short way. None (default): no axis is
-            periodic.
+        period: ``[P]``, see `box_period`. None (default): no axis is periodic.
 
     Returns:
         ``[...]`` in [-1, 1], at least float32.
@@ -184,9 +181,7 @@ def pairwise_iou(a: Tensor, b: Tensor, *, period: Period | None = None) -> Tenso
     Args:
         a: floating ``[n, 2P]``, center and size per axis.
         b: floating ``[m, 2P]``, in the same units.
-        period: ``[P]``, the size of the map along each periodic axis, infinity or None along the
-            others, see `box_period`: centers differ by the short way. None (default): no axis is
-            periodic.
+        period: ``[P]``, see `box_period`. None (default): no axis is periodic.
 
     Returns:
         ``[n, m]`` in [0, 1], at least float32.
@@ -213,9 +208,7 @@ def pairwise_generalized_iou(a: Tensor, b: Tensor, *, period: Period | None = No
     Args:
         a: floating ``[n, 2P]``, center and size per axis.
         b: floating ``[m, 2P]``, in the same units.
-        period: ``[P]``, the size of the map along each periodic axis, infinity or None along the
-            others, see `box_period`: centers differ by the short way. None (default): no axis is
-            periodic.
+        period: ``[P]``, see `box_period`. None (default): no axis is periodic.
 
     Returns:
         ``[n, m]`` in [-1, 1], at least float32.
@@ -245,9 +238,7 @@ def relative_l1(boxes: Tensor, targets: Tensor, *, period: Period | None = None)
     Args:
         boxes: floating ``[..., 2P]``, center and size per axis.
         targets: floating ``[..., 2P]`` that broadcasts with ``boxes``, in the same units.
-        period: ``[P]``, the size of the map along each periodic axis, infinity or None along the
-            others, see `box_period`: centers differ by the short way. None (default): no axis is
-            periodic.
+        period: ``[P]``, see `box_period`. None (default): no axis is periodic.
 
     Returns:
         ``[...]``, the mean over the 2P numbers of a box, at least float32.
@@ -313,9 +304,7 @@ def encode_boxes(boxes: Tensor, targets: Tensor, *, period: Period | None = None
     Args:
         boxes: floating ``[n, 2P]``, center and size per axis.
         targets: floating ``[n, 2P]``, in the same units.
-        period: ``[P]``, the size of the map along each periodic axis, infinity or None along the
-            others, see `box_period`: centers differ by the short way. None (default): no axis is
-            periodic.
+        period: ``[P]``, see `box_period`. None (default): no axis is periodic.
 
     Returns:
         deltas ``[n, 2P]``, first of the center, then of the size, not clamped.

@@ -99,9 +99,7 @@ class DetectionLoss(LossWeights):
             matches: from `HungarianMatcher`, or from `Matches.from_assignment` for one-to-many
                 supervision; each prediction occurs at most once.
             n_objects: the divisor of all sums, see `mean_object_count`.
-            period: ``[P]``, the size of the map along each periodic axis, infinity or None along
-                the others, see `box_period`: centers differ by the short way. None (default): no
-                axis is periodic.
+            period: ``[P]``, see `box_period`. None (default): no axis is periodic.
 
         Returns:
             weighted scalars.
