@@ -309,3 +309,10 @@ def test_made_on_the_meta_device_and_initialized_later(dim: int) -> None:
         rotary.reset_parameters()
     assert all(freqs.isfinite().all() and freqs.any() for freqs in rotary.freqs)
     assert rotary.frequencies().abs().max() <= 1
+
+
+@pytest.mark.parametrize("base", [10**400, 0, -1.0, math.inf, math.nan, "x", None, True])
+def test_bases_that_are_no_finite_numbers_above_0_are_refused(base: Any) -> None:
+    for argument in ("spatial_base_theta", "level_base_theta"):
+        with pytest.raises(ValueError, match=argument):
+            RotaryEncoding(8, 2, 2, **{argument: base})

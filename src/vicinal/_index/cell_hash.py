@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._utils.checks import LevelShapes, has_contents, refuse
+from .._utils.checks import LevelShapes, check_type, has_contents, refuse
 from .._utils.constants import constant, trainable_tensors
 from .._utils.ragged import expand_ranges, starts_from_counts
 from ..pyramid import FeaturePyramid
@@ -135,8 +135,7 @@ def index_cells(pyramid: FeaturePyramid) -> CellIndex:
         ValueError: ``pyramid`` is not a `FeaturePyramid`, has too many cells for 64-bit keys, or
             has too many occupied cells.
     """
-    if not isinstance(pyramid, FeaturePyramid):
-        refuse("pyramid", "a FeaturePyramid", pyramid)
+    check_type("pyramid", pyramid, FeaturePyramid)
     dim, device = pyramid.position_dim, pyramid.coordinates.device
     sizes = [_WINDOW] * pyramid.n_levels
     keys = CellKeys(pyramid.level_shapes, sizes, pyramid.batch_size, device)

@@ -14,6 +14,7 @@ from torch import Tensor
 LevelShapes = tuple[tuple[int, ...], ...]
 
 
+_WIDEST = 2**31  # windows are narrower
 _LONGEST = 200  # characters of a value in an error message
 
 
@@ -188,7 +189,9 @@ def as_numbers(
     expected = expected or f"a finite number, or one for each of {n} axes"
     given = as_list(argument, values, expected)
     given = [given] * n if is_real(given) else given
-    if not isinstance(given, Sequence) or len(given) != n or not all(map(_is_finite, given)):
+    if not isinstance(given, Sequence) or len(given) != n or not all(map(is_real, given)):
+        refuse(argument, expected, values)
+    if not all(map(math.isfinite, given)):
         refuse(argument, expected, values)
     return tuple(map(as_float, given))
 
@@ -200,13 +203,6 @@ def as_float(number: Any) -> float:
     return nearest if integer is None or integer == nearest else integer
 
 
-def _is_finite(value: Any) -> bool:
-    try:
-        return is_real(value) and math.isfinite(value)
-    except OverflowError:  # an integer beyond float64
-        return False
-
-
 def check_neighborhood_sizes(neighborhood_sizes: Any, n_levels: int) -> tuple[int, ...]:
     """``neighborhood_sizes`` as a tuple of ints, one per level; raises ValueError for others."""
     argument, expected = "neighborhood_sizes", f"one window width per level ({n_levels})"
@@ -214,8 +210,8 @@ def check_neighborhood_sizes(neighborhood_sizes: Any, n_levels: int) -> tuple[in
     if not isinstance(given, Sequence) or len(given) != n_levels:
         refuse(argument, expected, neighborhood_sizes)
     sizes = as_integers(given)
-    if sizes is None or any(size < 1 or size % 2 == 0 for size in sizes):
-        refuse(argument, "odd neighborhood_sizes, at least 1", neighborhood_sizes)
+    if sizes is None or any(not 1 <= size < _WIDEST or size % 2 == 0 for size in sizes):
+        refuse(argument, "odd neighborhood_sizes, at least 1, below 2^31", neighborhood_sizes)
     return sizes
 
 
@@ -244,9 +240,27 @@ def check_dropout(argument: str, rate: float) -> None:
         refuse(argument, "a rate in [0, 1)", rate)
 
 
+def check_rate(argument: str, rate: float) -> None:
+    """Raises ValueError unless ``rate`` is a probability."""
+    if not is_real(rate) or not 0.0 <= rate <= 1.0:
+        refuse(argument, "a rate in [0, 1]", rate)
+
+
+def check_type(argument: str, value: Any, kind: type) -> None:
+    """Raises ValueError unless ``value`` is an instance of ``kind``."""
+    if not isinstance(value, kind):
+        refuse(argument, f"a {kind.__name__}", value)
+
+
 def is_real(value: Any) -> bool:
-    """Whether ``value`` is a real number, NumPy numbers included."""
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+    """Whether ``value`` is a real number within the range of floats, NumPy numbers included."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        return False
+    try:
+        float(value)
+    except OverflowError:  # a large integer
+        return False
+    return True
 
 
 def reads_contents(check_contents: bool | None, device: torch.device) -> bool:

@@ -13,7 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._utils.checks import as_list, as_tensor, check_tensor, is_real, reads_contents, refuse
+from .._utils.checks import (
+    as_list,
+    as_tensor,
+    check_tensor,
+    check_type,
+    is_real,
+    reads_contents,
+    refuse,
+)
 from ..pyramid import FeaturePyramid
 from ..windows import coordinate_dtype, full_shape
 
@@ -36,6 +44,9 @@ def box_period(pyramid: FeaturePyramid) -> tuple[float, ...] | None:
         ``[P]``, the size of the map along a periodic axis, in cells of the full shape, and infinity
         along the others; None without periodic axes.
 
+    Raises:
+        ValueError: ``pyramid`` is not a `FeaturePyramid`.
+
     Example:
         ```python
         import torch
@@ -49,6 +60,7 @@ def box_period(pyramid: FeaturePyramid) -> tuple[float, ...] | None:
         assert box_period(pyramid) == (64.0, float("inf"))
         ```
     """
+    check_type("pyramid", pyramid, FeaturePyramid)
     axes, sizes = pyramid.periodic_axes, full_shape(pyramid.level_shapes)
     if not axes:
         return None
@@ -361,8 +373,14 @@ def as_period(period: Any, position_dim: int) -> tuple[float, ...]:
 def check_boxes(argument: str, boxes: Any, device: torch.device | None = None) -> Tensor:
     """``boxes`` as a tensor; raises ValueError unless it is a floating ``[..., 2P]``."""
     boxes = as_tensor(argument, boxes, device)
-    is_floating = isinstance(boxes, Tensor) and boxes.is_floating_point()
-    if not is_floating or not boxes.dim() or not boxes.shape[-1] or boxes.shape[-1] % 2:
+    is_dense = isinstance(boxes, Tensor) and boxes.layout == torch.strided
+    if (
+        not is_dense
+        or not boxes.is_floating_point()
+        or not boxes.dim()
+        or not boxes.shape[-1]
+        or boxes.shape[-1] % 2
+    ):
         refuse(argument, "a floating tensor of shape [n, 2P]", boxes)
     tensor: Tensor = boxes
     return tensor
@@ -374,6 +392,9 @@ def _as_comparable(a_name: str, a: Any, b_name: str, b: Any) -> tuple[Tensor, Te
     b = check_boxes(b_name, b, a.device)
     if a.shape[-1] != b.shape[-1] or a.device != b.device:
         refuse(b_name, f"boxes of {a.shape[-1] // 2} axes on {a.device}", b)
+    rows = zip(reversed(a.shape), reversed(b.shape), strict=False)
+    if any(n != m and 1 not in (n, m) for n, m in rows):
+        refuse(b_name, f"boxes that broadcast with those of {a_name}, {list(a.shape)}", b)
     dtype = coordinate_dtype(torch.promote_types(a.dtype, b.dtype))
     return a.to(dtype), b.to(dtype)
 

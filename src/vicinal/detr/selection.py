@@ -12,6 +12,7 @@ from .._utils.checks import (
     check_cells,
     check_counts,
     check_tensor,
+    check_type,
     refuse,
 )
 from .._utils.constants import constant
@@ -141,8 +142,7 @@ class QuerySelection(nn.Module):
         return QuerySelectionOutput(queries, candidates, positions, points, chosen)
 
     def _check(self, pyramid: FeaturePyramid) -> None:
-        if not isinstance(pyramid, FeaturePyramid):
-            refuse("pyramid", "a FeaturePyramid", pyramid)
+        check_type("pyramid", pyramid, FeaturePyramid)
         width = self.head.embed_dim
         check_tensor("pyramid.values", pyramid.values, ("nnz", width), kind="floating")
         if pyramid.position_dim != self.head.position_dim:

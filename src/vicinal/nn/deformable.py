@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .._index.cell_hash import CellIndex, check_cell_index, index_cells
 from .._index.sampling import cell_weights, sample
-from .._utils.checks import check_rows, has_contents, refuse
+from .._utils.checks import check_rows, check_type, has_contents, refuse
 from .._utils.ragged import offsets_from_counts
 from ..attention import NeighborhoodWeights
 from ..placement import check_placement, query_images
@@ -146,8 +146,7 @@ class SparseDeformableAttention(SparseAttention[CellIndex]):
         Raises:
             ValueError: an argument has the wrong shape, dtype or device.
         """
-        if not isinstance(pyramid, FeaturePyramid):
-            refuse("pyramid", "a FeaturePyramid", pyramid)
+        check_type("pyramid", pyramid, FeaturePyramid)
         check_placement(query_spatial_positions, query_batch_offsets, pyramid)
         return index_cells(pyramid)
 
