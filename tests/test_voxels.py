@@ -143,6 +143,12 @@ def test_integers_are_compared_exactly_with_bounds_of_any_kind() -> None:
     assert rows(-(2.0**63), 2**63 - 1) == [0, 1, 2, 3, 4, 5, -1]
 
 
+def test_bounds_beyond_floats_are_refused() -> None:
+    for axes in ([], [0]):
+        with pytest.raises(ValueError, match="cell_size"):
+            voxelize(cloud(3, 1), cell_size=1, bounds=[(-1.7e308, 1.7e308)], periodic_axes=axes)
+
+
 def test_distances_beyond_int64_do_not_overflow() -> None:
     points = torch.tensor([[-(2**63)], [0], [2**63 - 1]])
     for size in (2**20, 1_234_567.5):
@@ -283,8 +289,11 @@ def test_the_cells_of_a_period_fill_it_exactly() -> None:
 
 @pytest.mark.parametrize("dtype", [np.int64, np.uint64])
 @pytest.mark.parametrize(("period", "n_cells"), [(86_400_000_000_000, 86_400), (10**15 + 1, 7)])
-def test_clocks_in_nanoseconds_are_wrapped_exactly(dtype: Any, period: int, n_cells: int) -> None:
-    size, low = Fraction(period, n_cells), 5
+@pytest.mark.parametrize("low", [5, 2**60 - 86_400_000_000_000, 2**60 + 1])
+def test_clocks_in_nanoseconds_are_wrapped_exactly(
+    dtype: Any, low: int, period: int, n_cells: int
+) -> None:
+    size = Fraction(period, n_cells)
     ticks = [0, 1, period - 1, period // 2, *(math.ceil(size * cell) for cell in (1, 3, 6))]
     stamps = [low + turn * period + tick for turn in (0, 4_000) for tick in ticks]
     stamps += [stamp + 9_000 * period for stamp in stamps if stamp + 9_000 * period < 2**63]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ._utils.checks import (
+    as_float,
     as_integer,
     as_list,
     as_numbers,
@@ -234,7 +235,7 @@ def _line(
         largest = float(cells.max()) if len(cells) else 0.0
         n_cells = math.floor(_check_count(largest)) + 1
     elif periodic_axis is not None:
-        low, period = span[0], span[1] - span[0]
+        low, period = span[0], _length(*span)
         n_cells = _cells_of_period(period, size, periodic_axis)
         size = period / n_cells
         # In cells, as for positions, so that both fall into the same cell at a border.
@@ -254,9 +255,17 @@ def _check_count(count: float) -> float:
     return count
 
 
+def _length(low: float, high: float) -> float:
+    """``high - low``; that of whole numbers is exact, see `as_float`."""
+    length = float(high) - float(low)
+    if math.isinf(length) or not (float(low).is_integer() and float(high).is_integer()):
+        return length
+    return as_float(int(high) - int(low))
+
+
 def _cells_between(low: float, high: float, size: float) -> int:
     """The number of cells of ``size`` from ``low`` that hold all that is below ``high``."""
-    _check_count((high - low) / size)
+    _check_count(_length(low, high) / size)
     count = (Fraction(high) - Fraction(low)) / Fraction(size)
     whole = max(round(count), 1)
     # Ten cells of 0.1 are a little more than 1. Whole numbers are not rounded.

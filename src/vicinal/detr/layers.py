@@ -163,9 +163,8 @@ class QuerySelfAttention(nn.Module):
     what suppresses duplicate detections in a DETR (Carion et al., "End-to-End Object Detection with
     Transformers", 2020). Queries of an image are padded to the largest number in the batch.
 
-    Rotary angles follow distances within the map. On a map with periodic axes they do not follow the
-    short way: two queries on both sides of the seam attend to each other as if they were a period
-    apart.
+    Rotary angles follow distances within the map, not the short way around periodic axes: queries
+    on both sides of the seam attend to each other as if they were a period apart.
 
     Args:
         embed_dim: width of the embeddings, E, an even multiple of ``n_heads``.
