@@ -15,7 +15,7 @@ from .checks import as_float
 
 _EXACT = 2.0**53  # float64 holds all smaller whole numbers
 _INT64 = 2**63
-_HALF = 2**32
+_HALF = 32  # bits of half an int64
 
 
 class RawGrid(NamedTuple):
@@ -66,8 +66,10 @@ def cells_from(column: Tensor, low: float, size: float) -> Tensor:
     if not _all_whole(column, low, size):
         return cells
     column, low, size = column.long(), int(low), int(size)
-    # Two divisions: a difference may overflow.
-    exact = (column // size - low // size - (column % size < low % size).long()).double()
+    # Two divisions, since a difference may overflow.
+    quotient = column // size
+    borrow = column - quotient * size < low % size
+    exact = (quotient - low // size - borrow.long()).double()
     kept = cells.clamp(exact, torch.nextafter(exact + 1, exact))
     return torch.where(cells.abs() < _EXACT, kept, cells)
 
@@ -106,8 +108,11 @@ def _offsets_from(column: Tensor, low: float) -> Tensor:
         return column.double() - float(low)
     # Both halves are exact, and neither overflows.
     column, low = column.long(), int(low)
-    upper = (column // _HALF - low // _HALF).double()
-    return upper * _HALF + (column % _HALF - low % _HALF).double()
+    mask = 2**_HALF - 1
+    upper = ((column >> _HALF) - (low >> _HALF)).double()
+    lower = ((column & mask) - (low & mask)).double()
+    offsets: Tensor = upper * 2.0**_HALF + lower
+    return offsets
 
 
 def _all_whole(column: Tensor, *numbers: float) -> bool:
