@@ -200,3 +200,14 @@ def assert_exports(
     tolerance = 1e-13 if dtype == torch.float64 else 1e-6
     for n_points in counts:
         assert_close(exported(*arguments(n_points)), module(*arguments(n_points)), tolerance)
+
+
+def test_a_compiled_block_takes_values_of_a_sparse_map() -> None:
+    torch.manual_seed(0)
+    block = SparseNeighborhoodAttentionBlock(EMBED, 2, 3, SIZES).double()
+    maps = make_pyramid(60).to_coo()
+    pyramid = FeaturePyramid.from_coo(maps, make_pyramid(60).level_shapes)
+    rest = pyramid.positions(), pyramid.batch_offsets(), pyramid
+    compiled = torch.compile(block, backend="aot_eager")
+    for query in (pyramid.values, maps.values().clone()):
+        assert_close(compiled(query, *rest), block(query, *rest), 1e-13)

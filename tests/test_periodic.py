@@ -158,3 +158,15 @@ def test_the_cpu_back_end_is_what_the_tests_above_use() -> None:
     assert choose_backend("cpu", torch.device("cpu")) is not choose_backend(
         "reference", torch.device("cpu")
     )
+
+
+@pytest.mark.parametrize("axes", [(), (0,)])
+def test_copies_are_appended_to_a_row_per_point_alone(axes: tuple[int, ...]) -> None:
+    _, pyramid, plan = random_plan(axes)
+    values = torch.randn(len(pyramid), 3)
+    appended = plan.append_copies(values)
+    assert torch.equal(appended, values[plan.points_of_keys(torch.arange(plan.n_keys))])
+    wrong: Any
+    for wrong in (values[1:], torch.cat((values, values)), values[0, 0], values.to("meta"), None):
+        with pytest.raises(ValueError, match="values: expected"):
+            plan.append_copies(wrong)

@@ -349,6 +349,7 @@ def test_refusals(change: dict[str, Any], argument: str, came: str) -> None:
 
 
 def test_messages_of_bounds_say_what_bounds_are() -> None:
+    span: Any
     for span in ((0, math.nan), (0, "far"), (1,)):
         with pytest.raises(ValueError, match=r"^bounds\[0\]: expected .*low, high.*, got "):
             voxelize(cloud(3), cell_size=1, bounds=[span, None])

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from ._utils.checks import (
 )
 from ._utils.ragged import batch_ids
 from ._utils.raw_grid import at_or_above, cells_from, lower_bound, wrap_far
+from ._utils.types import BoundsLike, StridesLike
 from .pyramid import FeaturePyramid
 from .windows import as_periodic_axes
 
@@ -70,7 +71,7 @@ class Voxels(NamedTuple):
     periodic_axes: tuple[int, ...] = ()
 
     def pyramid(
-        self, features: Tensor, *, strides: Any = (1, 2, 4, 8), pooling: str = "mean"
+        self, features: Tensor, *, strides: StridesLike = (1, 2, 4, 8), pooling: str = "mean"
     ) -> FeaturePyramid:
         """Pools the features of the points into a pyramid.
 
@@ -127,7 +128,7 @@ def voxelize(
     offsets: Tensor | None = None,
     *,
     cell_size: float | Sequence[float],
-    bounds: Any = None,
+    bounds: BoundsLike | None = None,
     periodic_axes: Sequence[int] = (),
     batch_size: int | None = None,
 ) -> Voxels:
@@ -289,7 +290,7 @@ def _cells_of_period(period: float, size: float, axis: int) -> int:
 
 
 def _as_bounds(
-    bounds: Any, dim: int, periodic_axes: Sequence[int]
+    bounds: BoundsLike | None, dim: int, periodic_axes: Sequence[int]
 ) -> list[tuple[float, float] | None]:
     """``(low, high)`` of every axis, None where it is to be found from the points."""
     expected = f"(low, high) or None for each of {dim} axes"

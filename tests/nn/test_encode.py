@@ -93,6 +93,22 @@ def test_encode_refuses_what_is_no_pyramid(kind: str) -> None:
         make_module(kind).encode(torch.zeros(2, 3))
 
 
+@KINDS
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda pyramid: pyramid.with_values(pyramid.values[:, 1:]),
+        lambda pyramid: pyramid.with_values(pyramid.values.long()),
+        lambda pyramid: pyramid.to(torch.float32),
+        lambda pyramid: dataclasses.replace(pyramid, level_shapes=((9, 17),) * 7),
+    ],
+)
+def test_encode_names_the_pyramid_that_does_not_fit(kind: str, change: Any) -> None:
+    module = make_module(kind)
+    with pytest.raises(ValueError, match=r"^pyramid\.(values|level_shapes): expected"):
+        module.encode(change(points_for(module)))
+
+
 # ------------------------------------------------------------------------------ plans
 
 

@@ -18,6 +18,7 @@ from .._utils.checks import (
 from .._utils.constants import constant
 from .._utils.ragged import offsets_from_ids
 from .._utils.strides import Strides, as_strides
+from .._utils.types import StridesLike
 from ..backends.reference import list_pairs
 from ..plan import plan_neighborhoods
 from ..pyramid import FeaturePyramid
@@ -65,9 +66,9 @@ class PointStem(nn.Module):
         self,
         in_channels: int,
         embed_dim: int,
-        strides: Any = (1, 2, 4, 8),
+        strides: StridesLike = (1, 2, 4, 8),
         window_sizes: Sequence[int] = (7, 7),
-        window_strides: Any = (1, 2),
+        window_strides: StridesLike = (1, 2),
         position_dim: int = 2,
     ) -> None:
         super().__init__()
@@ -199,7 +200,7 @@ def _with_rows_of_given_points(
     )
 
 
-def _as_window_strides(window_strides: Any, position_dim: int) -> Strides:
+def _as_window_strides(window_strides: StridesLike, position_dim: int) -> Strides:
     try:
         strides = as_strides(window_strides, position_dim)
     except ValueError:
