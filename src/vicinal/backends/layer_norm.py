@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .chunks import add_terms, new_rows, rounded, row_chunks
+from .op_checks import checked
 from .ops import has_tangent, on_one_device, register_gradient
 from .transforms import refuse_double_backward, transforms_active
 
@@ -69,8 +70,9 @@ def affine_terms(grad: Tensor, x: Tensor, mean: Tensor, inverse_std: Tensor) -> 
     return [standardized.mul_(grad).sum(0), grad.sum(0)]
 
 
-@torch.library.impl(_LAYER_NORM, "CPU")
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def _layer_norm_on_cpu(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
     out = new_rows(x, *x.shape)
     mean, inverse_std = (
         x.new_empty(x.shape[0], 1, dtype=_moment_dtype(x, weight)) for _ in range(2)
@@ -81,8 +83,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tenso
     return out, mean, inverse_std
 
 
-@torch.library.impl(_LAYER_NORM_BACKWARD, "CPU")
-def _(
+def _layer_norm_backward_on_cpu(
     grad_out: Tensor, x: Tensor, mean: Tensor, inverse_std: Tensor, weight: Tensor,
     needs_x: bool, needs_affine: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
@@ -162,3 +163,8 @@ def _differentiable_gradients(
 
 register_gradient(_LAYER_NORM, _backward, _setup)
 register_gradient(_LAYER_NORM_BACKWARD, refuse_double_backward)
+for _name, _kernel in (
+    ("layer_norm", _layer_norm_on_cpu),
+    ("layer_norm_backward", _layer_norm_backward_on_cpu),
+):
+    torch.library.impl(f"vicinal::{_name}", "CPU", checked(_name, _kernel))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .op_checks import checked
 from .transforms import (
     Rule,
     call,
@@ -98,9 +99,9 @@ class Ops:
         self._rotate = DifferentiableOp(namespace, "rotate", _setup_rotate, _backward_rotate)
 
     def register(self, device: str, kernels: dict[str, Callable[..., Any]]) -> None:
-        """Registers ``kernels``, by the names of the ops, for a device."""
+        """Registers ``kernels``, by the names of the ops, for a device, with checks of shapes."""
         for name, kernel in kernels.items():
-            torch.library.impl(f"{self.namespace}::{name}", device, kernel)
+            torch.library.impl(f"{self.namespace}::{name}", device, checked(name, kernel))
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, plan: Sequence[Tensor],

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from ..chunks import add_terms, new_rows, rounded, row_chunks
 from ..layer_norm import affine_terms, grad_input
+from ..op_checks import checked
 
 
 def register() -> None:
     """Registers the CPU kernels of the two ops. They need the compiled ``new_rows``."""
-    torch.library.impl("vicinal::project", "CPU", project)
-    torch.library.impl("vicinal::project_backward", "CPU", project_backward)
+    for name, kernel in (("project", project), ("project_backward", project_backward)):
+        torch.library.impl(f"vicinal::{name}", "CPU", checked(name, kernel))
 
 
 def project(
