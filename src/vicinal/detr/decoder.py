@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .._utils.checks import check_counts, check_type, refuse
+from ..nn.projections import call_norm
 from ..pyramid import FeaturePyramid
 from ..windows import wrap_positions
 from .layers import DetectionHead, as_layers, run_layer
@@ -194,7 +195,7 @@ class Decoder(nn.Module):
             positions, offsets, _ = queries.placement
             plan = cross_attention.make_plan(positions, offsets, pyramid)
             embeddings = run_layer(layer, queries, pyramid, plan, checkpoint=self.checkpoint)
-            logits, boxes = head(norm(embeddings), queries.boxes)
+            logits, boxes = head(call_norm(norm, embeddings), queries.boxes)
             predictions.append(Predictions(logits, boxes, queries.offsets))
             queries = queries._replace(embeddings=embeddings, boxes=boxes.detach())
         return predictions, layer_queries

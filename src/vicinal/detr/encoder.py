@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .._utils.checks import check_counts, check_tensor, check_type
+from ..nn.projections import call_norm
 from ..placement import QueryPlacement
 from ..pyramid import FeaturePyramid
 from .layers import as_layers, run_layer
@@ -158,5 +159,4 @@ class Encoder(nn.Module):
             values = run_layer(
                 layer, values, pyramid, positions, offsets, plan, checkpoint=self.checkpoint
             )
-        encoded: Tensor = self.norm(values)
-        return encoded
+        return call_norm(self.norm, values)

@@ -13,6 +13,7 @@ from .._utils.checks import check_counts, check_dropout, check_tensor, describe,
 from .._utils.ragged import batch_ids, rank_in_image
 from ..nn._base import check_sizes
 from ..nn.initialized import BiasedLinear, reset_children
+from ..nn.projections import call_norm
 from ..nn.rotary import RotaryEncoding
 from ..windows import coordinate_dtype
 from .boxes import apply_deltas
@@ -84,8 +85,8 @@ class FeedForward(nn.Module):
         """
         x = check_tensor("x", x, ("n", self.embed_dim), kind="floating")
         if self.norm_first:
-            return x + self.layers(self.norm(x))  # type: ignore[no-any-return]
-        return self.norm(x + self.layers(x))  # type: ignore[no-any-return]
+            return x + self.layers(call_norm(self.norm, x))  # type: ignore[no-any-return]
+        return call_norm(self.norm, x + self.layers(x))
 
 
 class DetectionHead(nn.Module):
@@ -232,14 +233,14 @@ class QuerySelfAttention(nn.Module):
             ValueError: shapes, dtypes or devices of the queries do not match.
         """
         queries = check_object_queries(queries, self.embed_dim, self.position_dim)
-        x = self.norm(queries.embeddings) if self.norm_first else queries.embeddings
+        x = call_norm(self.norm, queries.embeddings) if self.norm_first else queries.embeddings
         q, k, v = self.in_proj(x).unflatten(-1, (3, self.n_heads, -1)).unbind(1)
         coordinates = torch.cat((queries.positions, queries.levels[:, None]), 1)
         coordinates = coordinates.to(coordinate_dtype(queries.boxes.dtype))
         q, k = self.pos_encoding(q, coordinates), self.pos_encoding(k, coordinates)
         attended = self._attend(q, k, v, queries).flatten(1)
         out: Tensor = queries.embeddings + self.dropout(self.out_proj(attended))
-        return out if self.norm_first else self.norm(out)
+        return out if self.norm_first else call_norm(self.norm, out)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, queries: ObjectQueries) -> Tensor:
         """``[N, H, d]``, computed on tensors that are padded to ``[B, H, max count, d]``."""

@@ -17,6 +17,7 @@ from .._utils.checks import (
 )
 from .._utils.constants import constant
 from .._utils.ragged import offsets_from_ids
+from ..nn.projections import call_norm
 from ..pyramid import FeaturePyramid
 from ..windows import level_scales
 from .layers import DetectionHead
@@ -132,8 +133,9 @@ class QuerySelection(nn.Module):
         chosen, offsets = top_k_per_image(
             logits.detach().amax(1), image, pyramid.batch_size, self.n_queries
         )
+        projected = self.project(embeddings[chosen]).to(dtype)  # in this dtype under autocast
         queries = ObjectQueries(
-            self.norm(self.project(embeddings[chosen]).to(dtype)),  # in this dtype under autocast
+            call_norm(self.norm, projected),
             boxes.detach()[chosen],
             levels[chosen],
             offsets,

@@ -20,6 +20,7 @@ from .._utils.ragged import offsets_from_ids
 from .._utils.strides import Strides, as_strides
 from .._utils.types import StridesLike
 from ..backends.reference import list_pairs
+from ..nn.projections import call_norm
 from ..plan import plan_neighborhoods
 from ..pyramid import FeaturePyramid
 from ..windows import coordinate_dtype
@@ -161,7 +162,7 @@ class PointStem(nn.Module):
         for level, mix in enumerate(self.mixes):
             rows = (pyramid.levels == level).nonzero().flatten()
             mixed = mixed.index_copy(0, rows, mix(pyramid.values[rows]).to(mixed.dtype))
-        return pyramid.with_values(self.norm(mixed))
+        return pyramid.with_values(call_norm(self.norm, mixed))
 
     def _windows(self, raw: FeaturePyramid, points: Tensor) -> Tensor:
         """``[n, window cells * (channels + 1)]``, the raw values, zero in empty cells."""
