@@ -5,6 +5,7 @@ import itertools
 import math
 import re
 from collections.abc import Callable
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -475,7 +476,7 @@ def test_queries_and_images_may_be_arrays() -> None:
         assert first == second
         assert len(first) == 1
     pixels = [np.asarray(ax.images[0].get_array()) for ax in drawn]
-    np.testing.assert_array_equal(*pixels)
+    np.testing.assert_array_equal(pixels[0], pixels[1])
 
 
 def test_a_label_at_the_edge_keeps_its_frame() -> None:
@@ -486,11 +487,12 @@ def test_a_label_at_the_edge_keeps_its_frame() -> None:
         torch.zeros(2).long(), torch.zeros(0).long(), torch.zeros(0, 1), None
     )
     record = AttentionRecord(box[:, :3], nothing, boxes=box, labels=["car"])
-    for top in np.linspace(652, 692, 21).tolist():
+    for top in (664, 667, 670, 673):
         crop = torch.tensor([[top, -500, 0], [top + 1000, 500, 80]])
         ax = draw_overview(pyramid, record, axis=2, crop=crop)
         frame = ax.get_window_extent()
         FigureCanvasAgg(ax.figure).draw()  # type: ignore[arg-type]
+        assert ax.texts
         for text in ax.texts:
             patch = text.get_bbox_patch()
             assert patch is not None
