@@ -174,7 +174,7 @@ def nothing_attended(shapes: tuple[tuple[int, ...], ...]) -> View:
     weights = NeighborhoodWeights(
         torch.zeros(2).long(), torch.zeros(0).long(), torch.zeros(0, 1), None
     )
-    return View(pyramid, [AttentionRecord(torch.ones(1, dim), weights)])
+    return View(pyramid, [AttentionRecord(torch.ones(1, dim, dtype=torch.float64), weights)])
 
 
 LONE = "half a \ud83d character"
@@ -290,6 +290,16 @@ def test_coordinates_in_the_file_are_exact(tmp_path: Path) -> None:
     assert windows[0, 0, 0].tolist() == [FAR - 4, FAR - 4]
 
 
+def test_positions_and_boxes_in_too_narrow_a_dtype_are_refused() -> None:
+    view = far_view()
+    (record,) = view.records
+    assert record.boxes is not None
+    narrow = {"positions": record.positions.float(), "boxes": record.boxes.float()}
+    for name, value in narrow.items():
+        with pytest.raises(ValueError, match=rf"^{name}: expected .*, got .*float32"):
+            View(view.pyramid, [dataclasses.replace(record, **{name: value})])  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("position", [2.0**24 + 1, 2.0**53 - 1, 0.1, 123456.789])
 def test_positions_of_every_size_are_exact(tmp_path: Path, position: float) -> None:
     view = nothing_attended(((4, 4),))
@@ -330,8 +340,8 @@ def test_what_is_occupied_includes_the_queries_of_all_records(tmp_path: Path) ->
     view = nothing_attended(((4000, 4000),))
     (record,) = view.records
     records = [
-        dataclasses.replace(record, positions=torch.tensor([position]))
-        for position in ([100.0, 700.0], [1100.0, 200.0])
+        dataclasses.replace(record, positions=torch.tensor([position], dtype=torch.float64))
+        for position in ([100, 700], [1100, 200])
     ]
     records[1] = dataclasses.replace(records[1], boxes=torch.tensor([[1100.0, 200, 200, 20]]))
     corners = shown(tmp_path / "page.html", View(view.pyramid, records))

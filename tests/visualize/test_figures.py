@@ -499,6 +499,29 @@ def test_a_label_at_the_edge_keeps_its_frame() -> None:
             assert patch.get_window_extent().y1 <= frame.y1
 
 
+@pytest.mark.parametrize("size", [2**23, 2**30])
+def test_large_coordinates_are_written_in_full(size: int) -> None:
+    last = size - 3
+    coordinates = torch.tensor([[0, last, last, 0]])
+    pyramid = FeaturePyramid(torch.zeros(1, 1), coordinates, ((size, size),), 1)
+    weights = NeighborhoodWeights(torch.tensor([0, 1]), torch.tensor([0]), torch.ones(1, 1), None)
+    record = AttentionRecord(pyramid.positions(torch.float64), weights, (3,))
+    figures = [draw_attention(pyramid, record), draw_overview(pyramid, record).figure]
+    for figure in figures:
+        FigureCanvasAgg(figure).draw()  # type: ignore[arg-type]
+        ax = figure.axes[0]
+        for axis, (low, high) in (
+            (ax.xaxis, sorted(ax.get_xlim())),
+            (ax.yaxis, sorted(ax.get_ylim())),
+        ):
+            assert axis.get_offset_text().get_text() == ""
+            shown = [tick for tick in axis.get_majorticklocs() if low <= tick <= high]
+            texts = [text.get_text() for text in axis.get_ticklabels()]
+            assert 1 <= len(shown) <= 4
+            assert {str(int(tick)) for tick in shown} <= set(texts)
+        assert_texts_do_not_overlap(figure)  # type: ignore[arg-type]
+
+
 def test_the_axis_to_look_along_hides_the_fewest_cells() -> None:
     pyramid, record = wall(400)
     ax = draw_overview(pyramid, record, axis_names=["x", "y", "z"])
