@@ -1,6 +1,7 @@
 """Layers that encoders and decoders are made of."""
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as checkpointed
 
-from .._utils.checks import check_counts, check_dropout, check_tensor, refuse
+from .._utils.checks import check_counts, check_dropout, check_tensor, describe, refuse
 from .._utils.ragged import batch_ids, rank_in_image
 from ..nn._base import check_sizes
 from ..nn.initialized import BiasedLinear, reset_children
@@ -162,6 +163,9 @@ class QuerySelfAttention(nn.Module):
     what suppresses duplicate detections in a DETR (Carion et al., "End-to-End Object Detection with
     Transformers", 2020). Queries of an image are padded to the largest number in the batch.
 
+    Rotary angles follow distances within the map, not the short way around periodic axes: queries
+    on both sides of the seam attend to each other as if they were a period apart.
+
     Args:
         embed_dim: width of the embeddings, E, an even multiple of ``n_heads``.
         n_heads: number of heads, H.
@@ -261,6 +265,15 @@ class QuerySelfAttention(nn.Module):
             dropout_p=self.dropout.p if self.training else 0.0,
         )
         return attended.transpose(1, 2)[image, column]
+
+
+def as_layers(layers: Any) -> list[Any]:
+    """``layers`` as a list; raises ValueError unless they are at least one module."""
+    expected = "a sequence of at least one layer, each a Module"
+    given = list(layers) if isinstance(layers, Iterable) else []
+    if not given or not all(isinstance(layer, nn.Module) for layer in given):
+        refuse("layers", expected, describe(layers))
+    return given
 
 
 def run_layer(layer: nn.Module, *arguments: Any, checkpoint: bool) -> Any:

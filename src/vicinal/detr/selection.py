@@ -8,10 +8,11 @@ from torch import Tensor, nn
 
 from .._utils.checks import (
     as_integers,
-    as_tensor,
+    as_list,
     check_cells,
     check_counts,
     check_tensor,
+    check_type,
     refuse,
 )
 from .._utils.constants import constant
@@ -141,8 +142,7 @@ class QuerySelection(nn.Module):
         return QuerySelectionOutput(queries, candidates, positions, points, chosen)
 
     def _check(self, pyramid: FeaturePyramid) -> None:
-        if not isinstance(pyramid, FeaturePyramid):
-            refuse("pyramid", "a FeaturePyramid", pyramid)
+        check_type("pyramid", pyramid, FeaturePyramid)
         width = self.head.embed_dim
         check_tensor("pyramid.values", pyramid.values, ("nnz", width), kind="floating")
         if pyramid.position_dim != self.head.position_dim:
@@ -160,8 +160,8 @@ class QuerySelection(nn.Module):
 
 
 def _as_levels(levels: Any) -> tuple[int, ...]:
-    given = as_tensor("levels", levels)
-    indices = as_integers(given.tolist() if isinstance(given, Tensor) else given)
+    expected = "at least one level, none below 0"
+    indices = as_integers(as_list("levels", levels, expected))
     if not indices or min(indices) < 0:
-        refuse("levels", "at least one level, none below 0", levels)
+        refuse("levels", expected, levels)
     return indices

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from .._utils.checks import (
     as_integers,
+    as_list,
     as_spatial_shape,
-    as_tensor,
     check_counts,
     check_tensor,
     refuse,
@@ -210,9 +210,8 @@ def _as_window_strides(window_strides: Any, position_dim: int) -> Strides:
 
 
 def _as_window_sizes(window_sizes: Any, n_windows: int) -> tuple[int, ...]:
-    given = as_tensor("window_sizes", window_sizes)
-    sizes = as_integers(given.tolist() if isinstance(given, Tensor) else given)
+    expected = f"an odd width of at least 1 for each of {n_windows} window_strides"
+    sizes = as_integers(as_list("window_sizes", window_sizes, expected))
     if sizes is None or len(sizes) != n_windows or any(n < 1 or n % 2 == 0 for n in sizes):
-        expected = f"an odd width of at least 1 for each of {n_windows} window_strides"
         refuse("window_sizes", expected, window_sizes)
     return sizes

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .._utils.checks import (
+    as_integer,
     check_finite,
     check_offsets,
     check_range,
@@ -235,6 +236,10 @@ def check_targets(
     """
     if not isinstance(targets, Targets):
         refuse("targets", "Targets", targets)
+    counts = {"position_dim": position_dim, "n_classes": n_classes, "batch_size": batch_size}
+    for name, count in counts.items():
+        if count is not None and (as_integer(count) is None or count < 0):
+            refuse(name, "a non-negative integer or None", count)
     boxes, offsets = _check_boxes_and_offsets(
         "targets", targets.boxes, targets.offsets, check_contents, device
     )
