@@ -17,6 +17,7 @@ from . import interprets
 from . import plan as plan_kernels
 from . import rotary as rotary_kernels
 from .background import CellGradients
+from .checks import check_plan
 from .launch import (
     AttentionArguments,
     cdiv,
@@ -42,6 +43,7 @@ def attend(
     position_dim: int, scale: float, dropout_p: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See `backends.ops`; `triton.attend` makes the list ``plan``."""
+    check_plan(plan, q, k, neighborhood_sizes, position_dim)
     args = AttentionArguments(
         q, k, v, query_mask, background, plan, neighborhood_sizes, position_dim
     )
@@ -64,6 +66,7 @@ def attend_backward(
     needs_queries: bool, needs_points: bool,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
     """See `backends.ops`; the gradients of q, k, v and the background."""
+    check_plan(plan, q, k, neighborhood_sizes, position_dim)
     args = AttentionArguments(
         q, k, v, query_mask, background, plan, neighborhood_sizes, position_dim
     )
@@ -195,6 +198,7 @@ def find_slices(
     n_queries, n_slices, block = centers.shape[1], len(level), 256
     starts = traversal.new_empty(n_queries, n_slices)
     stops = torch.empty_like(starts)
+    level = level.clamp(0, len(centers) - 1)  # no contents may address another buffer
     tensors = [x.contiguous() for x in (sorted_keys, centers, level, offset, radius)]
     with on_device_of(centers):
         launch(
