@@ -151,8 +151,10 @@ def run_step(step: Step, folder: Path, limit: float) -> Result:
     text = [log.read_text(errors="replace") for log in logs]
     reason = "; ".join(dict.fromkeys(_last_line(part) for part in text))
     seconds = time.monotonic() - began
-    tails = [part[-TAIL:] for part in text]
-    return Result(step.name, limit, _status(codes), seconds, reason, tails)
+    status, tails = _status(codes), [part[-TAIL:] for part in text]
+    if status == "passed" and "skipped" in reason and "passed" not in reason:
+        status = "refused"  # no test ran
+    return Result(step.name, limit, status, seconds, reason, tails)
 
 
 def _status(codes: Sequence[int | None]) -> str:
@@ -216,10 +218,14 @@ def show(results: Sequence[Result], folder: Path) -> None:
     ]
     print(report.table(("step", "", "took", "limit", ""), rows))
     logs = sorted(folder.glob("cost-model-and-ncu-*.log"))
-    kernels = [row for log in logs for row in profiled_kernels(log.read_text(errors="replace"))]
-    if kernels:
-        print("\nncu, a training step; beside it the predictions of python -m benchmarks.kernels")
-        print(report.table(("", *METRICS.values()), kernels))
+    for log in logs:
+        text = log.read_text(errors="replace")
+        kernels = [*profiled_kernels(text)]
+        if kernels:
+            print("\nncu, a training step")
+            print(report.table(("", *METRICS.values()), kernels))
+        else:
+            print(f"\n{log.stem}\n{text[-TAIL:]}")
 
 
 def main() -> int:

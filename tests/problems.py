@@ -4,6 +4,7 @@ This module uses no slices, sorted orders or tiles. The oracle is differentiable
 gives the expected gradients.
 """
 
+import ctypes
 import itertools
 import math
 import os
@@ -17,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
@@ -37,9 +37,6 @@ from vicinal import (
 Cell = tuple[int, ...]
 Shapes = tuple[Cell, ...]
 
-# NumPy types for the floating dtypes of positions; half-precision types use float32.
-_REALS: dict[torch.dtype, type[np.floating]] = {torch.float64: np.float64}
-
 
 # ---------------------------------------------------------------------------------- geometry
 
@@ -53,12 +50,12 @@ class Slot(NamedTuple):
 
 def window_slots(position: Tensor, shapes: Shapes, sizes: Sequence[int]) -> list[Slot]:
     """The K slots of one query ``[P]``, in order."""
-    real = _REALS.get(position.dtype, np.float32)
+    exact = position.dtype == torch.float64  # half-precision types use float32
     full = [max(axis) for axis in zip(*shapes, strict=True)]
     slots = []
     for level, (shape, size) in enumerate(zip(shapes, sizes, strict=True)):
         center = [
-            math.floor(real(p) * (real(s) / real(f)))
+            math.floor(p * (s / f) if exact else _float32(_float32(p) * _float32(s / f)))
             for p, s, f in zip(position.tolist(), shape, full, strict=True)
         ]
         radius = (size - 1) // 2
@@ -66,6 +63,11 @@ def window_slots(position: Tensor, shapes: Shapes, sizes: Sequence[int]) -> list
             cell = tuple(c + o for c, o in zip(center, offset, strict=True))
             slots.append(Slot(level, cell))
     return slots
+
+
+def _float32(x: float) -> float:
+    """``x`` rounded, which makes a float64 product or quotient of float32 numbers a float32 one."""
+    return ctypes.c_float(x).value
 
 
 def is_outside(slot: Slot, shapes: Shapes) -> bool:

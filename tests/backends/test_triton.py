@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import golden_cases
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -48,6 +47,9 @@ if importlib.util.find_spec("triton") is None:
 
 from vicinal.backends.triton import ops as triton_ops
 from vicinal.backends.triton.launch import launch
+
+if triton_ops.INTERPRETS:
+    import numpy as np
 
 # The interpreter computes with NumPy, which warns about values that kernels mask.
 pytestmark = [

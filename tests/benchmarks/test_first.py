@@ -100,6 +100,12 @@ def test_a_shard_without_tests_is_no_failure(tmp_path: Path) -> None:
     assert (together.status, alone.status) == ("passed", "failed")
 
 
+def test_a_step_of_skipped_tests_alone_did_not_run(tmp_path: Path) -> None:
+    only, some = python("print('2 skipped in 1s')"), python("print('1 passed, 2 skipped')")
+    refused, passed = run([Step("only", 30, [only]), Step("some", 30, [only, some])], tmp_path)
+    assert (refused.status, passed.status) == ("refused", "passed")
+
+
 def test_the_shards_have_each_test_once(tmp_path: Path) -> None:
     (tmp_path / "test_many.py").write_text(
         "import pytest\n@pytest.mark.parametrize('i', range(7))\ndef test_it(i): pass\n"
@@ -158,3 +164,14 @@ def test_profiled_kernels() -> None:
         ("rotate", "21,000", "5", "6", "-", "-"),
     ]
     assert not [*first.profiled_kernels("==ERROR== no permission\n")]
+
+
+def test_the_summary_has_predictions_and_what_was_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for i, text in enumerate(("predicted: 620 sectors", NCU)):
+        (tmp_path / f"cost-model-and-ncu-{i}.log").write_text(text)
+    first.show([Result("figures", 90, "failed", 5, "a reason")], tmp_path)
+    told = capsys.readouterr().out
+    for part in ("figures", "failed", "a reason", "predicted: 620 sectors", "650,000"):
+        assert part in told
