@@ -76,14 +76,20 @@ def all_steps(out: Path) -> list[Step]:
     memcheck += ["--error-exitcode", "7", *_python("pytest", "-q", f"{forged}[0]")]
     return [
         Step("gpu tests", 90, _sharded(min(shards, 4), "tests/test_gpu.py")),
-        Step("triton tests", 100, _sharded(shards, "tests/backends/test_triton.py",
-                                           "tests/backends/test_no_stalls.py")),
+        Step("triton tests", 100, _sharded(shards, *triton_tests())),
         _study(out, "figures", 90, "attention", "plan", "compute", "replayed"),
         Step("cost model and ncu", 60, [_python("benchmarks.kernels"), profile]),
         _study(out, "sweep", 50, "sweep"),
         _study(out, "flex", 40, "agreement/flex", "baselines/flex"),
         Step("sanitizer", 40, [memcheck]),
     ]  # fmt: skip
+
+
+def triton_tests() -> list[str]:
+    """The files of tests that run kernels on a GPU."""
+    files = (ROOT / "tests/backends").glob("test_triton*.py")
+    names = sorted(file.name for file in files if not file.stem.endswith("_compiled"))
+    return [f"tests/backends/{name}" for name in (*names, "test_no_stalls.py")]
 
 
 def _python(module: str, *arguments: str) -> list[str]:

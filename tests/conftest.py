@@ -26,8 +26,13 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 # Of the interpreter of Triton 3.6 and a NumPy that it was not written for.
 OF_TRITON = "ignore:Conversion of an array with ndim > 0:DeprecationWarning"
 
+# Of torch 2.11 and 2.12, where sparse tensors are made with checks on or off alike.
+OF_SPARSE_TENSORS = "ignore:Sparse invariant checks are implicitly disabled:UserWarning"
+
 
 def pytest_configure(config: pytest.Config) -> None:
+    if torch.__version__.startswith(("2.11.", "2.12.")):
+        config.addinivalue_line("filterwarnings", OF_SPARSE_TENSORS)
     if os.environ.get("TRITON_INTERPRET") == "1":
         config.addinivalue_line("filterwarnings", OF_TRITON)
 
