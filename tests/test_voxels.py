@@ -12,7 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vicinal import FeaturePyramid, SparseNeighborhoodAttentionBlock, Voxels, voxelize
+from vicinal import (
+    FeaturePyramid,
+    SparseNeighborhoodAttentionBlock,
+    Voxels,
+    collate_pyramids,
+    voxelize,
+)
 
 UTM = torch.tensor([[500_000.3, 5_000_000.7], [500_012.9, 5_000_003.1]], dtype=torch.float64)
 CLOCK = 1_700_000_000_000_000  # microseconds
@@ -559,3 +565,44 @@ def test_points_on_borders_of_a_periodic_axis_have_the_cells_of_their_positions(
     pyramid = voxels.pyramid(torch.ones(1800, 1), strides=1)
     cells = pyramid.positions_from_raw(azimuth, torch.float64).floor().long() % 1800
     assert torch.equal(cells, voxels.coordinates[:, 1:])
+
+
+def test_voxels_of_several_samples_make_one_batch() -> None:
+    bounds = [(0, 4), None]
+    points = [torch.tensor([[0.5, 3.0], [9.0, 0.0]]), torch.tensor([[3.5, 7.0]])]
+    samples = [
+        voxelize(part, cell_size=1.0, bounds=[bounds[0], (0, high)])
+        for part, high in zip(points, (5, 8), strict=True)
+    ]
+    batch = collate_pyramids(samples)
+    assert isinstance(batch, Voxels)
+    assert batch.coordinates.tolist() == [[0, 0, 3], [1, 3, 7]]
+    assert batch.rows.tolist() == [0, -1, 1]
+    assert batch.batch.tolist() == [0, 0, 1]
+    assert batch.spatial_shape == (4, 8)
+    assert batch.batch_size == 2
+    assert samples[1].coordinates.tolist() == [[0, 3, 7]]
+    pyramid = batch.pyramid(torch.arange(3.0)[:, None], strides=1)
+    assert pyramid.values_of_points(level=0).flatten().tolist() == [0.0, 0.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("other", "name"),
+    [
+        ({"cell_size": 0.5}, "cell_size"),
+        ({"bounds": [(1, 5), (0, 4)]}, "origin"),
+        ({"bounds": [(0, 5), (0, 4)]}, "spatial_shape along periodic axes"),
+        ({"periodic_axes": ()}, "periodic_axes"),
+    ],
+)
+def test_voxels_of_other_grids_do_not_make_one_batch(other: dict[str, Any], name: str) -> None:
+    grid: dict[str, Any] = {"cell_size": 1.0, "bounds": [(0, 4), (0, 4)], "periodic_axes": (0,)}
+    parts = [voxelize(torch.rand(3, 2), **arguments) for arguments in (grid, grid | other)]
+    with pytest.raises(ValueError, match=rf"parts\[1\]\.{name}"):
+        Voxels.cat(parts)
+
+
+@pytest.mark.parametrize("parts", [[], None, [torch.zeros(3)]])
+def test_cat_of_what_are_no_voxels_is_refused(parts: Any) -> None:
+    with pytest.raises(ValueError, match="parts"):
+        Voxels.cat(parts)

@@ -23,7 +23,7 @@ def collate_pyramids(samples: Sequence[Any]) -> Any:
     """Makes one batch of samples that are pyramids, or tuples, lists or dicts that hold pyramids.
 
     It is the ``collate_fn`` of a `torch.utils.data.DataLoader`. Pyramids become one with the images
-    of all, as by `FeaturePyramid.cat`. So do `QueryPlacement`, `vicinal.detr.Targets`,
+    of all, as by `FeaturePyramid.cat`. So do `Voxels`, `QueryPlacement`, `vicinal.detr.Targets`,
     `vicinal.detr.ObjectQueries` and `vicinal.detr.Predictions`, by their own ``cat``. None stays
     None. All else is left to `torch.utils.data.default_collate`, which stacks tensors.
 

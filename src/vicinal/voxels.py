@@ -1,10 +1,11 @@
 """Voxels: the cells that raw points in any unit fall into."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from ._utils.checks import (
     has_contents,
     refuse,
 )
+from ._utils.collation import batched_by_cat
 from ._utils.ragged import batch_ids
 from ._utils.raw_grid import at_or_above, cells_from, lower_bound, wrap_far
 from ._utils.types import BoundsLike, StridesLike
@@ -32,6 +34,7 @@ _SAME_SIZE = 1e-6  # relative difference of cell sizes that are meant to be equa
 _ROUNDING = 2.0**-49  # relative error of bounds that are meant to be a whole number of cells apart
 
 
+@batched_by_cat
 class Voxels(NamedTuple):
     """The cells of raw points. `voxelize` makes it.
 
@@ -69,6 +72,43 @@ class Voxels(NamedTuple):
     batch: Tensor
     batch_size: int
     periodic_axes: tuple[int, ...] = ()
+
+    @classmethod
+    def cat(cls, parts: Sequence["Voxels"]) -> "Voxels":
+        """The cells of the points of several batches, one after another.
+
+        Args:
+            parts: at least one, all of the same grid. Spatial shapes may differ along axes that are
+                not periodic; the result has the largest.
+
+        Raises:
+            ValueError: there is no part, or parts differ in origin, cell size, periodic axes,
+                number of cells of a period, or device.
+
+        Example:
+            ```python
+            import torch
+            from vicinal import Voxels, voxelize
+
+            bounds = [(0, 1), (0, 1)]
+            parts = [voxelize(torch.rand(n, 2), cell_size=0.1, bounds=bounds) for n in (3, 5)]
+            assert Voxels.cat(parts).batch.tolist() == [0, 0, 0, 1, 1, 1, 1, 1]
+            ```
+        """
+        _check_alike(parts)
+        first = parts[0]
+        n_images = itertools.accumulate((part.batch_size for part in parts), initial=0)
+        n_rows = itertools.accumulate((len(part.coordinates) for part in parts), initial=0)
+        shifts = list(zip(parts, n_images, n_rows, strict=False))
+        coordinates = torch.cat([part.coordinates for part in parts])
+        coordinates[:, 0] = torch.cat([part.coordinates[:, 0] + image for part, image, _ in shifts])
+        return first._replace(
+            coordinates=coordinates,
+            spatial_shape=tuple(map(max, *(part.spatial_shape for part in (first, *parts)))),
+            rows=torch.cat([torch.where(p.rows < 0, -1, p.rows + row) for p, _, row in shifts]),
+            batch=torch.cat([part.batch + image for part, image, _ in shifts]),
+            batch_size=sum(part.batch_size for part in parts),
+        )
 
     def pyramid(
         self, features: Tensor, *, strides: StridesLike = (1, 2, 4, 8), pooling: str = "mean"
@@ -120,6 +160,30 @@ class Voxels(NamedTuple):
         return dataclasses.replace(
             pooled, point_rows=rows, point_batch=self.batch, check_contents=False
         )
+
+
+def _check_alike(parts: Any) -> None:
+    """Raises ValueError unless ``parts`` are of one grid."""
+    if not isinstance(parts, Sequence) or not parts:
+        refuse("parts", "at least one Voxels", parts)
+    for index, part in enumerate(parts):
+        if not isinstance(part, Voxels):
+            refuse(f"parts[{index}]", "a Voxels", part)
+        for (name, want), came in zip(_grid(parts[0]).items(), _grid(part).values(), strict=True):
+            if want != came:
+                refuse(f"parts[{index}].{name}", f"{want}, as of the first part", f"{came}")
+
+
+def _grid(voxels: Voxels) -> dict[str, Any]:
+    """What `Voxels` of one grid have in common."""
+    shape, axes = voxels.spatial_shape, voxels.periodic_axes
+    return {
+        "origin": voxels.origin,
+        "cell_size": voxels.cell_size,
+        "periodic_axes": axes,
+        "spatial_shape along periodic axes": [shape[axis] for axis in axes],
+        "coordinates.device": voxels.coordinates.device,
+    }
 
 
 def voxelize(
