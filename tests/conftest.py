@@ -29,8 +29,13 @@ OF_TRITON = "ignore:Conversion of an array with ndim > 0:DeprecationWarning"
 # Of torch 2.11 and 2.12, where sparse tensors are made with checks on or off alike.
 OF_SPARSE_TENSORS = "ignore:Sparse invariant checks are implicitly disabled:UserWarning"
 
+# Of torch.export.load in torch 2.10 and 2.11.
+OF_EXPORT = "ignore:The given buffer is not writable:UserWarning"
+
 
 def pytest_configure(config: pytest.Config) -> None:
+    if torch.__version__.startswith(("2.10.", "2.11.")):
+        config.addinivalue_line("filterwarnings", OF_EXPORT)
     if torch.__version__.startswith(("2.11.", "2.12.")):
         config.addinivalue_line("filterwarnings", OF_SPARSE_TENSORS)
     if os.environ.get("TRITON_INTERPRET") == "1":

@@ -219,7 +219,6 @@ class AttendOn(nn.Module):
         return neighborhood_attention(x, x, x, plan, backend=self.backend)
 
 
-@pytest.mark.filterwarnings("ignore:The given buffer is not writable")  # torch 2.11's own
 @pytest.mark.parametrize("module", [AttendOn, OnPoints])
 @pytest.mark.parametrize("backend", BACK_ENDS)
 def test_exports_take_any_number_of_points(
