@@ -15,8 +15,10 @@ from .. import reference
 from ..ops import Ops
 from ..types import Backend, PlanTensors
 
-_OPS = Ops("vicinal_triton", "find_runs", "find_flags")
-find_slices, find_runs = _OPS.find_slices, _OPS.find_runs
+_OPS = Ops(
+    "vicinal_triton", "find_query_slices", "find_point_slices", "find_runs", "find_flags"
+)  # fmt: skip
+find_runs = _OPS.find_runs
 _MAX_HEAD_DIM = 256  # what shared memory and registers hold
 _DTYPES = (None, torch.float16, torch.bfloat16, torch.float32)
 _import_error = None if importlib.util.find_spec("triton") else "it needs Triton"
@@ -111,8 +113,10 @@ BACKEND = Backend(
     attend,
     _OPS.rotate,
     reference.project,
-    find_slices,
+    reference.find_slices,  # of maps that `find_query_slices` does not take
     unsupported_reason,
     _MAX_HEAD_DIM,
     find_runs,
+    find_query_slices=_OPS.find_query_slices,
+    find_point_slices=_OPS.find_point_slices,
 )
