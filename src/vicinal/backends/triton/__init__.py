@@ -15,8 +15,8 @@ from .. import reference
 from ..ops import Ops
 from ..types import Backend, PlanTensors
 
-_OPS = Ops("vicinal_triton", "find_runs", "find_flags")
-find_slices, find_runs = _OPS.find_slices, _OPS.find_runs
+_OPS = Ops("vicinal_triton", "find_runs", "find_lists", "find_flags")
+find_slices, find_runs, find_lists = _OPS.find_slices, _OPS.find_runs, _OPS.find_lists
 _MAX_HEAD_DIM = 256  # what shared memory and registers hold
 _DTYPES = (None, torch.float16, torch.bfloat16, torch.float32)
 _import_error = None if importlib.util.find_spec("triton") else "it needs Triton"
@@ -115,4 +115,5 @@ BACKEND = Backend(
     unsupported_reason,
     _MAX_HEAD_DIM,
     find_runs,
+    find_lists,
 )
