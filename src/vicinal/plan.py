@@ -31,6 +31,7 @@ from .backends import choose_backend
 from .backends.reference import list_pairs, search_slices
 from .backends.types import (
     Backend,
+    FindLists,
     FindPointSlices,
     FindRuns,
     NeighborSlices,
@@ -220,13 +221,13 @@ class NeighborhoodPlan:
         """
         return self._cached("point_slices", self._find_point_slices)
 
-    def _query_tiles(self, find_runs: FindRuns) -> Tiles:
-        """The points of tiles of queries, merged into runs by a back end's ``find_runs``."""
-        return self._cached("query_tiles", lambda: self._find_query_tiles(find_runs))
+    def _query_tiles(self, find_runs: FindRuns, find_lists: FindLists | None = None) -> Tiles:
+        """The points of tiles of queries, merged and listed by ops of a back end."""
+        return self._cached("query_tiles", lambda: self._find_query_tiles(find_runs, find_lists))
 
-    def _point_tiles(self, find_runs: FindRuns) -> Tiles:
-        """The queries of tiles of points, merged into runs by a back end's ``find_runs``."""
-        return self._cached("point_tiles", lambda: self._find_point_tiles(find_runs))
+    def _point_tiles(self, find_runs: FindRuns, find_lists: FindLists | None = None) -> Tiles:
+        """The queries of tiles of points, merged and listed by ops of a back end."""
+        return self._cached("point_tiles", lambda: self._find_point_tiles(find_runs, find_lists))
 
     def _cached(self, name: str, find: Callable[[], T]) -> T:
         """The result of ``find``, computed when first asked for."""
@@ -292,7 +293,7 @@ class NeighborhoodPlan:
         geometry = self.level_shapes, self.neighborhood_sizes, self.batch_size
         return CellKeys(*geometry, self.device)
 
-    def _find_query_tiles(self, find_runs: FindRuns) -> Tiles:
+    def _find_query_tiles(self, find_runs: FindRuns, find_lists: FindLists | None) -> Tiles:
         if not self._fits_int32:
             refuse(
                 "level_shapes",
@@ -301,12 +302,14 @@ class NeighborhoodPlan:
             )
         windows = self.neighborhood_sizes, self.position_dim
         cells = self._query_cells(), self._point_cells()
-        return find_tiles(self._tensors.query_slices, *cells, *windows, find_runs)
+        lists = find_lists, self.neighborhood_sizes
+        return find_tiles(self._tensors.query_slices, *cells, *windows, find_runs, *lists)
 
-    def _find_point_tiles(self, find_runs: FindRuns) -> Tiles:
+    def _find_point_tiles(self, find_runs: FindRuns, find_lists: FindLists | None) -> Tiles:
         windows = [max(self.neighborhood_sizes)], self.position_dim
         cells = self._point_cells(), self._query_cells()
-        return find_tiles(self._point_slices(), *cells, *windows, find_runs)
+        lists = find_lists, self.neighborhood_sizes
+        return find_tiles(self._point_slices(), *cells, *windows, find_runs, *lists)
 
     def _query_cells(self) -> GroupedCells:
         return self._cached("query_cells", self._find_query_cells)
@@ -408,9 +411,10 @@ def tensors_for(plan: NeighborhoodPlan, backend: Backend, *, points_need_grad: b
     """
     if backend.find_runs is None:
         return plan._tensors
+    find = backend.find_runs, backend.find_lists
     return plan._tensors._replace(
-        query_tiles=plan._query_tiles(backend.find_runs),
-        point_tiles=plan._point_tiles(backend.find_runs) if points_need_grad else None,
+        query_tiles=plan._query_tiles(*find),
+        point_tiles=plan._point_tiles(*find) if points_need_grad else None,
     )
 
 

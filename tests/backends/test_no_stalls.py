@@ -113,8 +113,8 @@ def test_a_training_step_with_planning(
     # Constants are cached on the GPU, so each is copied once.
     assert set(copied) == {constants.__name__}
     kernels = {"place_queries", "place_points", "place_along_curve", "split_order", "find_slices"}
-    kernels |= {"find_runs", "find_flags", "attend", "query_gradients"}
-    kernels |= {"point_gradients", "rotate", "rotate_backward"}
+    kernels |= {"find_runs", "place_lists", "write_lists", "find_flags"}
+    kernels |= {"attend", "query_gradients", "point_gradients", "rotate", "rotate_backward"}
     if background:
         kernels |= {"cell_key_gradients", "cell_value_gradients"}
     assert set(launched) == kernels

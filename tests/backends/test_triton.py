@@ -41,7 +41,7 @@ from vicinal import (
 )
 from vicinal.backends import choose_backend, reference
 from vicinal.backends import triton as back_end
-from vicinal.backends.types import TILE
+from vicinal.backends.types import LIST_BLOCK, TILE, Tiles
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
@@ -454,6 +454,45 @@ def test_runs(scene: Scene, rows: int) -> None:
             assert columns.tolist() == sorted(union)
 
 
+def members_of(tiles: Tiles) -> set[tuple[int, int]]:
+    """(row, item) of all lists, each once; the lists do not overlap."""
+    rows = 1 if len(tiles.lists) == len(tiles.traversal) else TILE
+    found: list[tuple[int, int]] = []
+    blocks: list[int] = []
+    for tile, (first, n_blocks) in enumerate(tiles.lists.tolist()):
+        entries = slice(first * LIST_BLOCK, (first + n_blocks) * LIST_BLOCK)
+        blocks += range(first, first + n_blocks)
+        own = tiles.traversal[tile * rows : (tile + 1) * rows].tolist()
+        for item, members in zip(
+            tiles.items[entries].tolist(), tiles.members[entries].tolist(), strict=True
+        ):
+            found += [(row, item) for i, row in enumerate(own) if members >> i & 1]
+    assert len(set(blocks)) == len(blocks)
+    assert len(set(found)) == len(found)
+    return set(found)
+
+
+@settings(max_examples=10)
+@given(scene=scenes())
+def test_lists_hold_every_pair_once(scene: Scene) -> None:
+    plan = scene.plan().to(DEVICE)
+    pairs = {(query, point) for query, point in plan.pairs().tolist()}
+    find = back_end.find_runs, back_end.find_lists
+    assert members_of(plan._query_tiles(*find)) == pairs
+    assert members_of(plan._point_tiles(*find)) == {(point, query) for query, point in pairs}
+
+
+def test_tiles_without_space_have_no_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_ops, "list_space", lambda *_: 4)
+    tiles = crowded_scene(60, 200).plan().to(DEVICE)._query_tiles(
+        back_end.find_runs, back_end.find_lists
+    )  # fmt: skip
+    listed = tiles.lists[:, 1] >= 0
+    assert listed.any()
+    assert not listed.all()
+    assert int(tiles.lists.sum(1).max()) <= 4
+
+
 # ----------------------------------------------------------------------------- bounds of buffers
 
 
@@ -535,7 +574,7 @@ def test_the_bounds_are_checked(checked: Checked) -> None:
 
 
 @pytest.mark.usefixtures("runs_by_triton")
-def test_opcheck() -> None:
+def test_opcheck(uninitialized_is_nan: None) -> None:  # lists have meaningless entries
     plan = make_scene(((5, 4), (3, 3)), (3, 3), (4, 2), 9).plan().to(DEVICE)
     with OwnOps("vicinal_triton") as ops:
         inputs = on_device(make_inputs(plan, heads=1, background=True, mask=True)).fresh()
@@ -544,7 +583,7 @@ def test_opcheck() -> None:
         encoding(inputs.q.expand(-1, 2, -1), torch.rand(6, 3, device=DEVICE)).sum().backward()
         slices = plan._tensors.query_slices
         back_end.find_runs(*slices[:3], plan.neighborhood_sizes, 2, TILE)
-    assert len(ops.calls) == 6
+    assert len(ops.calls) == 7
     backward, arguments = ops.calls["neighborhood_attention_backward"]
     for needs in ((False, True), (True, False)):
         leaves = as_leaves((*arguments[:-2], *needs), requires_grad=False)

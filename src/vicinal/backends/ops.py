@@ -19,7 +19,10 @@ from .transforms import (
     refuse_forward_mode,
     transforms_active,
 )
-from .types import NeighborSlices, QuerySlices
+from .types import LIST_BLOCK, NeighborSlices, QuerySlices
+
+_ENTRIES_PER_ROW = 48  # in lists, where tiles are many
+_LEAST_BLOCKS = 2**14  # in lists, where tiles are few: 4 MiB
 
 _ARGUMENTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? query_mask, Tensor? seed, Tensor[] background, "
@@ -51,6 +54,9 @@ _SCHEMAS = {
     "find_runs": (
         "(Tensor traversal, Tensor starts, Tensor stops, int[] sizes, int position_dim, int rows) "
         "-> (Tensor, Tensor, Tensor)"
+    ),
+    "find_lists": (
+        "(Tensor[] tiles, int[] sizes, int position_dim, int rows) -> (Tensor, Tensor, Tensor)"
     ),
     "find_flags": "(Tensor k, Tensor v) -> Tensor",
 }
@@ -189,6 +195,18 @@ class Ops:
             traversal, starts, stops, list(sizes), position_dim, rows
         )
         return runs
+
+    def find_lists(
+        self, tiles: Sequence[Tensor], sizes: Sequence[int], position_dim: int, rows: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The ``lists``, ``items`` and ``members`` of `Tiles` of ``rows`` rows.
+
+        ``tiles`` are the fields before these, ``sizes`` the window width of each level.
+        """
+        lists: tuple[Tensor, Tensor, Tensor] = self._ops.find_lists(
+            list(tiles), list(sizes), position_dim, rows
+        )
+        return lists
 
     def find_flags(self, k: Tensor, v: Tensor) -> Tensor:
         """float32 ``[nnz, H]``: NaN where a key or value is not finite, zero elsewhere."""
@@ -345,6 +363,28 @@ def _fake_find_runs(
     return firsts, shifts, traversal.new_empty(n_tiles, len(sizes), 2)
 
 
+def list_space(n_tiles: int, rows: int, window_slots: int) -> int:
+    """How many blocks the lists of ``n_tiles`` tiles of ``rows`` rows may have altogether.
+
+    It depends on sizes alone, so that nothing waits for a GPU. Many tiles get space for what they
+    need in common scenes, where their rows share most columns. A tile of one row gets space for
+    ``window_slots``, which is all that it needs where a cell has one point at most.
+    """
+    own = -(-max(_ENTRIES_PER_ROW * rows, window_slots) // LIST_BLOCK)
+    space: int = torch.sym_max(n_tiles * own, _LEAST_BLOCKS)  # the number may be a symbol
+    return space
+
+
+def _fake_find_lists(
+    tiles: list[Tensor], sizes: list[int], position_dim: int, rows: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    counts = tiles[4]
+    slots = sum(size**position_dim for size in sizes)
+    n_tiles = counts.shape[0]
+    space = list_space(n_tiles, rows, slots) * LIST_BLOCK
+    return counts.new_empty(n_tiles, 2), counts.new_empty(space), counts.new_empty(space)
+
+
 def _fake_find_flags(k: Tensor, v: Tensor) -> Tensor:
     return k.new_empty(k.shape[:2], dtype=torch.float32)
 
@@ -358,5 +398,6 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "find_query_slices": _fake_find_query_slices,
     "find_point_slices": _fake_find_point_slices,
     "find_runs": _fake_find_runs,
+    "find_lists": _fake_find_lists,
     "find_flags": _fake_find_flags,
 }

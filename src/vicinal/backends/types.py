@@ -9,8 +9,10 @@ from torch import Tensor
 FindRuns = Callable[..., tuple[Tensor, Tensor, Tensor]]  # see `backends.reference.find_runs`
 FindQuerySlices = Callable[..., "QuerySlices"]  # see `backends.ops.Ops.find_query_slices`
 FindPointSlices = Callable[..., "NeighborSlices"]  # see `backends.ops.Ops.find_point_slices`
+FindLists = Callable[..., tuple[Tensor, Tensor, Tensor]]  # see `backends.ops.Ops.find_lists`
 
 TILE = 16
+LIST_BLOCK = 32  # entries of a block of a tile's list
 
 
 class NeighborSlices(NamedTuple):
@@ -80,6 +82,11 @@ class Tiles(NamedTuple):
         counts: ``[T, S, 2]``, at each of S levels the number of runs and the number of entries.
         row_groups, row_cells: the `GroupedCells` of the rows.
         column_groups, column_cells: the `GroupedCells` of the points (queries) of the columns.
+        lists: ``[T, 2]``, the first block of each tile's list and how many blocks it has, -1 for
+            a tile without a list. A block has `LIST_BLOCK` entries.
+        items: ``[S]``, the points (queries) of all lists, -1 for entries that pad a block.
+        members: ``[S]``, the rows that an entry is a neighbor of: bit i is set for the tile's
+            i-th row.
     """
 
     traversal: Tensor
@@ -91,6 +98,9 @@ class Tiles(NamedTuple):
     row_cells: Tensor
     column_groups: Tensor
     column_cells: Tensor
+    lists: Tensor
+    items: Tensor
+    members: Tensor
 
 
 class PlanTensors(NamedTuple):
@@ -154,6 +164,7 @@ class Backend(NamedTuple):
     max_head_dim: int | None = None
     find_runs: FindRuns | None = None
     """Where given, the back end takes ``query_tiles`` and ``point_tiles``, found by this op."""
+    find_lists: FindLists | None = None
     find_query_slices: FindQuerySlices | None = None
     """Where given, plans are made by this op and the next, in few launches."""
     find_point_slices: FindPointSlices | None = None

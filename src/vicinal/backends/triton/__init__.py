@@ -16,9 +16,10 @@ from ..ops import Ops
 from ..types import Backend, PlanTensors
 
 _OPS = Ops(
-    "vicinal_triton", "find_query_slices", "find_point_slices", "find_runs", "find_flags"
+    "vicinal_triton", "find_query_slices", "find_point_slices", "find_runs", "find_lists",
+    "find_flags",
 )  # fmt: skip
-find_runs = _OPS.find_runs
+find_runs, find_lists = _OPS.find_runs, _OPS.find_lists
 _MAX_HEAD_DIM = 256  # what shared memory and registers hold
 _DTYPES = (None, torch.float16, torch.bfloat16, torch.float32)
 _import_error = None if importlib.util.find_spec("triton") else "it needs Triton"
@@ -117,6 +118,7 @@ BACKEND = Backend(
     unsupported_reason,
     _MAX_HEAD_DIM,
     find_runs,
+    find_lists,
     find_query_slices=_OPS.find_query_slices,
     find_point_slices=_OPS.find_point_slices,
 )

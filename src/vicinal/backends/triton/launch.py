@@ -84,15 +84,14 @@ class AttentionArguments:
         n_tensors, n_slices = len(Tiles._fields), slices_per_level(sizes, dim)
         self.query_tiles = Tiles(*plan[:n_tensors])
         self.flags, starts, stops, point_columns, self.copies, *point_tiles = plan[n_tensors:]
-        levels = constant(_level_table(sizes, dim), k.device, torch.int32)
         tiles = self.query_tiles
         if query_mask is not None:
             tiles = tiles._replace(row_groups=tiles.row_groups.masked_fill(query_mask, -1))
-        self.query_walk = self._walk(tiles, levels, len(q), len(k))
+        self.query_walk = self._walk(tiles, len(q), len(k))
         self.query_rows, self.query_programs = self._grid(tiles, sum(n_slices))
         if point_tiles:
             tiles = Tiles(*point_tiles)
-            self.point_walk = self._walk(tiles, levels, len(k), len(q))
+            self.point_walk = self._walk(tiles, len(k), len(q))
             self.point_rows, self.point_programs = self._grid(tiles, max(n_slices))
         self.cells: EmptyCells | None = None
         if background:
@@ -102,15 +101,24 @@ class AttentionArguments:
                 starts, stops, point_columns, sum(n_slices),
             )  # fmt: skip
 
-    def _walk(self, tiles: Tiles, levels: Tensor, n_rows: int, n_items: int) -> Walk:
+    def _walk(self, tiles: Tiles, n_rows: int, n_items: int) -> Walk:
         n_groups = len(self.background[2]) * self.n_levels if self.background else 0
-        sizes = n_rows, len(tiles.order), n_items, tiles.firsts.shape[1], n_groups
-        return Walk(tiles, levels, *sizes, self.n_heads)
+        return walk_of(tiles, self.sizes, self.dim, n_rows, n_items, self.n_heads, n_groups)
 
     def _grid(self, tiles: Tiles, n_slices: int) -> tuple[int, int]:
         """Rows of a tile, and programs, for ``n_slices`` slices per row."""
         n_tiles, capacity = tiles.firsts.shape
         return capacity // n_slices, n_tiles * self.n_heads
+
+
+def walk_of(
+    tiles: Tiles, sizes: list[int], dim: int, n_rows: int, n_items: int, n_heads: int,
+    n_groups: int = 0,
+) -> Walk:  # fmt: skip
+    """The `Walk` over tiles whose windows have ``sizes``."""
+    levels = constant(_level_table(sizes, dim), tiles.order.device, torch.int32)
+    n_columns, n_runs = len(tiles.order), tiles.firsts.shape[1]
+    return Walk(tiles, levels, n_rows, n_columns, n_items, n_runs, n_groups, n_heads)
 
 
 def widths(k: Tensor, v: Tensor) -> dict[str, int]:

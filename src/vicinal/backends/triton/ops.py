@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops import new_gradients
-from ..types import TILE
+from ..ops import list_space, new_gradients
+from ..types import LIST_BLOCK, TILE, Tiles
 from . import attention as attention_kernels
 from . import background as background_kernels
 from . import interprets, plan_ops
+from . import lists as list_kernels
 from . import rotary as rotary_kernels
 from .background import CellGradients
 from .launch import (
@@ -22,6 +23,7 @@ from .launch import (
     on_device_of,
     power_of_2,
     slices_per_level,
+    walk_of,
     widths,
 )
 from .parts import Dropout, Rows
@@ -183,6 +185,33 @@ def rotate_backward(
     return grad_x, grad_coordinates, parts.sum(0)
 
 
+def find_lists(
+    tiles: list[Tensor], sizes: list[int], position_dim: int, rows: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `backends.ops`."""
+    counts, row_groups, column_groups = tiles[4], tiles[5], tiles[7]
+    n_tiles, row_levels = counts.shape[:2]
+    slots = sum(size**position_dim for size in sizes)
+    space = list_space(n_tiles, rows, slots)
+    lists = counts.new_empty(n_tiles, 2)
+    items, members = (counts.new_empty(space * LIST_BLOCK) for _ in range(2))
+    walk = walk_of(
+        Tiles(*[*tiles, lists, items, members]), sizes, position_dim,
+        row_groups.shape[1], column_groups.shape[1], n_heads=1,
+    )  # fmt: skip
+    with on_device_of(counts):
+        launch(
+            list_kernels.place_lists, min(n_tiles, 1), counts, lists, n_tiles, walk.n_columns,
+            space, ROW_LEVELS=row_levels, BLOCK=LIST_BLOCK, CHUNK=1024, num_warps=4,
+        )  # fmt: skip
+        launch(
+            list_kernels.write_lists, n_tiles, *walk, lists, items, members, DIM=position_dim,
+            LEVELS=len(sizes), ROW_LEVELS=row_levels, COLUMN_LEVELS=len(column_groups),
+            ROWS=rows, BLOCK=LIST_BLOCK, num_warps=1,
+        )  # fmt: skip
+    return lists, items, members
+
+
 def find_flags(k: Tensor, v: Tensor) -> Tensor:
     """See `backends.ops`."""
     n_points, n_heads = k.shape[:2]
@@ -209,5 +238,6 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "find_query_slices": plan_ops.find_query_slices,
     "find_point_slices": plan_ops.find_point_slices,
     "find_runs": plan_ops.find_runs,
+    "find_lists": find_lists,
     "find_flags": find_flags,
 }
