@@ -116,7 +116,16 @@ def _find_tiles(plan: NeighborhoodPlan) -> None:
     point_keys = torch.zeros(plan.n_points, dtype=dtype)
     plan_ops.find_point_slices(query_keys, point_keys, *cells, point_slots, numbers, plan.n_levels)
     plan_ops.find_query_slices(
-        positions, offsets, coordinates, points, shifts, levels, query_slots, numbers, dtype
+        positions,
+        offsets,
+        coordinates,
+        points,
+        shifts,
+        levels,
+        query_slots,
+        numbers,
+        dtype,
+        torch.float32,
     )
     rows = tile_rows(plan.n_queries, plan.n_points)
     slices = plan._tensors.query_slices

@@ -40,7 +40,14 @@ from .backends.types import (
 )
 from .placement import check_placement, query_images
 from .pyramid import FeaturePyramid
-from .windows import check_windows_fit, dtype_of_centers, window_centers, wrap_positions
+from .windows import (
+    check_windows_fit,
+    coordinate_dtype,
+    dtype_of_centers,
+    position_dtype,
+    window_centers,
+    wrap_positions,
+)
 
 _INT32_MAX = 2**31 - 1
 T = TypeVar("T")
@@ -229,6 +236,14 @@ class NeighborhoodPlan:
         """The queries of tiles of points, merged and listed by ops of a back end."""
         return self._cached("point_tiles", lambda: self._find_point_tiles(find_runs, find_lists))
 
+    def shared_by_layers(self, name: str, find: Callable[[], T]) -> T:
+        """The result of ``find``, which follows from the points. Layers that share the plan share
+        it on a GPU, where each op costs a launch.
+        """
+        mode = execution_mode(self.device)
+        shared = self.device.type != "cpu" and mode != "compiler" and mode == self._created_in
+        return self._cached(name, find) if shared or name in self._cache else find()
+
     def _cached(self, name: str, find: Callable[[], T]) -> T:
         """The result of ``find``, computed when first asked for."""
         # By hand: compiled graphs do not take the lock of `functools.cached_property`.
@@ -405,6 +420,11 @@ def plan_neighborhoods(
     return plan
 
 
+def key_coordinates_name(dtype: torch.dtype) -> str:
+    """The name by which layers share the coordinates of keys, see `shared_by_layers`."""
+    return f"key coordinates in {dtype}"
+
+
 def tensors_for(plan: NeighborhoodPlan, backend: Backend, *, points_need_grad: bool) -> PlanTensors:
     """What ``backend`` takes of the plan; the tiles of points only if keys or values need
     gradients, since a backward pass cannot complete the plan.
@@ -446,7 +466,7 @@ def check_plan(
         "device": (plan.device, positions.device),
     }
     check_plan_facts(plan, facts)
-    planned_points = plan._keyed_cells.coordinates[: plan.n_points].long()
+    planned_points = plan._keyed_cells.coordinates[: plan.n_points]
     check_plan_points(plan, planned_points, pyramid, check_contents)
     if not reads_contents(check_contents, plan.device):
         return
@@ -544,20 +564,20 @@ def _find_by_kernels(
     hold already.
     """
     assert backend.find_query_slices is not None
-    coordinates = pyramid.coordinates
+    coordinates, dtype = pyramid.coordinates, coordinate_dtype(positions.dtype)
+    dtype = position_dtype(pyramid.level_shapes, dtype)
     if pyramid.periodic_axes:
         misplaced = pyramid.misplaced()
         masked = coordinates.masked_fill(misplaced[:, None], 0)
         copies = find_copies(masked, misplaced, pyramid, sizes)
-        dtype = dtype_of_centers(positions, pyramid.level_shapes)
-        wrapped = positions.detach().to(dtype)
+        wrapped = positions.detach().to(dtype_of_centers(positions, pyramid.level_shapes))
         wrapped = wrap_positions(wrapped, pyramid.level_shapes, pyramid.periodic_axes)
     else:
         copies, wrapped = PointCopies(coordinates[:0, 0], coordinates[:0, 1:-1]), positions.detach()
     levels, slots, _ = tables.on(positions.device)
     found = backend.find_query_slices(
         wrapped, offsets, coordinates, *copies, levels, slots, tables.numbers,
-        tables.layout.key_dtype,
+        tables.layout.key_dtype, dtype,
     )  # fmt: skip
     tensors = PlanTensors(
         query_slices=NeighborSlices(found.traversal, found.starts, found.stops, found.order),
@@ -578,6 +598,7 @@ def _find_by_kernels(
     cache = {
         "query_cells": GroupedCells(found.query_groups, found.query_cells),
         "point_cells": GroupedCells(found.point_groups, found.point_cells),
+        key_coordinates_name(dtype): found.key_coordinates,
     }
     return copies, tensors, cells, cache
 

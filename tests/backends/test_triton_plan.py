@@ -19,7 +19,9 @@ from torch import Tensor
 
 from vicinal import FeaturePyramid, NeighborhoodPlan, backends, plan_neighborhoods
 from vicinal._index.kernel_tables import kernel_tables
+from vicinal.nn.block import key_coordinates
 from vicinal.plan import check_plan
+from vicinal.windows import coordinate_dtype
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
@@ -71,6 +73,13 @@ def parts(plan: NeighborhoodPlan) -> Iterator[tuple[str, Tensor]]:
 
 def assert_same_plans(scene: Scene, **options: Any) -> NeighborhoodPlan:
     ours, plain = (plan_of(scene, name, **options) for name in ("triton", "cpu"))
+    coordinates = [
+        key_coordinates(scene.pyramid.to(DEVICE), plan, coordinate_dtype(scene.positions.dtype))
+        for plan in (ours, plain)
+    ]
+    placed = ours._point_cells().groups[0] >= 0
+    assert torch.equal(coordinates[0][placed], coordinates[1][placed])
+    assert coordinates[0].isfinite().all()
     for (name, actual), (_, expected) in zip(parts(ours), parts(plain), strict=True):
         assert actual.dtype == expected.dtype, name
         assert torch.equal(actual.nan_to_num(), expected.nan_to_num()), name

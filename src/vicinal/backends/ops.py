@@ -45,7 +45,8 @@ _SCHEMAS = {
     ),
     "find_query_slices": (
         "(Tensor positions, Tensor offsets, Tensor coordinates, Tensor copies, Tensor shifts, "
-        "Tensor levels, Tensor slots, SymInt[] numbers, ScalarType key_dtype) -> Tensor[]"
+        "Tensor levels, Tensor slots, SymInt[] numbers, ScalarType key_dtype, "
+        "ScalarType coordinate_dtype) -> Tensor[]"
     ),
     "find_point_slices": (
         "(Tensor query_keys, Tensor point_keys, Tensor groups, Tensor cells, Tensor slots, "
@@ -131,12 +132,15 @@ class Ops:
 
     def rotate(self, x: Tensor, coordinates: Tensor, frequencies: Tensor) -> Tensor:
         """See `reference.rotate`."""
-        refuse_tangents(x, coordinates, frequencies)
-        coordinates, frequencies = (
-            y.to(torch.float64).contiguous() for y in (coordinates, frequencies)
+        return self.rotate_unconverted(
+            x, coordinates.to(torch.float64), frequencies.to(torch.float64)
         )
+
+    def rotate_unconverted(self, x: Tensor, coordinates: Tensor, frequencies: Tensor) -> Tensor:
+        """`rotate` for a kernel that converts coordinates and frequencies to float64 itself."""
+        refuse_tangents(x, coordinates, frequencies)
         table = frequencies.expand(-1, x.shape[1], -1).contiguous()
-        rotated: Tensor = self._rotate(x, coordinates, table)
+        rotated: Tensor = self._rotate(x, coordinates.contiguous(), table)
         return rotated
 
     def find_slices(
@@ -152,7 +156,7 @@ class Ops:
     def find_query_slices(
         self, positions: Tensor, offsets: Tensor, coordinates: Tensor, copies: Tensor,
         shifts: Tensor, levels: Tensor, slots: Tensor, numbers: Sequence[int],
-        key_dtype: torch.dtype,
+        key_dtype: torch.dtype, coordinate_dtype: torch.dtype,
     ) -> QuerySlices:  # fmt: skip
         """Finds images, cells, keys and slices of queries, as `plan` does in plain torch.
 
@@ -163,10 +167,12 @@ class Ops:
             copies, shifts: int64 ``[C]`` and ``[C, P]``, see `_index.copies.PointCopies`.
             levels, slots, numbers: see `_index.kernel_tables.KernelTables`.
             key_dtype: int32 or int64.
+            coordinate_dtype: of the coordinates of keys, float32 or float64.
         """
         found = self._ops.find_query_slices(
-            positions, offsets, coordinates, copies, shifts, levels, slots, list(numbers), key_dtype
-        )
+            positions, offsets, coordinates, copies, shifts, levels, slots, list(numbers),
+            key_dtype, coordinate_dtype,
+        )  # fmt: skip
         return QuerySlices(*found)
 
     def find_point_slices(
@@ -319,6 +325,7 @@ def _fake_find_slices(
 def _fake_find_query_slices(
     positions: Tensor, offsets: Tensor, coordinates: Tensor, copies: Tensor, shifts: Tensor,
     levels: Tensor, slots: Tensor, numbers: list[int], key_dtype: torch.dtype,
+    coordinate_dtype: torch.dtype,
 ) -> list[Tensor]:  # fmt: skip
     (n_queries, dim), n_levels, n_slots = positions.shape, levels.shape[0], slots.shape[0]
     n_rows = coordinates.shape[0] + copies.shape[0]
@@ -328,6 +335,7 @@ def _fake_find_query_slices(
         "query_cells": (n_levels, dim, n_queries),
         "center_columns": (n_queries, n_levels),
         "query_keys": (n_levels, n_queries),
+        "key_coordinates": (n_rows, dim + 1),
         "coordinates": (n_rows, dim + 2),
         "point_groups": (1, n_rows),
         "point_cells": (1, dim, n_rows),
@@ -338,9 +346,9 @@ def _fake_find_query_slices(
         "order": (n_rows,),
         "point_columns": (n_rows,),
     }
-    keys = "query_keys", "sort_keys"
+    dtypes = {"query_keys": key_dtype, "sort_keys": key_dtype, "key_coordinates": coordinate_dtype}
     return [
-        positions.new_empty(shapes[name], dtype=key_dtype if name in keys else torch.int32)
+        positions.new_empty(shapes[name], dtype=dtypes.get(name, torch.int32))
         for name in QuerySlices._fields
     ]
 

@@ -45,6 +45,8 @@ class QuerySlices(NamedTuple):
         query_groups, query_cells: ``[L, N]`` and ``[L, P, N]``, see `_index.tiles.GroupedCells`.
         center_columns: ``[N, L]``, see `PlanTensors`.
         query_keys: ``[L, N]``, the keys of the windows' centers.
+        key_coordinates: floating ``[nnz, P + 1]``, the centers of the points' cells as positions,
+            and the level, for the rotary encoding of keys.
         coordinates: ``[nnz, P + 2]``, image, cell and level, 0 where a point is misplaced.
         point_groups, point_cells: ``[1, nnz]`` and ``[1, P, nnz]``, likewise.
         sort_keys: ``[nnz + N]``, the points' keys, then those of the queries' traversal.
@@ -57,6 +59,7 @@ class QuerySlices(NamedTuple):
     query_cells: Tensor
     center_columns: Tensor
     query_keys: Tensor
+    key_coordinates: Tensor
     coordinates: Tensor
     point_groups: Tensor
     point_cells: Tensor

@@ -112,7 +112,7 @@ for _device in ("CPU", "CUDA"):  # on the CPU in Triton's interpreter
 
 BACKEND = Backend(
     attend,
-    _OPS.rotate,
+    _OPS.rotate_unconverted,
     reference.project,
     reference.find_slices,  # of maps that `find_query_slices` does not take
     unsupported_reason,

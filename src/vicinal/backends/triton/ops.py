@@ -174,7 +174,7 @@ def rotate_backward(
     n, n_heads, width = out.shape
     block, n_coordinates = _tokens(width), coordinates.shape[1]
     grad_x, grad_coordinates = out.new_empty(out.shape), torch.empty_like(coordinates)
-    parts = frequencies.new_empty(cdiv(n, block), *frequencies.shape)
+    parts = frequencies.new_empty(cdiv(n, block), *frequencies.shape, dtype=torch.float64)
     with on_device_of(out):
         launch(
             rotary_kernels.rotate_backward, len(parts), heads(grad_out), heads(out),
@@ -182,7 +182,7 @@ def rotate_backward(
             n, n_coordinates, n_heads, PAIRS=width // 2, PADDED=power_of_2(width // 2),
             AXES=power_of_2(n_coordinates), BLOCK=block, num_warps=4,
         )  # fmt: skip
-    return grad_x, grad_coordinates, parts.sum(0)
+    return grad_x, grad_coordinates, parts.sum(0).to(frequencies.dtype)
 
 
 def find_lists(

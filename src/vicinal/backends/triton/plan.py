@@ -137,8 +137,9 @@ def place_queries(positions_ptr, offsets_ptr, table_ptr, images_ptr, groups_ptr,
 
 
 @triton.jit(do_not_specialize=("row_stride", "column_stride", "n_points", "n_rows", "n_images"))
-def place_points(coordinates_ptr, copies_ptr, shifts_ptr, table_ptr, placed_ptr, groups_ptr,
-                 cells_ptr, sort_keys_ptr, row_stride, column_stride, n_points, n_rows, n_images,
+def place_points(coordinates_ptr, copies_ptr, shifts_ptr, table_ptr, key_coordinates_ptr,
+                 placed_ptr, groups_ptr, cells_ptr, sort_keys_ptr, row_stride, column_stride,
+                 n_points, n_rows, n_images,
                  DIM: tl.constexpr, LEVELS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """The group, the cell and the key of every point, and of the copies of points after them.
 
@@ -147,6 +148,8 @@ def place_points(coordinates_ptr, copies_ptr, shifts_ptr, table_ptr, placed_ptr,
             ``column_stride``.
         copies_ptr, shifts_ptr: int64 ``[C]`` and ``[C, P]``, see `_index.copies`.
         table_ptr: int64, the level table.
+        key_coordinates_ptr: floating ``[nnz + C, P + 1]``, a result: the center of each cell as a
+            position, and the level.
         placed_ptr: int32 ``[nnz + C, P + 2]``, a result, the coordinates, 0 for a misplaced point.
         groups_ptr: int32 ``[nnz + C]``, a result, -2 for a misplaced point.
         cells_ptr: int32 ``[P, nnz + C]``, a result, 0 for a misplaced point.
@@ -155,6 +158,7 @@ def place_points(coordinates_ptr, copies_ptr, shifts_ptr, table_ptr, placed_ptr,
         BLOCK: points of a program.
     """
     key_dtype: tl.constexpr = sort_keys_ptr.dtype.element_ty
+    coordinate_dtype: tl.constexpr = key_coordinates_ptr.dtype.element_ty
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     valid = row < n_rows  # [BLOCK]
     copy = row - n_points  # [BLOCK]
@@ -178,8 +182,16 @@ def place_points(coordinates_ptr, copies_ptr, shifts_ptr, table_ptr, placed_ptr,
         cell = tl.load(point_ptr + (axis + 1) * column_stride, mask=inside, other=0)  # [BLOCK]
         cell += tl.load(shifts_ptr + copy * DIM + axis, mask=is_copy & inside, other=0)
         key += (cell + pad) * load_axis_field(table_ptr, level, axis, STRIDE, DIM)
+        size = load_axis_field(table_ptr, level, axis, SIZE, DIM).to(tl.float64)  # [BLOCK]
+        full_size = load_axis_field(table_ptr, level, axis, FULL_SIZE, DIM).to(tl.float64)
+        half = tl.full([], 0.5, tl.float64)  # a Python number would be float32
+        position = (cell.to(tl.float64) + half) / (size / full_size)  # [BLOCK]
+        key_coordinate_ptr = key_coordinates_ptr + row * (DIM + 1) + axis  # [BLOCK]
+        tl.store(key_coordinate_ptr, position.to(coordinate_dtype), mask=valid)
         tl.store(cells_ptr + axis * n_rows.to(tl.int64) + row, cell.to(tl.int32), mask=valid)
         tl.store(placed_ptr + row * (DIM + 2) + axis + 1, cell.to(tl.int32), mask=valid)
+    key_coordinate_ptr = key_coordinates_ptr + row * (DIM + 1) + DIM  # [BLOCK]
+    tl.store(key_coordinate_ptr, level.to(coordinate_dtype), mask=valid)
     tl.store(placed_ptr + row * (DIM + 2), image.to(tl.int32), mask=valid)
     tl.store(placed_ptr + row * (DIM + 2) + DIM + 1, level.to(tl.int32), mask=valid)
     group = tl.where(inside, image * LEVELS + level, -2)  # [BLOCK]

@@ -17,6 +17,7 @@ _WARPS = 4
 def find_query_slices(
     positions: Tensor, offsets: Tensor, coordinates: Tensor, copies: Tensor, shifts: Tensor,
     levels: Tensor, slots: Tensor, numbers: list[int], key_dtype: torch.dtype,
+    coordinate_dtype: torch.dtype,
 ) -> list[Tensor]:  # fmt: skip
     """See `backends.ops`."""
     n_images, n_keys, n_bits, finest, double, width = numbers
@@ -30,6 +31,7 @@ def find_query_slices(
     cells, columns = new(n_levels, dim, n_queries), new(n_queries, n_levels)
     query_keys = new(n_levels, n_queries, dtype=key_dtype)
     placed, point_groups = new(n_rows, dim + 2), new(1, n_rows)
+    key_coordinates = new(n_rows, dim + 1, dtype=coordinate_dtype)
     point_cells, sort_keys = new(1, dim, n_rows), new(n_rows + n_queries, dtype=key_dtype)
     sizes = {"DIM": dim, "LEVELS": n_levels, "BLOCK": _BLOCK, "num_warps": _WARPS}
     with on_device_of(positions):
@@ -41,7 +43,7 @@ def find_query_slices(
         )  # fmt: skip
         launch(
             kernels.place_points, cdiv(n_rows, _BLOCK), coordinates, copies, shifts, levels,
-            placed, point_groups, point_cells, sort_keys, *coordinates.stride(),
+            key_coordinates, placed, point_groups, point_cells, sort_keys, *coordinates.stride(),
             n_points, n_rows, n_images, **sizes,
         )  # fmt: skip
         ordered, indices = torch.sort(sort_keys, stable=True)
@@ -54,8 +56,8 @@ def find_query_slices(
         starts, stops = new(n_queries, n_slots), new(n_queries, n_slots)
         _search(ordered, query_keys, None, slots, starts, stops, n_rows, width, 1)
     return [
-        images, groups, cells, columns, query_keys, placed, point_groups, point_cells, sort_keys,
-        traversal, starts, stops, order, point_columns,
+        images, groups, cells, columns, query_keys, key_coordinates, placed,
+        point_groups, point_cells, sort_keys, traversal, starts, stops, order, point_columns,
     ]  # fmt: skip
 
 
