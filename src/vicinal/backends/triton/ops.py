@@ -11,11 +11,12 @@ from ..ops import list_space, new_gradients
 from ..types import LIST_BLOCK, TILE, Tiles
 from . import attention as attention_kernels
 from . import background as background_kernels
-from . import interprets, plan_ops
 from . import lists as list_kernels
+from . import plan_ops
 from . import rotary as rotary_kernels
 from .background import CellGradients
 from .launch import (
+    INTERPRETS,
     AttentionArguments,
     cdiv,
     heads,
@@ -28,7 +29,7 @@ from .launch import (
 )
 from .parts import Dropout, Rows
 
-INTERPRETS = interprets()  # kernels run on the CPU, for tests
+__all__ = ["INTERPRETS", "KERNELS"]
 
 _PARTS = 64  # into which a sum over all queries is split
 _CELLS = 16  # of a window in a block: bits of a word, and the minimum size of `tl.dot`
