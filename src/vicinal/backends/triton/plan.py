@@ -280,14 +280,12 @@ def gallop_to_stop(keys_ptr, start, wanted, n_keys, width):
     """The first of the sorted keys from ``start`` on that is above ``wanted``, int32 ``[BLOCK]``.
 
     Without points that share a cell it is at most ``width`` away. Where it is farther for any of
-    the block, twice as far is tried.
+    the block, all keys are searched.
     """
-    span = width
     left = n_keys - start  # [BLOCK]
-    key = tl.load(keys_ptr + start + tl.minimum(span, left - 1))  # [BLOCK]
-    while tl.max(((span < left) & (key <= wanted)).to(tl.int32), 0) > 0:
-        span += tl.minimum(span, n_keys - span)
-        key = tl.load(keys_ptr + start + tl.minimum(span, left - 1))
+    key = tl.load(keys_ptr + start + tl.minimum(width, left - 1))  # [BLOCK]
+    beyond = (width < left) & (key <= wanted)  # [BLOCK]
+    span = tl.where(tl.max(beyond.to(tl.int32), 0) > 0, n_keys, width)
     stop = start  # [BLOCK]
     while span > 0:
         half = (span + 1) // 2
