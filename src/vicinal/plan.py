@@ -277,7 +277,7 @@ class NeighborhoodPlan:
     def _find_point_slices(self) -> NeighborSlices:
         backend = choose_backend(None, self.device)
         tables = self._kernel_tables()
-        if backend.find_point_slices is not None and tables.fits:
+        if backend.find_point_slices is not None and tables.fits():
             return self._find_point_slices_by(backend.find_point_slices, tables)
         keys = self._cell_keys()
         _, *others, _ = self._keyed_cells
@@ -490,7 +490,7 @@ def _plan(
     geometry = pyramid.level_shapes, sizes, pyramid.batch_size
     tables = kernel_tables(*geometry, pyramid.periodic_axes) if backend.find_query_slices else None
     cache: dict[str, Any] = {}
-    if tables is not None and tables.fits:
+    if tables is not None and tables.fits():
         copies, tensors, cells, cache = _find_by_kernels(
             positions, offsets, pyramid, sizes, backend, tables
         )

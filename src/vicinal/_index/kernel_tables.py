@@ -42,7 +42,6 @@ class KernelTables(NamedTuple):
     point_slots: Rows
     numbers: tuple[int, ...]
 
-    @property
     def fits(self) -> bool:
         """Whether int32 holds all cells, also those of windows beyond the map."""
         shapes, pads = self.layout.shapes, self.layout.pads
