@@ -151,7 +151,8 @@ def run(arguments: argparse.Namespace, device: torch.device) -> None:
     tests = Scenes(for_test, TEST_SEED)
     result = _test(model, tests, arguments)
     seconds, memory = time.perf_counter() - start, peak_memory(device)
-    print(f"Training and evaluation: {seconds:.0f} s, peak memory {memory / 2**30:.2f} GiB")
+    peak = "" if memory is None else f", peak memory {memory / 2**30:.2f} GiB"
+    print(f"Training and evaluation: {seconds:.0f} s{peak}")
     figures = {
         **{name: getattr(arguments, name) for name in ("attention", "seed", "steps", "batch")},
         **result._asdict(),

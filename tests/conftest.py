@@ -94,6 +94,18 @@ def restored_threads() -> Iterator[None]:
 
 
 @pytest.fixture
+def small_demo(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`examples.detect_digits` with few digits, and few canvases to test and to draw."""
+    from test_digits_scenes import strokes
+
+    from examples import detect_digits
+
+    monkeypatch.setattr(detect_digits, "TEST_CANVASES", 2)
+    monkeypatch.setattr(detect_digits, "N_DRAWN", 1)
+    monkeypatch.setattr(detect_digits, "load_digits", lambda: strokes(200))
+
+
+@pytest.fixture
 def runs_by_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     """Finds runs by the reference where Triton is interpreted: a program that sorts is slow."""
     if os.environ.get("TRITON_INTERPRET") == "1":

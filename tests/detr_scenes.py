@@ -183,25 +183,39 @@ def make_block(position_dim: int = 2, embed_dim: int = EMBED, **options: Any) ->
     )
 
 
+MakeAttention = Callable[[], nn.Module]
+
+
 def make_encoder(
-    n_layers: int = 2, position_dim: int = 2, *, checkpoint: bool = False, dropout: float = 0.0
+    n_layers: int = 2,
+    position_dim: int = 2,
+    *,
+    checkpoint: bool = False,
+    dropout: float = 0.0,
+    attention: MakeAttention | None = None,
 ) -> Encoder:
+    """``attention`` makes the attention of a layer; None: `make_block`."""
+    attention = attention or (lambda: make_block(position_dim, dropout=dropout))
     layers = [
-        EncoderLayer(
-            make_block(position_dim, dropout=dropout), FeedForward(EMBED, 2 * EMBED, dropout)
-        )
-        for _ in range(n_layers)
+        EncoderLayer(attention(), FeedForward(EMBED, 2 * EMBED, dropout)) for _ in range(n_layers)
     ]
     return Encoder(layers, EMBED, checkpoint=checkpoint)
 
 
 def make_decoder(
-    n_layers: int = 2, position_dim: int = 2, *, checkpoint: bool = False, dropout: float = 0.0
+    n_layers: int = 2,
+    position_dim: int = 2,
+    *,
+    checkpoint: bool = False,
+    dropout: float = 0.0,
+    attention: MakeAttention | None = None,
 ) -> Decoder:
+    """``attention`` makes the cross-attention of a layer; None: `make_block`."""
+    attention = attention or (lambda: make_block(position_dim, dropout=dropout))
     layers = [
         DecoderLayer(
             QuerySelfAttention(EMBED, HEADS, position_dim, dropout),
-            make_block(position_dim, dropout=dropout),
+            attention(),
             FeedForward(EMBED, 2 * EMBED, dropout),
         )
         for _ in range(n_layers)
@@ -216,11 +230,13 @@ def make_detector(
     levels: Sequence[int] | None = None,
     checkpoint: bool = False,
     denoiser: DenoisingQueryGenerator | None = None,
+    attention: MakeAttention | None = None,
 ) -> Detector:
+    """Two layers of each kind; ``attention`` as in `make_encoder` and `make_decoder`."""
     return Detector(
-        make_encoder(2, position_dim, checkpoint=checkpoint),
+        make_encoder(2, position_dim, checkpoint=checkpoint, attention=attention),
         QuerySelection(EMBED, CLASSES, n_queries, levels, position_dim),
-        make_decoder(2, position_dim, checkpoint=checkpoint),
+        make_decoder(2, position_dim, checkpoint=checkpoint, attention=attention),
         denoiser,
     )
 

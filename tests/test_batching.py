@@ -3,9 +3,11 @@
 import copy
 import io
 import pickle
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,6 +29,7 @@ from vicinal import (
     plan_neighborhoods,
     voxelize,
 )
+from vicinal.detr import ObjectQueries, Predictions, Targets
 
 BOUNDS = [(0, 8), (0, 6)]
 
@@ -308,6 +311,207 @@ def test_samples_that_differ_are_refused(other: Any, named: str) -> None:
     for nothing in ([], None):
         with pytest.raises(ValueError, match="samples"):
             collate_pyramids(nothing)
+
+
+# ---------------------------------------------------------- samples of several kinds
+
+
+def make_targets(n: int) -> Targets:
+    boxes = torch.rand(n, 4) + 1
+    return Targets(boxes, torch.arange(n), torch.tensor([0, n]))
+
+
+def make_queries(n: int, grouped: bool = False) -> ObjectQueries:
+    groups = torch.arange(n) if grouped else None
+    offsets = torch.tensor([0, n])
+    return ObjectQueries(
+        torch.randn(n, 8), torch.rand(n, 4), torch.zeros(n).long(), offsets, groups
+    )
+
+
+def make_placement(n: int, levels: bool = False) -> QueryPlacement:
+    level = torch.ones(n, dtype=torch.int64) if levels else None
+    return QueryPlacement(torch.rand(n, 2), torch.tensor([0, n]), level)
+
+
+RAGGED: dict[str, Callable[[int], Any]] = {
+    "targets": make_targets,
+    "queries": make_queries,
+    "grouped queries": lambda n: make_queries(n, grouped=True),
+    "placement": make_placement,
+    "placement with levels": lambda n: make_placement(n, levels=True),
+    "predictions": lambda n: Predictions(
+        torch.randn(n, 3), torch.rand(n, 4), torch.tensor([0, n], dtype=torch.int32)
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", RAGGED)
+def test_ragged_batches_are_concatenated(kind: str) -> None:
+    parts = [RAGGED[kind](n) for n in (2, 0, 3)]
+    pyramids = [make_pyramid(20, seed) for seed in range(3)]
+    pyramid, (joined, names) = collate_pyramids(
+        [
+            (pyramid, (part, f"image {index}"))
+            for index, (pyramid, part) in enumerate(zip(pyramids, parts, strict=True))
+        ]
+    )
+    assert pyramid.batch_size == 3
+    assert list(names) == ["image 0", "image 1", "image 2"]
+    assert type(joined) is type(parts[0])
+    assert joined.offsets.tolist() == [0, 2, 2, 5]
+    for field in set(joined._fields) - {"offsets"}:
+        values = [getattr(part, field) for part in parts]
+        expected = None if values[0] is None else torch.cat(values)
+        assert_same(getattr(joined, field), expected)
+    assert_same(type(joined).cat([joined, parts[0]]).offsets.tolist(), [0, 2, 2, 5, 7])
+
+
+def test_targets_alone_are_samples() -> None:
+    joined = collate_pyramids([make_targets(1), make_targets(2)])
+    assert joined.offsets.tolist() == [0, 1, 3]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "named"),
+    [
+        (make_placement(2, levels=True), make_placement(2), r"\[1\]\.levels"),
+        (make_placement(2), make_placement(2, levels=True), r"\[1\]\.levels"),
+        (make_queries(2), make_queries(2, grouped=True), r"\[1\]\.groups"),
+        (make_targets(2), make_targets(2)._replace(offsets=torch.tensor([0, 3])), r"\[1\]\.offs"),
+        (make_targets(2)._replace(offsets=torch.tensor([1, 2])), make_targets(2), r"\[0\]\.offs"),
+        (make_targets(2), make_targets(2)._replace(boxes=torch.ones(2, 6)), r"\[1\]\.boxes"),
+        (make_targets(2), make_targets(2)._replace(labels=torch.ones(3).long()), r"\[1\]\.lab"),
+        (make_targets(2), make_targets(2)._replace(boxes=torch.ones(2, 4).double()), r"\[1\]\.box"),
+        (make_targets(2), make_placement(2), r"\[1\]"),
+        (make_targets(2), None, r"\[1\]"),
+        (None, make_targets(2), r"\[1\]"),
+    ],
+)
+def test_ragged_batches_that_differ_are_refused(first: Any, second: Any, named: str) -> None:
+    samples = [{"map": make_pyramid(), "objects": part} for part in (first, second)]
+    with pytest.raises(ValueError, match=named) as caught:
+        collate_pyramids(samples)
+    assert "objects" in str(caught.value)
+
+
+@pytest.mark.parametrize("n_images", [0, 1, 3])
+def test_offsets_of_other_images_than_the_pyramid_are_refused(n_images: int) -> None:
+    offsets = torch.zeros(n_images + 1, dtype=torch.int64)
+    wrong = make_targets(0)._replace(offsets=offsets)
+    samples = [(make_pyramid(9 * n, batch_size=n), {"objects": wrong}) for n in (n_images, 2)]
+    with pytest.raises(ValueError, match=r"samples\[1\].*objects.*offsets"):
+        collate_pyramids(samples)
+    several = [(make_pyramid(), make_pyramid(batch_size=5), make_targets(2)) for _ in range(2)]
+    assert [part.batch_size for part in collate_pyramids(several)[:2]] == [2, 10]
+
+
+def test_fields_that_must_be_there_are_named() -> None:
+    nothing: Any = None
+    with pytest.raises(ValueError, match=r"parts\[1\]\.boxes"):
+        Targets.cat([make_targets(1), make_targets(1)._replace(boxes=nothing)])
+
+
+@pytest.mark.parametrize("parts", [[], None, make_targets(1)])
+def test_no_ragged_batches_are_refused(parts: Any) -> None:
+    with pytest.raises(ValueError, match="parts"):
+        Targets.cat(parts)
+
+
+@dataclass(frozen=True)
+class Scene:
+    pyramid: Any
+    label: Any
+    mask: Tensor | None = None
+
+
+def test_containers_stay_what_they_are() -> None:
+    pyramids = [make_pyramid(20, seed) for seed in range(2)]
+    expected = FeaturePyramid.cat(pyramids)
+
+    def collated(make: Callable[[FeaturePyramid], Any]) -> Any:
+        return collate_pyramids([make(pyramid) for pyramid in pyramids])
+
+    ordered = collated(lambda pyramid: OrderedDict(map=pyramid, label=1))
+    assert type(ordered) is OrderedDict
+    assert list(ordered) == ["map", "label"]
+    assert_same(ordered["map"], expected)
+    default = collated(lambda pyramid: defaultdict(list, map=pyramid))
+    assert default["missing"] == []
+    assert_same(default["map"], expected)
+    frozen = collated(lambda pyramid: MappingProxyType({"map": pyramid}))
+    assert type(frozen) is MappingProxyType
+    scene = collated(lambda pyramid: Scene(pyramid, 3))
+    assert type(scene) is Scene
+    assert scene.label.tolist() == [3, 3]
+    assert scene.mask is None
+    assert_same(scene.pyramid, expected)
+    nested = collated(lambda pyramid: [{"scene": Scene(pyramid, 3)}, (None, 1.5)])
+    assert type(nested) is list
+    assert_same(nested[0]["scene"].pyramid, expected)
+    assert nested[1][0] is None
+    assert nested[1][1].tolist() == [1.5, 1.5]
+
+
+def test_a_batch_leaves_its_samples_as_they_were() -> None:
+    samples: list[Any] = [{"map": make_pyramid(20, seed), "parts": [None, 1]} for seed in (0, 1)]
+    collate_pyramids(samples)
+    for seed, sample in enumerate(samples):
+        assert_same(sample["map"], make_pyramid(20, seed))
+        assert sample["parts"] == [None, 1]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda p: {"scene": Scene(p, 1), "more": torch.ones(2)}, r"samples\[2\].*more"),
+        (lambda p: {"scene": Scene(p, 1), "more": None}, r"samples\[2\].*more"),
+        (lambda p: {"scene": Scene(p, 1, torch.ones(1)), "more": torch.ones(3)}, r"\[2\].*mask"),
+        (lambda p: {"scene": Scene(None, 1), "more": torch.ones(3)}, r"pyramid.*\[2\]"),
+        (lambda p: {"scene": (p, 1), "more": torch.ones(3)}, r"samples\[2\].*scene"),
+        (lambda p: {"scene": Scene(p, 1)}, r"samples\[2\]"),
+    ],
+)
+def test_messages_name_sample_and_field(change: Callable[[Any], Any], named: str) -> None:
+    samples = [{"scene": Scene(make_pyramid(), 1), "more": torch.ones(3)} for _ in range(4)]
+    samples[2] = change(make_pyramid())
+    with pytest.raises(ValueError, match=named):
+        collate_pyramids(samples)
+
+
+def test_samples_that_no_collation_takes_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"samples\[0\]\[1\]"):
+        collate_pyramids([(make_pyramid(), object()), (make_pyramid(), object())])
+
+
+# ------------------------------------------------------------------- raw points, iteration
+
+
+def test_images_of_raw_points_are_kept_where_some_parts_do_not_know_them() -> None:
+    known, other = make_pyramid(40, 0), make_pyramid(40, 1)
+    unknown = replace(other, point_batch=None)
+    assert other.point_rows is not None
+    inside = other.point_rows[:, 0] >= 0
+    assert not inside.all()
+    for parts in ([known, unknown], [unknown, known]):
+        batch = FeaturePyramid.cat(parts)
+        index = parts.index(known)
+        assert torch.equal(batch[index].values_of_points(), known.values_of_points())
+        found = batch[1 - index].values_of_points()
+        assert torch.equal(found, other.values_of_points()[inside])
+        assert torch.equal(
+            batch.values_of_points(), torch.cat([part.values_of_points() for part in parts])
+        )
+        assert_same(replace(batch), batch)  # its contents are valid
+    assert FeaturePyramid.cat([unknown, unknown]).point_batch is None
+
+
+def test_iteration_is_by_image() -> None:
+    batch = FeaturePyramid.cat([make_pyramid(25, seed) for seed in range(3)])
+    assert len(list(batch)) == 3
+    assert len(batch) != 3
+    for image, index in zip(reversed(batch), (2, 1, 0), strict=True):
+        assert_same(image, batch[index])
 
 
 # ---------------------------------------------------------------------- devices and dtypes

@@ -134,6 +134,61 @@ def test_the_block(planned: bool, backend: str) -> None:
     assert_one_graph(backend, attend, arguments)
 
 
+def jvp_of(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    jvp: Any = torch.func.jvp  # torch types it with two or three results
+    return lambda x: jvp(function, (x,), (x,))[1]
+
+
+@pytest.mark.parametrize("part", ["op", "block"])
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+def test_forward_mode_is_refused_when_compiled(part: str) -> None:
+    """As it is without a compiler: no tangent is lost."""
+    pyramid = make_pyramid(30)
+    plan, positions = make_plan(pyramid, "cpu"), pyramid.positions()
+    offsets = pyramid.batch_offsets()
+    block = SparseNeighborhoodAttentionBlock(EMBED, 2, 3, SIZES, backend="cpu").double()
+
+    def attend(x: Tensor) -> Tensor:
+        if part == "op":
+            heads = x.unflatten(1, (2, -1))
+            return neighborhood_attention(heads, heads, heads, plan, backend="cpu")
+        out: Tensor = block(x, positions, offsets, pyramid, plan=plan)
+        return out
+
+    x = pyramid.values
+    with pytest.raises(NotImplementedError, match="backend='reference'"):
+        jvp_of(attend)(x)
+    torch.compiler.reset()
+    with pytest.raises(Exception, match="backend='reference'"):
+        torch.compile(jvp_of(attend), backend="aot_eager")(x)
+
+
+@pytest.mark.parametrize("coalesced", [False, True])
+def test_a_block_on_a_pyramid_from_coo(coalesced: bool) -> None:
+    shapes = ((24, 24), (12, 12), (6, 6))
+    block = SparseNeighborhoodAttentionBlock(EMBED, 2, 3, SIZES, backend="cpu").double()
+
+    def attend(x: Tensor, offsets: Tensor, pyramid: FeaturePyramid) -> Tensor:
+        out: Tensor = block(x, pyramid.positions(), offsets, pyramid)
+        return out
+
+    torch.compiler.reset()
+    compiled = torch.compile(attend, fullgraph=True, dynamic=True, backend="aot_eager")
+    for n_points in (60, 90):
+        coo = make_pyramid(n_points).to_coo()
+        coo = coo.coalesce() if coalesced else coo + 0 * coo
+        pyramid = FeaturePyramid.from_coo(coo, shapes)
+        x = pyramid.values.detach().clone().requires_grad_()
+        offsets = pyramid.batch_offsets()
+        answers = [function(x, offsets, pyramid) for function in (compiled, attend)]
+        assert_close(answers[0], answers[1], 1e-13)
+        grads = [
+            torch.autograd.grad(out.square().sum(), [x, *block.parameters()]) for out in answers
+        ]
+        for left, right in zip(*grads, strict=True):
+            assert_close(left, right, 1e-10)
+
+
 class OnPoints(nn.Module):
     """A block whose points are its queries, as tensors alone."""
 
@@ -200,3 +255,14 @@ def assert_exports(
     tolerance = 1e-13 if dtype == torch.float64 else 1e-6
     for n_points in counts:
         assert_close(exported(*arguments(n_points)), module(*arguments(n_points)), tolerance)
+
+
+def test_a_compiled_block_takes_values_of_a_sparse_map() -> None:
+    torch.manual_seed(0)
+    block = SparseNeighborhoodAttentionBlock(EMBED, 2, 3, SIZES).double()
+    maps = make_pyramid(60).to_coo()
+    pyramid = FeaturePyramid.from_coo(maps, make_pyramid(60).level_shapes)
+    rest = pyramid.positions(), pyramid.batch_offsets(), pyramid
+    compiled = torch.compile(block, backend="aot_eager")
+    for query in (pyramid.values, maps.values().clone()):
+        assert_close(compiled(query, *rest), block(query, *rest), 1e-13)

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from problems import assert_close, make_inputs
 from torch import Tensor
 
 from vicinal import (
@@ -18,6 +19,7 @@ from vicinal import (
 from vicinal.backends import choose_backend
 
 SHAPE, STRIDES, SIZES = (12, 9), ((1, 1), (2, 3)), [5, 3]
+EPSILON = torch.finfo(torch.float64).eps
 
 
 def random_pyramid(axes: tuple[int, ...], batch_size: int = 2) -> FeaturePyramid:
@@ -91,8 +93,9 @@ def test_neighborhoods_are_wrapped_and_never_outside(axes: tuple[int, ...]) -> N
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("axes", [(0,), (0, 1)])
+@pytest.mark.parametrize("background", [False, True])
 def test_attention_across_the_seam_equals_that_of_a_rotated_map(
-    axes: tuple[int, ...], backend: str
+    background: bool, axes: tuple[int, ...], backend: str
 ) -> None:
     positions, pyramid, _ = random_plan(axes)
     shift = torch.tensor([6, 6 if 1 in axes else 0])
@@ -103,20 +106,30 @@ def test_attention_across_the_seam_equals_that_of_a_rotated_map(
     turned = FeaturePyramid(
         pyramid.values, moved, pyramid.level_shapes, 2, strides=STRIDES, periodic_axes=axes
     )
-    q = torch.randn(30, 2, 4, dtype=torch.float64)
-    k, v = torch.randn(2, len(pyramid), 2, 4, dtype=torch.float64)
-    outs, weights = [], []
+    answers = []
     for where, points in ((positions, pyramid), (positions + shift, turned)):
         plan = plan_neighborhoods(where, torch.tensor([0, 17, 30]), points, SIZES)
-        keys, values = plan.append_copies(k), plan.append_copies(v)
-        outs.append(neighborhood_attention(q, keys, values, plan, backend=backend))
-        offsets, rows, factors, _ = neighborhood_attention_weights(q, keys, plan)
-        dense = torch.zeros(30, len(pyramid), 2, dtype=torch.float64)
-        query = torch.repeat_interleave(torch.arange(30), offsets.diff())
-        dense[query, rows] = factors
-        weights.append(dense)
-    torch.testing.assert_close(outs[0], outs[1], rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(weights[0], weights[1], rtol=1e-12, atol=1e-12)
+        inputs = make_inputs(plan, heads=2, background=background)
+        leaves = [leaf.requires_grad_() for leaf in inputs.leaves()]
+        keys, values, cells = (
+            plan.append_copies(inputs.k),
+            plan.append_copies(inputs.v),
+            inputs.background,
+        )
+        out = neighborhood_attention(
+            inputs.q, keys, values, plan, background=cells, backend=backend
+        )
+        offsets, rows, factors, _ = neighborhood_attention_weights(
+            inputs.q, keys, plan, background=cells
+        )
+        weights = torch.zeros(30, len(pyramid), 2, dtype=torch.float64)
+        weights[torch.repeat_interleave(offsets.diff()), rows] = factors.detach()
+        grads = torch.autograd.grad(out.square().sum(), leaves)
+        answers.append([out, weights, *grads])
+    for ours, theirs in zip(*answers, strict=True):
+        assert theirs.any()
+        # Sums of at most 90 terms in another order.
+        assert_close(ours, theirs, 100 * EPSILON * max(1.0, float(theirs.detach().abs().max())))
 
 
 def test_a_plan_with_copies_moves_between_devices() -> None:
@@ -158,3 +171,15 @@ def test_the_cpu_back_end_is_what_the_tests_above_use() -> None:
     assert choose_backend("cpu", torch.device("cpu")) is not choose_backend(
         "reference", torch.device("cpu")
     )
+
+
+@pytest.mark.parametrize("axes", [(), (0,)])
+def test_copies_are_appended_to_a_row_per_point_alone(axes: tuple[int, ...]) -> None:
+    _, pyramid, plan = random_plan(axes)
+    values = torch.randn(len(pyramid), 3)
+    appended = plan.append_copies(values)
+    assert torch.equal(appended, values[plan.points_of_keys(torch.arange(plan.n_keys))])
+    wrong: Any
+    for wrong in (values[1:], torch.cat((values, values)), values[0, 0], values.to("meta"), None):
+        with pytest.raises(ValueError, match="values: expected"):
+            plan.append_copies(wrong)

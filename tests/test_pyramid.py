@@ -503,6 +503,47 @@ def test_counts_do_not_overflow(dtype: torch.dtype) -> None:
     assert pyramid.values.tolist() == [[40_000]]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("pooling", ["sum", "mean"])
+def test_half_precisions_are_pooled_in_float32(dtype: torch.dtype, pooling: str) -> None:
+    points, values = torch.zeros(6_000, 3, dtype=torch.int64), torch.rand(6_000, 2)
+    made = {
+        kind: FeaturePyramid.from_points(
+            points, values.to(dtype).to(kind), (4, 4), 1, strides=1, pooling=pooling
+        ).values
+        for kind in (dtype, torch.float32)
+    }
+    assert torch.equal(made[dtype], made[torch.float32].to(dtype))
+
+
+def test_sums_beyond_the_range_of_their_dtype_are_infinite() -> None:
+    for n, total in ((65_519, 65_504), (65_520, math.inf)):
+        points, ones = torch.zeros(n, 3, dtype=torch.int64), torch.ones(n, 1).half()
+        pyramid = FeaturePyramid.from_points(points, ones, (4, 4), 1, strides=1, pooling="sum")
+        assert pyramid.values.item() == total
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precisions_that_share_a_cell_are_added_in_float32(dtype: torch.dtype) -> None:
+    n = 3_000
+    indices, ones = torch.zeros(4, n, dtype=torch.int64), torch.ones(n, 1, dtype=dtype)
+    ones.requires_grad_()
+    expected = torch.tensor(float(n)).to(dtype)
+    coo = sparse_coo(indices, ones, (1, 4, 4, 1, 1))
+    level = sparse_coo(indices[:3], ones, (1, 4, 4, 1))
+    points = FeaturePyramid(ones, indices.t(), ((4, 4),), 1)
+    for values in (
+        FeaturePyramid.from_coo(coo, [(4, 4)]).values,
+        FeaturePyramid.from_levels([level]).values,
+        points.to_coo().values(),
+    ):
+        assert values.dtype == dtype
+        assert values.item() == expected
+        (gradient,) = torch.autograd.grad(values.sum(), ones)
+        assert torch.equal(gradient, torch.ones_like(ones))
+    assert points.to_coo().is_coalesced()
+
+
 def test_sums_and_means_of_integers() -> None:
     points = torch.tensor([[0, 0, 1], [0, 1, 1], [0, 5, 5]])
     counts = torch.tensor([[3], [4], [2**40 + 1]])

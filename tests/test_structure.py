@@ -18,6 +18,7 @@ LAYERS = [  # each may import those before it
     ("windows",),
     ("backends",),
     ("pooling",),
+    ("_pyramid",),
     ("pyramid",),
     ("voxels",),
     ("_index",),

@@ -12,7 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vicinal import FeaturePyramid, SparseNeighborhoodAttentionBlock, Voxels, voxelize
+from vicinal import (
+    FeaturePyramid,
+    SparseNeighborhoodAttentionBlock,
+    Voxels,
+    collate_pyramids,
+    voxelize,
+)
 
 UTM = torch.tensor([[500_000.3, 5_000_000.7], [500_012.9, 5_000_003.1]], dtype=torch.float64)
 CLOCK = 1_700_000_000_000_000  # microseconds
@@ -96,6 +102,105 @@ def test_nanosecond_clocks_are_exact_as_integers() -> None:
     voxels = voxelize((ticks + start)[:, None], cell_size=1)
     steps = voxels.coordinates[:, 1].diff()
     assert steps.tolist() == ticks.diff().tolist()
+
+
+NEAR = 2**62 + 3  # no float64
+TICKS = [0, 1, 9, 10, 999, 1_000, 12_345_678_901, 2**53 + 1]
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.uint64])
+@pytest.mark.parametrize("size", [1, 10, 1_000, 2**20])
+def test_clocks_near_the_end_of_int64_are_exact(dtype: Any, size: int) -> None:
+    ticks = TICKS if size > 1 else TICKS[:-1]
+    points: Any = np.array([[NEAR + tick] for tick in ticks], dtype=dtype)
+    stop = NEAR + ticks[-1]
+    bounds = [None, [(NEAR, stop + 1)], np.array([[NEAR, stop + 1]], dtype=dtype)]
+    for span in bounds:
+        voxels = voxelize(points, cell_size=size, bounds=span)
+        assert voxels.coordinates[:, 1].tolist() == [tick // size for tick in ticks]
+        assert voxels.spatial_shape == (ticks[-1] // size + 1,)
+        assert voxels.origin == (NEAR,)
+    voxels = voxelize(points, cell_size=size, bounds=[(NEAR + 1, stop)])
+    assert voxels.rows.tolist() == [-1, *range(len(ticks) - 2), -1]
+    assert voxels.spatial_shape == (-(-(ticks[-1] - 1) // size),)
+
+
+@pytest.mark.parametrize("size", [10, 1_000])
+def test_positions_of_clocks_lie_in_the_cells_of_the_clocks(size: int) -> None:
+    ticks = [tick * size + rest for tick in (0, 2**50 - 3, 2**51 - 1) for rest in (0, 1, size - 1)]
+    points = torch.tensor([[NEAR + tick] for tick in ticks])
+    voxels = voxelize(points, cell_size=size)
+    pyramid = voxels.pyramid(torch.ones(len(ticks), 1), strides=1)
+    cells = pyramid.positions_from_raw(points).floor().long()
+    assert cells.flatten().tolist() == [tick // size for tick in ticks]
+    assert torch.equal(cells, voxels.coordinates[:, 1:])
+
+
+def test_integers_are_compared_exactly_with_bounds_of_any_kind() -> None:
+    points = torch.tensor([[-(2**63)], [-1], [0], [5], [2**53], [2**53 + 1], [2**63 - 1]])
+
+    def rows(low: float, high: float) -> list[int]:
+        return voxelize(points, cell_size=2.0**20, bounds=[(low, high)]).rows.tolist()
+
+    assert rows(-0.5, 4.5) == [-1, -1, 0, -1, -1, -1, -1]
+    assert rows(0, 2**53 + 1) == [-1, -1, 0, 1, 2, -1, -1]
+    assert rows(-(2**70), 2**70) == list(range(7))
+    assert rows(2**64, 2**65) == [-1] * 7
+    assert rows(-(2.0**63), 2**63 - 1) == [0, 1, 2, 3, 4, 5, -1]
+
+
+def test_bounds_beyond_floats_are_refused() -> None:
+    for axes in ([], [0]):
+        with pytest.raises(ValueError, match="cell_size"):
+            voxelize(cloud(3, 1), cell_size=1, bounds=[(-1.7e308, 1.7e308)], periodic_axes=axes)
+
+
+def test_distances_beyond_int64_do_not_overflow() -> None:
+    points = torch.tensor([[-(2**63)], [0], [2**63 - 1]])
+    for size in (2**20, 1_234_567.5):
+        cells = voxelize(points, cell_size=size).coordinates[:, 1].tolist()
+        exact = [int(x * 2**63 // Fraction(size)) for x in (0, 1)]
+        exact.append(int((2**64 - 1) // Fraction(size)))
+        assert cells == exact
+
+
+def test_floating_points_are_compared_exactly_with_integer_bounds() -> None:
+    points = torch.tensor([[2.0**62], [2.0**62 + 1024]], dtype=torch.float64)
+    assert voxelize(points, cell_size=1024, bounds=[(0, 2**62 + 1)]).rows.tolist() == [0, -1]
+    assert voxelize(points, cell_size=1024, bounds=[(2**62 + 1, 2**63)]).rows.tolist() == [-1, 0]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "size", "n_cells"),
+    [
+        (0.0, 1_700_000_000.05, 0.1, 17_000_000_001),
+        (0.0, 1_700_000_000.0, 0.1, 17_000_000_000),
+        (1_700_000_000.1, 1_700_000_100.1, 0.1, 1_000),
+        (500_000.3, 500_100.3, 0.1, 1_000),
+        (5_000_000.7, 5_000_001.0, 0.3, 1),
+        (5_000_000.7, 5_000_001.01, 0.3, 2),
+        (0, 2**50 + 1, 2, 2**49 + 1),
+        (NEAR, NEAR + 21, 10, 3),
+        (NEAR, NEAR + 20, 10, 2),
+    ],
+)
+def test_the_number_of_cells_between_bounds(
+    low: float, high: float, size: float, n_cells: int
+) -> None:
+    dtype = torch.int64 if isinstance(high, int) else torch.float64
+    last = math.nextafter(high, 0.0) if dtype == torch.float64 else high - 1
+    points = torch.tensor([[low], [last], [high]], dtype=dtype)
+    voxels = voxelize(points, cell_size=size, bounds=[(low, high)])
+    assert voxels.spatial_shape == (n_cells,)
+    assert voxels.coordinates[:, 1].tolist() == [0, n_cells - 1]
+    assert voxels.rows.tolist() == [0, 1, -1]
+
+
+def test_raw_coordinates_of_positions_on_a_map_far_away() -> None:
+    points = torch.tensor([[NEAR], [NEAR + 4096]])
+    pyramid = voxelize(points, cell_size=1024).pyramid(torch.ones(2, 1), strides=(1, 2))
+    back = pyramid.raw_from_positions(pyramid.positions_from_raw(points))
+    assert back.tolist() == [[float(NEAR)], [float(NEAR + 4096)]]
 
 
 def test_utm_coordinates_and_narrow_integers() -> None:
@@ -188,6 +293,25 @@ def test_the_cells_of_a_period_fill_it_exactly() -> None:
     assert all(str(full / n) in str(error.value) for n in (62, 63))
 
 
+@pytest.mark.parametrize("dtype", [np.int64, np.uint64])
+@pytest.mark.parametrize(("period", "n_cells"), [(86_400_000_000_000, 86_400), (10**15 + 1, 7)])
+@pytest.mark.parametrize("low", [5, 2**60 - 86_400_000_000_000, 2**60 + 1])
+def test_clocks_in_nanoseconds_are_wrapped_exactly(
+    dtype: Any, low: int, period: int, n_cells: int
+) -> None:
+    size = Fraction(period, n_cells)
+    ticks = [0, 1, period - 1, period // 2, *(math.ceil(size * cell) for cell in (1, 3, 6))]
+    stamps = [low + turn * period + tick for turn in (0, 4_000) for tick in ticks]
+    stamps += [stamp + 9_000 * period for stamp in stamps if stamp + 9_000 * period < 2**63]
+    points: Any = np.array([[stamp] for stamp in stamps], dtype=dtype)
+    voxels = voxelize(
+        points, cell_size=float(size), bounds=[(low, low + period)], periodic_axes=[0]
+    )
+    assert voxels.spatial_shape == (n_cells,)
+    expected = [(stamp - low) % period // size for stamp in stamps]
+    assert voxels.coordinates[:, 1].tolist() == expected
+
+
 # -------------------------------------------------------------------------- what is refused
 
 
@@ -208,6 +332,10 @@ def test_the_cells_of_a_period_fill_it_exactly() -> None:
         ({"bounds": [(0, 4)]}, "bounds", "(0, 4)"),
         ({"bounds": [(0, 4), (4, 4)]}, "bounds[1]", "(4, 4)"),
         ({"bounds": [(0, 4), (0, math.inf)]}, "bounds[1]", "inf"),
+        ({"bounds": [(0, 4), (0, 1, 2)]}, "bounds[1]", "(0, 1, 2)"),
+        ({"bounds": [(0, 4), (0, 10**400)]}, "bounds[1]", "(0, 1000"),
+        ({"cell_size": 10**400}, "cell_size", "int 1000"),
+        ({"points": torch.rand(2, 2, device="meta")}, "points", "meta"),
         ({"batch": torch.tensor([0, -1])}, "batch", "-1"),
         ({"batch": torch.tensor([0])}, "batch", "[1]"),
         ({"batch": torch.tensor([0, 3]), "batch_size": 3}, "batch_size", "3"),
@@ -224,6 +352,13 @@ def test_refusals(change: dict[str, Any], argument: str, came: str) -> None:
     with pytest.raises(ValueError, match=f"^{argument.split('[')[0]}") as error:
         voxelize(**arguments)
     assert came in str(error.value)
+
+
+def test_messages_of_bounds_say_what_bounds_are() -> None:
+    span: Any
+    for span in ((0, math.nan), (0, "far"), (1,)):
+        with pytest.raises(ValueError, match=r"^bounds\[0\]: expected .*low, high.*, got "):
+            voxelize(cloud(3), cell_size=1, bounds=[span, None])
 
 
 def test_features_of_other_points_are_refused() -> None:
@@ -430,3 +565,44 @@ def test_points_on_borders_of_a_periodic_axis_have_the_cells_of_their_positions(
     pyramid = voxels.pyramid(torch.ones(1800, 1), strides=1)
     cells = pyramid.positions_from_raw(azimuth, torch.float64).floor().long() % 1800
     assert torch.equal(cells, voxels.coordinates[:, 1:])
+
+
+def test_voxels_of_several_samples_make_one_batch() -> None:
+    bounds = [(0, 4), None]
+    points = [torch.tensor([[0.5, 3.0], [9.0, 0.0]]), torch.tensor([[3.5, 7.0]])]
+    samples = [
+        voxelize(part, cell_size=1.0, bounds=[bounds[0], (0, high)])
+        for part, high in zip(points, (5, 8), strict=True)
+    ]
+    batch = collate_pyramids(samples)
+    assert isinstance(batch, Voxels)
+    assert batch.coordinates.tolist() == [[0, 0, 3], [1, 3, 7]]
+    assert batch.rows.tolist() == [0, -1, 1]
+    assert batch.batch.tolist() == [0, 0, 1]
+    assert batch.spatial_shape == (4, 8)
+    assert batch.batch_size == 2
+    assert samples[1].coordinates.tolist() == [[0, 3, 7]]
+    pyramid = batch.pyramid(torch.arange(3.0)[:, None], strides=1)
+    assert pyramid.values_of_points(level=0).flatten().tolist() == [0.0, 0.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("other", "name"),
+    [
+        ({"cell_size": 0.5}, "cell_size"),
+        ({"bounds": [(1, 5), (0, 4)]}, "origin"),
+        ({"bounds": [(0, 5), (0, 4)]}, "spatial_shape along periodic axes"),
+        ({"periodic_axes": ()}, "periodic_axes"),
+    ],
+)
+def test_voxels_of_other_grids_do_not_make_one_batch(other: dict[str, Any], name: str) -> None:
+    grid: dict[str, Any] = {"cell_size": 1.0, "bounds": [(0, 4), (0, 4)], "periodic_axes": (0,)}
+    parts = [voxelize(torch.rand(3, 2), **arguments) for arguments in (grid, grid | other)]
+    with pytest.raises(ValueError, match=rf"parts\[1\]\.{name}"):
+        Voxels.cat(parts)
+
+
+@pytest.mark.parametrize("parts", [[], None, [torch.zeros(3)]])
+def test_cat_of_what_are_no_voxels_is_refused(parts: Any) -> None:
+    with pytest.raises(ValueError, match="parts"):
+        Voxels.cat(parts)

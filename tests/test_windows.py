@@ -141,6 +141,7 @@ ACCEPTED: dict[str, Any] = {
         ("odd neighborhood_sizes", [0, 3], "[0, 3]"),
         ("odd neighborhood_sizes", [3, -1], "[3, -1]"),
         ("odd neighborhood_sizes", [3, 5.0], "5.0"),
+        ("odd neighborhood_sizes", [3, 10**30 + 1], "1]"),
     ],
 )
 def test_refusals(argument: str, value: object, came: str) -> None:

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TextIO
@@ -18,6 +19,7 @@ from examples.digits.processes import PEER_STOPPED, PeerError, all_reduce_sums, 
 from vicinal.visualize.files import replace_file
 
 LOCK = "run.lock"
+_LOCKED_BYTE = 2**30
 
 
 class LockError(Exception):
@@ -117,29 +119,53 @@ def lock_folder(folder: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)
+            _remove(file, path)
 
 
 def _open_locked(path: Path) -> TextIO:
     """Opens the lock file and locks it."""
-    import fcntl  # not available on Windows
-
     while True:
-        file = path.open("a+")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is_file_at(file, path):
+        with contextlib.ExitStack() as on_failure:
+            file = on_failure.enter_context(path.open("a+"))
+            if not _try_lock(file):
+                holder = _describe_holder(file) or "another process"
+                raise LockError(
+                    f"{path} is held by {holder}; wait for that run, or choose another --out"
+                )
+            if _is_file_at(file, path):  # else the process that held it has just removed it
+                on_failure.pop_all()
                 return file
-        except BlockingIOError:
-            holder = _describe_holder(file) or "another process"
-            file.close()
-            raise LockError(
-                f"{path} is held by {holder}; wait for that run, or choose another --out"
-            ) from None
-        except BaseException:
-            file.close()
-            raise
-        file.close()  # the process that held it has just removed it
+
+
+def _try_lock(file: TextIO) -> bool:
+    """Locks a file until it is closed or the process ends; False if another one holds it."""
+    if sys.platform == "win32":
+        import msvcrt
+
+        # One byte far beyond the text: no other process can read what is locked there.
+        os.lseek(file.fileno(), _LOCKED_BYTE, os.SEEK_SET)
+        try:
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        except PermissionError:
+            return False
+        return True
+    import fcntl
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _remove(file: TextIO, path: Path) -> None:
+    """Removes the lock file before another process can lock it."""
+    if sys.platform == "win32":  # where no open file can be removed, by any process
+        file.close()
+        with contextlib.suppress(PermissionError):
+            path.unlink(missing_ok=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _is_file_at(file: TextIO, path: Path) -> bool:

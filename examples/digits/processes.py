@@ -121,11 +121,16 @@ def _work(
         work(device, *arguments)
 
 
-def peak_memory(device: torch.device) -> int:
-    """Peak memory in bytes: what torch allocated on a GPU, else that of the process."""
+def peak_memory(device: torch.device) -> int | None:
+    """Peak memory in bytes: what torch allocated on a GPU, else that of the process.
+
+    None on Windows, for a process: Python has no function for it there.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource  # not available on Windows
+    if sys.platform == "win32":
+        return None
+    import resource
 
     unit = 1 if sys.platform == "darwin" else 1024
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,7 +1,7 @@
 """Batches of pyramids: collation for data loaders, pytrees, and files of tensors."""
 
 import contextlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -9,11 +9,13 @@ from torch import Tensor
 
 from ._index.cell_hash import CellIndex
 from ._index.copies import PointCopies
+from ._pyramid.data import TENSOR_FIELDS
 from ._utils.checks import refuse
+from ._utils.collation import batched_parts, collate
 from .backends.types import NeighborSlices, PlanTensors
 from .placement import QueryPlacement
 from .plan import NeighborhoodPlan
-from .pyramid import TENSOR_FIELDS, FeaturePyramid
+from .pyramid import FeaturePyramid
 from .voxels import Voxels
 
 
@@ -21,17 +23,21 @@ def collate_pyramids(samples: Sequence[Any]) -> Any:
     """Makes one batch of samples that are pyramids, or tuples, lists or dicts that hold pyramids.
 
     It is the ``collate_fn`` of a `torch.utils.data.DataLoader`. Pyramids become one with the images
-    of all, as by `FeaturePyramid.cat`. All else is left to `torch.utils.data.default_collate`,
-    which stacks tensors.
+    of all, as by `FeaturePyramid.cat`. So do `Voxels`, `QueryPlacement`, `vicinal.detr.Targets`,
+    `vicinal.detr.ObjectQueries` and `vicinal.detr.Predictions`, by their own ``cat``. None stays
+    None. All else is left to `torch.utils.data.default_collate`, which stacks tensors.
 
     Args:
-        samples: the samples of the batch, at least one, all of the same structure.
+        samples: the samples of the batch, at least one, all of the same structure: tuples, named
+            tuples, lists, mappings and dataclasses, nested or not.
 
     Returns:
-        one sample of that structure.
+        one sample of that structure. Mappings, lists and dataclasses are shallow copies of the
+        first sample's, so that a ``defaultdict`` keeps its default.
 
     Raises:
-        ValueError: there is no sample, structures differ, or pyramids cannot be one.
+        ValueError: there is no sample, structures differ, what they hold cannot be one, or offsets
+            beside a pyramid are not of its images. The message names the sample and the field.
 
     Example:
         ```python
@@ -51,34 +57,22 @@ def collate_pyramids(samples: Sequence[Any]) -> Any:
     """
     if not isinstance(samples, Sequence) or not samples:
         refuse("samples", "at least one sample", samples)
-    first = samples[0]
-    if isinstance(first, FeaturePyramid):
-        return FeaturePyramid.cat(samples)
-    if not _holds_pyramids(first):
-        return torch.utils.data.default_collate(list(samples))
-    if isinstance(first, Mapping):
-        _check_structure(samples, [isinstance(s, Mapping) and s.keys() for s in samples])
-        return {key: collate_pyramids([sample[key] for sample in samples]) for key in first}
-    _check_structure(samples, [isinstance(s, tuple | list) and len(s) for s in samples])
-    parts = [collate_pyramids(part) for part in zip(*samples, strict=True)]
-    is_named = hasattr(first, "_fields")
-    return type(first)(*parts) if is_named else type(first)(parts)
+    for index, sample in enumerate(samples):
+        _check_images(f"samples[{index}]", sample)
+    return collate(list(samples))
 
 
-def _holds_pyramids(sample: Any) -> bool:
-    if isinstance(sample, Mapping):
-        return any(map(_holds_pyramids, sample.values()))
-    if isinstance(sample, tuple | list):
-        return any(map(_holds_pyramids, sample))
-    return isinstance(sample, FeaturePyramid)
-
-
-def _check_structure(samples: Sequence[Any], structures: Sequence[Any]) -> None:
-    for index, structure in enumerate(structures):
-        if structure is False or structure != structures[0]:
-            kind, parts = type(samples[0]).__name__, len(samples[0])
-            expected = f"a {kind} with the same {parts} parts as the first"
-            refuse(f"samples[{index}]", expected, samples[index])
+def _check_images(argument: str, sample: Any) -> None:
+    """Raises ValueError where offsets in a sample are not of the images of a pyramid in it: in a
+    batch, they would be those of other images.
+    """
+    parts = list(batched_parts(sample))
+    counts = [part.batch_size for _, part in parts if isinstance(part, FeaturePyramid)]
+    for field, part in parts:
+        shape: tuple[int, ...] = getattr(getattr(part, "offsets", None), "shape", ())
+        if counts and len(shape) == 1 and shape[0] - 1 not in counts:
+            expected = f"offsets of {' or '.join(map(str, counts))} images, as of the pyramid"
+            refuse(f"{argument}{field}.offsets", expected, f"offsets of {shape[0] - 1} images")
 
 
 _Context = tuple[tuple[str, ...], tuple[tuple[str, Any], ...]]  # names of tensors; other fields

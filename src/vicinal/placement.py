@@ -1,17 +1,21 @@
 """Where the queries of a batch are."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ._utils.checks import check_finite, check_offsets, check_tensor, reads_contents, refuse
+from ._utils.collation import batched_by_cat
 from ._utils.ragged import batch_ids, offsets_from_counts
+from ._utils.ragged_tuples import cat_ragged
 from .pyramid import FeaturePyramid
 from .windows import check_position_dtype, warn_if_normalized
 
 
+@batched_by_cat
 class QueryPlacement(NamedTuple):
     """Where the queries of a batch are: positions, images and levels.
 
@@ -63,6 +67,28 @@ class QueryPlacement(NamedTuple):
         dtype = pyramid.values.dtype
         dtype = dtype if dtype.is_floating_point else torch.float32
         return cls(pyramid.positions(dtype), pyramid.batch_offsets(), pyramid.levels)
+
+    @classmethod
+    def cat(cls, parts: Sequence["QueryPlacement"]) -> "QueryPlacement":
+        """The placement of the queries of several batches, one after another.
+
+        Args:
+            parts: at least one. Either all of them have levels, or none has.
+
+        Raises:
+            ValueError: there is no part, parts differ in width, dtype, device or in whether they
+                have levels, or the offsets of a part do not rise from 0 to its number of queries.
+
+        Example:
+            ```python
+            import torch
+            from vicinal import QueryPlacement
+
+            parts = [QueryPlacement(64 * torch.rand(n, 2), torch.tensor([0, n])) for n in (3, 5)]
+            assert QueryPlacement.cat(parts).offsets.tolist() == [0, 3, 8]
+            ```
+        """
+        return cat_ragged(cls, parts)
 
     @classmethod
     def from_padded(

@@ -21,6 +21,7 @@ from ._index.plan_checks import check_plan_facts, check_plan_points, refuse_plan
 from ._index.tiles import GroupedCells, find_tiles
 from ._utils.checks import (
     LevelShapes,
+    as_tensor,
     check_neighborhood_sizes,
     check_rows,
     reads_contents,
@@ -164,7 +165,16 @@ class NeighborhoodPlan:
         return torch.stack((queries[row], self.points_of_keys(key)), 1)
 
     def append_copies(self, values: Tensor) -> Tensor:
-        """Returns ``values`` ``[nnz, ...]`` with the rows of the copies appended."""
+        """Returns ``values`` ``[nnz, ...]`` with the rows of the copies appended.
+
+        Raises:
+            ValueError: ``values`` is not a tensor with a row per point, on the plan's device.
+        """
+        values = as_tensor("values", values, self.device)
+        is_tensor = isinstance(values, Tensor) and values.layout == torch.strided
+        if not is_tensor or values.shape[:1] != (self.n_points,) or values.device != self.device:
+            expected = f"a tensor with a row for each of {self.n_points} points on {self.device}"
+            refuse("values", expected, values)
         if not self.periodic_axes:
             return values
         return torch.cat((values, values.index_select(0, self.copies.points)))

@@ -1,53 +1,39 @@
 """Feature pyramids: multi-level sparse feature maps as plain dense tensors."""
 
 import dataclasses
-import itertools
-import math
-import operator
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import KW_ONLY, InitVar, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._utils.checks import (
-    LevelShapes,
-    as_integer,
-    as_level_shapes,
-    as_numbers,
-    as_spatial_shape,
-    check_range,
-    check_tensor,
-    describe,
-    is_real,
-    reads_contents,
-    refuse,
-)
-from ._utils.constants import constant
+from ._pyramid import sources
+from ._pyramid.concatenation import cat_pyramids
+from ._pyramid.coo import coalesce
+from ._pyramid.data import TENSOR_FIELDS, PyramidData
+from ._pyramid.images import select_images
+from ._pyramid.raw_points import values_of_points
+from ._utils.checks import check_tensor, describe, refuse
+from ._utils.collation import batched_by_cat
 from ._utils.ragged import offsets_from_ids
 from ._utils.raw_grid import RawGrid, keep_cells
-from ._utils.strides import (
-    Strides,
-    as_strides,
-    check_strides_of_shapes,
-    least_strides,
-    shapes_from_strides,
-)
-from .pooling import check_pooling, pool_points
-from .windows import as_periodic_axes, centers_of_cells, full_shape, position_dtype
-
-# The fields of a pyramid that are tensors.
-TENSOR_FIELDS = ("values", "coordinates", "point_rows", "point_batch")
+from ._utils.strides import least_strides
+from ._utils.types import StridesLike
+from .windows import centers_of_cells, full_shape, position_dtype
 
 
+@batched_by_cat
 @dataclass(frozen=True, repr=False, eq=False)
-class FeaturePyramid:
+class FeaturePyramid(PyramidData):
     """The points of a multi-level sparse feature map.
 
     A point is a stored row, whatever its values are. Points may come in any order, and two points
     in one cell remain two points. Properties return what is stored or a view of it; methods
     compute.
+
+    ``len(pyramid)`` counts points, as the rows of ``values``. Indexing and iteration go by image
+    instead: ``pyramid[b]`` is image b, ``for image in pyramid`` yields all ``batch_size`` images.
 
     Args:
         values: ``[nnz, E]``, an embedding per point.
@@ -65,8 +51,8 @@ class FeaturePyramid:
         cell_size: size of a raw cell in raw units, ``[P]``. None (default): not known.
         point_rows: int64 ``[n, L]``, the row of the cell on each level that each of n raw points
             was pooled into, or -1. None (default): not known.
-        point_batch: int64 ``[n]``, the image of each raw point. None (default): that of its rows,
-            and no image for raw points without rows.
+        point_batch: int64 ``[n]``, the image of each raw point, or -1 for none. None (default):
+            that of its rows, and no image for raw points without rows.
 
     Raw cells are those of the grid that the levels were pooled from, at stride 1. Positions are in
     cells of the full shape: raw cells divided by the least stride of the axis.
@@ -87,113 +73,12 @@ class FeaturePyramid:
         ```
     """
 
-    values: Tensor
-    coordinates: Tensor
-    level_shapes: LevelShapes
-    batch_size: int
-    check_contents: InitVar[bool | None] = None
-    _: KW_ONLY
-    strides: Strides | None = None
-    periodic_axes: tuple[int, ...] = ()
-    origin: tuple[float, ...] | None = None
-    cell_size: tuple[float, ...] | None = None
-    point_rows: Tensor | None = None
-    point_batch: Tensor | None = None
-
-    def __post_init__(self, check_contents: bool | None) -> None:
-        self._set(level_shapes=as_level_shapes(self.level_shapes, "level_shapes"))
-        values = check_tensor("values", self.values, ("nnz", "E"), kind="number")
-        shape = (values.shape[0], self.position_dim + 2)
-        coordinates = check_tensor(
-            "coordinates", self.coordinates, shape, kind="integer", device=values.device
-        )
-        batch_size = as_integer(self.batch_size)
-        if batch_size is None or batch_size < 0:
-            refuse("batch_size", "a non-negative integer", describe(self.batch_size))
-        self._set(values=values, coordinates=coordinates.long(), batch_size=batch_size)
-        self._check_geometry()
-        if reads_contents(check_contents, coordinates.device):
-            _check_points("coordinates", self)
-            if self.point_rows is not None:
-                _check_point_rows(self.point_rows, len(self))
-            if self.point_batch is not None:
-                check_range("point_batch", self.point_batch, self.batch_size)
-
-    def _set(self, **fields: Any) -> None:
-        for name, value in fields.items():
-            object.__setattr__(self, name, value)
-
-    def _check_geometry(self) -> None:
-        dim, device = self.position_dim, self.values.device
-        self._set(periodic_axes=as_periodic_axes(self.periodic_axes, dim))
-        if self.strides is not None:
-            self._set(strides=as_strides(self.strides, dim, self.n_levels))
-            check_strides_of_shapes(self.strides, self.level_shapes)
-        if self.origin is not None:
-            self._set(origin=as_numbers("origin", self.origin, dim))
-        if self.cell_size is not None:
-            self._set(cell_size=as_numbers("cell_size", self.cell_size, dim))
-            if min(self.cell_size) <= 0:
-                refuse("cell_size", "sizes above 0", self.cell_size)
-        if self.point_rows is not None:
-            shape = ("n", self.n_levels)
-            rows = check_tensor("point_rows", self.point_rows, shape, kind="integer", device=device)
-            self._set(point_rows=rows.long())
-        if self.point_batch is not None:
-            n = 0 if self.point_rows is None else len(self.point_rows)
-            batch = check_tensor(
-                "point_batch", self.point_batch, (n,), kind="integer", device=device
-            )
-            self._set(point_batch=batch.long())
-
     def __repr__(self) -> str:
         levels = ", ".join("x".join(map(str, shape)) for shape in self.level_shapes)
         return (
             f"FeaturePyramid(points={len(self)}, batch_size={self.batch_size}, levels=[{levels}], "
             f"values={describe(self.values)})"
         )
-
-    def __len__(self) -> int:
-        return len(self.values)
-
-    @property
-    def n_levels(self) -> int:
-        """L, the number of levels."""
-        return len(self.level_shapes)
-
-    @property
-    def position_dim(self) -> int:
-        """P, the number of spatial dimensions."""
-        return len(self.level_shapes[0])
-
-    @property
-    def embed_dim(self) -> int:
-        """E, the width of the embeddings."""
-        return self.values.shape[1]
-
-    @property
-    def batch(self) -> Tensor:
-        """int64 ``[nnz]``, the image of every point."""
-        return self.coordinates[:, 0]
-
-    @property
-    def cells(self) -> Tensor:
-        """int64 ``[nnz, P]``, the cell of every point, on its own level."""
-        return self.coordinates[:, 1:-1]
-
-    @property
-    def levels(self) -> Tensor:
-        """int64 ``[nnz]``, the level of every point."""
-        return self.coordinates[:, -1]
-
-    def misplaced(self) -> Tensor:
-        """Returns bool ``[nnz]``, True where the image, the level or the cell is out of range."""
-        shapes = constant(self.level_shapes, self.coordinates.device)
-        levels = self.levels.clamp(0, self.n_levels - 1)
-        no_level = self.levels != levels
-        no_image = (self.batch < 0) | (self.batch >= self.batch_size)
-        no_cell = ((self.cells < 0) | (self.cells >= shapes[levels])).any(1)
-        return no_level | no_image | no_cell
 
     def positions(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Returns the centers of the points' cells ``[nnz, P]``, in cells of the full shape.
@@ -282,6 +167,10 @@ class FeaturePyramid:
     def __iter__(self) -> Iterator["FeaturePyramid"]:
         return (self[image] for image in range(self.batch_size))
 
+    def __reversed__(self) -> Iterator["FeaturePyramid"]:
+        # Without it, `reversed` would take the number of points for that of the images.
+        return (self[image] for image in reversed(range(self.batch_size)))
+
     def __getitem__(self, images: int | slice) -> "FeaturePyramid":
         """Returns one image, or a slice of the images, as a pyramid.
 
@@ -292,52 +181,7 @@ class FeaturePyramid:
         Raises:
             ValueError: ``images`` is neither a slice nor an index of an image.
         """
-        index = as_integer(images)
-        if index is not None and -self.batch_size <= index < self.batch_size:
-            chosen = [index % self.batch_size]
-        elif isinstance(images, slice):
-            chosen = list(range(self.batch_size)[images])
-        else:
-            refuse("images", f"a slice, or the index of one of {self.batch_size} images", images)
-        device = self.values.device
-        # The last entry is for what belongs to no image.
-        new_image = torch.full((self.batch_size + 1,), len(chosen), device=device)
-        new_image[torch.tensor(chosen, dtype=torch.int64, device=device)] = torch.arange(
-            len(chosen), device=device
-        )
-        rows, images_of_rows = _rows_of_images(new_image[self._known(self.batch)], len(chosen))
-        coordinates = torch.cat((images_of_rows[:, None], self.coordinates[rows, 1:]), 1)
-        point_rows, point_batch = self.point_rows, None
-        if point_rows is not None:
-            of_points = new_image[self._images_of_points(point_rows)]
-            points = (of_points < len(chosen)).nonzero().flatten()
-            point_batch = of_points[points]
-            new_row = torch.full((len(self) + 1,), -1, device=device)
-            new_row[rows] = torch.arange(len(rows), device=device)
-            point_rows = new_row[self._known(point_rows[points], len(self))]
-        return dataclasses.replace(
-            self,
-            values=self.values[rows],
-            coordinates=coordinates,
-            batch_size=len(chosen),
-            point_rows=point_rows,
-            point_batch=point_batch,
-            check_contents=False,
-        )
-
-    def _images_of_points(self, point_rows: Tensor) -> Tensor:
-        """int64 ``[n]``, the image of every raw point, B for none."""
-        if self.point_batch is not None:
-            return self._known(self.point_batch)
-        image_of_row = torch.nn.functional.pad(
-            self._known(self.batch), (0, 1), value=self.batch_size
-        )
-        return image_of_row[self._known(point_rows.amax(1), len(self))]
-
-    def _known(self, indices: Tensor, stop: int | None = None) -> Tensor:
-        """``indices``, with ``stop`` (default: B) for those that are out of range."""
-        stop = self.batch_size if stop is None else stop
-        return indices.masked_fill((indices < 0) | (indices >= stop), stop)
+        return select_images(self, images)
 
     @classmethod
     def cat(cls, pyramids: Sequence["FeaturePyramid"]) -> "FeaturePyramid":
@@ -346,7 +190,9 @@ class FeaturePyramid:
         Args:
             pyramids: at least one. Their levels, widths, dtypes, devices, periodic axes, origins
                 and cell sizes must be the same. With the same strides the level shapes may differ:
-                those that hold all pyramids are taken, and positions do not change.
+                those that hold all pyramids are taken, and positions do not change. If only some
+                know the images of their raw points, ``point_batch``, the others' raw points have
+                the image of their rows, or none, -1, without rows.
 
         Raises:
             ValueError: there is no pyramid, one differs from the first in what must be the same, or
@@ -366,28 +212,7 @@ class FeaturePyramid:
             assert torch.equal(both[0].positions(), small.positions())
             ```
         """
-        pyramids = _check_alike(pyramids)
-        first = pyramids[0]
-        n_rows = itertools.accumulate(map(len, pyramids), initial=0)
-        n_images = itertools.accumulate((p.batch_size for p in pyramids), initial=0)
-        coordinates, rows, batch = [], [], []
-        for pyramid, before, images in zip(pyramids, n_rows, n_images, strict=False):
-            shifted = torch.cat((pyramid.batch[:, None] + images, pyramid.coordinates[:, 1:]), 1)
-            coordinates.append(shifted)
-            if pyramid.point_rows is not None:
-                rows.append(torch.where(pyramid.point_rows < 0, -1, pyramid.point_rows + before))
-            if pyramid.point_batch is not None:
-                batch.append(pyramid.point_batch + images)
-        return dataclasses.replace(
-            first,
-            values=torch.cat([pyramid.values for pyramid in pyramids]),
-            coordinates=torch.cat(coordinates),
-            level_shapes=_largest_shapes(pyramids),
-            batch_size=sum(pyramid.batch_size for pyramid in pyramids),
-            point_rows=torch.cat(rows) if rows else None,
-            point_batch=torch.cat(batch) if len(batch) == len(pyramids) else None,
-            check_contents=False,
-        )
+        return cat_pyramids(cls, pyramids)
 
     def values_of_points(self, level: int | None = None, *, fill: float = 0.0) -> Tensor:
         """Maps values back to the raw points that the pyramid was pooled from.
@@ -419,22 +244,7 @@ class FeaturePyramid:
             assert pyramid.values_of_points().shape == (3, 2, 1)
             ```
         """
-        rows = self.point_rows
-        if rows is None:
-            refuse("point_rows", "rows of points, as from_points(keep_point_rows=True) keeps", None)
-        if level is not None:
-            index = as_integer(level)
-            if index is None or not 0 <= index < self.n_levels:
-                refuse("level", f"a level in [0, {self.n_levels}), or None", level)
-            rows = rows[:, index]
-        if not is_real(fill):
-            refuse("fill", "a number", fill)
-        fill_value = float(fill)
-        if not (self.values.is_floating_point() or fill_value.is_integer()):
-            refuse("fill", "a whole number for values that are integers", fill)
-        padded = torch.cat((self.values, self.values.new_full((1, self.embed_dim), fill_value)))
-        rows = self._known(rows, len(self))
-        return padded.index_select(0, rows.flatten()).view(*rows.shape, self.embed_dim)
+        return values_of_points(self, level, fill)
 
     def positions_from_raw(self, points: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Converts raw coordinates to positions, in cells of the full shape.
@@ -552,13 +362,14 @@ class FeaturePyramid:
     def to_coo(self) -> Tensor:
         """Returns the coalesced sparse COO map ``[B, *full_shape, L, E]`` with one dense dimension.
 
-        Points that share a cell become one point with the sum of their embeddings.
+        Points that share a cell become one point with the sum of their embeddings. Sums of half
+        precisions are accumulated in float32 and rounded once.
         """
         size = (self.batch_size, *full_shape(self.level_shapes), self.n_levels, self.embed_dim)
         coo = torch.sparse_coo_tensor(
             self.coordinates.t(), self.values, size, check_invariants=False
         )
-        return coo.coalesce()
+        return coalesce(coo)
 
     @classmethod
     def from_coo(
@@ -566,7 +377,7 @@ class FeaturePyramid:
         stacked_feature_maps: Tensor,
         level_spatial_shapes: Tensor | Sequence[Sequence[int]] | None = None,
         *,
-        strides: Any = None,
+        strides: StridesLike | None = None,
         periodic_axes: Sequence[int] = (),
         check_contents: bool | None = None,
     ) -> "FeaturePyramid":
@@ -576,8 +387,9 @@ class FeaturePyramid:
 
         Args:
             stacked_feature_maps: sparse COO ``[B, *full_shape, L, E]`` with one dense dimension,
-                coalesced or not. Its sizes may be smaller or larger if all points lie inside their
-                levels. On a GPU, coalescing synchronizes.
+                coalesced or not: values of one cell are added, as in `to_coo`. Its sizes may be
+                smaller or larger if all points lie inside their levels. On a GPU, coalescing
+                synchronizes.
             level_spatial_shapes: integer ``[L, P]``, the spatial shape of each level. With
                 ``strides`` it may be None (default): the shapes that hold the map and its points.
             strides: raw cells per cell of each level, one int or P ints per level. Level shapes are
@@ -604,40 +416,21 @@ class FeaturePyramid:
             assert len(pyramid) == 2
             ```
         """
-        name = "stacked_feature_maps"
-        shapes = None if level_spatial_shapes is None else as_level_shapes(level_spatial_shapes)
-        if shapes is None and strides is None:
-            refuse("level_spatial_shapes", "[L, P] sizes, or strides", None)
-        dim = _dim_of_coo(stacked_feature_maps) if shapes is None else len(shapes[0])
-        _check_coo(
-            name, stacked_feature_maps, ["B", *[f"S{axis}" for axis in range(dim)], "L", "E"]
+        return sources.from_coo(
+            cls,
+            stacked_feature_maps,
+            level_spatial_shapes,
+            strides,
+            periodic_axes,
+            check_contents,
         )
-        axes = as_periodic_axes(periodic_axes, dim)
-        coo = stacked_feature_maps.coalesce()
-        # Copies: graphs of torch.compile do not take views of a sparse tensor.
-        values = coo.values().clone()
-        coordinates = coo.indices().t().contiguous()
-        if strides is not None:
-            strides = as_strides(strides, dim, None if shapes is None else len(shapes))
-            given = (tuple(coo.shape[1:-2]),) if shapes is None else shapes
-            steps = (least_strides(strides),) if shapes is None else strides
-            extent = _extent(name, given, steps, axes)
-            extent = _extent_of_points(coordinates, extent, strides, axes)
-            shapes = shapes_from_strides(extent, strides, axes, name)
-        assert shapes is not None
-        pyramid = cls(
-            values, coordinates, shapes, coo.shape[0], False, strides=strides, periodic_axes=axes
-        )
-        if reads_contents(check_contents, coo.device):
-            _check_points(name, pyramid)
-        return pyramid
 
     @classmethod
     def from_levels(
         cls,
         levels: Sequence[Tensor],
         *,
-        strides: Any = None,
+        strides: StridesLike | None = None,
         periodic_axes: Sequence[int] = (),
         check_contents: bool | None = None,
     ) -> "FeaturePyramid":
@@ -673,40 +466,7 @@ class FeaturePyramid:
             assert pyramid.level_shapes == ((8, 8), (4, 4))
             ```
         """
-        if not isinstance(levels, Sequence) or not levels:
-            refuse("levels", "a sequence of at least one map", levels)
-        first = levels[0]
-        for index, level in enumerate(levels):
-            if not isinstance(level, Tensor) or not isinstance(first, Tensor):
-                refuse(f"levels[{index}]", "a sparse COO tensor [B, *S, E]", level)
-            sizes: list[int | str] = ["B", *[f"S{axis}" for axis in range(first.dim() - 2)], "E"]
-            if index:
-                sizes[0], sizes[-1] = first.shape[0], first.shape[-1]
-            _check_coo(f"levels[{index}]", level, sizes)
-            if (level.dtype, level.device) != (first.dtype, first.device):
-                refuse(f"levels[{index}]", f"{first.dtype} on {first.device}", level)
-        shapes = tuple(tuple(level.shape[1:-1]) for level in levels)
-        axes = as_periodic_axes(periodic_axes, len(shapes[0]))
-        if strides is not None:
-            strides = as_strides(strides, len(shapes[0]), len(levels))
-            extent = _extent("levels", shapes, strides, axes)
-            shapes = shapes_from_strides(extent, strides, axes, "levels")
-        maps = [level.coalesce() for level in levels]
-        cells = [
-            torch.nn.functional.pad(level.indices().t(), (0, 1), value=index)
-            for index, level in enumerate(maps)
-        ]
-        coordinates, order = _sort_by_image(torch.cat(cells))
-        values = torch.cat([level.values() for level in maps])[order]
-        return cls(
-            values,
-            coordinates,
-            shapes,
-            first.shape[0],
-            check_contents,
-            strides=strides,
-            periodic_axes=axes,
-        )
+        return sources.from_levels(cls, levels, strides, periodic_axes, check_contents)
 
     @classmethod
     def from_points(
@@ -716,7 +476,7 @@ class FeaturePyramid:
         spatial_shape: Sequence[int],
         batch_size: int,
         *,
-        strides: Any = (1, 2, 4, 8),
+        strides: StridesLike = (1, 2, 4, 8),
         pooling: str = "mean",
         periodic_axes: Sequence[int] = (),
         origin: Sequence[float] | None = None,
@@ -739,7 +499,9 @@ class FeaturePyramid:
             strides: the size of each level's cells, in cells of the grid: one int or P ints per
                 level; one int is one level. Default: 1, 2, 4, 8.
             pooling: ``"mean"`` (default), ``"sum"`` or ``"max"`` over all points in the cell. The
-                mean of integers is floating, their sum int64.
+                mean of integers is floating, their sum int64. Sums and means of half precisions are
+                accumulated in float32 and rounded once. A sum beyond the range of the dtype
+                overflows: from 65,520 on to infinity in float16. Counts stay exact as integers.
             periodic_axes: axes along which the grid repeats, such as an azimuth. They are not
                 padded. Default: none.
             origin: raw coordinates of the grid's lower corner, ``[P]``. None (default): not known.
@@ -769,187 +531,17 @@ class FeaturePyramid:
             assert pyramid.levels.tolist() == [0, 0, 0, 1, 1]
             ```
         """
-        shape = as_spatial_shape(spatial_shape)
-        strides = as_strides(strides, len(shape))
-        axes = as_periodic_axes(periodic_axes, len(shape))
-        level_shapes = shapes_from_strides(shape, strides, axes, "spatial_shape")
-        pool = check_pooling(pooling)
-        coordinates = check_tensor(
-            "coordinates", coordinates, ("n", len(shape) + 1), kind="integer"
-        )
-        values = check_tensor("values", values, (len(coordinates), "E"), kind="number")
-        grid = cls(
+        return sources.from_points(
+            cls,
+            coordinates,
             values,
-            torch.nn.functional.pad(coordinates, (0, 1)),
-            (shape,),
+            spatial_shape,
             batch_size,
-            check_contents,
-        )
-        if math.prod(map(max, zip(*level_shapes, strict=True))) * grid.batch_size >= 2**62:
-            refuse("spatial_shape", "fewer than 2^62 cells in all images", spatial_shape)
-        levels = [
-            pool_points(grid.values, grid.coordinates[:, :-1], stride, level_shape, pool)
-            for stride, level_shape in zip(strides, level_shapes, strict=True)
-        ]
-        cells = [
-            torch.nn.functional.pad(cells, (0, 1), value=index)
-            for index, (_, cells, _) in enumerate(levels)
-        ]
-        sorted_cells, order = _sort_by_image(torch.cat(cells))
-        return cls(
-            torch.cat([pooled for pooled, _, _ in levels])[order],
-            sorted_cells,
-            level_shapes,
-            grid.batch_size,
-            False,
             strides=strides,
-            periodic_axes=axes,
-            origin=None if origin is None else as_numbers("origin", origin, len(shape)),
-            cell_size=None if cell_size is None else as_numbers("cell_size", cell_size, len(shape)),
-            point_rows=_rows_of_points(levels, order) if keep_point_rows else None,
-            point_batch=grid.batch if keep_point_rows else None,
-        )
-
-
-def _rows_of_images(images: Tensor, n_images: int) -> tuple[Tensor, Tensor]:
-    """The rows whose ``images`` ``[n]`` are below ``n_images``, sorted by image, and their images.
-    Rows of an image keep their order.
-    """
-    sorted_images, order = images.sort(stable=True)
-    kept = sorted_images < n_images
-    return order[kept], sorted_images[kept]
-
-
-def _check_alike(pyramids: Any) -> list[FeaturePyramid]:
-    """Raises ValueError unless ``pyramids`` can be one, except for the shapes of levels."""
-    if not isinstance(pyramids, Sequence) or not pyramids:
-        refuse("pyramids", "at least one FeaturePyramid", pyramids)
-    for index, pyramid in enumerate(pyramids):
-        if not isinstance(pyramid, FeaturePyramid):
-            refuse(f"pyramids[{index}]", "a FeaturePyramid", pyramid)
-        for name, want, came in zip(_ALIKE, _facts(pyramids[0]), _facts(pyramid), strict=True):
-            if want != came:
-                refuse(f"pyramids[{index}]", f"{name} {want}, as of the first", f"{came}")
-    return list(pyramids)
-
-
-_ALIKE = (
-    *("number of dimensions", "number of levels", "embed_dim", "dtype", "device", "strides"),
-    *("periodic_axes", "origin", "cell_size", "point_rows kept:"),
-)
-
-
-def _facts(pyramid: FeaturePyramid) -> tuple[Any, ...]:
-    """What `_ALIKE` names."""
-    values = pyramid.values
-    return (
-        *(pyramid.position_dim, pyramid.n_levels, pyramid.embed_dim, values.dtype, values.device),
-        *(pyramid.strides, pyramid.periodic_axes, pyramid.origin, pyramid.cell_size),
-        pyramid.point_rows is not None,
-    )
-
-
-def _largest_shapes(pyramids: Sequence[FeaturePyramid]) -> LevelShapes:
-    """Level shapes that hold all ``pyramids``.
-
-    Raises:
-        ValueError: they differ, and positions would change.
-    """
-    first = pyramids[0]
-    for index, pyramid in enumerate(pyramids):
-        periodic = [
-            tuple(shape[axis] for axis in first.periodic_axes)
-            for shape in (full_shape(first.level_shapes), full_shape(pyramid.level_shapes))
-        ]
-        differs = pyramid.level_shapes != first.level_shapes
-        if differs and (first.strides is None or periodic[0] != periodic[1]):
-            why = "without strides" if first.strides is None else "along periodic axes"
-            expected = f"level shapes {list(first.level_shapes)}, as of the first, {why}"
-            refuse(f"pyramids[{index}]", expected, str(list(pyramid.level_shapes)))
-    return tuple(
-        tuple(map(max, zip(*shapes, strict=True)))
-        for shapes in zip(*(pyramid.level_shapes for pyramid in pyramids), strict=True)
-    )
-
-
-def _rows_of_points(levels: Sequence[tuple[Tensor, Tensor, Tensor]], order: Tensor) -> Tensor:
-    """``[n, L]``: the row of each point on every level, after all levels were sorted by ``order``.
-
-    ``levels`` is what `pool_points` returned for each level.
-    """
-    row_after = torch.argsort(order)
-    first_rows = itertools.accumulate((len(cells) for _, cells, _ in levels), initial=0)
-    rows = [row_after[row + first] for (_, _, row), first in zip(levels, first_rows, strict=False)]
-    return torch.stack(rows, 1)
-
-
-def _sort_by_image(coordinates: Tensor) -> tuple[Tensor, Tensor]:
-    """``coordinates`` sorted by image, and their order before that."""
-    order = torch.argsort(coordinates[:, 0], stable=True)
-    return coordinates[order], order
-
-
-def _extent(
-    argument: str, shapes: LevelShapes, strides: Strides, periodic_axes: Sequence[int]
-) -> list[int]:
-    """The raw cells along each axis that hold all levels; the same for all on a periodic axis."""
-    levels = zip(shapes, strides, strict=True)
-    extents = zip(*(map(operator.mul, *level) for level in levels), strict=True)
-    held = []
-    for axis, sizes in enumerate(extents):
-        if axis in periodic_axes and len(set(sizes)) > 1:
-            expected = f"levels of one extent, size times stride, along periodic axis {axis}"
-            refuse(argument, expected, str(list(sizes)))
-        held.append(max(sizes))
-    return held
-
-
-def _extent_of_points(
-    coordinates: Tensor, extent: Sequence[int], strides: Strides, periodic_axes: Sequence[int]
-) -> list[int]:
-    """``extent``, enlarged until it holds all points; a periodic axis keeps its own."""
-    held = list(extent)
-    for level, stride in enumerate(strides):
-        cells = coordinates[coordinates[:, -1] == level, 1:-1]
-        stops = (cells.amax(0) + 1).tolist() if cells.shape[0] else [0] * len(held)
-        held = [
-            max(size, stop * step) for size, stop, step in zip(held, stops, stride, strict=True)
-        ]
-    return [extent[axis] if axis in periodic_axes else size for axis, size in enumerate(held)]
-
-
-def _dim_of_coo(value: Any) -> int:
-    """The number of spatial dimensions of a map ``[B, *full_shape, L, E]``, at least 1."""
-    return max(value.dim() - 3, 1) if isinstance(value, Tensor) else 1
-
-
-def _check_coo(argument: str, value: Tensor, sizes: Sequence[int | str]) -> None:
-    expected = f"a sparse COO tensor [{', '.join(map(str, sizes))}] with one dense dimension"
-    is_coo = isinstance(value, Tensor) and value.layout == torch.sparse_coo
-    if not is_coo or value.dense_dim() != 1 or value.dim() != len(sizes):
-        refuse(argument, expected, value)
-    if any(
-        isinstance(want, int) and want != size
-        for want, size in zip(sizes, value.shape, strict=True)
-    ):
-        refuse(argument, expected, value)
-
-
-def _check_point_rows(rows: Tensor, n: int) -> None:
-    if rows.numel() and (int(rows.min()) < -1 or int(rows.max()) >= n):
-        came = f"rows from {int(rows.min())} to {int(rows.max())}"
-        refuse("point_rows", f"rows in [0, {n}), or -1", came)
-
-
-def _check_points(argument: str, pyramid: FeaturePyramid) -> None:
-    check_range(f"{argument} (batch)", pyramid.batch, pyramid.batch_size)
-    check_range(f"{argument} (level)", pyramid.levels, pyramid.n_levels)
-    misplaced = pyramid.misplaced()
-    if misplaced.any():
-        row = int(misplaced.nonzero()[0])
-        cell, level = pyramid.cells[row].tolist(), int(pyramid.levels[row])
-        refuse(
-            argument,
-            f"cells inside their level's shape {list(pyramid.level_shapes[level])}",
-            f"cell {cell} at level {level} (point {row})",
+            pooling=pooling,
+            periodic_axes=periodic_axes,
+            origin=origin,
+            cell_size=cell_size,
+            keep_point_rows=keep_point_rows,
+            check_contents=check_contents,
         )

@@ -1,32 +1,40 @@
 """Voxels: the cells that raw points in any unit fall into."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ._utils.checks import (
+    as_float,
     as_integer,
+    as_list,
     as_numbers,
-    as_tensor,
     check_finite,
     check_offsets,
     check_range,
     check_tensor,
+    has_contents,
     refuse,
 )
+from ._utils.collation import batched_by_cat
 from ._utils.ragged import batch_ids
-from ._utils.raw_grid import lower_bound, offsets_from
+from ._utils.raw_grid import at_or_above, cells_from, lower_bound, wrap_far
+from ._utils.types import BoundsLike, StridesLike
 from .pyramid import FeaturePyramid
 from .windows import as_periodic_axes
 
 _MOST_CELLS = 2**53  # along an axis: float64 holds each of them
 _SAME_SIZE = 1e-6  # relative difference of cell sizes that are meant to be equal
+_ROUNDING = 2.0**-49  # relative error of bounds that are meant to be a whole number of cells apart
 
 
+@batched_by_cat
 class Voxels(NamedTuple):
     """The cells of raw points. `voxelize` makes it.
 
@@ -35,7 +43,8 @@ class Voxels(NamedTuple):
             bounds, in the order of the points. Points may share a cell, and images need not be
             sorted.
         spatial_shape: the number of cells along each axis.
-        origin: raw coordinates of the lower corner of cell 0, ``[P]``.
+        origin: raw coordinates of the lower corner of cell 0, ``[P]``; ints where no float equals
+            them, such as clocks in nanoseconds.
         cell_size: size of a cell in raw units, ``[P]``.
         rows: int64 ``[n]``, the row of ``coordinates`` that each point has, or -1 where it lies
             outside.
@@ -64,8 +73,45 @@ class Voxels(NamedTuple):
     batch_size: int
     periodic_axes: tuple[int, ...] = ()
 
+    @classmethod
+    def cat(cls, parts: Sequence["Voxels"]) -> "Voxels":
+        """The cells of the points of several batches, one after another.
+
+        Args:
+            parts: at least one, all of the same grid. Spatial shapes may differ along axes that are
+                not periodic; the result has the largest.
+
+        Raises:
+            ValueError: there is no part, or parts differ in origin, cell size, periodic axes,
+                number of cells of a period, or device.
+
+        Example:
+            ```python
+            import torch
+            from vicinal import Voxels, voxelize
+
+            bounds = [(0, 1), (0, 1)]
+            parts = [voxelize(torch.rand(n, 2), cell_size=0.1, bounds=bounds) for n in (3, 5)]
+            assert Voxels.cat(parts).batch.tolist() == [0, 0, 0, 1, 1, 1, 1, 1]
+            ```
+        """
+        _check_alike(parts)
+        first = parts[0]
+        n_images = itertools.accumulate((part.batch_size for part in parts), initial=0)
+        n_rows = itertools.accumulate((len(part.coordinates) for part in parts), initial=0)
+        shifts = list(zip(parts, n_images, n_rows, strict=False))
+        coordinates = torch.cat([part.coordinates for part in parts])
+        coordinates[:, 0] = torch.cat([part.coordinates[:, 0] + image for part, image, _ in shifts])
+        return first._replace(
+            coordinates=coordinates,
+            spatial_shape=tuple(map(max, *(part.spatial_shape for part in (first, *parts)))),
+            rows=torch.cat([torch.where(p.rows < 0, -1, p.rows + row) for p, _, row in shifts]),
+            batch=torch.cat([part.batch + image for part, image, _ in shifts]),
+            batch_size=sum(part.batch_size for part in parts),
+        )
+
     def pyramid(
-        self, features: Tensor, *, strides: Any = (1, 2, 4, 8), pooling: str = "mean"
+        self, features: Tensor, *, strides: StridesLike = (1, 2, 4, 8), pooling: str = "mean"
     ) -> FeaturePyramid:
         """Pools the features of the points into a pyramid.
 
@@ -116,21 +162,46 @@ class Voxels(NamedTuple):
         )
 
 
+def _check_alike(parts: Any) -> None:
+    """Raises ValueError unless ``parts`` are of one grid."""
+    if not isinstance(parts, Sequence) or not parts:
+        refuse("parts", "at least one Voxels", parts)
+    for index, part in enumerate(parts):
+        if not isinstance(part, Voxels):
+            refuse(f"parts[{index}]", "a Voxels", part)
+        for (name, want), came in zip(_grid(parts[0]).items(), _grid(part).values(), strict=True):
+            if want != came:
+                refuse(f"parts[{index}].{name}", f"{want}, as of the first part", f"{came}")
+
+
+def _grid(voxels: Voxels) -> dict[str, Any]:
+    """What `Voxels` of one grid have in common."""
+    shape, axes = voxels.spatial_shape, voxels.periodic_axes
+    return {
+        "origin": voxels.origin,
+        "cell_size": voxels.cell_size,
+        "periodic_axes": axes,
+        "spatial_shape along periodic axes": [shape[axis] for axis in axes],
+        "coordinates.device": voxels.coordinates.device,
+    }
+
+
 def voxelize(
     points: Tensor,
     batch: Tensor | None = None,
     offsets: Tensor | None = None,
     *,
     cell_size: float | Sequence[float],
-    bounds: Any = None,
+    bounds: BoundsLike | None = None,
     periodic_axes: Sequence[int] = (),
     batch_size: int | None = None,
 ) -> Voxels:
     """Finds the cells of raw points in any unit.
 
-    All arithmetic is in float64, so cells are exact for UTM coordinates in meters and for clocks in
-    microseconds. The number of points inside depends on tensor contents, so on a GPU this
-    synchronizes.
+    Arithmetic is in float64, so cells are exact for UTM coordinates in meters and for clocks in
+    microseconds. Clocks in nanoseconds have more digits: they are exact as integers, in cells of a
+    whole number of units and with bounds that are whole, given as integers where they exceed 2^53.
+    The number of points inside depends on tensor contents, so on a GPU this synchronizes.
 
     Args:
         points: floating or integer ``[n, P]``, in any unit, a tensor or an array.
@@ -183,6 +254,8 @@ def voxelize(
         refuse("cell_size", "sizes above 0", cell_size)
     axes = as_periodic_axes(periodic_axes, dim)
     spans = _as_bounds(bounds, dim, axes)
+    if not has_contents(points):
+        refuse("points", "a tensor with contents, which the number of cells depends on", points)
     images, n_images = _images(points, batch, offsets, batch_size)
     check_finite("points", points)
     inside = torch.ones_like(images, dtype=torch.bool)
@@ -220,34 +293,50 @@ def _line(
     """The cells of ``size`` along one axis, of which ``periodic_axis`` is the index if it is
     periodic, in ``span``, or in the span of the points ``column`` ``[n]``.
     """
-    low = lower_bound(column) if span is None else span[0]
-    offset = offsets_from(column, low)
-    inside = torch.ones_like(offset, dtype=torch.bool)
+    inside = torch.ones_like(column, dtype=torch.bool)
     if span is None:
-        largest = float(offset.max()) if len(offset) else 0.0
-        n_cells = math.floor(_check_count(largest / size)) + 1
+        low = lower_bound(column)
+        cells = cells_from(column, low, size).floor()
+        largest = float(cells.max()) if len(cells) else 0.0
+        n_cells = math.floor(_check_count(largest)) + 1
     elif periodic_axis is not None:
-        period = span[1] - low
+        low, period = span[0], _length(*span)
         n_cells = _cells_of_period(period, size, periodic_axis)
         size = period / n_cells
         # In cells, as for positions, so that both fall into the same cell at a border.
-        inner = (offset / size).remainder(n_cells)
+        cells = cells_from(wrap_far(column, low, period), low, size).remainder(n_cells).floor()
         # The remainder of a small negative number is rounded to the number of cells.
-        cells = inner.masked_fill(inner >= n_cells, 0).floor().long()
-        return _Line(n_cells, low, size, cells, inside)
+        cells = cells.masked_fill(cells >= n_cells, 0)
     else:
-        count = _check_count((span[1] - low) / size)
-        whole = max(round(count), 1)
-        n_cells = whole if abs(count - whole) <= 1e-9 * whole else math.ceil(count)
-        inside = (offset >= 0) & (column.double() < span[1])
-    cells = (offset / size).floor().clamp(0, n_cells - 1).long()
-    return _Line(n_cells, low, size, cells, inside)
+        low, n_cells = span[0], _cells_between(*span, size)
+        inside = at_or_above(column, low) & ~at_or_above(column, span[1])
+        cells = cells_from(column, low, size).floor()
+    return _Line(n_cells, low, size, cells.clamp(0, n_cells - 1).long(), inside)
 
 
 def _check_count(count: float) -> float:
     if count >= _MOST_CELLS:
-        refuse("cell_size", "cells of which at most 2^53 lie along an axis", f"{count:.3g}")
+        refuse("cell_size", "cells of which at most 2^53 lie along an axis", f"{float(count):.3g}")
     return count
+
+
+def _length(low: float, high: float) -> float:
+    """``high - low``; that of whole numbers is exact, see `as_float`."""
+    length = float(high) - float(low)
+    if math.isinf(length) or not (float(low).is_integer() and float(high).is_integer()):
+        return length
+    return as_float(int(high) - int(low))
+
+
+def _cells_between(low: float, high: float, size: float) -> int:
+    """The number of cells of ``size`` from ``low`` that hold all that is below ``high``."""
+    _check_count(_length(low, high) / size)
+    count = (Fraction(high) - Fraction(low)) / Fraction(size)
+    whole = max(round(count), 1)
+    # Ten cells of 0.1 are a little more than 1. Whole numbers are not rounded.
+    rounded = not all(float(number).is_integer() for number in (low, high, size))
+    error = _ROUNDING * (abs(low) + abs(high)) / size if rounded else 0
+    return whole if abs(count - whole) <= error else math.ceil(count)
 
 
 def _cells_of_period(period: float, size: float, axis: int) -> int:
@@ -265,13 +354,12 @@ def _cells_of_period(period: float, size: float, axis: int) -> int:
 
 
 def _as_bounds(
-    bounds: Any, dim: int, periodic_axes: Sequence[int]
+    bounds: BoundsLike | None, dim: int, periodic_axes: Sequence[int]
 ) -> list[tuple[float, float] | None]:
     """``(low, high)`` of every axis, None where it is to be found from the points."""
-    given = as_tensor("bounds", bounds)
-    given = given.tolist() if isinstance(given, Tensor) else given
-    given = [None] * dim if given is None else given
     expected = f"(low, high) or None for each of {dim} axes"
+    given = as_list("bounds", bounds, expected)
+    given = [None] * dim if given is None else given
     if not isinstance(given, Sequence) or len(given) != dim:
         refuse("bounds", expected, bounds)
     spans: list[tuple[float, float] | None] = []
@@ -281,9 +369,10 @@ def _as_bounds(
                 refuse("bounds", f"one period (low, high) for periodic axis {axis}", None)
             spans.append(None)
             continue
-        if not isinstance(as_tensor("bounds", span), Sequence | Tensor):
+        numbers = f"two finite numbers (low, high) for axis {axis}"
+        if not isinstance(as_list(f"bounds[{axis}]", span, numbers), Sequence):
             refuse("bounds", expected, bounds)
-        low, high = as_numbers(f"bounds[{axis}]", span, 2)
+        low, high = as_numbers(f"bounds[{axis}]", span, 2, numbers)
         if low >= high:
             refuse(f"bounds[{axis}]", "low below high", span)
         spans.append((low, high))

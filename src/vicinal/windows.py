@@ -13,7 +13,7 @@ from ._utils.checks import (
     LevelShapes,
     as_integers,
     as_level_shapes,
-    as_tensor,
+    as_list,
     check_finite,
     check_neighborhood_sizes,
     check_range,
@@ -283,11 +283,11 @@ def get_multilevel_neighborhoods(
 
 def as_periodic_axes(periodic_axes: Any, position_dim: int) -> tuple[int, ...]:
     """``periodic_axes`` in ascending order; raises ValueError unless they are axes of space."""
-    given = as_tensor("periodic_axes", periodic_axes)
-    axes = as_integers(given.tolist() if isinstance(given, Tensor) else given)
+    expected = f"distinct axes in [0, {position_dim})"
+    axes = as_integers(as_list("periodic_axes", periodic_axes, expected))
     valid = axes is not None and len(set(axes)) == len(axes)
     if axes is None or not valid or any(not 0 <= axis < position_dim for axis in axes):
-        refuse("periodic_axes", f"distinct axes in [0, {position_dim})", periodic_axes)
+        refuse("periodic_axes", expected, periodic_axes)
     return tuple(sorted(axes))
 
 

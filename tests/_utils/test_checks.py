@@ -1,5 +1,6 @@
 """Argument checks: errors name the argument, what was expected and what came."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vicinal._utils import checks
+from vicinal._utils.strides import as_strides
 
 CPU = torch.device("cpu")
 SPARSE = torch.eye(2).to_sparse()
@@ -159,6 +161,46 @@ def test_invalid_offsets(wrong: list[int], came: str) -> None:
 )
 def test_descriptions_never_list_a_whole_tensor(value: Any) -> None:
     assert len(checks.describe(value)) < 250
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (torch.Size([3, 4]), "torch.Size([3, 4])"),
+        (torch.nn.Identity(), "Identity()"),
+        (torch.device("cpu"), "device(type='cpu')"),
+        (np.int64(3), "np.int64(3)"),
+        ((3, 4), "tuple (3, 4)"),
+        (3, "int 3"),
+        ("tuple(", "str 'tuple('"),
+        (None, "NoneType None"),
+    ],
+)
+def test_descriptions_name_the_type_once(value: Any, expected: str) -> None:
+    assert checks.describe(value) == expected
+
+
+def test_numbers_are_floats_or_integers_that_no_float_equals() -> None:
+    given = [2, np.int64(2**62 + 1), np.float32(0.5), 2**53 + 1]
+    numbers = checks.as_numbers("x", given, 4)
+    assert numbers == (2.0, 2**62 + 1, 0.5, 2**53 + 1)
+    assert [type(number) for number in numbers] == [float, int, float, int]
+    assert checks.as_numbers("x", np.array([2**63 + 1], np.uint64), 1) == (2**63 + 1,)
+    assert checks.as_numbers("x", torch.tensor(3), 2) == (3.0, 3.0)
+    for wrong in ([1.0, math.nan], [1.0, True], [1, 10**400], torch.ones(2, 1), None):
+        assert_refused("x", checks.describe(wrong)[:20], checks.as_numbers, "x", wrong, 2)
+
+
+@pytest.mark.parametrize("value", [torch.ones(2, dtype=torch.int64, device="meta"), SPARSE])
+def test_tensors_without_contents_are_no_lists(value: Tensor) -> None:
+    for check, argument in (
+        (lambda: checks.as_numbers("x", value, 2), "x"),
+        (lambda: checks.as_level_shapes(value, "x"), "x"),
+        (lambda: checks.as_spatial_shape(value), "spatial_shape"),
+        (lambda: as_strides(value, 2), "strides"),
+        (lambda: checks.check_neighborhood_sizes(value, 2), "neighborhood_sizes"),
+    ):
+        assert_refused(argument, "tensor", check)
 
 
 def test_numpy_arrays_serve_as_tensors() -> None:

@@ -12,9 +12,8 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from torch.utils.flop_counter import FlopCounterMode
 
-from vicinal.backends import choose_backend, cpu, prepare_backends, reference
+from vicinal.backends import choose_backend, chunks, cpu, prepare_backends, reference
 from vicinal.backends.cpu import projection_ops
-from vicinal.backends.cpu import projections as cpu_projections
 
 WIDTH, EPS = 6, 1e-3
 FIXED = ("test_schema", "test_faketensor")  # of an op whose result is never filled
@@ -107,7 +106,7 @@ def assert_as_the_reference(inputs: Inputs) -> None:
 def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """The rows of a chunk."""
     rows: int = request.param
-    monkeypatch.setattr(cpu_projections, "chunk_rows", lambda x: rows)
+    monkeypatch.setattr(chunks, "chunk_rows", lambda x: rows)
     return rows
 
 
@@ -163,7 +162,7 @@ def test_no_rows(norm: bool) -> None:
 def test_projections_round_no_more_than_plain_torch(
     project: Callable[..., Sequence[Tensor]], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cpu_projections, "chunk_rows", lambda x: 512)
+    monkeypatch.setattr(chunks, "chunk_rows", lambda x: 512)
     inputs = make_inputs(20_000, bias=True, norm=True, residual=True, width=16).to(dtype)
     exact = inputs.to(torch.float64)
 
@@ -226,7 +225,7 @@ def test_chunks_do_not_depend_on_the_number_of_threads(
     threads: int, restored_threads: None
 ) -> None:
     torch.set_num_threads(threads)
-    assert cpu_projections.chunk_rows(torch.empty(7, 256)) == 2048
+    assert chunks.chunk_rows(torch.empty(7, 256)) == 2048
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -236,7 +235,7 @@ def test_gradients_do_not_depend_on_the_number_of_threads(
     dtype: torch.dtype, rows: int, name: str, monkeypatch: pytest.MonkeyPatch,
     restored_threads: None,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(cpu_projections, "chunk_rows", lambda x: 300)
+    monkeypatch.setattr(chunks, "chunk_rows", lambda x: 300)
     inputs = make_inputs(rows, bias=True, norm=True, width=66).to(dtype)
     backend = choose_backend(name, torch.device("cpu"))
     found = []

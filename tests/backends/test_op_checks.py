@@ -1,20 +1,26 @@
-"""The raw ops of the CPU back end refuse arguments that do not fit each other."""
+"""The raw ops of the compiled back ends refuse arguments that do not fit each other."""
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from block_scenes import own_calls
+from problems import OwnOps, make_inputs, plan_by_triton, scene_2d
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
+
+from vicinal import RotaryEncoding
+from vicinal.backends import triton
+from vicinal.backends.types import TILE
 
 CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
     "one row less": lambda x: x[1:],
     "no rows": lambda x: x[:0],
     "one row more": lambda x: torch.cat((x, x[:1])),
-    "no first dimension": lambda x: x[0],
+    "no first dimension": lambda x: x[:1].squeeze(0),
     "one dimension more": lambda x: x[None],
     "transposed": lambda x: x.transpose(0, -1),
     "transposed and contiguous": lambda x: x.transpose(0, -1).contiguous(),
@@ -54,28 +60,98 @@ def assert_same(result: Any, expected: Any) -> None:
             assert_same(left, right)
 
 
-# Arguments with a size that nothing else fixes: images of the background, keys, levels.
+def all_calls() -> dict[str, tuple[Any, list[Any]]]:
+    """The ops of the CPU back end, those of the projections too, with arguments that fit."""
+    calls = {name: (op, fresh(list(arguments))) for name, (op, arguments) in own_calls().items()}
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=torch.float64)
+
+    x, weights, norm, grads = draw(5, 6), [draw(4, 6)], [draw(6), draw(6)], [draw(5, 4)]
+    ops = torch.ops.vicinal
+    calls["project"] = ops.project.default, [x, weights, [draw(4)], norm, 1e-5, draw(5, 4)]
+    backward = [grads, x, weights, norm, 1e-5, True, True, True]
+    calls["project_backward"] = ops.project_backward.default, backward
+    calls["layer_norm"] = ops.layer_norm.default, [x, *norm, 1e-5]
+    _, *moments = ops.layer_norm(x, *norm, 1e-5)
+    backward = [draw(5, 6), x, *moments, norm[0], True, True]
+    calls["layer_norm_backward"] = ops.layer_norm_backward.default, backward
+    return calls
+
+
+def triton_calls() -> dict[str, tuple[Any, list[Any]]]:
+    """The ops of the Triton back end with arguments that fit, on its device."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    scene = scene_2d(n_queries=12, n_points=20)
+    plan = scene.plan().to(device)
+    inputs = make_inputs(plan, heads=1, background=True, mask=True, dtype=torch.float32)
+    moved = inputs.map(lambda x: x.to(device))
+    moved = moved._replace(query_mask=torch.arange(12, device=device) % 3 == 1).fresh()
+    with OwnOps("vicinal_triton") as ops:
+        moved.attend(plan, "triton", dropout_p=0.1)[0].sum().backward()
+        encoding = RotaryEncoding(4, 1, 2, backend="triton").to(device)
+        x = torch.randn(12, 1, 4, device=device, requires_grad=True)
+        encoding(x, torch.rand(12, 3, device=device)).sum().backward()
+        slices = plan._tensors.query_slices
+        triton.find_runs(*slices[:3], plan.neighborhood_sizes, 2, TILE)
+        plan_by_triton(scene, device)
+    return {name: (op, fresh(list(arguments))) for name, (op, arguments) in ops.calls.items()}
+
+
+CALLS = {"cpu": functools.cache(all_calls), "triton": functools.cache(triton_calls)}
+NAMES = {
+    "cpu": [
+        "neighborhood_attention", "neighborhood_attention_backward", "rotate", "rotate_backward",
+        "find_slices", "project", "project_backward", "layer_norm", "layer_norm_backward",
+    ],
+    "triton": [
+        "neighborhood_attention", "neighborhood_attention_backward", "rotate", "rotate_backward",
+        "find_query_slices", "find_point_slices", "find_runs", "find_lists", "find_flags",
+    ],
+}  # fmt: skip
+# Arguments with a size that nothing else fixes: images of the background, keys, levels; and lists
+# that may be empty.
 FREE = {
     ("neighborhood_attention", 5),
     ("neighborhood_attention_backward", 9),
     ("find_slices", 0),
     ("find_slices", 1),
+    ("find_query_slices", 0),  # any number of queries, in any floating dtype
+    ("find_query_slices", 1),
+    ("find_query_slices", 2),
+    ("find_query_slices", 6),
+    ("find_point_slices", 0),
+    ("find_point_slices", 4),
+    ("rotate", 1),  # in any floating dtype
+    ("rotate", 2),
+    ("rotate_backward", 2),
+    ("rotate_backward", 3),
+    ("find_flags", 0),  # in any floating dtype
     ("rotate", 0),  # in any floating dtype
+    ("layer_norm", 0),
+    ("project", 2),
+    ("project", 3),
+    ("project_backward", 3),
 }
 
 
-@pytest.mark.parametrize("name", ["neighborhood_attention", "neighborhood_attention_backward",
-                                  "rotate", "rotate_backward", "find_slices"])  # fmt: skip
-def test_other_shapes_are_refused_or_change_nothing(name: str) -> None:
-    op, arguments = own_calls()[name]
-    arguments = tuple(fresh(list(arguments)))
+@pytest.mark.parametrize(
+    ("backend", "name"), [(backend, name) for backend, names in NAMES.items() for name in names]
+)
+@pytest.mark.filterwarnings("ignore:.* encountered in :RuntimeWarning")
+@pytest.mark.usefixtures("runs_by_reference")
+def test_other_shapes_are_refused_or_change_nothing(backend: str, name: str) -> None:
+    if backend == "triton":
+        pytest.importorskip("triton")
+    op, arguments = CALLS[backend]()[name]
+    arguments = fresh(arguments)
     refused = 0
     for index, argument in enumerate(arguments):
         for other in mutated(argument):
             changed = (*arguments[:index], other, *arguments[index + 1 :])
             try:
                 result = op(*changed)
-            except (RuntimeError, IndexError):
+            except (RuntimeError, IndexError, ValueError):
                 refused += 1
                 continue
             if (name, index) not in FREE:
@@ -83,7 +159,30 @@ def test_other_shapes_are_refused_or_change_nothing(name: str) -> None:
                 assert torch.equal(other, argument)  # other strides
                 expected = op(*arguments)
                 assert_same(*((x,) if isinstance(x, Tensor) else x for x in (result, expected)))
-    assert refused > 20
+    assert refused > (10 if name == "find_flags" else 20)
+
+
+@pytest.mark.parametrize(
+    ("argument", "index", "change"),
+    [
+        ("x", 0, lambda x: x[1:]),
+        ("weights", 1, lambda weights: [weights[0].t()]),
+        ("weights", 1, lambda weights: [weights[0].to(torch.float32)]),
+        ("biases", 2, lambda biases: [*biases, biases[0]]),
+        ("biases", 2, lambda biases: [biases[0][:1]]),
+        ("norm", 3, lambda norm: norm[:1]),
+        ("norm", 3, lambda norm: [norm[0][:1], norm[1]]),
+        ("residual", 5, lambda residual: residual[:1]),
+        ("residual", 5, lambda residual: residual[:, :1]),
+        ("residual", 5, lambda residual: residual[None]),
+        ("residual", 5, lambda residual: residual.to(torch.float32)),
+    ],
+)
+def test_refusals_of_projections_name_the_argument(argument: str, index: int, change: Any) -> None:
+    op, arguments = all_calls()["project"]
+    arguments[index] = change(arguments[index])
+    with pytest.raises(ValueError, match="residual" if argument == "x" else argument):
+        op(*arguments)
 
 
 @pytest.mark.parametrize("rate", [-0.1, 1.0, 1.5, float("nan")])
@@ -106,21 +205,6 @@ def test_negative_sizes_are_refused() -> None:
         torch.ops.vicinal.new_rows(torch.zeros(1), -1, 4)
 
 
-def all_calls() -> dict[str, tuple[Any, list[Any]]]:
-    """The ops, those of the projections too, with arguments that fit."""
-    calls = {name: (op, fresh(list(arguments))) for name, (op, arguments) in own_calls().items()}
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, dtype=torch.float64)
-
-    x, weights, norm, grads = draw(5, 6), [draw(4, 6)], [draw(6), draw(6)], [draw(5, 4)]
-    ops = torch.ops.vicinal
-    calls["project"] = ops.project.default, [x, weights, [draw(4)], norm, 1e-5, draw(5, 4)]
-    backward = [grads, x, weights, norm, 1e-5, True, True, True]
-    calls["project_backward"] = ops.project_backward.default, backward
-    return calls
-
-
 def changed(x: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """``x`` with every tensor in it changed."""
     if isinstance(x, list | tuple):
@@ -138,7 +222,7 @@ def described(result: Any, device: str) -> Any:
 
 def test_meta_and_fake_tensors() -> None:
     calls = all_calls()
-    assert len(calls) == 7
+    assert len(calls) == 9
     for op, arguments in calls.values():
         expected = described(op(*arguments), "cpu")
         assert described(op(*changed(arguments, lambda x: x.to("meta"))), "meta") == expected
@@ -148,13 +232,18 @@ def test_meta_and_fake_tensors() -> None:
             assert described(op(*faked), "cpu") == expected
 
 
-def test_a_mix_of_devices_is_refused() -> None:
+@pytest.mark.parametrize("backend", CALLS)
+@pytest.mark.filterwarnings("ignore:.* encountered in :RuntimeWarning")
+@pytest.mark.usefixtures("runs_by_reference")
+def test_a_mix_of_devices_is_refused(backend: str) -> None:
+    if backend == "triton":
+        pytest.importorskip("triton")
     refused = 0
-    for op, arguments in all_calls().values():
+    for op, arguments in CALLS[backend]().values():
         for index, argument in enumerate(arguments):
             moved = changed(argument, lambda x: x.to("meta"))
             if any(isinstance(x, Tensor) for x in tree_leaves(argument)):
                 with pytest.raises(RuntimeError, match="device"):
                     op(*arguments[:index], moved, *arguments[index + 1 :])
                 refused += 1
-    assert refused > 30
+    assert refused > 25

@@ -64,6 +64,36 @@ def test_forward_mode_is_refused(function: Callable[[Tensor], Tensor], transform
         transform(function, x)
 
 
+def raw_calls() -> dict[str, tuple[Any, list[Any]]]:
+    """The differentiable ops, called without the functions around them, with a tensor first."""
+    ops = torch.ops.vicinal
+    weights = [PROJECTED[1]], [PROJECTED[3]], list(PROJECTED[5:])
+    rotated = draw(7, 2, 4)
+    return {
+        "rotate": (ops.rotate, list(ROTATED)),
+        "rotate_backward": (ops.rotate_backward, [rotated, rotated, *ROTATED[1:]]),
+        "project": (ops.project, [PROJECTED[0], *weights, 1e-3, None]),
+        "layer_norm": (ops.layer_norm, [PROJECTED[0], *PROJECTED[5:], 1e-3]),
+    }
+
+
+@pytest.mark.parametrize("name", raw_calls())
+@pytest.mark.parametrize("needs_grad", [False, True])
+def test_forward_mode_through_raw_ops_is_refused(name: str, needs_grad: bool) -> None:
+    op, (x, *rest) = raw_calls()[name]
+    x = x.clone().requires_grad_(needs_grad)
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="backend='reference'"):
+        op(forward_ad.make_dual(x, x.detach().cos()), *rest)
+    with pytest.raises(NotImplementedError, match="backend='reference'"):
+        jvp(lambda x: op(x, *rest), (x,), (x.detach().cos(),))
+
+
+def test_a_tangent_in_a_list_is_refused_by_the_raw_op() -> None:
+    op, (x, (weight,), *rest) = raw_calls()["project"]
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="backend='reference'"):
+        op(x, [forward_ad.make_dual(weight, weight.cos())], *rest)
+
+
 def attend_all(name: str, *leaves: Tensor) -> Tensor:
     """The values and finite logarithms of the attention ``[N, H, d + 1]``."""
     out, lse = FULL.with_leaves(leaves).attend(PLAN, name)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from bounds import Checked
 from hypothesis import given, settings
-from problems import OwnOps, Scene, forged, make_scene, scene_2d, scenes
+from problems import OwnOps, Scene, forged, make_scene, plan_by_triton, scene_2d, scenes
 from torch import Tensor
 
 from vicinal import FeaturePyramid, NeighborhoodPlan, backends, plan_neighborhoods
@@ -40,20 +40,12 @@ DEVICE = torch.device("cpu" if triton_ops.INTERPRETS else "cuda")
 
 def plan_of(scene: Scene, name: str, **options: Any) -> NeighborhoodPlan:
     """The scene's plan on `DEVICE` by a back end: "triton", or "cpu" for plain torch."""
+    if name == "triton":
+        return plan_by_triton(scene, DEVICE, **options)
+    plain = back_end.BACKEND._replace(find_query_slices=None, find_point_slices=None)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(backends._BY_DEVICE, DEVICE.type, "triton")
-        if name == "cpu":
-            plain = back_end.BACKEND._replace(find_query_slices=None, find_point_slices=None)
-            patch.setitem(backends._BACKENDS, "triton", plain)
-        plan = plan_neighborhoods(
-            scene.positions.to(DEVICE),
-            scene.offsets.to(DEVICE),
-            scene.pyramid.to(DEVICE),
-            scene.sizes,
-            **options,
-        )
-        plan._point_slices()
-    return plan
+        patch.setitem(backends._BACKENDS, "triton", plain)
+        return plan_by_triton(scene, DEVICE, **options)
 
 
 def parts(plan: NeighborhoodPlan) -> Iterator[tuple[str, Tensor]]:

@@ -4,22 +4,15 @@ from typing import Any
 
 import pytest
 import torch
-from detr_scenes import CLASSES, EMBED, HEADS, perturbed
+from detr_scenes import CLASSES, EMBED, HEADS, make_detector, perturbed
 from torch import Tensor, nn
 
 from vicinal import FeaturePyramid, SparseDeformableAttention, SparseNeighborhoodAttentionBlock
 from vicinal.detr import (
-    Decoder,
-    DecoderLayer,
     DenoisingQueryGenerator,
-    Detector,
     DetectorOutput,
-    Encoder,
-    EncoderLayer,
-    FeedForward,
     PointStem,
     QuerySelection,
-    QuerySelfAttention,
     SetCriterion,
     Targets,
 )
@@ -41,25 +34,6 @@ def make_attention(kind: str, n_levels: int, position_dim: int) -> nn.Module:
     if kind == "deformable":
         return SparseDeformableAttention(EMBED, HEADS, n_levels, 2, position_dim)
     return SparseNeighborhoodAttentionBlock(EMBED, HEADS, n_levels, [3] * n_levels, position_dim)
-
-
-def make_detector(kind: str, n_levels: int, position_dim: int) -> Detector:
-    def attention() -> nn.Module:
-        return make_attention(kind, n_levels, position_dim)
-
-    encoder = Encoder([EncoderLayer(attention(), FeedForward(EMBED)) for _ in range(2)], EMBED)
-    layers = [
-        DecoderLayer(
-            QuerySelfAttention(EMBED, HEADS, position_dim), attention(), FeedForward(EMBED)
-        )
-        for _ in range(2)
-    ]
-    return Detector(
-        encoder,
-        QuerySelection(EMBED, CLASSES, 7, position_dim=position_dim),
-        Decoder(layers, EMBED, CLASSES, position_dim),
-        DenoisingQueryGenerator(EMBED, CLASSES, 1),
-    )
 
 
 def scattered_points(position_dim: int, n: int = 150) -> tuple[Tensor, Tensor]:
@@ -105,7 +79,14 @@ def numbers(
 @pytest.mark.parametrize(("position_dim", "strides"), STRIDES)
 def test_the_size_of_the_grid_changes_no_bit(position_dim: int, strides: Any, kind: str) -> None:
     stem = perturbed(PointStem(1, EMBED, strides, (3, 3), (1, 3), position_dim))
-    detector = perturbed(make_detector(kind, len(strides), position_dim))
+    detector = perturbed(
+        make_detector(
+            position_dim,
+            n_queries=7,
+            denoiser=DenoisingQueryGenerator(EMBED, CLASSES, 1),
+            attention=lambda: make_attention(kind, len(strides), position_dim),
+        )
+    )
     coordinates, values = scattered_points(position_dim)
     targets = make_objects(position_dim)
     results = []

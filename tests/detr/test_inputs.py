@@ -1,5 +1,6 @@
 """What parts of a detector take, and how they are reset."""
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,13 +21,19 @@ from detr_scenes import (
     make_queries,
     make_targets,
     perturbed,
+    refused,
 )
 from torch import Tensor, nn
 
 from vicinal.detr import (
+    Decoder,
+    DecoderLayer,
     DenoisingQueryGenerator,
     DetectionHead,
     DetectionLoss,
+    Detector,
+    Encoder,
+    EncoderLayer,
     FeedForward,
     HungarianMatcher,
     Matches,
@@ -36,11 +43,17 @@ from vicinal.detr import (
     SetCriterion,
     Targets,
     assign_points_to_boxes,
+    box_period,
     boxes_to_corners,
     check_predictions,
     check_targets,
     corners_to_boxes,
+    encode_boxes,
+    generalized_iou,
+    iou,
     make_denoising_queries,
+    mean_object_count,
+    relative_l1,
     select_detections,
     sigmoid_focal_loss,
     sum_losses,
@@ -221,3 +234,95 @@ def test_messages_show_shapes_instead_of_numbers() -> None:
         with pytest.raises(ValueError, match=r"\[100, 3\]") as error:
             call()
         assert "0.1234" not in str(error.value)
+
+
+# ------------------------------------------------------------------------------ what is refused
+
+SPARSE_BOXES = torch.ones(3, 4).to_sparse()
+LABELS = torch.zeros(3, dtype=torch.int64)
+
+
+def _encoder_layer(**parts: Any) -> Any:
+    return EncoderLayer(**({"attention": nn.Identity(), "feed_forward": nn.Identity()} | parts))
+
+
+def _decoder_layer(**parts: Any) -> Any:
+    names = "self_attention", "cross_attention", "feed_forward"
+    return DecoderLayer(**({name: nn.Identity() for name in names} | parts))
+
+
+def _detector(**parts: Any) -> Any:
+    names = "encoder", "selection", "decoder"
+    return Detector(**({name: nn.Identity() for name in names} | parts))
+
+
+def _loss(n_objects: Any) -> Any:
+    matches = Matches(torch.tensor([0]), torch.tensor([0]))
+    return DetectionLoss()(PREDICTIONS, TARGETS, matches, n_objects)
+
+
+REFUSED: list[tuple[Callable[..., Any], str, list[Any]]] = [
+    (lambda x: box_period(x), "pyramid", [None, "x", torch.ones(2)]),
+    (lambda x: iou(x, torch.ones(3, 4)), "a", [SPARSE_BOXES]),
+    (lambda x: encode_boxes(x, torch.ones(3, 4)), "boxes", [SPARSE_BOXES]),
+    (lambda x: iou(torch.ones(3, 4), x), "b", [torch.ones(2, 4), torch.ones(2, 1, 2, 4)]),
+    (lambda x: relative_l1(torch.ones(3, 4), x), "targets", [torch.ones(2, 4)]),
+    (
+        lambda x: generalized_iou(torch.ones(3, 4), torch.ones(3, 4), period=x),
+        "period",
+        [[10**400, 1], [True, 1], [0, 1], [1], 3, torch.ones(2, device="meta")],
+    ),
+    (lambda x: _encoder_layer(attention=x), "attention", [None, 3]),
+    (lambda x: _encoder_layer(feed_forward=x), "feed_forward", [None, "x"]),
+    (lambda x: _encoder_layer()(*[torch.ones(1)] * 4), "pyramid", [None]),
+    (lambda x: Encoder(x, 8), "layers", [None, [], 3, "x", [3]]),
+    (lambda x: Decoder(x, 8, 3), "layers", [None, [], 3, "x", [3]]),
+    (lambda x: _decoder_layer(self_attention=x), "self_attention", [None, 3]),
+    (lambda x: _decoder_layer(cross_attention=x), "cross_attention", [None, 3]),
+    (lambda x: _decoder_layer()(x, make_pyramid((3,))), "queries", [None, (1, 2)]),
+    (lambda x: _decoder_layer()(make_queries((2,)), x), "pyramid", [None, torch.ones(2)]),
+    (lambda x: _detector(encoder=x), "encoder", [None, "x"]),
+    (lambda x: _detector(denoiser=x), "denoiser", [3, "x"]),
+    (lambda x: DenoisingQueryGenerator(8, 3, label_noise=x), "label_noise", [-1, 2, None, True]),
+    (lambda x: DenoisingQueryGenerator(8, 3, box_noise=x), "box_noise", [-1, 1, "x", math.nan]),
+    (lambda x: DenoisingQueryGenerator(8, 3, box_size=x), "box_size", [0, math.inf, 10**400]),
+    (
+        lambda x: DenoisingQueryGenerator(EMBED, 3)(make_queries((2,)), TARGETS, x),
+        "pyramid",
+        [None, "x"],
+    ),
+    (
+        lambda x: make_denoising_queries(TARGETS, 1, n_classes=CLASSES, generator=x),
+        "generator",
+        [3, "x"],
+    ),
+    (
+        lambda x: sigmoid_focal_loss(torch.ones(3, 2), LABELS, alpha=x),
+        "alpha",
+        [-1, 2, "x", None, math.nan],
+    ),
+    (
+        lambda x: varifocal_loss(torch.ones(3, 2), LABELS, torch.ones(3), gamma=x),
+        "gamma",
+        [-1, "x", None, math.inf],
+    ),
+    (lambda x: check_targets(TARGETS, x, None, None), "position_dim", ["x", 1.5, -1]),
+    (lambda x: check_targets(TARGETS, None, x, None), "n_classes", ["x", 1.5, True]),
+    (lambda x: check_targets(TARGETS, None, None, x), "batch_size", ["x", 1.5, -1]),
+    (_loss, "n_objects", ["x", None, 0, -1, math.nan, torch.ones(2), torch.zeros(())]),
+    (lambda x: SetCriterion(matcher=x), "matcher", [3, "x"]),
+    (lambda x: SetCriterion(candidate_loss=x), "candidate_loss", [3, "x"]),
+    (lambda x: sum_losses(x), "losses", [{}, None, [1.0], {"a": 1.0}, {"a": torch.ones(2)}]),
+    (
+        lambda x: mean_object_count(x, torch.device("cpu")),
+        "n",
+        ["x", None, -1, math.nan, torch.ones(2)],
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "argument", "values"), REFUSED)
+def test_refusals(call: Callable[..., Any], argument: str, values: list[Any]) -> None:
+    for value in values:
+        with refused(argument):
+            call(value)

@@ -2,23 +2,25 @@
 
 import pytest
 import torch
-from detr_scenes import CLASSES, EMBED, HEADS, gradients, make_queries, perturbed, refused
+from detr_scenes import (
+    CLASSES,
+    EMBED,
+    HEADS,
+    gradients,
+    make_detector,
+    make_queries,
+    perturbed,
+    refused,
+)
 from problems import assert_close
 from torch import Tensor
 
 from vicinal import FeaturePyramid, SparseNeighborhoodAttentionBlock
 from vicinal.detr import (
-    Decoder,
-    DecoderLayer,
     DenoisingQueryGenerator,
     Detector,
     DetectorOutput,
-    Encoder,
-    EncoderLayer,
-    FeedForward,
     PointStem,
-    QuerySelection,
-    QuerySelfAttention,
     SetCriterion,
     Targets,
     make_denoising_queries,
@@ -29,25 +31,11 @@ SMALL, LARGE = 1024, (2**24, 2**30)
 HEIGHT = 16
 
 
-def make_detector(denoiser: DenoisingQueryGenerator | None = None) -> Detector:
-    def block() -> SparseNeighborhoodAttentionBlock:
+def float_detector(denoiser: DenoisingQueryGenerator | None = None) -> Detector:
+    def attention() -> SparseNeighborhoodAttentionBlock:
         return SparseNeighborhoodAttentionBlock(EMBED, HEADS, 2, (5, 3))
 
-    return perturbed(
-        Detector(
-            Encoder([EncoderLayer(block(), FeedForward(EMBED))], EMBED),
-            QuerySelection(EMBED, CLASSES, 5),
-            Decoder(
-                [
-                    DecoderLayer(QuerySelfAttention(EMBED, HEADS), block(), FeedForward(EMBED))
-                    for _ in range(2)
-                ],
-                EMBED,
-                CLASSES,
-            ),
-            denoiser,
-        )
-    ).float()
+    return perturbed(make_detector(denoiser=denoiser, attention=attention)).float()
 
 
 def make_scene(size: int) -> tuple[FeaturePyramid, Targets, int]:
@@ -69,7 +57,7 @@ def near_origin(boxes: Tensor, shift: int) -> Tensor:
 
 @pytest.mark.parametrize("size", LARGE)
 def test_a_translated_scene_gives_what_it_gives_on_a_small_map(size: int) -> None:
-    detector, criterion = make_detector(), SetCriterion()
+    detector, criterion = float_detector(), SetCriterion()
     small, small_targets, small_shift = make_scene(SMALL)
     large, large_targets, large_shift = make_scene(size)
     theirs, ours = detector(small), detector(large)
@@ -87,7 +75,7 @@ def test_a_translated_scene_gives_what_it_gives_on_a_small_map(size: int) -> Non
 
 
 def test_a_step_on_a_large_map_trains_float32_parameters() -> None:
-    detector = make_detector(DenoisingQueryGenerator(EMBED, CLASSES, 2))
+    detector = float_detector(DenoisingQueryGenerator(EMBED, CLASSES, 2))
     pyramid, targets, _ = make_scene(2**30)
     output: DetectorOutput = detector(pyramid, targets)
     sum_losses(SetCriterion()(output, targets)).backward()
@@ -110,7 +98,7 @@ def test_a_stem_embeds_a_translated_scene_the_same() -> None:
 
 
 def test_boxes_in_too_narrow_a_dtype_are_refused() -> None:
-    detector = make_detector(DenoisingQueryGenerator(EMBED, CLASSES, 1))
+    detector = float_detector(DenoisingQueryGenerator(EMBED, CLASSES, 1))
     pyramid, targets, _ = make_scene(2**24)
     narrow = targets._replace(boxes=targets.boxes.float())
     with refused("targets.boxes", "float32"):
@@ -147,7 +135,7 @@ def no_warning_yet(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("no_warning_yet")
 def test_boxes_in_units_of_the_map_cause_one_warning() -> None:
-    detector, criterion = make_detector(), SetCriterion()
+    detector, criterion = float_detector(), SetCriterion()
     pyramid = make_scene(SMALL)[0]
     output, queries = detector(pyramid), make_queries((16,), dtype=torch.float32)
     criterion(output, normalized(15))  # too few to tell
@@ -159,7 +147,7 @@ def test_boxes_in_units_of_the_map_cause_one_warning() -> None:
 
 @pytest.mark.usefixtures("no_warning_yet")
 def test_queries_in_units_of_the_map_cause_one_warning() -> None:
-    detector, pyramid = make_detector(), make_scene(SMALL)[0]
+    detector, pyramid = float_detector(), make_scene(SMALL)[0]
     given = make_queries((16,), dtype=torch.float32)._replace(boxes=normalized(16).boxes)
     with pytest.warns(UserWarning, match=r"queries\.boxes"):
         detector.decoder(given, pyramid)
@@ -170,4 +158,4 @@ def test_queries_in_units_of_the_map_cause_one_warning() -> None:
 def test_boxes_on_a_map_of_one_cell_cause_no_warning() -> None:
     coordinates = torch.zeros(1, 4).long()
     pyramid = FeaturePyramid(torch.randn(1, EMBED), coordinates, ((1, 1), (1, 1)), 1)
-    SetCriterion()(make_detector()(pyramid), normalized(16))
+    SetCriterion()(float_detector()(pyramid), normalized(16))

@@ -6,22 +6,27 @@ from typing import Any
 
 import pytest
 import torch
-from detr_scenes import CLASSES, EMBED, HEADS, array, as_array, perturbed, random_images, refused
+from detr_scenes import (
+    EMBED,
+    HEADS,
+    array,
+    as_array,
+    make_decoder,
+    perturbed,
+    random_images,
+    refused,
+)
 from problems import assert_close
-from torch import Tensor
+from torch import Tensor, nn
 
-from vicinal import FeaturePyramid, SparseDeformableAttention
+from vicinal import FeaturePyramid, SparseDeformableAttention, SparseNeighborhoodAttentionBlock
 from vicinal.detr import (
-    Decoder,
-    DecoderLayer,
     DetectionLoss,
     DetectorOutput,
-    FeedForward,
     HungarianMatcher,
     ObjectQueries,
     Predictions,
     QuerySelectionOutput,
-    QuerySelfAttention,
     SetCriterion,
     Targets,
     apply_deltas,
@@ -108,30 +113,61 @@ def test_assignments_are_those_of_a_scene_far_from_the_seam() -> None:
     assert not torch.equal(assign_points_to_boxes(ours, offsets, theirs), expected)
 
 
-def make_decoder() -> Decoder:
-    torch.manual_seed(0)
-    attention = SparseDeformableAttention(EMBED, HEADS, 1, 2)
-    layers = [DecoderLayer(QuerySelfAttention(EMBED, HEADS), attention, FeedForward(EMBED))] * 2
-    return perturbed(Decoder(layers, EMBED, CLASSES))
+CROSS_ATTENTION: dict[str, Callable[[], nn.Module]] = {
+    "deformable": lambda: SparseDeformableAttention(EMBED, HEADS, 1, 2),
+    "neighborhood": lambda: SparseNeighborhoodAttentionBlock(EMBED, HEADS, 1, (5,)),
+}
 
 
-def test_a_decoder_takes_boxes_beyond_the_seam() -> None:
+def ring(shift: int, values: Tensor, *, is_periodic: bool = True) -> FeaturePyramid:
+    """``[16, 8]`` cells, moved by ``shift`` along the first axis."""
     cells = torch.cartesian_prod(torch.arange(1), torch.arange(16), torch.arange(8))
-    values = torch.randn(len(cells), EMBED, dtype=torch.float64)
-    pyramid = FeaturePyramid.from_points(cells, values, (16, 8), 1, strides=1, periodic_axes=(0,))
+    cells[:, 1] = (cells[:, 1] + shift) % 16
+    axes = (0,) if is_periodic else ()
+    return FeaturePyramid.from_points(cells, values, (16, 8), 1, strides=1, periodic_axes=axes)
+
+
+def queries_at(boxes: list[list[float]], shift: float = 0) -> ObjectQueries:
+    generator = torch.Generator().manual_seed(1)
+    n = len(boxes)
+    embeddings = torch.randn(n, EMBED, dtype=torch.float64, generator=generator)
+    centers = torch.tensor(boxes, dtype=torch.float64)
+    centers[:, 0] += shift
+    return ObjectQueries(embeddings, centers, torch.zeros(n).long(), torch.tensor([0, n]))
+
+
+@pytest.mark.parametrize("kind", CROSS_ATTENTION)
+def test_a_decoder_takes_boxes_beyond_the_seam(kind: str) -> None:
+    values = torch.randn(128, EMBED, dtype=torch.float64)
+    pyramid = ring(0, values)
     assert box_period(pyramid) == PERIOD
-    assert box_period(FeaturePyramid.from_points(cells, values, (16, 8), 1)) is None
-    boxes = torch.tensor([[15.5, 4, 2, 2], [1.0, 3, 3, 3]], dtype=torch.float64)
-    embeddings = torch.randn(2, EMBED, dtype=torch.float64)
-    queries = ObjectQueries(embeddings, boxes, torch.zeros(2).long(), torch.tensor([0, 2]))
+    assert box_period(ring(0, values, is_periodic=False)) is None
+    queries = queries_at([[15.5, 4, 2, 2], [1.0, 3, 3, 3]])
     turn = torch.tensor([[16.0, 0, 0, 0], [-32, 0, 0, 0]], dtype=torch.float64)
-    decoder = make_decoder()
+    decoder = perturbed(make_decoder(attention=CROSS_ATTENTION[kind]))
     ours, theirs = (
-        decoder(queries._replace(boxes=given), pyramid)[0] for given in (boxes + turn, boxes)
+        decoder(queries._replace(boxes=boxes), pyramid)[0]
+        for boxes in (queries.boxes + turn, queries.boxes)
     )
     for one, other in zip(ours, theirs, strict=True):
         assert_close(one.logits, other.logits, 1e-12)
         assert_close(one.boxes, other.boxes, 1e-12)
+
+
+@pytest.mark.parametrize("kind", CROSS_ATTENTION)
+def test_a_decoder_sees_the_same_on_both_sides_of_the_seam(kind: str) -> None:
+    """One query, since the attention among queries has no seam."""
+    values = torch.randn(128, EMBED, dtype=torch.float64)
+    decoder = perturbed(make_decoder(attention=CROSS_ATTENTION[kind]))
+    found = {
+        shift: decoder(queries_at([[0.25, 4, 2, 2]], shift), ring(shift, values))[0]
+        for shift in (0, 8)
+    }
+    for at_seam, far_from_it in zip(found[0], found[8], strict=True):
+        assert_close(at_seam.logits, far_from_it.logits, 1e-12)
+        assert_close(moved(at_seam.boxes, 8), moved(far_from_it.boxes, 0), 1e-12)
+    plain, _ = decoder(queries_at([[0.25, 4, 2, 2]]), ring(0, values, is_periodic=False))
+    assert (plain[0].logits - found[0][0].logits).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize(

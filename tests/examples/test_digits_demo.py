@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_digits_scenes import strokes
 
 from examples import detect_digits
 from examples.digits.checkpoints import STATE, WEIGHTS, load_state, load_weights, read_metadata
@@ -36,14 +35,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(detect_digits, "TEST_CANVASES", 2)
-    monkeypatch.setattr(detect_digits, "N_DRAWN", 1)
-    monkeypatch.setattr(detect_digits, "load_digits", lambda: strokes(200))
-
-
-@pytest.mark.usefixtures("small")
+@pytest.mark.usefixtures("small_demo")
 def test_trains_tests_draws_and_saves_a_checkpoint(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -122,6 +114,16 @@ def test_errors_give_an_exit_status_and_the_command_to_resume_if_that_helps(
     assert str(error) in printed
     command = f" -m examples.detect_digits --steps 9 --out {tmp_path} --resume"
     assert printed.endswith(f"{command}\n") == (status == 130)
+
+
+@pytest.mark.usefixtures("small_demo")
+def test_the_demo_runs_where_the_system_does_not_tell_the_memory(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(detect_digits, "peak_memory", lambda device: None)
+    assert call(monkeypatch, "--steps", 1, "--batch", 2, "--out", tmp_path) == 0
+    assert json.loads((tmp_path / detect_digits.FIGURES).read_text())["peak_memory"] is None
+    assert "memory" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("older", [False, True])

@@ -1,6 +1,7 @@
 """The output folder: nothing in it is lost to another run, a full disk or a damaged file."""
 
 import contextlib
+import errno
 import io
 import os
 import resource
@@ -8,13 +9,14 @@ import signal
 import socket
 import subprocess
 import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from test_digits_demo import call, contents, refused, small
+from test_digits_demo import call, contents, refused
 from test_digits_training import CPU, Counter, interrupt, run
 
 from examples import detect_digits
@@ -26,12 +28,12 @@ from examples.digits.checkpoints import (
     load_weights,
     read_metadata,
     save_state,
+    save_weights,
 )
 from examples.digits.folder import LockError, WriteError, lock_folder, lock_for_run, write_file
 from examples.digits.processes import PeerError, spawn_processes
 
 ROOT = Path(__file__).parents[2]
-__all__ = ["small"]  # the fixture is used by its name
 
 
 @contextlib.contextmanager
@@ -69,7 +71,7 @@ def test_a_full_disk_leaves_the_files_of_an_unfinished_run_in_place(tmp_path: Pa
     assert contents(tmp_path) == before
 
 
-def test_a_full_disk_while_weights_are_written_keeps_the_weights_before(tmp_path: Path) -> None:
+def test_weights_stay_where_a_state_cannot_be_written(tmp_path: Path) -> None:
     state = tmp_path / STATE
     run(tmp_path)
     before = contents(tmp_path)
@@ -81,7 +83,19 @@ def test_a_full_disk_while_weights_are_written_keeps_the_weights_before(tmp_path
     assert contents(tmp_path) == {WEIGHTS: before[WEIGHTS]}
 
 
-@pytest.mark.usefixtures("small")
+def test_a_full_disk_while_weights_are_written_keeps_the_weights_before(tmp_path: Path) -> None:
+    run(tmp_path)
+    before = contents(tmp_path)
+    with (
+        small_disk(len(before[WEIGHTS]) // 2),
+        pytest.raises(WriteError, match=r"free") as error,
+    ):
+        save_weights(tmp_path, Counter().state_dict(), {})
+    assert str(tmp_path / WEIGHTS) in str(error.value)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.usefixtures("small_demo")
 @pytest.mark.parametrize("name", [detect_digits.FIGURES, detect_digits.PICTURE, detect_digits.PAGE])
 def test_every_result_says_where_it_cannot_be_written(
     monkeypatch: pytest.MonkeyPatch,
@@ -237,6 +251,71 @@ def test_the_lock_of_a_process_that_was_killed_is_taken_over(
     with lock_folder(tmp_path):
         assert f"process {killed.stdout.strip()} on" in capsys.readouterr().out
         assert len(list(tmp_path.iterdir())) == 1
+    assert not list(tmp_path.iterdir())
+
+
+class FakeMsvcrt(types.ModuleType):
+    """Windows' locks of bytes: they end with the file that they were made through."""
+
+    LK_NBLCK = 2
+
+    def __init__(self) -> None:
+        super().__init__("msvcrt")
+        self.locked: dict[tuple[int, int, int], int] = {}
+
+    def locking(self, file: int, mode: int, n_bytes: int) -> None:
+        assert (mode, n_bytes) == (self.LK_NBLCK, 1)
+        at = os.lseek(file, 0, os.SEEK_CUR)
+        assert at > os.fstat(file).st_size  # no other process can read what is locked
+        key = (*self._identity(file), at)
+        holder = self.locked.get(key, file)
+        if holder != file and self._identity(holder) == key[:2]:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        self.locked[key] = file
+
+    @staticmethod
+    def _identity(file: int) -> tuple[int, int]:
+        try:
+            found = os.fstat(file)
+        except OSError:  # closed
+            return -1, -1
+        return found.st_dev, found.st_ino
+
+
+@pytest.fixture
+def windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The modules for locks that Windows has, and those that it does not have."""
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    monkeypatch.setitem(sys.modules, "msvcrt", FakeMsvcrt())
+    monkeypatch.setattr("examples.digits.folder.sys.platform", "win32")
+
+
+@pytest.mark.usefixtures("windows")
+def test_a_folder_is_locked_on_windows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for _ in range(2):
+        with lock_folder(tmp_path):
+            with pytest.raises(LockError, match=f"process {os.getpid()} on"):
+                lock_folder(tmp_path).__enter__()
+            assert len(list(tmp_path.iterdir())) == 1
+        assert not list(tmp_path.iterdir())
+    (tmp_path / "run.lock").write_text('{"process": 3, "host": "pc", "since": "noon"}')
+    with lock_folder(tmp_path):  # left by a process that was killed
+        assert "process 3 on pc" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("windows")
+def test_a_lock_that_another_process_has_opened_stays_on_windows(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def unlink(path: Path, missing_ok: bool = False) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    with monkeypatch.context() as patches, lock_folder(tmp_path):
+        patches.setattr(Path, "unlink", unlink)
+    assert len(list(tmp_path.iterdir())) == 1
+    with lock_folder(tmp_path):
+        pass
     assert not list(tmp_path.iterdir())
 
 

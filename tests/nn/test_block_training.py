@@ -15,7 +15,7 @@ from problems import Scene, assert_close, full_window_scene, scene_2d
 from torch import Tensor, nn
 
 from vicinal import FeaturePyramid, SparseNeighborhoodAttentionBlock
-from vicinal.backends.cpu import projections as cpu_projections
+from vicinal.backends import chunks
 
 # ------------------------------------------------------------------------------------------ dropout
 
@@ -69,7 +69,7 @@ def test_results_do_not_depend_on_the_chunk_size(
     block = make_block(scene, "cpu", **options)
     answers = []
     for rows in (7, 1000):
-        monkeypatch.setattr(cpu_projections, "chunk_rows", lambda x, rows=rows: rows)
+        monkeypatch.setattr(chunks, "chunk_rows", lambda x, rows=rows: rows)
         torch.manual_seed(7)
         out = block(**arguments._asdict())
         answers.append([out, *gradients(out, block, arguments)])

@@ -510,3 +510,53 @@ def test_dropout_of_the_output_in_training() -> None:
     dropped = added == 0
     assert 0.2 < float(dropped.double().mean()) < 0.6
     assert_close(added[~dropped], full[~dropped] / 0.6, EXACT)
+
+
+# ----------------------------------------------------------------- tensors without contents
+
+
+def shapes_of_a_step(background: bool) -> None:
+    """A training step on tensors of the default device, whatever they hold."""
+    coordinates = F.pad(torch.randint(0, 8, (60, 2)), (1, 1))
+    pyramid = FeaturePyramid(torch.rand(60, 8), coordinates, ((8, 8), (4, 4)), 1)
+    module = SparseDeformableAttention(8, 2, n_levels=2)
+    query, positions = torch.rand(5, 8, requires_grad=True), torch.rand(5, 2)
+    placement = positions, torch.tensor([0, 5]), pyramid
+    empty = torch.rand(1, 2, 8) if background else None
+    out = module(query, *placement, background_embedding=empty)
+    assert out.shape == (5, 8)
+    out.sum().backward()
+    for leaf in (query, *module.parameters()):
+        assert leaf.grad is not None
+        assert leaf.grad.shape == leaf.shape
+    assert module.make_plan(*placement).n_cells == 60
+    with pytest.raises(ValueError, match="query: expected a tensor with contents"):
+        module.attention_weights(query, *placement)
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_meta_tensors_give_shapes(background: bool) -> None:
+    with torch.device("meta"):
+        shapes_of_a_step(background)
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_fake_tensors_give_shapes(background: bool) -> None:
+    from torch._subclasses import FakeTensorMode
+
+    with FakeTensorMode():
+        shapes_of_a_step(background)
+
+
+@pytest.mark.parametrize("dim", [1, 2, 3, 4])
+@pytest.mark.parametrize("heads", [1, 2, 8])
+def test_initial_values_do_not_depend_on_the_default_device(dim: int, heads: int) -> None:
+    def make() -> SparseDeformableAttention:
+        return SparseDeformableAttention(8 * heads, heads, 2, 3, position_dim=dim)
+
+    with torch.device("meta"):
+        module = make()
+        assert {parameter.device.type for parameter in module.parameters()} == {"meta"}
+        module = module.to_empty(device="cpu")
+        module.reset_parameters()
+    assert torch.equal(module.offset_proj.bias, make().offset_proj.bias)

@@ -298,3 +298,21 @@ def test_refusals(argument: str, value: Tensor, came: str) -> None:
     with pytest.raises(ValueError, match=f"{argument}: expected") as refusal:
         encoding().float()(**arguments)
     assert came in str(refusal.value).split("got")[-1]
+
+
+@pytest.mark.parametrize("dim", [1, 2, 3])
+def test_made_on_the_meta_device_and_initialized_later(dim: int) -> None:
+    with torch.device("meta"):
+        rotary = RotaryEncoding(12, 2, dim, freq_group_pattern="closure")
+        assert rotary(torch.rand(5, 2, 12), torch.rand(5, dim + 1)).shape == (5, 2, 12)
+        rotary = rotary.to_empty(device="cpu")
+        rotary.reset_parameters()
+    assert all(freqs.isfinite().all() and freqs.any() for freqs in rotary.freqs)
+    assert rotary.frequencies().abs().max() <= 1
+
+
+@pytest.mark.parametrize("base", [10**400, 0, -1.0, math.inf, math.nan, "x", None, True])
+def test_bases_that_are_no_finite_numbers_above_0_are_refused(base: Any) -> None:
+    for argument in ("spatial_base_theta", "level_base_theta"):
+        with pytest.raises(ValueError, match=argument):
+            RotaryEncoding(8, 2, 2, **{argument: base})

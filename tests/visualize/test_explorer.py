@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +41,7 @@ QUIET = [
 SCENE = make_scene(((32, 24), (16, 12)), (5, 7), (8,), 260, distinct=True)
 UNEVEN = make_scene(((6, 10), (9, 4), (9, 12)), (3, 3, 5), (4,), 130, distinct=True)
 CellKey = tuple[int, ...]  # level, cell along each axis
+CellPosition = tuple[int, float, float]  # level, row and column in its cells
 
 
 def by_cell(
@@ -68,8 +69,12 @@ def read(path: Path) -> Any:
     return json.loads(found[1])
 
 
-def unpack(text: str, code: str) -> list[Any]:
-    packed = base64.b64decode(text)
+CODES = {"Uint8": "B", "Uint16": "H", "Uint32": "I", "Float32": "f", "Float64": "d"}
+
+
+def unpack(encoded: list[str]) -> list[Any]:
+    """The numbers of an array of the page: a pair of its type and base64."""
+    code, packed = CODES[encoded[0]], base64.b64decode(encoded[1])
     return list(struct.unpack(f"<{len(packed) // struct.calcsize(code)}{code}", packed))
 
 
@@ -79,9 +84,9 @@ def test_weights_in_the_file_are_within_half_a_step(tmp_path: Path) -> None:
     data = read(tmp_path / "page.html")
     (view,), steps = data["views"], data["weight_steps"]
     (packed,) = view["records"]
-    cells, levels = unpack(view["cells"], "I"), unpack(view["levels"], "B")
-    offsets, ids = unpack(packed["offsets"], "I"), unpack(packed["cell_ids"], "I")
-    largest, weights = unpack(packed["query_max"], "f"), unpack(packed["weights"], "H")
+    cells, levels = unpack(view["cells"]), unpack(view["levels"])
+    offsets, ids = unpack(packed["offsets"]), unpack(packed["cell_ids"])
+    largest, weights = unpack(packed["query_max"]), unpack(packed["weights"])
     assert sum(map(len, by_point.values())) == len(ids) > 100
     for query, (start, stop) in enumerate(itertools.pairwise(offsets)):
         expected = by_cell(by_point[query])
@@ -169,7 +174,7 @@ def nothing_attended(shapes: tuple[tuple[int, ...], ...]) -> View:
     weights = NeighborhoodWeights(
         torch.zeros(2).long(), torch.zeros(0).long(), torch.zeros(0, 1), None
     )
-    return View(pyramid, [AttentionRecord(torch.ones(1, dim), weights)])
+    return View(pyramid, [AttentionRecord(torch.ones(1, dim, dtype=torch.float64), weights)])
 
 
 LONE = "half a \ud83d character"
@@ -237,6 +242,149 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError) as error:
         write_explorer(page, nothing_attended(((4, 4),)))
     assert error.value.filename == str(page)
+
+
+# ---------------------------------------------------------------------------- maps of many cells
+
+
+FAR = 2**30  # cells along the axes of a map; float32 has every 64th of its last ones
+
+
+def far_view(*, size: int = FAR, dtype: torch.dtype = torch.float64, **options: Any) -> View:
+    """Two neighboring points on each of two levels near the end of a map, and their queries."""
+    last = size - 3
+    fine = torch.tensor([[last, last], [last, last + 1]])
+    coordinates = torch.cat(
+        [
+            torch.nn.functional.pad(torch.nn.functional.pad(cells, (1, 0)), (0, 1), value=level)
+            for level, cells in enumerate((fine, fine // 2))
+        ]
+    ).unique(dim=0)
+    shapes = ((size, size), (size // 2, size // 2))
+    pyramid = FeaturePyramid(torch.zeros(len(coordinates), 1), coordinates, shapes, 1)
+    n = len(pyramid)
+    weights = NeighborhoodWeights(
+        torch.arange(n + 1), torch.arange(n), torch.linspace(0.2, 1, n)[:, None], None
+    )
+    positions = pyramid.positions(dtype)
+    boxes = torch.cat((positions, torch.full((n, 2), 0.75, dtype=dtype)), 1)
+    return View(pyramid, [AttentionRecord(positions, weights, (3, 3), boxes=boxes)], **options)
+
+
+def test_coordinates_in_the_file_are_exact(tmp_path: Path) -> None:
+    view = far_view()
+    (record,) = view.records
+    write_explorer(tmp_path / "page.html", view)
+    (data,) = read(tmp_path / "page.html")["views"]
+    (packed,) = data["records"]
+    cells = torch.tensor(unpack(data["cells"])).view(-1, 2)
+    assert sorted(cells.tolist()) == sorted(view.pyramid.cells.tolist())
+    for name in ("positions", "coordinates"):
+        assert unpack(packed[name]) == record.positions.flatten().tolist()
+    assert record.boxes is not None
+    assert unpack(packed["sizes"]) == record.boxes[:, 2:].flatten().tolist()
+    low, high = record.positions - 0.375, record.positions + 0.375
+    assert unpack(packed["boxes"]) == torch.cat((low, high), 1).flatten().tolist()
+    windows = torch.tensor(unpack(packed["windows"]), dtype=torch.float64).view(-1, 2, 2, 2)
+    assert windows.diff(dim=2).flatten(1).tolist() == [[3, 3, 6, 6]] * len(record)
+    assert windows[0, 0, 0].tolist() == [FAR - 4, FAR - 4]
+
+
+def test_positions_and_boxes_in_too_narrow_a_dtype_are_refused() -> None:
+    view = far_view()
+    (record,) = view.records
+    assert record.boxes is not None
+    narrow = {"positions": record.positions.float(), "boxes": record.boxes.float()}
+    for name, value in narrow.items():
+        with pytest.raises(ValueError, match=rf"^{name}: expected .*, got .*float32"):
+            View(view.pyramid, [dataclasses.replace(record, **{name: value})])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("position", [2.0**24 + 1, 2.0**53 - 1, 0.1, 123456.789])
+def test_positions_of_every_size_are_exact(tmp_path: Path, position: float) -> None:
+    view = nothing_attended(((4, 4),))
+    (record,) = view.records
+    positions = torch.full((1, 2), position, dtype=torch.float64)
+    record = dataclasses.replace(record, positions=positions)
+    write_explorer(tmp_path / "page.html", View(view.pyramid, [record]))
+    (data,) = read(tmp_path / "page.html")["views"]
+    assert unpack(data["records"][0]["positions"]) == [position] * 2
+
+
+def test_coordinates_of_small_maps_take_no_more_bytes(tmp_path: Path) -> None:
+    sizes = []
+    for dtype in (torch.float32, torch.float64):
+        write_explorer(tmp_path / "page.html", far_view(size=1024, dtype=dtype))
+        sizes.append((tmp_path / "page.html").stat().st_size)
+    assert sizes[0] == sizes[1]
+
+
+def shown(path: Path, view: View) -> list[float]:
+    """Top, left, bottom and right of what a page shows first."""
+    write_explorer(path, view)
+    corners: list[float] = read(path)["views"][0]["view"]
+    return corners
+
+
+def test_a_page_shows_what_is_occupied_the_map_or_a_given_part(tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    assert shown(page, far_view()) == [FAR - 3 - 3, FAR - 3 - 3, FAR, FAR]  # the coarse cell, and 2
+    assert shown(page, far_view(crop="map")) == [0, 0, FAR, FAR]
+    given = torch.tensor([[1, 2.5], [FAR, FAR - 1]], dtype=torch.float64)
+    for crop in (given, given.numpy(), given.long().numpy()):
+        expected = torch.as_tensor(crop).flatten().tolist()
+        assert shown(page, far_view(crop=crop)) == expected
+
+
+def test_what_is_occupied_includes_the_queries_of_all_records(tmp_path: Path) -> None:
+    view = nothing_attended(((4000, 4000),))
+    (record,) = view.records
+    records = [
+        dataclasses.replace(record, positions=torch.tensor([position], dtype=torch.float64))
+        for position in ([100, 700], [1100, 200])
+    ]
+    records[1] = dataclasses.replace(records[1], boxes=torch.tensor([[1100.0, 200, 200, 20]]))
+    corners = shown(tmp_path / "page.html", View(view.pyramid, records))
+    margins = 0.02 * 1100, 0.02 * 510
+    expected = [100 - margins[0], 190 - margins[1], 1200 + margins[0], 700 + margins[1]]
+    assert corners == pytest.approx(expected)
+
+
+def test_a_crop_in_three_dimensions_and_one(tmp_path: Path) -> None:
+    record, _ = make_record(CUBE, 0)
+    crop = torch.tensor([[1.0, 2, 3], [4, 5, 6]])
+    view = View(CUBE.pyramid, [record], axis=1, crop=crop)
+    assert shown(tmp_path / "page.html", view) == [1, 3, 4, 6]
+    record, _ = make_record(LINE, 0)
+    view = View(LINE.pyramid, [record], crop=torch.tensor([[3.0], [9.5]]))
+    assert shown(tmp_path / "page.html", view) == [0, 3, 1, 9.5]
+
+
+@pytest.mark.parametrize(
+    "crop",
+    [
+        "all",
+        None,
+        torch.zeros(2, 2),
+        torch.zeros(2, 3),
+        torch.tensor([[0, 0], [torch.inf, 1]]),
+        torch.tensor([[0, torch.nan], [1, 1]]),
+        torch.tensor([[False, False], [True, True]]),
+    ],
+)
+def test_a_wrong_crop_is_refused(crop: Any) -> None:
+    with pytest.raises(ValueError, match=r"^crop: expected .*, got "):
+        far_view(crop=crop)
+
+
+def test_an_image_may_be_an_array(tmp_path: Path) -> None:
+    view = nothing_attended(((4, 4),))
+    image = torch.rand(4, 4)
+    pages = []
+    for given in (image, image.numpy()):
+        write_explorer(tmp_path / "page.html", dataclasses.replace(view, image=given))  # type: ignore[arg-type]
+        pages.append((tmp_path / "page.html").read_bytes())
+    assert pages[0] == pages[1]
 
 
 # ------------------------------------------------------------------------------------- the browser
@@ -537,6 +685,24 @@ def hex_color(color: str) -> list[int]:
     return [int(color[i : i + 2], 16) for i in (1, 3, 5)]
 
 
+def drawn_colors(page: "Page", points: Sequence[CellPosition]) -> list[list[int]]:
+    """Colors of the map, once it is drawn, at positions ``(level, row, column)`` in cells."""
+    colors: list[list[int]] = page.evaluate(
+        """async (points) => {
+          await new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)));
+          const corner = canvas.getBoundingClientRect();
+          const all = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
+          return points.map((point) => {
+            const [x, y] = cellToViewport(...point);
+            const start = 4 * (Math.round(y - corner.y) * canvas.width + Math.round(x - corner.x));
+            return [...all.slice(start, start + 3)];
+          });
+        }""",
+        points,
+    )
+    return colors
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_colors_of_the_map(open_page: OpenPage, scheme: str) -> None:
     record, by_point = make_record(SCENE, 0)
@@ -548,24 +714,12 @@ def test_colors_of_the_map(open_page: OpenPage, scheme: str) -> None:
     expected = by_cell(by_point[query])
     heaviest = max(expected, key=lambda cell: float(expected[cell].mean()))
     palette = LIGHT if scheme == "light" else DARK
-    page.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
-
-    script = """points => {
-      const corner = canvas.getBoundingClientRect();
-      const pixels = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
-      return points.map((point) => {
-        const [x, y] = cellToViewport(...point);
-        const start = 4 * (Math.round(y - corner.y) * canvas.width + Math.round(x - corner.x));
-        return [...pixels.slice(start, start + 3)];
-      });
-    }"""
     level, row, column = heaviest
     center = (SCENE.positions[query] / 2**level).floor().tolist()
     edge = center[1] + SCENE.sizes[level] // 2 + 0.5
     # A third off the middle, where the query's dot may be.
     points = [(level, row + 0.3, column + 0.3), (level, center[0] + 0.2, edge)]
-    colors = page.evaluate(script, points)
-    assert colors == [hex_color(palette.weights[-1]), hex_color(palette.window)]
+    assert drawn_colors(page, points) == [hex_color(palette.weights[-1]), hex_color(palette.window)]
     background = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert background == f"rgb({', '.join(map(str, hex_color(palette.surface)))})"
 
@@ -668,6 +822,73 @@ def test_queries_without_neighbors_and_no_queries(open_page: OpenPage) -> None:
     page.keyboard.press("ArrowRight")
     page.keyboard.press("c")
     assert selected(page) is None
+
+
+def cell_side(page: "Page", row: int, column: int) -> float:
+    """Pixels between two cells of level 0."""
+    side: float = page.evaluate(
+        "([r, c]) => cellToViewport(0, r, c + 1)[0] - cellToViewport(0, r, c)[0]", [row, column]
+    )
+    return side
+
+
+@pytest.mark.parametrize("crop", ["occupied", "map"])
+def test_single_cells_of_a_large_map(open_page: OpenPage, crop: str) -> None:
+    """They can be zoomed to, have sharp edges, and are told apart by a click."""
+    view = far_view(crop=crop)
+    page = open_page(view)
+    for query in range(len(view.pyramid)):
+        page.keyboard.press("ArrowRight")
+        row, column = view.pyramid.positions(torch.float64)[query].tolist()
+        assert page.inner_text("#where").count(f" {row:.1f}") >= 1
+        assert f"column {column:.1f}" in page.inner_text("#where")
+    last = FAR - 3
+    page.fill("#query", str(view.pyramid.coordinates[:, 1:].tolist().index([last, last, 0])))
+    page.press("#query", "Enter")
+    page.evaluate("""() => {
+      for (let step = 0; step < 200; step++) { zoomBy(1.5); panToQuery(); }
+    }""")
+    page.evaluate("zoomBy(80 / (cellToViewport(0, 0, 1)[0] - cellToViewport(0, 0, 0)[0]))")
+    page.evaluate("panToQuery()")
+    assert cell_side(page, last, last) == pytest.approx(80, abs=0.01)
+    inner, outer = 0.5 - 3 / 80, 0.5 + 3 / 80  # of a cell, beside its edge
+    end = FAR - 0.5  # of the map
+    attended, *others, inside, beyond = drawn_colors(
+        page,
+        [
+            (0, last + inner, last - inner),
+            (0, last + inner, last - outer),
+            (0, last + outer, last - inner),
+            (0, end - 0.06, last - 0.8),
+            (0, end + 0.06, last - 0.8),
+        ],
+    )
+    assert attended == hex_color(LIGHT.weights[-1])
+    assert attended not in others
+    assert inside == hex_color(LIGHT.surface)
+    assert beyond == hex_color(LIGHT.outside)
+
+
+def test_a_page_zooms_from_one_cell_to_the_whole_map(open_page: OpenPage) -> None:
+    page = open_page(far_view())
+    page.evaluate("for (let step = 0; step < 200; step++) zoomBy(1.5)")
+    panel = page.evaluate("state.panels[0]")
+    assert cell_side(page, 0, 0) >= max(panel["w"], panel["h"])
+    page.evaluate("for (let step = 0; step < 400; step++) zoomBy(1 / 1.5)")
+    assert FAR * cell_side(page, 0, 0) <= min(panel["w"], panel["h"])
+    page.keyboard.press("r")
+    assert cell_side(page, 0, 0) > 10
+
+
+def test_an_image_on_a_large_map_keeps_its_place(open_page: OpenPage) -> None:
+    """Each of its pixels covers millions of cells, and their edge is where it should be."""
+    half = FAR // 2
+    colors = torch.tensor([[[200, 0, 0], [0, 0, 200]], [[0, 200, 0], [200, 200, 0]]])
+    crop = torch.tensor([[half - 5, half - 5], [half + 5, half + 5]])
+    page = open_page(far_view(image=colors.to(torch.uint8), crop=crop))
+    sides = (half - 1.3, half - 0.3)  # 0.8 cells before the middle of the map, and 0.2 after it
+    points = [(0, row, column) for row, column in itertools.product(sides, repeat=2)]
+    assert drawn_colors(page, points) == colors.flatten(0, 1).tolist()
 
 
 def test_twenty_thousand_points_stay_quick(open_page: OpenPage) -> None:

@@ -5,6 +5,7 @@ import itertools
 import math
 import re
 from collections.abc import Callable
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -456,8 +457,69 @@ def test_the_overview_shows_what_is_occupied() -> None:
     assert ax.get_ylim() == pytest.approx((1100 + 8, 700 - 8))  # 2 % of 400 cells
     assert ax.get_xlim() == pytest.approx((18, 52))  # 2 cells
     given = torch.tensor([[650, 0, 10], [900, 60, 70.5]])
-    ax = draw_overview(pyramid, record, axis=1, crop=given)
-    assert (ax.get_xlim(), ax.get_ylim()) == ((10, 70.5), (900, 650))
+    crops: tuple[Any, ...] = given, given.numpy(), np.asfortranarray(given.double())
+    for crop in crops:
+        ax = draw_overview(pyramid, record, axis=1, crop=crop)
+        assert (ax.get_xlim(), ax.get_ylim()) == ((10, 70.5), (900, 650))
+
+
+def test_queries_and_images_may_be_arrays() -> None:
+    record, _ = make_record(SCENE, 0, boxes=boxes_around(SCENE.positions[:6]))
+    queries, image = torch.tensor([3, 1]), torch.rand(4, 3)
+    given: list[tuple[Any, Any]] = [(queries, image), (queries.numpy(), image.numpy())]
+    drawn = [
+        draw_overview(SCENE.pyramid, record, queries=chosen, image=picture)
+        for chosen, picture in given
+    ]
+    for color in (CATEGORICAL[3], CATEGORICAL[1]):
+        first, second = (outlines(ax, color) for ax in drawn)
+        assert first == second
+        assert len(first) == 1
+    pixels = [np.asarray(ax.images[0].get_array()) for ax in drawn]
+    np.testing.assert_array_equal(pixels[0], pixels[1])
+
+
+def test_a_label_at_the_edge_keeps_its_frame() -> None:
+    """The label of a box at the top of the view has no room above it."""
+    pyramid, _ = wall(400)
+    box = torch.tensor([[707.0, 40, 30, 30, 30, 30]])
+    nothing = NeighborhoodWeights(
+        torch.zeros(2).long(), torch.zeros(0).long(), torch.zeros(0, 1), None
+    )
+    record = AttentionRecord(box[:, :3], nothing, boxes=box, labels=["car"])
+    for top in (664, 667, 670, 673):
+        crop = torch.tensor([[top, -500, 0], [top + 1000, 500, 80]])
+        ax = draw_overview(pyramid, record, axis=2, crop=crop)
+        frame = ax.get_window_extent()
+        FigureCanvasAgg(ax.figure).draw()  # type: ignore[arg-type]
+        assert ax.texts
+        for text in ax.texts:
+            patch = text.get_bbox_patch()
+            assert patch is not None
+            assert patch.get_window_extent().y1 <= frame.y1
+
+
+@pytest.mark.parametrize("size", [2**23, 2**30])
+def test_large_coordinates_are_written_in_full(size: int) -> None:
+    last = size - 3
+    coordinates = torch.tensor([[0, last, last, 0]])
+    pyramid = FeaturePyramid(torch.zeros(1, 1), coordinates, ((size, size),), 1)
+    weights = NeighborhoodWeights(torch.tensor([0, 1]), torch.tensor([0]), torch.ones(1, 1), None)
+    record = AttentionRecord(pyramid.positions(torch.float64), weights, (3,))
+    figures = [draw_attention(pyramid, record), draw_overview(pyramid, record).figure]
+    for figure in figures:
+        FigureCanvasAgg(figure).draw()  # type: ignore[arg-type]
+        ax = figure.axes[0]
+        for axis, (low, high) in (
+            (ax.xaxis, sorted(ax.get_xlim())),
+            (ax.yaxis, sorted(ax.get_ylim())),
+        ):
+            assert axis.get_offset_text().get_text() == ""
+            shown = [tick for tick in axis.get_majorticklocs() if low <= tick <= high]
+            texts = [text.get_text() for text in axis.get_ticklabels()]
+            assert 1 <= len(shown) <= 4
+            assert {str(int(tick)) for tick in shown} <= set(texts)
+        assert_texts_do_not_overlap(figure)  # type: ignore[arg-type]
 
 
 def test_the_axis_to_look_along_hides_the_fewest_cells() -> None:
@@ -473,6 +535,9 @@ def test_the_axis_to_look_along_hides_the_fewest_cells() -> None:
         ("crop", "all"),
         ("crop", torch.zeros(2, 2)),
         ("crop", torch.zeros(2, 3)),
+        ("crop", np.zeros((2, 3))),
+        ("crop", np.zeros((3, 2))),
+        ("crop", torch.tensor([[0, 0, 0], [9, torch.inf, 9]])),
         ("axis_names", "xyz"),
         ("axis_names", ["x", "y"]),
         ("axis_names", ["x", "y", 3]),

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._utils.checks import LevelShapes, refuse
+from .._utils.checks import LevelShapes, check_type, has_contents, refuse
 from .._utils.constants import constant, trainable_tensors
 from .._utils.ragged import expand_ranges, starts_from_counts
 from ..pyramid import FeaturePyramid
@@ -128,14 +128,14 @@ class CellIndex:
 def index_cells(pyramid: FeaturePyramid) -> CellIndex:
     """Finds the occupied cells once, for all layers that share the points.
 
-    Their number depends on tensor contents, so on a GPU this synchronizes.
+    Their number depends on tensor contents, so on a GPU this synchronizes. For meta and fake
+    tensors the index has as many cells as points, the most there can be.
 
     Raises:
         ValueError: ``pyramid`` is not a `FeaturePyramid`, has too many cells for 64-bit keys, or
             has too many occupied cells.
     """
-    if not isinstance(pyramid, FeaturePyramid):
-        refuse("pyramid", "a FeaturePyramid", pyramid)
+    check_type("pyramid", pyramid, FeaturePyramid)
     dim, device = pyramid.position_dim, pyramid.coordinates.device
     sizes = [_WINDOW] * pyramid.n_levels
     keys = CellKeys(pyramid.level_shapes, sizes, pyramid.batch_size, device)
@@ -151,7 +151,7 @@ def index_cells(pyramid: FeaturePyramid) -> CellIndex:
     point_keys = keys.of(coordinates[:, 1:-1], coordinates[:, -1], coordinates[:, 0])
     # Far below the key of any location.
     point_keys = point_keys.masked_fill(misplaced, -(2**62))
-    cells, cell_of_point = torch.unique(point_keys, return_inverse=True)
+    cells, cell_of_point = _unique(point_keys)
     # To the key of the cell before along an axis: across the seam from cell 0 of a periodic axis.
     step = -steps[:, coordinates[:, -1]]
     for axis in pyramid.periodic_axes:
@@ -197,7 +197,7 @@ def _hash(keys: Tensor) -> tuple[Tensor, int, Tensor, Tensor]:
     ``keys[c, m]`` ``[2 ** P, M]`` is the key of the entry that has cell ``m`` as its corner ``c``.
     """
     n_corners, n_cells = keys.shape
-    unique, entry = torch.unique(keys, return_inverse=True)
+    unique, entry = _unique(keys)
     if len(unique) >= 2**31:
         refuse("pyramid", "fewer than 2^31 occupied corners", str(len(unique)))
     corners = keys.new_full((n_corners, len(unique)), n_cells)
@@ -205,13 +205,23 @@ def _hash(keys: Tensor) -> tuple[Tensor, int, Tensor, Tensor]:
     n_buckets = 1 << (4 * len(unique)).bit_length()
     bucket, order = _bucket(unique, n_buckets).sort(stable=True)
     starts = torch.searchsorted(bucket, torch.arange(n_buckets + 1, device=keys.device))
-    largest = int(starts.diff().max())
+    largest = int(starts.diff().max()) if has_contents(keys) else 1
     return (
         starts[:-1].int(),
         largest,
         F.pad(unique[order], (0, largest + 1), value=-1),
         F.pad(corners.t()[order].int(), (0, 0, 0, largest + 1), value=n_cells),
     )
+
+
+def _unique(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Distinct ``keys``, and their indices in the shape of ``keys``. Without contents, all count as
+    distinct.
+    """
+    if has_contents(keys):
+        unique, index = torch.unique(keys, return_inverse=True)
+        return unique, index
+    return keys.flatten(), torch.arange(keys.numel(), device=keys.device).view_as(keys)
 
 
 def _bucket(keys: Tensor, n_buckets: int) -> Tensor:

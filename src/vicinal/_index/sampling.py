@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._utils.checks import has_contents
 from .._utils.ragged import starts_from_counts
 from ..backends.transforms import map_batch
 from .cell_hash import CellIndex
@@ -135,7 +136,7 @@ class _Gradients(torch.autograd.Function):
             with torch.enable_grad():
                 leaves = [x[chunk].detach().requires_grad_() for x in given]
                 corners = _corners(table, index, images[chunk], *leaves)
-                if len(table) == index.n_cells + 1:
+                if len(table) == index.n_cells + 1 and has_contents(table):
                     corners = _first_rows(corners, table[:-1, :, 0].numel())
                 out = _sum(table.flatten(0, 1), corners)
             parts = torch.autograd.grad(out, leaves, part)
@@ -227,12 +228,12 @@ def _sum_transposed(corners: _Corners, grads: Tensor, n_rows: int) -> Tensor:
     """``[n_rows, d]``, the transpose of `_sum`: for each row of the table the sum, in order, of its
     bags' gradients times its factors.
     """
-    order = corners.rows.sort(stable=True).indices
-    counts = torch.bincount(corners.rows, minlength=n_rows)
+    rows, order = corners.rows.sort(stable=True)
+    starts = torch.searchsorted(rows, torch.arange(n_rows, dtype=rows.dtype, device=rows.device))
     return F.embedding_bag(
         corners.bags.index_select(0, order),
         grads,
-        starts_from_counts(counts).to(corners.bags.dtype),
+        starts.to(corners.bags.dtype),
         mode="sum",
         per_sample_weights=corners.factors.detach().index_select(0, order),
     )

@@ -14,6 +14,7 @@ from torch import Tensor
 LevelShapes = tuple[tuple[int, ...], ...]
 
 
+_WIDEST = 2**31  # windows are narrower
 _LONGEST = 200  # characters of a value in an error message
 
 
@@ -29,9 +30,11 @@ def describe(value: Any) -> str:
         return f"{type(value).__name__} of {items}"
     if isinstance(value, Mapping) and any(map(_is_tensor_or_array, value.values())):
         return f"{type(value).__name__} with the keys {describe(list(value))}"
-    text = repr(value)
+    name, text = type(value).__name__, repr(value)
     shortened = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
-    return f"{type(value).__name__} {shortened}"
+    # The text of many types begins with their names, as in torch.Size([3]).
+    names_type = "(" in text and text.partition("(")[0].rpartition(".")[2] == name
+    return shortened if names_type else f"{name} {shortened}"
 
 
 def _is_array(value: Any) -> bool:
@@ -129,10 +132,10 @@ def as_level_shapes(
 ) -> LevelShapes:
     """``[L, P]`` sizes as tuples of ints. It reads contents, so a GPU tensor synchronizes."""
     expected = "[L, P] positive sizes, a row per level, with L and P at least 1"
-    rows = _as_lists(argument, level_spatial_shapes, expected)
+    rows = as_list(argument, level_spatial_shapes, expected)
     if not isinstance(rows, list | tuple) or not rows:
         refuse(argument, expected, level_spatial_shapes)
-    shapes = [as_integers(_as_lists(argument, row, expected)) for row in rows]
+    shapes = [as_integers(as_list(argument, row, expected)) for row in rows]
     if None in shapes:
         refuse(argument, expected, level_spatial_shapes)
     if any(not row or len(row) != len(rows[0]) or min(row) < 1 for row in shapes):
@@ -143,18 +146,18 @@ def as_level_shapes(
 def as_spatial_shape(spatial_shape: Any, position_dim: int | None = None) -> tuple[int, ...]:
     """``[P]`` sizes as a tuple of ints. It reads contents, so a GPU tensor synchronizes."""
     expected = f"{'P' if position_dim is None else position_dim} positive sizes"
-    shape = as_integers(_as_lists("spatial_shape", spatial_shape, expected))
+    shape = as_integers(as_list("spatial_shape", spatial_shape, expected))
     if not shape or min(shape) < 1 or position_dim not in (None, len(shape)):
         refuse("spatial_shape", expected, shape or spatial_shape)
     return shape
 
 
-def _as_lists(argument: str, value: Any, expected: str) -> Any:
-    """A tensor or an array of integers as nested lists; all else as it is."""
+def as_list(argument: str, value: Any, expected: str) -> Any:
+    """A tensor or an array as nested lists; all else as it is."""
     value = as_tensor(argument, value)
     if not isinstance(value, Tensor):
         return value
-    if not _is_integer(value.dtype) or value.layout != torch.strided:
+    if value.layout != torch.strided or value.device.type == "meta":
         refuse(argument, expected, value)
     return value.tolist()
 
@@ -175,28 +178,40 @@ def as_integers(values: Any) -> tuple[int, ...] | None:
     return None if None in integers else cast(tuple[int, ...], integers)
 
 
-def as_numbers(argument: str, values: Any, n: int) -> tuple[float, ...]:
-    """``n`` finite numbers as floats, of one number or of a sequence, tensor or array ``[n]``."""
-    expected = f"{n} finite numbers, one per axis"
-    given = as_tensor(argument, values)
-    given = given.tolist() if isinstance(given, Tensor) else given
+def as_numbers(
+    argument: str, values: Any, n: int, expected: str | None = None
+) -> tuple[float, ...]:
+    """``n`` finite numbers, of one number or of a sequence, tensor or array ``[n]``.
+
+    They are floats or ints, see `as_float`. ``expected`` is for the message; None: a number for
+    each of ``n`` axes.
+    """
+    expected = expected or f"a finite number, or one for each of {n} axes"
+    given = as_list(argument, values, expected)
     given = [given] * n if is_real(given) else given
     if not isinstance(given, Sequence) or len(given) != n or not all(map(is_real, given)):
         refuse(argument, expected, values)
     if not all(map(math.isfinite, given)):
         refuse(argument, expected, values)
-    return tuple(map(float, given))
+    return tuple(map(as_float, given))
+
+
+def as_float(number: Any) -> float:
+    """A finite real number as a float, or as an int where it is an integer that no float equals."""
+    nearest = float(number)
+    integer = as_integer(number)
+    return nearest if integer is None or integer == nearest else integer
 
 
 def check_neighborhood_sizes(neighborhood_sizes: Any, n_levels: int) -> tuple[int, ...]:
     """``neighborhood_sizes`` as a tuple of ints, one per level; raises ValueError for others."""
     argument, expected = "neighborhood_sizes", f"one window width per level ({n_levels})"
-    given = _as_lists(argument, neighborhood_sizes, expected)
+    given = as_list(argument, neighborhood_sizes, expected)
     if not isinstance(given, Sequence) or len(given) != n_levels:
         refuse(argument, expected, neighborhood_sizes)
     sizes = as_integers(given)
-    if sizes is None or any(size < 1 or size % 2 == 0 for size in sizes):
-        refuse(argument, "odd neighborhood_sizes, at least 1", neighborhood_sizes)
+    if sizes is None or any(not 1 <= size < _WIDEST or size % 2 == 0 for size in sizes):
+        refuse(argument, "odd neighborhood_sizes, at least 1, below 2^31", neighborhood_sizes)
     return sizes
 
 
@@ -225,9 +240,27 @@ def check_dropout(argument: str, rate: float) -> None:
         refuse(argument, "a rate in [0, 1)", rate)
 
 
+def check_rate(argument: str, rate: float) -> None:
+    """Raises ValueError unless ``rate`` is a probability."""
+    if not is_real(rate) or not 0.0 <= rate <= 1.0:
+        refuse(argument, "a rate in [0, 1]", rate)
+
+
+def check_type(argument: str, value: Any, kind: type) -> None:
+    """Raises ValueError unless ``value`` is an instance of ``kind``."""
+    if not isinstance(value, kind):
+        refuse(argument, f"a {kind.__name__}", value)
+
+
 def is_real(value: Any) -> bool:
-    """Whether ``value`` is a real number, NumPy numbers included."""
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+    """Whether ``value`` is a real number within the range of floats, NumPy numbers included."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        return False
+    try:
+        float(value)
+    except OverflowError:  # a large integer
+        return False
+    return True
 
 
 def reads_contents(check_contents: bool | None, device: torch.device) -> bool:
@@ -239,6 +272,13 @@ def reads_contents(check_contents: bool | None, device: torch.device) -> bool:
             return False
         return type(torch.empty(0)) is Tensor  # fake tensors have no contents
     return check_contents
+
+
+def has_contents(value: Tensor) -> bool:
+    """Whether a tensor has contents: not one on the meta device, nor a fake one in eager mode."""
+    if torch.compiler.is_compiling():
+        return True
+    return value.device.type != "meta" and type(torch.empty(0)) is Tensor
 
 
 def check_finite(argument: str, value: Tensor) -> None:

@@ -4,9 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
-
-from .checks import LevelShapes, as_integer, as_integers, as_tensor, refuse
+from .checks import LevelShapes, as_integer, as_integers, as_list, refuse
 
 Strides = tuple[tuple[int, ...], ...]
 
@@ -25,8 +23,7 @@ def as_strides(strides: Any, position_dim: int, n_levels: int | None = None) -> 
     """
     levels = "" if n_levels is None else f"{n_levels} levels: "
     expected = f"{levels}integers of at least 1, or one for each of {position_dim} axes, per level"
-    given = as_tensor("strides", strides)
-    given = given.tolist() if isinstance(given, Tensor) else given
+    given = as_list("strides", strides, expected)
     given = [given] if as_integer(given) is not None else given
     if not isinstance(given, Sequence) or not given or len(given) != (n_levels or len(given)):
         refuse("strides", expected, strides)

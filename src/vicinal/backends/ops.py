@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .op_checks import checked
 from .transforms import (
     Rule,
     call,
@@ -87,8 +88,8 @@ class DifferentiableOp:
             return backward(op_backward, ctx, ctx.needs_input_grad, *grads)
 
         full_name = f"{namespace}::{name}"
-        torch.library.register_autograd(full_name, register, setup_context=setup)
-        torch.library.register_autograd(f"{full_name}_backward", refuse_double_backward)
+        register_gradient(full_name, register, setup)
+        register_gradient(f"{full_name}_backward", refuse_double_backward)
 
     def __call__(self, *arguments: Any) -> Any:
         if transforms_active():
@@ -113,9 +114,9 @@ class Ops:
         self._rotate = DifferentiableOp(namespace, "rotate", _setup_rotate, _backward_rotate)
 
     def register(self, device: str, kernels: dict[str, Callable[..., Any]]) -> None:
-        """Registers ``kernels``, by the names of the ops, for a device."""
+        """Registers ``kernels``, by the names of the ops, for a device, with checks of shapes."""
         for name, kernel in kernels.items():
-            torch.library.impl(f"{self.namespace}::{name}", device, kernel)
+            torch.library.impl(f"{self.namespace}::{name}", device, checked(name, kernel))
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, plan: Sequence[Tensor],
@@ -236,11 +237,45 @@ def on_one_device(fake: Callable[..., Any]) -> Callable[..., Any]:
     return checked
 
 
-def refuse_tangents(*tensors: Tensor | None) -> None:
+def register_gradient(
+    op: str, backward: Callable[..., Any], setup: Callable[..., None] | None = None
+) -> None:
+    """`torch.library.register_autograd` of an op that refuses tensors with a tangent."""
+    library = _library(op.partition("::")[0])
+    torch.library.register_autograd(op, backward, setup_context=setup, lib=library)
+
+
+class _RefusingLibrary(torch.library.Library):
+    """A library whose autograd kernels refuse tensors with a tangent. Torch's kernel runs the op
+    without autograd where nothing requires a gradient, and would drop the tangent.
+    """
+
+    def impl(self, op_name: Any, fn: Any, dispatch_key: str = "", **options: Any) -> Any:
+        @functools.wraps(fn)
+        def checked(keyset: Any, *arguments: Any, **named: Any) -> Any:
+            groups = [x if isinstance(x, list | tuple) else [x] for x in arguments]
+            refuse_tangents(*(x for group in groups for x in group))
+            return fn(keyset, *arguments, **named)
+
+        return super().impl(op_name, checked, dispatch_key, **options)
+
+
+@functools.cache
+def _library(namespace: str) -> _RefusingLibrary:
+    return _RefusingLibrary(namespace, "FRAGMENT")
+
+
+def has_tangent(*arguments: Any) -> bool:
+    """Whether a tensor among ``arguments`` has a tangent of forward-mode differentiation."""
+    return any(
+        isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in arguments
+    )
+
+
+def refuse_tangents(*arguments: Any) -> None:
     """Raises NotImplementedError for tensors with a tangent: kernels would treat it as zero."""
-    for x in tensors:
-        if x is not None and forward_ad.unpack_dual(x).tangent is not None:
-            refuse_forward_mode()
+    if has_tangent(*arguments):
+        refuse_forward_mode()
 
 
 def _fake_attention(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from .._utils.constants import constant, widest_dtype
 from .._utils.ragged import expand_ranges, starts_from_counts
 from .._utils.random import hash_integers
+from .layer_norm import layer_norm
 from .transforms import transforms_active
 from .types import Backend, PlanTensors
 
@@ -200,20 +201,6 @@ def project(
         x = layer_norm(x, norm[0], norm[1], eps)
     outs = (F.linear(x, weight, bias) for weight, bias in itertools.zip_longest(weights, biases))
     return tuple(out if residual is None else residual + out for out in outs)
-
-
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """`F.layer_norm` of the rows of ``x`` ``[n, E]``, whose gradients have the same bits for any
-    number of CPU threads.
-
-    Torch's own gradients of weight and bias are summed per thread. `Tensor.sum`, which autograd
-    uses here, gives each thread whole columns.
-    """
-    if x.device.type != "cpu":
-        return F.layer_norm(x, x.shape[1:], weight, bias, eps)
-    exact = x.to(torch.promote_types(x.dtype, torch.float32))
-    standardized = F.layer_norm(exact, x.shape[1:], eps=eps)
-    return torch.addcmul(bias, standardized, weight).to(x.dtype)
 
 
 def find_slices(

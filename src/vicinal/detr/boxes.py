@@ -6,7 +6,6 @@ and in the pyramid's order of axes.
 
 import functools
 import math
-import numbers
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._utils.checks import as_tensor, check_tensor, reads_contents, refuse
+from .._utils.checks import (
+    as_list,
+    as_tensor,
+    check_tensor,
+    check_type,
+    is_real,
+    reads_contents,
+    refuse,
+)
 from ..pyramid import FeaturePyramid
 from ..windows import coordinate_dtype, full_shape
 
@@ -26,8 +33,9 @@ _MAX_LOG_SIZE_CHANGE = 4.0
 def box_period(pyramid: FeaturePyramid) -> tuple[float, ...] | None:
     """Returns the period of boxes on a map with periodic axes.
 
-    Functions that compare boxes take it: centers then differ by the short way around the axis, so
-    that boxes may pass the seam.
+    Functions and losses that compare boxes take it as their ``period``: the size of the map along
+    each periodic axis, infinity or None along the others. Centers then differ by the short way
+    around the axis, so that boxes may pass the seam.
 
     Args:
         pyramid: the map.
@@ -35,6 +43,9 @@ def box_period(pyramid: FeaturePyramid) -> tuple[float, ...] | None:
     Returns:
         ``[P]``, the size of the map along a periodic axis, in cells of the full shape, and infinity
         along the others; None without periodic axes.
+
+    Raises:
+        ValueError: ``pyramid`` is not a `FeaturePyramid`.
 
     Example:
         ```python
@@ -49,6 +60,7 @@ def box_period(pyramid: FeaturePyramid) -> tuple[float, ...] | None:
         assert box_period(pyramid) == (64.0, float("inf"))
         ```
     """
+    check_type("pyramid", pyramid, FeaturePyramid)
     axes, sizes = pyramid.periodic_axes, full_shape(pyramid.level_shapes)
     if not axes:
         return None
@@ -119,9 +131,7 @@ def iou(a: Tensor, b: Tensor, *, period: Period | None = None) -> Tensor:
     Args:
         a: floating ``[..., 2P]``, center and size per axis.
         b: floating ``[..., 2P]`` that broadcasts with ``a``, in the same units.
-        period: ``[P]``, the size of the map along each periodic axis, infinity or None along the
-            others, see `box_period`: centers differ by the short way. None (default): no axis is
-            periodic.
+        period: ``[P]``, see `box_period`. None (default): no axis is periodic.
 
     Returns:
         ``[...]`` in [0, 1], at least float32.
@@ -153,9 +163,7 @@ def generalized_iou(a: Tensor, b: Tensor, *, period: Period | None = None) -> Te
     Args:
         a: floating ``[..., 2P]``, center and size per axis.
         b: floating ``[..., 2P]`` that broadcasts with ``a``, in the same units.
-        period: ``[P]``, the size of the map along each periodic axis, infinity or None along the
-            others, see `box_period`: centers differ by the short way. None (default): no axis is
-            periodic.
+        period: ``[P]``, see `box_period`. None (default): no axis is periodic.
 
     Returns:
         ``[...]`` in [-1, 1], at least float32.
@@ -185,9 +193,7 @@ def pairwise_iou(a: Tensor, b: Tensor, *, period: Period | None = None) -> Tenso
     Args:
         a: floating ``[n, 2P]``, center and size per axis.
         b: floating ``[m, 2P]``, in the same units.
-        period: ``[P]``, the size of the map along each periodic axis, infinity or None along the
-            others, see `box_period`: centers differ by the short way. None (default): no axis is
-            periodic.
+        period: ``[P]``, see `box_period`. None (default): no axis is periodic.
 
     Returns:
         ``[n, m]`` in [0, 1], at least float32.
@@ -214,9 +220,7 @@ def pairwise_generalized_iou(a: Tensor, b: Tensor, *, period: Period | None = No
     Args:
         a: floating ``[n, 2P]``, center and size per axis.
         b: floating ``[m, 2P]``, in the same units.
-        period: ``[P]``, the size of the map along each periodic axis, infinity or None along the
-            others, see `box_period`: centers differ by the short way. None (default): no axis is
-            periodic.
+        period: ``[P]``, see `box_period`. None (default): no axis is periodic.
 
     Returns:
         ``[n, m]`` in [-1, 1], at least float32.
@@ -246,9 +250,7 @@ def relative_l1(boxes: Tensor, targets: Tensor, *, period: Period | None = None)
     Args:
         boxes: floating ``[..., 2P]``, center and size per axis.
         targets: floating ``[..., 2P]`` that broadcasts with ``boxes``, in the same units.
-        period: ``[P]``, the size of the map along each periodic axis, infinity or None along the
-            others, see `box_period`: centers differ by the short way. None (default): no axis is
-            periodic.
+        period: ``[P]``, see `box_period`. None (default): no axis is periodic.
 
     Returns:
         ``[...]``, the mean over the 2P numbers of a box, at least float32.
@@ -314,9 +316,7 @@ def encode_boxes(boxes: Tensor, targets: Tensor, *, period: Period | None = None
     Args:
         boxes: floating ``[n, 2P]``, center and size per axis.
         targets: floating ``[n, 2P]``, in the same units.
-        period: ``[P]``, the size of the map along each periodic axis, infinity or None along the
-            others, see `box_period`: centers differ by the short way. None (default): no axis is
-            periodic.
+        period: ``[P]``, see `box_period`. None (default): no axis is periodic.
 
     Returns:
         deltas ``[n, 2P]``, first of the center, then of the size, not clamped.
@@ -360,21 +360,27 @@ def center_offsets(centers: Tensor, origins: Tensor, period: Period | None) -> T
 
 def as_period(period: Any, position_dim: int) -> tuple[float, ...]:
     """``period`` as floats, infinity for None; raises ValueError unless P sizes above 0."""
-    given = as_tensor("period", period)
-    given = given.tolist() if isinstance(given, Tensor) else given
+    expected = f"a size above 0 or None for each of {position_dim} axes"
+    given = as_list("period", period, expected)
     if not isinstance(given, Sequence) or len(given) != position_dim:
-        refuse("period", f"a size above 0 or None for each of {position_dim} axes", period)
+        refuse("period", expected, period)
     sizes = [math.inf if size is None else size for size in given]
-    if not all(isinstance(size, numbers.Real) and float(size) > 0 for size in sizes):
-        refuse("period", f"a size above 0 or None for each of {position_dim} axes", period)
+    if not all(is_real(size) and size > 0 for size in sizes):
+        refuse("period", expected, period)
     return tuple(map(float, sizes))
 
 
 def check_boxes(argument: str, boxes: Any, device: torch.device | None = None) -> Tensor:
     """``boxes`` as a tensor; raises ValueError unless it is a floating ``[..., 2P]``."""
     boxes = as_tensor(argument, boxes, device)
-    is_floating = isinstance(boxes, Tensor) and boxes.is_floating_point()
-    if not is_floating or not boxes.dim() or not boxes.shape[-1] or boxes.shape[-1] % 2:
+    is_dense = isinstance(boxes, Tensor) and boxes.layout == torch.strided
+    if (
+        not is_dense
+        or not boxes.is_floating_point()
+        or not boxes.dim()
+        or not boxes.shape[-1]
+        or boxes.shape[-1] % 2
+    ):
         refuse(argument, "a floating tensor of shape [n, 2P]", boxes)
     tensor: Tensor = boxes
     return tensor
@@ -386,6 +392,9 @@ def _as_comparable(a_name: str, a: Any, b_name: str, b: Any) -> tuple[Tensor, Te
     b = check_boxes(b_name, b, a.device)
     if a.shape[-1] != b.shape[-1] or a.device != b.device:
         refuse(b_name, f"boxes of {a.shape[-1] // 2} axes on {a.device}", b)
+    rows = zip(reversed(a.shape), reversed(b.shape), strict=False)
+    if any(n != m and 1 not in (n, m) for n, m in rows):
+        refuse(b_name, f"boxes that broadcast with those of {a_name}, {list(a.shape)}", b)
     dtype = coordinate_dtype(torch.promote_types(a.dtype, b.dtype))
     return a.to(dtype), b.to(dtype)
 

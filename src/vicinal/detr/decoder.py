@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._utils.checks import check_counts, refuse
+from .._utils.checks import check_counts, check_type, refuse
+from ..nn.projections import call_norm
 from ..pyramid import FeaturePyramid
 from ..windows import wrap_positions
-from .layers import DetectionHead, run_layer
+from .layers import DetectionHead, as_layers, run_layer
 from .structures import ObjectQueries, Predictions, check_boxes_on_map, check_object_queries
 
 
@@ -23,6 +24,9 @@ class DecoderLayer(nn.Module):
         feed_forward: maps ``[N, E]`` to ``[N, E]``, such as `FeedForward`.
 
     Each part includes its norm and residual connection.
+
+    Raises:
+        ValueError: a part is not a module.
 
     Example:
         ```python
@@ -46,6 +50,9 @@ class DecoderLayer(nn.Module):
         self, self_attention: nn.Module, cross_attention: nn.Module, feed_forward: nn.Module
     ) -> None:
         super().__init__()
+        check_type("self_attention", self_attention, nn.Module)
+        check_type("cross_attention", cross_attention, nn.Module)
+        check_type("feed_forward", feed_forward, nn.Module)
         self.self_attention = self_attention
         self.cross_attention = cross_attention
         self.feed_forward = feed_forward
@@ -61,7 +68,13 @@ class DecoderLayer(nn.Module):
 
         Returns:
             ``[N, E]``.
+
+        Raises:
+            ValueError: ``queries`` are not `ObjectQueries`, ``pyramid`` is not a `FeaturePyramid`,
+                or a part refuses its arguments.
         """
+        check_type("queries", queries, ObjectQueries)
+        check_type("pyramid", pyramid, FeaturePyramid)
         positions, offsets, levels = queries.placement
         attended = self.cross_attention(
             self.self_attention(queries),
@@ -94,7 +107,7 @@ class Decoder(nn.Module):
             False.
 
     Raises:
-        ValueError: ``layers`` is empty, or a size is below 1.
+        ValueError: ``layers`` is empty or has no modules, or a size is below 1.
 
     Example:
         ```python
@@ -133,8 +146,7 @@ class Decoder(nn.Module):
         checkpoint: bool = False,
     ) -> None:
         super().__init__()
-        if not layers:
-            refuse("layers", "at least one", "none")
+        layers = as_layers(layers)
         check_counts(embed_dim=embed_dim, n_classes=n_classes, position_dim=position_dim)
         self.embed_dim, self.position_dim = int(embed_dim), int(position_dim)
         self.layers = nn.ModuleList(layers)
@@ -168,8 +180,7 @@ class Decoder(nn.Module):
                 map's cells do not lie in their own cells.
         """
         queries = check_object_queries(queries, self.embed_dim, self.position_dim)
-        if not isinstance(pyramid, FeaturePyramid):
-            refuse("pyramid", "a FeaturePyramid", pyramid)
+        check_type("pyramid", pyramid, FeaturePyramid)
         if pyramid.position_dim != self.position_dim:
             refuse("pyramid", f"{self.position_dim} spatial dimensions", repr(pyramid))
         check_boxes_on_map("queries.boxes", queries.boxes, pyramid)
@@ -184,7 +195,7 @@ class Decoder(nn.Module):
             positions, offsets, _ = queries.placement
             plan = cross_attention.make_plan(positions, offsets, pyramid)
             embeddings = run_layer(layer, queries, pyramid, plan, checkpoint=self.checkpoint)
-            logits, boxes = head(norm(embeddings), queries.boxes)
+            logits, boxes = head(call_norm(norm, embeddings), queries.boxes)
             predictions.append(Predictions(logits, boxes, queries.offsets))
             queries = queries._replace(embeddings=embeddings, boxes=boxes.detach())
         return predictions, layer_queries

@@ -4,13 +4,20 @@ Li et al., "DN-DETR: Accelerate DETR Training by Introducing Query DeNoising", 2
 """
 
 import math
-import numbers
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .._utils.checks import as_integer, check_cells, check_counts, check_dropout, refuse
+from .._utils.checks import (
+    as_integer,
+    check_cells,
+    check_counts,
+    check_dropout,
+    check_rate,
+    check_type,
+    refuse,
+)
 from .._utils.ragged import batch_ids, rank_in_image
 from .._utils.random import uniform_from_hash
 from ..pyramid import FeaturePyramid
@@ -131,7 +138,8 @@ class DenoisingQueryGenerator(nn.Module):
             wide; default 4.
 
     Raises:
-        ValueError: a count is below 1, or ``box_size`` is not positive.
+        ValueError: a count is below 1, ``box_size`` is not positive, ``label_noise`` is outside
+            [0, 1], or ``box_noise`` is outside [0, 1).
 
     Example:
         ```python
@@ -160,6 +168,8 @@ class DenoisingQueryGenerator(nn.Module):
         super().__init__()
         check_counts(embed_dim=embed_dim, n_classes=n_classes, n_groups=n_groups)
         check_cells("box_size", box_size)
+        check_rate("label_noise", label_noise)
+        check_dropout("box_noise", box_noise)
         self.n_classes, self.n_groups = int(n_classes), int(n_groups)
         self.label_noise, self.box_noise, self.box_size = label_noise, box_noise, box_size
         self.labels = nn.Embedding(self.n_classes, int(embed_dim))
@@ -181,6 +191,7 @@ class DenoisingQueryGenerator(nn.Module):
             ValueError: queries or targets are not valid (`check_targets`), are on another device or
                 not of the same images, or targets have a dtype that cannot hold the map's cells.
         """
+        check_type("pyramid", pyramid, FeaturePyramid)
         queries = check_object_queries(queries, self.labels.embedding_dim, pyramid.position_dim)
         n_own, device = len(queries.embeddings), queries.embeddings.device
         n_images = max(pyramid.batch_size, len(queries.offsets) - 1)
@@ -264,6 +275,8 @@ def make_denoising_queries(
     """
     _check_noise(n_groups, label_noise, box_noise, n_classes)
     boxes, labels, offsets = check_targets(targets, None, n_classes, None)
+    if generator is not None:
+        check_type("generator", generator, torch.Generator)
     n_groups, n_classes = int(n_groups), int(n_classes)
     device, n_rows = boxes.device, n_groups * len(labels)
     seed_device = device if generator is None else generator.device
@@ -312,6 +325,5 @@ def _check_noise(n_groups: int, label_noise: float, box_noise: float, n_classes:
         count = as_integer(number)
         if count is None or count < least:
             refuse(name, f"an integer of at least {least}", number)
-    if not isinstance(label_noise, numbers.Real) or not 0 <= label_noise <= 1:
-        refuse("label_noise", "a rate in [0, 1]", label_noise)
+    check_rate("label_noise", label_noise)
     check_dropout("box_noise", box_noise)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .._utils.checks import check_counts, check_finite, reads_contents, refuse
+from .._utils.checks import check_counts, check_finite, check_type, reads_contents, refuse
 from .._utils.ragged import batch_ids
 from ..pyramid import FeaturePyramid
 from ..windows import coordinate_dtype
@@ -123,6 +123,9 @@ class Detector(nn.Module):
         decoder: maps object queries and the encoder's points to predictions.
         denoiser: adds denoising queries in training; None (default): no denoising.
 
+    Raises:
+        ValueError: a part is not a module.
+
     Example:
         ```python
         import torch
@@ -156,6 +159,10 @@ class Detector(nn.Module):
         denoiser: DenoisingQueryGenerator | None = None,
     ) -> None:
         super().__init__()
+        for name, part in {"encoder": encoder, "selection": selection, "decoder": decoder}.items():
+            check_type(name, part, nn.Module)
+        if denoiser is not None:
+            check_type("denoiser", denoiser, nn.Module)
         self.encoder, self.selection, self.decoder = encoder, selection, decoder
         self.denoiser = denoiser
 

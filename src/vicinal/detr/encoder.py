@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._utils.checks import check_counts, check_tensor, refuse
+from .._utils.checks import check_counts, check_tensor, check_type
+from ..nn.projections import call_norm
 from ..placement import QueryPlacement
 from ..pyramid import FeaturePyramid
-from .layers import run_layer
+from .layers import as_layers, run_layer
 
 
 class EncoderLayer(nn.Module):
@@ -21,6 +22,9 @@ class EncoderLayer(nn.Module):
             with the same call signature and ``make_plan``; it includes norm and residual.
         feed_forward: maps ``[n, E]`` to ``[n, E]``, norm and residual included, such as
             `FeedForward`.
+
+    Raises:
+        ValueError: a part is not a module.
 
     Example:
         ```python
@@ -39,6 +43,8 @@ class EncoderLayer(nn.Module):
 
     def __init__(self, attention: nn.Module, feed_forward: nn.Module) -> None:
         super().__init__()
+        check_type("attention", attention, nn.Module)
+        check_type("feed_forward", feed_forward, nn.Module)
         self.attention, self.feed_forward = attention, feed_forward
 
     def forward(
@@ -61,7 +67,11 @@ class EncoderLayer(nn.Module):
 
         Returns:
             ``[nnz, E]``.
+
+        Raises:
+            ValueError: ``pyramid`` is not a `FeaturePyramid`, or a part refuses its arguments.
         """
+        check_type("pyramid", pyramid, FeaturePyramid)
         points = pyramid.with_values(values)
         attended = self.attention(
             values, positions, offsets, points, query_level_indices=pyramid.levels, plan=plan
@@ -83,7 +93,7 @@ class Encoder(nn.Module):
             False.
 
     Raises:
-        ValueError: ``layers`` is empty, or ``embed_dim`` is below 1.
+        ValueError: ``layers`` is empty or has no modules, or ``embed_dim`` is below 1.
 
     Example:
         ```python
@@ -105,8 +115,7 @@ class Encoder(nn.Module):
         self, layers: Sequence[EncoderLayer], embed_dim: int, *, checkpoint: bool = False
     ) -> None:
         super().__init__()
-        if not layers:
-            refuse("layers", "at least one", "none")
+        layers = as_layers(layers)
         check_counts(embed_dim=embed_dim)
         self.layers = nn.ModuleList(layers)
         self.norm = nn.LayerNorm(int(embed_dim))
@@ -124,8 +133,7 @@ class Encoder(nn.Module):
         Raises:
             ValueError: the values have another width, or the attention refuses its arguments.
         """
-        if not isinstance(pyramid, FeaturePyramid):
-            refuse("pyramid", "a FeaturePyramid", pyramid)
+        check_type("pyramid", pyramid, FeaturePyramid)
         width = self.norm.normalized_shape[0]
         check_tensor("pyramid.values", pyramid.values, ("nnz", width), kind="floating")
         if (pyramid.batch[1:] >= pyramid.batch[:-1]).all():
@@ -151,5 +159,4 @@ class Encoder(nn.Module):
             values = run_layer(
                 layer, values, pyramid, positions, offsets, plan, checkpoint=self.checkpoint
             )
-        encoded: Tensor = self.norm(values)
-        return encoded
+        return call_norm(self.norm, values)

@@ -1,7 +1,6 @@
 """Focal losses from logits, and the weights that the matching cost and the loss share."""
 
 import math
-import numbers
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from .._utils.checks import check_tensor, reads_contents, refuse
+from .._utils.checks import check_tensor, is_real, reads_contents, refuse
 from ..windows import coordinate_dtype
 
 
@@ -46,11 +45,7 @@ class LossWeights:
 
     def __post_init__(self) -> None:
         for field in fields(LossWeights):
-            value = getattr(self, field.name)
-            largest = 1.0 if field.name == "alpha" else math.inf
-            is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-            if not is_number or not 0 <= value <= largest or value == math.inf:
-                refuse(field.name, f"a finite number in [0, {largest}]", value)
+            _check_weights(**{field.name: getattr(self, field.name)})
 
 
 def sigmoid_focal_loss(
@@ -72,8 +67,8 @@ def sigmoid_focal_loss(
         ``[N]``, at least float32.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not match, or, on the CPU, labels are outside
-            [-1, C).
+        ValueError: shapes, dtypes or devices do not match, ``alpha`` or ``gamma`` are not as in
+            `LossWeights`, or, on the CPU, labels are outside [-1, C).
 
     Example:
         ```python
@@ -85,6 +80,7 @@ def sigmoid_focal_loss(
         assert loss[0] < loss[1]
         ```
     """
+    _check_weights(alpha=alpha, gamma=gamma)
     logits, labels = _check_labels(logits, labels)
     is_label = _one_hot(logits, labels)
     positive, negative = focal_terms(logits, alpha, gamma)
@@ -112,8 +108,8 @@ def varifocal_loss(
         ``[N]``, at least float32.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not match, or, on the CPU, labels are outside
-            [-1, C).
+        ValueError: shapes, dtypes or devices do not match, ``alpha`` or ``gamma`` are not as in
+            `LossWeights`, or, on the CPU, labels are outside [-1, C).
 
     Example:
         ```python
@@ -125,6 +121,7 @@ def varifocal_loss(
         assert loss.shape == (2,)
         ```
     """
+    _check_weights(alpha=alpha, gamma=gamma)
     logits, labels = _check_labels(logits, labels)
     is_label = _one_hot(logits, labels)
     quality = check_tensor("quality", quality, labels.shape, kind="floating", device=logits.device)
@@ -148,6 +145,14 @@ def focal_terms(logits: Tensor, alpha: float, gamma: float) -> tuple[Tensor, Ten
         -alpha * (gamma * log_1_minus_p).exp() * log_p,
         -(1 - alpha) * (gamma * log_p).exp() * log_1_minus_p,
     )
+
+
+def _check_weights(**weights: Any) -> None:
+    """Raises ValueError unless ``weights`` by name are valid for `LossWeights`."""
+    for name, value in weights.items():
+        largest = 1.0 if name == "alpha" else math.inf
+        if not is_real(value) or not 0 <= value <= largest or value == math.inf:
+            refuse(name, f"a finite number in [0, {largest}]", value)
 
 
 def _check_labels(logits: Any, labels: Any) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,7 @@
 """Layers that encoders and decoders are made of."""
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -8,10 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as checkpointed
 
-from .._utils.checks import check_counts, check_dropout, check_tensor, refuse
+from .._utils.checks import check_counts, check_dropout, check_tensor, describe, refuse
 from .._utils.ragged import batch_ids, rank_in_image
 from ..nn._base import check_sizes
 from ..nn.initialized import BiasedLinear, reset_children
+from ..nn.projections import call_norm
 from ..nn.rotary import RotaryEncoding
 from ..windows import coordinate_dtype
 from .boxes import apply_deltas
@@ -83,8 +85,8 @@ class FeedForward(nn.Module):
         """
         x = check_tensor("x", x, ("n", self.embed_dim), kind="floating")
         if self.norm_first:
-            return x + self.layers(self.norm(x))  # type: ignore[no-any-return]
-        return self.norm(x + self.layers(x))  # type: ignore[no-any-return]
+            return x + self.layers(call_norm(self.norm, x))  # type: ignore[no-any-return]
+        return call_norm(self.norm, x + self.layers(x))
 
 
 class DetectionHead(nn.Module):
@@ -162,6 +164,9 @@ class QuerySelfAttention(nn.Module):
     what suppresses duplicate detections in a DETR (Carion et al., "End-to-End Object Detection with
     Transformers", 2020). Queries of an image are padded to the largest number in the batch.
 
+    Rotary angles follow distances within the map, not the short way around periodic axes: queries
+    on both sides of the seam attend to each other as if they were a period apart.
+
     Args:
         embed_dim: width of the embeddings, E, an even multiple of ``n_heads``.
         n_heads: number of heads, H.
@@ -228,14 +233,14 @@ class QuerySelfAttention(nn.Module):
             ValueError: shapes, dtypes or devices of the queries do not match.
         """
         queries = check_object_queries(queries, self.embed_dim, self.position_dim)
-        x = self.norm(queries.embeddings) if self.norm_first else queries.embeddings
+        x = call_norm(self.norm, queries.embeddings) if self.norm_first else queries.embeddings
         q, k, v = self.in_proj(x).unflatten(-1, (3, self.n_heads, -1)).unbind(1)
         coordinates = torch.cat((queries.positions, queries.levels[:, None]), 1)
         coordinates = coordinates.to(coordinate_dtype(queries.boxes.dtype))
         q, k = self.pos_encoding(q, coordinates), self.pos_encoding(k, coordinates)
         attended = self._attend(q, k, v, queries).flatten(1)
         out: Tensor = queries.embeddings + self.dropout(self.out_proj(attended))
-        return out if self.norm_first else self.norm(out)
+        return out if self.norm_first else call_norm(self.norm, out)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, queries: ObjectQueries) -> Tensor:
         """``[N, H, d]``, computed on tensors that are padded to ``[B, H, max count, d]``."""
@@ -261,6 +266,15 @@ class QuerySelfAttention(nn.Module):
             dropout_p=self.dropout.p if self.training else 0.0,
         )
         return attended.transpose(1, 2)[image, column]
+
+
+def as_layers(layers: Any) -> list[Any]:
+    """``layers`` as a list; raises ValueError unless they are at least one module."""
+    expected = "a sequence of at least one layer, each a Module"
+    given = list(layers) if isinstance(layers, Iterable) else []
+    if not given or not all(isinstance(layer, nn.Module) for layer in given):
+        refuse("layers", expected, describe(layers))
+    return given
 
 
 def run_layer(layer: nn.Module, *arguments: Any, checkpoint: bool) -> Any:

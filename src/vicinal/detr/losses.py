@@ -1,5 +1,7 @@
 """The training loss of a detector: classes, distance and overlap of matched predictions."""
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -7,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from .._utils.checks import check_range, check_tensor, reads_contents, refuse
+from .._utils.checks import check_range, check_tensor, is_real, reads_contents, refuse
 from .boxes import Period, box_period, generalized_iou, iou, relative_l1
 from .detector import DetectorOutput
 from .focal import LossWeights, sigmoid_focal_loss, varifocal_loss
@@ -99,17 +101,17 @@ class DetectionLoss(LossWeights):
             matches: from `HungarianMatcher`, or from `Matches.from_assignment` for one-to-many
                 supervision; each prediction occurs at most once.
             n_objects: the divisor of all sums, see `mean_object_count`.
-            period: ``[P]``, the size of the map along each periodic axis, infinity or None along
-                the others, see `box_period`: centers differ by the short way. None (default): no
-                axis is periodic.
+            period: ``[P]``, see `box_period`. None (default): no axis is periodic.
 
         Returns:
             weighted scalars.
 
         Raises:
             ValueError: predictions or targets are not valid (`check_predictions`,
-                `check_targets`) or not of the same images, or matches are out of range.
+                `check_targets`) or not of the same images, matches are out of range, or
+                ``n_objects`` is not above 0.
         """
+        _check_divisor(n_objects)
         predictions, targets = check_predictions_and_targets(predictions, targets)
         matches = _check_matches(matches, predictions, targets)
         boxes = predictions.boxes[matches.prediction]
@@ -158,6 +160,9 @@ class SetCriterion(nn.Module):
         loss: of decoder layers and denoising queries; None (default): ``DetectionLoss()``.
         candidate_loss: of candidates; None (default): ``loss``.
 
+    Raises:
+        ValueError: a part cannot be called.
+
     Example:
         ```python
         import torch
@@ -191,6 +196,10 @@ class SetCriterion(nn.Module):
         candidate_loss: DetectionLoss | None = None,
     ) -> None:
         super().__init__()
+        parts = {"matcher": matcher, "loss": loss, "candidate_loss": candidate_loss}
+        for name, part in parts.items():
+            if part is not None and not callable(part):
+                refuse(name, "a callable or None", part)
         self.matcher = HungarianMatcher() if matcher is None else matcher
         self.loss = DetectionLoss() if loss is None else loss
         self.candidate_loss = self.loss if candidate_loss is None else candidate_loss
@@ -254,6 +263,9 @@ def sum_losses(losses: dict[str, Tensor]) -> Tensor:
     Returns:
         a scalar, to be minimized.
 
+    Raises:
+        ValueError: there are no losses, or one is not a scalar tensor.
+
     Example:
         ```python
         import torch
@@ -262,7 +274,10 @@ def sum_losses(losses: dict[str, Tensor]) -> Tensor:
         assert sum_losses({"a": torch.tensor(1.0), "b": torch.tensor(2.0)}).item() == 3
         ```
     """
-    return torch.stack(list(losses.values())).sum()
+    scalars = list(losses.values()) if isinstance(losses, Mapping) else []
+    if not scalars or not all(isinstance(x, Tensor) and x.dim() == 0 for x in scalars):
+        refuse("losses", "at least one scalar tensor by name", losses)
+    return torch.stack(scalars).sum()
 
 
 def mean_object_count(n: Tensor | int, device: torch.device) -> Tensor:
@@ -280,6 +295,9 @@ def mean_object_count(n: Tensor | int, device: torch.device) -> Tensor:
         a float32 scalar: the number of objects of all processes, at least 1, divided by the number
         of processes.
 
+    Raises:
+        ValueError: ``n`` is not one number, or is negative.
+
     Example:
         ```python
         import torch
@@ -289,12 +307,27 @@ def mean_object_count(n: Tensor | int, device: torch.device) -> Tensor:
         assert mean_object_count(0, torch.device("cpu")).item() == 1
         ```
     """
+    if not isinstance(n, Tensor) and not (is_real(n) and 0 <= n < math.inf):
+        refuse("n", "a number of objects, at least 0", n)
+    if isinstance(n, Tensor) and n.numel() != 1:
+        refuse("n", "one number of objects", n)
     count = torch.as_tensor(n, dtype=torch.float32, device=device).clone()
     if not (dist.is_available() and dist.is_initialized()):
         return count.clamp(min=1)
     dist.all_reduce(count)
     # Clamped before the division: after it, a single object on two processes would count half.
     return count.clamp(min=1) / dist.get_world_size()
+
+
+def _check_divisor(n_objects: Any) -> None:
+    """Raises ValueError unless it is a number above 0, which is not read from a GPU."""
+    expected = "a number above 0, or a tensor with one"
+    if isinstance(n_objects, Tensor):
+        is_known = reads_contents(None, n_objects.device)
+        if n_objects.numel() != 1 or (is_known and not n_objects.item() > 0):
+            refuse("n_objects", expected, n_objects)
+    elif not is_real(n_objects) or not 0 < n_objects < math.inf:
+        refuse("n_objects", expected, n_objects)
 
 
 def _check_matches(matches: Any, predictions: Predictions, targets: Targets) -> Matches:

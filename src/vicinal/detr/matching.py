@@ -67,9 +67,7 @@ class HungarianMatcher(LossWeights):
         Args:
             predictions: of all images.
             targets: the objects of the same images.
-            period: ``[P]``, the size of the map along each periodic axis, infinity or None along
-                the others, see `box_period`: centers differ by the short way. None (default): no
-                axis is periodic.
+            period: ``[P]``, see `box_period`. None (default): no axis is periodic.
 
         Returns:
             pairs, image by image, on the device of the predictions.
@@ -134,9 +132,7 @@ def assign_points_to_boxes(
         positions: floating ``[n, P]``, in cells of the full shape.
         offsets: integer ``[B + 1]``: image ``b`` owns the points ``offsets[b]:offsets[b + 1]``.
         targets: the objects of the same images.
-        period: ``[P]``, the size of the map along each periodic axis, infinity or None along the
-            others, see `box_period`: centers differ by the short way. None (default): no axis
-            is periodic.
+        period: ``[P]``, see `box_period`. None (default): no axis is periodic.
 
     Returns:
         int64 ``[n]``, rows of ``targets``, -1 for points outside all boxes.

@@ -8,14 +8,16 @@ from torch import Tensor, nn
 
 from .._utils.checks import (
     as_integers,
-    as_tensor,
+    as_list,
     check_cells,
     check_counts,
     check_tensor,
+    check_type,
     refuse,
 )
 from .._utils.constants import constant
 from .._utils.ragged import offsets_from_ids
+from ..nn.projections import call_norm
 from ..pyramid import FeaturePyramid
 from ..windows import level_scales
 from .layers import DetectionHead
@@ -131,8 +133,9 @@ class QuerySelection(nn.Module):
         chosen, offsets = top_k_per_image(
             logits.detach().amax(1), image, pyramid.batch_size, self.n_queries
         )
+        projected = self.project(embeddings[chosen]).to(dtype)  # in this dtype under autocast
         queries = ObjectQueries(
-            self.norm(self.project(embeddings[chosen]).to(dtype)),  # in this dtype under autocast
+            call_norm(self.norm, projected),
             boxes.detach()[chosen],
             levels[chosen],
             offsets,
@@ -141,8 +144,7 @@ class QuerySelection(nn.Module):
         return QuerySelectionOutput(queries, candidates, positions, points, chosen)
 
     def _check(self, pyramid: FeaturePyramid) -> None:
-        if not isinstance(pyramid, FeaturePyramid):
-            refuse("pyramid", "a FeaturePyramid", pyramid)
+        check_type("pyramid", pyramid, FeaturePyramid)
         width = self.head.embed_dim
         check_tensor("pyramid.values", pyramid.values, ("nnz", width), kind="floating")
         if pyramid.position_dim != self.head.position_dim:
@@ -160,8 +162,8 @@ class QuerySelection(nn.Module):
 
 
 def _as_levels(levels: Any) -> tuple[int, ...]:
-    given = as_tensor("levels", levels)
-    indices = as_integers(given.tolist() if isinstance(given, Tensor) else given)
+    expected = "at least one level, none below 0"
+    indices = as_integers(as_list("levels", levels, expected))
     if not indices or min(indices) < 0:
-        refuse("levels", "at least one level, none below 0", levels)
+        refuse("levels", expected, levels)
     return indices

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from .._utils.checks import (
     as_integers,
+    as_list,
     as_spatial_shape,
-    as_tensor,
     check_counts,
     check_tensor,
     refuse,
@@ -18,7 +18,9 @@ from .._utils.checks import (
 from .._utils.constants import constant
 from .._utils.ragged import offsets_from_ids
 from .._utils.strides import Strides, as_strides
+from .._utils.types import StridesLike
 from ..backends.reference import list_pairs
+from ..nn.projections import call_norm
 from ..plan import plan_neighborhoods
 from ..pyramid import FeaturePyramid
 from ..windows import coordinate_dtype
@@ -65,9 +67,9 @@ class PointStem(nn.Module):
         self,
         in_channels: int,
         embed_dim: int,
-        strides: Any = (1, 2, 4, 8),
+        strides: StridesLike = (1, 2, 4, 8),
         window_sizes: Sequence[int] = (7, 7),
-        window_strides: Any = (1, 2),
+        window_strides: StridesLike = (1, 2),
         position_dim: int = 2,
     ) -> None:
         super().__init__()
@@ -160,7 +162,7 @@ class PointStem(nn.Module):
         for level, mix in enumerate(self.mixes):
             rows = (pyramid.levels == level).nonzero().flatten()
             mixed = mixed.index_copy(0, rows, mix(pyramid.values[rows]).to(mixed.dtype))
-        return pyramid.with_values(self.norm(mixed))
+        return pyramid.with_values(call_norm(self.norm, mixed))
 
     def _windows(self, raw: FeaturePyramid, points: Tensor) -> Tensor:
         """``[n, window cells * (channels + 1)]``, the raw values, zero in empty cells."""
@@ -199,7 +201,7 @@ def _with_rows_of_given_points(
     )
 
 
-def _as_window_strides(window_strides: Any, position_dim: int) -> Strides:
+def _as_window_strides(window_strides: StridesLike, position_dim: int) -> Strides:
     try:
         strides = as_strides(window_strides, position_dim)
     except ValueError:
@@ -210,9 +212,8 @@ def _as_window_strides(window_strides: Any, position_dim: int) -> Strides:
 
 
 def _as_window_sizes(window_sizes: Any, n_windows: int) -> tuple[int, ...]:
-    given = as_tensor("window_sizes", window_sizes)
-    sizes = as_integers(given.tolist() if isinstance(given, Tensor) else given)
+    expected = f"an odd width of at least 1 for each of {n_windows} window_strides"
+    sizes = as_integers(as_list("window_sizes", window_sizes, expected))
     if sizes is None or len(sizes) != n_windows or any(n < 1 or n % 2 == 0 for n in sizes):
-        expected = f"an odd width of at least 1 for each of {n_windows} window_strides"
         refuse("window_sizes", expected, window_sizes)
     return sizes

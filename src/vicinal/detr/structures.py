@@ -4,12 +4,14 @@ Each structure has int64 offsets ``[B + 1]``: image ``b`` owns the rows
 ``offsets[b]:offsets[b + 1]``. Images may differ in their number of rows, and may have none.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .._utils.checks import (
+    as_integer,
     check_finite,
     check_offsets,
     check_range,
@@ -17,7 +19,9 @@ from .._utils.checks import (
     reads_contents,
     refuse,
 )
+from .._utils.collation import batched_by_cat
 from .._utils.ragged import offsets_from_ids, rank_in_image
+from .._utils.ragged_tuples import cat_ragged
 from ..placement import QueryPlacement
 from ..pyramid import FeaturePyramid
 from ..windows import check_position_dtype, warn_if_normalized
@@ -26,6 +30,7 @@ from .boxes import check_box_sizes, check_boxes
 _MAX_CLASSES = 2**62
 
 
+@batched_by_cat
 class ObjectQueries(NamedTuple):
     """Object queries of a batch of images: an embedding and a reference box each.
 
@@ -68,7 +73,35 @@ class ObjectQueries(NamedTuple):
         """Positions, offsets and levels, as ``make_plan`` and ``forward`` of attentions take."""
         return QueryPlacement(self.positions, self.offsets, self.levels)
 
+    @classmethod
+    def cat(cls, parts: Sequence["ObjectQueries"]) -> "ObjectQueries":
+        """Makes one batch of the images of several, one after another.
 
+        Args:
+            parts: at least one. Either all of them have groups, or none has.
+
+        Raises:
+            ValueError: there is no part, parts differ in width, dtype or device, or the offsets of
+                a part do not rise from 0 to its number of rows.
+
+        Example:
+            ```python
+            import torch
+            from vicinal.detr import ObjectQueries
+
+            queries = ObjectQueries(
+                embeddings=torch.randn(1, 8),
+                boxes=torch.tensor([[5.0, 5, 2, 2]]),
+                levels=torch.tensor([0]),
+                offsets=torch.tensor([0, 1]),
+            )
+            assert ObjectQueries.cat([queries, queries]).offsets.tolist() == [0, 1, 2]
+            ```
+        """
+        return cat_ragged(cls, parts)
+
+
+@batched_by_cat
 class Targets(NamedTuple):
     """Ground-truth objects of a batch of images.
 
@@ -95,7 +128,31 @@ class Targets(NamedTuple):
     labels: Tensor
     offsets: Tensor
 
+    @classmethod
+    def cat(cls, parts: Sequence["Targets"]) -> "Targets":
+        """Makes one batch of the images of several, one after another.
 
+        Args:
+            parts: at least one.
+
+        Raises:
+            ValueError: there is no part, parts differ in width, dtype or device, or the offsets of
+                a part do not rise from 0 to its number of rows.
+
+        Example:
+            ```python
+            import torch
+            from vicinal.detr import Targets
+
+            boxes, labels = torch.tensor([[10.0, 8.0, 4.0, 6.0]]), torch.tensor([2])
+            image = Targets(boxes, labels, torch.tensor([0, 1]))
+            assert Targets.cat([image, image]).offsets.tolist() == [0, 1, 2]
+            ```
+        """
+        return cat_ragged(cls, parts)
+
+
+@batched_by_cat
 class Predictions(NamedTuple):
     """Class logits and boxes that a detector predicts for a batch of images.
 
@@ -121,6 +178,29 @@ class Predictions(NamedTuple):
     logits: Tensor
     boxes: Tensor
     offsets: Tensor
+
+    @classmethod
+    def cat(cls, parts: Sequence["Predictions"]) -> "Predictions":
+        """Makes one batch of the images of several, one after another.
+
+        Args:
+            parts: at least one.
+
+        Raises:
+            ValueError: there is no part, parts differ in width, dtype or device, or the offsets of
+                a part do not rise from 0 to its number of rows.
+
+        Example:
+            ```python
+            import torch
+            from vicinal.detr import Predictions
+
+            boxes = torch.tensor([[10.0, 8.0, 4.0, 6.0]])
+            image = Predictions(torch.zeros(1, 3), boxes, torch.tensor([0, 1]))
+            assert Predictions.cat([image, image]).offsets.tolist() == [0, 1, 2]
+            ```
+        """
+        return cat_ragged(cls, parts)
 
 
 class Matches(NamedTuple):
@@ -235,6 +315,10 @@ def check_targets(
     """
     if not isinstance(targets, Targets):
         refuse("targets", "Targets", targets)
+    counts = {"position_dim": position_dim, "n_classes": n_classes, "batch_size": batch_size}
+    for name, count in counts.items():
+        if count is not None and (as_integer(count) is None or count < 0):
+            refuse(name, "a non-negative integer or None", count)
     boxes, offsets = _check_boxes_and_offsets(
         "targets", targets.boxes, targets.offsets, check_contents, device
     )

@@ -227,6 +227,8 @@ class SparseAttention(nn.Module, Generic[PlanT]):
             ```
         """
         order, placement = _placement_of_points(pyramid)
+        self._check_level_shapes("pyramid.level_shapes", pyramid.level_shapes)
+        self._check_embeddings("pyramid.values", pyramid.values)
         out = self(
             pyramid.values[order],
             **placement.arguments(),
@@ -323,9 +325,7 @@ class SparseAttention(nn.Module, Generic[PlanT]):
     def _check_queries(self, arguments: Arguments) -> Arguments:
         """The arguments that belong to queries, as tensors; raises ValueError for wrong ones."""
         device = self._reference.device
-        query = arguments.query
-        query = check_tensor("query", query, ("N", self.embed_dim), kind="floating", device=device)
-        self._check_dtype("query", query)
+        query = self._check_embeddings("query", arguments.query)
         n = query.shape[0]
         name, shape = "query_spatial_positions", (n, self.position_dim)
         positions = arguments.query_spatial_positions
@@ -395,6 +395,13 @@ class SparseAttention(nn.Module, Generic[PlanT]):
         weight = getattr(self.out_proj, "weight", None)
         # A module that replaces the projection may wrap it.
         return weight if isinstance(weight, Tensor) else next(self.out_proj.parameters())
+
+    def _check_embeddings(self, argument: str, value: Tensor) -> Tensor:
+        """The embeddings of queries as a tensor; raises ValueError for wrong ones."""
+        shape, device = ("N", self.embed_dim), self._reference.device
+        value = check_tensor(argument, value, shape, kind="floating", device=device)
+        self._check_dtype(argument, value)
+        return value
 
     def _check_dtype(self, argument: str, value: Tensor) -> None:
         dtype: torch.dtype = self._reference.dtype

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .._index.cell_hash import CellIndex, check_cell_index, index_cells
 from .._index.sampling import cell_weights, sample
-from .._utils.checks import check_rows, refuse
+from .._utils.checks import check_rows, check_type, has_contents, refuse
 from .._utils.ragged import offsets_from_counts
 from ..attention import NeighborhoodWeights
 from ..placement import check_placement, query_images
@@ -49,8 +49,10 @@ class SparseDeformableAttention(SparseAttention[CellIndex]):
     to one, each cell counted once; without one, the share of empty cells is missing. Masked queries
     have no points.
 
-    Memory for the backward pass grows with queries x locations; no dense map is built. The sampling
-    locations depend on the query alone, so add a position encoding to it where positions matter.
+    Meta and fake tensors give shapes; `attention_weights`, whose shapes depend on contents, refuses
+    them. Memory for the backward pass grows with queries x locations; no dense map is built. The
+    sampling locations depend on the query alone, so add a position encoding to it where positions
+    matter.
 
     Args:
         embed_dim: width of queries, points and output, E. A multiple of ``n_heads``.
@@ -144,8 +146,7 @@ class SparseDeformableAttention(SparseAttention[CellIndex]):
         Raises:
             ValueError: an argument has the wrong shape, dtype or device.
         """
-        if not isinstance(pyramid, FeaturePyramid):
-            refuse("pyramid", "a FeaturePyramid", pyramid)
+        check_type("pyramid", pyramid, FeaturePyramid)
         check_placement(query_spatial_positions, query_batch_offsets, pyramid)
         return index_cells(pyramid)
 
@@ -161,6 +162,8 @@ class SparseDeformableAttention(SparseAttention[CellIndex]):
     def _weights(
         self, inputs: Inputs, plan: CellIndex, queries: Tensor | None
     ) -> NeighborhoodWeights:
+        if not has_contents(inputs.query):
+            refuse("query", "a tensor with contents, which the points depend on", inputs.query)
         queries = check_rows("queries", queries, len(inputs.query), inputs.query.device)
         sampling = self._sampling(inputs)
         chosen: tuple[Tensor, ...] = tuple(part[queries] for part in sampling)
@@ -232,21 +235,23 @@ class _OffsetProjection(nn.Linear):
     def reset_parameters(self) -> None:
         """Sets the initial values."""
         n_heads, n_levels, n_points, position_dim = self.sizes
-        steps = torch.arange(1.0, n_points + 1)[:, None]
+        steps = torch.arange(1.0, n_points + 1, device="cpu")[:, None]
         offsets = (head_directions(n_heads, position_dim)[:, None] * steps)[:, None]
         self.weight.zero_()
         self.bias.copy_(offsets.expand(-1, n_levels, -1, -1).flatten())
 
 
 def head_directions(n_heads: int, position_dim: int) -> Tensor:
-    """``[H, P]``: a direction per head, its largest component one.
+    """``[H, P]`` on the CPU, whichever device is torch's default: a direction per head, its largest
+    component one.
 
     In two dimensions they form a ring, as in Deformable DETR. Otherwise heads come in pairs of
     opposite directions, each pair as far from the earlier ones as any of a set of quasi-random
     directions (M. Roberts, "The unreasonable effectiveness of quasirandom sequences", 2018).
     """
     if position_dim == 2:
-        angles = torch.arange(n_heads, dtype=torch.float64) * (2 * math.pi / n_heads)
+        steps = torch.arange(n_heads, dtype=torch.float64, device="cpu")
+        angles = steps * (2 * math.pi / n_heads)
         directions = torch.stack((angles.sin(), angles.cos()), 1)
     else:
         candidates = _spread_directions(512, position_dim)
@@ -254,7 +259,7 @@ def head_directions(n_heads: int, position_dim: int) -> Tensor:
         pairs[0, -1] = 1
         while 2 * len(pairs) < n_heads:
             nearest = (candidates @ pairs.t()).abs().amax(1)
-            pairs = torch.cat((pairs, candidates[nearest.argmin()][None]))
+            pairs = torch.cat((pairs, candidates[nearest.argmin(keepdim=True)]))
         directions = torch.stack((pairs, -pairs), 1).flatten(0, 1)[:n_heads]
     return (directions / directions.abs().amax(1, keepdim=True)).float()
 
@@ -264,7 +269,9 @@ def _spread_directions(n: int, dim: int) -> Tensor:
     root = 2.0
     for _ in range(64):  # converges to the root of x ** (dim + 1) = x + 1
         root = (1 + root) ** (1 / (dim + 1))
-    powers = root ** -torch.arange(1.0, dim + 1, dtype=torch.float64)
-    uniform = (0.5 + torch.arange(1.0, n + 1, dtype=torch.float64)[:, None] * powers) % 1
+    axes, numbers = (
+        torch.arange(1.0, stop, dtype=torch.float64, device="cpu") for stop in (dim + 1, n + 1)
+    )
+    uniform = (0.5 + numbers[:, None] * root**-axes) % 1
     directions = F.normalize(torch.special.ndtri(uniform), dim=1)
     return directions * directions[:, -1:].sign()

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from ..attention import autocasts
+from ..backends.layer_norm import layer_norm
 from ..backends.types import Backend
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -48,17 +49,18 @@ def add_projected(backend: Backend, residual: Tensor, x: Tensor, linear: nn.Line
 
 
 def call_norm(norm: nn.Module, x: Tensor) -> Tensor:
-    """``norm(x)`` in the dtype of ``x``, computed in that of the norm's weight, if it has one."""
-    if autocasts(x.device):
-        return _called(norm, x)
+    """``norm(x)`` in the dtype of ``x``, computed in that of the norm's weight, if it has one.
+
+    An unmodified layer norm has gradients with the same bits for any number of CPU threads.
+    """
     weight = getattr(norm, "weight", None)
-    dtype = weight.dtype if isinstance(weight, Tensor) else x.dtype
-    return _called(norm, x.to(dtype)).to(x.dtype)
-
-
-def _called(module: nn.Module, x: Tensor) -> Tensor:
-    out: Tensor = module(x)
-    return out
+    rows = x
+    if isinstance(weight, Tensor) and not autocasts(x.device):
+        rows = x.to(weight.dtype)
+    if isinstance(norm, nn.LayerNorm) and _is_plain(norm) and norm.normalized_shape == x.shape[1:]:
+        return layer_norm(rows, norm.weight, norm.bias, norm.eps).to(x.dtype)
+    normed: Tensor = norm(rows)
+    return normed if autocasts(x.device) else normed.to(x.dtype)
 
 
 def is_inactive_dropout(dropout: nn.Module) -> bool:
@@ -80,20 +82,25 @@ def _parts(parameter: Tensor | None, parts: int) -> list[Tensor]:
 
 
 def _is_unmodified(module: nn.Module, x: Tensor) -> bool:
-    """Whether calling the module runs the function of its class and nothing else: it has no
-    subclass, adapter or hook, and autocast is off.
+    """Whether the back end may compute the module: it `_is_plain`, in the dtype of ``x``, a norm
+    with weight and bias, and autocast is off.
     """
-    kind = type(module)
-    if kind not in (nn.Linear, nn.LayerNorm) or autocasts(x.device):
+    if autocasts(x.device) or not _is_plain(module):
         return False
-    no_bias = kind is nn.Linear and module.bias is None
-    parameters = [module.weight] if no_bias else [module.weight, module.bias]
-    return (
-        all(type(parameter) is nn.Parameter for parameter in parameters)
-        and module.weight.dtype == x.dtype
-        and "forward" not in vars(module)
-        and not _has_hooks(module)
+    has_bias = isinstance(module, nn.Linear) or module.bias is not None
+    return has_bias and module.weight.dtype == x.dtype
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether calling the module runs the function of its class on its weight and bias, and nothing
+    else: it has no subclass, adapter or hook.
+    """
+    if type(module) not in (nn.Linear, nn.LayerNorm):
+        return False
+    has_types = type(module.weight) is nn.Parameter and (
+        module.bias is None or type(module.bias) is nn.Parameter
     )
+    return has_types and "forward" not in vars(module) and not _has_hooks(module)
 
 
 def _has_hooks(module: nn.Module) -> bool:

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.collections import PolyCollection
 from matplotlib.colors import LinearSegmentedColormap, to_rgb
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 from torch import Tensor
 
 from .image import to_uint8
@@ -17,6 +18,7 @@ from .palette import LIGHT
 from .projection import ProjectedCells
 
 LEAST_SIZE = 1.5  # of a cell, in points
+LARGE = 1e6  # coordinates from which on their digits need much room
 GAP_FROM = 5.0  # least size of cells with a gap between them, in points
 WEIGHT_COLORMAP = LinearSegmentedColormap.from_list("weights", LIGHT.weights)
 _INTENSITY_OPACITY = 0.35  # of the largest intensity, so that the points stay visible below it
@@ -81,12 +83,19 @@ def draw_image(ax: Axes, image: Tensor | None, cells: ProjectedCells) -> None:
 
 
 def set_view(ax: Axes, corners: Tensor, *, is_row: bool) -> None:
-    """Limits the axes to ``corners`` ``[2, 2]`` and styles them; a row fills the height."""
+    """Limits the axes to ``corners`` ``[2, 2]`` and styles them; a row fills the height.
+
+    Large coordinates are written in full, at few ticks.
+    """
     (top, left), (bottom, right) = corners.tolist()
     ax.set_xlim(left, right)
     ax.set_ylim(bottom, top)
     ax.set_aspect("auto" if is_row else "equal")
     ax.tick_params(labelsize=8, color=LIGHT.border, labelcolor=LIGHT.muted, length=2)
+    if corners.abs().max() >= LARGE:
+        for axis in (ax.xaxis, ax.yaxis):
+            axis.set_major_locator(MaxNLocator(2, integer=True))
+            axis.set_major_formatter(StrMethodFormatter("{x:.0f}"))
     if is_row:
         ax.set_yticks([])
     for spine in ax.spines.values():

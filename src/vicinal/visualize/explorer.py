@@ -19,10 +19,20 @@ from ..pyramid import FeaturePyramid
 from .files import replace_file
 from .image import encode_png, to_uint8
 from .palette import DARK, LIGHT, Palette
-from .projection import ProjectedCells, project_cells, project_record
+from .projection import (
+    ProjectedRecord,
+    check_crop,
+    crop_corners,
+    project_cells,
+    project_record,
+)
 from .record import AttentionRecord, check_record, check_text
 
-MAX_LEVELS, MAX_SIZE = 255, 2**32  # what the numbers of the page can hold
+MAX_LEVELS, MAX_SIZE = 255, 2**32  # what the page can number, and draw to a fraction of a pixel
+# Typed arrays of JavaScript and their codes in `struct`, the narrowest first. Float64 holds all
+# integers up to 2^53.
+_INTEGERS = {"Uint8": "B", "Uint16": "H", "Uint32": "I", "Float64": "d"}
+_FLOATS = {"Float32": "f", "Float64": "d"}
 WEIGHT_STEPS = 2**16 - 1  # a query's largest weight, as a quantized uint16
 _SCRIPTS = ("decode.js", "draw.js", "state.js", "details.js", "input.js")
 
@@ -42,10 +52,13 @@ class View:
             are drawn as one, with the sum of their weights, and listed apart. None: the one that
             hides the fewest cells.
         axis_names: a name per axis of the pyramid. None: as in `draw_attention`.
+        crop: what the page shows before it is zoomed: ``"occupied"`` for the part with points and
+            queries, ``"map"`` for the whole map, or ``[2, P]``, its low and high corner in cells
+            of the full shape. The rest of the map can be reached.
 
     Raises:
-        ValueError: no records, records of several images or of another pyramid, or a ``title`` with
-            a lone surrogate.
+        ValueError: no records, records of several images or of another pyramid, a ``title`` with
+            a lone surrogate, or a ``crop`` without a low corner below a high one.
 
     Example:
         ```python
@@ -77,6 +90,7 @@ class View:
     image: Tensor | None = None
     axis: int | None = None
     axis_names: Sequence[str] | None = None
+    crop: str | Tensor = "occupied"
 
     def __post_init__(self) -> None:
         check_text("title", self.title)
@@ -87,6 +101,7 @@ class View:
         images = sorted({record.batch_index for record in self.records})
         if len(images) > 1:
             refuse("records", "records of one image", f"records of images {images}")
+        object.__setattr__(self, "crop", check_crop(self.crop, self.pyramid.position_dim))
 
 
 def write_explorer(
@@ -99,8 +114,9 @@ def write_explorer(
 
     Click a point or a box, or press the arrow keys, to select a query. The page then shows the
     query's windows, the points it attends to and their weights, with one panel per level, for one
-    head or the mean over the heads. Weights are quantized to 16 bits, with an error of at most
-    1e-5 of the query's largest weight. With 8 heads and 80 points, a query takes about 2 KB.
+    head or the mean over the heads. It zooms from the whole map to a single cell. Cells, positions
+    and boxes are exact. Weights are quantized to 16 bits, with an error of at most 1e-5 of the
+    query's largest weight. With 8 heads and 80 points, a query takes about 2 KB.
 
     Args:
         path: HTML file to write. An existing file is replaced once the new one is complete.
@@ -177,6 +193,8 @@ def _encode_view(view: View) -> dict[str, Any]:
     cells = project_cells(
         view.pyramid, view.records[0].batch_index, view.axis, view.axis_names, merged=False
     )
+    projected = [project_record(record, cells) for record in view.records]
+    queries = [record.extent(slice(None)) for record in projected]
     image = None
     if view.image is not None:
         pixels = to_uint8(view.image)
@@ -188,18 +206,17 @@ def _encode_view(view: View) -> dict[str, Any]:
         "axis_names": cells.drawn_names,
         "all_names": cells.axis_names,
         "dropped_axis": cells.projection.dropped_axis,
-        "view": cells.occupied_corners.flatten().tolist(),
-        "cells": _encode(cells.cells, "I"),
-        "depths": _encode(cells.depths, "I"),
-        "levels": _encode(cells.levels, "B"),
+        "view": crop_corners(view.crop, cells, queries).flatten().tolist(),
+        "cells": _encode(cells.cells),
+        "depths": _encode(cells.depths),
+        "levels": _encode(cells.levels),
         "image": image,
-        "records": [_encode_record(record, cells) for record in view.records],
+        "records": list(map(_encode_record, view.records, projected)),
     }
 
 
-def _encode_record(record: AttentionRecord, cells: ProjectedCells) -> dict[str, Any]:
+def _encode_record(record: AttentionRecord, projected: ProjectedRecord) -> dict[str, Any]:
     """What ``decodeRecord`` in ``decode.js`` reads."""
-    projected = project_record(record, cells)
     weights = projected.weights  # [M, H]
     query = torch.repeat_interleave(projected.offsets.diff())
     pair_max = weights.amax(1) if record.n_heads else weights.new_zeros(len(query))
@@ -209,37 +226,52 @@ def _encode_record(record: AttentionRecord, cells: ProjectedCells) -> dict[str, 
     divisor = query_max.clamp(min=torch.finfo(torch.float32).tiny)[query, None]
     quantized = (weights / divisor * WEIGHT_STEPS).round().clamp(0, WEIGHT_STEPS)
     sizes, dim = record.neighborhood_sizes, record.positions.shape[1]
+    background = projected.background
     return {
         "name": record.name,
         "n_heads": record.n_heads,
-        "windows": _encode(projected.windows, "f"),
+        "windows": _encode(projected.windows),
         "window_sizes": None if sizes is None else [" × ".join([str(s)] * dim) for s in sizes],
-        "positions": _encode(projected.positions, "f"),
-        "coordinates": _encode(record.positions, "f"),
-        "sizes": None if record.boxes is None else _encode(record.boxes[:, dim:], "f"),
-        "levels": _encode(record.levels, "B"),
-        "boxes": _encode(projected.boxes, "f"),
+        "positions": _encode(projected.positions),
+        "coordinates": _encode(record.positions),
+        "sizes": None if record.boxes is None else _encode(record.boxes[:, dim:]),
+        "levels": _encode(record.levels),
+        "boxes": _encode(projected.boxes),
         "query_names": [record.describe(query) for query in range(len(record))],
         "has_labels": record.labels is not None or record.scores is not None,
-        "scores": _encode(record.scores, "f"),
-        "offsets": _encode(projected.offsets, "I"),
-        "cell_ids": _encode(projected.cell_ids, "I"),
-        "query_max": _encode(query_max, "f"),
-        "weights": _encode(quantized, "H"),
-        "background": _encode(projected.background, "f"),
+        "scores": None if record.scores is None else _encode(record.scores.float()),
+        "offsets": _encode(projected.offsets),
+        "cell_ids": _encode(projected.cell_ids),
+        "query_max": _encode(query_max),
+        "weights": _encode(quantized.long()),
+        "background": None if background is None else _encode(background.float()),
     }
 
 
-def _encode(x: Tensor | None, code: str) -> str | None:
-    """Base64 of the values in row-major order, little-endian, as type ``code`` of `struct`."""
+def _encode(x: Tensor | None) -> tuple[str, str] | None:
+    """The values in row-major order: the name of a JavaScript type, and base64 of little-endian.
+
+    The type is the narrowest that holds all of the values exactly.
+    """
     if x is None:
         return None
     values = x.detach().cpu().flatten()
-    values = values.float() if code == "f" else values.long()
+    name, code = _narrowest_type(values)
     packed = bytearray()
     for part in values.split(2**20):  # lists of Python numbers take much more memory
         packed += struct.pack(f"<{len(part)}{code}", *part.tolist())
-    return base64.b64encode(packed).decode()
+    return name, base64.b64encode(packed).decode()
+
+
+def _narrowest_type(values: Tensor) -> tuple[str, str]:
+    """The entry of `_FLOATS` or `_INTEGERS` for ``values`` ``[n]``; integers are not negative."""
+    if values.is_floating_point():
+        is_exact = bool((values.float().double() == values.double()).all())
+        name = "Float32" if is_exact else "Float64"
+        return name, _FLOATS[name]
+    bits = int(values.max()).bit_length() if len(values) else 0
+    fits = (entry for entry in _INTEGERS.items() if bits <= 8 * struct.calcsize(f"<{entry[1]}"))
+    return next(fits)
 
 
 def _palette_css(light: Palette, dark: Palette) -> str:

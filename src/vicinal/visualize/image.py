@@ -6,7 +6,7 @@ import zlib
 import torch
 from torch import Tensor
 
-from .._utils.checks import check_tensor, refuse
+from .._utils.checks import as_tensor, check_tensor, refuse
 
 
 def to_uint8(image: Tensor) -> Tensor:
@@ -16,6 +16,7 @@ def to_uint8(image: Tensor) -> Tensor:
         ValueError: any other shape, dtype or range.
     """
     expected = "[H, W] or [H, W, 3], floating in [0, 1] or uint8"
+    image = as_tensor("image", image)
     if not isinstance(image, Tensor) or image.dim() not in (2, 3):
         refuse("image", expected, image)
     check_tensor("image", image, ("H", "W", 3)[: image.dim()])

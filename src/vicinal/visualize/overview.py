@@ -13,10 +13,18 @@ from ..pyramid import FeaturePyramid
 from ..windows import finest_level
 from .artists import draw_cells, draw_image, make_rectangle, set_view
 from .palette import CATEGORICAL, LIGHT
-from .projection import ProjectedCells, ProjectedRecord, crop_around, project_cells, project_record
+from .projection import (
+    ProjectedCells,
+    ProjectedRecord,
+    check_crop,
+    crop_corners,
+    project_cells,
+    project_record,
+)
 from .record import AttentionRecord, check_record
 
 MAX_DOT_AREA = 60.0  # of the point with the largest weight, in points squared
+_FRAME = 1.9  # width of the frame of a label, in points
 # Where a label may be: row and column of the box corner, horizontal and vertical alignment.
 _LABEL_ANCHORS = (
     (0, 0, "left", "bottom"),
@@ -65,7 +73,8 @@ def draw_overview(
 
     Raises:
         ValueError: the record does not belong to the pyramid, ``queries``, ``level`` or ``axis``
-            is out of range, or the pyramid has more than three dimensions.
+            is out of range, ``crop`` has no low corner below a high one, or the pyramid has more
+            than three dimensions.
 
     Example:
         ```python
@@ -98,11 +107,12 @@ def draw_overview(
         refuse("level", f"a level in [0, {pyramid.n_levels}) or None", level)
     if queries is None:
         queries = torch.arange(len(record))
-    check_tensor("queries", queries, ("m",), kind="integer")
+    queries = check_tensor("queries", queries, ("m",), kind="integer").cpu().long()
     check_range("queries", queries, len(record))
+    crop = check_crop(crop, pyramid.position_dim)
     cells = project_cells(pyramid, record.batch_index, axis, axis_names)
     projected = project_record(record, cells)
-    view = _crop(cells, projected, queries, crop)
+    view = crop_corners(crop, cells, [projected.extent(queries)])
     if ax is None:
         ax = Figure((7, 7), layout="constrained").subplots()
     finest = finest_level(pyramid.level_shapes)
@@ -121,25 +131,6 @@ def draw_overview(
     if record.labels is not None or record.scores is not None:
         _draw_labels(ax, record, projected, queries.tolist())
     return ax
-
-
-def _crop(
-    cells: ProjectedCells, projected: ProjectedRecord, queries: Tensor, crop: str | Tensor
-) -> Tensor:
-    """``[2, 2]``: low and high corner of the view, in cells of the full shape."""
-    if isinstance(crop, Tensor):
-        check_tensor("crop", crop, (2, cells.pyramid.position_dim))
-        if not (crop[0] < crop[1]).all():
-            refuse("crop", "a low corner below the high one", str(crop.tolist()))
-        low, high = crop.detach().cpu().double()
-        return torch.stack((cells.projection(low, 0), cells.projection(high, 1)))
-    if crop not in ("occupied", "map"):
-        refuse("crop", "'occupied', 'map' or a tensor [2, P]", crop)
-    parts = [cells.corners(torch.arange(len(cells.cells))), projected.positions[queries, None]]
-    if projected.boxes is not None:
-        parts.append(projected.boxes[queries])
-    corners = torch.cat([part.flatten(0, 1) for part in parts])
-    return cells.map_corners.double() if crop == "map" else crop_around(corners, cells)
 
 
 def _color(query: int) -> str:
@@ -191,7 +182,8 @@ def _draw_labels(
                 x, y, record.describe(query), fontsize=9, color=LIGHT.text, zorder=6, clip_on=True,
                 ha=horizontal, va=vertical, parse_math=False,
                 bbox={
-                    "facecolor": "white", "edgecolor": _color(query), "linewidth": 0.8, "pad": 1.5
+                    "facecolor": "white", "edgecolor": _color(query), "linewidth": 0.8,
+                    "pad": _FRAME - 0.4,
                 },
             )  # fmt: skip
             if _has_room(text, placed):
@@ -201,10 +193,12 @@ def _draw_labels(
 
 
 def _has_room(text: Text, others: list[Text]) -> bool:
-    """Whether a text lies within its axes and overlaps none of the others."""
+    """Whether a text lies within its axes, with its frame, and overlaps none of the others."""
     box = text.get_window_extent()
+    figure = text.get_figure(root=True)
     assert text.axes is not None
-    axes = text.axes.get_window_extent()
+    assert figure is not None
+    axes = text.axes.get_window_extent().padded(-_FRAME * figure.dpi / 72)
     if box.x0 < axes.x0 or box.x1 > axes.x1 or box.y0 < axes.y0 or box.y1 > axes.y1:
         return False
     return not any(box.padded(4).overlaps(other.get_window_extent()) for other in others)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._utils.checks import LevelShapes, as_integer, refuse
+from .._utils.checks import LevelShapes, as_integer, as_tensor, check_finite, check_tensor, refuse
 from .._utils.ragged import offsets_from_counts
 from ..pyramid import FeaturePyramid
 from ..windows import full_shape, level_scales, window_centers
@@ -71,11 +71,6 @@ class ProjectedCells(NamedTuple):
         """int64 ``[2, 2]``: low and high corner of the whole map."""
         return torch.tensor([[0, 0], self.full_shape])
 
-    @property
-    def occupied_corners(self) -> Tensor:
-        """float64 ``[2, 2]``: corners of the part with cells, or of the map without cells."""
-        return crop_around(self.corners(torch.arange(len(self.cells))).flatten(0, 1), self)
-
     def corners(self, cell_ids: Tensor) -> Tensor:
         """float64 ``[n, 2, 2]``: low and high corner of cells, in cells of the full shape."""
         corners = torch.stack((self.cells[cell_ids], self.cells[cell_ids] + 1), 1)
@@ -86,7 +81,43 @@ class ProjectedCells(NamedTuple):
         return self.corners((self.levels == level).nonzero().squeeze(1))
 
 
-def crop_around(points: Tensor, cells: ProjectedCells) -> Tensor:
+def check_crop(crop: str | Tensor, position_dim: int) -> str | Tensor:
+    """``crop`` with its corners, if it has them, as float64 ``[2, P]`` on the CPU.
+
+    Raises:
+        ValueError: another text, another shape, numbers that are not finite, or a low corner that
+            is not below the high one.
+    """
+    crop = as_tensor("crop", crop)
+    if not isinstance(crop, Tensor):
+        if crop not in ("occupied", "map"):
+            refuse("crop", f"'occupied', 'map' or a tensor [2, {position_dim}]", crop)
+        return crop
+    corners = check_tensor("crop", crop, (2, position_dim), kind="number")
+    corners = corners.detach().cpu().double()
+    check_finite("crop", corners)
+    if not (corners[0] < corners[1]).all():
+        refuse("crop", "a low corner below the high one", str(corners.tolist()))
+    return corners
+
+
+def crop_corners(crop: str | Tensor, cells: ProjectedCells, queries: Sequence[Tensor]) -> Tensor:
+    """float64 ``[2, 2]``: low and high corner of the view, in cells of the full shape.
+
+    Args:
+        crop: as `check_crop` returns it.
+        cells: the cells of the image.
+        queries: float64 ``[n, 2]`` each, points that belong to what is occupied, beside the cells.
+    """
+    if isinstance(crop, Tensor):
+        return torch.stack((cells.projection(crop[0], 0), cells.projection(crop[1], 1)))
+    if crop == "map":
+        return cells.map_corners.double()
+    corners = cells.corners(torch.arange(len(cells.cells))).flatten(0, 1)
+    return _bounds(torch.cat([corners, *queries]), cells)
+
+
+def _bounds(points: Tensor, cells: ProjectedCells) -> Tensor:
     """float64 ``[2, 2]``: bounds of ``points`` ``[n, 2]`` with a margin, within the map."""
     limits = cells.map_corners.double()
     if not len(points):
@@ -111,6 +142,13 @@ class ProjectedRecord(NamedTuple):
         """The ids ``[m]`` of the cells that a query attends to, and their weights ``[m, H]``."""
         pairs = slice(int(self.offsets[query]), int(self.offsets[query + 1]))
         return self.cell_ids[pairs], self.weights[pairs]
+
+    def extent(self, queries: Tensor | slice) -> Tensor:
+        """``[k, 2]``: the positions of some queries, and the corners of their boxes, if any."""
+        positions = self.positions[queries]
+        if self.boxes is None:
+            return positions
+        return torch.cat((positions, self.boxes[queries].flatten(0, 1)))
 
 
 def choose_projection(pyramid: FeaturePyramid, points: Tensor, axis: int | None) -> Projection:

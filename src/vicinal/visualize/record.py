@@ -17,6 +17,7 @@ from .._utils.checks import (
 )
 from ..attention import NeighborhoodWeights
 from ..pyramid import FeaturePyramid
+from ..windows import check_position_dtype
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -149,13 +150,17 @@ def check_record(record: AttentionRecord, pyramid: FeaturePyramid) -> None:
     """Checks that a record belongs to the pyramid.
 
     Raises:
-        ValueError: its queries, points or levels are not those of the pyramid.
+        ValueError: its queries, points or levels are not those of the pyramid, or its positions
+            or boxes have too narrow a dtype for the map.
     """
     if not isinstance(pyramid, FeaturePyramid):
         refuse("pyramid", "a FeaturePyramid", pyramid)
     if not isinstance(record, AttentionRecord):
         refuse("record", "an AttentionRecord", record)
     check_tensor("positions", record.positions, (len(record), pyramid.position_dim))
+    check_position_dtype("positions", record.positions, pyramid.level_shapes)
+    if record.boxes is not None:
+        check_position_dtype("boxes", record.boxes, pyramid.level_shapes)
     check_range("batch_index", torch.tensor([record.batch_index]), pyramid.batch_size)
     points = record.weights.points.to(pyramid.coordinates.device)
     check_range("weights.points", points, len(pyramid))

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .. import reference
+from .. import chunks, reference
 from ..ops import Ops
 from ..types import Backend, PlanTensors
 from . import projection_ops, projections
@@ -37,7 +37,7 @@ def project(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """See `backends.reference.project`, which it calls if all rows fit in one chunk."""
     # A compiled graph is for any number of rows, so it must not depend on how many there are.
-    if torch.compiler.is_compiling() or x.shape[0] > projections.chunk_rows(x):
+    if torch.compiler.is_compiling() or x.shape[0] > chunks.chunk_rows(x):
         return projection_ops.project(x, weights, biases, norm, eps, residual)
     return reference.project(x, weights, biases, norm, eps, residual)
 

@@ -24,7 +24,6 @@ torch.library.define(
     "bool needs_x, bool needs_weights, bool needs_biases) "
     "-> (Tensor, Tensor[], Tensor[], Tensor[])",
 )
-torch.library.define("vicinal::new_rows", "(Tensor like, int n_rows, int n_columns) -> Tensor")
 
 
 def project(
@@ -56,11 +55,6 @@ def _(
         [x.new_empty(width) for width in widths if needs_biases],
         [x.new_empty(x.shape[1]) for _ in norm if needs_x],
     )
-
-
-@torch.library.register_fake("vicinal::new_rows")
-def _(like: Tensor, n_rows: int, n_columns: int) -> Tensor:
-    return like.new_empty(n_rows, n_columns)
 
 
 def _setup_project(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:

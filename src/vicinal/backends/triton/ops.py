@@ -15,6 +15,7 @@ from . import lists as list_kernels
 from . import plan_ops
 from . import rotary as rotary_kernels
 from .background import CellGradients
+from .checks import check_plan
 from .launch import (
     INTERPRETS,
     AttentionArguments,
@@ -41,6 +42,7 @@ def attend(
     position_dim: int, scale: float, dropout_p: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See `backends.ops`; `triton.attend` makes the list ``plan``."""
+    check_plan(plan, q, k, neighborhood_sizes, position_dim)
     args = AttentionArguments(
         q, k, v, query_mask, background, plan, neighborhood_sizes, position_dim
     )
@@ -63,6 +65,7 @@ def attend_backward(
     needs_queries: bool, needs_points: bool,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
     """See `backends.ops`; the gradients of q, k, v and the background."""
+    check_plan(plan, q, k, neighborhood_sizes, position_dim)
     args = AttentionArguments(
         q, k, v, query_mask, background, plan, neighborhood_sizes, position_dim
     )

@@ -296,9 +296,9 @@ def gallop_to_stop(keys_ptr, start, wanted, n_keys, width):
     return stop
 
 
-@triton.jit(do_not_specialize=("n_sorted", "n_rows", "n_total", "width"))
+@triton.jit(do_not_specialize=("n_sorted", "n_key_rows", "n_rows", "n_total", "width"))
 def find_slices(sorted_ptr, keys_ptr, groups_ptr, slots_ptr, starts_ptr, stops_ptr,
-                n_sorted, n_rows, n_total, width,
+                n_sorted, n_key_rows, n_rows, n_total, width,
                 SLOTS: tl.constexpr, LEVELS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """The slices of windows among sorted keys. A program finds ``BLOCK`` of ``n_total`` slices.
 
@@ -309,7 +309,7 @@ def find_slices(sorted_ptr, keys_ptr, groups_ptr, slots_ptr, starts_ptr, stops_p
             has; None where all rows have the same slots.
         slots_ptr: int64 ``[1 or L, SLOTS, 4]``, the slot table.
         starts_ptr, stops_ptr: int32 ``[n, SLOTS]``, the results.
-        n_rows: n.
+        n_key_rows, n_rows: S and n.
         n_total: ``n * SLOTS``.
         width: cells of the longest slice.
         SLOTS: slices of a row.
@@ -328,7 +328,8 @@ def find_slices(sorted_ptr, keys_ptr, groups_ptr, slots_ptr, starts_ptr, stops_p
         slot += tl.where(group >= 0, group % LEVELS, 0) * SLOTS
     slot_ptr = slots_ptr + slot * SLOT_FIELDS  # [BLOCK]
     key_row = tl.load(slot_ptr + KEY_ROW)  # [BLOCK]
-    key = tl.load(keys_ptr + key_row * n_rows + row, mask=valid, other=-1)  # [BLOCK]
+    has_key = valid & (key_row >= 0) & (key_row < n_key_rows)  # [BLOCK]
+    key = tl.load(keys_ptr + key_row * n_rows + row, mask=has_key, other=-1)  # [BLOCK]
     used = (tl.load(slot_ptr + IS_USED) != 0) & (key >= 0)  # [BLOCK]
     middle = key + tl.load(slot_ptr + OFFSET).to(key_dtype)  # [BLOCK]
     radius = tl.load(slot_ptr + SLOT_RADIUS).to(key_dtype)  # [BLOCK]

@@ -93,10 +93,10 @@ def _search(
     stops: Tensor, n_sorted: int, width: int, n_levels: int,
 ) -> None:  # fmt: skip
     """Launches `plan.find_slices` among the first ``n_sorted`` keys of ``ordered``."""
-    n_rows, n_slots = starts.shape
+    (n_rows, n_slots), n_key_rows = starts.shape, len(keys) if keys.dim() > 1 else 1
     launch(
         kernels.find_slices, cdiv(starts.numel(), _BLOCK), ordered, keys, groups, slots,
-        starts, stops, n_sorted, n_rows, starts.numel(), min(width, max(n_sorted, 1)),
+        starts, stops, n_sorted, n_key_rows, n_rows, starts.numel(), min(width, max(n_sorted, 1)),
         SLOTS=n_slots, LEVELS=n_levels, BLOCK=_BLOCK, num_warps=_WARPS,
     )  # fmt: skip
 

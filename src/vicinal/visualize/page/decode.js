@@ -1,4 +1,8 @@
-// Decodes the data of the page. Arrays are base64 of little-endian numbers, in row-major order.
+// Decodes the data of the page. Arrays are pairs of a type and base64 of little-endian numbers, in
+// row-major order. Python chooses the narrowest type that holds the numbers exactly.
+
+/** @typedef {TypedArray} Integers of a type that holds them all, Uint8Array to Float64Array */
+/** @typedef {Float32Array|Float64Array} Numbers of a type that holds them all exactly */
 
 /**
  * One image, with L levels and m occupied cells.
@@ -6,14 +10,14 @@
  * @property {string} title
  * @property {number[][]} level_shapes [L][2], rows and columns of each level
  * @property {(string|null)[]} axis_names [2]; null for the added axis of one-dimensional data
- * @property {Uint32Array} cells [m, 2], row and column
- * @property {?Uint32Array} depths [m], along the axis that is looked along, if there is one
+ * @property {Integers} cells [m, 2], row and column
+ * @property {?Integers} depths [m], along the axis that is looked along, if there is one
  * @property {?number} dropped_axis the axis that is looked along
  * @property {string[]} all_names [P], of all axes
- * @property {number[]} view [4], corners of the occupied part
+ * @property {number[]} view [4], corners of what is shown at zoom 1
  * @property {number[][]} behind [m], ids of the cells drawn as one, at the first of them
  * @property {number[]} firstOf [m], the first of the cells that a cell is drawn as one with
- * @property {Uint8Array} levels [m]
+ * @property {Integers} levels [m]
  * @property {?{url: string, is_intensity: boolean}} image
  * @property {Object[]} records encoded records, see decodeRecord
  * @property {number[]} size [2], the full shape
@@ -27,41 +31,46 @@
  * @typedef {Object} AttentionRecord
  * @property {string} name
  * @property {number} n_heads
- * @property {?Float32Array} windows [n, L, 4], corners in cells of the full shape
+ * @property {?Numbers} windows [n, L, 4], corners in cells of the full shape
  * @property {?string[]} window_sizes [L], such as "5 × 5"
- * @property {Float32Array} positions [n, 2]
- * @property {Float32Array} coordinates [n, P], positions along all axes
- * @property {?Float32Array} sizes [n, P], of the boxes
- * @property {?Uint8Array} levels [n]
- * @property {?Float32Array} boxes [n, 4], corners in cells of the full shape
+ * @property {Numbers} positions [n, 2]
+ * @property {Numbers} coordinates [n, P], positions along all axes
+ * @property {?Numbers} sizes [n, P], of the boxes
+ * @property {?Integers} levels [n]
+ * @property {?Numbers} boxes [n, 4], corners in cells of the full shape
  * @property {string[]} query_names [n]
  * @property {boolean} has_labels
- * @property {?Float32Array} scores [n]
- * @property {Uint32Array} offsets [n + 1]
- * @property {Uint32Array} cell_ids [M], attended cell of each pair
- * @property {Float32Array} query_max [n], largest weight of each query
- * @property {Uint16Array} weights [M, H], in units of query_max / weight_steps
- * @property {?Float32Array} background [n, L, H], weight on the empty cells of each level
+ * @property {?Numbers} scores [n]
+ * @property {Integers} offsets [n + 1]
+ * @property {Integers} cell_ids [M], attended cell of each pair
+ * @property {Numbers} query_max [n], largest weight of each query
+ * @property {Integers} weights [M, H], in units of query_max / weight_steps
+ * @property {?Numbers} background [n, L, H], weight on the empty cells of each level
  */
 
 /**
  * Corners of a rectangle, [top, left, bottom, right].
- * @typedef {number[]|Float32Array} Corners
+ * @typedef {number[]|Numbers} Corners
  */
 
 const pageData = JSON.parse(document.getElementById("data").textContent);
 
+const ARRAY_TYPES = {
+  Uint8: Uint8Array, Uint16: Uint16Array, Uint32: Uint32Array,
+  Float32: Float32Array, Float64: Float64Array,
+};
+
 /**
- * @param {?string} text base64
- * @param {Function} ArrayType constructor of a typed array
+ * @param {?string[]} encoded name of the type and base64
  * @returns {?TypedArray} null for null
  */
-function decodeArray(text, ArrayType) {
-  if (text === null) return null;
+function decodeArray(encoded) {
+  if (encoded === null) return null;
+  const [type, text] = encoded;
   const binary = atob(text);
   const bytes = new Uint8Array(binary.length);
   for (let i = 0; i < binary.length; i++) bytes[i] = binary.charCodeAt(i);
-  return new ArrayType(bytes.buffer);
+  return new ARRAY_TYPES[type](bytes.buffer);
 }
 
 /**
@@ -80,9 +89,9 @@ function memoize(compute) {
 /** @type {function(Object): View} */
 const decodeView = memoize((encoded) => {
   const shapes = encoded.level_shapes;
-  const view = { ...encoded, cells: decodeArray(encoded.cells, Uint32Array) };
-  view.depths = decodeArray(encoded.depths, Uint32Array);
-  view.levels = decodeArray(encoded.levels, Uint8Array);
+  const view = { ...encoded, cells: decodeArray(encoded.cells) };
+  view.depths = decodeArray(encoded.depths);
+  view.levels = decodeArray(encoded.levels);
   [view.firstOf, view.behind] = [[], []];
   view.size = [0, 1].map((axis) => Math.max(...shapes.map((shape) => shape[axis])));
   view.cellSizes = shapes.map((shape) => shape.map((n, axis) => view.size[axis] / n));
@@ -104,19 +113,28 @@ const decodeView = memoize((encoded) => {
 /** @type {function(Object): AttentionRecord} */
 const decodeRecord = memoize((encoded) => ({
   ...encoded,
-  windows: decodeArray(encoded.windows, Float32Array),
-  positions: decodeArray(encoded.positions, Float32Array),
-  coordinates: decodeArray(encoded.coordinates, Float32Array),
-  sizes: decodeArray(encoded.sizes, Float32Array),
-  levels: decodeArray(encoded.levels, Uint8Array),
-  boxes: decodeArray(encoded.boxes, Float32Array),
-  scores: decodeArray(encoded.scores, Float32Array),
-  offsets: decodeArray(encoded.offsets, Uint32Array),
-  cell_ids: decodeArray(encoded.cell_ids, Uint32Array),
-  query_max: decodeArray(encoded.query_max, Float32Array),
-  weights: decodeArray(encoded.weights, Uint16Array),
-  background: decodeArray(encoded.background, Float32Array),
+  windows: decodeArray(encoded.windows),
+  positions: decodeArray(encoded.positions),
+  coordinates: decodeArray(encoded.coordinates),
+  sizes: decodeArray(encoded.sizes),
+  levels: decodeArray(encoded.levels),
+  boxes: decodeArray(encoded.boxes),
+  scores: decodeArray(encoded.scores),
+  offsets: decodeArray(encoded.offsets),
+  cell_ids: decodeArray(encoded.cell_ids),
+  query_max: decodeArray(encoded.query_max),
+  weights: decodeArray(encoded.weights),
+  background: decodeArray(encoded.background),
 }));
+
+/**
+ * @param {View} view
+ * @returns {number[]} [height, width] of what is shown at zoom 1, in cells of the full shape
+ */
+function viewExtent(view) {
+  const [top, left, bottom, right] = view.view;
+  return [bottom - top, right - left];
+}
 
 /**
  * @param {View} view
@@ -174,7 +192,7 @@ function queryBox(record, query) {
 /**
  * @param {AttentionRecord} record
  * @param {number} query
- * @returns {Float32Array} [row, column], in cells of the full shape
+ * @returns {Numbers} [row, column], in cells of the full shape
  */
 function queryPosition(record, query) {
   return record.positions.subarray(2 * query, 2 * query + 2);

@@ -13,6 +13,8 @@ const HEADING = 22; // pixels above each panel
 const GAP = 10; // pixels between panels
 const MAX_DOTS = 500; // queries drawn as dots; more would hide the points
 const LEAST_SIZE = 1.5; // pixels of a cell; twice as many of an attended one
+const BEYOND = 8; // pixels around a panel that its lines may reach into
+const LARGE_PIXEL = 4096; // pixels of an image pixel that is drawn by itself
 const IMAGE_OPACITY = 0.35; // of an intensity image, so that the points below it stay visible
 
 /** @returns {Object} colors of the current color scheme, by role as in palette.py */
@@ -47,9 +49,9 @@ function weightColor(palette, share) {
 }
 
 /**
- * Arranges panels in the number of columns that draws the map largest.
+ * Arranges panels in the number of columns that draws a view largest.
  * @param {number[]} levels
- * @param {number[]} size [2], of the map in cells
+ * @param {number[]} size [2], height and width of the view in cells
  * @param {number} width of the canvas in pixels
  * @param {number} height of the canvas in pixels
  * @returns {Panel[]}
@@ -75,7 +77,7 @@ function arrangePanels(levels, size, width, height) {
 /**
  * @param {Object} state
  * @param {number} level
- * @returns {Corners} that a panel shows at zoom 1: the map or, in a close-up, the query's window
+ * @returns {Corners} that a panel shows at zoom 1: the view or, in a close-up, the query's window
  */
 function unzoomedCorners(state, level) {
   const { view, record, query } = state;
@@ -147,6 +149,70 @@ function isVisible([x, y, w, h], panel) {
   return x < panel.x + panel.w && y < panel.y + panel.h && x + w > panel.x && y + h > panel.y;
 }
 
+/**
+ * Cuts off what lies far outside a panel. A canvas computes in float32, in which the edges of a
+ * rectangle of millions of pixels would be off by pixels.
+ * @param {Panel} panel
+ * @param {Rectangle} rectangle
+ * @returns {Rectangle}
+ */
+function cutOff(panel, [x, y, w, h]) {
+  const [left, width] = cutInterval(panel.x, panel.w, x, w);
+  const [top, height] = cutInterval(panel.y, panel.h, y, h);
+  return [left, top, width, height];
+}
+
+/**
+ * @param {number} start of a panel along one axis, in pixels
+ * @param {number} length of the panel
+ * @param {number} x start of what is drawn
+ * @param {number} w its length
+ * @returns {number[]} start and length of the part within or near the panel
+ */
+function cutInterval(start, length, x, w) {
+  const low = Math.min(Math.max(x, start - BEYOND), start + length + BEYOND);
+  const high = Math.max(low, Math.min(x + w, start + length + BEYOND));
+  return [low, high - low];
+}
+
+/**
+ * Draws the visible part of an image.
+ * @param {CanvasRenderingContext2D} ctx
+ * @param {Panel} panel
+ * @param {HTMLImageElement|HTMLCanvasElement} image
+ * @param {Rectangle} map where the image lies
+ */
+function drawImage(ctx, panel, image, [x, y, w, h]) {
+  const columns = visibleStrips(panel.x, panel.w, x, w, image.width);
+  for (const [row, nRows, top, height] of visibleStrips(panel.y, panel.h, y, h, image.height)) {
+    for (const [column, nColumns, left, width] of columns) {
+      ctx.drawImage(image, column, row, nColumns, nRows, left, top, width, height);
+    }
+  }
+}
+
+/**
+ * The pixels of an image that are visible along one axis, as one strip; very large ones each as a
+ * strip of its own that is cut off.
+ * @param {number} start of the panel, in pixels
+ * @param {number} length of the panel
+ * @param {number} x start of the image
+ * @param {number} w its length
+ * @param {number} n its number of pixels
+ * @returns {number[][]} of each strip: its first image pixel, their number, its start and length
+ */
+function visibleStrips(start, length, x, w, n) {
+  const side = w / n;
+  const first = Math.max(0, Math.floor((start - x) / side));
+  const stop = Math.min(n, Math.ceil((start + length - x) / side));
+  if (stop <= first) return [];
+  if (side < LARGE_PIXEL) return [[first, stop - first, x + first * side, (stop - first) * side]];
+  return Array.from({ length: stop - first }, (_, i) => {
+    const edges = [first + i, first + i + 1].map((pixel) => Math.round(x + pixel * side));
+    return [first + i, 1, ...cutInterval(start, length, edges[0], edges[1] - edges[0])];
+  });
+}
+
 /** @param {Object} state */
 function drawMap(state) {
   const ratio = window.devicePixelRatio || 1;
@@ -176,13 +242,13 @@ function drawPanel(ctx, state, panel) {
   const transform = panelTransform(state, panel);
   const map = toPixels(transform, [0, 0, ...view.size]);
   ctx.fillStyle = palette.surface;
-  ctx.fillRect(...map);
+  ctx.fillRect(...cutOff(panel, map));
   ctx.imageSmoothingEnabled = false;
-  if (image && !view.image.is_intensity) ctx.drawImage(image, ...map);
+  if (image && !view.image.is_intensity) drawImage(ctx, panel, image, map);
   drawCells(ctx, state, panel, transform);
   if (image && view.image.is_intensity) {
     ctx.globalAlpha = IMAGE_OPACITY;
-    ctx.drawImage(image, ...map);
+    drawImage(ctx, panel, image, map);
     ctx.globalAlpha = 1;
   }
   drawQueries(ctx, state, panel, transform);
@@ -223,8 +289,10 @@ function drawCells(ctx, state, panel, transform) {
   const { palette, view, drawnWeights: weights } = state;
   const [height, width] = cellPixels(state, panel.level, transform);
   const line = Math.min(height, width) >= 6 ? 1 : 0; // a gap between large cells only
-  const fill = ([x, y, w, h], least) =>
+  const fill = (rectangle, least) => {
+    const [x, y, w, h] = cutOff(panel, rectangle);
     ctx.fillRect(x, y, Math.max(least, w - line), Math.max(least, h - line));
+  };
   if (line) drawGrid(ctx, state, panel, transform);
   ctx.fillStyle = Math.min(height, width) < LEAST_SIZE ? palette.dot : palette.point;
   ctx.globalAlpha = state.image && !view.image.is_intensity ? 0.5 : 1;
@@ -242,7 +310,7 @@ function drawCells(ctx, state, panel, transform) {
   }
   if (state.highlighted !== null && view.levels[state.highlighted] === panel.level) {
     const rectangle = toPixels(transform, cellCorners(view, state.highlighted));
-    strokeRectangle(ctx, rectangle, palette.text, 2);
+    strokeRectangle(ctx, panel, rectangle, palette.text, 2);
   }
 }
 
@@ -285,7 +353,7 @@ function drawQueries(ctx, state, panel, transform) {
   } else {
     for (let query = 0; query < nQueries; query++) {
       if (query === state.query) continue;
-      strokeRectangle(ctx, toPixels(transform, queryBox(record, query)), palette.muted, 1);
+      strokeRectangle(ctx, panel, toPixels(transform, queryBox(record, query)), palette.muted, 1);
     }
   }
   if (state.query !== null) drawSelected(ctx, state, panel, transform);
@@ -302,9 +370,9 @@ function drawQueries(ctx, state, panel, transform) {
 function drawSelected(ctx, state, panel, transform) {
   const { record, palette, query } = state;
   const corners = queryWindow(record, state.view.level_shapes.length, query, panel.level);
-  if (corners !== null) strokeRectangle(ctx, toPixels(transform, corners), palette.window, 2);
+  if (corners !== null) strokeRectangle(ctx, panel, toPixels(transform, corners), palette.window, 2);
   const box = queryBox(record, query);
-  if (box !== null) strokeRectangle(ctx, toPixels(transform, box), palette.query, 2);
+  if (box !== null) strokeRectangle(ctx, panel, toPixels(transform, box), palette.query, 2);
   const [row, column] = queryPosition(record, query);
   const [x, y] = [transform.x + column * transform.scaleX, transform.y + row * transform.scaleY];
   const side = corners === null ? Infinity : (corners[3] - corners[1]) * transform.scaleX;
@@ -381,11 +449,13 @@ function overlap(a, b) {
 /**
  * Strokes a rectangle, aligned to whole pixels for sharp edges.
  * @param {CanvasRenderingContext2D} ctx
+ * @param {Panel} panel
  * @param {Rectangle} rectangle
  * @param {string} color
  * @param {number} width of the line
  */
-function strokeRectangle(ctx, [x, y, w, h], color, width) {
+function strokeRectangle(ctx, panel, rectangle, color, width) {
+  const [x, y, w, h] = cutOff(panel, rectangle);
   const [left, top] = [Math.round(x), Math.round(y)];
   ctx.strokeStyle = color;
   ctx.lineWidth = width;

@@ -9,7 +9,7 @@ const state = {
   query: null, // selected query, or null
   head: -1, // -1 for the mean over the heads
   visibleLevels: new Set(),
-  closeUp: false, // panels show the query's windows instead of the whole map
+  closeUp: false, // panels show the query's windows instead of the part of the map
   zoom: 1,
   pan: [0, 0], // pixels, x and y
   highlighted: null, // id of the cell below the mouse in the table, or null
@@ -136,18 +136,29 @@ function panBy(dx, dy) {
 }
 
 /**
+ * @param {View} view
+ * @returns {number[]} from half the zoom of the whole map to one cell that fills a panel, or more
+ */
+function zoomLimits(view) {
+  const extent = viewExtent(view);
+  const shares = extent.map((length, axis) => length / view.size[axis]);
+  return [0.5 * Math.min(1, ...shares), Math.max(400, ...extent)];
+}
+
+/**
  * @param {number} factor
  * @param {number[]} fixed [x, y] from the middle of a panel, the pixel that keeps its place
  */
 function zoomBy(factor, fixed = [0, 0]) {
-  const zoom = Math.min(400, Math.max(0.5, state.zoom * factor));
+  const [least, most] = zoomLimits(state.view);
+  const zoom = Math.min(most, Math.max(least, state.zoom * factor));
   const ratio = zoom / state.zoom;
   state.pan = state.pan.map((pan, i) => fixed[i] - (fixed[i] - pan) * ratio);
   state.zoom = zoom;
   redraw();
 }
 
-/** Selects no query, shows all levels and the whole map. */
+/** Selects no query, shows all levels and what the page showed first. */
 function reset() {
   state.visibleLevels = new Set(state.view.level_shapes.keys());
   state.head = -1;
@@ -206,7 +217,8 @@ function redraw() {
 /** Arranges the panels in the current size of the canvas. */
 function updatePanels() {
   const levels = [...state.visibleLevels].sort((a, b) => a - b);
-  state.panels = arrangePanels(levels, state.view.size, canvas.clientWidth, canvas.clientHeight);
+  const extent = viewExtent(state.view);
+  state.panels = arrangePanels(levels, extent, canvas.clientWidth, canvas.clientHeight);
 }
 
 /** Recomputes the weights of the selected query and shows them. */
