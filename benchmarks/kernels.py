@@ -26,6 +26,7 @@ from benchmarks.scenes import particle_tracks
 from vicinal import FeaturePyramid, NeighborhoodPlan, plan_neighborhoods
 from vicinal._index.tiles import tile_rows
 from vicinal.backends import reference
+from vicinal.backends import triton as triton_backend
 from vicinal.backends.triton import ops as triton_ops
 
 
@@ -126,10 +127,10 @@ def _rotate_and_attend(plan: NeighborhoodPlan, case: Case) -> None:
         levels = plan.n_levels
         background = [zeros(plan.n_queries, levels), zeros(plan.window_slots), zeros(1, levels)]
     slices = plan._tensors.query_slices
-    tiles = plan._query_tiles(reference.find_runs), plan._point_tiles(reference.find_runs)
-    flags = triton_ops.find_flags(zeros(plan.n_points), zeros(plan.n_points))
+    find = reference.find_runs, triton_backend.find_lists
+    tiles = plan._query_tiles(*find), plan._point_tiles(*find)
     columns = plan._tensors.point_columns
-    tensors = [*tiles[0], flags, *slices[1:3], columns, columns[:0], *tiles[1]]
+    tensors = [*tiles[0], *slices[1:3], columns, columns[:0], *tiles[1]]
     arguments = (
         zeros(plan.n_queries), zeros(plan.n_points), zeros(plan.n_points), None, seed, background,
         tensors, list(plan.neighborhood_sizes), plan.position_dim, 0.1, 0.2,
