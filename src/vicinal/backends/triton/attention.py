@@ -44,67 +44,78 @@ from .tile_walk import (
     window_mask,
 )
 
-CAREFUL_BLOCK = tl.constexpr(16)  # columns; larger ones would take the most registers of a kernel
+SEARCH_BLOCK = tl.constexpr(16)  # columns; searching takes registers
 SMALLEST_SCALE = tl.constexpr(1e-30)  # by which no logit becomes noticeable; zero times -inf is NaN
 
 
 @triton.jit
-def load_finite_points(k_rows, v_rows, item, valid, head,
-                       WIDTH: tl.constexpr, PADDED: tl.constexpr,
-                       VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr):  # fmt: skip
+def load_points(k_rows, v_rows, item, valid, head,
+                WIDTH: tl.constexpr, PADDED: tl.constexpr,
+                VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr,
+                CAREFUL: tl.constexpr):  # fmt: skip
     """Keys ``[BLOCK, PADDED]`` and values ``[BLOCK, VALUE_PADDED]`` of the items ``[BLOCK]``.
 
-    Those that are not finite are replaced by zeros; their flag ``[BLOCK]`` is NaN, that of others
-    zero.
+    Carefully, those that are not ``valid`` or not finite are zeros. Then a third result, the flags
+    ``[BLOCK]``, is NaN where a key or value is not finite, else zero.
     """
-    k = load_rows(k_rows, item, valid, head, WIDTH, PADDED)
-    v = load_rows(v_rows, item, valid, head, VALUE_WIDTH, VALUE_PADDED)
-    flag = tl.sum(k.to(tl.float32) * 0.0, 1) + tl.sum(v.to(tl.float32) * 0.0, 1)  # [BLOCK]
-    # Loading again takes fewer registers than keeping both.
-    finite = valid & (flag == 0.0)  # [BLOCK]
-    k = load_rows(k_rows, item, finite, head, WIDTH, PADDED)
-    v = load_rows(v_rows, item, finite, head, VALUE_WIDTH, VALUE_PADDED)
-    return k, v, flag
+    if CAREFUL:
+        k = load_rows(k_rows, item, valid, head, WIDTH, PADDED)
+        v = load_rows(v_rows, item, valid, head, VALUE_WIDTH, VALUE_PADDED)
+        flag = tl.sum(k.to(tl.float32) * 0.0, 1) + tl.sum(v.to(tl.float32) * 0.0, 1)
+        # Loading again takes fewer registers than keeping both.
+        finite = valid & (flag == 0.0)  # [BLOCK]
+        k = load_rows(k_rows, item, finite, head, WIDTH, PADDED)
+        v = load_rows(v_rows, item, finite, head, VALUE_WIDTH, VALUE_PADDED)
+        return k, v, flag
+    else:
+        k = load_all_rows(k_rows, item, head, WIDTH, PADDED)
+        return k, load_all_rows(v_rows, item, head, VALUE_WIDTH, VALUE_PADDED), None
 
 
 @triton.jit
-def search_columns(walk, row, row_valid, level, entry, runs,
+def search_columns(walk, row, row_valid, level, first, runs,
                    DIM: tl.constexpr, LEVELS: tl.constexpr, COLUMN_LEVELS: tl.constexpr,
                    ):  # fmt: skip
-    """Some entries of a tile's runs, as `load_listed` returns those of a list.
+    """The entries of a tile's runs from ``first`` on.
 
     Args:
-        walk, entry, runs: see `load_columns`.
+        walk, runs: see `load_columns`.
         row, row_valid, level: see `window_mask`.
+        first: a scalar.
         DIM, LEVELS, COLUMN_LEVELS: numbers of dimensions, of levels, of an item's columns.
+
+    Returns:
+        The items, int64 ``[SEARCH_BLOCK]``, zero where not valid; which are valid, bool
+        ``[SEARCH_BLOCK]``; the pair mask, bool ``[ROWS, SEARCH_BLOCK]``.
     """
-    item, valid, item_level = load_columns(walk, entry, runs, COLUMN_LEVELS)  # [BLOCK] each
-    pair_mask = window_mask(
-        walk, row, level, row_valid, item, item_level, valid, DIM, LEVELS
-    )  # [ROWS, BLOCK]
+    entry = first + tl.arange(0, SEARCH_BLOCK)  # [SEARCH_BLOCK]
+    item, valid, item_level = load_columns(walk, entry, runs, COLUMN_LEVELS)
+    pair_mask = window_mask(walk, row, level, row_valid, item, item_level, valid, DIM, LEVELS)
     return item, valid, pair_mask
 
 
 @triton.jit
 def attend_block(walk, dropout, q, k, v, flag, row, item, pair_mask, head, scale,
-                 row_max, row_sum, acc, HAS_DROPOUT: tl.constexpr):  # fmt: skip
+                 row_max, row_sum, acc,
+                 HAS_DROPOUT: tl.constexpr, CAREFUL: tl.constexpr):  # fmt: skip
     """One block of the forward pass.
 
     Args:
         walk, dropout, head: as in `attend`.
         q, k, v: ``[ROWS, PADDED]``, ``[BLOCK, PADDED]`` and ``[BLOCK, VALUE_PADDED]``.
-        flag: ``[BLOCK]``, see `load_finite_points`, or None.
+        flag: ``[BLOCK]``, see `load_points`, or None.
         row, item, pair_mask: ``[ROWS]``, ``[BLOCK]`` and ``[ROWS, BLOCK]``.
         scale, row_max, row_sum: see `softmax_step`.
         acc: ``[ROWS, VALUE_PADDED]``, sums of weighted values.
         HAS_DROPOUT: whether ``dropout`` is given.
+        CAREFUL: whether ``flag`` is given.
 
     Returns:
         The new ``row_max``, ``row_sum`` and ``acc``.
     """
     logits = dot(q, tl.trans(k))  # [ROWS, BLOCK]
     logits += logits * 0.0  # NaN instead of infinity
-    if flag is not None:
+    if CAREFUL:
         logits += flag[None, :]
     logits = tl.where(pair_mask, logits, -float("inf"))
     weights, rescale, row_max, row_sum = softmax_step(
@@ -117,36 +128,51 @@ def attend_block(walk, dropout, q, k, v, flag, row, item, pair_mask, head, scale
 
 
 @triton.jit
-def attend_carefully(walk, dropout, q, k_rows, v_rows, tile, row, row_valid, head, scale,
-                     DIM: tl.constexpr, LEVELS: tl.constexpr,
-                     WIDTH: tl.constexpr, PADDED: tl.constexpr,
-                     VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr,
-                     HAS_DROPOUT: tl.constexpr,
-                     ROWS: tl.constexpr):  # fmt: skip
-    """``row_max``, ``row_sum`` and ``acc`` of `attend`, from the tile's runs."""
+def attend_list(walk, dropout, q, k_rows, v_rows, row, bit, head, scale, start, n_entries,
+                WIDTH: tl.constexpr, PADDED: tl.constexpr,
+                VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr,
+                HAS_DROPOUT: tl.constexpr, CAREFUL: tl.constexpr,
+                ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """``row_max``, ``row_sum`` and ``acc`` of `attend`, from the tile's list."""
+    row_max = tl.full([ROWS], -float("inf"), tl.float32)
+    row_sum = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, VALUE_PADDED], tl.float32)
+    for first in tl.range(0, n_entries, BLOCK, num_stages=1 if CAREFUL else None):
+        point, members = load_listed(walk, start + first + tl.arange(0, BLOCK))  # [BLOCK] each
+        k, v, flag = load_points(
+            k_rows, v_rows, point, point >= 0, head,
+            WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, CAREFUL,
+        )  # [BLOCK, PADDED], [BLOCK, VALUE_PADDED], [BLOCK]  # fmt: skip
+        row_max, row_sum, acc = attend_block(
+            walk, dropout, q, k, v, flag, row, point, member_mask(bit, members), head, scale,
+            row_max, row_sum, acc, HAS_DROPOUT, CAREFUL,
+        )  # fmt: skip
+    return row_max, row_sum, acc
+
+
+@triton.jit
+def attend_runs(walk, dropout, q, k_rows, v_rows, tile, row, row_valid, head, scale,
+                DIM: tl.constexpr, LEVELS: tl.constexpr,
+                WIDTH: tl.constexpr, PADDED: tl.constexpr,
+                VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr,
+                HAS_DROPOUT: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
+    """The same from the tile's runs."""
     row_max = tl.full([ROWS], -float("inf"), tl.float32)
     row_sum = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, VALUE_PADDED], tl.float32)
     for level in range(LEVELS):
         runs = load_runs(walk, tile, level, ROWS, LEVELS)
-        for first in tl.range(0, runs[2], CAREFUL_BLOCK, num_stages=1):
+        for first in tl.range(0, runs[2], SEARCH_BLOCK, num_stages=1):
             point, valid, pair_mask = search_columns(
-                walk,
-                row,
-                row_valid,
-                level,
-                first + tl.arange(0, CAREFUL_BLOCK),
-                runs,
-                DIM,
-                LEVELS,
-                1,
-            )  # [BLOCK], [BLOCK], [ROWS, BLOCK]
-            k, v, flag = load_finite_points(
-                k_rows, v_rows, point, valid, head, WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED
-            )  # [BLOCK, PADDED], [BLOCK, VALUE_PADDED], [BLOCK]
+                walk, row, row_valid, level, first, runs, DIM, LEVELS, 1
+            )  # [SEARCH_BLOCK], [SEARCH_BLOCK], [ROWS, SEARCH_BLOCK]
+            k, v, flag = load_points(
+                k_rows, v_rows, point, valid, head,
+                WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, True,
+            )  # [SEARCH_BLOCK, PADDED], [SEARCH_BLOCK, VALUE_PADDED], [SEARCH_BLOCK]  # fmt: skip
             row_max, row_sum, acc = attend_block(
                 walk, dropout, q, k, v, flag, row, point, pair_mask, head, scale,
-                row_max, row_sum, acc, HAS_DROPOUT,
+                row_max, row_sum, acc, HAS_DROPOUT, True,
             )  # fmt: skip
     return row_max, row_sum, acc
 
@@ -184,20 +210,19 @@ def attend(tiles, levels, n_rows, n_columns, n_items, n_runs, n_blocks, n_groups
     q = load_rows(q_rows, row, row_valid, head, WIDTH, PADDED)  # [ROWS, PADDED]
     positive_scale = tl.maximum(tl.abs(scale), SMALLEST_SCALE) * LOG2_E
     bit = member_bits(walk, row, row_valid, ROWS)  # [ROWS]
-    row_max = tl.full([ROWS], -float("inf"), tl.float32)
-    row_sum = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, VALUE_PADDED], tl.float32)
-    list_start, n_entries = load_list(walk, tile, LIST_BLOCK)
-    for first in range(0, n_entries, BLOCK):
-        point, members = load_listed(walk, list_start + first + tl.arange(0, BLOCK))  # [BLOCK] each
-        k = load_all_rows(k_rows, point, head, WIDTH, PADDED)  # [BLOCK, PADDED]
-        v = load_all_rows(v_rows, point, head, VALUE_WIDTH, VALUE_PADDED)  # [BLOCK, VALUE_PADDED]
-        row_max, row_sum, acc = attend_block(
-            walk, dropout, q, k, v, None, row, point, member_mask(bit, members), head,
-            positive_scale, row_max, row_sum, acc, HAS_DROPOUT,
-        )  # fmt: skip
-    if (n_entries < 0) | ~all_finite(acc):
-        row_max, row_sum, acc = attend_carefully(
+    start, n_entries = load_list(walk, tile, LIST_BLOCK)
+    if n_entries >= 0:
+        row_max, row_sum, acc = attend_list(
+            walk, dropout, q, k_rows, v_rows, row, bit, head, positive_scale, start, n_entries,
+            WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, HAS_DROPOUT, False, ROWS, BLOCK,
+        )  # [ROWS], [ROWS], [ROWS, VALUE_PADDED]  # fmt: skip
+        if not all_finite(acc):
+            row_max, row_sum, acc = attend_list(
+                walk, dropout, q, k_rows, v_rows, row, bit, head, positive_scale, start, n_entries,
+                WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, HAS_DROPOUT, True, ROWS, BLOCK,
+            )  # fmt: skip
+    else:
+        row_max, row_sum, acc = attend_runs(
             walk, dropout, q, k_rows, v_rows, tile, row, row_valid, head, positive_scale,
             DIM, LEVELS, WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, HAS_DROPOUT, ROWS,
         )  # fmt: skip
@@ -275,32 +300,46 @@ def query_gradients_block(walk, dropout, q, k, v, grad_out, row, item, pair_mask
 
 
 @triton.jit
-def query_gradients_carefully(walk, dropout, q, k_rows, v_rows, grad_out, tile, row, row_active,
-                              head, scale, lse, delta,
-                              DIM: tl.constexpr, LEVELS: tl.constexpr,
-                              WIDTH: tl.constexpr, PADDED: tl.constexpr,
-                              VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr,
-                              HAS_DROPOUT: tl.constexpr,
-                              ROWS: tl.constexpr):  # fmt: skip
-    """``grad_q`` of `query_gradients`, not scaled yet, from the tile's runs."""
+def query_gradients_list(walk, dropout, q, k_rows, v_rows, grad_out, row, bit, head, scale,
+                         lse, delta, start, n_entries,
+                         WIDTH: tl.constexpr, PADDED: tl.constexpr,
+                         VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr,
+                         HAS_DROPOUT: tl.constexpr, CAREFUL: tl.constexpr,
+                         ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """``grad_q`` of `query_gradients`, not scaled yet, from the tile's list."""
+    grad_q = tl.zeros([ROWS, PADDED], tl.float32)
+    for first in tl.range(0, n_entries, BLOCK, num_stages=1 if CAREFUL else None):
+        point, members = load_listed(walk, start + first + tl.arange(0, BLOCK))  # [BLOCK] each
+        k, v, _ = load_points(
+            k_rows, v_rows, point, point >= 0, head,
+            WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, CAREFUL,
+        )  # [BLOCK, PADDED], [BLOCK, VALUE_PADDED]  # fmt: skip
+        grad_q = query_gradients_block(
+            walk, dropout, q, k, v, grad_out, row, point, member_mask(bit, members), head, scale,
+            lse, delta, grad_q, HAS_DROPOUT,
+        )  # fmt: skip
+    return grad_q
+
+
+@triton.jit
+def query_gradients_runs(walk, dropout, q, k_rows, v_rows, grad_out, tile, row, row_active,
+                         head, scale, lse, delta,
+                         DIM: tl.constexpr, LEVELS: tl.constexpr,
+                         WIDTH: tl.constexpr, PADDED: tl.constexpr,
+                         VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr,
+                         HAS_DROPOUT: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
+    """The same from the tile's runs."""
     grad_q = tl.zeros([ROWS, PADDED], tl.float32)
     for level in range(LEVELS):
         runs = load_runs(walk, tile, level, ROWS, LEVELS)
-        for first in tl.range(0, runs[2], CAREFUL_BLOCK, num_stages=1):
+        for first in tl.range(0, runs[2], SEARCH_BLOCK, num_stages=1):
             point, valid, pair_mask = search_columns(
-                walk,
-                row,
-                row_active,
-                level,
-                first + tl.arange(0, CAREFUL_BLOCK),
-                runs,
-                DIM,
-                LEVELS,
-                1,
-            )  # [BLOCK], [BLOCK], [ROWS, BLOCK]
-            k, v, _ = load_finite_points(
-                k_rows, v_rows, point, valid, head, WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED
-            )  # [BLOCK, PADDED], [BLOCK, VALUE_PADDED]
+                walk, row, row_active, level, first, runs, DIM, LEVELS, 1
+            )  # [SEARCH_BLOCK], [SEARCH_BLOCK], [ROWS, SEARCH_BLOCK]
+            k, v, _ = load_points(
+                k_rows, v_rows, point, valid, head,
+                WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, True,
+            )  # [SEARCH_BLOCK, PADDED], [SEARCH_BLOCK, VALUE_PADDED]  # fmt: skip
             grad_q = query_gradients_block(
                 walk, dropout, q, k, v, grad_out, row, point, pair_mask, head, scale, lse, delta,
                 grad_q, HAS_DROPOUT,
@@ -348,18 +387,21 @@ def query_gradients(tiles, levels, n_rows, n_columns, n_items, n_runs, n_blocks,
     )  # [ROWS]
     lse, delta = store_stats(stats_ptr, row, row_valid, head, n_rows, lse, delta)  # [ROWS] each
     bit = tl.where(row_active, member_bits(walk, row, row_valid, ROWS), 0)  # [ROWS]
-    grad_q = tl.zeros([ROWS, PADDED], tl.float32)
-    list_start, n_entries = load_list(walk, tile, LIST_BLOCK)
-    for first in range(0, n_entries, BLOCK):
-        point, members = load_listed(walk, list_start + first + tl.arange(0, BLOCK))  # [BLOCK] each
-        k = load_all_rows(k_rows, point, head, WIDTH, PADDED)  # [BLOCK, PADDED]
-        v = load_all_rows(v_rows, point, head, VALUE_WIDTH, VALUE_PADDED)  # [BLOCK, VALUE_PADDED]
-        grad_q = query_gradients_block(
-            walk, dropout, q, k, v, grad_out, row, point, member_mask(bit, members), head,
-            scale * LOG2_E, lse, delta, grad_q, HAS_DROPOUT,
-        )  # fmt: skip
-    if (n_entries < 0) | ~all_finite(grad_q):
-        grad_q = query_gradients_carefully(
+    start, n_entries = load_list(walk, tile, LIST_BLOCK)
+    if n_entries >= 0:
+        grad_q = query_gradients_list(
+            walk, dropout, q, k_rows, v_rows, grad_out, row, bit, head, scale * LOG2_E, lse, delta,
+            start, n_entries,
+            WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, HAS_DROPOUT, False, ROWS, BLOCK,
+        )  # [ROWS, PADDED]  # fmt: skip
+        if not all_finite(grad_q):
+            grad_q = query_gradients_list(
+                walk, dropout, q, k_rows, v_rows, grad_out, row, bit, head, scale * LOG2_E,
+                lse, delta, start, n_entries,
+                WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, HAS_DROPOUT, True, ROWS, BLOCK,
+            )  # fmt: skip
+    else:
+        grad_q = query_gradients_runs(
             walk, dropout, q, k_rows, v_rows, grad_out, tile, row, row_active, head,
             scale * LOG2_E, lse, delta,
             DIM, LEVELS, WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, HAS_DROPOUT, ROWS,
@@ -375,25 +417,42 @@ def query_gradients(tiles, levels, n_rows, n_columns, n_items, n_runs, n_blocks,
 
 
 @triton.jit
-def point_gradients_block(walk, dropout, k, v, q, grad_out, lse, delta, row, query, pair_mask,
-                          head, scale, grad_k, grad_v,
+def point_gradients_block(walk, dropout, k, v, q_rows, grad_out_rows, stats_ptr, row, query, valid,
+                          pair_mask, head, scale, grad_k, grad_v,
+                          WIDTH: tl.constexpr, PADDED: tl.constexpr,
+                          VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr,
                           HAS_DROPOUT: tl.constexpr, CAREFUL: tl.constexpr):  # fmt: skip
     """Adds one block to ``grad_k``, which is not scaled yet, and to ``grad_v``.
 
     Args:
         walk, dropout, head: as in `point_gradients`.
         k, v: ``[ROWS, PADDED]`` and ``[ROWS, VALUE_PADDED]``.
-        q, grad_out: ``[BLOCK, PADDED]`` and ``[BLOCK, VALUE_PADDED]``.
-        lse, delta: ``[BLOCK]``, see `load_stats`.
+        q_rows, grad_out_rows, stats_ptr: as in `point_gradients`.
         row, query, pair_mask: ``[ROWS]``, ``[BLOCK]`` and ``[ROWS, BLOCK]``.
+        valid: bool ``[BLOCK]``, whether queries exist; all do, unless careful.
         scale: of logits to base 2.
         grad_k, grad_v: ``[ROWS, PADDED]`` and ``[ROWS, VALUE_PADDED]``.
+        WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED: see `launch.widths`.
         HAS_DROPOUT: whether ``dropout`` is given.
-        CAREFUL: whether ``delta`` or a product may not be finite.
+        CAREFUL: whether something may not be finite.
 
     Returns:
         The new ``grad_k`` and ``grad_v``.
     """
+    if CAREFUL:
+        lse, delta = load_stats(stats_ptr, query, valid, head, walk.n_items)  # [BLOCK] each
+        # If q is not finite, neither is lse; if grad_out is not, neither is delta.
+        lse += delta * 0.0
+        finite = valid & (lse * 0.0 == 0.0)  # [BLOCK]
+        q = load_rows(q_rows, query, finite, head, WIDTH, PADDED)  # [BLOCK, PADDED]
+        grad_out = load_rows(
+            grad_out_rows, query, finite, head, VALUE_WIDTH, VALUE_PADDED
+        )  # [BLOCK, VALUE_PADDED]
+    else:
+        stats = stats_ptrs(stats_ptr, query, head, walk.n_items)  # [BLOCK]
+        lse, delta = tl.load(stats), tl.load(stats + 1)
+        q = load_all_rows(q_rows, query, head, WIDTH, PADDED)
+        grad_out = load_all_rows(grad_out_rows, query, head, VALUE_WIDTH, VALUE_PADDED)
     weights = tl.exp2(dot(k, tl.trans(q)) * scale - lse[None, :])  # [ROWS, BLOCK]
     weights = tl.where(pair_mask, weights, 0.0)
     grad_weights = dot(v, tl.trans(grad_out))  # [ROWS, BLOCK]
@@ -414,33 +473,44 @@ def point_gradients_block(walk, dropout, k, v, q, grad_out, lse, delta, row, que
 
 
 @triton.jit
-def point_gradients_carefully(walk, dropout, k, v, q_rows, grad_out_rows, stats_ptr,
-                              tile, row, row_valid, head, scale,
-                              DIM: tl.constexpr, LEVELS: tl.constexpr,
-                              WIDTH: tl.constexpr, PADDED: tl.constexpr,
-                              VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr,
-                              HAS_DROPOUT: tl.constexpr,
-                              ROWS: tl.constexpr):  # fmt: skip
-    """``grad_k`` and ``grad_v`` of `point_gradients`, the first not scaled, from a tile's runs."""
+def point_gradients_list(walk, dropout, k, v, q_rows, grad_out_rows, stats_ptr, row, bit, head,
+                         scale, start, n_entries,
+                         WIDTH: tl.constexpr, PADDED: tl.constexpr,
+                         VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr,
+                         HAS_DROPOUT: tl.constexpr, CAREFUL: tl.constexpr,
+                         ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """``grad_k``, not scaled yet, and ``grad_v`` of `point_gradients`, from the tile's list."""
+    grad_k = tl.zeros([ROWS, PADDED], tl.float32)
+    grad_v = tl.zeros([ROWS, VALUE_PADDED], tl.float32)
+    for first in tl.range(0, n_entries, BLOCK, num_stages=1 if CAREFUL else None):
+        query, members = load_listed(walk, start + first + tl.arange(0, BLOCK))  # [BLOCK] each
+        grad_k, grad_v = point_gradients_block(
+            walk, dropout, k, v, q_rows, grad_out_rows, stats_ptr, row, query, query >= 0,
+            member_mask(bit, members), head, scale, grad_k, grad_v,
+            WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, HAS_DROPOUT, CAREFUL,
+        )  # fmt: skip
+    return grad_k, grad_v
+
+
+@triton.jit
+def point_gradients_runs(walk, dropout, k, v, q_rows, grad_out_rows, stats_ptr, tile, row,
+                         row_valid, head, scale,
+                         DIM: tl.constexpr, LEVELS: tl.constexpr,
+                         WIDTH: tl.constexpr, PADDED: tl.constexpr,
+                         VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr,
+                         HAS_DROPOUT: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
+    """The same from the tile's runs."""
     grad_k = tl.zeros([ROWS, PADDED], tl.float32)
     grad_v = tl.zeros([ROWS, VALUE_PADDED], tl.float32)
     runs = load_runs(walk, tile, 0, ROWS, 1)
-    for first in tl.range(0, runs[2], CAREFUL_BLOCK, num_stages=1):
+    for first in tl.range(0, runs[2], SEARCH_BLOCK, num_stages=1):
         query, valid, pair_mask = search_columns(
-            walk, row, row_valid, 0, first + tl.arange(0, CAREFUL_BLOCK), runs, DIM, LEVELS, LEVELS
-        )  # [BLOCK], [BLOCK], [ROWS, BLOCK]
-        lse, delta = load_stats(stats_ptr, query, valid, head, walk.n_items)  # [BLOCK] each
-        # If q is not finite, neither is lse; if grad_out is not, neither is delta.
-        lse += delta * 0.0
-        finite = valid & (lse * 0.0 == 0.0)  # [BLOCK]
-        q = load_rows(q_rows, query, finite, head, WIDTH, PADDED)  # [BLOCK, PADDED]
-        grad_out = load_rows(
-            grad_out_rows, query, finite, head, VALUE_WIDTH, VALUE_PADDED
-        )  # [BLOCK, VALUE_PADDED]
+            walk, row, row_valid, 0, first, runs, DIM, LEVELS, LEVELS
+        )  # [SEARCH_BLOCK], [SEARCH_BLOCK], [ROWS, SEARCH_BLOCK]
         grad_k, grad_v = point_gradients_block(
-            walk, dropout, k, v, q, grad_out, lse, delta, row, query, pair_mask, head, scale,
-            grad_k, grad_v,
-            HAS_DROPOUT, True,
+            walk, dropout, k, v, q_rows, grad_out_rows, stats_ptr, row, query, valid, pair_mask,
+            head, scale, grad_k, grad_v,
+            WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, HAS_DROPOUT, True,
         )  # fmt: skip
     return grad_k, grad_v
 
@@ -468,25 +538,23 @@ def point_gradients(tiles, levels, n_rows, n_columns, n_items, n_runs, n_blocks,
     k = load_rows(k_rows, row, row_valid, head, WIDTH, PADDED)  # [ROWS, PADDED]
     v = load_rows(v_rows, row, row_valid, head, VALUE_WIDTH, VALUE_PADDED)  # [ROWS, VALUE_PADDED]
     bit = member_bits(walk, row, row_valid, ROWS)  # [ROWS]
-    grad_k = tl.zeros([ROWS, PADDED], tl.float32)
-    grad_v = tl.zeros([ROWS, VALUE_PADDED], tl.float32)
-    list_start, n_entries = load_list(walk, tile, LIST_BLOCK)
-    for first in range(0, n_entries, BLOCK):
-        query, members = load_listed(walk, list_start + first + tl.arange(0, BLOCK))  # [BLOCK] each
-        q = load_all_rows(q_rows, query, head, WIDTH, PADDED)  # [BLOCK, PADDED]
-        grad_out = load_all_rows(
-            grad_out_rows, query, head, VALUE_WIDTH, VALUE_PADDED
-        )  # [BLOCK, VALUE_PADDED]
-        stats = stats_ptrs(stats_ptr, query, head, n_items)  # [BLOCK]
-        grad_k, grad_v = point_gradients_block(
-            walk, dropout, k, v, q, grad_out, tl.load(stats), tl.load(stats + 1), row, query,
-            member_mask(bit, members), head, scale * LOG2_E, grad_k, grad_v,
-            HAS_DROPOUT, False,
-        )  # fmt: skip
-    if (n_entries < 0) | ~(all_finite(grad_k) & all_finite(grad_v)):
-        grad_k, grad_v = point_gradients_carefully(
-            walk, dropout, k, v, q_rows, grad_out_rows, stats_ptr,
-            tile, row, row_valid, head, scale * LOG2_E,
+    start, n_entries = load_list(walk, tile, LIST_BLOCK)
+    if n_entries >= 0:
+        grad_k, grad_v = point_gradients_list(
+            walk, dropout, k, v, q_rows, grad_out_rows, stats_ptr, row, bit, head, scale * LOG2_E,
+            start, n_entries,
+            WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, HAS_DROPOUT, False, ROWS, BLOCK,
+        )  # [ROWS, PADDED], [ROWS, VALUE_PADDED]  # fmt: skip
+        if not (all_finite(grad_k) & all_finite(grad_v)):
+            grad_k, grad_v = point_gradients_list(
+                walk, dropout, k, v, q_rows, grad_out_rows, stats_ptr, row, bit, head,
+                scale * LOG2_E, start, n_entries,
+                WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, HAS_DROPOUT, True, ROWS, BLOCK,
+            )  # fmt: skip
+    else:
+        grad_k, grad_v = point_gradients_runs(
+            walk, dropout, k, v, q_rows, grad_out_rows, stats_ptr, tile, row, row_valid, head,
+            scale * LOG2_E,
             DIM, LEVELS, WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, HAS_DROPOUT, ROWS,
         )  # fmt: skip
     store_rows(grad_k_rows, row, row_valid, head, grad_k * scale, WIDTH, PADDED)
