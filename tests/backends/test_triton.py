@@ -695,7 +695,7 @@ def test_opcheck(uninitialized_is_nan: None) -> None:  # lists have meaningless 
         back_end.find_slices(
             point_keys.sort().values, query_keys, slices.traversal, *keys.window_rows()
         )
-    assert len(ops.calls) == 8
+    assert len(ops.calls) == 7
     backward, arguments = ops.calls["neighborhood_attention_backward"]
     for needs in ((False, True), (True, False)):
         leaves = as_leaves((*arguments[:-2], *needs), requires_grad=False)
