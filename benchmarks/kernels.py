@@ -28,6 +28,7 @@ from vicinal._index.tiles import tile_rows
 from vicinal.backends import reference
 from vicinal.backends import triton as triton_backend
 from vicinal.backends.triton import ops as triton_ops
+from vicinal.backends.triton import plan_ops
 
 
 class Case(NamedTuple):
@@ -88,7 +89,10 @@ def launches(case: Case) -> list[Launch]:
         found[kernel] = Launch(kernel, arguments, options)
 
     plan = _plan(case)
-    with mock.patch.object(triton_ops, "launch", record):
+    with (
+        mock.patch.object(triton_ops, "launch", record),
+        mock.patch.object(plan_ops, "launch", record),
+    ):
         if not case.everything:
             _find_tiles(plan)
         _rotate_and_attend(plan, case)
@@ -104,11 +108,29 @@ def _plan(case: Case) -> NeighborhoodPlan:
 
 
 def _find_tiles(plan: NeighborhoodPlan) -> None:
-    keys, _, query_keys, point_keys, *_ = plan._keyed_cells
-    slices = plan._tensors.query_slices
-    triton_ops.find_slices(point_keys, query_keys, slices.traversal, *keys.window_rows())
+    tables, cells = plan._kernel_tables(), plan._point_cells()
+    levels, query_slots, point_slots = tables.on(plan.device)
+    numbers, dtype = list(tables.numbers), tables.layout.key_dtype
+    positions, coordinates = plan._keyed_cells.positions, plan._keyed_cells.coordinates
+    offsets, (points, shifts) = torch.tensor([0, len(positions)]), plan.copies
+    query_keys = torch.zeros(plan.n_levels, plan.n_queries, dtype=dtype)
+    point_keys = torch.zeros(plan.n_points, dtype=dtype)
+    plan_ops.find_point_slices(query_keys, point_keys, *cells, point_slots, numbers, plan.n_levels)
+    plan_ops.find_query_slices(
+        positions,
+        offsets,
+        coordinates,
+        points,
+        shifts,
+        levels,
+        query_slots,
+        numbers,
+        dtype,
+        torch.float32,
+    )
     rows = tile_rows(plan.n_queries, plan.n_points)
-    triton_ops.find_runs(*slices[:3], list(plan.neighborhood_sizes), plan.position_dim, rows)
+    slices = plan._tensors.query_slices
+    plan_ops.find_runs(*slices[:3], list(plan.neighborhood_sizes), plan.position_dim, rows)
 
 
 def _rotate_and_attend(plan: NeighborhoodPlan, case: Case) -> None:

@@ -28,6 +28,7 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
 from vicinal.backends.triton import ops as triton_ops
+from vicinal.backends.triton import plan_ops
 
 SHAPES = ((24, 24), (12, 12), (6, 6))
 SIZES = (3, 5, 3)
@@ -64,7 +65,8 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         assert isinstance(n_programs, int)
         names.append(kernel.fn.__name__)
 
-    monkeypatch.setattr(triton_ops, "launch", launch)
+    for module in (triton_ops, plan_ops):
+        monkeypatch.setattr(module, "launch", launch)
     with HostCode("vicinal_triton"):
         yield names
 
@@ -110,7 +112,8 @@ def test_a_training_step_with_planning(
     assert all(parameter.grad is not None for parameter in block.parameters())
     # Constants are cached on the GPU, so each is copied once.
     assert set(copied) == {constants.__name__}
-    kernels = {"find_slices", "find_runs", "place_lists", "write_lists"}
+    kernels = {"place_queries", "place_points", "place_along_curve", "split_order", "find_slices"}
+    kernels |= {"find_runs", "place_lists", "write_lists"}
     kernels |= {"attend", "query_gradients", "point_gradients", "rotate", "rotate_backward"}
     if background:
         kernels |= {"cell_key_gradients", "cell_value_gradients"}

@@ -2,13 +2,14 @@
 
 import importlib.util
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import golden_cases
 import numpy as np
 import pytest
 import torch
+from bounds import Checked
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import (
@@ -46,7 +47,7 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
 from vicinal.backends.triton import ops as triton_ops
-from vicinal.backends.triton.launch import launch
+from vicinal.backends.triton import plan_ops
 
 # The interpreter computes with NumPy, which warns about values that kernels mask.
 pytestmark = [
@@ -229,7 +230,7 @@ def test_windows_wider_than_a_block_of_cells() -> None:
 @pytest.mark.usefixtures("runs_by_triton")
 def test_more_slices_than_a_program_sorts() -> None:
     scene = make_scene(((4, 4, 4), (3, 3, 3)), (13, 3), (9, 9), 30)
-    assert triton_ops.LARGEST_SORT < TILE * 13**2
+    assert plan_ops.LARGEST_SORT < TILE * 13**2
     assert_exact(scene, heads=1)
 
 
@@ -454,18 +455,6 @@ def test_rotation_by_large_coordinates_in_float64() -> None:
     assert relative_error(rotated, expected.detach()) < TOLERANCE
 
 
-@settings(max_examples=20)
-@given(scene=scenes())
-def test_slices(scene: Scene) -> None:
-    plan = scene.plan()
-    keys, _, query_keys, point_keys, *_ = plan._keyed_cells
-    traversal = plan._tensors.query_slices.traversal
-    arguments = [point_keys.sort().values, query_keys, traversal, *keys.window_rows()]
-    found = back_end.find_slices(*[x.to(DEVICE) for x in arguments])
-    for actual, expected in zip(found, reference.find_slices(*arguments), strict=True):
-        assert torch.equal(actual.cpu(), expected)
-
-
 @settings(max_examples=10)
 @given(scene=scenes(), rows=st.sampled_from([1, 4, TILE]))
 @pytest.mark.usefixtures("runs_by_triton")
@@ -542,65 +531,6 @@ def test_tiles_without_space_have_no_list(monkeypatch: pytest.MonkeyPatch) -> No
 # ----------------------------------------------------------------------------- bounds of buffers
 
 
-class Checked:
-    """Triton's interpreter, with a check that kernels stay inside the tensors they were given."""
-
-    def __init__(self, plain: Any) -> None:
-        self._plain = plain
-        self.ranges = np.zeros((0, 2), dtype=np.uint64)
-        self.n_checked = 0
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._plain, name)
-
-    def allow(self, arguments: Any) -> None:
-        storages = [x.untyped_storage() for x in _tensors(arguments)]
-        ranges = [(x.data_ptr(), x.data_ptr() + x.nbytes()) for x in storages]
-        self.ranges = np.array(ranges, dtype=np.uint64)
-
-    def _check(self, addresses: Any, mask: Any, n_bytes: int) -> None:
-        used = addresses[mask].ravel()
-        inside = np.zeros(used.shape, dtype=bool)
-        for start, stop in self.ranges:
-            inside |= (used >= start) & (used + np.uint64(n_bytes) <= stop)
-        self.n_checked += inside.size
-        assert inside.all(), "a kernel accessed memory out of bounds"
-
-    def load(self, addresses: Any, mask: Any, other: Any, dtype: Any) -> Any:
-        self._check(addresses, mask, np.dtype(dtype).itemsize)
-        return self._plain.load(addresses, mask, other, dtype)
-
-    def store(self, addresses: Any, value: Any, mask: Any) -> Any:
-        self._check(addresses, mask, value.dtype.itemsize)
-        return self._plain.store(addresses, value, mask)
-
-
-def _tensors(arguments: Any) -> Iterator[Tensor]:
-    for x in arguments:
-        if isinstance(x, Tensor):
-            yield x
-        elif isinstance(x, tuple):
-            yield from _tensors(x)
-
-
-@pytest.fixture
-def checked(monkeypatch: pytest.MonkeyPatch) -> Checked | None:
-    """The checking interpreter; None on a GPU, where `test_gpu` runs compute-sanitizer."""
-    if not triton_ops.INTERPRETS:
-        return None
-    import triton.runtime.interpreter as interpreter
-
-    checked = Checked(interpreter._interpreter)
-
-    def checked_launch(kernel: Any, n_programs: int, *arguments: Any, **options: Any) -> None:
-        checked.allow(arguments)
-        launch(kernel, n_programs, *arguments, **options)
-
-    monkeypatch.setattr(interpreter, "_interpreter", checked)
-    monkeypatch.setattr(triton_ops, "launch", checked_launch)
-    return checked
-
-
 def bad_plan(scene: Scene) -> NeighborhoodPlan:
     """Unsorted offsets, non-finite positions, and points outside the map, images and levels."""
     scene.positions[::5] = math.nan
@@ -634,9 +564,6 @@ def test_kernels_stay_in_their_buffers(
     results = ((x.out, x.lse, *x.grads) for x in (actual, exact))
     for result, expected in zip(*results, strict=True):
         assert relative_error(result, expected) < TOLERANCE
-    keys, _, query_keys, point_keys, *_ = plan._keyed_cells
-    traversal = plan._tensors.query_slices.traversal
-    back_end.find_slices(point_keys.sort().values, query_keys, traversal, *keys.window_rows())
     encoding = RotaryEncoding(6, 1, 2, backend="triton").to(DEVICE)
     x = torch.randn(19, 1, 6, device=DEVICE).requires_grad_()
     encoding(x, torch.full((19, 3), math.nan, device=DEVICE)).sum().backward()
@@ -691,10 +618,6 @@ def test_opcheck(uninitialized_is_nan: None) -> None:  # lists have meaningless 
         encoding(inputs.q.expand(-1, 2, -1), torch.rand(6, 3, device=DEVICE)).sum().backward()
         slices = plan._tensors.query_slices
         back_end.find_runs(*slices[:3], plan.neighborhood_sizes, 2, TILE)
-        keys, _, query_keys, point_keys, *_ = plan._keyed_cells
-        back_end.find_slices(
-            point_keys.sort().values, query_keys, slices.traversal, *keys.window_rows()
-        )
     assert len(ops.calls) == 7
     backward, arguments = ops.calls["neighborhood_attention_backward"]
     for needs in ((False, True), (True, False)):

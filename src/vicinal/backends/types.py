@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 FindRuns = Callable[..., tuple[Tensor, Tensor, Tensor]]  # see `backends.reference.find_runs`
+FindQuerySlices = Callable[..., "QuerySlices"]  # see `backends.ops.Ops.find_query_slices`
+FindPointSlices = Callable[..., "NeighborSlices"]  # see `backends.ops.Ops.find_point_slices`
 FindLists = Callable[..., tuple[Tensor, Tensor, Tensor]]  # see `backends.ops.Ops.find_lists`
 
 TILE = 16
@@ -31,6 +33,42 @@ class NeighborSlices(NamedTuple):
     starts: Tensor
     stops: Tensor
     order: Tensor
+
+
+class QuerySlices(NamedTuple):
+    """What the planning op of a back end finds: cells, keys and the slices of every query.
+
+    int32, but for keys, which may be int64. The copies of points count as points.
+
+    Attributes:
+        query_batch: ``[N]``, the image of every query, -1 for an invalid one.
+        query_groups, query_cells: ``[L, N]`` and ``[L, P, N]``, see `_index.tiles.GroupedCells`.
+        center_columns: ``[N, L]``, see `PlanTensors`.
+        query_keys: ``[L, N]``, the keys of the windows' centers.
+        key_coordinates: floating ``[nnz, P + 1]``, the centers of the points' cells as positions,
+            and the level, for the rotary encoding of keys.
+        coordinates: ``[nnz, P + 2]``, image, cell and level, 0 where a point is misplaced.
+        point_groups, point_cells: ``[1, nnz]`` and ``[1, P, nnz]``, likewise.
+        sort_keys: ``[nnz + N]``, the points' keys, then those of the queries' traversal.
+        traversal, starts, stops, order: see `NeighborSlices`.
+        point_columns: ``[nnz]``, see `PlanTensors`.
+    """
+
+    query_batch: Tensor
+    query_groups: Tensor
+    query_cells: Tensor
+    center_columns: Tensor
+    query_keys: Tensor
+    key_coordinates: Tensor
+    coordinates: Tensor
+    point_groups: Tensor
+    point_cells: Tensor
+    sort_keys: Tensor
+    traversal: Tensor
+    starts: Tensor
+    stops: Tensor
+    order: Tensor
+    point_columns: Tensor
 
 
 class Tiles(NamedTuple):
@@ -130,3 +168,6 @@ class Backend(NamedTuple):
     find_runs: FindRuns | None = None
     """Where given, the back end takes ``query_tiles`` and ``point_tiles``, found by this op."""
     find_lists: FindLists | None = None
+    find_query_slices: FindQuerySlices | None = None
+    """Where given, plans are made by this op and the next, in few launches."""
+    find_point_slices: FindPointSlices | None = None

@@ -2,7 +2,7 @@
 
 import contextlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -10,19 +10,84 @@ from torch import Tensor
 
 from ..._utils.constants import constant
 from ..types import LIST_BLOCK, Tiles
+from . import interprets
 from .background import EmptyCells
 from .parts import Rows
 from .tile_walk import Walk
 
+INTERPRETS = interprets()  # kernels run on the CPU, for tests
+ON_AMD = torch.version.hip is not None
 _MIN_WIDTH = 16  # the minimum size of `tl.dot`
 
 
 def launch(kernel: Any, n_programs: int, *arguments: Any, num_warps: int, **constants: Any) -> None:
-    """Runs ``n_programs`` programs of a kernel; zero is allowed."""
-    if n_programs:
-        # A product and a sum are rounded once. Triton's default varies with its version.
-        options = {"num_warps": num_warps, "enable_fp_fusion": True}
-        kernel[(n_programs,)](*arguments, **options, **constants)
+    """Runs ``n_programs`` programs of a kernel; zero is allowed.
+
+    Triton takes tens of microseconds to bind the arguments of a call by name, to look up what it
+    compiled for arguments like these, and to compare all global constants. So it does that once for
+    each `specialization`; later calls run the compiled kernel.
+    """
+    if not n_programs:
+        return
+    if INTERPRETS:
+        _run(kernel, n_programs, arguments, num_warps, constants)
+        return
+    values = tuple([constants[name] for name in kernel.arg_names[len(arguments) :]])
+    key = (
+        id(kernel), torch.cuda.current_device(), num_warps, values, specialization(arguments)
+    )  # fmt: skip
+    compiled = _compiled.get(key)
+    if compiled is None:
+        compiled = _run(kernel, n_programs, arguments, num_warps, constants)
+        if compiled is not None:  # a hook of Triton may prevent compiling
+            _compiled[key] = compiled
+    else:
+        compiled[(n_programs, 1, 1)](*arguments, *values)
+
+
+def _run(
+    kernel: Any, n_programs: int, arguments: tuple[Any, ...], num_warps: int,
+    constants: dict[str, Any],
+) -> Any:  # fmt: skip
+    """Has Triton compile a kernel and run it; returns what it compiled."""
+    # A product and a sum are rounded once. Triton's default varies with its version.
+    options = {"num_warps": num_warps, "enable_fp_fusion": True}
+    return kernel[(n_programs,)](*arguments, **options, **constants)
+
+
+def specialization(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What of the arguments decides which variant of a kernel Triton compiles.
+
+    That is the dtype of a tensor, whether its address is a multiple of 16, and on cards of AMD
+    whether its bytes can be counted by int32; whether an integer is
+    one, a multiple of 16, or beyond int32; and which arguments are None.
+    """
+    return tuple([_SPECIALIZATIONS[type(x)](x) for x in arguments])
+
+
+def _of_tensor(x: Tensor) -> tuple[Any, ...]:
+    return x.dtype, x.data_ptr() % 16, ON_AMD and x.untyped_storage().nbytes() < 2**31
+
+
+def _of_integer(x: int) -> tuple[Any, ...]:
+    return x == 1, x % 16 == 0, -(2**31) <= x < 2**31, x < 2**63
+
+
+class _Specializations(dict[type, Callable[[Any], Any]]):
+    """A function for each type of argument; subclasses are added as they appear."""
+
+    def __missing__(self, kind: type) -> Callable[[Any], Any]:
+        if issubclass(kind, Tensor):
+            self[kind] = _of_tensor
+        elif issubclass(kind, tuple):
+            self[kind] = specialization
+        else:
+            self[kind] = type
+        return self[kind]
+
+
+_SPECIALIZATIONS = _Specializations({Tensor: _of_tensor, int: _of_integer, tuple: specialization})
+_compiled: dict[Any, Any] = {}
 
 
 @contextlib.contextmanager

@@ -1,6 +1,5 @@
 """The ops of `backends.ops` in Triton: their outputs, and the launches that fill them."""
 
-import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -8,17 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import reference
 from ..ops import list_space, new_gradients
 from ..types import LIST_BLOCK, TILE, Tiles
 from . import attention as attention_kernels
 from . import background as background_kernels
-from . import interprets
 from . import lists as list_kernels
-from . import plan as plan_kernels
+from . import plan_ops
 from . import rotary as rotary_kernels
 from .background import CellGradients
 from .launch import (
+    INTERPRETS,
     AttentionArguments,
     cdiv,
     heads,
@@ -30,9 +28,8 @@ from .launch import (
 )
 from .parts import Dropout, Rows
 
-INTERPRETS = interprets()  # kernels run on the CPU, for tests
+__all__ = ["INTERPRETS", "KERNELS"]
 
-LARGEST_SORT = 2048  # slices of a tile at a level; larger sorts take long to compile
 _PARTS = 64  # into which a sum over all queries is split
 _CELLS = 16  # of a window in a block: bits of a word, and the minimum size of `tl.dot`
 
@@ -182,7 +179,7 @@ def rotate_backward(
     n, n_heads, width = out.shape
     block, n_coordinates = _tokens(width), coordinates.shape[1]
     grad_x, grad_coordinates = out.new_empty(out.shape), torch.empty_like(coordinates)
-    parts = frequencies.new_empty(cdiv(n, block), *frequencies.shape)
+    parts = frequencies.new_empty(cdiv(n, block), *frequencies.shape, dtype=torch.float64)
     with on_device_of(out):
         launch(
             rotary_kernels.rotate_backward, len(parts), heads(grad_out), heads(out),
@@ -190,47 +187,7 @@ def rotate_backward(
             n, n_coordinates, n_heads, PAIRS=width // 2, PADDED=power_of_2(width // 2),
             AXES=power_of_2(n_coordinates), BLOCK=block, num_warps=4,
         )  # fmt: skip
-    return grad_x, grad_coordinates, parts.sum(0)
-
-
-def find_slices(
-    sorted_keys: Tensor, centers: Tensor, traversal: Tensor, level: Tensor, offset: Tensor,
-    radius: Tensor,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """See `backends.ops`."""
-    n_queries, n_slices, block = centers.shape[1], len(level), 256
-    starts = traversal.new_empty(n_queries, n_slices)
-    stops = torch.empty_like(starts)
-    tensors = [x.contiguous() for x in (sorted_keys, centers, level, offset, radius)]
-    with on_device_of(centers):
-        launch(
-            plan_kernels.find_slices, cdiv(starts.numel(), block), *tensors, starts, stops,
-            len(sorted_keys), len(sorted_keys).bit_length(), n_queries, n_slices, starts.numel(),
-            BLOCK=block, num_warps=4,
-        )  # fmt: skip
-    return starts, stops
-
-
-def find_runs(
-    traversal: Tensor, starts: Tensor, stops: Tensor, sizes: list[int], position_dim: int, rows: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See `backends.ops`."""
-    n_level_slices = slices_per_level(sizes, position_dim)
-    if rows * max(n_level_slices) > LARGEST_SORT:
-        return reference.find_runs(traversal, starts, stops, sizes, position_dim, rows)
-    n_tiles, n_slices, n_levels = cdiv(len(traversal), rows), sum(n_level_slices), len(sizes)
-    firsts = traversal.new_zeros(n_tiles, rows * n_slices)
-    shifts, counts = torch.zeros_like(firsts), traversal.new_empty(n_tiles, n_levels, 2)
-    first_slices = itertools.accumulate(n_level_slices, initial=0)
-    with on_device_of(traversal):
-        for level, (own, first) in enumerate(zip(n_level_slices, first_slices, strict=False)):
-            padded = power_of_2(rows * own)
-            launch(
-                plan_kernels.find_runs, n_tiles, traversal, starts, stops, firsts, shifts, counts,
-                len(traversal), n_slices, n_levels, level, first, LEVEL_SLICES=own, ROWS=rows,
-                PADDED=padded, num_warps=max(1, min(8, padded // 256)),
-            )  # fmt: skip
-    return firsts, shifts, counts
+    return grad_x, grad_coordinates, parts.sum(0).to(frequencies.dtype)
 
 
 def find_lists(
@@ -271,7 +228,8 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "neighborhood_attention_backward": attend_backward,
     "rotate": rotate,
     "rotate_backward": rotate_backward,
-    "find_slices": find_slices,
-    "find_runs": find_runs,
+    "find_query_slices": plan_ops.find_query_slices,
+    "find_point_slices": plan_ops.find_point_slices,
+    "find_runs": plan_ops.find_runs,
     "find_lists": find_lists,
 }
