@@ -113,7 +113,7 @@ def test_a_training_step_with_planning(
     # Constants are cached on the GPU, so each is copied once.
     assert set(copied) == {constants.__name__}
     kernels = {"place_queries", "place_points", "place_along_curve", "split_order", "find_slices"}
-    kernels |= {"find_runs", "place_lists", "write_lists", "find_flags"}
+    kernels |= {"find_runs", "place_lists", "write_lists"}
     kernels |= {"attend", "query_gradients", "point_gradients", "rotate", "rotate_backward"}
     if background:
         kernels |= {"cell_key_gradients", "cell_value_gradients"}
@@ -129,7 +129,7 @@ def test_gradients_of_frozen_inputs_are_not_computed(frozen: str, launched: list
     q, k = (torch.randn(50, 2, 16, device="meta") for _ in range(2))
     (k if frozen == "queries" else q).requires_grad_()
     neighborhood_attention(q, k, k, plan).sum().backward()
-    of_points, of_queries = {"point_gradients", "find_deltas"}, {"query_gradients"}
+    of_points, of_queries = {"point_gradients", "find_stats"}, {"query_gradients"}
     wanted, others = (of_points, of_queries) if frozen == "queries" else (of_queries, of_points)
     assert wanted < set(launched)
     assert not others & set(launched)

@@ -190,6 +190,39 @@ def test_few_rows_among_many_columns(few: str) -> None:
     assert_exact(scene, heads=1, background=True, dropout_p=0.2)
 
 
+@pytest.fixture(params=["all", "some", "none"])
+def listed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How many tiles have a list; kernels search the runs of the others."""
+    space = {"all": 2**14, "some": 5, "none": 0}[request.param]
+    monkeypatch.setattr(triton_ops, "list_space", lambda *_: space)
+
+
+@pytest.mark.usefixtures("listed")
+def test_tiles_with_and_without_lists() -> None:
+    scene = make_scene(((9, 7), (5, 4)), (3, 3), (30, 25), 60)
+    assert_exact(scene, heads=2, background=True, mask=True, dropout_p=0.2)
+
+
+@pytest.mark.parametrize("scale", [-0.7, 0.0])
+def test_scales_that_are_not_positive(scale: float) -> None:
+    plan = full_window_scene(20, 30).plan()
+    inputs = make_inputs(plan, background=True, heads=2)
+
+    def attend(inputs: Inputs, name: str) -> Answer:
+        leaves = inputs.fresh()
+        out, lse = leaves.attend(plan.to(DEVICE), name, scale=scale)
+        (out.square().sum() + lse.sin().sum()).backward()
+        return Answer(
+            out.detach(), lse.detach(), tuple(x.grad for x in leaves.leaves() if x.grad is not None)
+        )
+
+    exact = on_cpu(attend(on_device(inputs, torch.float64), "reference"))
+    actual = on_cpu(attend(on_device(inputs), "triton"))
+    errors = [relative_error(actual.out, exact.out), relative_error(actual.lse, exact.lse)]
+    errors += [relative_error(*pair) for pair in zip(actual.grads, exact.grads, strict=True)]
+    assert max(errors) < TOLERANCE
+
+
 def test_windows_wider_than_a_block_of_cells() -> None:
     assert_exact(make_scene(((60,), (9,)), (37, 5), (5, 8), 30), heads=1, background=True)
 
@@ -310,6 +343,7 @@ def test_strides_of_any_kind() -> None:
 # ------------------------------------------------------------------------ non-finite numbers
 
 
+@pytest.mark.usefixtures("listed")
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("name", ["q", "k", "v"])
 def test_non_finite_inputs_reach_their_neighborhoods_alone(name: str, value: float) -> None:
@@ -349,6 +383,7 @@ def test_non_finite_inputs_reach_their_neighborhoods_alone(name: str, value: flo
         assert torch.equal(grad.cpu()[unaffected], expected.cpu()[unaffected])
 
 
+@pytest.mark.usefixtures("listed")
 def test_non_finite_gradients_reach_their_neighborhoods_alone() -> None:
     plan = scene_2d(n_queries=20, n_points=60).plan()
     inputs = on_device(make_inputs(plan, heads=1))
@@ -583,7 +618,7 @@ def test_opcheck(uninitialized_is_nan: None) -> None:  # lists have meaningless 
         encoding(inputs.q.expand(-1, 2, -1), torch.rand(6, 3, device=DEVICE)).sum().backward()
         slices = plan._tensors.query_slices
         back_end.find_runs(*slices[:3], plan.neighborhood_sizes, 2, TILE)
-    assert len(ops.calls) == 7
+    assert len(ops.calls) == 6
     backward, arguments = ops.calls["neighborhood_attention_backward"]
     for needs in ((False, True), (True, False)):
         leaves = as_leaves((*arguments[:-2], *needs), requires_grad=False)

@@ -51,8 +51,7 @@ KERNELS = {
     "attend",
     "query_gradients",
     "point_gradients",
-    "find_flags",
-    "find_deltas",
+    "find_stats",
     "cell_key_gradients",
     "cell_value_gradients",
     "place_queries",
@@ -61,6 +60,8 @@ KERNELS = {
     "split_order",
     "find_slices",
     "find_runs",
+    "place_lists",
+    "write_lists",
     "rotate",
     "rotate_backward",
 }

@@ -60,7 +60,6 @@ _SCHEMAS = {
     "find_lists": (
         "(Tensor[] tiles, int[] sizes, int position_dim, int rows) -> (Tensor, Tensor, Tensor)"
     ),
-    "find_flags": "(Tensor k, Tensor v) -> Tensor",
 }
 
 _EVERYWHERE = (
@@ -214,11 +213,6 @@ class Ops:
             list(tiles), list(sizes), position_dim, rows
         )
         return lists
-
-    def find_flags(self, k: Tensor, v: Tensor) -> Tensor:
-        """float32 ``[nnz, H]``: NaN where a key or value is not finite, zero elsewhere."""
-        flags: Tensor = self._ops.find_flags(k, v)
-        return flags
 
 
 def on_one_device(fake: Callable[..., Any]) -> Callable[..., Any]:
@@ -428,10 +422,6 @@ def _fake_find_lists(
     return counts.new_empty(n_tiles, 2), counts.new_empty(space), counts.new_empty(space)
 
 
-def _fake_find_flags(k: Tensor, v: Tensor) -> Tensor:
-    return k.new_empty(k.shape[:2], dtype=torch.float32)
-
-
 _FAKES: dict[str, Callable[..., Any]] = {
     "neighborhood_attention": _fake_attention,
     "neighborhood_attention_backward": _fake_attention_backward,
@@ -442,5 +432,4 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "find_point_slices": _fake_find_point_slices,
     "find_runs": _fake_find_runs,
     "find_lists": _fake_find_lists,
-    "find_flags": _fake_find_flags,
 }

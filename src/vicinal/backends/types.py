@@ -87,7 +87,7 @@ class Tiles(NamedTuple):
         column_groups, column_cells: the `GroupedCells` of the points (queries) of the columns.
         lists: ``[T, 2]``, the first block of each tile's list and how many blocks it has, -1 for
             a tile without a list. A block has `LIST_BLOCK` entries.
-        items: ``[S]``, the points (queries) of all lists, -1 for entries that pad a block.
+        items: ``[S]``, the points (queries) of all lists; any where an entry pads a block.
         members: ``[S]``, the rows that an entry is a neighbor of: bit i is set for the tile's
             i-th row.
     """

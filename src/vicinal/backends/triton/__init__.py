@@ -16,8 +16,7 @@ from ..ops import Ops
 from ..types import Backend, PlanTensors
 
 _OPS = Ops(
-    "vicinal_triton", "find_query_slices", "find_point_slices", "find_runs", "find_lists",
-    "find_flags",
+    "vicinal_triton", "find_query_slices", "find_point_slices", "find_runs", "find_lists"
 )  # fmt: skip
 find_runs, find_lists = _OPS.find_runs, _OPS.find_lists
 _MAX_HEAD_DIM = 256  # what shared memory and registers hold
@@ -32,9 +31,8 @@ def attend(
     """See `backends.reference.attend`."""
     assert plan.query_tiles is not None
     _, starts, stops, _ = plan.query_slices
-    flags = _OPS.find_flags(k.detach(), v.detach())
     copies = plan.point_columns[:0] if plan.copy_points is None else plan.copy_points
-    tensors = [*plan.query_tiles, flags, starts, stops, plan.point_columns, copies]
+    tensors = [*plan.query_tiles, starts, stops, plan.point_columns, copies]
     if plan.point_tiles is not None:  # for the backward pass
         tensors += plan.point_tiles
     return _OPS.attend(

@@ -17,8 +17,8 @@ from .parts import (
     dot,
     dropout_factors,
     finite_or_zero,
-    load_lse_and_delta,
     load_rows,
+    load_stats,
     softmax_step,
     store_rows,
 )
@@ -152,7 +152,7 @@ def attend_cells(
         k = load_rows(cells.key, slot, cell_valid, head, WIDTH, PADDED)  # [CELLS, PADDED]
         logits = tl.where(empty, dot(q, tl.trans(k)) * scale, -float("inf"))  # [ROWS, CELLS]
         weights, rescale, row_max, row_sum = softmax_step(
-            logits, row_max, row_sum
+            logits, 1.0, row_max, row_sum
         )  # [ROWS, CELLS], then [ROWS] each
         if HAS_DROPOUT:
             column = walk.n_items - dropout.n_copies + slot  # [CELLS]
@@ -258,9 +258,9 @@ def query_gradients_of_cells(
 
 
 @triton.jit(do_not_specialize=(*SIZES, "n_parts", "n_slots"))
-def cell_key_gradients(tiles, levels, n_rows, n_columns, n_items, n_runs, n_groups, n_heads,
-                       cells, dropout, lse_ptr, delta_ptr, grad_out_rows, partial_rows, scale,
-                       n_parts, n_slots,
+def cell_key_gradients(tiles, levels, n_rows, n_columns, n_items, n_runs, n_blocks, n_groups,
+                       n_heads, row_mask, cells, dropout, stats_ptr, grad_out_rows,
+                       partial_rows, scale, n_parts, n_slots,
                        DIM: tl.constexpr, LEVELS: tl.constexpr,
                        WIDTH: tl.constexpr, PADDED: tl.constexpr,
                        VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr,
@@ -275,7 +275,9 @@ def cell_key_gradients(tiles, levels, n_rows, n_columns, n_items, n_runs, n_grou
         n_parts: the number of sums.
         n_slots: K.
     """
-    walk = Walk(tiles, levels, n_rows, n_columns, n_items, n_runs, n_groups, n_heads)
+    walk = Walk(
+        tiles, levels, n_rows, n_columns, n_items, n_runs, n_blocks, n_groups, n_heads, row_mask
+    )
     program = tl.program_id(0)
     head, part = program % n_heads, program // n_heads % n_parts
     # Blocks are numbered through all levels.
@@ -291,9 +293,8 @@ def cell_key_gradients(tiles, levels, n_rows, n_columns, n_items, n_runs, n_grou
     k = load_rows(cells.key, slot, cell_valid, head, WIDTH, PADDED)  # [CELLS, PADDED]
     for tile in range(part, tl.cdiv(n_rows, ROWS), n_parts):
         row, row_valid = load_tile_rows(walk, tile, ROWS)  # [ROWS] each
-        lse, delta, row_active = load_lse_and_delta(
-            lse_ptr, delta_ptr, row, row_valid, head, n_heads
-        )  # [ROWS] each
+        lse, delta = load_stats(stats_ptr, row, row_valid, head, n_rows)  # [ROWS] each
+        row_active = row_valid & (lse != float("inf"))  # [ROWS]
         empty = empty_mask(
             walk, cells, row, row_active, level, slice_index, first, cell_valid, DIM, CELLS
         )  # [ROWS, CELLS]
@@ -306,7 +307,7 @@ def cell_key_gradients(tiles, levels, n_rows, n_columns, n_items, n_runs, n_grou
             walk, cells, grad_out, row, row_active, level, head, VALUE_WIDTH, VALUE_PADDED
         )  # [ROWS]
         _, grad_logits = cell_logit_gradients(
-            walk, dropout, head, row, slot, empty, q, k, grad_weight, lse * LOG2_E, delta,
+            walk, dropout, head, row, slot, empty, q, k, grad_weight, lse, delta,
             scale * LOG2_E, HAS_DROPOUT,
         )  # [ROWS, CELLS] each  # fmt: skip
         grad_k += dot(tl.trans(grad_logits).to(q.dtype), finite_or_zero(q))

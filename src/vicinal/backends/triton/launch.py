@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..._utils.constants import constant
-from ..types import Tiles
+from ..types import LIST_BLOCK, Tiles
 from . import interprets
 from .background import EmptyCells
 from .parts import Rows
@@ -127,10 +127,9 @@ class AttentionArguments:
         n_heads: H.
         background: the op's ``background``: query, key and value, or nothing.
         heads: q, k and v as `Rows`.
-        flags: float32 ``[nnz, H]``, see `attention.find_flags`.
         copies: int32 ``[C]``, see `PlanTensors.copy_points`.
         constants: sizes that kernels are compiled for.
-        query_tiles: the `Tiles` of queries, to which ``query_mask`` is not applied.
+        query_tiles: the `Tiles` of queries.
         query_walk, point_walk: the `Walk` of each pass; the second only for backward passes.
         query_rows, point_rows: rows of a tile.
         query_programs, point_programs: programs of a launch, one per tile and head.
@@ -148,11 +147,9 @@ class AttentionArguments:
 
         n_tensors, n_slices = len(Tiles._fields), slices_per_level(sizes, dim)
         self.query_tiles = Tiles(*plan[:n_tensors])
-        self.flags, starts, stops, point_columns, self.copies, *point_tiles = plan[n_tensors:]
+        starts, stops, point_columns, self.copies, *point_tiles = plan[n_tensors:]
         tiles = self.query_tiles
-        if query_mask is not None:
-            tiles = tiles._replace(row_groups=tiles.row_groups.masked_fill(query_mask, -1))
-        self.query_walk = self._walk(tiles, len(q), len(k))
+        self.query_walk = self._walk(tiles, len(q), len(k))._replace(row_mask=query_mask)
         self.query_rows, self.query_programs = self._grid(tiles, sum(n_slices))
         if point_tiles:
             tiles = Tiles(*point_tiles)
@@ -183,7 +180,8 @@ def walk_of(
     """The `Walk` over tiles whose windows have ``sizes``."""
     levels = constant(_level_table(sizes, dim), tiles.order.device, torch.int32)
     n_columns, n_runs = len(tiles.order), tiles.firsts.shape[1]
-    return Walk(tiles, levels, n_rows, n_columns, n_items, n_runs, n_groups, n_heads)
+    n_blocks = len(tiles.items) // LIST_BLOCK
+    return Walk(tiles, levels, n_rows, n_columns, n_items, n_runs, n_blocks, n_groups, n_heads)
 
 
 def widths(k: Tensor, v: Tensor) -> dict[str, int]:

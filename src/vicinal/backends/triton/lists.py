@@ -46,15 +46,16 @@ def place_lists(counts_ptr, lists_ptr, n_tiles, n_columns, n_blocks,
 
 
 @triton.jit(do_not_specialize=SIZES)
-def write_lists(tiles, levels, n_rows, n_columns, n_items, n_runs, n_groups, n_heads,
-                lists_ptr, items_ptr, members_ptr,
+def write_lists(tiles, levels, n_rows, n_columns, n_items, n_runs, n_blocks, n_groups,
+                n_heads, row_mask, lists_ptr, items_ptr, members_ptr,
                 DIM: tl.constexpr, LEVELS: tl.constexpr,
                 ROW_LEVELS: tl.constexpr, COLUMN_LEVELS: tl.constexpr,
                 ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """Writes the list of a tile: the columns of its runs, level after level, and their members.
 
     Args:
-        tiles, levels, n_rows, n_columns, n_items, n_runs, n_groups, n_heads: see `Walk`.
+        tiles, levels, n_rows, n_columns, n_items, n_runs, n_blocks, n_groups, n_heads, row_mask:
+            see `Walk`.
         lists_ptr: int32 ``[T, 2]``, what `place_lists` found.
         items_ptr, members_ptr: int32 ``[S]``, the results.
         DIM, LEVELS: numbers of dimensions and levels.
@@ -62,13 +63,17 @@ def write_lists(tiles, levels, n_rows, n_columns, n_items, n_runs, n_groups, n_h
         ROWS: rows of a tile.
         BLOCK: entries of a block.
     """
-    walk = Walk(tiles, levels, n_rows, n_columns, n_items, n_runs, n_groups, n_heads)
+    walk = Walk(
+        tiles, levels, n_rows, n_columns, n_items, n_runs, n_blocks, n_groups, n_heads, row_mask
+    )
     tile = tl.program_id(0)
     row, row_valid = load_tile_rows(walk, tile, ROWS)  # [ROWS] each
     bit = tl.full([ROWS], 1, tl.int32) << tl.arange(0, ROWS)  # [ROWS]
     position = tl.load(lists_ptr + 2 * tile.to(tl.int64)).to(tl.int64) * BLOCK
     stop = position + tl.load(lists_ptr + 2 * tile.to(tl.int64) + 1).to(tl.int64) * BLOCK
     entry = tl.arange(0, BLOCK)  # [BLOCK]
+    # Pads the last block, for kernels that load without a mask: it is in the cache already.
+    spare = tl.full([], 0, tl.int64)
     for level in range(ROW_LEVELS):
         runs = load_runs(walk, tile, level, ROWS, ROW_LEVELS)
         n_entries = tl.where(stop > position, runs[2], 0)
@@ -82,10 +87,13 @@ def write_lists(tiles, levels, n_rows, n_columns, n_items, n_runs, n_groups, n_h
             members = tl.sum(tl.where(pair_mask, bit[:, None], 0), 0)  # [BLOCK]
             offset = position + first + entry  # [BLOCK]
             mask = (first + entry < n_entries) & (offset < stop)  # [BLOCK]
-            item = tl.where(item_valid, item, -1).to(tl.int32)  # [BLOCK]
+            spare = tl.maximum(spare, tl.max(tl.where(item_valid, item, 0), 0))
+            item = tl.where(item_valid, item, spare).to(tl.int32)  # [BLOCK]
             tl.store(items_ptr + offset, item, mask=mask)
             tl.store(members_ptr + offset, members, mask=mask)
         position += n_entries
     padding = position + entry  # [BLOCK]
-    tl.store(items_ptr + padding, tl.full([BLOCK], -1, tl.int32), mask=padding < stop)
+    tl.store(
+        items_ptr + padding, tl.zeros([BLOCK], tl.int32) + spare.to(tl.int32), mask=padding < stop
+    )
     tl.store(members_ptr + padding, tl.zeros([BLOCK], tl.int32), mask=padding < stop)

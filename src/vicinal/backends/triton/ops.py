@@ -26,7 +26,6 @@ from .launch import (
     power_of_2,
     slices_per_level,
     walk_of,
-    widths,
 )
 from .parts import Dropout, Rows
 
@@ -44,16 +43,17 @@ def attend(
     """See `backends.ops`; `triton.attend` makes the list ``plan``."""
     check_plan(plan, q, k, neighborhood_sizes, position_dim)
     args = AttentionArguments(
-        q, k, v, query_mask, background, plan, neighborhood_sizes, position_dim
-    )
+        q if scale >= 0 else -q, k, v, query_mask, background, plan, neighborhood_sizes,
+        position_dim,
+    )  # fmt: skip
     out = q.new_empty(*q.shape[:2], v.shape[2])
     lse = q.new_empty(q.shape[:2], dtype=torch.float32)
     with on_device_of(q):
         launch(
             attention_kernels.attend, args.query_programs, *args.query_walk, args.cells,
-            _dropout(seed, dropout_p, args.copies), *args.heads, args.flags, heads(out), lse, scale,
+            _dropout(seed, dropout_p, args.copies), *args.heads, heads(out), lse, scale,
             **args.constants, HAS_DROPOUT=seed is not None, HAS_BACKGROUND=bool(background),
-            ROWS=args.query_rows, CELLS=_CELLS,
+            ROWS=args.query_rows, CELLS=_CELLS, LIST_BLOCK=LIST_BLOCK,
         )  # fmt: skip
     return out, lse
 
@@ -71,7 +71,8 @@ def attend_backward(
     )
     grad_q, grad_k, grad_v = new_gradients(q, k, v, needs_queries, needs_points)
     grad_background = [x.new_empty(x.shape) for x in background if needs_queries]
-    grad_rows, delta, grad_lse = heads(grad_out), torch.empty_like(lse), grad_lse.contiguous()
+    grad_rows, grad_lse = heads(grad_out), grad_lse.contiguous()
+    stats = lse.new_empty(args.n_heads, len(lse), 2)
     cell_gradients = None
     if grad_background:
         weight_sums = lse.new_empty(len(lse), args.n_levels, args.n_heads)
@@ -82,51 +83,54 @@ def attend_backward(
         if needs_queries:
             launch(
                 attention_kernels.query_gradients, args.query_programs, *args.query_walk,
-                args.cells, dropout, *args.heads, args.flags, lse, heads(out), grad_rows,
-                grad_lse, delta, heads(grad_q), cell_gradients, scale,
+                args.cells, dropout, *args.heads, lse, heads(out), grad_rows,
+                grad_lse, stats, heads(grad_q), cell_gradients, scale,
                 **constants, HAS_BACKGROUND=bool(background), ROWS=args.query_rows, CELLS=_CELLS,
+                LIST_BLOCK=LIST_BLOCK,
             )  # fmt: skip
         else:
-            _find_deltas(heads(out), grad_rows, grad_lse, delta, v.shape[2])
+            _find_stats(heads(out), grad_rows, lse, grad_lse, stats, v.shape[2])
         if needs_points:
             launch(
                 attention_kernels.point_gradients, args.point_programs, *args.point_walk,
-                dropout, *args.heads, lse, delta, grad_rows, heads(grad_k), heads(grad_v), scale,
-                **constants, ROWS=args.point_rows,
+                dropout, *args.heads, stats, grad_rows, heads(grad_k), heads(grad_v), scale,
+                **constants, ROWS=args.point_rows, LIST_BLOCK=LIST_BLOCK,
             )  # fmt: skip
         if cell_gradients is not None:
             del constants["BLOCK"]
             grad_background[1] = _key_gradients_of_cells(
-                args, dropout, lse, delta, grad_rows, scale, constants
+                args, dropout, stats, grad_rows, scale, constants
             )
             grad_background[2] = _value_gradients_of_cells(args, cell_gradients.weights, grad_rows)
     return grad_q, grad_k, grad_v, grad_background
 
 
-def _find_deltas(out: Rows, grad_out: Rows, grad_lse: Tensor, delta: Tensor, width: int) -> None:
-    (n_queries, n_heads), padded = delta.shape, power_of_2(width)
+def _find_stats(
+    out: Rows, grad_out: Rows, lse: Tensor, grad_lse: Tensor, stats: Tensor, width: int
+) -> None:
+    (n_queries, n_heads), padded = lse.shape, power_of_2(width)
     block = max(1, min(32, 2048 // padded))  # two such blocks fit in registers
     launch(
-        attention_kernels.find_deltas, cdiv(n_queries, block) * n_heads, out, grad_out, grad_lse,
-        delta, n_queries, n_heads,
+        attention_kernels.find_stats, cdiv(n_queries, block) * n_heads, out, grad_out, lse,
+        grad_lse, stats, n_queries, n_heads,
         VALUE_WIDTH=width, VALUE_PADDED=padded, BLOCK=block, num_warps=1,
     )  # fmt: skip
 
 
 def _key_gradients_of_cells(
-    args: AttentionArguments, dropout: Dropout | None, lse: Tensor, delta: Tensor,
-    grad_out: Rows, scale: float, constants: dict[str, Any],
+    args: AttentionArguments, dropout: Dropout | None, stats: Tensor, grad_out: Rows,
+    scale: float, constants: dict[str, Any],
 ) -> Tensor:  # fmt: skip
     """The gradient of the background's keys. Sums of parts of the queries are added in order."""
     key = args.background[1]
-    n_parts = min(_PARTS, cdiv(len(lse), TILE))
-    parts = lse.new_empty(n_parts, *key.shape)
+    n_parts = min(_PARTS, cdiv(stats.shape[1], TILE))
+    parts = stats.new_empty(n_parts, *key.shape)
     n_slices = slices_per_level(args.sizes, args.dim)
     n_blocks = sum(n * cdiv(size, _CELLS) for n, size in zip(n_slices, args.sizes, strict=True))
     launch(
         background_kernels.cell_key_gradients, n_blocks * n_parts * args.n_heads,
         *args.query_walk, args.cells, dropout,
-        lse, delta, grad_out, heads(parts.flatten(0, 1)), scale,
+        stats, grad_out, heads(parts.flatten(0, 1)), scale,
         n_parts, len(key), **constants, ROWS=TILE, CELLS=_CELLS,
     )  # fmt: skip
     return parts.sum(0).to(key.dtype)
@@ -216,18 +220,6 @@ def find_lists(
     return lists, items, members
 
 
-def find_flags(k: Tensor, v: Tensor) -> Tensor:
-    """See `backends.ops`."""
-    n_points, n_heads = k.shape[:2]
-    flags, block = k.new_empty(n_points, n_heads, dtype=torch.float32), 32
-    with on_device_of(k):
-        launch(
-            attention_kernels.find_flags, cdiv(n_points, block) * n_heads, heads(k), heads(v),
-            flags, n_points, n_heads, **widths(k, v), BLOCK=block, num_warps=1,
-        )  # fmt: skip
-    return flags
-
-
 def _dropout(seed: Tensor | None, rate: float, copies: Tensor) -> Dropout | None:
     if seed is None:
         return None
@@ -243,5 +235,4 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "find_point_slices": plan_ops.find_point_slices,
     "find_runs": plan_ops.find_runs,
     "find_lists": find_lists,
-    "find_flags": find_flags,
 }
