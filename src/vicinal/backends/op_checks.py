@@ -13,6 +13,7 @@ from torch import Tensor
 from .._utils.checks import refuse
 
 _INDEX = torch.int32
+_INTEGERS = torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64
 
 
 def check_exact(
@@ -150,7 +151,7 @@ def _check_find_query_slices(
     check_dims("positions", positions, 2)
     _check_floating("positions", positions)
     dim, device, long = positions.shape[1], positions.device, torch.int64
-    if offsets.dim() != 1 or not len(offsets) or offsets.is_floating_point():
+    if offsets.dim() != 1 or not len(offsets) or offsets.dtype not in _INTEGERS:
         refuse("offsets", "at least one integer", offsets)
     check_exact("offsets", offsets, offsets.shape, offsets.dtype, device)
     check_dims("coordinates", coordinates, 2)
@@ -212,13 +213,6 @@ def _check_find_runs(
     check_dense("traversal", traversal, shape[:1], _INDEX, traversal.device)
     for name, x in (("starts", starts), ("stops", stops)):
         check_dense(name, x, shape, _INDEX, traversal.device)
-
-
-def _check_find_flags(k: Tensor, v: Tensor) -> None:
-    for name, x in (("k", k), ("v", v)):
-        check_dims(name, x, 3)
-        _check_floating(name, x)
-    check_exact("v", v, (*k.shape[:2], v.shape[2]), k.dtype, k.device)
 
 
 def _check_project(
@@ -292,7 +286,6 @@ _CHECKS: dict[str, Callable[..., None]] = {
     "find_query_slices": _check_find_query_slices,
     "find_point_slices": _check_find_point_slices,
     "find_runs": _check_find_runs,
-    "find_flags": _check_find_flags,
     "project": _check_project,
     "project_backward": _check_project_backward,
     "layer_norm": _check_layer_norm,

@@ -15,7 +15,7 @@ from . import lists as list_kernels
 from . import plan_ops
 from . import rotary as rotary_kernels
 from .background import CellGradients
-from .checks import check_plan
+from .checks import check_plan, check_runs
 from .launch import (
     INTERPRETS,
     AttentionArguments,
@@ -197,6 +197,7 @@ def find_lists(
     tiles: list[Tensor], sizes: list[int], position_dim: int, rows: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `backends.ops`."""
+    check_runs(tiles, sizes, position_dim, rows)
     counts, row_groups, column_groups = tiles[4], tiles[5], tiles[7]
     n_tiles, row_levels = counts.shape[:2]
     slots = sum(size**position_dim for size in sizes)
