@@ -204,7 +204,7 @@ def precision(dtype: torch.dtype) -> str:
 def _constants(k: Tensor, v: Tensor) -> dict[str, Any]:
     """Sizes that kernels are compiled for: as many warps as hold the tile's rows in registers.
 
-    float32 has no exact product on matrix units; its multipliers need both factors in registers.
+    float32 takes twice the registers, and each number is split in two parts for matrix units.
     """
     sizes, half = widths(k, v), k.dtype != torch.float32
     width = max(sizes["PADDED"], sizes["VALUE_PADDED"])
