@@ -39,8 +39,8 @@ class Code:
         for line in text.splitlines():
             if label := _LABEL.match(line):
                 labels[label[1]] = len(self.instructions)
-            elif instruction := _INSTRUCTION.match(line):
-                self.instructions.append(instruction[1])
+            elif found := _INSTRUCTION.match(line):
+                self.instructions.append(found[1])
         self.targets: dict[int, int] = {}
         for number, instruction in enumerate(self.instructions):
             target = _TARGET.search(instruction)
@@ -67,6 +67,8 @@ class Code:
             ValueError: no loop multiplies matrices.
         """
         loops = [loop for loop in self.innermost_loops() if loop.counts["HMMA"]]
+        if not loops:
+            raise ValueError("no loop multiplies matrices")
         return max(loops, key=lambda loop: (loop.counts["LDGSTS"] > 0, -loop.start))
 
     def path_outside(self, loop: Loop) -> int:

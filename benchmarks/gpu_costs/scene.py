@@ -48,11 +48,11 @@ def count(scene: Scene) -> SceneCounts:
 def _count_tiles(tiles: Tiles, slices: list[int]) -> TileCounts:
     entries = tiles.counts[..., 1].sum(1)
     blocks = (entries + LIST_BLOCK - 1) // LIST_BLOCK
-    means = (float(x.double().mean()) for x in (entries, blocks))
+    mean_entries, mean_blocks = (float(x.double().mean()) for x in (entries, blocks))
     tile, column = _columns(tiles, slices)
     sector = tiles.order[column].long() // _STATS_PER_SECTOR
     sectors = len(torch.unique(tile * (len(tiles.order) + 1) + sector))
-    return TileCounts(len(entries), *means, sectors / len(entries))
+    return TileCounts(len(entries), mean_entries, mean_blocks, sectors / len(entries))
 
 
 def _columns(tiles: Tiles, slices: list[int]) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 import importlib.util
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import golden_cases
@@ -263,8 +263,8 @@ def dense_attention(scene: Scene) -> Callable[[Inputs], tuple[Tensor, Tensor]]:
     return attend
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_as_exact_as_plain_pytorch(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_every_precision_is_as_exact_as_plain_pytorch(dtype: torch.dtype) -> None:
     scene = full_window_scene(40, 60)
     scene.positions = scene.positions.clamp(0, 4)
     plan = scene.plan()
@@ -281,6 +281,48 @@ def test_half_precision_is_as_exact_as_plain_pytorch(dtype: torch.dtype) -> None
         assert 0 < error <= 2 * dense_error
     assert actual.lse.dtype == torch.float32
     assert relative_error(actual.lse, exact.lse) < 2e-5
+
+
+@pytest.fixture
+def restored_precision() -> Iterator[None]:
+    before = torch.backends.cuda.matmul.fp32_precision
+    yield
+    torch.backends.cuda.matmul.fp32_precision = before
+
+
+@pytest.mark.usefixtures("restored_precision")
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="the interpreter does not round to TF32")
+def test_float32_is_rounded_only_where_torch_is_set_to() -> None:
+    plan = full_window_scene(40, 60).plan()
+    inputs = make_inputs(plan, width=32, dtype=torch.float32)
+    exact = answer(inputs.map(Tensor.double), plan, "reference")
+    errors = []
+    for setting in ("ieee", "tf32"):
+        torch.backends.cuda.matmul.fp32_precision = setting
+        actual = on_cpu(answer(on_device(inputs), plan.to(DEVICE), "triton"))
+        errors.append(relative_error(actual.out, exact.out))
+    assert errors[0] < TOLERANCE < errors[1]
+
+
+@pytest.mark.usefixtures("restored_precision")
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="looks at launches, of which none runs")
+@pytest.mark.parametrize(("setting", "expected"), [("ieee", "tf32x3"), ("tf32", "tf32")])
+def test_products_of_float32_follow_the_setting_of_torch(
+    setting: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched = []
+
+    def record(kernel: Any, n_programs: int, *arguments: Any, **options: Any) -> None:
+        launched.append(options["PRECISION"])
+
+    torch.backends.cuda.matmul.fp32_precision = setting
+    plan = scene_2d().plan()
+    plan._query_tiles(back_end.find_runs, back_end.find_lists)
+    plan._point_tiles(back_end.find_runs, back_end.find_lists)
+    monkeypatch.setattr(triton_ops, "launch", record)
+    for dtype in (torch.float32, torch.bfloat16):
+        answer(on_device(make_inputs(plan), dtype), plan, "triton")
+    assert launched == [expected] * 3 + ["ieee"] * 3
 
 
 def test_the_same_bits_twice(uninitialized_is_nan: None) -> None:

@@ -97,7 +97,8 @@ def search_columns(walk, row, row_valid, level, first, runs,
 @triton.jit
 def attend_block(walk, dropout, q, k, v, flag, row, item, pair_mask, head, scale,
                  row_max, row_sum, acc,
-                 HAS_DROPOUT: tl.constexpr, CAREFUL: tl.constexpr):  # fmt: skip
+                 HAS_DROPOUT: tl.constexpr,
+                 PRECISION: tl.constexpr, CAREFUL: tl.constexpr):  # fmt: skip
     """One block of the forward pass.
 
     Args:
@@ -108,12 +109,13 @@ def attend_block(walk, dropout, q, k, v, flag, row, item, pair_mask, head, scale
         scale, row_max, row_sum: see `softmax_step`.
         acc: ``[ROWS, VALUE_PADDED]``, sums of weighted values.
         HAS_DROPOUT: whether ``dropout`` is given.
+        PRECISION: see `dot`.
         CAREFUL: whether ``flag`` is given.
 
     Returns:
         The new ``row_max``, ``row_sum`` and ``acc``.
     """
-    logits = dot(q, tl.trans(k))  # [ROWS, BLOCK]
+    logits = dot(q, tl.trans(k), PRECISION)  # [ROWS, BLOCK]
     logits += logits * 0.0  # NaN instead of infinity
     if CAREFUL:
         logits += flag[None, :]
@@ -124,14 +126,14 @@ def attend_block(walk, dropout, q, k, v, flag, row, item, pair_mask, head, scale
     if HAS_DROPOUT:
         column = point_columns(dropout, item, walk.n_items)  # [BLOCK]
         weights *= dropout_factors(dropout, head, row[:, None], column[None, :])
-    return row_max, row_sum, acc * rescale[:, None] + dot(weights.to(v.dtype), v)
+    return row_max, row_sum, acc * rescale[:, None] + dot(weights.to(v.dtype), v, PRECISION)
 
 
 @triton.jit
 def attend_list(walk, dropout, q, k_rows, v_rows, row, bit, head, scale, start, n_entries,
                 WIDTH: tl.constexpr, PADDED: tl.constexpr,
                 VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr,
-                HAS_DROPOUT: tl.constexpr, CAREFUL: tl.constexpr,
+                HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, CAREFUL: tl.constexpr,
                 ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """``row_max``, ``row_sum`` and ``acc`` of `attend`, from the tile's list."""
     row_max = tl.full([ROWS], -float("inf"), tl.float32)
@@ -145,7 +147,7 @@ def attend_list(walk, dropout, q, k_rows, v_rows, row, bit, head, scale, start, 
         )  # [BLOCK, PADDED], [BLOCK, VALUE_PADDED], [BLOCK]  # fmt: skip
         row_max, row_sum, acc = attend_block(
             walk, dropout, q, k, v, flag, row, point, member_mask(bit, members), head, scale,
-            row_max, row_sum, acc, HAS_DROPOUT, CAREFUL,
+            row_max, row_sum, acc, HAS_DROPOUT, PRECISION, CAREFUL,
         )  # fmt: skip
     return row_max, row_sum, acc
 
@@ -155,7 +157,8 @@ def attend_runs(walk, dropout, q, k_rows, v_rows, tile, row, row_valid, head, sc
                 DIM: tl.constexpr, LEVELS: tl.constexpr,
                 WIDTH: tl.constexpr, PADDED: tl.constexpr,
                 VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr,
-                HAS_DROPOUT: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
+                HAS_DROPOUT: tl.constexpr,
+                PRECISION: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
     """The same from the tile's runs."""
     row_max = tl.full([ROWS], -float("inf"), tl.float32)
     row_sum = tl.zeros([ROWS], tl.float32)
@@ -172,7 +175,7 @@ def attend_runs(walk, dropout, q, k_rows, v_rows, tile, row, row_valid, head, sc
             )  # [SEARCH_BLOCK, PADDED], [SEARCH_BLOCK, VALUE_PADDED], [SEARCH_BLOCK]  # fmt: skip
             row_max, row_sum, acc = attend_block(
                 walk, dropout, q, k, v, flag, row, point, pair_mask, head, scale,
-                row_max, row_sum, acc, HAS_DROPOUT, True,
+                row_max, row_sum, acc, HAS_DROPOUT, PRECISION, True,
             )  # fmt: skip
     return row_max, row_sum, acc
 
@@ -183,7 +186,7 @@ def attend(tiles, levels, n_rows, n_columns, n_items, n_runs, n_blocks, n_groups
            DIM: tl.constexpr, LEVELS: tl.constexpr,
            WIDTH: tl.constexpr, PADDED: tl.constexpr,
            VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr,
-           HAS_DROPOUT: tl.constexpr, HAS_BACKGROUND: tl.constexpr,
+           HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, HAS_BACKGROUND: tl.constexpr,
            ROWS: tl.constexpr, BLOCK: tl.constexpr, CELLS: tl.constexpr,
            LIST_BLOCK: tl.constexpr):  # fmt: skip
     """The forward pass; rows are queries, columns points.
@@ -200,6 +203,7 @@ def attend(tiles, levels, n_rows, n_columns, n_items, n_runs, n_blocks, n_groups
         DIM, LEVELS: numbers of dimensions and levels.
         WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED: see `launch.widths`.
         HAS_DROPOUT, HAS_BACKGROUND: whether ``dropout`` and ``cells`` are given.
+        PRECISION: see `dot`.
         ROWS, BLOCK, CELLS: rows of a tile, and points and cells of a block.
         LIST_BLOCK: entries of a block of a list, a multiple of ``BLOCK``.
     """
@@ -214,17 +218,17 @@ def attend(tiles, levels, n_rows, n_columns, n_items, n_runs, n_blocks, n_groups
     if n_entries >= 0:
         row_max, row_sum, acc = attend_list(
             walk, dropout, q, k_rows, v_rows, row, bit, head, positive_scale, start, n_entries,
-            WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, HAS_DROPOUT, False, ROWS, BLOCK,
+            WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, HAS_DROPOUT, PRECISION, False, ROWS, BLOCK,
         )  # [ROWS], [ROWS], [ROWS, VALUE_PADDED]  # fmt: skip
         if not all_finite(acc):
             row_max, row_sum, acc = attend_list(
                 walk, dropout, q, k_rows, v_rows, row, bit, head, positive_scale, start, n_entries,
-                WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, HAS_DROPOUT, True, ROWS, BLOCK,
+                WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, HAS_DROPOUT, PRECISION, True, ROWS, BLOCK,
             )  # fmt: skip
     else:
         row_max, row_sum, acc = attend_runs(
             walk, dropout, q, k_rows, v_rows, tile, row, row_valid, head, positive_scale,
-            DIM, LEVELS, WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, HAS_DROPOUT, ROWS,
+            DIM, LEVELS, WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, HAS_DROPOUT, PRECISION, ROWS,
         )  # fmt: skip
     row_max *= positive_scale
     if HAS_BACKGROUND:
@@ -232,7 +236,8 @@ def attend(tiles, levels, n_rows, n_columns, n_items, n_runs, n_blocks, n_groups
             row_max, row_sum, acc = attend_cells(
                 walk, cells, dropout, row, row_valid, level, head, scale * LOG2_E,
                 row_max, row_sum, acc,
-                DIM, LEVELS, WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, HAS_DROPOUT, ROWS, CELLS,
+                DIM, LEVELS, WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, HAS_DROPOUT, PRECISION,
+                ROWS, CELLS,
             )  # fmt: skip
     # A sum of zero means that all pairs are masked. A sum that is NaN stays NaN.
     acc = tl.where(row_sum == 0.0, 0.0, 1.0 / row_sum)[:, None] * acc
@@ -281,7 +286,8 @@ def find_stats(out_rows, grad_out_rows, lse_ptr, grad_lse_ptr, stats_ptr, n_quer
 
 @triton.jit
 def query_gradients_block(walk, dropout, q, k, v, grad_out, row, item, pair_mask, head, scale,
-                          lse, delta, grad_q, HAS_DROPOUT: tl.constexpr):  # fmt: skip
+                          lse, delta, grad_q, HAS_DROPOUT: tl.constexpr,
+                          PRECISION: tl.constexpr):  # fmt: skip
     """Adds one block to ``grad_q`` ``[ROWS, PADDED]``, which is not scaled yet.
 
     Args, in addition to those of `attend_block`:
@@ -289,14 +295,14 @@ def query_gradients_block(walk, dropout, q, k, v, grad_out, row, item, pair_mask
         lse, delta: ``[ROWS]``; the log-sum-exp is to base 2.
     """
     # A row with a neighbor that is not finite has NaN as its log-sum-exp.
-    weights = tl.exp2(dot(q, tl.trans(k)) * scale - lse[:, None])  # [ROWS, BLOCK]
-    grad_weights = dot(grad_out, tl.trans(v))  # [ROWS, BLOCK]
+    weights = tl.exp2(dot(q, tl.trans(k), PRECISION) * scale - lse[:, None])  # [ROWS, BLOCK]
+    grad_weights = dot(grad_out, tl.trans(v), PRECISION)  # [ROWS, BLOCK]
     if HAS_DROPOUT:
         column = point_columns(dropout, item, walk.n_items)  # [BLOCK]
         grad_weights *= dropout_factors(dropout, head, row[:, None], column[None, :])
     grad_logits = weights * (grad_weights - delta[:, None])  # [ROWS, BLOCK]
     grad_logits = tl.where(pair_mask, grad_logits, 0.0)
-    return grad_q + dot(grad_logits.to(k.dtype), k)
+    return grad_q + dot(grad_logits.to(k.dtype), k, PRECISION)
 
 
 @triton.jit
@@ -304,7 +310,7 @@ def query_gradients_list(walk, dropout, q, k_rows, v_rows, grad_out, row, bit, h
                          lse, delta, start, n_entries,
                          WIDTH: tl.constexpr, PADDED: tl.constexpr,
                          VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr,
-                         HAS_DROPOUT: tl.constexpr, CAREFUL: tl.constexpr,
+                         HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, CAREFUL: tl.constexpr,
                          ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """``grad_q`` of `query_gradients`, not scaled yet, from the tile's list."""
     grad_q = tl.zeros([ROWS, PADDED], tl.float32)
@@ -316,7 +322,7 @@ def query_gradients_list(walk, dropout, q, k_rows, v_rows, grad_out, row, bit, h
         )  # [BLOCK, PADDED], [BLOCK, VALUE_PADDED]  # fmt: skip
         grad_q = query_gradients_block(
             walk, dropout, q, k, v, grad_out, row, point, member_mask(bit, members), head, scale,
-            lse, delta, grad_q, HAS_DROPOUT,
+            lse, delta, grad_q, HAS_DROPOUT, PRECISION,
         )  # fmt: skip
     return grad_q
 
@@ -327,7 +333,8 @@ def query_gradients_runs(walk, dropout, q, k_rows, v_rows, grad_out, tile, row, 
                          DIM: tl.constexpr, LEVELS: tl.constexpr,
                          WIDTH: tl.constexpr, PADDED: tl.constexpr,
                          VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr,
-                         HAS_DROPOUT: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
+                         HAS_DROPOUT: tl.constexpr,
+                         PRECISION: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
     """The same from the tile's runs."""
     grad_q = tl.zeros([ROWS, PADDED], tl.float32)
     for level in range(LEVELS):
@@ -342,7 +349,7 @@ def query_gradients_runs(walk, dropout, q, k_rows, v_rows, grad_out, tile, row, 
             )  # [SEARCH_BLOCK, PADDED], [SEARCH_BLOCK, VALUE_PADDED]  # fmt: skip
             grad_q = query_gradients_block(
                 walk, dropout, q, k, v, grad_out, row, point, pair_mask, head, scale, lse, delta,
-                grad_q, HAS_DROPOUT,
+                grad_q, HAS_DROPOUT, PRECISION,
             )  # fmt: skip
     return grad_q
 
@@ -354,7 +361,8 @@ def query_gradients(tiles, levels, n_rows, n_columns, n_items, n_runs, n_blocks,
                     DIM: tl.constexpr, LEVELS: tl.constexpr,
                     WIDTH: tl.constexpr, PADDED: tl.constexpr,
                     VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr,
-                    HAS_DROPOUT: tl.constexpr, HAS_BACKGROUND: tl.constexpr,
+                    HAS_DROPOUT: tl.constexpr,
+                    PRECISION: tl.constexpr, HAS_BACKGROUND: tl.constexpr,
                     ROWS: tl.constexpr, BLOCK: tl.constexpr, CELLS: tl.constexpr,
                     LIST_BLOCK: tl.constexpr):  # fmt: skip
     """The gradient of q, and statistics for the other gradients; rows are queries, columns points.
@@ -392,19 +400,19 @@ def query_gradients(tiles, levels, n_rows, n_columns, n_items, n_runs, n_blocks,
         grad_q = query_gradients_list(
             walk, dropout, q, k_rows, v_rows, grad_out, row, bit, head, scale * LOG2_E, lse, delta,
             start, n_entries,
-            WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, HAS_DROPOUT, False, ROWS, BLOCK,
+            WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, HAS_DROPOUT, PRECISION, False, ROWS, BLOCK,
         )  # [ROWS, PADDED]  # fmt: skip
         if not all_finite(grad_q):
             grad_q = query_gradients_list(
                 walk, dropout, q, k_rows, v_rows, grad_out, row, bit, head, scale * LOG2_E,
                 lse, delta, start, n_entries,
-                WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, HAS_DROPOUT, True, ROWS, BLOCK,
+                WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, HAS_DROPOUT, PRECISION, True, ROWS, BLOCK,
             )  # fmt: skip
     else:
         grad_q = query_gradients_runs(
             walk, dropout, q, k_rows, v_rows, grad_out, tile, row, row_active, head,
             scale * LOG2_E, lse, delta,
-            DIM, LEVELS, WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, HAS_DROPOUT, ROWS,
+            DIM, LEVELS, WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, HAS_DROPOUT, PRECISION, ROWS,
         )  # fmt: skip
     store_rows(grad_q_rows, row, row_valid, head, grad_q * scale, WIDTH, PADDED)
     if HAS_BACKGROUND:
@@ -412,7 +420,8 @@ def query_gradients(tiles, levels, n_rows, n_columns, n_items, n_runs, n_blocks,
             query_gradients_of_cells(
                 walk, cells, dropout, cell_gradients, row, row_valid, row_active, level, head,
                 scale, grad_out, lse, delta,
-                DIM, LEVELS, WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, HAS_DROPOUT, ROWS, CELLS,
+                DIM, LEVELS, WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, HAS_DROPOUT, PRECISION,
+                ROWS, CELLS,
             )  # fmt: skip
 
 
@@ -421,7 +430,8 @@ def point_gradients_block(walk, dropout, k, v, q_rows, grad_out_rows, stats_ptr,
                           pair_mask, head, scale, grad_k, grad_v,
                           WIDTH: tl.constexpr, PADDED: tl.constexpr,
                           VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr,
-                          HAS_DROPOUT: tl.constexpr, CAREFUL: tl.constexpr):  # fmt: skip
+                          HAS_DROPOUT: tl.constexpr,
+                          PRECISION: tl.constexpr, CAREFUL: tl.constexpr):  # fmt: skip
     """Adds one block to ``grad_k``, which is not scaled yet, and to ``grad_v``.
 
     Args:
@@ -434,6 +444,7 @@ def point_gradients_block(walk, dropout, k, v, q_rows, grad_out_rows, stats_ptr,
         grad_k, grad_v: ``[ROWS, PADDED]`` and ``[ROWS, VALUE_PADDED]``.
         WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED: see `launch.widths`.
         HAS_DROPOUT: whether ``dropout`` is given.
+        PRECISION: see `dot`.
         CAREFUL: whether something may not be finite.
 
     Returns:
@@ -453,9 +464,9 @@ def point_gradients_block(walk, dropout, k, v, q_rows, grad_out_rows, stats_ptr,
         lse, delta = tl.load(stats), tl.load(stats + 1)
         q = load_all_rows(q_rows, query, head, WIDTH, PADDED)
         grad_out = load_all_rows(grad_out_rows, query, head, VALUE_WIDTH, VALUE_PADDED)
-    weights = tl.exp2(dot(k, tl.trans(q)) * scale - lse[None, :])  # [ROWS, BLOCK]
+    weights = tl.exp2(dot(k, tl.trans(q), PRECISION) * scale - lse[None, :])  # [ROWS, BLOCK]
     weights = tl.where(pair_mask, weights, 0.0)
-    grad_weights = dot(v, tl.trans(grad_out))  # [ROWS, BLOCK]
+    grad_weights = dot(v, tl.trans(grad_out), PRECISION)  # [ROWS, BLOCK]
     dropped_weights = weights  # [ROWS, BLOCK]
     if HAS_DROPOUT:
         column = point_columns(dropout, row, walk.n_rows)  # [ROWS]
@@ -467,8 +478,8 @@ def point_gradients_block(walk, dropout, k, v, q_rows, grad_out_rows, stats_ptr,
     grad_logits = weights * (grad_weights - delta[None, :])  # [ROWS, BLOCK]
     if CAREFUL:  # zero times a number that is not finite
         grad_logits = tl.where(pair_mask, grad_logits, 0.0)
-    grad_v += dot(dropped_weights.to(grad_out.dtype), grad_out)
-    grad_k += dot(grad_logits.to(q.dtype), q)
+    grad_v += dot(dropped_weights.to(grad_out.dtype), grad_out, PRECISION)
+    grad_k += dot(grad_logits.to(q.dtype), q, PRECISION)
     return grad_k, grad_v
 
 
@@ -477,7 +488,7 @@ def point_gradients_list(walk, dropout, k, v, q_rows, grad_out_rows, stats_ptr, 
                          scale, start, n_entries,
                          WIDTH: tl.constexpr, PADDED: tl.constexpr,
                          VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr,
-                         HAS_DROPOUT: tl.constexpr, CAREFUL: tl.constexpr,
+                         HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, CAREFUL: tl.constexpr,
                          ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """``grad_k``, not scaled yet, and ``grad_v`` of `point_gradients`, from the tile's list."""
     grad_k = tl.zeros([ROWS, PADDED], tl.float32)
@@ -487,7 +498,7 @@ def point_gradients_list(walk, dropout, k, v, q_rows, grad_out_rows, stats_ptr, 
         grad_k, grad_v = point_gradients_block(
             walk, dropout, k, v, q_rows, grad_out_rows, stats_ptr, row, query, query >= 0,
             member_mask(bit, members), head, scale, grad_k, grad_v,
-            WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, HAS_DROPOUT, CAREFUL,
+            WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, HAS_DROPOUT, PRECISION, CAREFUL,
         )  # fmt: skip
     return grad_k, grad_v
 
@@ -498,7 +509,8 @@ def point_gradients_runs(walk, dropout, k, v, q_rows, grad_out_rows, stats_ptr, 
                          DIM: tl.constexpr, LEVELS: tl.constexpr,
                          WIDTH: tl.constexpr, PADDED: tl.constexpr,
                          VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr,
-                         HAS_DROPOUT: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
+                         HAS_DROPOUT: tl.constexpr,
+                         PRECISION: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
     """The same from the tile's runs."""
     grad_k = tl.zeros([ROWS, PADDED], tl.float32)
     grad_v = tl.zeros([ROWS, VALUE_PADDED], tl.float32)
@@ -510,7 +522,7 @@ def point_gradients_runs(walk, dropout, k, v, q_rows, grad_out_rows, stats_ptr, 
         grad_k, grad_v = point_gradients_block(
             walk, dropout, k, v, q_rows, grad_out_rows, stats_ptr, row, query, valid, pair_mask,
             head, scale, grad_k, grad_v,
-            WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, HAS_DROPOUT, True,
+            WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, HAS_DROPOUT, PRECISION, True,
         )  # fmt: skip
     return grad_k, grad_v
 
@@ -522,7 +534,7 @@ def point_gradients(tiles, levels, n_rows, n_columns, n_items, n_runs, n_blocks,
                     DIM: tl.constexpr, LEVELS: tl.constexpr,
                     WIDTH: tl.constexpr, PADDED: tl.constexpr,
                     VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr,
-                    HAS_DROPOUT: tl.constexpr,
+                    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
                     ROWS: tl.constexpr, BLOCK: tl.constexpr,
                     LIST_BLOCK: tl.constexpr):  # fmt: skip
     """The gradients of k and v; rows are points, columns the queries, once for each level.
@@ -543,19 +555,19 @@ def point_gradients(tiles, levels, n_rows, n_columns, n_items, n_runs, n_blocks,
         grad_k, grad_v = point_gradients_list(
             walk, dropout, k, v, q_rows, grad_out_rows, stats_ptr, row, bit, head, scale * LOG2_E,
             start, n_entries,
-            WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, HAS_DROPOUT, False, ROWS, BLOCK,
+            WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, HAS_DROPOUT, PRECISION, False, ROWS, BLOCK,
         )  # [ROWS, PADDED], [ROWS, VALUE_PADDED]  # fmt: skip
         if not (all_finite(grad_k) & all_finite(grad_v)):
             grad_k, grad_v = point_gradients_list(
                 walk, dropout, k, v, q_rows, grad_out_rows, stats_ptr, row, bit, head,
                 scale * LOG2_E, start, n_entries,
-                WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, HAS_DROPOUT, True, ROWS, BLOCK,
+                WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, HAS_DROPOUT, PRECISION, True, ROWS, BLOCK,
             )  # fmt: skip
     else:
         grad_k, grad_v = point_gradients_runs(
             walk, dropout, k, v, q_rows, grad_out_rows, stats_ptr, tile, row, row_valid, head,
             scale * LOG2_E,
-            DIM, LEVELS, WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, HAS_DROPOUT, ROWS,
+            DIM, LEVELS, WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, HAS_DROPOUT, PRECISION, ROWS,
         )  # fmt: skip
     store_rows(grad_k_rows, row, row_valid, head, grad_k * scale, WIDTH, PADDED)
     store_rows(grad_v_rows, row, row_valid, head, grad_v, VALUE_WIDTH, VALUE_PADDED)

@@ -125,6 +125,7 @@ def attend_cells(
     walk, cells, dropout, row, row_valid, level, head, scale, row_max, row_sum, acc,
     DIM: tl.constexpr, LEVELS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
     VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
     ROWS: tl.constexpr, CELLS: tl.constexpr,
 ):  # fmt: skip
     """Continues the streaming softmax of `attention.attend` over a level's empty cells.
@@ -150,7 +151,9 @@ def attend_cells(
             walk, cells, row, row_valid, level, slice_index, first, cell_valid, DIM, CELLS
         )  # [ROWS, CELLS]
         k = load_rows(cells.key, slot, cell_valid, head, WIDTH, PADDED)  # [CELLS, PADDED]
-        logits = tl.where(empty, dot(q, tl.trans(k)) * scale, -float("inf"))  # [ROWS, CELLS]
+        logits = tl.where(
+            empty, dot(q, tl.trans(k), PRECISION) * scale, -float("inf")
+        )  # [ROWS, CELLS]
         weights, rescale, row_max, row_sum = softmax_step(
             logits, 1.0, row_max, row_sum
         )  # [ROWS, CELLS], then [ROWS] each
@@ -186,7 +189,7 @@ def compute_grad_weight(
 @triton.jit
 def cell_logit_gradients(
     walk, dropout, head, row, slot, empty, q, k, grad_weight, lse, delta, scale,
-    HAS_DROPOUT: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The weights of empty cells after dropout, and the gradients of their logits.
 
@@ -198,11 +201,12 @@ def cell_logit_gradients(
         q, k: ``[ROWS, PADDED]`` and ``[CELLS, PADDED]``.
         scale: of logits to base 2.
         HAS_DROPOUT: whether ``dropout`` is given.
+        PRECISION: see `dot`.
 
     Returns:
         Two blocks ``[ROWS, CELLS]``.
     """
-    weights = tl.exp2(dot(q, tl.trans(k)) * scale - lse[:, None])  # [ROWS, CELLS]
+    weights = tl.exp2(dot(q, tl.trans(k), PRECISION) * scale - lse[:, None])  # [ROWS, CELLS]
     weights = tl.where(empty, weights, 0.0)
     grad_weights = grad_weight[:, None]  # [ROWS, 1], [ROWS, CELLS] with dropout
     dropped_weights = weights  # [ROWS, CELLS]
@@ -222,6 +226,7 @@ def query_gradients_of_cells(
     grad_out, lse, delta,
     DIM: tl.constexpr, LEVELS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
     VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
     ROWS: tl.constexpr, CELLS: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the background's query at a level, and the weights of its empty cells.
@@ -249,10 +254,10 @@ def query_gradients_of_cells(
         k = load_rows(cells.key, slot, cell_valid, head, WIDTH, PADDED)  # [CELLS, PADDED]
         dropped_weights, grad_logits = cell_logit_gradients(
             walk, dropout, head, row, slot, empty, q, k, grad_weight, lse, delta,
-            scale * LOG2_E, HAS_DROPOUT,
+            scale * LOG2_E, HAS_DROPOUT, PRECISION,
         )  # [ROWS, CELLS] each  # fmt: skip
         weight_sum += tl.sum(dropped_weights, 1)
-        grad_q += dot(grad_logits.to(k.dtype), finite_or_zero(k))
+        grad_q += dot(grad_logits.to(k.dtype), finite_or_zero(k), PRECISION)
     store_rows(gradients.query, offset, row_valid, head, grad_q * scale, WIDTH, PADDED)
     tl.store(gradients.weights + offset * walk.n_heads + head, weight_sum, mask=row_valid)
 
@@ -264,7 +269,7 @@ def cell_key_gradients(tiles, levels, n_rows, n_columns, n_items, n_runs, n_bloc
                        DIM: tl.constexpr, LEVELS: tl.constexpr,
                        WIDTH: tl.constexpr, PADDED: tl.constexpr,
                        VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr,
-                       HAS_DROPOUT: tl.constexpr,
+                       HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
                        ROWS: tl.constexpr, CELLS: tl.constexpr):  # fmt: skip
     """The gradient of the background's keys, in ``n_parts`` sums.
 
@@ -308,9 +313,9 @@ def cell_key_gradients(tiles, levels, n_rows, n_columns, n_items, n_runs, n_bloc
         )  # [ROWS]
         _, grad_logits = cell_logit_gradients(
             walk, dropout, head, row, slot, empty, q, k, grad_weight, lse, delta,
-            scale * LOG2_E, HAS_DROPOUT,
+            scale * LOG2_E, HAS_DROPOUT, PRECISION,
         )  # [ROWS, CELLS] each  # fmt: skip
-        grad_k += dot(tl.trans(grad_logits).to(q.dtype), finite_or_zero(q))
+        grad_k += dot(tl.trans(grad_logits).to(q.dtype), finite_or_zero(q), PRECISION)
     store_rows(partial_rows, part * n_slots + slot, cell_valid, head, grad_k * scale, WIDTH, PADDED)
 
 

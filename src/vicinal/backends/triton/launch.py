@@ -194,15 +194,24 @@ def widths(k: Tensor, v: Tensor) -> dict[str, int]:
     }
 
 
-def _constants(k: Tensor, v: Tensor) -> dict[str, int]:
+def precision(dtype: torch.dtype) -> str:
+    """How `parts.dot` multiplies; TF32 alone if torch is set to multiply matrices with it."""
+    if dtype != torch.float32 or ON_AMD:
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
+
+
+def _constants(k: Tensor, v: Tensor) -> dict[str, Any]:
     """Sizes that kernels are compiled for: as many warps as hold the tile's rows in registers.
 
-    float32 has no exact product on matrix units; its multipliers need both factors in registers.
+    float32 takes twice the registers, and each number is split in two parts for matrix units.
     """
     sizes, half = widths(k, v), k.dtype != torch.float32
     width = max(sizes["PADDED"], sizes["VALUE_PADDED"])
     warps = min(max(width // 32, 1), 4) if half else min(max(width // 16, 2), 8)
-    return {**sizes, "BLOCK": 32 if half else 16, "num_warps": warps}
+    return {
+        **sizes, "PRECISION": precision(k.dtype), "BLOCK": 32 if half else 16, "num_warps": warps,
+    }  # fmt: skip
 
 
 def _level_table(sizes: list[int], dim: int) -> list[tuple[int, ...]]:

@@ -109,12 +109,17 @@ def finite_or_zero(x):
 
 
 @triton.jit
-def dot(a, b):
-    """``a @ b`` in float32, of ``[m, n]`` and ``[n, l]``; m is 1, or 16 or more."""
+def dot(a, b, PRECISION: tl.constexpr):
+    """``a @ b`` in float32, of ``[m, n]`` and ``[n, l]``; m is 1, or 16 or more.
+
+    ``PRECISION`` tells how float32 is multiplied: "tf32x3" on matrix units, each number as the sum
+    of two of TF32, with an error like that of float32; "tf32" as one such number; "ieee" without
+    matrix units.
+    """
     if a.shape[0] == 1:  # `tl.dot` needs 16 rows or more
         return tl.sum(a.to(tl.float32)[:, :, None] * b.to(tl.float32)[None, :, :], axis=1)
     else:
-        return tl.dot(a, b, input_precision="ieee")
+        return tl.dot(a, b, input_precision=PRECISION)
 
 
 @triton.jit
