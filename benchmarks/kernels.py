@@ -163,7 +163,7 @@ def _plan(case: Case) -> NeighborhoodPlan:
 
 def _find_tiles(plan: NeighborhoodPlan) -> None:
     tables, cells = plan._kernel_tables(), plan._point_cells()
-    levels, query_slots, point_slots = tables.on(plan.device)
+    levels, query_slots, point_slots = tables.on(plan.device, tables.layout.key_dtype)
     numbers, dtype = list(tables.numbers), tables.layout.key_dtype
     positions, coordinates = plan._keyed_cells.positions, plan._keyed_cells.coordinates
     offsets, (points, shifts) = torch.tensor([0, len(positions)]), plan.copies

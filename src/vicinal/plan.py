@@ -287,7 +287,8 @@ class NeighborhoodPlan:
     def _find_point_slices(self) -> NeighborSlices:
         backend = choose_backend(None, self.device)
         tables = self._kernel_tables()
-        if backend.find_point_slices is not None and tables.fits():
+        fits = tables.fits(self.n_queries, self.n_keys)
+        if backend.find_point_slices is not None and fits:
             return self._find_point_slices_by(backend.find_point_slices, tables)
         keys = self._cell_keys()
         _, *others, _ = self._keyed_cells
@@ -305,7 +306,7 @@ class NeighborhoodPlan:
 
     def _find_point_slices_by(self, find: FindPointSlices, tables: KernelTables) -> NeighborSlices:
         _, query_keys, point_keys, _, _ = self._keyed_cells
-        slots = tables.on(self.device)[2]
+        slots = tables.on(self.device, query_keys.dtype)[2]
         cells = self._point_cells()
         return find(query_keys, point_keys, *cells, slots, tables.numbers, self.n_levels)
 
@@ -500,7 +501,8 @@ def _plan(
     geometry = pyramid.level_shapes, sizes, pyramid.batch_size
     tables = kernel_tables(*geometry, pyramid.periodic_axes) if backend.find_query_slices else None
     cache: dict[str, Any] = {}
-    if tables is not None and tables.fits():
+    n_keys = pyramid.coordinates.shape[0] << len(pyramid.periodic_axes)
+    if tables is not None and tables.fits(positions.shape[0], n_keys):
         copies, tensors, cells, cache = _find_by_kernels(
             positions, offsets, pyramid, sizes, backend, tables
         )
@@ -584,7 +586,7 @@ def _find_by_kernels(
         wrapped = wrap_positions(wrapped, pyramid.level_shapes, pyramid.periodic_axes)
     else:
         copies, wrapped = PointCopies(coordinates[:0, 0], coordinates[:0, 1:-1]), positions.detach()
-    levels, slots, _ = tables.on(positions.device)
+    levels, slots, _ = tables.on(positions.device, tables.layout.key_dtype)
     found = backend.find_query_slices(
         wrapped, offsets, coordinates, *copies, levels, slots, tables.numbers,
         tables.layout.key_dtype, dtype,

@@ -133,7 +133,7 @@ def test_images_that_one_side_does_not_name() -> None:
 def test_maps_beyond_int32_keys(side: int) -> None:
     """Centers are computed in float64 there, and keys are int64."""
     scene = make_scene(((side, 50), (side // 2, 25)), (3, 5), (20, 11), 60, dtype=torch.float64)
-    assert kernel_tables(scene.pyramid.level_shapes, scene.sizes, 2, ()).fits()
+    assert kernel_tables(scene.pyramid.level_shapes, scene.sizes, 2, ()).fits(31, 60)
     plan = assert_same_plans(scene)
     assert plan._keyed_cells.query_keys.dtype == torch.int64
 
@@ -144,7 +144,7 @@ def test_small_maps_have_int32_keys() -> None:
 
 def test_maps_beyond_int32_cells_are_planned_in_torch() -> None:
     scene = make_scene(((2**31,),), (3,), (20,), 60)
-    assert not kernel_tables(scene.pyramid.level_shapes, scene.sizes, 1, ()).fits()
+    assert not kernel_tables(scene.pyramid.level_shapes, scene.sizes, 1, ()).fits(20, 60)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(backends._BY_DEVICE, DEVICE.type, "triton")
         plan = plan_neighborhoods(
@@ -277,3 +277,10 @@ def test_opcheck() -> None:
     for op, arguments in calls.values():
         results = torch.library.opcheck(op, arguments)
         assert set(results.values()) == {"SUCCESS"}
+
+
+def test_indices_beyond_int32_are_left_to_torch() -> None:
+    tables = kernel_tables(((8, 8), (4, 4)), (3, 3), 1, ())
+    assert tables.fits(2**29, 2**30)
+    assert not tables.fits(2**29 + 1, 2**30)
+    assert not tables.fits(2**29, 2**30 + 1)

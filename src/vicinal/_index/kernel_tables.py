@@ -42,17 +42,22 @@ class KernelTables(NamedTuple):
     point_slots: Rows
     numbers: tuple[int, ...]
 
-    def fits(self) -> bool:
-        """Whether int32 holds all cells, also those of windows beyond the map."""
+    def fits(self, n_queries: int, n_keys: int) -> bool:
+        """Whether int32 holds all cells, also those of windows beyond the map, and the indices of
+        ``n_queries`` queries at all levels, and of ``n_keys`` points, with room for a search.
+        """
         shapes, pads = self.layout.shapes, self.layout.pads
-        return max(map(max, shapes)) <= 2**30 and max(pads) < _LARGEST_CELL - 2**30
+        fits = max(map(max, shapes)) <= 2**30 and max(pads) < _LARGEST_CELL - 2**30
+        return fits and n_keys <= 2**30 and n_queries * len(shapes) <= 2**30
 
-    def on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """The tables of levels, of query slots and of point slots, int64, on a device."""
-        levels, query_slots, point_slots = (
-            constant(table, device) for table in (self.levels, self.query_slots, self.point_slots)
+    def on(self, device: torch.device, key_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """The tables of levels, int64, and of the slots of queries and of points, in the dtype of
+        keys, on a device.
+        """
+        query_slots, point_slots = (
+            constant(table, device, key_dtype) for table in (self.query_slots, self.point_slots)
         )
-        return levels, query_slots, point_slots
+        return constant(self.levels, device), query_slots, point_slots
 
 
 def kernel_tables(

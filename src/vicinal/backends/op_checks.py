@@ -159,11 +159,11 @@ def _check_find_query_slices(
     check_dims("copies", copies, 1)
     check_dense("copies", copies, copies.shape, long, device)
     check_dense("shifts", shifts, (len(copies), dim), long, device)
-    _check_table("levels", levels, 4 + 4 * dim, device)
-    _check_table("slots", slots, 4, device)
-    _check_numbers(numbers, len(levels))
     if key_dtype not in (_INDEX, long):
         refuse("key_dtype", "torch.int32 or torch.int64", key_dtype)
+    _check_table("levels", levels, 4 + 4 * dim, long, device)
+    _check_table("slots", slots, 4, key_dtype, device)
+    _check_numbers(numbers, len(levels))
     if not coordinate_dtype.is_floating_point:
         refuse("coordinate_dtype", "a floating dtype", coordinate_dtype)
 
@@ -181,17 +181,19 @@ def _check_find_point_slices(
     check_dense("point_keys", point_keys, (n_points,), query_keys.dtype, device)
     check_dense("groups", groups, (1, n_points), _INDEX, device)
     check_dense("cells", cells, (1, *cells.shape[1:]), _INDEX, device)
-    _check_table("slots", slots, 4, device)
+    _check_table("slots", slots, 4, query_keys.dtype, device)
     if len(slots) % n_levels:
         refuse("slots", f"the same number of rows for each of {n_levels} levels", slots)
     _check_numbers(numbers, n_levels)
 
 
-def _check_table(argument: str, table: Tensor, width: int, device: torch.device) -> None:
+def _check_table(
+    argument: str, table: Tensor, width: int, dtype: torch.dtype, device: torch.device
+) -> None:
     check_dims(argument, table, 2)
     if not len(table):
         refuse(argument, "at least one row", table)
-    check_dense(argument, table, (len(table), width), torch.int64, device)
+    check_dense(argument, table, (len(table), width), dtype, device)
 
 
 def _check_numbers(numbers: Sequence[int], n_levels: int) -> None:

@@ -266,10 +266,10 @@ def search_start(keys_ptr, wanted, n_keys):
     beyond the last one.
     """
     start = tl.zeros_like(wanted).to(tl.int32)  # [BLOCK]
-    span = n_keys
+    span, before_ptr = n_keys, keys_ptr - 1  # the address before the first key
     while span > 1:
         half = span // 2
-        key = tl.load(keys_ptr + start + (half - 1))  # [BLOCK]
+        key = tl.load(before_ptr + (start + half))  # [BLOCK]
         start = tl.where(key < wanted, start + half, start)
         span -= half
     return start + (tl.load(keys_ptr + start) < wanted).to(tl.int32)
@@ -283,17 +283,17 @@ def gallop_to_stop(keys_ptr, start, wanted, n_keys, width):
     the block, all keys are searched.
     """
     left = n_keys - start  # [BLOCK]
-    key = tl.load(keys_ptr + start + tl.minimum(width, left - 1))  # [BLOCK]
+    key = tl.load(keys_ptr + (start + tl.minimum(width, left - 1)))  # [BLOCK]
     beyond = (width < left) & (key <= wanted)  # [BLOCK]
     span = tl.where(tl.max(beyond.to(tl.int32), 0) > 0, n_keys, width)
-    stop = start  # [BLOCK]
+    stop, before_ptr = start, keys_ptr - 1  # [BLOCK], and the address before the first key
     while span > 0:
         half = (span + 1) // 2
-        inside = half <= n_keys - stop  # [BLOCK]
-        key = tl.load(keys_ptr + stop + (half - 1), mask=inside, other=0)  # [BLOCK]
-        stop = tl.where(inside & (key <= wanted), stop + half, stop)
+        # If the last key is not above ``wanted``, a step may go beyond all keys.
+        key = tl.load(before_ptr + tl.minimum(stop + half, n_keys))  # [BLOCK]
+        stop = tl.where(key <= wanted, stop + half, stop)
         span -= half
-    return stop
+    return tl.minimum(stop, n_keys)
 
 
 @triton.jit(do_not_specialize=("n_sorted", "n_key_rows", "n_rows", "n_total", "width"))
@@ -307,7 +307,7 @@ def find_slices(sorted_ptr, keys_ptr, groups_ptr, slots_ptr, starts_ptr, stops_p
         keys_ptr: ``[S, n]``, the keys of the windows' centers; negative ones have no neighbors.
         groups_ptr: int32 ``[n]``, ``image * L + level``, which has the level whose slots a row
             has; None where all rows have the same slots.
-        slots_ptr: int64 ``[1 or L, SLOTS, 4]``, the slot table.
+        slots_ptr: ``[1 or L, SLOTS, 4]``, the slot table, in the dtype of keys.
         starts_ptr, stops_ptr: int32 ``[n, SLOTS]``, the results.
         n_key_rows, n_rows: S and n.
         n_total: ``n * SLOTS``.
@@ -327,9 +327,10 @@ def find_slices(sorted_ptr, keys_ptr, groups_ptr, slots_ptr, starts_ptr, stops_p
         group = tl.load(groups_ptr + row, mask=valid, other=0)  # [BLOCK]
         slot += tl.where(group >= 0, group % LEVELS, 0) * SLOTS
     slot_ptr = slots_ptr + slot * SLOT_FIELDS  # [BLOCK]
-    key_row = tl.load(slot_ptr + KEY_ROW)  # [BLOCK]
+    key_row = tl.load(slot_ptr + KEY_ROW).to(tl.int32)  # [BLOCK]
     has_key = valid & (key_row >= 0) & (key_row < n_key_rows)  # [BLOCK]
-    key = tl.load(keys_ptr + key_row * n_rows + row, mask=has_key, other=-1)  # [BLOCK]
+    key_offset = key_row.to(tl.int64) * n_rows + row  # [BLOCK]
+    key = tl.load(keys_ptr + key_offset, mask=has_key, other=-1)  # [BLOCK]
     used = (tl.load(slot_ptr + IS_USED) != 0) & (key >= 0)  # [BLOCK]
     middle = key + tl.load(slot_ptr + OFFSET).to(key_dtype)  # [BLOCK]
     radius = tl.load(slot_ptr + SLOT_RADIUS).to(key_dtype)  # [BLOCK]

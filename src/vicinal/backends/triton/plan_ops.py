@@ -10,8 +10,9 @@ from . import plan as kernels
 from .launch import cdiv, launch, on_device_of, power_of_2, slices_per_level
 
 LARGEST_SORT = 2048  # slices of a tile at a level; larger sorts take long to compile
-_BLOCK = 256  # queries, points, keys or slices of a program
+_BLOCK = 256  # queries, points or keys of a program
 _WARPS = 4
+_SLICES = 512  # slices of a program of one warp: each lane waits for 16 loads at once
 
 
 def find_query_slices(
@@ -95,9 +96,9 @@ def _search(
     """Launches `plan.find_slices` among the first ``n_sorted`` keys of ``ordered``."""
     (n_rows, n_slots), n_key_rows = starts.shape, len(keys) if keys.dim() > 1 else 1
     launch(
-        kernels.find_slices, cdiv(starts.numel(), _BLOCK), ordered, keys, groups, slots,
+        kernels.find_slices, cdiv(starts.numel(), _SLICES), ordered, keys, groups, slots,
         starts, stops, n_sorted, n_key_rows, n_rows, starts.numel(), min(width, max(n_sorted, 1)),
-        SLOTS=n_slots, LEVELS=n_levels, BLOCK=_BLOCK, num_warps=_WARPS,
+        SLOTS=n_slots, LEVELS=n_levels, BLOCK=_SLICES, num_warps=1,
     )  # fmt: skip
 
 
