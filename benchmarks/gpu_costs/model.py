@@ -113,11 +113,11 @@ def copy_seconds(scene: SceneCounts) -> float:
 def search_instructions(scene: SceneCounts, loops: list[int], outside: int, per_warp: int) -> float:
     """Those of `find_slices` for all queries, with ``per_warp`` slices searched at once.
 
-    The first loop halves a range of all points, the others ranges of a window's width.
+    The first loop halves a range of all points, and the last one a range of a window's width.
+    Loops between them serve cells with several points.
     """
-    first, *others = loops
-    narrow = max(scene.widest - 1, 1).bit_length()
-    instructions = outside + first * scene.points.bit_length() + narrow * sum(others)
+    steps, narrow_steps = scene.points.bit_length(), scene.widest.bit_length()
+    instructions = outside + loops[0] * steps + loops[-1] * narrow_steps
     return instructions * scene.points * scene.slices / per_warp
 
 

@@ -287,7 +287,7 @@ def find_stats(out_rows, grad_out_rows, lse_ptr, grad_lse_ptr, stats_ptr, n_quer
 @triton.jit
 def query_gradients_block(walk, dropout, q, k, v, grad_out, row, item, pair_mask, head, scale,
                           lse, delta, grad_q, HAS_DROPOUT: tl.constexpr,
-                          PRECISION: tl.constexpr):  # fmt: skip
+                          PRECISION: tl.constexpr, CAREFUL: tl.constexpr):  # fmt: skip
     """Adds one block to ``grad_q`` ``[ROWS, PADDED]``, which is not scaled yet.
 
     Args, in addition to those of `attend_block`:
@@ -296,12 +296,14 @@ def query_gradients_block(walk, dropout, q, k, v, grad_out, row, item, pair_mask
     """
     # A row with a neighbor that is not finite has NaN as its log-sum-exp.
     weights = tl.exp2(dot(q, tl.trans(k), PRECISION) * scale - lse[:, None])  # [ROWS, BLOCK]
+    weights = tl.where(pair_mask, weights, 0.0)
     grad_weights = dot(grad_out, tl.trans(v), PRECISION)  # [ROWS, BLOCK]
     if HAS_DROPOUT:
         column = point_columns(dropout, item, walk.n_items)  # [BLOCK]
         grad_weights *= dropout_factors(dropout, head, row[:, None], column[None, :])
     grad_logits = weights * (grad_weights - delta[:, None])  # [ROWS, BLOCK]
-    grad_logits = tl.where(pair_mask, grad_logits, 0.0)
+    if CAREFUL:  # zero times a number that is not finite
+        grad_logits = tl.where(pair_mask, grad_logits, 0.0)
     return grad_q + dot(grad_logits.to(k.dtype), k, PRECISION)
 
 
@@ -322,7 +324,7 @@ def query_gradients_list(walk, dropout, q, k_rows, v_rows, grad_out, row, bit, h
         )  # [BLOCK, PADDED], [BLOCK, VALUE_PADDED]  # fmt: skip
         grad_q = query_gradients_block(
             walk, dropout, q, k, v, grad_out, row, point, member_mask(bit, members), head, scale,
-            lse, delta, grad_q, HAS_DROPOUT, PRECISION,
+            lse, delta, grad_q, HAS_DROPOUT, PRECISION, CAREFUL,
         )  # fmt: skip
     return grad_q
 
@@ -349,7 +351,7 @@ def query_gradients_runs(walk, dropout, q, k_rows, v_rows, grad_out, tile, row, 
             )  # [SEARCH_BLOCK, PADDED], [SEARCH_BLOCK, VALUE_PADDED]  # fmt: skip
             grad_q = query_gradients_block(
                 walk, dropout, q, k, v, grad_out, row, point, pair_mask, head, scale, lse, delta,
-                grad_q, HAS_DROPOUT, PRECISION,
+                grad_q, HAS_DROPOUT, PRECISION, True,
             )  # fmt: skip
     return grad_q
 

@@ -18,6 +18,7 @@ from .tile_walk import Walk
 INTERPRETS = interprets()  # kernels run on the CPU, for tests
 ON_AMD = torch.version.hip is not None
 _MIN_WIDTH = 16  # the minimum size of `tl.dot`
+_WIDEST_SPLIT = 128  # channels of a head of float32 that is split into parts of TF32
 
 
 def launch(kernel: Any, n_programs: int, *arguments: Any, num_warps: int, **constants: Any) -> None:
@@ -194,11 +195,17 @@ def widths(k: Tensor, v: Tensor) -> dict[str, int]:
     }
 
 
-def precision(dtype: torch.dtype) -> str:
-    """How `parts.dot` multiplies; TF32 alone if torch is set to multiply matrices with it."""
+def precision(dtype: torch.dtype, width: int) -> str:
+    """How `parts.dot` multiplies heads of a width.
+
+    TF32 alone if torch is set to multiply matrices with it. Three products take more registers than
+    there are for the widest heads.
+    """
     if dtype != torch.float32 or ON_AMD:
         return "ieee"
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
+    if torch.backends.cuda.matmul.fp32_precision == "tf32":
+        return "tf32"
+    return "tf32x3" if width <= _WIDEST_SPLIT else "ieee"
 
 
 def _constants(k: Tensor, v: Tensor) -> dict[str, Any]:
@@ -210,8 +217,11 @@ def _constants(k: Tensor, v: Tensor) -> dict[str, Any]:
     width = max(sizes["PADDED"], sizes["VALUE_PADDED"])
     warps = min(max(width // 32, 1), 4) if half else min(max(width // 16, 2), 8)
     return {
-        **sizes, "PRECISION": precision(k.dtype), "BLOCK": 32 if half else 16, "num_warps": warps,
-    }  # fmt: skip
+        **sizes,
+        "PRECISION": precision(k.dtype, width),
+        "BLOCK": 32 if half else 16,
+        "num_warps": warps,
+    }
 
 
 def _level_table(sizes: list[int], dim: int) -> list[tuple[int, ...]]:

@@ -53,8 +53,10 @@ def channel_mask(WIDTH: tl.constexpr, PADDED: tl.constexpr):
 
 @triton.jit
 def load_all_rows(rows, index, head, WIDTH: tl.constexpr, PADDED: tl.constexpr):
-    """``[n, PADDED]``: one head of some rows, all of which are valid; zero in the padding."""
-    ptrs = row_ptrs(rows, index, head, PADDED)  # [n, PADDED]
+    """``[n, PADDED]``: one head of rows ``index``, int32, all valid; zero in the padding."""
+    tl.assume(rows.row_stride >= 0)
+    # Numbers that are known to be positive are multiplied in one instruction.
+    ptrs = row_ptrs(rows, index.to(tl.uint32, bitcast=True), head, PADDED)  # [n, PADDED]
     if WIDTH == PADDED:
         return tl.load(ptrs)
     else:
