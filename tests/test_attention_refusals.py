@@ -49,6 +49,8 @@ SHARED_INVALID: list[tuple[str, Any, str]] = [
     ("background.key", zeros(43, 2, 4, device="meta"), "meta"),
     ("background.value", zeros(2, 3, 2, 4), "[2, 3, 2, 4]"),
     ("background.value", zeros(3, 3, 2, 4, dtype=torch.int32), "int32"),
+    ("plan", PLAN._tensors, "PlanTensors"),
+    ("plan", None, "None"),
     ("query_mask", torch.zeros(11, dtype=torch.bool), "[11]"),
     ("query_mask", torch.zeros(12), "float32"),
     ("query_mask", torch.zeros(12, dtype=torch.bool, device="meta"), "meta"),

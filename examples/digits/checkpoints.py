@@ -22,6 +22,10 @@ STATE_VERSION = 2
 Version 2 has its number, and the optimizer's state in the present order of the parameters. The
 first version has neither.
 """
+_PARTS = {
+    **{"config": dict, "metadata": dict, "losses": list},
+    **{"model": dict, "optimizer": dict, "scaler": dict},
+}
 
 
 class CheckpointError(ValueError):
@@ -97,19 +101,22 @@ def load_state(folder: Path, device: torch.device) -> dict[str, Any]:
     """Reads ``training_state.pt``, without executing any code in it.
 
     Raises:
-        DamagedFileError: the file is damaged.
+        DamagedFileError: the file is damaged, or parts of the state are missing.
         CheckpointError: the state has another version.
     """
     path = folder / STATE
     state = _read_state(path, device)
     version = state.pop("version", None)
-    if version != STATE_VERSION:
+    if not isinstance(version, int) or version != STATE_VERSION:
         found = "a state without version" if version is None else f"version {version}"
         raise CheckpointError(
             f"{path}: expected a training state of version {STATE_VERSION}, got {found}, whose "
             "optimizer does not fit; start without --resume, which keeps this file under another "
             "name, or resume with the version of the example that wrote it"
         )
+    wrong = [name for name, kind in _PARTS.items() if not isinstance(state.get(name), kind)]
+    if wrong or not isinstance(state["config"].get("steps"), int):
+        raise _damage(path, f"without {', '.join(wrong) or 'steps'}")
     return state
 
 
@@ -127,11 +134,15 @@ def _read_state(path: Path, device: torch.device) -> dict[str, Any]:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of any type, depending on which bytes are wrong
-        raise DamagedFileError(
-            f"{path}: expected a training state, got a damaged file ({_first_sentence(error)}); "
-            "start without --resume, which keeps this file under another name"
-        ) from error
+        raise _damage(path, _first_sentence(error)) from error
     return state
+
+
+def _damage(path: Path, what: str) -> DamagedFileError:
+    return DamagedFileError(
+        f"{path}: expected a training state, got a damaged file ({what}); "
+        "start without --resume, which keeps this file under another name"
+    )
 
 
 def _first_sentence(error: Exception) -> str:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from examples.digits.checkpoints import (
+    STATE,
     CheckpointError,
     DamagedFileError,
     load_state,
@@ -137,7 +138,7 @@ def train(
         ConfigError: a batch has fewer canvases than there are processes, or the checkpoint was
             written with another configuration.
         FileNotFoundError: there is no checkpoint to resume from.
-        CheckpointError: the checkpoint to resume from is damaged or of another version.
+        CheckpointError: the checkpoint to resume from is damaged, or of another version or model.
         WriteError: a checkpoint cannot be written; the one before is kept.
         DivergenceError: a loss or a gradient is not finite, or ``model`` raised a ValueError.
         InterruptionError: SIGINT (Ctrl-C) or SIGTERM was received.
@@ -299,14 +300,18 @@ class _Run:
         """Loads the checkpoint."""
         state = load_state(self.folder, self.device)
         mine, saved = dataclasses.asdict(self.config), state["config"]
-        differing = [f"{name} {saved[name]}" for name in mine if saved[name] != mine[name]]
+        differing = [f"{name} {saved.get(name)}" for name in mine if saved.get(name) != mine[name]]
         if differing:
             raise ConfigError(
                 f"config: expected that of the run in {self.folder}: {', '.join(differing)}"
             )
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        try:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scaler.load_state_dict(state["scaler"])
+        except (KeyError, RuntimeError, ValueError) as error:
+            path = self.folder / STATE
+            raise CheckpointError(f"{path}: expected a state of this model: {error}") from error
         self.losses = state["losses"]
         self.saved = True
 

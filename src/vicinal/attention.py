@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from ._utils.checks import check_dropout, check_tensor, refuse
+from ._utils.checks import check_dropout, check_tensor, check_type, refuse
 from ._utils.ragged import offsets_from_counts
 from .backends import choose_backend, reference
 from .plan import NeighborhoodPlan, tensors_for
@@ -254,6 +254,7 @@ def _operands(
     Raises:
         ValueError: shapes, dtypes or devices do not match each other or the plan.
     """
+    check_type("plan", plan, NeighborhoodPlan)
     device = plan.device
     q = check_tensor("q", rows["q"], (plan.n_queries, "H", "d"), kind="floating", device=device)
     heads, width = q.shape[1:]

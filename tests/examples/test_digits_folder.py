@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -127,11 +127,25 @@ def flip(content: bytes) -> bytes:
     return content[:at] + bytes([content[at] ^ 4]) + content[at + 1 :]
 
 
+def without(part: str) -> Callable[[bytes], bytes]:
+    """Takes a part out of a state, which `torch.load` still reads."""
+
+    def damage(content: bytes) -> bytes:
+        state = torch.load(io.BytesIO(content), weights_only=True)
+        del state[part]
+        changed = io.BytesIO()
+        torch.save(state, changed)
+        return changed.getvalue()
+
+    return damage
+
+
 DAMAGES = {
     "cut": lambda content: content[: len(content) // 2],
     "empty": lambda content: b"",
     "a flipped bit": flip,
     "another file": lambda content: b"<html></html>",
+    **{f"no {part}": without(part) for part in ("config", "losses", "model", "optimizer")},
 }
 
 
@@ -152,6 +166,17 @@ def test_a_damaged_state_is_named_and_a_fresh_run_keeps_it(
     assert sorted(kept.values()) == sorted((content, weights))
     assert [name for name in kept if "damaged" in name and kept[name] == content]
     assert len(load_state(tmp_path, CPU)["losses"]) == 6
+
+
+def test_a_state_of_another_model_is_named(tmp_path: Path) -> None:
+    interrupt(tmp_path, 2)
+    state = torch.load(tmp_path / STATE, weights_only=True)
+    torch.save({**state, "model": torch.nn.Linear(1, 1).state_dict()}, tmp_path / STATE)
+    before = contents(tmp_path)
+    with pytest.raises(CheckpointError, match=r"model") as error:
+        run(tmp_path, resume=True)
+    assert str(tmp_path / STATE) in str(error.value)
+    assert contents(tmp_path) == before
 
 
 def test_damaged_states_of_two_runs_are_both_kept(tmp_path: Path) -> None:

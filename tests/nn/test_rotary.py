@@ -258,6 +258,11 @@ def test_reset_parameters_draws_new_values(pattern: str) -> None:
     assert list(rotary.state_dict()) == [f"freqs.{group}" for group in range(len(before))]
 
 
+def test_numpy_arrays_are_taken() -> None:
+    rotary, x, coordinates = RotaryEncoding(8, 2, 2), torch.randn(5, 2, 8), torch.rand(5, 3)
+    assert torch.equal(rotary(x.numpy(), coordinates.numpy()), rotary(x, coordinates))
+
+
 def test_repr() -> None:
     assert "head_dim=12, n_heads=3, position_dim=2" in repr(encoding())
 

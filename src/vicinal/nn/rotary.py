@@ -143,9 +143,11 @@ class RotaryEncoding(nn.Module):
         Raises:
             ValueError: shapes or devices do not match, or coordinates are integers.
         """
-        check_tensor("x", x, ("n", self.n_heads, self.head_dim), kind="floating")
+        x = check_tensor("x", x, ("n", self.n_heads, self.head_dim), kind="floating")
         shape = (x.shape[0], self.position_dim + 1)
-        check_tensor("coordinates", coordinates, shape, kind="floating", device=x.device)
+        coordinates = check_tensor(
+            "coordinates", coordinates, shape, kind="floating", device=x.device
+        )
         coordinates = coordinates.to(coordinate_dtype(coordinates.dtype))
         backend = choose_backend(self.backend, x.device, x.dtype)
         return backend.rotate(x, coordinates, self.frequencies())
