@@ -84,13 +84,13 @@ def _forward(tiles: TileCounts) -> tuple[float, int]:
 
 
 def _query_gradients(tiles: TileCounts) -> tuple[float, int]:
-    """q, out, both gradients and three statistics of the rows; keys and values."""
-    return TILE * (4 * _ROW + 3) + tiles.entries * 2 * _ROW, 6
+    """q, out, both gradients and statistics of the rows, two of these separate; keys and values."""
+    return TILE * (4 * _ROW + 2) + tiles.row_stats + tiles.entries * 2 * _ROW, 6
 
 
 def _point_gradients(tiles: TileCounts) -> tuple[float, int]:
     """k, v and their gradients; q, grad_out and the statistics of the columns."""
-    return TILE * 4 * _ROW + tiles.entries * 2 * _ROW + tiles.stats_sectors, 6
+    return TILE * 4 * _ROW + tiles.entries * 2 * _ROW + tiles.column_stats, 6
 
 
 _SECTORS = {

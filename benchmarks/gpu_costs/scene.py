@@ -19,7 +19,8 @@ class TileCounts(NamedTuple):
     tiles: int
     entries: float  # columns of a tile
     blocks: float  # blocks of a tile's list
-    stats_sectors: float  # sectors with the statistics of a tile's queries, for one head
+    row_stats: float  # sectors with statistics of a tile's rows, as if these were queries
+    column_stats: float  # the same for its columns
 
 
 class SceneCounts(NamedTuple):
@@ -49,10 +50,19 @@ def _count_tiles(tiles: Tiles, slices: list[int]) -> TileCounts:
     entries = tiles.counts[..., 1].sum(1)
     blocks = (entries + LIST_BLOCK - 1) // LIST_BLOCK
     mean_entries, mean_blocks = (float(x.double().mean()) for x in (entries, blocks))
+    rows = tiles.firsts.shape[1] // sum(slices)
+    tile_of_row = torch.arange(len(tiles.traversal)) // rows
     tile, column = _columns(tiles, slices)
-    sector = tiles.order[column].long() // _STATS_PER_SECTOR
-    sectors = len(torch.unique(tile * (len(tiles.order) + 1) + sector))
-    return TileCounts(len(entries), mean_entries, mean_blocks, sectors / len(entries))
+    return TileCounts(
+        len(entries), mean_entries, mean_blocks,
+        _stats_sectors(tile_of_row, tiles.traversal) / len(entries),
+        _stats_sectors(tile, tiles.order[column]) / len(entries),
+    )  # fmt: skip
+
+
+def _stats_sectors(tile: Tensor, query: Tensor) -> int:
+    """How many different sectors hold the statistics of each tile's queries, added up."""
+    return len(torch.unique(torch.stack((tile, query.long() // _STATS_PER_SECTOR)), dim=1).t())
 
 
 def _columns(tiles: Tiles, slices: list[int]) -> tuple[Tensor, Tensor]:

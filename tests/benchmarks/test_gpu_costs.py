@@ -62,7 +62,7 @@ def test_counts_of_a_scene() -> None:
     assert (found.points, found.slices, found.widest) == (4, 3, 3)
     for tiles in (found.queries, found.columns):
         assert (tiles.tiles, tiles.entries, tiles.blocks) == (1, 4, 1)
-        assert tiles.stats_sectors == 1  # four queries of 8 bytes
+        assert tiles.row_stats == tiles.column_stats == 1  # four queries of 8 bytes
 
 
 def test_entries_are_those_of_the_tiles_pairs() -> None:
@@ -73,11 +73,12 @@ def test_entries_are_those_of_the_tiles_pairs() -> None:
     assert found.queries.tiles == found.columns.tiles == -(-n // 16)
     for tiles in (found.queries, found.columns):
         assert tiles.entries / 32 <= tiles.blocks <= tiles.entries / 32 + 1
-        assert tiles.entries / 4 <= tiles.stats_sectors <= tiles.entries
+        assert tiles.entries / 4 <= tiles.column_stats <= tiles.entries
+        assert 4 <= tiles.row_stats <= 16
 
 
 def test_costs_grow_with_what_is_counted() -> None:
-    tiles = scene.TileCounts(tiles=100, entries=64.0, blocks=2.0, stats_sectors=20.0)
+    tiles = scene.TileCounts(tiles=100, entries=64.0, blocks=2.0, row_stats=9.0, column_stats=20.0)
     counts = scene.SceneCounts(1600, 24, 9, tiles, tiles)
     cost = model.cost("attend", counts, block=300, outside=500)
     assert (cost.programs, cost.instructions) == (800, 500 + 2 * 300)

@@ -22,6 +22,7 @@ from .parts import (
     block_and_head,
     dot,
     dropout_factors,
+    finite_flag,
     load_all_rows,
     load_rows,
     load_stats,
@@ -220,7 +221,7 @@ def attend(tiles, levels, n_rows, n_columns, n_items, n_runs, n_blocks, n_groups
             walk, dropout, q, k_rows, v_rows, row, bit, head, positive_scale, start, n_entries,
             WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, HAS_DROPOUT, PRECISION, False, ROWS, BLOCK,
         )  # [ROWS], [ROWS], [ROWS, VALUE_PADDED]  # fmt: skip
-        if not all_finite(acc):
+        if not all_finite(finite_flag(acc)):
             row_max, row_sum, acc = attend_list(
                 walk, dropout, q, k_rows, v_rows, row, bit, head, positive_scale, start, n_entries,
                 WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, HAS_DROPOUT, PRECISION, True, ROWS, BLOCK,
@@ -404,7 +405,7 @@ def query_gradients(tiles, levels, n_rows, n_columns, n_items, n_runs, n_blocks,
             start, n_entries,
             WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, HAS_DROPOUT, PRECISION, False, ROWS, BLOCK,
         )  # [ROWS, PADDED]  # fmt: skip
-        if not all_finite(grad_q):
+        if not all_finite(finite_flag(grad_q)):
             grad_q = query_gradients_list(
                 walk, dropout, q, k_rows, v_rows, grad_out, row, bit, head, scale * LOG2_E,
                 lse, delta, start, n_entries,
@@ -559,7 +560,7 @@ def point_gradients(tiles, levels, n_rows, n_columns, n_items, n_runs, n_blocks,
             start, n_entries,
             WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, HAS_DROPOUT, PRECISION, False, ROWS, BLOCK,
         )  # [ROWS, PADDED], [ROWS, VALUE_PADDED]  # fmt: skip
-        if not (all_finite(grad_k) & all_finite(grad_v)):
+        if not all_finite(finite_flag(grad_k) + finite_flag(grad_v)):
             grad_k, grad_v = point_gradients_list(
                 walk, dropout, k, v, q_rows, grad_out_rows, stats_ptr, row, bit, head,
                 scale * LOG2_E, start, n_entries,

@@ -18,7 +18,7 @@ from .tile_walk import Walk
 INTERPRETS = interprets()  # kernels run on the CPU, for tests
 ON_AMD = torch.version.hip is not None
 _MIN_WIDTH = 16  # the minimum size of `tl.dot`
-_WIDEST_SPLIT = 128  # channels of a head of float32 that is split into parts of TF32
+_WIDEST_SPLIT = 64  # channels of a head of float32 that is split into parts of TF32
 
 
 def launch(kernel: Any, n_programs: int, *arguments: Any, num_warps: int, **constants: Any) -> None:

@@ -125,9 +125,15 @@ def dot(a, b, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def all_finite(x):
-    """Whether all numbers of a block ``[m, n]`` are finite, a scalar."""
-    return tl.sum(tl.sum(x * 0.0, 1), 0) == 0.0
+def finite_flag(x):
+    """Zeros ``[m]`` if all numbers of a block ``[m, n]`` are finite; else one of them is NaN."""
+    return tl.sum(x * 0.0, 1)
+
+
+@triton.jit
+def all_finite(flag):
+    """Whether `finite_flag`, or a sum of several, tells that all numbers are finite, a scalar."""
+    return tl.sum(flag, 0) == 0.0
 
 
 @triton.jit
