@@ -94,7 +94,8 @@ def usages(case: Case, architecture: int) -> Iterator[dict[str, Any]]:
             **kernel.resources._asdict(),
             "shared_bytes": kernel.shared_bytes,
         }
-        if kernel.name in BLOCK_LOOPS and case.dtype != torch.float32:
+        tiled = kernel.launch.options.get("ROWS", 1) > 1  # one row has no products of matrices
+        if kernel.name in BLOCK_LOOPS and tiled and case.dtype != torch.float32:
             loop = kernel.code.block_loop()
             usage["instructions"] = loop.length
             usage |= {kind: loop.counts[kind] for kind in ("HMMA", "LDGSTS")}
