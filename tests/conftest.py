@@ -6,6 +6,7 @@ from typing import Any
 import hypothesis
 import pytest
 import torch
+from bounds import Checked
 
 # Without a GPU, Triton's kernels are interpreted: slowly, one program after another. Triton reads
 # the variable when it is imported.
@@ -139,10 +140,32 @@ def small_demo(monkeypatch: pytest.MonkeyPatch) -> None:
 def runs_by_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     """Finds runs by the reference where Triton is interpreted: a program that sorts is slow."""
     if os.environ.get("TRITON_INTERPRET") == "1":
-        monkeypatch.setattr("vicinal.backends.triton.ops.LARGEST_SORT", 0)
+        monkeypatch.setattr("vicinal.backends.triton.plan_ops.LARGEST_SORT", 0)
 
 
 @pytest.fixture
 def runs_by_triton(runs_by_reference: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Finds runs by the Triton kernel, for tests of that kernel."""
-    monkeypatch.setattr("vicinal.backends.triton.ops.LARGEST_SORT", 2048)
+    monkeypatch.setattr("vicinal.backends.triton.plan_ops.LARGEST_SORT", 2048)
+
+
+@pytest.fixture
+def checked(monkeypatch: pytest.MonkeyPatch) -> Checked | None:
+    """The checking interpreter; None on a GPU, where `test_gpu` runs compute-sanitizer."""
+    import triton.runtime.interpreter as interpreter
+
+    from vicinal.backends.triton import ops, plan_ops
+    from vicinal.backends.triton.launch import launch
+
+    if not ops.INTERPRETS:
+        return None
+    checked = Checked(interpreter._interpreter)
+
+    def checked_launch(kernel: Any, n_programs: int, *arguments: Any, **options: Any) -> None:
+        checked.allow(arguments)
+        launch(kernel, n_programs, *arguments, **options)
+
+    monkeypatch.setattr(interpreter, "_interpreter", checked)
+    for module in (ops, plan_ops):
+        monkeypatch.setattr(module, "launch", checked_launch)
+    return checked

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from hypothesis import strategies as st
@@ -30,6 +31,7 @@ from vicinal import (
     FeaturePyramid,
     NeighborhoodPlan,
     RotaryEncoding,
+    backends,
     neighborhood_attention,
     plan_neighborhoods,
 )
@@ -122,6 +124,18 @@ class Scene:
             for _, points in window
             for point in points
         }
+
+
+def plan_by_triton(scene: Scene, device: torch.device, **options: Any) -> NeighborhoodPlan:
+    """The scene's plan, with the slices of points, by the kernels that plan on a GPU.
+
+    On the CPU, Triton interprets them.
+    """
+    with mock.patch.dict(backends._BY_DEVICE, {device.type: "triton"}):
+        queries = scene.positions.to(device), scene.offsets.to(device)
+        plan = plan_neighborhoods(*queries, scene.pyramid.to(device), scene.sizes, **options)
+        plan._point_slices()
+    return plan
 
 
 def make_scene(

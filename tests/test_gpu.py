@@ -16,6 +16,7 @@ from vicinal import (
     neighborhood_attention,
     plan_neighborhoods,
 )
+from vicinal.detr import Decoder, DecoderLayer, FeedForward, ObjectQueries, QuerySelfAttention
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
@@ -185,6 +186,47 @@ def test_gradients_outside_a_graph_with_its_plan() -> None:
     positions += 8
     graph.replay()
     assert torch.equal(gradient(plan), gradient(make_plan()))
+
+
+def test_a_decoder_in_a_cuda_graph() -> None:
+    """Replays with other queries and with another number of points, which -1 fill up."""
+    layers = [
+        DecoderLayer(
+            QuerySelfAttention(EMBED, 4, max_queries=60),
+            SparseNeighborhoodAttentionBlock(EMBED, 4, 3, SIZES),
+            FeedForward(EMBED),
+        )
+        for _ in range(2)
+    ]
+    decoder = Decoder(layers, EMBED, n_classes=3).cuda().eval()
+    scenes = [make_points(n) for n in (900, 1400)]
+    n_rows = max(map(len, scenes))
+    values, coordinates = torch.zeros(n_rows, EMBED).cuda(), torch.full((n_rows, 4), -1).cuda()
+    points = FeaturePyramid(values, coordinates, scenes[0].level_shapes, 2)
+    boxes, embeddings = torch.ones(100, 4).cuda(), torch.randn(100, EMBED).cuda()
+    levels = torch.zeros(100, dtype=torch.int64, device="cuda")
+    queries = ObjectQueries(embeddings, boxes, levels, torch.tensor([0, 60, 100]).cuda())
+
+    @torch.no_grad()
+    def refine(points: FeaturePyramid) -> tuple[Tensor, Tensor]:
+        predictions, _ = decoder(queries, points)
+        return predictions[-1].logits, predictions[-1].boxes
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        refine(points)
+    torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.graph(graph := torch.cuda.CUDAGraph()):
+        captured = refine(points)
+    for scene in scenes:
+        coordinates.fill_(-1)
+        coordinates[: len(scene)] = scene.coordinates
+        values[: len(scene)] = scene.values
+        boxes[:, :2] = 128 * torch.rand(100, 2).cuda()
+        graph.replay()
+        for actual, expected in zip(captured, refine(scene), strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_compiled_for_any_number_of_points() -> None:

@@ -42,13 +42,13 @@ def test_compute_sanitizer(tool: str) -> None:
 OVERRUN = """
 import torch
 from vicinal.backends.triton import attention as triton_attention
-from vicinal.backends.triton.launch import heads, launch, widths
+from vicinal.backends.triton.launch import heads, launch
 
 x = torch.zeros({allocated}, 1, 16, device="cuda")
-flags = torch.zeros({allocated}, 1, device="cuda")
+lse, stats = (torch.zeros({allocated}, 2, device="cuda") for _ in range(2))
 launch(
-    triton_attention.find_flags, {given} // 32, heads(x), heads(x), flags, {given}, 1,
-    **widths(x, x), BLOCK=32, num_warps=1,
+    triton_attention.find_stats, {given} // 32, heads(x), heads(x), lse, lse, stats, {given}, 1,
+    VALUE_WIDTH=16, VALUE_PADDED=16, BLOCK=32, num_warps=1,
 )
 torch.cuda.synchronize()
 """
@@ -56,7 +56,7 @@ torch.cuda.synchronize()
 
 @pytest.mark.parametrize(("given", "reported"), [(64, False), (96, True)])
 def test_compute_sanitizer_notices(given: int, reported: bool) -> None:
-    """The sanitizer itself: it reports a kernel that is given more points than were allocated."""
+    """The sanitizer itself: it reports a kernel that is given more rows than were allocated."""
     done = sanitize("memcheck", "-c", OVERRUN.format(allocated=64, given=given))
     assert (done.returncode == 7) == reported, done.stdout[-3000:]
     assert ("out of bounds" in done.stdout) == reported

@@ -154,6 +154,9 @@ class RotaryEncoding(nn.Module):
 
     def frequencies(self) -> Tensor:
         """Returns all frequencies ``[P + 1, H or 1, d / 2]``, zero outside a pair's group."""
+        if len(self.groups) == 1:
+            only: Tensor = self.freqs[0]
+            return only
         blocks = []
         for group, freqs in zip(self.groups, self.freqs, strict=True):
             above, below = group[0], self.position_dim - group[-1]
