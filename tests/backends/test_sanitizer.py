@@ -32,9 +32,12 @@ def sanitize(tool: str, *command: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_compute_sanitizer(tool: str) -> None:
     """Good contents, bad ones and plans of garbage, every kernel."""
-    file = Path(__file__).with_name("test_triton.py")
-    tests = "test_kernels_stay_in_their_buffers", "test_forged_plans_stay_in_their_buffers"
-    watched = [f"{file}::{test}" for test in tests]
+    folder = Path(__file__).parent
+    watched = [
+        f"{folder / 'test_triton.py'}::test_kernels_stay_in_their_buffers",
+        f"{folder / 'test_triton.py'}::test_forged_plans_stay_in_their_buffers",
+        f"{folder / 'test_triton_plan.py'}::test_ops_of_forged_contents_stay_in_their_buffers",
+    ]
     done = sanitize(tool, "-m", "pytest", "-q", "-p", "no:cacheprovider", *watched)
     assert done.returncode == 0, done.stdout[-3000:]
 

@@ -111,10 +111,14 @@ def test_the_shards_have_each_test_once(tmp_path: Path) -> None:
         "import pytest\n@pytest.mark.parametrize('i', range(7))\ndef test_it(i): pass\n"
     )
     (tmp_path / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text())
+    paths = [str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]  # of what conftest.py imports
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     found = []
     for shard in ("0/3", "1/3", "2/3"):
         command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "--shard", shard, "."]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+        )
         found += [line for line in done.stdout.splitlines() if "::" in line]
     assert sorted(found) == [f"test_many.py::test_it[{i}]" for i in range(7)]
 
