@@ -196,7 +196,8 @@ def main() -> int:
     found = all_counts()
     if arguments.check:
         missed = misses(found)
-        print("\n".join(missed))
+        for line in missed:
+            print(line)
         return int(bool(missed))
     columns = "total", "bar", "aim", "ops", "kernels", "allocations", "launches"
     print(f"{'':68}" + "".join(f"{column:>12}" for column in columns))

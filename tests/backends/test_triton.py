@@ -497,6 +497,22 @@ def test_rotation_by_large_coordinates_in_float64() -> None:
     assert relative_error(rotated, expected.detach()) < TOLERANCE
 
 
+def test_rotation_converts_float32_coordinates_and_frequencies_itself() -> None:
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(70, 2, 6, generator=generator).to(DEVICE)
+        coordinates, frequencies = (
+            (torch.rand(shape, generator=generator) * scale).to(DEVICE, dtype).requires_grad_()
+            for shape, scale in (((70, 3), 1e4), ((3, 2, 3), 1.0))
+        )
+        out = back_end.BACKEND.rotate(x, coordinates, frequencies)
+        grads = torch.autograd.grad(out.square().sin().sum(), (coordinates, frequencies))
+        found.append([out.detach(), *(grad.float() for grad in grads)])
+    for actual, expected in zip(*found, strict=True):
+        assert torch.equal(actual, expected)
+
+
 @settings(max_examples=10)
 @given(scene=scenes(), rows=st.sampled_from([1, 4, TILE]))
 @pytest.mark.usefixtures("runs_by_triton")
