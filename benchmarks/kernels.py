@@ -94,9 +94,8 @@ def usages(case: Case, architecture: int) -> Iterator[dict[str, Any]]:
             **kernel.resources._asdict(),
             "shared_bytes": kernel.shared_bytes,
         }
-        tiled = kernel.launch.options.get("ROWS", 1) > 1  # one row has no products of matrices
-        if kernel.name in BLOCK_LOOPS and tiled and case.dtype != torch.float32:
-            loop = kernel.code.block_loop()
+        loop = kernel.code.block_loop()
+        if kernel.name in BLOCK_LOOPS and loop is not None:
             usage["instructions"] = loop.length
             usage |= {kind: loop.counts[kind] for kind in ("HMMA", "LDGSTS")}
         yield usage
@@ -110,6 +109,7 @@ def figures(counts: scene.SceneCounts) -> tuple[dict[str, float], dict[str, mode
     for kernel in compiled(CASES[0], 90):
         if kernel.name in BLOCK_LOOPS:
             loop = kernel.code.block_loop()
+            assert loop is not None, kernel.name
             outside = kernel.code.path_outside(loop)
             costs[kernel.name] = model.cost(kernel.name, counts, loop.length, outside)
             found[f"{kernel.name}: LDGSTS of the block loop"] = loop.counts["LDGSTS"]

@@ -60,16 +60,13 @@ class Code:
                 found.append(Loop(start, stop, Counter(map(_kind, self.instructions[start:stop]))))
         return sorted(found, key=lambda loop: loop.start)
 
-    def block_loop(self) -> Loop:
+    def block_loop(self) -> Loop | None:
         """The loop of a list's blocks: it multiplies matrices, and is the one that is pipelined.
 
-        Raises:
-            ValueError: no loop multiplies matrices.
+        None if no loop multiplies matrices.
         """
         loops = [loop for loop in self.innermost_loops() if loop.counts["HMMA"]]
-        if not loops:
-            raise ValueError("no loop multiplies matrices")
-        return max(loops, key=lambda loop: (loop.counts["LDGSTS"] > 0, -loop.start))
+        return max(loops, key=lambda loop: (loop.counts["LDGSTS"] > 0, -loop.start), default=None)
 
     def path_outside(self, loop: Loop) -> int:
         """The fewest instructions that a program executes before and after ``loop``."""

@@ -140,7 +140,9 @@ def attend_list(walk, dropout, q, k_rows, v_rows, row, bit, head, scale, start, 
     row_max = tl.full([ROWS], -float("inf"), tl.float32)
     row_sum = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, VALUE_PADDED], tl.float32)
-    for first in tl.range(0, n_entries, BLOCK, num_stages=1 if CAREFUL else None):
+    # Dropout leaves registers for fewer blocks under way.
+    stages: tl.constexpr = 1 if CAREFUL else 2 if HAS_DROPOUT else 3
+    for first in tl.range(0, n_entries, BLOCK, num_stages=stages):
         point, members = load_listed(walk, start + first + tl.arange(0, BLOCK))  # [BLOCK] each
         k, v, flag = load_points(
             k_rows, v_rows, point, point >= 0, head,
@@ -317,7 +319,9 @@ def query_gradients_list(walk, dropout, q, k_rows, v_rows, grad_out, row, bit, h
                          ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """``grad_q`` of `query_gradients`, not scaled yet, from the tile's list."""
     grad_q = tl.zeros([ROWS, PADDED], tl.float32)
-    for first in tl.range(0, n_entries, BLOCK, num_stages=1 if CAREFUL else None):
+    # Dropout leaves registers for fewer blocks under way.
+    stages: tl.constexpr = 1 if CAREFUL else 2 if HAS_DROPOUT else 3
+    for first in tl.range(0, n_entries, BLOCK, num_stages=stages):
         point, members = load_listed(walk, start + first + tl.arange(0, BLOCK))  # [BLOCK] each
         k, v, _ = load_points(
             k_rows, v_rows, point, point >= 0, head,
@@ -496,7 +500,9 @@ def point_gradients_list(walk, dropout, k, v, q_rows, grad_out_rows, stats_ptr, 
     """``grad_k``, not scaled yet, and ``grad_v`` of `point_gradients`, from the tile's list."""
     grad_k = tl.zeros([ROWS, PADDED], tl.float32)
     grad_v = tl.zeros([ROWS, VALUE_PADDED], tl.float32)
-    for first in tl.range(0, n_entries, BLOCK, num_stages=1 if CAREFUL else None):
+    # Dropout leaves registers for fewer blocks under way.
+    stages: tl.constexpr = 1 if CAREFUL else 2 if HAS_DROPOUT else 3
+    for first in tl.range(0, n_entries, BLOCK, num_stages=stages):
         query, members = load_listed(walk, start + first + tl.arange(0, BLOCK))  # [BLOCK] each
         grad_k, grad_v = point_gradients_block(
             walk, dropout, k, v, q_rows, grad_out_rows, stats_ptr, row, query, query >= 0,
