@@ -72,7 +72,9 @@ def all_steps(out: Path) -> list[Step]:
         "--metrics", ",".join(METRICS), "--kernel-name", f"regex:^({'|'.join(kernel_names())})$",
         *_python("benchmarks.profiled"),
     ]  # fmt: skip
-    memcheck = [sanitizer, "--tool", "memcheck", "--report-api-errors", "no"]
+    # Each tensor in an allocation of its own, so that accesses beyond its end are errors.
+    memcheck = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", sanitizer]
+    memcheck += ["--tool", "memcheck", "--report-api-errors", "no"]
     memcheck += ["--error-exitcode", "7", *_python("pytest", "-q", f"{forged}[0]")]
     return [
         Step("gpu tests", 90, _sharded(min(shards, 4), "tests/test_gpu.py")),
