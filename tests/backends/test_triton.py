@@ -226,6 +226,15 @@ def test_scales_that_are_not_positive(scale: float) -> None:
     assert max(errors) < TOLERANCE
 
 
+def test_a_scale_of_nan_is_not_hidden() -> None:
+    plan = full_window_scene(20, 30).plan().to(DEVICE)
+    inputs = on_device(make_inputs(plan, heads=2))
+    for backend in ("reference", "triton"):
+        out, lse = inputs.attend(plan, backend, scale=math.nan)
+        assert out.isnan().all()
+        assert lse.isnan().all()
+
+
 def test_windows_wider_than_a_block_of_cells() -> None:
     assert_exact(make_scene(((60,), (9,)), (37, 5), (5, 8), 30), heads=1, background=True)
 
