@@ -72,13 +72,15 @@ def all_steps(out: Path) -> list[Step]:
         "--metrics", ",".join(METRICS), "--kernel-name", f"regex:^({'|'.join(kernel_names())})$",
         *_python("benchmarks.profiled"),
     ]  # fmt: skip
-    memcheck = [sanitizer, "--tool", "memcheck", "--report-api-errors", "no"]
+    # Each tensor in an allocation of its own, so that accesses beyond its end are errors.
+    memcheck = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", sanitizer]
+    memcheck += ["--tool", "memcheck", "--report-api-errors", "no"]
     memcheck += ["--error-exitcode", "7", *_python("pytest", "-q", f"{forged}[0]")]
     return [
         Step("gpu tests", 90, _sharded(min(shards, 4), "tests/test_gpu.py")),
         Step("triton tests", 100, _sharded(shards, *triton_tests())),
         _study(out, "figures", 90, "attention", "plan", "compute", "replayed"),
-        Step("cost model and ncu", 60, [_python("benchmarks.kernels"), profile]),
+        Step("cost model and ncu", 60, [_python("benchmarks.kernels", "--costs"), profile]),
         _study(out, "sweep", 50, "sweep"),
         _study(out, "flex", 40, "agreement/flex", "baselines/flex"),
         Step("sanitizer", 40, [memcheck]),

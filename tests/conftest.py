@@ -151,7 +151,7 @@ def runs_by_triton(runs_by_reference: None, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture
 def checked(monkeypatch: pytest.MonkeyPatch) -> Checked | None:
-    """The checking interpreter; None on a GPU, where `test_gpu` runs compute-sanitizer."""
+    """The checking interpreter; None on a GPU, for which there is `test_sanitizer`."""
     import triton.runtime.interpreter as interpreter
 
     from vicinal.backends.triton import ops, plan_ops

@@ -226,6 +226,15 @@ def test_scales_that_are_not_positive(scale: float) -> None:
     assert max(errors) < TOLERANCE
 
 
+def test_a_scale_of_nan_is_not_hidden() -> None:
+    plan = full_window_scene(20, 30).plan().to(DEVICE)
+    inputs = on_device(make_inputs(plan, heads=2))
+    for backend in ("reference", "triton"):
+        out, lse = inputs.attend(plan, backend, scale=math.nan)
+        assert out.isnan().all()
+        assert lse.isnan().all()
+
+
 def test_windows_wider_than_a_block_of_cells() -> None:
     assert_exact(make_scene(((60,), (9,)), (37, 5), (5, 8), 30), heads=1, background=True)
 
@@ -631,15 +640,52 @@ def test_kernels_stay_in_their_buffers(
     assert checked is None or checked.n_checked > 10_000
 
 
+@pytest.mark.parametrize("background", [False, True])
+def test_a_strided_mask(background: bool, checked: Checked | None) -> None:
+    """As a column of a table is, and a mask that holds one number."""
+    scene = scene_2d(n_queries=19, n_points=45)
+    plan = scene.plan().to(DEVICE)
+    inputs = on_device(make_inputs(plan, heads=1, background=background, mask=True))
+    assert inputs.query_mask is not None
+    table = torch.stack((inputs.query_mask, ~inputs.query_mask), 1)
+    for mask in (table[:, 1], torch.ones(1, dtype=torch.bool, device=DEVICE).expand(19)):
+        actual, expected = (
+            answer(inputs._replace(query_mask=own), plan, "triton")
+            for own in (mask, mask.clone(memory_format=torch.contiguous_format))
+        )
+        assert torch.equal(actual.out, expected.out)
+        assert torch.equal(actual.lse, expected.lse)
+        for grad, other in zip(actual.grads, expected.grads, strict=True):
+            assert torch.equal(grad, other)
+
+
+def test_lists_of_forged_counts_stay_in_their_blocks() -> None:
+    plan = scene_2d(n_queries=19, n_points=45).plan().to(DEVICE)
+    with OwnOps("vicinal_triton") as ops:
+        on_device(make_inputs(plan, heads=1)).attend(plan, "triton")
+    find_lists, (tiles, *sizes) = ops.calls["find_lists"]
+    lists, *expected = find_lists(tiles, *sizes)
+    assert lists[0].tolist() == [0, 1]
+    forged_counts = tiles[4].clone()
+    assert forged_counts.shape[:2] == (2, 3)
+    forged_counts[1, 0, 1] = -LIST_BLOCK  # entries of the second tile's first level
+    found = find_lists([*tiles[:4], forged_counts, *tiles[5:]], *sizes)[1:]
+    for actual, before in zip(found, expected, strict=True):
+        assert torch.equal(actual[:LIST_BLOCK], before[:LIST_BLOCK])
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_forged_plans_stay_in_their_buffers(seed: int, checked: Checked | None) -> None:
     plan = scene_2d(n_queries=19, n_points=45).plan().to(DEVICE)
     inputs = on_device(make_inputs(plan, heads=1, width=5))
-    with OwnOps("vicinal_triton") as ops:
+    with OwnOps("vicinal_triton") as forward:
+        inputs.attend(plan, "triton")
+    with OwnOps("vicinal_triton") as step:
         out, _ = inputs.fresh().attend(plan, "triton")
         out.sum().backward()
+    assert "find_lists" in forward.calls.keys() & step.calls.keys()  # of queries, then of points
     generator = torch.Generator().manual_seed(seed)
-    for op, arguments in ops.calls.values():
+    for op, arguments in (*forward.calls.values(), *step.calls.values()):
         garbage = [
             [forged(part.cpu(), seed % 4 + 1, generator).to(DEVICE) for part in x]
             if isinstance(x, list) and x and isinstance(x[0], Tensor) else x

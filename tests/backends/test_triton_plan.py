@@ -187,6 +187,21 @@ def test_strided_positions_and_coordinates() -> None:
         assert torch.equal(again, expected), name
 
 
+def test_strided_offsets(checked: Checked | None) -> None:
+    scene = scene_2d(n_queries=20, n_points=30)
+    expected = dict(parts(plan_of(scene, "triton")))
+    column = torch.stack((scene.offsets, torch.full_like(scene.offsets, 9)), 1)[:, 0]
+    none = torch.zeros(1, dtype=torch.int64).expand(4)
+    for offsets in (column, none):
+        plan = plan_of(Scene(scene.positions, offsets, scene.pyramid, scene.sizes), "triton",
+                       check_contents=False)  # fmt: skip
+        if offsets is none:
+            assert (plan.query_batch == -1).all()
+        else:
+            for name, actual in parts(plan):
+                assert torch.equal(actual, expected[name]), name
+
+
 def test_invalid_contents_have_no_neighbors() -> None:
     scene = scene_2d(n_queries=19, n_points=45)
     scene.positions[::5] = math.nan

@@ -123,6 +123,21 @@ def test_the_shards_have_each_test_once(tmp_path: Path) -> None:
     assert sorted(found) == [f"test_many.py::test_it[{i}]" for i in range(7)]
 
 
+WITHOUT_NUMPY = """
+import sys, pytest
+
+sys.modules["numpy"] = None
+options = "--collect-only", "-q", "-p", "no:cacheprovider", "-W", "ignore::UserWarning"
+sys.exit(pytest.main([*options, "tests/test_gpu.py"]))
+"""
+
+
+def test_the_gpu_tests_need_no_numpy() -> None:
+    done = subprocess.run(python(WITHOUT_NUMPY), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert "test_a_decoder_in_a_cuda_graph" in done.stdout
+
+
 def test_the_steps_take_less_than_eight_minutes(tmp_path: Path) -> None:
     steps = first.all_steps(tmp_path)
     assert sum(step.seconds for step in steps) <= 480
@@ -135,6 +150,23 @@ def test_the_steps_take_less_than_eight_minutes(tmp_path: Path) -> None:
                 file = part.partition("::")[0]
                 assert not file.startswith("tests/") or (ROOT / file).exists()
     assert {"attend", "query_gradients", "point_gradients"} <= set(first.kernel_names())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a shell script")
+def test_the_sanitizer_sees_each_tensor_by_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within a block of PyTorch's cache, accesses beyond the end of a tensor are no errors."""
+    sanitizer = tmp_path / "compute-sanitizer"
+    sanitizer.write_text('#!/bin/sh\necho "cache off: $PYTORCH_NO_CUDA_MEMORY_CACHING"\n')
+    sanitizer.chmod(0o755)
+    path = os.environ["PATH"]
+    monkeypatch.setenv("PATH", os.pathsep.join((str(tmp_path), path)))
+    (result,) = run(first.all_steps(tmp_path)[-1:], tmp_path)
+    assert (result.status, result.reason) == ("passed", "cache off: 1")
+    monkeypatch.setattr(first, "_tool", lambda name: "no-such-program")
+    (result,) = run(first.all_steps(tmp_path)[-1:], tmp_path)
+    assert result.status == "refused"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

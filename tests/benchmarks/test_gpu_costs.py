@@ -131,3 +131,29 @@ def test_the_check_exits_with_1_if_a_bar_is_missed(
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == status, done.stderr[-2000:]
     assert ("instructions per block" in done.stdout) == (status == 1)
+
+
+COSTS = """
+import sys
+from benchmarks import kernels
+from benchmarks.gpu_costs import model
+
+kernels.usages = None  # it compiles every variant
+kernels.particle_tracks = kernels.scene.count = lambda *_, **__: None
+cost = model.Cost(programs=2, instructions=10.0, sectors=4.0, bytes=100.0)
+kernels.figures = lambda counts: ({bar.name: 7.25 for bar in model.BARS}, {"attend": cost})
+sys.argv[1:] = ["--costs"]
+kernels.main()
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+def test_costs_alone_take_no_variants() -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "src")])}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-c", COSTS]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    first, *others = done.stdout.splitlines()
+    assert first.startswith("attend: 10 instructions and 4 sectors")
+    for line, bar in zip(others, model.BARS, strict=True):
+        assert line.startswith(f"{bar.name}: 7.25")

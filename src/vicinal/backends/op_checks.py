@@ -153,7 +153,7 @@ def _check_find_query_slices(
     dim, device, long = positions.shape[1], positions.device, torch.int64
     if offsets.dim() != 1 or not len(offsets) or offsets.dtype not in _INTEGERS:
         refuse("offsets", "at least one integer", offsets)
-    check_exact("offsets", offsets, offsets.shape, offsets.dtype, device)
+    check_dense("offsets", offsets, offsets.shape, offsets.dtype, device)
     check_dims("coordinates", coordinates, 2)
     check_exact("coordinates", coordinates, (len(coordinates), dim + 2), long, device)
     check_dims("copies", copies, 1)

@@ -170,8 +170,8 @@ class Ops:
             coordinate_dtype: of the coordinates of keys, float32 or float64.
         """
         found = self._ops.find_query_slices(
-            positions, offsets, coordinates, copies, shifts, levels, slots, list(numbers),
-            key_dtype, coordinate_dtype,
+            positions, offsets.contiguous(), coordinates, copies, shifts, levels, slots,
+            list(numbers), key_dtype, coordinate_dtype,
         )  # fmt: skip
         return QuerySlices(*found)
 

@@ -215,7 +215,8 @@ def attend(tiles, levels, n_rows, n_columns, n_items, n_runs, n_blocks, n_groups
     )
     tile, head, row, row_valid = program_tile(walk, ROWS)  # scalar, scalar, [ROWS], [ROWS]
     q = load_rows(q_rows, row, row_valid, head, WIDTH, PADDED)  # [ROWS, PADDED]
-    positive_scale = tl.maximum(tl.abs(scale), SMALLEST_SCALE) * LOG2_E
+    is_small = tl.abs(scale) < SMALLEST_SCALE  # not the maximum, which would lose NaN
+    positive_scale = tl.where(is_small, SMALLEST_SCALE, tl.abs(scale)) * LOG2_E
     bit = member_bits(walk, row, row_valid, ROWS)  # [ROWS]
     start, n_entries = load_list(walk, tile, LIST_BLOCK)
     if n_entries >= 0:

@@ -150,7 +150,8 @@ class AttentionArguments:
         self.query_tiles = Tiles(*plan[:n_tensors])
         starts, stops, point_columns, self.copies, *point_tiles = plan[n_tensors:]
         tiles = self.query_tiles
-        self.query_walk = self._walk(tiles, len(q), len(k))._replace(row_mask=query_mask)
+        row_mask = None if query_mask is None else query_mask.contiguous()
+        self.query_walk = self._walk(tiles, len(q), len(k))._replace(row_mask=row_mask)
         self.query_rows, self.query_programs = self._grid(tiles, sum(n_slices))
         if point_tiles:
             tiles = Tiles(*point_tiles)

@@ -76,7 +76,8 @@ def write_lists(tiles, levels, n_rows, n_columns, n_items, n_runs, n_blocks, n_g
     spare = tl.full([], 0, tl.int64)
     for level in range(ROW_LEVELS):
         runs = load_runs(walk, tile, level, ROWS, ROW_LEVELS)
-        n_entries = tl.where(stop > position, runs[2], 0)
+        # As `place_lists` counts them, also if the counts were tampered with.
+        n_entries = tl.where(stop > position, tl.maximum(runs[2], 0), 0)
         for first in range(0, n_entries, BLOCK):
             item, item_valid, item_level = load_columns(
                 walk, first + entry, runs, COLUMN_LEVELS
