@@ -1,6 +1,7 @@
 """What a CUDA graph of a decoder needs, without a GPU: fixed sizes, and no waiting for contents."""
 
 import importlib.util
+import math
 from typing import Any
 
 import pytest
@@ -102,6 +103,9 @@ def test_without_checks_further_queries_attend_to_nothing(monkeypatch: pytest.Mo
     assert torch.equal(out[8:], queries.embeddings[8:])
     (grad,) = torch.autograd.grad(attention(queries).square().sum(), [attention.in_proj.weight])
     assert grad.isfinite().all()
+    embeddings = queries.embeddings.index_fill(0, torch.tensor([9]), math.nan)
+    broken = attention(queries._replace(embeddings=embeddings))
+    assert torch.equal(broken[kept], out[kept])
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")

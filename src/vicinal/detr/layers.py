@@ -281,6 +281,8 @@ class QuerySelfAttention(nn.Module):
         mask = (group[:, None, :] == group[:, :, None])[:, None]  # [B, 1, max count, max count]
 
         def pad(x: Tensor) -> Tensor:
+            if surplus is not None:  # a weight of zero does not hide a value that is not finite
+                x = x.masked_fill(surplus[:, None, None], 0)
             padded = x.new_zeros(*group.shape, *x.shape[1:])
             return padded.index_put((image, column), x).transpose(1, 2)
 

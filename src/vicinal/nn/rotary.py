@@ -153,7 +153,10 @@ class RotaryEncoding(nn.Module):
         return backend.rotate(x, coordinates, self.frequencies())
 
     def frequencies(self) -> Tensor:
-        """Returns all frequencies ``[P + 1, H or 1, d / 2]``, zero outside a pair's group."""
+        """Returns all frequencies ``[P + 1, H or 1, d / 2]``, zero outside a pair's group.
+
+        With one group they are the parameter itself.
+        """
         if len(self.groups) == 1:
             only: Tensor = self.freqs[0]
             return only

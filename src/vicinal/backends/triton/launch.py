@@ -24,9 +24,9 @@ _WIDEST_SPLIT = 64  # channels of a head of float32 that is split into parts of 
 def launch(kernel: Any, n_programs: int, *arguments: Any, num_warps: int, **constants: Any) -> None:
     """Runs ``n_programs`` programs of a kernel; zero is allowed.
 
-    Triton takes tens of microseconds to bind the arguments of a call by name, to look up what it
-    compiled for arguments like these, and to compare all global constants. So it does that once for
-    each `specialization`; later calls run the compiled kernel.
+    At each call Triton would bind the arguments by name, look up what it compiled for arguments
+    like these, and compare all global constants. Here it does that once for each `specialization`;
+    later calls run the compiled kernel.
     """
     if not n_programs:
         return
