@@ -484,11 +484,21 @@ def check_plan(
     if not torch.equal(query_images(positions, offsets, plan.batch_size).int(), plan.query_batch):
         refuse_plan(plan, "images", "query_batch_offsets")
     planned = plan._keyed_cells.positions
-    if planned.dtype == positions.dtype and torch.equal(planned, positions):
+    if planned.dtype == positions.dtype and _in_equal_cells(planned, positions, pyramid):
         return
     _, centers = _query_cells(positions, offsets, pyramid, plan._cell_keys())
     if not torch.equal(centers, plan._keyed_cells.centers.long()):
         refuse_plan(plan, "query cells", "query_spatial_positions")
+
+
+def _in_equal_cells(planned: Tensor, positions: Tensor, pyramid: FeaturePyramid) -> bool:
+    """Whether two tensors of positions fall into equal cells. It is quicker than `_query_cells`;
+    False may also mean that one is not finite.
+    """
+    if torch.equal(planned, positions):
+        return True
+    geometry = pyramid.level_shapes, pyramid.periodic_axes
+    return torch.equal(window_centers(planned, *geometry), window_centers(positions, *geometry))
 
 
 def _plan(
