@@ -1,4 +1,4 @@
-.PHONY: help demo test lint docs docs-serve gpu-test gpu-bench gpu-first bench bench-compare clean
+.PHONY: help demo test test-torch lint docs docs-serve gpu-test gpu-sanitize gpu-bench gpu-first bench bench-compare clean
 .DEFAULT_GOAL := help
 PYTHON ?= python3
 BIN := .venv/bin
@@ -12,10 +12,13 @@ help:
 	@echo "make docs-serve  shows it at http://localhost:8000 and follows changes"
 	@echo "make bench  runs all CPU measurements: floors, baselines, scaling; figures in benchmarks/results/"
 	@echo "            a quick check that it runs: make bench SIZE=quick"
+	@echo "make test-torch VERSION=2.14.1   runs them on another torch, in .venv-torch-2.14.1"
+	@echo "make gpu-first  tests and measures on a GPU in eight minutes, the most important first;"
+	@echo "            without .venv: PYTHON needs torch with its Triton, pytest and hypothesis"
 	@echo "make gpu-test   runs the tests that need a GPU, and the Triton kernels on it"
-	@echo "make gpu-bench  runs all GPU measurements; figures in benchmarks/results/; for some cases:"
-	@echo "            make gpu-bench CASES=\"attention plan compute\""
-	@echo "make gpu-first  runs the most important GPU tests and cases, for when GPU time is short"
+	@echo "make gpu-sanitize   runs the Triton kernels under NVIDIA's Compute Sanitizer, in 20 minutes"
+	@echo "make gpu-bench  runs GPU measurements for five minutes, figures in benchmarks/results/; again"
+	@echo "            goes on with what is left; for some cases: CASES=\"attention plan compute\""
 	@echo "make bench-compare A=commit B=commit   times two commits alternately"
 	@echo "make clean  removes the environment and everything built"
 	@echo "All of them first create .venv, with the versions pinned in constraints.txt."
@@ -25,6 +28,32 @@ demo: .venv/ready
 
 test: .venv/ready
 	$(BIN)/python -m pytest -n auto --dist worksteal
+
+# An environment for each version of torch, with the Triton that it brings; it stays for the next
+# time. The tests run on the wheel, whose kernel is built against that version.
+TORCH_ENVIRONMENT = .venv-torch-$(VERSION)
+TORCH_PYTHON = $(TORCH_ENVIRONMENT)/bin/python
+TESTS ?= -n auto --dist worksteal
+test-torch:
+	@test -n "$(VERSION)" || { echo "usage: make test-torch VERSION=2.14.1" >&2; exit 2; }
+	$(MAKE) $(TORCH_ENVIRONMENT)/ready
+	rm -rf $(TORCH_ENVIRONMENT)/wheel $(TORCH_ENVIRONMENT)/build/lib*/vicinal/[!b]*
+	$(TORCH_PYTHON) setup.py -q build --build-base $(TORCH_ENVIRONMENT)/build \
+		bdist_wheel --dist-dir $(TORCH_ENVIRONMENT)/wheel
+	$(TORCH_PYTHON) -m pip uninstall --quiet --yes vicinal
+	$(TORCH_PYTHON) -m pip install --quiet --disable-pip-version-check \
+		-c $(TORCH_ENVIRONMENT)/constraints.txt "$$(echo $(TORCH_ENVIRONMENT)/wheel/*.whl)[demo,dev]"
+	$(TORCH_PYTHON) -m pytest $(TESTS)
+
+# Triton 3.6 interprets kernels with NumPy before 2.4; torch 2.11 and 2.12 need setuptools before 82.
+.venv-torch-%/ready:
+	@echo "Setting up .venv-torch-$*: torch $* and what it brings"
+	test -x .venv-torch-$*/bin/python || $(PYTHON) -m venv .venv-torch-$*
+	grep -vE '^(torch|triton|numpy|setuptools)[=><]' constraints.txt > .venv-torch-$*/constraints.txt
+	printf 'torch==$*\nnumpy<2.4\n' >> .venv-torch-$*/constraints.txt
+	.venv-torch-$*/bin/python -m pip install --quiet --disable-pip-version-check \
+		-c .venv-torch-$*/constraints.txt torch 'setuptools>=77' wheel
+	touch $@
 
 lint: .venv/ready
 	$(BIN)/ruff check .
@@ -41,20 +70,26 @@ docs-serve: .venv/docs-ready
 ENVIRONMENT ?= .venv/ready
 GPU_PYTHON = $(if $(ENVIRONMENT),$(BIN)/python,env PYTHONPATH=src $(PYTHON))
 BUILD_IN_PLACE = $(if $(ENVIRONMENT),,$(PYTHON) setup.py build_ext --inplace)
+TRITON_TESTS = $(filter-out %_compiled.py,$(wildcard tests/backends/test_triton*.py))
 gpu-test: $(ENVIRONMENT)
 	$(BUILD_IN_PLACE)
-	$(GPU_PYTHON) -m pytest tests/test_gpu.py tests/backends/test_triton.py tests/backends/test_no_stalls.py
+	$(GPU_PYTHON) -m pytest tests/test_gpu.py $(TRITON_TESTS) tests/backends/test_no_stalls.py
 
-# All cases, or those whose names begin with one of CASES.
-CASES ?=
-gpu-bench: $(ENVIRONMENT)
-	$(GPU_PYTHON) -m benchmarks --device cuda --size $(SIZE) $(if $(CASES),--only $(CASES))
-
-gpu-first: $(ENVIRONMENT)
+gpu-sanitize: $(ENVIRONMENT)
 	$(BUILD_IN_PLACE)
-	$(GPU_PYTHON) -m pytest tests/test_gpu.py
-	$(GPU_PYTHON) -m pytest -n auto tests/backends/test_triton.py
-	$(GPU_PYTHON) -m benchmarks --device cuda --only attention plan compute
+	$(GPU_PYTHON) -m pytest tests/backends/test_sanitizer.py
+
+# All cases, or those whose names begin with one of CASES, that have no figures yet from this code.
+CASES ?=
+PART_SECONDS ?= 290
+gpu-bench: $(ENVIRONMENT)
+	$(GPU_PYTHON) -m benchmarks --device cuda --size $(SIZE) --resume --seconds $(PART_SECONDS) \
+		$(if $(CASES),--only $(CASES))
+
+# Without .venv: PYTHON is to have torch with its Triton, pytest and hypothesis.
+OUT ?= benchmarks/results
+gpu-first:
+	env PYTHONPATH=src $(PYTHON) -m benchmarks.first --out $(OUT)
 
 SIZE ?= full
 bench: .venv/bench-ready
@@ -86,4 +121,4 @@ bench-compare: .venv/ready
 	touch $@
 
 clean:
-	rm -rf .venv build dist out src/*.egg-info src/vicinal/backends/cpu/_cpu*.so
+	rm -rf .venv .venv-torch-* build dist out src/*.egg-info src/vicinal/backends/cpu/_cpu*.so

@@ -6,8 +6,10 @@ tables, draws plots and writes all figures as JSON.
 
 import argparse
 import json
+import math
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -67,27 +69,65 @@ def run_study(arguments: argparse.Namespace, settings: Settings) -> int:
     on_gpu = torch.cuda.get_device_name() if settings.device == "cuda" else None
     stem = machine.file_stem(about["commit"], on_gpu)
     stem = arguments.out / (stem + ("" if arguments.size == "full" else f"-{arguments.size}"))
-    goals, only = GOALS[arguments.device], tuple(arguments.only)
-    unless_asked = {SPEED} if arguments.device == "cuda" else {SPEED, MILLION}
-    outcomes: dict[str, Outcome] = {}
+    goals, file = GOALS[arguments.device], stem.with_name(stem.name + ".json")
+    part = Part(arguments, report.earlier(about, file) if arguments.resume else {})
+    left = 0
     try:
         for ladder in ladders(settings):
-            for name in ladder:
-                if not name.startswith(only or "") or (name in unless_asked and not only):
-                    continue
-                outcomes[name] = run_case(name, arguments.device, arguments.size, arguments.dry_run)
-                report.save(about, outcomes, goals, stem.with_name(stem.name + ".json"))
-                if not outcomes[name].lacked_memory:
+            for name in selected(ladder, arguments):
+                if name not in part.outcomes:
+                    if not part.run(name):
+                        left += 1
+                        break
+                    report.save(about, part.outcomes, goals, file)
+                if not part.outcomes[name].lacked_memory:
                     break
     except DisagreementError as difference:
         print(f"\nThe study stops, as a baseline disagrees: {difference}", file=sys.stderr)
         return 1
-    report.show(outcomes, stem, goals)
+    report.show(part.outcomes, stem, goals)
+    if left:
+        print(f"\nOut of time: {left} cases are left, which --resume runs.", file=sys.stderr)
     return 0
 
 
+def selected(ladder: Iterable[str], arguments: argparse.Namespace) -> list[str]:
+    """The names that ``--only`` asks for."""
+    only = tuple(arguments.only)
+    unless_asked = {SPEED} if arguments.device == "cuda" else {SPEED, MILLION}
+    names = [name for name in ladder if name.startswith(only or "")]
+    return names if only else [name for name in names if name not in unless_asked]
+
+
+class Part:
+    """A study, or a part of it that ends after ``--seconds``."""
+
+    def __init__(self, arguments: argparse.Namespace, earlier: dict[str, Outcome]) -> None:
+        self.outcomes = earlier
+        self._options = arguments.device, arguments.size, arguments.dry_run
+        self._ends = time.monotonic() + arguments.seconds
+        self._began = False
+
+    def run(self, name: str) -> bool:
+        """Whether the case had the time that it needs, or all the time of a part."""
+        left = self._ends - time.monotonic()
+        if left <= 0:
+            return False
+        found = run_case(name, *self._options, timeout=min(left, outcome.TIMEOUT))
+        cut = found.timed_out and self._began and left < outcome.TIMEOUT
+        self._began = True
+        if not cut:
+            self.outcomes[name] = found
+        return not cut
+
+
 def run_case(
-    name: str, device: str, size: str, dry_run: bool = False, path: str | None = None
+    name: str,
+    device: str,
+    size: str,
+    dry_run: bool = False,
+    path: str | None = None,
+    timeout: float = outcome.TIMEOUT,
 ) -> Outcome:
     """The outcome of a case in a process of its own, with ``path`` as its PYTHONPATH."""
     options = ["--device", device, "--size", size, *(["--dry-run"] if dry_run else [])]
@@ -97,7 +137,7 @@ def run_case(
         environment["PYTHONPATH"] = path
     start = time.perf_counter()
     print(f"{name} ...", end=" ", file=sys.stderr, flush=True)
-    found = outcome.run_command(command, environment=environment)
+    found = outcome.run_command(command, environment=environment, timeout=timeout)
     print(found.problem or f"{time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
     return found
 
@@ -108,6 +148,8 @@ def _parse() -> argparse.Namespace:
     add("--device", choices=SETTINGS, default="cpu", help="default: cpu")
     add("--size", choices=("full", "quick"), default="full", help="quick: to check that it runs")
     add("--only", nargs="*", default=[], metavar="NAME", help="cases, by the beginning of names")
+    add("--seconds", type=float, default=math.inf, help="end after this time, in mid-case too")
+    add("--resume", action="store_true", help="keep the figures that the same code has given here")
     add("--dry-run", action="store_true", help="cuda, quick: on the CPU, by Triton's interpreter")
     add("--out", type=Path, default=report.RESULTS, help="folder of JSON and plots")
     add("--show", type=Path, metavar="JSON", help="tables and plots of a study done before")

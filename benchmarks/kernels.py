@@ -1,17 +1,17 @@
-"""Resources of Triton's kernels, without a GPU: ``python -m benchmarks.kernels``.
+"""Resources and costs of Triton's kernels, without a GPU: ``python -m benchmarks.kernels``.
 
-Compiles each kernel as the ops launch it, for generations of cards, and prints registers, spilled
-bytes and shared memory, as cuobjdump reports them, a line of JSON per kernel. Nothing runs.
+Compiles each kernel as the ops launch it, for generations of cards, and prints a line of JSON per
+kernel: registers, spilled bytes and shared memory, and of the loops over blocks what is in them.
+Then it prints what `gpu_costs` predicts for a scene on an H200, beside bars. Nothing runs. With
+``--costs`` it prints that alone, in a fraction of the time. With ``--check`` it prints the bars
+that are missed, and exits with 1 if there are any.
 """
 
+import argparse
 import itertools
 import json
-import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -22,11 +22,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
+from benchmarks.gpu_costs import model, sass, scene
 from benchmarks.scenes import particle_tracks
 from vicinal import FeaturePyramid, NeighborhoodPlan, plan_neighborhoods
 from vicinal._index.tiles import tile_rows
 from vicinal.backends import reference
+from vicinal.backends import triton as triton_backend
 from vicinal.backends.triton import ops as triton_ops
+from vicinal.backends.triton import plan_ops
 
 
 class Case(NamedTuple):
@@ -50,6 +53,8 @@ CASES = (
     Case(torch.float32, 256),
 )
 
+BLOCK_LOOPS = ("attend", "query_gradients", "point_gradients")  # kernels that loop over blocks
+
 
 class Launch(NamedTuple):
     kernel: Any
@@ -58,25 +63,78 @@ class Launch(NamedTuple):
     """The constants and the number of warps."""
 
 
-def usages(case: Case, architecture: int) -> Iterator[dict[str, Any]]:
-    """Of every kernel that the ops launch: registers and spills per thread, shared memory."""
+class Compiled(NamedTuple):
+    launch: Launch
+    code: sass.Code
+    resources: sass.Resources
+    shared_bytes: int
+
+    @property
+    def name(self) -> str:
+        name: str = self.launch.kernel.fn.__name__
+        return name
+
+
+def compiled(case: Case, architecture: int) -> Iterator[Compiled]:
+    """Every kernel that the ops launch."""
     target = GPUTarget("cuda", architecture, 32)
     for launch in launches(case):
         source, options = variant(launch, target)
-        compiled = triton.compile(source, target=target, options=options)
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            Path(file.name).write_bytes(compiled.asm["cubin"])
-            command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
-            output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        found = re.search(r"REG:(\d+) STACK:(\d+)", output)
-        assert found is not None, output
-        yield {
-            "kernel": launch.kernel.fn.__name__,
-            "warps": launch.options["num_warps"],
-            "registers": int(found[1]),
-            "spilled_bytes": int(found[2]),  # those of the stack
-            "shared_bytes": compiled.metadata.shared,
+        built = triton.compile(source, target=target, options=options)
+        cubin = built.asm["cubin"]
+        resources = sass.resources(cubin)
+        yield Compiled(launch, sass.disassemble(cubin), resources, built.metadata.shared)
+
+
+def usages(case: Case, architecture: int) -> Iterator[dict[str, Any]]:
+    """Of every kernel: registers and spills per thread, shared memory, the loop over blocks."""
+    for kernel in compiled(case, architecture):
+        usage = {
+            "kernel": kernel.name,
+            "warps": kernel.launch.options["num_warps"],
+            **kernel.resources._asdict(),
+            "shared_bytes": kernel.shared_bytes,
         }
+        loop = kernel.code.block_loop()
+        if kernel.name in BLOCK_LOOPS and loop is not None:
+            usage["instructions"] = loop.length
+            usage |= {kind: loop.counts[kind] for kind in ("HMMA", "LDGSTS")}
+        yield usage
+
+
+def figures(counts: scene.SceneCounts) -> tuple[dict[str, float], dict[str, model.Cost]]:
+    """What `model.BARS` judge, by their names, and the cost of each kernel with a block loop."""
+    found: dict[str, float] = {}
+    costs: dict[str, model.Cost] = {}
+    searches = 0.0
+    for kernel in compiled(CASES[0], 90):
+        if kernel.name in BLOCK_LOOPS:
+            loop = kernel.code.block_loop()
+            assert loop is not None, kernel.name
+            outside = kernel.code.path_outside(loop)
+            costs[kernel.name] = model.cost(kernel.name, counts, loop.length, outside)
+            found[f"{kernel.name}: LDGSTS of the block loop"] = loop.counts["LDGSTS"]
+            found[f"{kernel.name}: registers"] = kernel.resources.registers
+            found[f"{kernel.name}: spilled bytes"] = kernel.resources.spilled_bytes
+            if kernel.name == "attend":
+                found["attend: instructions per block and head"] = loop.length
+                found["attend: sectors per tile and head"] = costs["attend"].sectors
+        elif kernel.name == "find_slices":
+            loops = kernel.code.innermost_loops()
+            outside = len(kernel.code.instructions) - sum(loop.length for loop in loops)
+            options = kernel.launch.options
+            searches = model.search_instructions(
+                counts, [loop.length for loop in loops], outside,
+                options["BLOCK"] // options["num_warps"],
+            )  # fmt: skip
+    forward = costs["attend"]
+    of_forward = forward.programs * forward.instructions
+    found["find_slices: instructions over those of attend"] = searches / of_forward
+    copy = model.copy_seconds(counts)
+    backward = sum(costs[name].seconds()[1] for name in BLOCK_LOOPS if name != "attend")
+    found["attend: predicted time over copying q, k, v and out"] = forward.seconds()[1] / copy
+    found["backward: predicted time over copying q, k, v and out"] = backward / copy
+    return found, costs
 
 
 def launches(case: Case) -> list[Launch]:
@@ -87,7 +145,10 @@ def launches(case: Case) -> list[Launch]:
         found[kernel] = Launch(kernel, arguments, options)
 
     plan = _plan(case)
-    with mock.patch.object(triton_ops, "launch", record):
+    with (
+        mock.patch.object(triton_ops, "launch", record),
+        mock.patch.object(plan_ops, "launch", record),
+    ):
         if not case.everything:
             _find_tiles(plan)
         _rotate_and_attend(plan, case)
@@ -103,11 +164,29 @@ def _plan(case: Case) -> NeighborhoodPlan:
 
 
 def _find_tiles(plan: NeighborhoodPlan) -> None:
-    keys, _, query_keys, point_keys, *_ = plan._keyed_cells
-    slices = plan._tensors.query_slices
-    triton_ops.find_slices(point_keys, query_keys, slices.traversal, *keys.window_rows())
+    tables, cells = plan._kernel_tables(), plan._point_cells()
+    levels, query_slots, point_slots = tables.on(plan.device, tables.layout.key_dtype)
+    numbers, dtype = list(tables.numbers), tables.layout.key_dtype
+    positions, coordinates = plan._keyed_cells.positions, plan._keyed_cells.coordinates
+    offsets, (points, shifts) = torch.tensor([0, len(positions)]), plan.copies
+    query_keys = torch.zeros(plan.n_levels, plan.n_queries, dtype=dtype)
+    point_keys = torch.zeros(plan.n_points, dtype=dtype)
+    plan_ops.find_point_slices(query_keys, point_keys, *cells, point_slots, numbers, plan.n_levels)
+    plan_ops.find_query_slices(
+        positions,
+        offsets,
+        coordinates,
+        points,
+        shifts,
+        levels,
+        query_slots,
+        numbers,
+        dtype,
+        torch.float32,
+    )
     rows = tile_rows(plan.n_queries, plan.n_points)
-    triton_ops.find_runs(*slices[:3], list(plan.neighborhood_sizes), plan.position_dim, rows)
+    slices = plan._tensors.query_slices
+    plan_ops.find_runs(*slices[:3], list(plan.neighborhood_sizes), plan.position_dim, rows)
 
 
 def _rotate_and_attend(plan: NeighborhoodPlan, case: Case) -> None:
@@ -126,10 +205,10 @@ def _rotate_and_attend(plan: NeighborhoodPlan, case: Case) -> None:
         levels = plan.n_levels
         background = [zeros(plan.n_queries, levels), zeros(plan.window_slots), zeros(1, levels)]
     slices = plan._tensors.query_slices
-    tiles = plan._query_tiles(reference.find_runs), plan._point_tiles(reference.find_runs)
-    flags = triton_ops.find_flags(zeros(plan.n_points), zeros(plan.n_points))
+    find = reference.find_runs, triton_backend.find_lists
+    tiles = plan._query_tiles(*find), plan._point_tiles(*find)
     columns = plan._tensors.point_columns
-    tensors = [*tiles[0], flags, *slices[1:3], columns, columns[:0], *tiles[1]]
+    tensors = [*tiles[0], *slices[1:3], columns, columns[:0], *tiles[1]]
     arguments = (
         zeros(plan.n_queries), zeros(plan.n_points), zeros(plan.n_points), None, seed, background,
         tensors, list(plan.neighborhood_sizes), plan.position_dim, 0.1, 0.2,
@@ -149,13 +228,36 @@ def variant(launch: Launch, target: GPUTarget) -> tuple[ASTSource, dict[str, Any
     return ASTSource(kernel, *described), options.__dict__
 
 
+def report(found: dict[str, float], costs: dict[str, model.Cost]) -> Iterator[str]:
+    """Lines of text: costs on the scene, and figures beside their bars."""
+    for name, cost in costs.items():
+        least, most = (1e3 * seconds for seconds in cost.seconds())
+        yield (
+            f"{name}: {cost.instructions:.0f} instructions and {cost.sectors:.0f} sectors per tile "
+            f"and head; predicted {least:.2f} to {most:.2f} ms on an H200"
+        )
+    for bar in model.BARS:
+        aim = "" if bar.aim is None else f", aim {bar.aim:g}"
+        yield f"{bar.name}: {found[bar.name]:.4g}  (bar {bar.bar:g}{aim})"
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--check", action="store_true", help="print missed bars alone; then exit 1")
+    parser.add_argument("--costs", action="store_true", help="print costs on the scene alone")
+    arguments = parser.parse_args()
     if triton_ops.INTERPRETS:
         sys.exit("TRITON_INTERPRET is set: there is nothing to compile")
-    for architecture, case in itertools.product((80, 90, 100), CASES):
-        for usage in usages(case, architecture):
-            line = {"architecture": architecture, **case._asdict(), **usage}
-            print(json.dumps(line, default=str), flush=True)
+    if not (arguments.check or arguments.costs):
+        for architecture, case in itertools.product((80, 90, 100), CASES):
+            for usage in usages(case, architecture):
+                line = {"triton": triton.__version__, "architecture": architecture}
+                print(json.dumps({**line, **case._asdict(), **usage}, default=str), flush=True)
+    found, costs = figures(scene.count(particle_tracks(420, size=2048)))
+    missed = model.misses(found)
+    print("\n".join(missed if arguments.check else report(found, costs)))
+    if arguments.check and missed:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

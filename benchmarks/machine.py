@@ -1,6 +1,7 @@
 """What the figures were taken on: machine, versions, commit."""
 
 import contextlib
+import hashlib
 import os
 import platform
 import re
@@ -46,10 +47,16 @@ def versions() -> dict[str, str | None]:
 
 
 def describe_commit() -> dict[str, str | bool]:
-    """The commit measured, and whether tracked files differ from it."""
+    """The commit measured, whether tracked files differ from it, and a hash of what is measured."""
     changes = _output("git", "status", "--porcelain", "--untracked-files=no")
     commit = _output("git", "rev-parse", "--short=10", "HEAD")
-    return {"id": commit or "unknown", "dirty": bool(changes)}
+    sources = hashlib.sha256()
+    for folder in ("src/vicinal", "benchmarks"):
+        files = (ROOT / folder).rglob("*")
+        for file in sorted(file for file in files if file.suffix in (".py", ".cpp", ".h")):
+            sources.update(file.read_bytes())
+    described: dict[str, str | bool] = {"id": commit or "unknown", "dirty": bool(changes)}
+    return described | {"sources": sources.hexdigest()[:10]}
 
 
 def file_stem(commit: Mapping[str, str | bool], device: str | None = None) -> str:

@@ -18,6 +18,7 @@ Figures = dict[str, float | str]
 
 OUT_OF_MEMORY = "out of memory"
 KILLED = "killed, most likely for its use of memory"
+TOOK_LONGER = "took longer than"
 DISAGREES = 3  # exit status of a case whose results differ from the library's
 TIMEOUT = 3600.0  # seconds
 ALLOCATION_FAILED = (
@@ -59,6 +60,10 @@ class Outcome:
     def lacked_memory(self) -> bool:
         return self.problem in (OUT_OF_MEMORY, KILLED)
 
+    @property
+    def timed_out(self) -> bool:
+        return (self.problem or "").startswith(TOOK_LONGER)
+
     def number(self, name: str) -> float:
         return float(self.figures[name])
 
@@ -85,7 +90,7 @@ def run_command(
             command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout
         )
     except subprocess.TimeoutExpired:
-        return Outcome(problem=f"took longer than {timeout:.0f} s")
+        return Outcome(problem=f"{TOOK_LONGER} {timeout:.0f} s")
     if done.returncode == DISAGREES:
         raise DisagreementError(_last_line(done.stderr))
     if done.returncode == 0:

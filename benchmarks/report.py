@@ -44,6 +44,15 @@ def load(file: Path) -> dict[str, Outcome]:
     return {name: Outcome(**case) for name, case in cases.items()}
 
 
+def earlier(about: Mapping[str, Any], file: Path) -> dict[str, Outcome]:
+    """What ``file`` holds, if the same code gave it on the same machine; else nothing."""
+    if not file.exists():
+        return {}
+    then, now = json.loads(file.read_text()), json.loads(json.dumps(about))
+    same = all(then.get(name) == value for name, value in now.items() if name != "started")
+    return load(file) if same else {}
+
+
 def show(outcomes: Outcomes, stem: Path, goals: Sequence[Goal]) -> None:
     """Prints all tables, and draws plots as ``stem`` and their subjects."""
     parts = {"Goals": goals_table(outcomes, goals)}

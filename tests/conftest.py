@@ -6,6 +6,7 @@ from typing import Any
 import hypothesis
 import pytest
 import torch
+from bounds import Checked
 
 # Without a GPU, Triton's kernels are interpreted: slowly, one program after another. Triton reads
 # the variable when it is imported.
@@ -21,6 +22,37 @@ hypothesis.settings.load_profile("vicinal")
 # Parallel workers would compete for the processors; tests of threads set their number.
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
+
+
+# Of the interpreter of Triton 3.6 and a NumPy that it was not written for.
+OF_TRITON = "ignore:Conversion of an array with ndim > 0:DeprecationWarning"
+
+# Of torch 2.11 and 2.12, where sparse tensors are made with checks on or off alike.
+OF_SPARSE_TENSORS = "ignore:Sparse invariant checks are implicitly disabled:UserWarning"
+
+# Of torch.export.load in torch 2.10 and 2.11.
+OF_EXPORT = "ignore:The given buffer is not writable:UserWarning"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if torch.__version__.startswith(("2.10.", "2.11.")):
+        config.addinivalue_line("filterwarnings", OF_EXPORT)
+    if torch.__version__.startswith(("2.11.", "2.12.")):
+        config.addinivalue_line("filterwarnings", OF_SPARSE_TENSORS)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        config.addinivalue_line("filterwarnings", OF_TRITON)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--shard", help="only the tests of one of N processes, such as 0/4")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keeps every N-th test, for processes side by side where pytest-xdist is not installed."""
+    if config.getoption("--shard"):
+        first, n = map(int, config.getoption("--shard").split("/"))
+        config.hook.pytest_deselected(items=[x for i, x in enumerate(items) if i % n != first])
+        items[:] = items[first::n]
 
 
 def pytest_terminal_summary(terminalreporter: "pytest.TerminalReporter") -> None:
@@ -108,10 +140,32 @@ def small_demo(monkeypatch: pytest.MonkeyPatch) -> None:
 def runs_by_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     """Finds runs by the reference where Triton is interpreted: a program that sorts is slow."""
     if os.environ.get("TRITON_INTERPRET") == "1":
-        monkeypatch.setattr("vicinal.backends.triton.ops.LARGEST_SORT", 0)
+        monkeypatch.setattr("vicinal.backends.triton.plan_ops.LARGEST_SORT", 0)
 
 
 @pytest.fixture
 def runs_by_triton(runs_by_reference: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Finds runs by the Triton kernel, for tests of that kernel."""
-    monkeypatch.setattr("vicinal.backends.triton.ops.LARGEST_SORT", 2048)
+    monkeypatch.setattr("vicinal.backends.triton.plan_ops.LARGEST_SORT", 2048)
+
+
+@pytest.fixture
+def checked(monkeypatch: pytest.MonkeyPatch) -> Checked | None:
+    """The checking interpreter; None on a GPU, for which there is `test_sanitizer`."""
+    import triton.runtime.interpreter as interpreter
+
+    from vicinal.backends.triton import ops, plan_ops
+    from vicinal.backends.triton.launch import launch
+
+    if not ops.INTERPRETS:
+        return None
+    checked = Checked(interpreter._interpreter)
+
+    def checked_launch(kernel: Any, n_programs: int, *arguments: Any, **options: Any) -> None:
+        checked.allow(arguments)
+        launch(kernel, n_programs, *arguments, **options)
+
+    monkeypatch.setattr(interpreter, "_interpreter", checked)
+    for module in (ops, plan_ops):
+        monkeypatch.setattr(module, "launch", checked_launch)
+    return checked

@@ -4,19 +4,21 @@ This module uses no slices, sorted orders or tiles. The oracle is differentiable
 gives the expected gradients.
 """
 
+import ctypes
 import itertools
 import math
 import os
 import random
 import subprocess
 import sys
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
-import numpy as np
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
@@ -29,15 +31,13 @@ from vicinal import (
     FeaturePyramid,
     NeighborhoodPlan,
     RotaryEncoding,
+    backends,
     neighborhood_attention,
     plan_neighborhoods,
 )
 
 Cell = tuple[int, ...]
 Shapes = tuple[Cell, ...]
-
-# NumPy types for the floating dtypes of positions; half-precision types use float32.
-_REALS: dict[torch.dtype, type[np.floating]] = {torch.float64: np.float64}
 
 
 # ---------------------------------------------------------------------------------- geometry
@@ -52,12 +52,12 @@ class Slot(NamedTuple):
 
 def window_slots(position: Tensor, shapes: Shapes, sizes: Sequence[int]) -> list[Slot]:
     """The K slots of one query ``[P]``, in order."""
-    real = _REALS.get(position.dtype, np.float32)
+    exact = position.dtype == torch.float64  # half-precision types use float32
     full = [max(axis) for axis in zip(*shapes, strict=True)]
     slots = []
     for level, (shape, size) in enumerate(zip(shapes, sizes, strict=True)):
         center = [
-            math.floor(real(p) * (real(s) / real(f)))
+            math.floor(p * (s / f) if exact else _float32(_float32(p) * _float32(s / f)))
             for p, s, f in zip(position.tolist(), shape, full, strict=True)
         ]
         radius = (size - 1) // 2
@@ -65,6 +65,11 @@ def window_slots(position: Tensor, shapes: Shapes, sizes: Sequence[int]) -> list
             cell = tuple(c + o for c, o in zip(center, offset, strict=True))
             slots.append(Slot(level, cell))
     return slots
+
+
+def _float32(x: float) -> float:
+    """``x`` rounded, which makes a float64 product or quotient of float32 numbers a float32 one."""
+    return ctypes.c_float(x).value
 
 
 def is_outside(slot: Slot, shapes: Shapes) -> bool:
@@ -119,6 +124,18 @@ class Scene:
             for _, points in window
             for point in points
         }
+
+
+def plan_by_triton(scene: Scene, device: torch.device, **options: Any) -> NeighborhoodPlan:
+    """The scene's plan, with the slices of points, by the kernels that plan on a GPU.
+
+    On the CPU, Triton interprets them.
+    """
+    with mock.patch.dict(backends._BY_DEVICE, {device.type: "triton"}):
+        queries = scene.positions.to(device), scene.offsets.to(device)
+        plan = plan_neighborhoods(*queries, scene.pyramid.to(device), scene.sizes, **options)
+        plan._point_slices()
+    return plan
 
 
 def make_scene(
@@ -424,6 +441,16 @@ def as_leaves(arguments: tuple[Any, ...], *, requires_grad: bool) -> tuple[Any, 
         return x
 
     return tuple(change(x) for x in arguments)
+
+
+def opcheck(op: Any, arguments: Sequence[Any], **options: Any) -> None:
+    """``torch.library.opcheck``, which since torch 2.14 reads the gradients of copies that it makes
+    and hides the warning of that, but not from a filter that makes warnings errors.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"The \.grad attribute of a Tensor that is not a leaf")
+        results = torch.library.opcheck(op, tuple(arguments), **options)
+    assert set(results.values()) == {"SUCCESS"}
 
 
 def forged(x: Tensor, kind: int, generator: torch.Generator) -> Tensor:

@@ -2,12 +2,7 @@
 `backends.test_triton`, which uses a GPU if there is one.
 """
 
-import os
-import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +16,7 @@ from vicinal import (
     neighborhood_attention,
     plan_neighborhoods,
 )
+from vicinal.detr import Decoder, DecoderLayer, FeedForward, ObjectQueries, QuerySelfAttention
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
@@ -192,6 +188,47 @@ def test_gradients_outside_a_graph_with_its_plan() -> None:
     assert torch.equal(gradient(plan), gradient(make_plan()))
 
 
+def test_a_decoder_in_a_cuda_graph() -> None:
+    """Replays with other queries and with another number of points, which -1 fill up."""
+    layers = [
+        DecoderLayer(
+            QuerySelfAttention(EMBED, 4, max_queries=60),
+            SparseNeighborhoodAttentionBlock(EMBED, 4, 3, SIZES),
+            FeedForward(EMBED),
+        )
+        for _ in range(2)
+    ]
+    decoder = Decoder(layers, EMBED, n_classes=3).cuda().eval()
+    scenes = [make_points(n) for n in (900, 1400)]
+    n_rows = max(map(len, scenes))
+    values, coordinates = torch.zeros(n_rows, EMBED).cuda(), torch.full((n_rows, 4), -1).cuda()
+    points = FeaturePyramid(values, coordinates, scenes[0].level_shapes, 2)
+    boxes, embeddings = torch.ones(100, 4).cuda(), torch.randn(100, EMBED).cuda()
+    levels = torch.zeros(100, dtype=torch.int64, device="cuda")
+    queries = ObjectQueries(embeddings, boxes, levels, torch.tensor([0, 60, 100]).cuda())
+
+    @torch.no_grad()
+    def refine(points: FeaturePyramid) -> tuple[Tensor, Tensor]:
+        predictions, _ = decoder(queries, points)
+        return predictions[-1].logits, predictions[-1].boxes
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        refine(points)
+    torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.graph(graph := torch.cuda.CUDAGraph()):
+        captured = refine(points)
+    for scene in scenes:
+        coordinates.fill_(-1)
+        coordinates[: len(scene)] = scene.coordinates
+        values[: len(scene)] = scene.values
+        boxes[:, :2] = 128 * torch.rand(100, 2).cuda()
+        graph.replay()
+        for actual, expected in zip(captured, refine(scene), strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_compiled_for_any_number_of_points() -> None:
     block = make_block()
 
@@ -330,53 +367,3 @@ def test_plans_of_a_gpu_are_those_of_the_cpu() -> None:
         strict=True,
     ):
         assert torch.equal(ours.cpu(), theirs)
-
-
-def sanitize(tool: str, *command: str) -> subprocess.CompletedProcess[str]:
-    """Runs Python under NVIDIA's Compute Sanitizer, whose reports become an exit code of 7."""
-    checker = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    if not Path(checker).exists():
-        pytest.skip("compute-sanitizer is not installed")
-    # Calls that fail may be PyTorch's own queries of the device.
-    quiet = ["--report-api-errors", "no"] if tool == "memcheck" else []
-    return subprocess.run(
-        [checker, "--tool", tool, *quiet, "--error-exitcode", "7", sys.executable, *command],
-        # Each tensor in an allocation of its own, so that reads beyond its end are errors.
-        env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-
-
-@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
-def test_compute_sanitizer(tool: str) -> None:
-    """Good contents, bad ones and plans of garbage, every kernel."""
-    file = Path(__file__).parent / "backends" / "test_triton.py"
-    tests = "test_kernels_stay_in_their_buffers", "test_forged_plans_stay_in_their_buffers"
-    watched = [f"{file}::{test}" for test in tests]
-    done = sanitize(tool, "-m", "pytest", "-q", "-p", "no:cacheprovider", *watched)
-    assert done.returncode == 0, done.stdout[-3000:]
-
-
-OVERRUN = """
-import torch
-from vicinal.backends.triton import attention as triton_attention
-from vicinal.backends.triton.launch import heads, launch, widths
-
-x = torch.zeros({allocated}, 1, 16, device="cuda")
-flags = torch.zeros({allocated}, 1, device="cuda")
-launch(
-    triton_attention.find_flags, {given} // 32, heads(x), heads(x), flags, {given}, 1,
-    **widths(x, x), BLOCK=32, num_warps=1,
-)
-torch.cuda.synchronize()
-"""
-
-
-@pytest.mark.parametrize(("given", "reported"), [(64, False), (96, True)])
-def test_compute_sanitizer_notices(given: int, reported: bool) -> None:
-    """The sanitizer itself: it reports a kernel that is given more points than were allocated."""
-    done = sanitize("memcheck", "-c", OVERRUN.format(allocated=64, given=given))
-    assert (done.returncode == 7) == reported, done.stdout[-3000:]
-    assert ("out of bounds" in done.stdout) == reported

@@ -1,5 +1,6 @@
 """What a study measures: every case has a name and gives figures, in a process of its own."""
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -63,7 +64,7 @@ SETTINGS = {
     "cuda": {
         "full": Settings(
             "cuda", "triton", "bfloat16", (420, 2048), (280, 210, 140, 100, 70, 35, 10), (10, 512),
-            25, tiles=(16, 32, 64), blocks=(16, 32, 64, 128), warps=(1, 2, 4),
+            25, tiles=(32, 16, 64), blocks=(32, 64, 16, 128), warps=(1, 2, 4),
         ),
         # Kernels may be interpreted, which takes a second for a dozen points.
         "quick": Settings(
@@ -126,8 +127,13 @@ def _on_gpu(s: Settings) -> list[Ladder]:
     for measure in (block.attention, block.plan, block.compute, block.replayed, block.stages):
         cases[f"{measure.__name__}/tracks"] = partial(_on, s.layer, measure, s.repeats)
     cases |= _common(s)
-    sweep = partial(_on, s.layer, tuning.sweep, s.few_repeats, s.blocks, s.warps)
-    tuned: dict[str, Case] = {f"sweep/{rows}": partial(sweep, rows) for rows in s.tiles}
+    # A case per tile and block, so that a study that ends early has the figures of some.
+    tuned: dict[str, Case] = {
+        f"sweep/{rows}x{block}": partial(
+            _on, s.layer, tuning.sweep, s.few_repeats, (block,), s.warps, rows
+        )
+        for block, rows in itertools.product(s.blocks, s.tiles)
+    }
     compared = [_ladder(s, name, s.all_tracks) for name in BASELINES_ON_GPU]
     first, last = ([{name: case} for name, case in part.items()] for part in (cases, tuned))
     return first + compared + last

@@ -14,7 +14,7 @@ from ._utils.checks import refuse
 from ._utils.collation import batched_parts, collate
 from .backends.types import NeighborSlices, PlanTensors
 from .placement import QueryPlacement
-from .plan import NeighborhoodPlan
+from .plan import NeighborhoodPlan, _KeyedCells
 from .pyramid import FeaturePyramid
 from .voxels import Voxels
 
@@ -132,6 +132,7 @@ torch.serialization.add_safe_globals(
         PointCopies,
         PlanTensors,
         NeighborSlices,
+        _KeyedCells,
         CellIndex,
     ]
 )

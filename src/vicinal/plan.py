@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ._index.cell_keys import CellKeys
 from ._index.copies import PointCopies, find_copies
+from ._index.kernel_tables import KernelTables, kernel_tables
 from ._index.plan_checks import check_plan_facts, check_plan_points, refuse_plan
 from ._index.tiles import GroupedCells, find_tiles
 from ._utils.checks import (
@@ -29,23 +30,40 @@ from ._utils.checks import (
 from ._utils.constants import execution_mode, trainable_tensors
 from .backends import choose_backend
 from .backends.reference import list_pairs, search_slices
-from .backends.types import Backend, FindRuns, NeighborSlices, PlanTensors, Tiles
+from .backends.types import (
+    Backend,
+    FindLists,
+    FindPointSlices,
+    FindRuns,
+    NeighborSlices,
+    PlanTensors,
+    Tiles,
+)
 from .placement import check_placement, query_images
 from .pyramid import FeaturePyramid
-from .windows import check_windows_fit, window_centers
+from .windows import (
+    check_windows_fit,
+    coordinate_dtype,
+    dtype_of_centers,
+    position_dtype,
+    window_centers,
+    wrap_positions,
+)
 
 _INT32_MAX = 2**31 - 1
 T = TypeVar("T")
 
 
 class _KeyedCells(NamedTuple):
-    """The cells of queries, points and copies with their keys, to find `point_slices` from."""
+    """The cells of queries, points and copies with their keys, to find `point_slices` from.
 
-    keys: CellKeys
-    centers: Tensor  # int64 [L, N, P], the centers of the queries' windows
-    query_keys: Tensor  # int64 [L, N]
-    point_keys: Tensor  # int64 [nnz + C], -1 for points outside their level
-    coordinates: Tensor  # int64 [nnz + C, P + 2]
+    Cells and keys are int64, or int32 where a back end's kernels found them.
+    """
+
+    centers: Tensor  # [L, N, P], the centers of the queries' windows
+    query_keys: Tensor  # [L, N]
+    point_keys: Tensor  # [nnz + C], -1 for points outside their level
+    coordinates: Tensor  # [nnz + C, P + 2]
     positions: Tensor  # [N, P], a copy of what the plan was made for
 
 
@@ -94,17 +112,17 @@ class NeighborhoodPlan:
     @property
     def n_queries(self) -> int:
         """N, the number of queries."""
-        return self._tensors.n_queries
+        return self._tensors.n_queries()
 
     @property
     def n_points(self) -> int:
         """nnz, the number of points of all images and levels."""
-        return self._tensors.n_points - self.copies.points.shape[0]
+        return self._tensors.n_points() - self.copies.points.shape[0]
 
     @property
     def n_keys(self) -> int:
         """The number of points and of their copies, nnz + C."""
-        return self._tensors.n_points
+        return self._tensors.n_points()
 
     @property
     def n_levels(self) -> int:
@@ -114,7 +132,7 @@ class NeighborhoodPlan:
     @property
     def window_slots(self) -> int:
         """K, the number of cells in all windows of a query, empty cells included."""
-        return self._tensors.window_slots
+        return self._tensors.window_slots()
 
     @property
     def query_batch(self) -> Tensor:
@@ -172,7 +190,6 @@ class NeighborhoodPlan:
         """Returns the same plan on another device."""
         if torch.device(device) == self.device:
             return self
-        keys, *cells = self._keyed_cells
         tensors = self._tensors
         copies = PointCopies(*(part.to(device) for part in self.copies))
         return dataclasses.replace(
@@ -185,22 +202,19 @@ class NeighborhoodPlan:
                 copy_points=copies.points.int() if self.periodic_axes else None,
             ),
             copies=copies,
-            _keyed_cells=_KeyedCells(keys.to(device), *(part.to(device) for part in cells)),
+            _keyed_cells=_KeyedCells(*(part.to(device) for part in self._keyed_cells)),
             _created_in=execution_mode(torch.device(device)),
             _cache={},
         )
 
     def __getstate__(self) -> dict[str, Any]:
         """Plain tensors, tuples and numbers; what can be found again is left out."""
-        return {**vars(self), "_keyed_cells": self._keyed_cells[1:], "_cache": {}}
+        return {**vars(self), "_cache": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        geometry = state["level_shapes"], state["neighborhood_sizes"], state["batch_size"]
         # On the device that the tensors were loaded to.
-        cells = state["_keyed_cells"]
-        keys = CellKeys(*geometry, cells[0].device)
-        mode = execution_mode(cells[0].device)
-        vars(self).update(state, _keyed_cells=_KeyedCells(keys, *cells), _created_in=mode)
+        mode = execution_mode(state["_keyed_cells"].positions.device)
+        vars(self).update(state, _created_in=mode)
 
     def __repr__(self) -> str:
         counts = self.counts()
@@ -224,13 +238,21 @@ class NeighborhoodPlan:
         """
         return self._cached("point_slices", self._find_point_slices)
 
-    def _query_tiles(self, find_runs: FindRuns) -> Tiles:
-        """The points of tiles of queries, merged into runs by a back end's ``find_runs``."""
-        return self._cached("query_tiles", lambda: self._find_query_tiles(find_runs))
+    def _query_tiles(self, find_runs: FindRuns, find_lists: FindLists | None = None) -> Tiles:
+        """The points of tiles of queries, merged and listed by ops of a back end."""
+        return self._cached("query_tiles", lambda: self._find_query_tiles(find_runs, find_lists))
 
-    def _point_tiles(self, find_runs: FindRuns) -> Tiles:
-        """The queries of tiles of points, merged into runs by a back end's ``find_runs``."""
-        return self._cached("point_tiles", lambda: self._find_point_tiles(find_runs))
+    def _point_tiles(self, find_runs: FindRuns, find_lists: FindLists | None = None) -> Tiles:
+        """The queries of tiles of points, merged and listed by ops of a back end."""
+        return self._cached("point_tiles", lambda: self._find_point_tiles(find_runs, find_lists))
+
+    def shared_by_layers(self, name: str, find: Callable[[], T]) -> T:
+        """The result of ``find``, which follows from the points. Layers that share the plan share
+        it on a GPU, where each op costs a launch.
+        """
+        mode = execution_mode(self.device)
+        shared = self.device.type != "cpu" and mode != "compiler" and mode == self._created_in
+        return self._cached(name, find) if shared or name in self._cache else find()
 
     def _cached(self, name: str, find: Callable[[], T]) -> T:
         """The result of ``find``, computed when first asked for."""
@@ -263,7 +285,14 @@ class NeighborhoodPlan:
         )
 
     def _find_point_slices(self) -> NeighborSlices:
-        keys, _, query_keys, point_keys, coordinates, _ = self._keyed_cells
+        backend = choose_backend(None, self.device)
+        tables = self._kernel_tables()
+        fits = tables.fits(self.n_queries, self.n_keys)
+        if backend.find_point_slices is not None and fits:
+            return self._find_point_slices_by(backend.find_point_slices, tables)
+        keys = self._cell_keys()
+        _, *others, _ = self._keyed_cells
+        query_keys, point_keys, coordinates = (part.long() for part in others)
         image, cells, levels = coordinates[:, 0], coordinates[:, 1:-1], coordinates[:, -1]
         sorted_queries, order = torch.sort(query_keys, dim=1, stable=True)
         first, last = keys.rows_around(point_keys, levels)
@@ -275,7 +304,22 @@ class NeighborhoodPlan:
         traversal = torch.argsort(curve, stable=True)
         return NeighborSlices(traversal.int(), starts, stops, order.flatten().int())
 
-    def _find_query_tiles(self, find_runs: FindRuns) -> Tiles:
+    def _find_point_slices_by(self, find: FindPointSlices, tables: KernelTables) -> NeighborSlices:
+        _, query_keys, point_keys, _, _ = self._keyed_cells
+        slots = tables.on(self.device, query_keys.dtype)[2]
+        cells = self._point_cells()
+        return find(query_keys, point_keys, *cells, slots, tables.numbers, self.n_levels)
+
+    def _kernel_tables(self) -> KernelTables:
+        return kernel_tables(
+            self.level_shapes, self.neighborhood_sizes, self.batch_size, self.periodic_axes
+        )
+
+    def _cell_keys(self) -> CellKeys:
+        geometry = self.level_shapes, self.neighborhood_sizes, self.batch_size
+        return CellKeys(*geometry, self.device)
+
+    def _find_query_tiles(self, find_runs: FindRuns, find_lists: FindLists | None) -> Tiles:
         if not self._fits_int32:
             refuse(
                 "level_shapes",
@@ -284,12 +328,14 @@ class NeighborhoodPlan:
             )
         windows = self.neighborhood_sizes, self.position_dim
         cells = self._query_cells(), self._point_cells()
-        return find_tiles(self._tensors.query_slices, *cells, *windows, find_runs)
+        lists = find_lists, self.neighborhood_sizes
+        return find_tiles(self._tensors.query_slices, *cells, *windows, find_runs, *lists)
 
-    def _find_point_tiles(self, find_runs: FindRuns) -> Tiles:
+    def _find_point_tiles(self, find_runs: FindRuns, find_lists: FindLists | None) -> Tiles:
         windows = [max(self.neighborhood_sizes)], self.position_dim
         cells = self._point_cells(), self._query_cells()
-        return find_tiles(self._point_slices(), *cells, *windows, find_runs)
+        lists = find_lists, self.neighborhood_sizes
+        return find_tiles(self._point_slices(), *cells, *windows, find_runs, *lists)
 
     def _query_cells(self) -> GroupedCells:
         return self._cached("query_cells", self._find_query_cells)
@@ -385,15 +431,21 @@ def plan_neighborhoods(
     return plan
 
 
+def key_coordinates_name(dtype: torch.dtype) -> str:
+    """The name by which layers share the coordinates of keys, see `shared_by_layers`."""
+    return f"key coordinates in {dtype}"
+
+
 def tensors_for(plan: NeighborhoodPlan, backend: Backend, *, points_need_grad: bool) -> PlanTensors:
     """What ``backend`` takes of the plan; the tiles of points only if keys or values need
     gradients, since a backward pass cannot complete the plan.
     """
     if backend.find_runs is None:
         return plan._tensors
+    find = backend.find_runs, backend.find_lists
     return plan._tensors._replace(
-        query_tiles=plan._query_tiles(backend.find_runs),
-        point_tiles=plan._point_tiles(backend.find_runs) if points_need_grad else None,
+        query_tiles=plan._query_tiles(*find),
+        point_tiles=plan._point_tiles(*find) if points_need_grad else None,
     )
 
 
@@ -434,8 +486,8 @@ def check_plan(
     planned = plan._keyed_cells.positions
     if planned.dtype == positions.dtype and _in_equal_cells(planned, positions, pyramid):
         return
-    _, centers = _query_cells(positions, offsets, pyramid, plan._keyed_cells.keys)
-    if not torch.equal(centers, plan._keyed_cells.centers):
+    _, centers = _query_cells(positions, offsets, pyramid, plan._cell_keys())
+    if not torch.equal(centers, plan._keyed_cells.centers.long()):
         refuse_plan(plan, "query cells", "query_spatial_positions")
 
 
@@ -456,6 +508,38 @@ def _plan(
     sizes: tuple[int, ...],
     backend: Backend,
 ) -> NeighborhoodPlan:
+    geometry = pyramid.level_shapes, sizes, pyramid.batch_size
+    tables = kernel_tables(*geometry, pyramid.periodic_axes) if backend.find_query_slices else None
+    cache: dict[str, Any] = {}
+    n_keys = pyramid.coordinates.shape[0] << len(pyramid.periodic_axes)
+    if tables is not None and tables.fits(positions.shape[0], n_keys):
+        copies, tensors, cells, cache = _find_by_kernels(
+            positions, offsets, pyramid, sizes, backend, tables
+        )
+    else:
+        copies, tensors, cells = _find_in_torch(positions, offsets, pyramid, sizes, backend)
+    return NeighborhoodPlan(
+        neighborhood_sizes=sizes,
+        position_dim=pyramid.position_dim,
+        batch_size=pyramid.batch_size,
+        level_shapes=pyramid.level_shapes,
+        periodic_axes=pyramid.periodic_axes,
+        copies=copies,
+        _tensors=tensors,
+        _keyed_cells=cells,
+        _created_in=execution_mode(positions.device),
+        _cache=cache,
+    )
+
+
+def _find_in_torch(
+    positions: Tensor,
+    offsets: Tensor,
+    pyramid: FeaturePyramid,
+    sizes: tuple[int, ...],
+    backend: Backend,
+) -> tuple[PointCopies, PlanTensors, _KeyedCells]:
+    """What a plan holds, found in plain torch on any device."""
     device = positions.device
     keys = CellKeys(pyramid.level_shapes, sizes, pyramid.batch_size, device)
     image, centers = _query_cells(positions, offsets, pyramid, keys)
@@ -474,7 +558,8 @@ def _plan(
     point_keys[: misplaced.shape[0]].masked_fill_(misplaced, -1)
 
     sorted_points, order = torch.sort(point_keys, stable=True)
-    traversal = torch.argsort(keys.along_curve(centers[keys.finest], image), stable=True).int()
+    curve = keys.along_curve(centers[keys.layout.finest], image)
+    traversal = torch.argsort(curve, stable=True).int()
     starts, stops = backend.find_slices(sorted_points, query_keys, traversal, *keys.window_rows())
     tensors = PlanTensors(
         query_slices=NeighborSlices(traversal, starts, stops, order.int()),
@@ -485,19 +570,59 @@ def _plan(
         position_dim=pyramid.position_dim,
         copy_points=copies.points.int() if pyramid.periodic_axes else None,
     )
-    return NeighborhoodPlan(
+    positions = positions.detach().clone()
+    return copies, tensors, _KeyedCells(centers, query_keys, point_keys, coordinates, positions)
+
+
+def _find_by_kernels(
+    positions: Tensor,
+    offsets: Tensor,
+    pyramid: FeaturePyramid,
+    sizes: tuple[int, ...],
+    backend: Backend,
+    tables: KernelTables,
+) -> tuple[PointCopies, PlanTensors, _KeyedCells, dict[str, Any]]:
+    """What `_find_in_torch` finds, by the kernels of a back end, and what the plan's cache may
+    hold already.
+    """
+    assert backend.find_query_slices is not None
+    coordinates, dtype = pyramid.coordinates, coordinate_dtype(positions.dtype)
+    dtype = position_dtype(pyramid.level_shapes, dtype)
+    if pyramid.periodic_axes:
+        misplaced = pyramid.misplaced()
+        masked = coordinates.masked_fill(misplaced[:, None], 0)
+        copies = find_copies(masked, misplaced, pyramid, sizes)
+        wrapped = positions.detach().to(dtype_of_centers(positions, pyramid.level_shapes))
+        wrapped = wrap_positions(wrapped, pyramid.level_shapes, pyramid.periodic_axes)
+    else:
+        copies, wrapped = PointCopies(coordinates[:0, 0], coordinates[:0, 1:-1]), positions.detach()
+    levels, slots, _ = tables.on(positions.device, tables.layout.key_dtype)
+    found = backend.find_query_slices(
+        wrapped, offsets, coordinates, *copies, levels, slots, tables.numbers,
+        tables.layout.key_dtype, dtype,
+    )  # fmt: skip
+    tensors = PlanTensors(
+        query_slices=NeighborSlices(found.traversal, found.starts, found.stops, found.order),
+        query_batch=found.query_batch,
+        center_columns=found.center_columns,
+        point_columns=found.point_columns,
         neighborhood_sizes=sizes,
         position_dim=pyramid.position_dim,
-        batch_size=pyramid.batch_size,
-        level_shapes=pyramid.level_shapes,
-        periodic_axes=pyramid.periodic_axes,
-        copies=copies,
-        _tensors=tensors,
-        _keyed_cells=_KeyedCells(
-            keys, centers, query_keys, point_keys, coordinates, positions.detach().clone()
-        ),
-        _created_in=execution_mode(device),
+        copy_points=copies.points.int() if pyramid.periodic_axes else None,
     )
+    cells = _KeyedCells(
+        found.query_cells.transpose(1, 2),
+        found.query_keys,
+        found.sort_keys[: found.order.shape[0]],
+        found.coordinates,
+        positions.detach().clone(),
+    )
+    cache = {
+        "query_cells": GroupedCells(found.query_groups, found.query_cells),
+        "point_cells": GroupedCells(found.point_groups, found.point_cells),
+        key_coordinates_name(dtype): found.key_coordinates,
+    }
+    return copies, tensors, cells, cache
 
 
 def _query_cells(

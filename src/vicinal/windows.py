@@ -115,13 +115,23 @@ def wrap_positions(
     return torch.stack(columns, 1)
 
 
+def centers_in_float64(level_shapes: LevelShapes) -> bool:
+    """Whether float32 is not exact enough for the `window_centers` of a map of these shapes."""
+    return max(full_shape(level_shapes)) > _FLOAT32_PRODUCTS
+
+
+def dtype_of_centers(positions: Tensor, level_shapes: LevelShapes) -> torch.dtype:
+    """The dtype in which `window_centers` computes."""
+    if centers_in_float64(level_shapes):
+        return widest_dtype(positions.device)
+    return coordinate_dtype(positions.dtype)
+
+
 def window_centers(
     positions: Tensor, level_shapes: LevelShapes, periodic_axes: Sequence[int] = ()
 ) -> Tensor:
     """``[L, N, P]``: the cell, as floats, that contains each of ``positions`` ``[N, P]``."""
-    dtype = coordinate_dtype(positions.dtype)
-    if max(full_shape(level_shapes)) > _FLOAT32_PRODUCTS:
-        dtype = widest_dtype(positions.device)
+    dtype = dtype_of_centers(positions, level_shapes)
     positions = wrap_positions(positions.detach().to(dtype), level_shapes, periodic_axes)
     centers = torch.floor(positions * level_scales(level_shapes, positions)[:, None])
     if not periodic_axes:

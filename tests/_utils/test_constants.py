@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from problems import opcheck
 
 from vicinal._utils.constants import constant
 
@@ -28,5 +29,5 @@ def test_constants_of_a_compiled_graph() -> None:
 def test_numbers_as_an_op() -> None:
     arguments = [1, 2, 3, 4], [2, 2], torch.float32, torch.device("cpu")
     assert torch.ops.vicinal.numbers(*arguments).tolist() == [[1, 2], [3, 4]]
-    torch.library.opcheck(torch.ops.vicinal.numbers.default, arguments)
+    opcheck(torch.ops.vicinal.numbers.default, arguments)
     assert torch.Tag.cudagraph_unsafe in torch.ops.vicinal.numbers.default.tags

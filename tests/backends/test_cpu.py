@@ -198,7 +198,9 @@ def test_windows_that_do_not_fit_the_slices_are_an_error_of_the_op() -> None:
 
 def allocations(call: Callable[[], Any]) -> tuple[Any, list[int]]:
     """Its result, and the bytes of every allocation (and, negative, release) while it ran."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with profile(
+        activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as profiler:
         result = call()
     events: Any = profiler.profiler
     sizes = [x.nbytes() for x in events.kineto_results.events() if x.name() == "[memory]"]

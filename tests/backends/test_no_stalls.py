@@ -28,6 +28,7 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
 from vicinal.backends.triton import ops as triton_ops
+from vicinal.backends.triton import plan_ops
 
 SHAPES = ((24, 24), (12, 12), (6, 6))
 SIZES = (3, 5, 3)
@@ -64,7 +65,8 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         assert isinstance(n_programs, int)
         names.append(kernel.fn.__name__)
 
-    monkeypatch.setattr(triton_ops, "launch", launch)
+    for module in (triton_ops, plan_ops):
+        monkeypatch.setattr(module, "launch", launch)
     with HostCode("vicinal_triton"):
         yield names
 
@@ -110,8 +112,9 @@ def test_a_training_step_with_planning(
     assert all(parameter.grad is not None for parameter in block.parameters())
     # Constants are cached on the GPU, so each is copied once.
     assert set(copied) == {constants.__name__}
-    kernels = {"find_slices", "find_runs", "find_flags", "attend", "query_gradients"}
-    kernels |= {"point_gradients", "rotate", "rotate_backward"}
+    kernels = {"place_queries", "place_points", "place_along_curve", "split_order", "find_slices"}
+    kernels |= {"find_runs", "place_lists", "write_lists"}
+    kernels |= {"attend", "query_gradients", "point_gradients", "rotate", "rotate_backward"}
     if background:
         kernels |= {"cell_key_gradients", "cell_value_gradients"}
     assert set(launched) == kernels
@@ -126,7 +129,7 @@ def test_gradients_of_frozen_inputs_are_not_computed(frozen: str, launched: list
     q, k = (torch.randn(50, 2, 16, device="meta") for _ in range(2))
     (k if frozen == "queries" else q).requires_grad_()
     neighborhood_attention(q, k, k, plan).sum().backward()
-    of_points, of_queries = {"point_gradients", "find_deltas"}, {"query_gradients"}
+    of_points, of_queries = {"point_gradients", "find_stats"}, {"query_gradients"}
     wanted, others = (of_points, of_queries) if frozen == "queries" else (of_queries, of_points)
     assert wanted < set(launched)
     assert not others & set(launched)

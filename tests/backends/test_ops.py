@@ -9,6 +9,7 @@ from problems import (
     as_leaves,
     assert_same_answers,
     make_inputs,
+    opcheck,
     scene_2d,
 )
 
@@ -28,8 +29,7 @@ def test_opcheck(features: str) -> None:
         calls = ops.calls
     for name, (op, arguments) in calls.items():
         differentiable = not name.endswith("backward")
-        results = torch.library.opcheck(op, as_leaves(arguments, requires_grad=differentiable))
-        assert set(results.values()) == {"SUCCESS"}
+        opcheck(op, as_leaves(arguments, requires_grad=differentiable))
 
 
 def test_a_second_derivative_is_refused() -> None:

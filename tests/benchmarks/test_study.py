@@ -277,7 +277,7 @@ def pretend(answers: Mapping[str, Outcome], monkeypatch: pytest.MonkeyPatch) -> 
     """Gives the study ``answers`` by the beginning of names, else figures; lists what ran."""
     ran = []
 
-    def run_case(name: str, *options: object) -> Outcome:
+    def run_case(name: str, *options: object, timeout: float) -> Outcome:
         ran.append(name)
         found = (answer for start, answer in answers.items() if name.startswith(start))
         return next(found, Outcome(figures=FIGURES))
@@ -306,6 +306,48 @@ def test_study_has_every_case_once_and_checks_first(settings: Any) -> None:
         assert not any(name.startswith("baselines/") for name in others)
 
 
+def test_a_study_in_parts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A part ends after its seconds, in mid-case too; the next goes on with what is left."""
+    clock, given = [0.0], []
+    late = Outcome(problem=f"{outcome.TOOK_LONGER} 30 s")
+
+    def run_case(name: str, *options: object, timeout: float) -> Outcome:
+        given.append((name, timeout))
+        clock[0] += min(70, timeout)
+        return Outcome(figures=FIGURES) if timeout > 70 else late
+
+    monkeypatch.setattr(study, "run_case", run_case)
+    monkeypatch.setattr(study, "time", mock.Mock(monotonic=lambda: clock[0]))
+    part = ("--out", tmp_path, "--only", "memory/", "--seconds", 100, "--resume")
+    names = [f"memory/{name}" for name in ("tracks", "volume", "handwriting")]
+    for _ in range(4):
+        assert run_study(*part) == 0
+    assert given == [
+        (names[0], 100), (names[1], 30), (names[1], 100), (names[2], 30), (names[2], 100),
+    ]  # fmt: skip
+    (file,) = tmp_path.glob("*.json")
+    assert [*report.load(file)] == names
+    monkeypatch.setattr(machine, "describe_commit", lambda: {"id": "x", "dirty": False})
+    file.rename(tmp_path / (machine.file_stem({"id": "x", "dirty": False}) + ".json"))
+    assert run_study(*part) == 0  # figures of other code do not count
+    assert given[-2:] == [(names[0], 100), (names[1], 30)]
+
+
+def test_a_case_that_needs_more_than_a_part(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    ran = []
+
+    def run_case(name: str, *options: object, timeout: float) -> Outcome:
+        ran.append(name)
+        return Outcome(problem=f"{outcome.TOOK_LONGER} {timeout:.0f} s")
+
+    monkeypatch.setattr(study, "run_case", run_case)
+    part = ("--out", tmp_path, "--only", "threads", "--seconds", 100, "--resume")
+    assert run_study(*part) == run_study(*part) == 0
+    assert ran == ["threads"]
+
+
 def test_study_needs_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert run_study("--device", "cuda", "--out", tmp_path) == 2
@@ -332,7 +374,7 @@ def test_smaller_scenes_where_memory_is_lacking(
 def test_study_stops_where_a_baseline_disagrees(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def run_case(name: str, *options: object) -> Outcome:
+    def run_case(name: str, *options: object, **named: object) -> Outcome:
         raise DisagreementError("some baseline differs")
 
     monkeypatch.setattr(study, "run_case", run_case)
@@ -365,7 +407,7 @@ def test_study_saves_and_draws(
     assert read["machine"]["instruction_set"] == torch.backends.cpu.get_cpu_capability()
     assert read["versions"]["torch"] == torch.__version__
     assert {"python", "vicinal", "transformers", "triton"} < set(read["versions"])
-    assert set(read["commit"]) == {"id", "dirty"}
+    assert set(read["commit"]) == {"id", "dirty", "sources"}
     assert {"started", "size", "settings", "gpu"} < set(read)
     assert read["cases"]["stages/tracks"]["problem"] == "no time"
     assert {goal["value"] for goal in read["goals"]} == {2.0}

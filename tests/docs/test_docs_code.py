@@ -104,6 +104,7 @@ def test_a_public_name_has_an_example(name: str) -> None:
         "docs/detection.md",
         "docs/recipes/classify.md",
         "docs/recipes/cross-attention.md",
+        "docs/recipes/cuda-graphs.md",
         "docs/recipes/detection.md",
         "docs/recipes/encoder.md",
         "docs/recipes/labels.md",

@@ -31,6 +31,7 @@ def check_plan_points(
         refuse_plan(plan, "points", f"stacked_feature_maps with {coordinates.shape[0]} points")
     if not reads_contents(check_contents, coordinates.device):
         return
+    planned = planned.long()
     if torch.equal(coordinates, planned):
         return
     if not torch.equal(coordinates.masked_fill(pyramid.misplaced()[:, None], 0), planned):

@@ -46,7 +46,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ..backends.types import TILE, FindRuns, NeighborSlices, Tiles
+from ..backends.types import TILE, FindLists, FindRuns, NeighborSlices, Tiles
 
 SPARSE_RATIO = 32  # points per query (or the reverse) above which rows rarely share columns
 
@@ -85,6 +85,8 @@ def find_tiles(
     sizes: Sequence[int],
     position_dim: int,
     find_runs: FindRuns,
+    find_lists: FindLists | None = None,
+    level_sizes: Sequence[int] = (),
 ) -> Tiles:
     """Cuts the traversal of ``slices`` into tiles and finds their runs.
 
@@ -94,8 +96,14 @@ def find_tiles(
         sizes: window width of each level that the slices belong to.
         position_dim: number of spatial dimensions.
         find_runs: a back end's implementation, see `backends.reference.find_runs`.
+        find_lists: likewise, see `backends.ops.Ops.find_lists`; None: no tile has a list.
+        level_sizes: window width of all levels, for ``find_lists``.
     """
     height = tile_rows(rows.groups.shape[1], columns.groups.shape[1])
     traversal, starts, stops, order = slices
     runs = find_runs(traversal, starts, stops, sizes, position_dim, height)
-    return Tiles(traversal, order, *runs, *rows, *columns)
+    tensors = traversal, order, *runs, *rows, *columns
+    if find_lists is None:
+        lists = traversal.new_full((len(runs[0]), 2), -1)
+        return Tiles(*tensors, lists, traversal[:0], traversal[:0])
+    return Tiles(*tensors, *find_lists(tensors, level_sizes, position_dim, height))

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from .._utils.checks import refuse
 
-_INDEX, _EXACT = torch.int32, torch.float64
+_INDEX = torch.int32
+_INTEGERS = torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64
 
 
 def check_exact(
@@ -110,8 +111,13 @@ def _check_rotate(x: Tensor, coordinates: Tensor, frequencies: Tensor) -> None:
     (n, n_heads, width), axes = x.shape, coordinates.shape[1]
     if width % 2 or not axes:
         refuse("x", "an even width, and coordinates of at least one column", f"{width} and {axes}")
-    check_dense("coordinates", coordinates, (n, axes), _EXACT, x.device)
-    check_dense("frequencies", frequencies, (axes, n_heads, width // 2), _EXACT, x.device)
+    shapes = {
+        "coordinates": (coordinates, (n, axes)),
+        "frequencies": (frequencies, (axes, n_heads, width // 2)),
+    }
+    for name, (part, shape) in shapes.items():
+        _check_floating(name, part)
+        check_dense(name, part, shape, part.dtype, x.device)
 
 
 def _check_rotate_backward(
@@ -137,6 +143,66 @@ def _check_find_slices(
         check_exact(name, x, level.shape, long, device)
 
 
+def _check_find_query_slices(
+    positions: Tensor, offsets: Tensor, coordinates: Tensor, copies: Tensor, shifts: Tensor,
+    levels: Tensor, slots: Tensor, numbers: Sequence[int], key_dtype: torch.dtype,
+    coordinate_dtype: torch.dtype,
+) -> None:  # fmt: skip
+    check_dims("positions", positions, 2)
+    _check_floating("positions", positions)
+    dim, device, long = positions.shape[1], positions.device, torch.int64
+    if offsets.dim() != 1 or not len(offsets) or offsets.dtype not in _INTEGERS:
+        refuse("offsets", "at least one integer", offsets)
+    check_dense("offsets", offsets, offsets.shape, offsets.dtype, device)
+    check_dims("coordinates", coordinates, 2)
+    check_exact("coordinates", coordinates, (len(coordinates), dim + 2), long, device)
+    check_dims("copies", copies, 1)
+    check_dense("copies", copies, copies.shape, long, device)
+    check_dense("shifts", shifts, (len(copies), dim), long, device)
+    if key_dtype not in (_INDEX, long):
+        refuse("key_dtype", "torch.int32 or torch.int64", key_dtype)
+    _check_table("levels", levels, 4 + 4 * dim, long, device)
+    _check_table("slots", slots, 4, key_dtype, device)
+    _check_numbers(numbers, len(levels))
+    if not coordinate_dtype.is_floating_point:
+        refuse("coordinate_dtype", "a floating dtype", coordinate_dtype)
+
+
+def _check_find_point_slices(
+    query_keys: Tensor, point_keys: Tensor, groups: Tensor, cells: Tensor, slots: Tensor,
+    numbers: Sequence[int], n_levels: int,
+) -> None:  # fmt: skip
+    check_dims("query_keys", query_keys, 2)
+    check_dims("cells", cells, 3)
+    n_points, device = cells.shape[2], query_keys.device
+    if query_keys.dtype not in (_INDEX, torch.int64) or len(query_keys) != n_levels or not n_levels:
+        refuse("query_keys", f"int32 or int64 keys of {n_levels} levels", query_keys)
+    check_dense("query_keys", query_keys, query_keys.shape, query_keys.dtype, device)
+    check_dense("point_keys", point_keys, (n_points,), query_keys.dtype, device)
+    check_dense("groups", groups, (1, n_points), _INDEX, device)
+    check_dense("cells", cells, (1, *cells.shape[1:]), _INDEX, device)
+    _check_table("slots", slots, 4, query_keys.dtype, device)
+    if len(slots) % n_levels:
+        refuse("slots", f"the same number of rows for each of {n_levels} levels", slots)
+    _check_numbers(numbers, n_levels)
+
+
+def _check_table(
+    argument: str, table: Tensor, width: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    check_dims(argument, table, 2)
+    if not len(table):
+        refuse(argument, "at least one row", table)
+    check_dense(argument, table, (len(table), width), dtype, device)
+
+
+def _check_numbers(numbers: Sequence[int], n_levels: int) -> None:
+    """See `_index.kernel_tables.KernelTables`."""
+    if len(numbers) != 6 or min(numbers) < 0 or numbers[3] >= n_levels or numbers[5] < 1:
+        expected = "6 integers that are not negative: images, keys, bits, level, 0 or 1, width"
+        refuse("numbers", expected, numbers)
+
+
 def _check_find_runs(
     traversal: Tensor, starts: Tensor, stops: Tensor, sizes: Sequence[int], position_dim: int,
     rows: int,
@@ -149,13 +215,6 @@ def _check_find_runs(
     check_dense("traversal", traversal, shape[:1], _INDEX, traversal.device)
     for name, x in (("starts", starts), ("stops", stops)):
         check_dense(name, x, shape, _INDEX, traversal.device)
-
-
-def _check_find_flags(k: Tensor, v: Tensor) -> None:
-    for name, x in (("k", k), ("v", v)):
-        check_dims(name, x, 3)
-        _check_floating(name, x)
-    check_exact("v", v, (*k.shape[:2], v.shape[2]), k.dtype, k.device)
 
 
 def _check_project(
@@ -226,8 +285,9 @@ _CHECKS: dict[str, Callable[..., None]] = {
     "rotate": _check_rotate,
     "rotate_backward": _check_rotate_backward,
     "find_slices": _check_find_slices,
+    "find_query_slices": _check_find_query_slices,
+    "find_point_slices": _check_find_point_slices,
     "find_runs": _check_find_runs,
-    "find_flags": _check_find_flags,
     "project": _check_project,
     "project_backward": _check_project_backward,
     "layer_norm": _check_layer_norm,

@@ -20,6 +20,10 @@ from .transforms import (
     refuse_forward_mode,
     transforms_active,
 )
+from .types import LIST_BLOCK, NeighborSlices, QuerySlices
+
+_ENTRIES_PER_ROW = 48  # in lists, where tiles are many
+_LEAST_BLOCKS = 2**14  # in lists, where tiles are few: 4 MiB
 
 _ARGUMENTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? query_mask, Tensor? seed, Tensor[] background, "
@@ -40,11 +44,22 @@ _SCHEMAS = {
         "(Tensor sorted_keys, Tensor centers, Tensor traversal, Tensor level, Tensor offset, "
         "Tensor radius) -> (Tensor, Tensor)"
     ),
+    "find_query_slices": (
+        "(Tensor positions, Tensor offsets, Tensor coordinates, Tensor copies, Tensor shifts, "
+        "Tensor levels, Tensor slots, SymInt[] numbers, ScalarType key_dtype, "
+        "ScalarType coordinate_dtype) -> Tensor[]"
+    ),
+    "find_point_slices": (
+        "(Tensor query_keys, Tensor point_keys, Tensor groups, Tensor cells, Tensor slots, "
+        "SymInt[] numbers, int n_levels) -> (Tensor, Tensor, Tensor, Tensor)"
+    ),
     "find_runs": (
         "(Tensor traversal, Tensor starts, Tensor stops, int[] sizes, int position_dim, int rows) "
         "-> (Tensor, Tensor, Tensor)"
     ),
-    "find_flags": "(Tensor k, Tensor v) -> Tensor",
+    "find_lists": (
+        "(Tensor[] tiles, int[] sizes, int position_dim, int rows) -> (Tensor, Tensor, Tensor)"
+    ),
 }
 
 _EVERYWHERE = (
@@ -52,7 +67,6 @@ _EVERYWHERE = (
     "neighborhood_attention_backward",
     "rotate",
     "rotate_backward",
-    "find_slices",
 )
 
 
@@ -118,12 +132,15 @@ class Ops:
 
     def rotate(self, x: Tensor, coordinates: Tensor, frequencies: Tensor) -> Tensor:
         """See `reference.rotate`."""
-        refuse_tangents(x, coordinates, frequencies)
-        coordinates, frequencies = (
-            y.to(torch.float64).contiguous() for y in (coordinates, frequencies)
+        return self.rotate_unconverted(
+            x, coordinates.to(torch.float64), frequencies.to(torch.float64)
         )
+
+    def rotate_unconverted(self, x: Tensor, coordinates: Tensor, frequencies: Tensor) -> Tensor:
+        """`rotate` for a kernel that converts coordinates and frequencies to float64 itself."""
+        refuse_tangents(x, coordinates, frequencies)
         table = frequencies.expand(-1, x.shape[1], -1).contiguous()
-        rotated: Tensor = self._rotate(x, coordinates, table)
+        rotated: Tensor = self._rotate(x, coordinates.contiguous(), table)
         return rotated
 
     def find_slices(
@@ -136,6 +153,45 @@ class Ops:
         )
         return slices
 
+    def find_query_slices(
+        self, positions: Tensor, offsets: Tensor, coordinates: Tensor, copies: Tensor,
+        shifts: Tensor, levels: Tensor, slots: Tensor, numbers: Sequence[int],
+        key_dtype: torch.dtype, coordinate_dtype: torch.dtype,
+    ) -> QuerySlices:  # fmt: skip
+        """Finds images, cells, keys and slices of queries, as `plan` does in plain torch.
+
+        Args:
+            positions: floating ``[N, P]``, wrapped along periodic axes.
+            offsets: integer, at least one number.
+            coordinates: int64 ``[nnz, P + 2]``.
+            copies, shifts: int64 ``[C]`` and ``[C, P]``, see `_index.copies.PointCopies`.
+            levels, slots, numbers: see `_index.kernel_tables.KernelTables`.
+            key_dtype: int32 or int64.
+            coordinate_dtype: of the coordinates of keys, float32 or float64.
+        """
+        found = self._ops.find_query_slices(
+            positions, offsets.contiguous(), coordinates, copies, shifts, levels, slots,
+            list(numbers), key_dtype, coordinate_dtype,
+        )  # fmt: skip
+        return QuerySlices(*found)
+
+    def find_point_slices(
+        self, query_keys: Tensor, point_keys: Tensor, groups: Tensor, cells: Tensor,
+        slots: Tensor, numbers: Sequence[int], n_levels: int,
+    ) -> NeighborSlices:  # fmt: skip
+        """Finds the slices of points, as `plan` does in plain torch.
+
+        Args:
+            query_keys, point_keys: ``[L, N]`` and ``[nnz]``, both of one dtype.
+            groups, cells: int32 ``[1, nnz]`` and ``[1, P, nnz]``, of the points.
+            slots, numbers: see `_index.kernel_tables.KernelTables`.
+            n_levels: L.
+        """
+        found = self._ops.find_point_slices(
+            query_keys, point_keys, groups, cells, slots, list(numbers), n_levels
+        )
+        return NeighborSlices(*found)
+
     def find_runs(
         self, traversal: Tensor, starts: Tensor, stops: Tensor, sizes: Sequence[int],
         position_dim: int, rows: int,
@@ -146,10 +202,17 @@ class Ops:
         )
         return runs
 
-    def find_flags(self, k: Tensor, v: Tensor) -> Tensor:
-        """float32 ``[nnz, H]``: NaN where a key or value is not finite, zero elsewhere."""
-        flags: Tensor = self._ops.find_flags(k, v)
-        return flags
+    def find_lists(
+        self, tiles: Sequence[Tensor], sizes: Sequence[int], position_dim: int, rows: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The ``lists``, ``items`` and ``members`` of `Tiles` of ``rows`` rows.
+
+        ``tiles`` are the fields before these, ``sizes`` the window width of each level.
+        """
+        lists: tuple[Tensor, Tensor, Tensor] = self._ops.find_lists(
+            list(tiles), list(sizes), position_dim, rows
+        )
+        return lists
 
 
 def on_one_device(fake: Callable[..., Any]) -> Callable[..., Any]:
@@ -288,6 +351,47 @@ def _fake_find_slices(
     return starts, torch.empty_like(starts)
 
 
+def _fake_find_query_slices(
+    positions: Tensor, offsets: Tensor, coordinates: Tensor, copies: Tensor, shifts: Tensor,
+    levels: Tensor, slots: Tensor, numbers: list[int], key_dtype: torch.dtype,
+    coordinate_dtype: torch.dtype,
+) -> list[Tensor]:  # fmt: skip
+    (n_queries, dim), n_levels, n_slots = positions.shape, levels.shape[0], slots.shape[0]
+    n_rows = coordinates.shape[0] + copies.shape[0]
+    shapes: dict[str, tuple[int, ...]] = {
+        "query_batch": (n_queries,),
+        "query_groups": (n_levels, n_queries),
+        "query_cells": (n_levels, dim, n_queries),
+        "center_columns": (n_queries, n_levels),
+        "query_keys": (n_levels, n_queries),
+        "key_coordinates": (n_rows, dim + 1),
+        "coordinates": (n_rows, dim + 2),
+        "point_groups": (1, n_rows),
+        "point_cells": (1, dim, n_rows),
+        "sort_keys": (n_rows + n_queries,),
+        "traversal": (n_queries,),
+        "starts": (n_queries, n_slots),
+        "stops": (n_queries, n_slots),
+        "order": (n_rows,),
+        "point_columns": (n_rows,),
+    }
+    dtypes = {"query_keys": key_dtype, "sort_keys": key_dtype, "key_coordinates": coordinate_dtype}
+    return [
+        positions.new_empty(shapes[name], dtype=dtypes.get(name, torch.int32))
+        for name in QuerySlices._fields
+    ]
+
+
+def _fake_find_point_slices(
+    query_keys: Tensor, point_keys: Tensor, groups: Tensor, cells: Tensor, slots: Tensor,
+    numbers: list[int], n_levels: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    n_rows, n_slots = groups.shape[1], slots.shape[0] // n_levels
+    starts, stops = (groups.new_empty(n_rows, n_slots) for _ in range(2))
+    order = groups.new_empty(query_keys.shape[0] * query_keys.shape[1])
+    return groups.new_empty(n_rows), starts, stops, order
+
+
 def _fake_find_runs(
     traversal: Tensor, starts: Tensor, stops: Tensor, sizes: list[int], position_dim: int, rows: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -296,8 +400,26 @@ def _fake_find_runs(
     return firsts, shifts, traversal.new_empty(n_tiles, len(sizes), 2)
 
 
-def _fake_find_flags(k: Tensor, v: Tensor) -> Tensor:
-    return k.new_empty(k.shape[:2], dtype=torch.float32)
+def list_space(n_tiles: int, rows: int, window_slots: int) -> int:
+    """How many blocks the lists of ``n_tiles`` tiles of ``rows`` rows may have altogether.
+
+    It depends on sizes alone, so that nothing waits for a GPU. Many tiles get space for what they
+    need in common scenes, where their rows share most columns. A tile of one row gets space for
+    ``window_slots``, which is all that it needs where a cell has one point at most.
+    """
+    own = -(-max(_ENTRIES_PER_ROW * rows, window_slots) // LIST_BLOCK)
+    space: int = torch.sym_max(n_tiles * own, _LEAST_BLOCKS)  # the number may be a symbol
+    return space
+
+
+def _fake_find_lists(
+    tiles: list[Tensor], sizes: list[int], position_dim: int, rows: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    counts = tiles[4]
+    slots = sum(size**position_dim for size in sizes)
+    n_tiles = counts.shape[0]
+    space = list_space(n_tiles, rows, slots) * LIST_BLOCK
+    return counts.new_empty(n_tiles, 2), counts.new_empty(space), counts.new_empty(space)
 
 
 _FAKES: dict[str, Callable[..., Any]] = {
@@ -306,6 +428,8 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "rotate": _fake_rotate,
     "rotate_backward": _fake_rotate_backward,
     "find_slices": _fake_find_slices,
+    "find_query_slices": _fake_find_query_slices,
+    "find_point_slices": _fake_find_point_slices,
     "find_runs": _fake_find_runs,
-    "find_flags": _fake_find_flags,
+    "find_lists": _fake_find_lists,
 }

@@ -71,14 +71,14 @@ def score_pairs(
     logits = (_rows(q, queries[row], dtype) * _rows(k, column, dtype)).sum(-1)
     values = _rows(v, column, dtype)
     if background:
-        empty = active[:, None].repeat(1, plan.window_slots)
+        empty = active[:, None].repeat(1, plan.window_slots())
         empty[row, slot] = False
         empty_row, empty_slot = empty.nonzero(as_tuple=True)
         query, level = queries[empty_row], slot_levels(plan)[empty_slot]
         level_queries, cell_keys, cell_values = background
-        query_level = query * plan.n_levels + level
-        image_level = plan.query_batch[query] * plan.n_levels + level
-        row, column = torch.cat((row, empty_row)), torch.cat((column, plan.n_points + empty_slot))
+        query_level = query * plan.n_levels() + level
+        image_level = plan.query_batch[query] * plan.n_levels() + level
+        row, column = torch.cat((row, empty_row)), torch.cat((column, plan.n_points() + empty_slot))
         q_rows = _rows(level_queries.flatten(0, 1), query_level, dtype)
         logits = torch.cat((logits, (q_rows * _rows(cell_keys, empty_slot, dtype)).sum(-1)))
         values = torch.cat((values, _rows(cell_values.flatten(0, 1), image_level, dtype)))
@@ -118,7 +118,7 @@ def _window_rows(plan: PlanTensors) -> tuple[Tensor, Tensor, Tensor]:
 
 def slot_levels(plan: PlanTensors) -> Tensor:
     """int64 ``[K]``: the level of every slot of a query's windows."""
-    levels = [level for level, count in enumerate(plan.cells_per_level) for _ in range(count)]
+    levels = [level for level, count in enumerate(plan.cells_per_level()) for _ in range(count)]
     return constant(levels, plan.query_batch.device)
 
 
@@ -140,8 +140,8 @@ def dropout_columns(plan: PlanTensors, column: Tensor) -> Tensor:
     """
     if plan.copy_points is None:
         return column
-    n_originals = plan.n_points - len(plan.copy_points)
-    others = torch.arange(n_originals + plan.window_slots, device=column.device)
+    n_originals = plan.n_points() - len(plan.copy_points)
+    others = torch.arange(n_originals + plan.window_slots(), device=column.device)
     points, cells = others[:n_originals], others[n_originals:]
     return torch.cat((points, plan.copy_points.long(), cells))[column]
 

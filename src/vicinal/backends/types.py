@@ -7,8 +7,12 @@ import torch
 from torch import Tensor
 
 FindRuns = Callable[..., tuple[Tensor, Tensor, Tensor]]  # see `backends.reference.find_runs`
+FindQuerySlices = Callable[..., "QuerySlices"]  # see `backends.ops.Ops.find_query_slices`
+FindPointSlices = Callable[..., "NeighborSlices"]  # see `backends.ops.Ops.find_point_slices`
+FindLists = Callable[..., tuple[Tensor, Tensor, Tensor]]  # see `backends.ops.Ops.find_lists`
 
 TILE = 16
+LIST_BLOCK = 32  # entries of a block of a tile's list
 
 
 class NeighborSlices(NamedTuple):
@@ -31,6 +35,42 @@ class NeighborSlices(NamedTuple):
     order: Tensor
 
 
+class QuerySlices(NamedTuple):
+    """What the planning op of a back end finds: cells, keys and the slices of every query.
+
+    int32, but for keys, which may be int64. The copies of points count as points.
+
+    Attributes:
+        query_batch: ``[N]``, the image of every query, -1 for an invalid one.
+        query_groups, query_cells: ``[L, N]`` and ``[L, P, N]``, see `_index.tiles.GroupedCells`.
+        center_columns: ``[N, L]``, see `PlanTensors`.
+        query_keys: ``[L, N]``, the keys of the windows' centers.
+        key_coordinates: floating ``[nnz, P + 1]``, the centers of the points' cells as positions,
+            and the level, for the rotary encoding of keys.
+        coordinates: ``[nnz, P + 2]``, image, cell and level, 0 where a point is misplaced.
+        point_groups, point_cells: ``[1, nnz]`` and ``[1, P, nnz]``, likewise.
+        sort_keys: ``[nnz + N]``, the points' keys, then those of the queries' traversal.
+        traversal, starts, stops, order: see `NeighborSlices`.
+        point_columns: ``[nnz]``, see `PlanTensors`.
+    """
+
+    query_batch: Tensor
+    query_groups: Tensor
+    query_cells: Tensor
+    center_columns: Tensor
+    query_keys: Tensor
+    key_coordinates: Tensor
+    coordinates: Tensor
+    point_groups: Tensor
+    point_cells: Tensor
+    sort_keys: Tensor
+    traversal: Tensor
+    starts: Tensor
+    stops: Tensor
+    order: Tensor
+    point_columns: Tensor
+
+
 class Tiles(NamedTuple):
     """One direction of a plan as T tiles of rows, and the runs of each tile, all int32.
 
@@ -45,6 +85,11 @@ class Tiles(NamedTuple):
         counts: ``[T, S, 2]``, at each of S levels the number of runs and the number of entries.
         row_groups, row_cells: the `GroupedCells` of the rows.
         column_groups, column_cells: the `GroupedCells` of the points (queries) of the columns.
+        lists: ``[T, 2]``, the first block of each tile's list and how many blocks it has, -1 for
+            a tile without a list. A block has `LIST_BLOCK` entries.
+        items: ``[S]``, the points (queries) of all lists; any where an entry pads a block.
+        members: ``[S]``, the rows that an entry is a neighbor of: bit i is set for the tile's
+            i-th row.
     """
 
     traversal: Tensor
@@ -56,6 +101,9 @@ class Tiles(NamedTuple):
     row_cells: Tensor
     column_groups: Tensor
     column_cells: Tensor
+    lists: Tensor
+    items: Tensor
+    members: Tensor
 
 
 class PlanTensors(NamedTuple):
@@ -84,27 +132,23 @@ class PlanTensors(NamedTuple):
     query_tiles: Tiles | None = None
     point_tiles: Tiles | None = None
 
-    @property
+    # Methods, since torch 2.10 compiles no property of a named tuple.
     def n_queries(self) -> int:
         return self.query_batch.shape[0]
 
-    @property
     def n_points(self) -> int:
         return self.point_columns.shape[0]
 
-    @property
     def n_levels(self) -> int:
         return len(self.neighborhood_sizes)
 
-    @property
     def cells_per_level(self) -> list[int]:
         """The number of cells in a window of each level."""
         return [size**self.position_dim for size in self.neighborhood_sizes]
 
-    @property
     def window_slots(self) -> int:
         """K, the number of cells in all windows of a query."""
-        return sum(self.cells_per_level)
+        return sum(self.cells_per_level())
 
 
 class Backend(NamedTuple):
@@ -119,3 +163,7 @@ class Backend(NamedTuple):
     max_head_dim: int | None = None
     find_runs: FindRuns | None = None
     """Where given, the back end takes ``query_tiles`` and ``point_tiles``, found by this op."""
+    find_lists: FindLists | None = None
+    find_query_slices: FindQuerySlices | None = None
+    """Where given, plans are made by this op and the next, in few launches."""
+    find_point_slices: FindPointSlices | None = None

@@ -9,7 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as checkpointed
 
-from .._utils.checks import check_counts, check_dropout, check_tensor, describe, refuse
+from .._utils.checks import (
+    check_counts,
+    check_dropout,
+    check_tensor,
+    describe,
+    reads_contents,
+    refuse,
+)
 from .._utils.ragged import batch_ids, rank_in_image
 from ..nn._base import check_sizes
 from ..nn.initialized import BiasedLinear, reset_children
@@ -174,6 +181,10 @@ class QuerySelfAttention(nn.Module):
         dropout: rate on the softmax weights and on the output projection, in training; default 0.
         bias: whether the projections have biases; default True.
         norm_first: layer norm on the query (default), else after the residual connection.
+        max_queries: the largest number of queries of an image, to which all images are padded.
+            None (default): the largest number in the batch. With it nothing waits for a GPU, so
+            that CUDA graphs can capture the layer. Further queries of an image attend to nothing,
+            and no query attends to them; on the CPU they raise a ValueError.
 
     Raises:
         ValueError: a size is below 1, ``embed_dim`` is not an even multiple of ``n_heads``, or
@@ -203,15 +214,21 @@ class QuerySelfAttention(nn.Module):
         dropout: float = 0.0,
         bias: bool = True,
         norm_first: bool = True,
+        *,
+        max_queries: int | None = None,
     ) -> None:
         super().__init__()
         check_sizes(embed_dim, n_heads, position_dim=position_dim)
+        if max_queries is not None:
+            check_counts(max_queries=max_queries)
+            max_queries = int(max_queries)
         if embed_dim % (2 * n_heads):
             refuse("embed_dim", f"an even multiple of n_heads ({n_heads})", embed_dim)
         check_dropout("dropout", dropout)
         embed_dim, n_heads, position_dim = int(embed_dim), int(n_heads), int(position_dim)
         self.embed_dim, self.n_heads = embed_dim, n_heads
         self.position_dim, self.norm_first = position_dim, norm_first
+        self.max_queries = max_queries
         self.norm = nn.LayerNorm(embed_dim)
         self.in_proj = nn.Linear(embed_dim, 3 * embed_dim, bias=bias)
         self.pos_encoding = RotaryEncoding(embed_dim // n_heads, n_heads, position_dim)
@@ -221,7 +238,8 @@ class QuerySelfAttention(nn.Module):
     def forward(self, queries: ObjectQueries) -> Tensor:
         """Attends within each image, and within each group if ``queries`` has groups.
 
-        On a GPU this synchronizes, to get the largest number of queries of an image.
+        On a GPU this synchronizes, to get the largest number of queries of an image, unless
+        there is one image or ``max_queries`` was given.
 
         Args:
             queries: the object queries of all images.
@@ -230,7 +248,8 @@ class QuerySelfAttention(nn.Module):
             the new embeddings, ``[N, E]``.
 
         Raises:
-            ValueError: shapes, dtypes or devices of the queries do not match.
+            ValueError: shapes, dtypes or devices of the queries do not match, or on the CPU an
+                image has more than ``max_queries``.
         """
         queries = check_object_queries(queries, self.embed_dim, self.position_dim)
         x = call_norm(self.norm, queries.embeddings) if self.norm_first else queries.embeddings
@@ -246,15 +265,24 @@ class QuerySelfAttention(nn.Module):
         """``[N, H, d]``, computed on tensors that are padded to ``[B, H, max count, d]``."""
         offsets = queries.offsets.long()
         counts = offsets.diff()
-        max_count = int(counts.max()) if len(counts) else 0
+        max_count = self._largest_count(counts, len(q))
         image = batch_ids(offsets, len(q))
         column = rank_in_image(image, offsets)
+        groups = torch.zeros_like(image) if queries.groups is None else queries.groups.long()
+        surplus = None
+        if self.max_queries is not None:
+            # They share a column of padding, and their results are zero.
+            surplus = column >= max_count
+            column, max_count = column.clamp(max=max_count), max_count + 1
+            groups = groups.masked_fill(surplus, _PADDING_GROUP)
         # Padding forms a group of its own, so no row of the mask is all False.
         group = torch.full((len(counts), max_count), _PADDING_GROUP, device=q.device)
-        group[image, column] = 0 if queries.groups is None else queries.groups.long()
+        group[image, column] = groups
         mask = (group[:, None, :] == group[:, :, None])[:, None]  # [B, 1, max count, max count]
 
         def pad(x: Tensor) -> Tensor:
+            if surplus is not None:  # a weight of zero does not hide a value that is not finite
+                x = x.masked_fill(surplus[:, None, None], 0)
             padded = x.new_zeros(*group.shape, *x.shape[1:])
             return padded.index_put((image, column), x).transpose(1, 2)
 
@@ -265,7 +293,21 @@ class QuerySelfAttention(nn.Module):
             attn_mask=mask,
             dropout_p=self.dropout.p if self.training else 0.0,
         )
-        return attended.transpose(1, 2)[image, column]
+        rows = attended.transpose(1, 2)[image, column]
+        return rows if surplus is None else rows.masked_fill(surplus[:, None, None], 0)
+
+    def _largest_count(self, counts: Tensor, n: int) -> int:
+        """The number of queries to which images are padded, of n queries in all."""
+        if self.max_queries is None:
+            if len(counts) == 1:
+                return n  # without reading them
+            return int(counts.max()) if len(counts) else 0
+        if len(counts) and reads_contents(None, counts.device):
+            largest = int(counts.max())
+            if largest > self.max_queries:
+                expected = f"at most {self.max_queries} queries of an image"
+                refuse("queries.offsets", expected, f"an image with {largest}")
+        return self.max_queries
 
 
 def as_layers(layers: Any) -> list[Any]:

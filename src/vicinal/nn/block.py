@@ -22,9 +22,15 @@ from ..attention import (
 )
 from ..backends import check_backend, choose_backend, prepare_backends
 from ..backends.reference import apply_rotary
-from ..plan import NeighborhoodPlan, check_plan, plan_neighborhoods
+from ..plan import NeighborhoodPlan, check_plan, key_coordinates_name, plan_neighborhoods
 from ..pyramid import FeaturePyramid
-from ..windows import centers_of_cells, level_scales, window_centers, window_offsets
+from ..windows import (
+    centers_of_cells,
+    level_scales,
+    position_dtype,
+    window_centers,
+    window_offsets,
+)
 from ._base import Inputs, SparseAttention, check_sizes
 from ._earlier_keys import rename_earlier_keys
 from .initialized import reset_children
@@ -236,7 +242,7 @@ class SparseNeighborhoodAttentionBlock(SparseAttention[NeighborhoodPlan]):
         (q,) = self._heads(inputs.query, self.q_in_proj, 1, norm)
         q = self.pos_encoding(q, _with_level(positions, inputs.level))
         k, v = map(plan.append_copies, self._heads(pyramid.values, self.kv_proj, 2))
-        k = self.pos_encoding(k, _key_coordinates(pyramid, plan, positions.dtype))
+        k = self.pos_encoding(k, key_coordinates(pyramid, plan, positions.dtype))
         background = None
         if inputs.background is not None:
             centers = window_centers(positions, pyramid.level_shapes, pyramid.periodic_axes)
@@ -285,8 +291,17 @@ class SparseNeighborhoodAttentionBlock(SparseAttention[NeighborhoodPlan]):
         return Background(torch.stack(queries, 1), cell_keys, value)
 
 
-def _key_coordinates(pyramid: FeaturePyramid, plan: NeighborhoodPlan, dtype: torch.dtype) -> Tensor:
+def key_coordinates(pyramid: FeaturePyramid, plan: NeighborhoodPlan, dtype: torch.dtype) -> Tensor:
     """``[nnz + C, P + 1]``: positions and levels of the points, then of the plan's copies."""
+    dtype = position_dtype(pyramid.level_shapes, dtype)
+    return plan.shared_by_layers(
+        key_coordinates_name(dtype), lambda: _find_key_coordinates(pyramid, plan, dtype)
+    )
+
+
+def _find_key_coordinates(
+    pyramid: FeaturePyramid, plan: NeighborhoodPlan, dtype: torch.dtype
+) -> Tensor:
     positions = pyramid.positions(dtype)
     if pyramid.periodic_axes:
         points, shifts = plan.copies

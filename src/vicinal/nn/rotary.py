@@ -153,7 +153,13 @@ class RotaryEncoding(nn.Module):
         return backend.rotate(x, coordinates, self.frequencies())
 
     def frequencies(self) -> Tensor:
-        """Returns all frequencies ``[P + 1, H or 1, d / 2]``, zero outside a pair's group."""
+        """Returns all frequencies ``[P + 1, H or 1, d / 2]``, zero outside a pair's group.
+
+        With one group they are the parameter itself.
+        """
+        if len(self.groups) == 1:
+            only: Tensor = self.freqs[0]
+            return only
         blocks = []
         for group, freqs in zip(self.groups, self.freqs, strict=True):
             above, below = group[0], self.position_dim - group[-1]

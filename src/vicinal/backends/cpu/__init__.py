@@ -14,7 +14,7 @@ from ..ops import Ops
 from ..types import Backend, PlanTensors
 from . import projection_ops, projections
 
-_OPS = Ops("vicinal")
+_OPS = Ops("vicinal", "find_slices")
 
 
 def attend(

@@ -15,8 +15,10 @@ from .. import reference
 from ..ops import Ops
 from ..types import Backend, PlanTensors
 
-_OPS = Ops("vicinal_triton", "find_runs", "find_flags")
-find_slices, find_runs = _OPS.find_slices, _OPS.find_runs
+_OPS = Ops(
+    "vicinal_triton", "find_query_slices", "find_point_slices", "find_runs", "find_lists"
+)  # fmt: skip
+find_runs, find_lists = _OPS.find_runs, _OPS.find_lists
 _MAX_HEAD_DIM = 256  # what shared memory and registers hold
 _DTYPES = (None, torch.float16, torch.bfloat16, torch.float32)
 _import_error = None if importlib.util.find_spec("triton") else "it needs Triton"
@@ -29,11 +31,10 @@ def attend(
     """See `backends.reference.attend`."""
     assert plan.query_tiles is not None
     _, starts, stops, _ = plan.query_slices
-    flags = _OPS.find_flags(k.detach(), v.detach())
     copies = plan.point_columns[:0] if plan.copy_points is None else plan.copy_points
-    tensors = [*plan.query_tiles, flags, starts, stops, plan.point_columns, copies]
+    tensors = [*plan.query_tiles, starts, stops, plan.point_columns, copies]
     if plan.point_tiles is not None:  # for the backward pass
-        tensors += plan.point_tiles
+        tensors.extend(plan.point_tiles)  # not +=, which torch 2.11 does not compile
     return _OPS.attend(
         q, k, v, tensors, plan.neighborhood_sizes, plan.position_dim,
         background, query_mask, seed, scale, dropout_p,
@@ -109,10 +110,13 @@ for _device in ("CPU", "CUDA"):  # on the CPU in Triton's interpreter
 
 BACKEND = Backend(
     attend,
-    _OPS.rotate,
+    _OPS.rotate_unconverted,
     reference.project,
-    find_slices,
+    reference.find_slices,  # of maps that `find_query_slices` does not take
     unsupported_reason,
     _MAX_HEAD_DIM,
     find_runs,
+    find_lists,
+    find_query_slices=_OPS.find_query_slices,
+    find_point_slices=_OPS.find_point_slices,
 )

@@ -17,8 +17,8 @@ from .parts import (
     dot,
     dropout_factors,
     finite_or_zero,
-    load_lse_and_delta,
     load_rows,
+    load_stats,
     softmax_step,
     store_rows,
 )
@@ -125,6 +125,7 @@ def attend_cells(
     walk, cells, dropout, row, row_valid, level, head, scale, row_max, row_sum, acc,
     DIM: tl.constexpr, LEVELS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
     VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
     ROWS: tl.constexpr, CELLS: tl.constexpr,
 ):  # fmt: skip
     """Continues the streaming softmax of `attention.attend` over a level's empty cells.
@@ -150,9 +151,11 @@ def attend_cells(
             walk, cells, row, row_valid, level, slice_index, first, cell_valid, DIM, CELLS
         )  # [ROWS, CELLS]
         k = load_rows(cells.key, slot, cell_valid, head, WIDTH, PADDED)  # [CELLS, PADDED]
-        logits = tl.where(empty, dot(q, tl.trans(k)) * scale, -float("inf"))  # [ROWS, CELLS]
+        logits = tl.where(
+            empty, dot(q, tl.trans(k), PRECISION) * scale, -float("inf")
+        )  # [ROWS, CELLS]
         weights, rescale, row_max, row_sum = softmax_step(
-            logits, row_max, row_sum
+            logits, 1.0, row_max, row_sum
         )  # [ROWS, CELLS], then [ROWS] each
         if HAS_DROPOUT:
             column = walk.n_items - dropout.n_copies + slot  # [CELLS]
@@ -186,7 +189,7 @@ def compute_grad_weight(
 @triton.jit
 def cell_logit_gradients(
     walk, dropout, head, row, slot, empty, q, k, grad_weight, lse, delta, scale,
-    HAS_DROPOUT: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The weights of empty cells after dropout, and the gradients of their logits.
 
@@ -198,11 +201,12 @@ def cell_logit_gradients(
         q, k: ``[ROWS, PADDED]`` and ``[CELLS, PADDED]``.
         scale: of logits to base 2.
         HAS_DROPOUT: whether ``dropout`` is given.
+        PRECISION: see `dot`.
 
     Returns:
         Two blocks ``[ROWS, CELLS]``.
     """
-    weights = tl.exp2(dot(q, tl.trans(k)) * scale - lse[:, None])  # [ROWS, CELLS]
+    weights = tl.exp2(dot(q, tl.trans(k), PRECISION) * scale - lse[:, None])  # [ROWS, CELLS]
     weights = tl.where(empty, weights, 0.0)
     grad_weights = grad_weight[:, None]  # [ROWS, 1], [ROWS, CELLS] with dropout
     dropped_weights = weights  # [ROWS, CELLS]
@@ -222,6 +226,7 @@ def query_gradients_of_cells(
     grad_out, lse, delta,
     DIM: tl.constexpr, LEVELS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
     VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
     ROWS: tl.constexpr, CELLS: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the background's query at a level, and the weights of its empty cells.
@@ -249,22 +254,22 @@ def query_gradients_of_cells(
         k = load_rows(cells.key, slot, cell_valid, head, WIDTH, PADDED)  # [CELLS, PADDED]
         dropped_weights, grad_logits = cell_logit_gradients(
             walk, dropout, head, row, slot, empty, q, k, grad_weight, lse, delta,
-            scale * LOG2_E, HAS_DROPOUT,
+            scale * LOG2_E, HAS_DROPOUT, PRECISION,
         )  # [ROWS, CELLS] each  # fmt: skip
         weight_sum += tl.sum(dropped_weights, 1)
-        grad_q += dot(grad_logits.to(k.dtype), finite_or_zero(k))
+        grad_q += dot(grad_logits.to(k.dtype), finite_or_zero(k), PRECISION)
     store_rows(gradients.query, offset, row_valid, head, grad_q * scale, WIDTH, PADDED)
     tl.store(gradients.weights + offset * walk.n_heads + head, weight_sum, mask=row_valid)
 
 
 @triton.jit(do_not_specialize=(*SIZES, "n_parts", "n_slots"))
-def cell_key_gradients(tiles, levels, n_rows, n_columns, n_items, n_runs, n_groups, n_heads,
-                       cells, dropout, lse_ptr, delta_ptr, grad_out_rows, partial_rows, scale,
-                       n_parts, n_slots,
+def cell_key_gradients(tiles, levels, n_rows, n_columns, n_items, n_runs, n_blocks, n_groups,
+                       n_heads, row_mask, cells, dropout, stats_ptr, grad_out_rows,
+                       partial_rows, scale, n_parts, n_slots,
                        DIM: tl.constexpr, LEVELS: tl.constexpr,
                        WIDTH: tl.constexpr, PADDED: tl.constexpr,
                        VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr,
-                       HAS_DROPOUT: tl.constexpr,
+                       HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
                        ROWS: tl.constexpr, CELLS: tl.constexpr):  # fmt: skip
     """The gradient of the background's keys, in ``n_parts`` sums.
 
@@ -275,7 +280,9 @@ def cell_key_gradients(tiles, levels, n_rows, n_columns, n_items, n_runs, n_grou
         n_parts: the number of sums.
         n_slots: K.
     """
-    walk = Walk(tiles, levels, n_rows, n_columns, n_items, n_runs, n_groups, n_heads)
+    walk = Walk(
+        tiles, levels, n_rows, n_columns, n_items, n_runs, n_blocks, n_groups, n_heads, row_mask
+    )
     program = tl.program_id(0)
     head, part = program % n_heads, program // n_heads % n_parts
     # Blocks are numbered through all levels.
@@ -291,9 +298,8 @@ def cell_key_gradients(tiles, levels, n_rows, n_columns, n_items, n_runs, n_grou
     k = load_rows(cells.key, slot, cell_valid, head, WIDTH, PADDED)  # [CELLS, PADDED]
     for tile in range(part, tl.cdiv(n_rows, ROWS), n_parts):
         row, row_valid = load_tile_rows(walk, tile, ROWS)  # [ROWS] each
-        lse, delta, row_active = load_lse_and_delta(
-            lse_ptr, delta_ptr, row, row_valid, head, n_heads
-        )  # [ROWS] each
+        lse, delta = load_stats(stats_ptr, row, row_valid, head, n_rows)  # [ROWS] each
+        row_active = row_valid & (lse != float("inf"))  # [ROWS]
         empty = empty_mask(
             walk, cells, row, row_active, level, slice_index, first, cell_valid, DIM, CELLS
         )  # [ROWS, CELLS]
@@ -306,10 +312,10 @@ def cell_key_gradients(tiles, levels, n_rows, n_columns, n_items, n_runs, n_grou
             walk, cells, grad_out, row, row_active, level, head, VALUE_WIDTH, VALUE_PADDED
         )  # [ROWS]
         _, grad_logits = cell_logit_gradients(
-            walk, dropout, head, row, slot, empty, q, k, grad_weight, lse * LOG2_E, delta,
-            scale * LOG2_E, HAS_DROPOUT,
+            walk, dropout, head, row, slot, empty, q, k, grad_weight, lse, delta,
+            scale * LOG2_E, HAS_DROPOUT, PRECISION,
         )  # [ROWS, CELLS] each  # fmt: skip
-        grad_k += dot(tl.trans(grad_logits).to(q.dtype), finite_or_zero(q))
+        grad_k += dot(tl.trans(grad_logits).to(q.dtype), finite_or_zero(q), PRECISION)
     store_rows(partial_rows, part * n_slots + slot, cell_valid, head, grad_k * scale, WIDTH, PADDED)
 
 

@@ -2,27 +2,93 @@
 
 import contextlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..._utils.constants import constant
-from ..types import Tiles
+from ..types import LIST_BLOCK, Tiles
+from . import interprets
 from .background import EmptyCells
 from .parts import Rows
 from .tile_walk import Walk
 
+INTERPRETS = interprets()  # kernels run on the CPU, for tests
+ON_AMD = torch.version.hip is not None
 _MIN_WIDTH = 16  # the minimum size of `tl.dot`
+_WIDEST_SPLIT = 64  # channels of a head of float32 that is split into parts of TF32
 
 
 def launch(kernel: Any, n_programs: int, *arguments: Any, num_warps: int, **constants: Any) -> None:
-    """Runs ``n_programs`` programs of a kernel; zero is allowed."""
-    if n_programs:
-        # A product and a sum are rounded once. Triton's default varies with its version.
-        options = {"num_warps": num_warps, "enable_fp_fusion": True}
-        kernel[(n_programs,)](*arguments, **options, **constants)
+    """Runs ``n_programs`` programs of a kernel; zero is allowed.
+
+    At each call Triton would bind the arguments by name, look up what it compiled for arguments
+    like these, and compare all global constants. Here it does that once for each `specialization`;
+    later calls run the compiled kernel.
+    """
+    if not n_programs:
+        return
+    if INTERPRETS:
+        _run(kernel, n_programs, arguments, num_warps, constants)
+        return
+    values = tuple([constants[name] for name in kernel.arg_names[len(arguments) :]])
+    key = (
+        id(kernel), torch.cuda.current_device(), num_warps, values, specialization(arguments)
+    )  # fmt: skip
+    compiled = _compiled.get(key)
+    if compiled is None:
+        compiled = _run(kernel, n_programs, arguments, num_warps, constants)
+        if compiled is not None:  # a hook of Triton may prevent compiling
+            _compiled[key] = compiled
+    else:
+        compiled[(n_programs, 1, 1)](*arguments, *values)
+
+
+def _run(
+    kernel: Any, n_programs: int, arguments: tuple[Any, ...], num_warps: int,
+    constants: dict[str, Any],
+) -> Any:  # fmt: skip
+    """Has Triton compile a kernel and run it; returns what it compiled."""
+    # A product and a sum are rounded once. Triton's default varies with its version.
+    options = {"num_warps": num_warps, "enable_fp_fusion": True}
+    return kernel[(n_programs,)](*arguments, **options, **constants)
+
+
+def specialization(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What of the arguments decides which variant of a kernel Triton compiles.
+
+    That is the dtype of a tensor, whether its address is a multiple of 16, and on cards of AMD
+    whether its bytes can be counted by int32; whether an integer is
+    one, a multiple of 16, or beyond int32; and which arguments are None.
+    """
+    return tuple([_SPECIALIZATIONS[type(x)](x) for x in arguments])
+
+
+def _of_tensor(x: Tensor) -> tuple[Any, ...]:
+    return x.dtype, x.data_ptr() % 16, ON_AMD and x.untyped_storage().nbytes() < 2**31
+
+
+def _of_integer(x: int) -> tuple[Any, ...]:
+    return x == 1, x % 16 == 0, -(2**31) <= x < 2**31, x < 2**63
+
+
+class _Specializations(dict[type, Callable[[Any], Any]]):
+    """A function for each type of argument; subclasses are added as they appear."""
+
+    def __missing__(self, kind: type) -> Callable[[Any], Any]:
+        if issubclass(kind, Tensor):
+            self[kind] = _of_tensor
+        elif issubclass(kind, tuple):
+            self[kind] = specialization
+        else:
+            self[kind] = type
+        return self[kind]
+
+
+_SPECIALIZATIONS = _Specializations({Tensor: _of_tensor, int: _of_integer, tuple: specialization})
+_compiled: dict[Any, Any] = {}
 
 
 @contextlib.contextmanager
@@ -62,10 +128,9 @@ class AttentionArguments:
         n_heads: H.
         background: the op's ``background``: query, key and value, or nothing.
         heads: q, k and v as `Rows`.
-        flags: float32 ``[nnz, H]``, see `attention.find_flags`.
         copies: int32 ``[C]``, see `PlanTensors.copy_points`.
         constants: sizes that kernels are compiled for.
-        query_tiles: the `Tiles` of queries, to which ``query_mask`` is not applied.
+        query_tiles: the `Tiles` of queries.
         query_walk, point_walk: the `Walk` of each pass; the second only for backward passes.
         query_rows, point_rows: rows of a tile.
         query_programs, point_programs: programs of a launch, one per tile and head.
@@ -83,16 +148,14 @@ class AttentionArguments:
 
         n_tensors, n_slices = len(Tiles._fields), slices_per_level(sizes, dim)
         self.query_tiles = Tiles(*plan[:n_tensors])
-        self.flags, starts, stops, point_columns, self.copies, *point_tiles = plan[n_tensors:]
-        levels = constant(_level_table(sizes, dim), k.device, torch.int32)
+        starts, stops, point_columns, self.copies, *point_tiles = plan[n_tensors:]
         tiles = self.query_tiles
-        if query_mask is not None:
-            tiles = tiles._replace(row_groups=tiles.row_groups.masked_fill(query_mask, -1))
-        self.query_walk = self._walk(tiles, levels, len(q), len(k))
+        row_mask = None if query_mask is None else query_mask.contiguous()
+        self.query_walk = self._walk(tiles, len(q), len(k))._replace(row_mask=row_mask)
         self.query_rows, self.query_programs = self._grid(tiles, sum(n_slices))
         if point_tiles:
             tiles = Tiles(*point_tiles)
-            self.point_walk = self._walk(tiles, levels, len(k), len(q))
+            self.point_walk = self._walk(tiles, len(k), len(q))
             self.point_rows, self.point_programs = self._grid(tiles, max(n_slices))
         self.cells: EmptyCells | None = None
         if background:
@@ -102,15 +165,25 @@ class AttentionArguments:
                 starts, stops, point_columns, sum(n_slices),
             )  # fmt: skip
 
-    def _walk(self, tiles: Tiles, levels: Tensor, n_rows: int, n_items: int) -> Walk:
+    def _walk(self, tiles: Tiles, n_rows: int, n_items: int) -> Walk:
         n_groups = len(self.background[2]) * self.n_levels if self.background else 0
-        sizes = n_rows, len(tiles.order), n_items, tiles.firsts.shape[1], n_groups
-        return Walk(tiles, levels, *sizes, self.n_heads)
+        return walk_of(tiles, self.sizes, self.dim, n_rows, n_items, self.n_heads, n_groups)
 
     def _grid(self, tiles: Tiles, n_slices: int) -> tuple[int, int]:
         """Rows of a tile, and programs, for ``n_slices`` slices per row."""
         n_tiles, capacity = tiles.firsts.shape
         return capacity // n_slices, n_tiles * self.n_heads
+
+
+def walk_of(
+    tiles: Tiles, sizes: list[int], dim: int, n_rows: int, n_items: int, n_heads: int,
+    n_groups: int = 0,
+) -> Walk:  # fmt: skip
+    """The `Walk` over tiles whose windows have ``sizes``."""
+    levels = constant(_level_table(sizes, dim), tiles.order.device, torch.int32)
+    n_columns, n_runs = len(tiles.order), tiles.firsts.shape[1]
+    n_blocks = len(tiles.items) // LIST_BLOCK
+    return Walk(tiles, levels, n_rows, n_columns, n_items, n_runs, n_blocks, n_groups, n_heads)
 
 
 def widths(k: Tensor, v: Tensor) -> dict[str, int]:
@@ -123,15 +196,33 @@ def widths(k: Tensor, v: Tensor) -> dict[str, int]:
     }
 
 
-def _constants(k: Tensor, v: Tensor) -> dict[str, int]:
+def precision(dtype: torch.dtype, width: int) -> str:
+    """How `parts.dot` multiplies heads of a width.
+
+    TF32 alone if torch is set to multiply matrices with it. Three products take more registers than
+    there are for the widest heads.
+    """
+    if dtype != torch.float32 or ON_AMD:
+        return "ieee"
+    if torch.backends.cuda.matmul.fp32_precision == "tf32":
+        return "tf32"
+    return "tf32x3" if width <= _WIDEST_SPLIT else "ieee"
+
+
+def _constants(k: Tensor, v: Tensor) -> dict[str, Any]:
     """Sizes that kernels are compiled for: as many warps as hold the tile's rows in registers.
 
-    float32 has no exact product on matrix units; its multipliers need both factors in registers.
+    float32 takes twice the registers, and each number is split in two parts for matrix units.
     """
     sizes, half = widths(k, v), k.dtype != torch.float32
     width = max(sizes["PADDED"], sizes["VALUE_PADDED"])
     warps = min(max(width // 32, 1), 4) if half else min(max(width // 16, 2), 8)
-    return {**sizes, "BLOCK": 32 if half else 16, "num_warps": warps}
+    return {
+        **sizes,
+        "PRECISION": precision(k.dtype, width),
+        "BLOCK": 32 if half else 16,
+        "num_warps": warps,
+    }
 
 
 def _level_table(sizes: list[int], dim: int) -> list[tuple[int, ...]]:

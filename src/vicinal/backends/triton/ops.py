@@ -1,6 +1,5 @@
 """The ops of `backends.ops` in Triton: their outputs, and the launches that fill them."""
 
-import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -8,17 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import reference
-from ..ops import new_gradients
-from ..types import TILE
+from ..ops import list_space, new_gradients
+from ..types import LIST_BLOCK, TILE, Tiles
 from . import attention as attention_kernels
 from . import background as background_kernels
-from . import interprets
-from . import plan as plan_kernels
+from . import lists as list_kernels
+from . import plan_ops
 from . import rotary as rotary_kernels
 from .background import CellGradients
-from .checks import check_plan
+from .checks import check_plan, check_runs
 from .launch import (
+    INTERPRETS,
     AttentionArguments,
     cdiv,
     heads,
@@ -26,13 +25,12 @@ from .launch import (
     on_device_of,
     power_of_2,
     slices_per_level,
-    widths,
+    walk_of,
 )
 from .parts import Dropout, Rows
 
-INTERPRETS = interprets()  # kernels run on the CPU, for tests
+__all__ = ["INTERPRETS", "KERNELS"]
 
-LARGEST_SORT = 2048  # slices of a tile at a level; larger sorts take long to compile
 _PARTS = 64  # into which a sum over all queries is split
 _CELLS = 16  # of a window in a block: bits of a word, and the minimum size of `tl.dot`
 
@@ -45,16 +43,17 @@ def attend(
     """See `backends.ops`; `triton.attend` makes the list ``plan``."""
     check_plan(plan, q, k, neighborhood_sizes, position_dim)
     args = AttentionArguments(
-        q, k, v, query_mask, background, plan, neighborhood_sizes, position_dim
-    )
+        q if scale >= 0 else -q, k, v, query_mask, background, plan, neighborhood_sizes,
+        position_dim,
+    )  # fmt: skip
     out = q.new_empty(*q.shape[:2], v.shape[2])
     lse = q.new_empty(q.shape[:2], dtype=torch.float32)
     with on_device_of(q):
         launch(
             attention_kernels.attend, args.query_programs, *args.query_walk, args.cells,
-            _dropout(seed, dropout_p, args.copies), *args.heads, args.flags, heads(out), lse, scale,
+            _dropout(seed, dropout_p, args.copies), *args.heads, heads(out), lse, scale,
             **args.constants, HAS_DROPOUT=seed is not None, HAS_BACKGROUND=bool(background),
-            ROWS=args.query_rows, CELLS=_CELLS,
+            ROWS=args.query_rows, CELLS=_CELLS, LIST_BLOCK=LIST_BLOCK,
         )  # fmt: skip
     return out, lse
 
@@ -72,7 +71,8 @@ def attend_backward(
     )
     grad_q, grad_k, grad_v = new_gradients(q, k, v, needs_queries, needs_points)
     grad_background = [x.new_empty(x.shape) for x in background if needs_queries]
-    grad_rows, delta, grad_lse = heads(grad_out), torch.empty_like(lse), grad_lse.contiguous()
+    grad_rows, grad_lse = heads(grad_out), grad_lse.contiguous()
+    stats = lse.new_empty(args.n_heads, len(lse), 2)
     cell_gradients = None
     if grad_background:
         weight_sums = lse.new_empty(len(lse), args.n_levels, args.n_heads)
@@ -83,51 +83,54 @@ def attend_backward(
         if needs_queries:
             launch(
                 attention_kernels.query_gradients, args.query_programs, *args.query_walk,
-                args.cells, dropout, *args.heads, args.flags, lse, heads(out), grad_rows,
-                grad_lse, delta, heads(grad_q), cell_gradients, scale,
+                args.cells, dropout, *args.heads, lse, heads(out), grad_rows,
+                grad_lse, stats, heads(grad_q), cell_gradients, scale,
                 **constants, HAS_BACKGROUND=bool(background), ROWS=args.query_rows, CELLS=_CELLS,
+                LIST_BLOCK=LIST_BLOCK,
             )  # fmt: skip
         else:
-            _find_deltas(heads(out), grad_rows, grad_lse, delta, v.shape[2])
+            _find_stats(heads(out), grad_rows, lse, grad_lse, stats, v.shape[2])
         if needs_points:
             launch(
                 attention_kernels.point_gradients, args.point_programs, *args.point_walk,
-                dropout, *args.heads, lse, delta, grad_rows, heads(grad_k), heads(grad_v), scale,
-                **constants, ROWS=args.point_rows,
+                dropout, *args.heads, stats, grad_rows, heads(grad_k), heads(grad_v), scale,
+                **constants, ROWS=args.point_rows, LIST_BLOCK=LIST_BLOCK,
             )  # fmt: skip
         if cell_gradients is not None:
             del constants["BLOCK"]
             grad_background[1] = _key_gradients_of_cells(
-                args, dropout, lse, delta, grad_rows, scale, constants
+                args, dropout, stats, grad_rows, scale, constants
             )
             grad_background[2] = _value_gradients_of_cells(args, cell_gradients.weights, grad_rows)
     return grad_q, grad_k, grad_v, grad_background
 
 
-def _find_deltas(out: Rows, grad_out: Rows, grad_lse: Tensor, delta: Tensor, width: int) -> None:
-    (n_queries, n_heads), padded = delta.shape, power_of_2(width)
+def _find_stats(
+    out: Rows, grad_out: Rows, lse: Tensor, grad_lse: Tensor, stats: Tensor, width: int
+) -> None:
+    (n_queries, n_heads), padded = lse.shape, power_of_2(width)
     block = max(1, min(32, 2048 // padded))  # two such blocks fit in registers
     launch(
-        attention_kernels.find_deltas, cdiv(n_queries, block) * n_heads, out, grad_out, grad_lse,
-        delta, n_queries, n_heads,
+        attention_kernels.find_stats, cdiv(n_queries, block) * n_heads, out, grad_out, lse,
+        grad_lse, stats, n_queries, n_heads,
         VALUE_WIDTH=width, VALUE_PADDED=padded, BLOCK=block, num_warps=1,
     )  # fmt: skip
 
 
 def _key_gradients_of_cells(
-    args: AttentionArguments, dropout: Dropout | None, lse: Tensor, delta: Tensor,
-    grad_out: Rows, scale: float, constants: dict[str, Any],
+    args: AttentionArguments, dropout: Dropout | None, stats: Tensor, grad_out: Rows,
+    scale: float, constants: dict[str, Any],
 ) -> Tensor:  # fmt: skip
     """The gradient of the background's keys. Sums of parts of the queries are added in order."""
     key = args.background[1]
-    n_parts = min(_PARTS, cdiv(len(lse), TILE))
-    parts = lse.new_empty(n_parts, *key.shape)
+    n_parts = min(_PARTS, cdiv(stats.shape[1], TILE))
+    parts = stats.new_empty(n_parts, *key.shape)
     n_slices = slices_per_level(args.sizes, args.dim)
     n_blocks = sum(n * cdiv(size, _CELLS) for n, size in zip(n_slices, args.sizes, strict=True))
     launch(
         background_kernels.cell_key_gradients, n_blocks * n_parts * args.n_heads,
         *args.query_walk, args.cells, dropout,
-        lse, delta, grad_out, heads(parts.flatten(0, 1)), scale,
+        stats, grad_out, heads(parts.flatten(0, 1)), scale,
         n_parts, len(key), **constants, ROWS=TILE, CELLS=_CELLS,
     )  # fmt: skip
     return parts.sum(0).to(key.dtype)
@@ -179,7 +182,7 @@ def rotate_backward(
     n, n_heads, width = out.shape
     block, n_coordinates = _tokens(width), coordinates.shape[1]
     grad_x, grad_coordinates = out.new_empty(out.shape), torch.empty_like(coordinates)
-    parts = frequencies.new_empty(cdiv(n, block), *frequencies.shape)
+    parts = frequencies.new_empty(cdiv(n, block), *frequencies.shape, dtype=torch.float64)
     with on_device_of(out):
         launch(
             rotary_kernels.rotate_backward, len(parts), heads(grad_out), heads(out),
@@ -187,60 +190,35 @@ def rotate_backward(
             n, n_coordinates, n_heads, PAIRS=width // 2, PADDED=power_of_2(width // 2),
             AXES=power_of_2(n_coordinates), BLOCK=block, num_warps=4,
         )  # fmt: skip
-    return grad_x, grad_coordinates, parts.sum(0)
+    return grad_x, grad_coordinates, parts.sum(0).to(frequencies.dtype)
 
 
-def find_slices(
-    sorted_keys: Tensor, centers: Tensor, traversal: Tensor, level: Tensor, offset: Tensor,
-    radius: Tensor,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """See `backends.ops`."""
-    n_queries, n_slices, block = centers.shape[1], len(level), 256
-    starts = traversal.new_empty(n_queries, n_slices)
-    stops = torch.empty_like(starts)
-    level = level.clamp(0, len(centers) - 1)  # no contents may address another buffer
-    tensors = [x.contiguous() for x in (sorted_keys, centers, level, offset, radius)]
-    with on_device_of(centers):
-        launch(
-            plan_kernels.find_slices, cdiv(starts.numel(), block), *tensors, starts, stops,
-            len(sorted_keys), len(sorted_keys).bit_length(), n_queries, n_slices, starts.numel(),
-            BLOCK=block, num_warps=4,
-        )  # fmt: skip
-    return starts, stops
-
-
-def find_runs(
-    traversal: Tensor, starts: Tensor, stops: Tensor, sizes: list[int], position_dim: int, rows: int
+def find_lists(
+    tiles: list[Tensor], sizes: list[int], position_dim: int, rows: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `backends.ops`."""
-    n_level_slices = slices_per_level(sizes, position_dim)
-    if rows * max(n_level_slices) > LARGEST_SORT:
-        return reference.find_runs(traversal, starts, stops, sizes, position_dim, rows)
-    n_tiles, n_slices, n_levels = cdiv(len(traversal), rows), sum(n_level_slices), len(sizes)
-    firsts = traversal.new_zeros(n_tiles, rows * n_slices)
-    shifts, counts = torch.zeros_like(firsts), traversal.new_empty(n_tiles, n_levels, 2)
-    first_slices = itertools.accumulate(n_level_slices, initial=0)
-    with on_device_of(traversal):
-        for level, (own, first) in enumerate(zip(n_level_slices, first_slices, strict=False)):
-            padded = power_of_2(rows * own)
-            launch(
-                plan_kernels.find_runs, n_tiles, traversal, starts, stops, firsts, shifts, counts,
-                len(traversal), n_slices, n_levels, level, first, LEVEL_SLICES=own, ROWS=rows,
-                PADDED=padded, num_warps=max(1, min(8, padded // 256)),
-            )  # fmt: skip
-    return firsts, shifts, counts
-
-
-def find_flags(k: Tensor, v: Tensor) -> Tensor:
-    """See `backends.ops`."""
-    n_points, n_heads = k.shape[:2]
-    flags, block = k.new_empty(n_points, n_heads, dtype=torch.float32), 32
-    with on_device_of(k):
+    check_runs(tiles, sizes, position_dim, rows)
+    counts, row_groups, column_groups = tiles[4], tiles[5], tiles[7]
+    n_tiles, row_levels = counts.shape[:2]
+    slots = sum(size**position_dim for size in sizes)
+    space = list_space(n_tiles, rows, slots)
+    lists = counts.new_empty(n_tiles, 2)
+    items, members = (counts.new_empty(space * LIST_BLOCK) for _ in range(2))
+    walk = walk_of(
+        Tiles(*[*tiles, lists, items, members]), sizes, position_dim,
+        row_groups.shape[1], column_groups.shape[1], n_heads=1,
+    )  # fmt: skip
+    with on_device_of(counts):
         launch(
-            attention_kernels.find_flags, cdiv(n_points, block) * n_heads, heads(k), heads(v),
-            flags, n_points, n_heads, **widths(k, v), BLOCK=block, num_warps=1,
+            list_kernels.place_lists, min(n_tiles, 1), counts, lists, n_tiles, walk.n_columns,
+            space, ROW_LEVELS=row_levels, BLOCK=LIST_BLOCK, CHUNK=1024, num_warps=4,
         )  # fmt: skip
-    return flags
+        launch(
+            list_kernels.write_lists, n_tiles, *walk, lists, items, members, DIM=position_dim,
+            LEVELS=len(sizes), ROW_LEVELS=row_levels, COLUMN_LEVELS=len(column_groups),
+            ROWS=rows, BLOCK=LIST_BLOCK, num_warps=1,
+        )  # fmt: skip
+    return lists, items, members
 
 
 def _dropout(seed: Tensor | None, rate: float, copies: Tensor) -> Dropout | None:
@@ -254,7 +232,8 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "neighborhood_attention_backward": attend_backward,
     "rotate": rotate,
     "rotate_backward": rotate_backward,
-    "find_slices": find_slices,
-    "find_runs": find_runs,
-    "find_flags": find_flags,
+    "find_query_slices": plan_ops.find_query_slices,
+    "find_point_slices": plan_ops.find_point_slices,
+    "find_runs": plan_ops.find_runs,
+    "find_lists": find_lists,
 }

@@ -39,27 +39,43 @@ def block_and_head(n_rows, n_heads, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def row_ptrs(rows, index, valid, head, WIDTH: tl.constexpr, PADDED: tl.constexpr):
-    """Pointers to one head of the rows ``index`` ``[n]``, and their mask, ``[n, PADDED]`` each."""
-    channel = tl.arange(0, PADDED)  # [PADDED]
-    ptrs = rows.data + index.to(tl.int64)[:, None] * rows.row_stride  # [n, 1]
-    ptrs += head * rows.head_stride + channel[None, :]  # [n, PADDED]
-    mask = valid[:, None] & (channel < WIDTH)[None, :]  # [n, PADDED]
-    return ptrs, mask
+def row_ptrs(rows, index, head, PADDED: tl.constexpr):
+    """Pointers ``[n, PADDED]`` to one head of the rows ``index`` ``[n]``."""
+    ptrs = rows.data + head * rows.head_stride + tl.arange(0, PADDED)[None, :]  # [1, PADDED]
+    return ptrs + index.to(tl.int64)[:, None] * rows.row_stride
+
+
+@triton.jit
+def channel_mask(WIDTH: tl.constexpr, PADDED: tl.constexpr):
+    """Which channels of a head are not padding, bool ``[1, PADDED]``."""
+    return (tl.arange(0, PADDED) < WIDTH)[None, :]
+
+
+@triton.jit
+def load_all_rows(rows, index, head, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+    """``[n, PADDED]``: one head of rows ``index``, int32, all valid; zero in the padding."""
+    tl.assume(rows.row_stride >= 0)
+    # Numbers that are known to be positive are multiplied in one instruction.
+    ptrs = row_ptrs(rows, index.to(tl.uint32, bitcast=True), head, PADDED)  # [n, PADDED]
+    if WIDTH == PADDED:
+        return tl.load(ptrs)
+    else:
+        return tl.load(ptrs, mask=channel_mask(WIDTH, PADDED), other=0.0)
 
 
 @triton.jit
 def load_rows(rows, index, valid, head, WIDTH: tl.constexpr, PADDED: tl.constexpr):
     """``[n, PADDED]``: one head of some rows; zero in the padding and in rows not ``valid``."""
-    ptrs, mask = row_ptrs(rows, index, valid, head, WIDTH, PADDED)
-    return tl.load(ptrs, mask=mask, other=0.0)
+    mask = valid[:, None] & channel_mask(WIDTH, PADDED)  # [n, PADDED]
+    return tl.load(row_ptrs(rows, index, head, PADDED), mask=mask, other=0.0)
 
 
 @triton.jit
 def store_rows(rows, index, valid, head, values, WIDTH: tl.constexpr, PADDED: tl.constexpr):
     """Writes ``values`` ``[n, PADDED]`` to one head of the rows that are ``valid``."""
-    ptrs, mask = row_ptrs(rows, index, valid, head, WIDTH, PADDED)
-    tl.store(ptrs, values.to(rows.data.dtype.element_ty), mask=mask)
+    mask = valid[:, None] & channel_mask(WIDTH, PADDED)  # [n, PADDED]
+    values = values.to(rows.data.dtype.element_ty)
+    tl.store(row_ptrs(rows, index, head, PADDED), values, mask=mask)
 
 
 @triton.jit
@@ -95,21 +111,39 @@ def finite_or_zero(x):
 
 
 @triton.jit
-def dot(a, b):
-    """``a @ b`` in float32, of ``[m, n]`` and ``[n, l]``; m is 1, or 16 or more."""
+def dot(a, b, PRECISION: tl.constexpr):
+    """``a @ b`` in float32, of ``[m, n]`` and ``[n, l]``; m is 1, or 16 or more.
+
+    ``PRECISION`` tells how float32 is multiplied: "tf32x3" on matrix units, each number as the sum
+    of two of TF32, with an error like that of float32; "tf32" as one such number; "ieee" without
+    matrix units.
+    """
     if a.shape[0] == 1:  # `tl.dot` needs 16 rows or more
         return tl.sum(a.to(tl.float32)[:, :, None] * b.to(tl.float32)[None, :, :], axis=1)
     else:
-        return tl.dot(a, b, input_precision="ieee")
+        return tl.dot(a, b, input_precision=PRECISION)
 
 
 @triton.jit
-def softmax_step(logits, row_max, row_sum):
+def finite_flag(x):
+    """Zeros ``[m]`` if all numbers of a block ``[m, n]`` are finite; else one of them is NaN."""
+    return tl.sum(x * 0.0, 1)
+
+
+@triton.jit
+def all_finite(flag):
+    """Whether `finite_flag`, or a sum of several, tells that all numbers are finite, a scalar."""
+    return tl.sum(flag, 0) == 0.0
+
+
+@triton.jit
+def softmax_step(logits, scale, row_max, row_sum):
     """One block of the streaming softmax.
 
     Args:
-        logits: ``[n, BLOCK]``, to base 2; -inf where a pair is masked.
-        row_max, row_sum: ``[n]``, of the blocks before.
+        logits: ``[n, BLOCK]``; -inf where a pair is masked.
+        scale: a positive factor that makes them logits to base 2.
+        row_max, row_sum: ``[n]``, of the blocks before; the maximum is not scaled.
 
     Returns:
         The weights ``[n, BLOCK]``, not normalized; the factor ``[n]`` that rescales what was
@@ -117,18 +151,44 @@ def softmax_step(logits, row_max, row_sum):
     """
     new_max = tl.maximum(row_max, tl.max(logits, 1))  # [n]
     # In a row that is masked so far the maximum is -inf, and -inf - -inf would be NaN.
-    shift = tl.where(new_max == -float("inf"), 0.0, new_max)  # [n]
-    weights = tl.exp2(logits - shift[:, None])  # [n, BLOCK]
-    rescale = tl.exp2(row_max - shift)  # [n]
+    shift = tl.where(new_max == -float("inf"), 0.0, new_max * scale)  # [n]
+    weights = tl.exp2(logits * scale - shift[:, None])  # [n, BLOCK]
+    rescale = tl.exp2(row_max * scale - shift)  # [n]
     return weights, rescale, new_max, row_sum * rescale + tl.sum(weights, 1)
 
 
 @triton.jit
-def load_lse_and_delta(lse_ptr, delta_ptr, query, valid, head, n_heads):
-    """The log-sum-exp, ``delta``, and whether there is any neighbor, of queries; ``[n]`` each."""
-    lse = tl.load(lse_ptr + query * n_heads + head, mask=valid, other=-float("inf"))  # [n]
-    delta = tl.load(delta_ptr + query * n_heads + head, mask=valid, other=0.0)  # [n]
-    return lse, delta, valid & (lse != -float("inf"))
+def stats_ptrs(stats_ptr, query, head, n_queries):
+    """Pointers ``[n]`` into statistics ``[H, N, 2]``: consecutive queries share a sector.
+
+    The first number is the log-sum-exp to base 2, inf for a query without neighbors, so that its
+    weights become zero. The second is ``delta``, zero for such a query.
+    """
+    return stats_ptr + 2 * (head.to(tl.int64) * n_queries + query)
+
+
+@triton.jit
+def load_stats(stats_ptr, query, valid, head, n_queries):
+    """The log-sum-exp to base 2, and ``delta``, of some queries, ``[n]`` each."""
+    ptrs = stats_ptrs(stats_ptr, query, head, n_queries)  # [n]
+    lse = tl.load(ptrs, mask=valid, other=float("inf"))  # [n]
+    return lse, tl.load(ptrs + 1, mask=valid, other=0.0)
+
+
+@triton.jit
+def store_stats(stats_ptr, query, valid, head, n_queries, lse, delta):
+    """Writes what `load_stats` loads; here, the log-sum-exp is the natural one.
+
+    Returns:
+        The log-sum-exp and ``delta`` as they were written, ``[n]`` each.
+    """
+    active = lse != -float("inf")  # [n]
+    lse = tl.where(active, lse * LOG2_E, float("inf"))
+    delta = tl.where(active, delta, 0.0)
+    ptrs = stats_ptrs(stats_ptr, query, head, n_queries)  # [n]
+    tl.store(ptrs, lse, mask=valid)
+    tl.store(ptrs + 1, delta, mask=valid)
+    return lse, delta
 
 
 @triton.jit

@@ -16,16 +16,17 @@ TURNS_PER_RADIAN = tl.constexpr(0.15915494309189533577)
 
 @triton.jit
 def load_coordinate(coordinates_ptr, token, valid, axis, n_coordinates):
-    """One coordinate of some tokens, ``[BLOCK]``, of ``coordinates_ptr`` ``[n, C]``."""
-    return tl.load(coordinates_ptr + token * n_coordinates + axis, mask=valid, other=0.0)
+    """One coordinate of some tokens, float64 ``[BLOCK]``, of ``coordinates_ptr`` ``[n, C]``."""
+    ptrs = coordinates_ptr + token * n_coordinates + axis  # [BLOCK]
+    return tl.load(ptrs, mask=valid, other=0.0).to(tl.float64)
 
 
 @triton.jit
 def load_frequencies(ptr, axis, head, n_heads, PAIRS: tl.constexpr, PADDED: tl.constexpr):
-    """The frequencies of a coordinate and head, ``[PADDED]``, of ``ptr`` ``[C, H, PAIRS]``."""
+    """The frequencies of a coordinate and head, float64 ``[PADDED]``; ptr ``[C, H, PAIRS]``."""
     pair = tl.arange(0, PADDED)  # [PADDED]
     row = (axis * n_heads + head) * PAIRS
-    return tl.load(ptr + row + pair, mask=pair < PAIRS, other=0.0)
+    return tl.load(ptr + row + pair, mask=pair < PAIRS, other=0.0).to(tl.float64)
 
 
 @triton.jit
@@ -53,8 +54,8 @@ def rotate(x_rows, coordinates_ptr, frequencies_ptr, out_rows, n_tokens, n_coord
 
     Args:
         x_rows, out_rows: Rows ``[n, H, 2 * PAIRS]``.
-        coordinates_ptr: float64 ``[n, C]``.
-        frequencies_ptr: float64 ``[C, H, PAIRS]``.
+        coordinates_ptr: floating ``[n, C]``.
+        frequencies_ptr: floating ``[C, H, PAIRS]``.
         n_tokens, n_coordinates, n_heads: n, C and H.
         PAIRS: channel pairs of a head.
         PADDED: ``PAIRS`` or more, a power of two.
@@ -84,8 +85,8 @@ def rotate_backward(grad_out_rows, out_rows, coordinates_ptr, frequencies_ptr,
 
     Args:
         grad_out_rows, out_rows, grad_x_rows: Rows ``[n, H, 2 * PAIRS]``.
-        coordinates_ptr, grad_coordinates_ptr: float64 ``[n, C]``.
-        frequencies_ptr: float64 ``[C, H, PAIRS]``.
+        coordinates_ptr, grad_coordinates_ptr: floating ``[n, C]``.
+        frequencies_ptr: floating ``[C, H, PAIRS]``.
         partial_ptr: float64 ``[blocks, C, H, PAIRS]``, each block's part of the frequencies'
             gradient.
         n_tokens, n_coordinates, n_heads: n, C and H.

@@ -25,11 +25,13 @@ class Walk(NamedTuple):
     n_columns: int  # the length of `tiles.order`
     n_items: int
     n_runs: int  # C, the space for runs of a tile
+    n_blocks: int  # the space for lists
     n_groups: int  # images x levels of the background, zero without one
     n_heads: int
+    row_mask: Any = None  # bool [n_rows], rows without neighbors; None: there are none
 
 
-SIZES = Walk._fields[2:]
+SIZES = Walk._fields[2:-1]
 
 # Fields of a row of the level table.
 RADIUS = tl.constexpr(0)  # of the level's windows
@@ -65,6 +67,43 @@ def program_tile(walk, ROWS: tl.constexpr):
     tile, head = program // walk.n_heads, program % walk.n_heads
     row, row_valid = load_tile_rows(walk, tile, ROWS)
     return tile, head, row, row_valid
+
+
+@triton.jit
+def load_list(walk, tile, BLOCK: tl.constexpr):
+    """A tile's list: its first entry, and how many it has; -1 for a tile without a list."""
+    list_ptr = walk.tiles.lists + tile.to(tl.int64) * 2
+    first = tl.load(list_ptr).to(tl.int64)
+    n_blocks = tl.load(list_ptr + 1).to(tl.int64)
+    inside = (first >= 0) & (n_blocks >= 0) & (first + n_blocks <= walk.n_blocks)
+    inside = inside & (walk.n_items > 0)
+    return first * BLOCK, tl.where(inside, n_blocks * BLOCK, -1).to(tl.int32)
+
+
+@triton.jit
+def member_bits(walk, row, row_valid, ROWS: tl.constexpr):
+    """The bit of each row in `Tiles.members`, int32 ``[ROWS]``; zero for rows that are masked."""
+    bit = tl.full([ROWS], 1, tl.int32) << tl.arange(0, ROWS)  # [ROWS]
+    return tl.where(is_masked(walk, row, row_valid), 0, bit)
+
+
+@triton.jit
+def load_listed(walk, entry):
+    """Some entries ``[BLOCK]``, int64, inside the space for lists.
+
+    Returns:
+        The items, int32 ``[BLOCK]``, all valid; the members, int32 ``[BLOCK]``, see `Tiles`.
+    """
+    item = tl.load(walk.tiles.items + entry).to(tl.uint32, bitcast=True)  # [BLOCK]
+    last = (walk.n_items - 1).to(tl.uint32, bitcast=True)  # for items that were tampered with
+    item = tl.minimum(item, last).to(tl.int32, bitcast=True)  # [BLOCK]
+    return item, tl.load(walk.tiles.members + entry)
+
+
+@triton.jit
+def member_mask(bit, members):
+    """The pair mask, bool ``[ROWS, BLOCK]``, of `member_bits` and members."""
+    return (members[None, :] & bit[:, None]) != 0
 
 
 @triton.jit
@@ -121,10 +160,20 @@ def load_columns(walk, entry, runs, LEVELS: tl.constexpr):
 
 
 @triton.jit
+def is_masked(walk, row, valid):
+    """Which of the rows ``[n]`` that are ``valid`` have no neighbors at all."""
+    if walk.row_mask is None:
+        return ~valid
+    else:
+        return tl.load(walk.row_mask + row, mask=valid, other=True)
+
+
+@triton.jit
 def load_group(walk, row, level, valid):
-    """The groups of rows at a level, int32 ``[n]``; -1 for rows that are not ``valid``."""
+    """The groups of rows at a level, int32 ``[n]``; -1 for rows masked or not ``valid``."""
     offset = (tl.zeros_like(row) + walk.n_rows) * level + row  # [n]
-    return tl.load(walk.tiles.row_groups + offset, mask=valid, other=-1)
+    active = valid & ~is_masked(walk, row, valid)  # [n]
+    return tl.load(walk.tiles.row_groups + offset, mask=active, other=-1)
 
 
 @triton.jit
