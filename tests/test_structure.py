@@ -23,6 +23,7 @@ LAYERS = [  # each may import those before it
     ("voxels",),
     ("_index",),
     ("placement",),
+    ("_plan",),
     ("plan",),
     ("batching",),
     ("attention",),

@@ -9,12 +9,13 @@ from torch import Tensor
 
 from ._index.cell_hash import CellIndex
 from ._index.copies import PointCopies
+from ._plan.keyed_cells import KeyedCells
 from ._pyramid.data import TENSOR_FIELDS
 from ._utils.checks import refuse
 from ._utils.collation import batched_parts, collate
 from .backends.types import NeighborSlices, PlanTensors
 from .placement import QueryPlacement
-from .plan import NeighborhoodPlan, _KeyedCells
+from .plan import NeighborhoodPlan
 from .pyramid import FeaturePyramid
 from .voxels import Voxels
 
@@ -132,7 +133,7 @@ torch.serialization.add_safe_globals(
         PointCopies,
         PlanTensors,
         NeighborSlices,
-        _KeyedCells,
+        KeyedCells,
         CellIndex,
     ]
 )

@@ -6,19 +6,20 @@ they fall into, one order per level, the queries whose window holds a point are 
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ._index.cell_keys import CellKeys
-from ._index.copies import PointCopies, find_copies
+from ._index.copies import PointCopies
 from ._index.kernel_tables import KernelTables, kernel_tables
 from ._index.plan_checks import check_plan_facts, check_plan_points, refuse_plan
 from ._index.tiles import GroupedCells, find_tiles
+from ._plan.keyed_cells import KeyedCells, in_equal_cells, query_cells
+from ._plan.search import find_plan
 from ._utils.checks import (
     LevelShapes,
     as_tensor,
@@ -43,28 +44,10 @@ from .placement import check_placement, query_images
 from .pyramid import FeaturePyramid
 from .windows import (
     check_windows_fit,
-    coordinate_dtype,
-    dtype_of_centers,
-    position_dtype,
-    window_centers,
-    wrap_positions,
 )
 
 _INT32_MAX = 2**31 - 1
 T = TypeVar("T")
-
-
-class _KeyedCells(NamedTuple):
-    """The cells of queries, points and copies with their keys, to find `point_slices` from.
-
-    Cells and keys are int64, or int32 where a back end's kernels found them.
-    """
-
-    centers: Tensor  # [L, N, P], the centers of the queries' windows
-    query_keys: Tensor  # [L, N]
-    point_keys: Tensor  # [nnz + C], -1 for points outside their level
-    coordinates: Tensor  # [nnz + C, P + 2]
-    positions: Tensor  # [N, P], a copy of what the plan was made for
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -105,7 +88,7 @@ class NeighborhoodPlan:
     periodic_axes: tuple[int, ...]
     copies: PointCopies
     _tensors: PlanTensors  # without tiles
-    _keyed_cells: _KeyedCells
+    _keyed_cells: KeyedCells
     _created_in: str = "python"  # see `execution_mode`
     _cache: dict[str, Any] = field(default_factory=dict)
 
@@ -202,7 +185,7 @@ class NeighborhoodPlan:
                 copy_points=copies.points.int() if self.periodic_axes else None,
             ),
             copies=copies,
-            _keyed_cells=_KeyedCells(*(part.to(device) for part in self._keyed_cells)),
+            _keyed_cells=KeyedCells(*(part.to(device) for part in self._keyed_cells)),
             _created_in=execution_mode(torch.device(device)),
             _cache={},
         )
@@ -431,11 +414,6 @@ def plan_neighborhoods(
     return plan
 
 
-def key_coordinates_name(dtype: torch.dtype) -> str:
-    """The name by which layers share the coordinates of keys, see `shared_by_layers`."""
-    return f"key coordinates in {dtype}"
-
-
 def tensors_for(plan: NeighborhoodPlan, backend: Backend, *, points_need_grad: bool) -> PlanTensors:
     """What ``backend`` takes of the plan; the tiles of points only if keys or values need
     gradients, since a backward pass cannot complete the plan.
@@ -484,21 +462,11 @@ def check_plan(
     if not torch.equal(query_images(positions, offsets, plan.batch_size).int(), plan.query_batch):
         refuse_plan(plan, "images", "query_batch_offsets")
     planned = plan._keyed_cells.positions
-    if planned.dtype == positions.dtype and _in_equal_cells(planned, positions, pyramid):
+    if planned.dtype == positions.dtype and in_equal_cells(planned, positions, pyramid):
         return
-    _, centers = _query_cells(positions, offsets, pyramid, plan._cell_keys())
+    _, centers = query_cells(positions, offsets, pyramid, plan._cell_keys())
     if not torch.equal(centers, plan._keyed_cells.centers.long()):
         refuse_plan(plan, "query cells", "query_spatial_positions")
-
-
-def _in_equal_cells(planned: Tensor, positions: Tensor, pyramid: FeaturePyramid) -> bool:
-    """Whether two tensors of positions fall into equal cells. It is quicker than `_query_cells`;
-    False may also mean that one is not finite.
-    """
-    if torch.equal(planned, positions):
-        return True
-    geometry = pyramid.level_shapes, pyramid.periodic_axes
-    return torch.equal(window_centers(planned, *geometry), window_centers(positions, *geometry))
 
 
 def _plan(
@@ -508,16 +476,7 @@ def _plan(
     sizes: tuple[int, ...],
     backend: Backend,
 ) -> NeighborhoodPlan:
-    geometry = pyramid.level_shapes, sizes, pyramid.batch_size
-    tables = kernel_tables(*geometry, pyramid.periodic_axes) if backend.find_query_slices else None
-    cache: dict[str, Any] = {}
-    n_keys = pyramid.coordinates.shape[0] << len(pyramid.periodic_axes)
-    if tables is not None and tables.fits(positions.shape[0], n_keys):
-        copies, tensors, cells, cache = _find_by_kernels(
-            positions, offsets, pyramid, sizes, backend, tables
-        )
-    else:
-        copies, tensors, cells = _find_in_torch(positions, offsets, pyramid, sizes, backend)
+    copies, tensors, cells, cache = find_plan(positions, offsets, pyramid, sizes, backend)
     return NeighborhoodPlan(
         neighborhood_sizes=sizes,
         position_dim=pyramid.position_dim,
@@ -530,108 +489,3 @@ def _plan(
         _created_in=execution_mode(positions.device),
         _cache=cache,
     )
-
-
-def _find_in_torch(
-    positions: Tensor,
-    offsets: Tensor,
-    pyramid: FeaturePyramid,
-    sizes: tuple[int, ...],
-    backend: Backend,
-) -> tuple[PointCopies, PlanTensors, _KeyedCells]:
-    """What a plan holds, found in plain torch on any device."""
-    device = positions.device
-    keys = CellKeys(pyramid.level_shapes, sizes, pyramid.batch_size, device)
-    image, centers = _query_cells(positions, offsets, pyramid, keys)
-    levels = torch.arange(pyramid.n_levels, device=device)[:, None]
-    query_keys = keys.of(centers, levels, image.clamp(min=0))
-
-    misplaced = pyramid.misplaced()
-    coordinates = pyramid.coordinates.long().masked_fill(misplaced[:, None], 0)
-    copies = find_copies(coordinates, misplaced, pyramid, sizes)
-    copied = coordinates[copies.points]
-    copied[:, 1:-1] += copies.shifts
-    coordinates = torch.cat((coordinates, copied))
-    cells, point_levels = coordinates[:, 1:-1], coordinates[:, -1]
-    point_keys = keys.of(cells, point_levels, coordinates[:, 0])
-    # Misplaced points, which have no copies, sort to the front, outside every window.
-    point_keys[: misplaced.shape[0]].masked_fill_(misplaced, -1)
-
-    sorted_points, order = torch.sort(point_keys, stable=True)
-    curve = keys.along_curve(centers[keys.layout.finest], image)
-    traversal = torch.argsort(curve, stable=True).int()
-    starts, stops = backend.find_slices(sorted_points, query_keys, traversal, *keys.window_rows())
-    tensors = PlanTensors(
-        query_slices=NeighborSlices(traversal, starts, stops, order.int()),
-        query_batch=image.int(),
-        center_columns=centers[..., -1].t().int().contiguous(),
-        point_columns=cells[order, -1].int(),
-        neighborhood_sizes=sizes,
-        position_dim=pyramid.position_dim,
-        copy_points=copies.points.int() if pyramid.periodic_axes else None,
-    )
-    positions = positions.detach().clone()
-    return copies, tensors, _KeyedCells(centers, query_keys, point_keys, coordinates, positions)
-
-
-def _find_by_kernels(
-    positions: Tensor,
-    offsets: Tensor,
-    pyramid: FeaturePyramid,
-    sizes: tuple[int, ...],
-    backend: Backend,
-    tables: KernelTables,
-) -> tuple[PointCopies, PlanTensors, _KeyedCells, dict[str, Any]]:
-    """What `_find_in_torch` finds, by the kernels of a back end, and what the plan's cache may
-    hold already.
-    """
-    assert backend.find_query_slices is not None
-    coordinates, dtype = pyramid.coordinates, coordinate_dtype(positions.dtype)
-    dtype = position_dtype(pyramid.level_shapes, dtype)
-    if pyramid.periodic_axes:
-        misplaced = pyramid.misplaced()
-        masked = coordinates.masked_fill(misplaced[:, None], 0)
-        copies = find_copies(masked, misplaced, pyramid, sizes)
-        wrapped = positions.detach().to(dtype_of_centers(positions, pyramid.level_shapes))
-        wrapped = wrap_positions(wrapped, pyramid.level_shapes, pyramid.periodic_axes)
-    else:
-        copies, wrapped = PointCopies(coordinates[:0, 0], coordinates[:0, 1:-1]), positions.detach()
-    levels, slots, _ = tables.on(positions.device, tables.layout.key_dtype)
-    found = backend.find_query_slices(
-        wrapped, offsets, coordinates, *copies, levels, slots, tables.numbers,
-        tables.layout.key_dtype, dtype,
-    )  # fmt: skip
-    tensors = PlanTensors(
-        query_slices=NeighborSlices(found.traversal, found.starts, found.stops, found.order),
-        query_batch=found.query_batch,
-        center_columns=found.center_columns,
-        point_columns=found.point_columns,
-        neighborhood_sizes=sizes,
-        position_dim=pyramid.position_dim,
-        copy_points=copies.points.int() if pyramid.periodic_axes else None,
-    )
-    cells = _KeyedCells(
-        found.query_cells.transpose(1, 2),
-        found.query_keys,
-        found.sort_keys[: found.order.shape[0]],
-        found.coordinates,
-        positions.detach().clone(),
-    )
-    cache = {
-        "query_cells": GroupedCells(found.query_groups, found.query_cells),
-        "point_cells": GroupedCells(found.point_groups, found.point_cells),
-        key_coordinates_name(dtype): found.key_coordinates,
-    }
-    return copies, tensors, cells, cache
-
-
-def _query_cells(
-    positions: Tensor, offsets: Tensor, pyramid: FeaturePyramid, keys: CellKeys
-) -> tuple[Tensor, Tensor]:
-    """The image of every query ``[N]``, -1 if invalid, and its windows' centers int64
-    ``[L, N, P]``.
-    """
-    image = query_images(positions, offsets, pyramid.batch_size)
-    positions = positions.masked_fill(image[:, None] < 0, math.nan)
-    geometry = pyramid.level_shapes, pyramid.periodic_axes
-    return image, keys.clamp(window_centers(positions, *geometry))

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._plan.search import key_coordinates_name
 from .._utils.checks import (
     check_base,
     check_dropout,
@@ -22,7 +23,7 @@ from ..attention import (
 )
 from ..backends import check_backend, choose_backend, prepare_backends
 from ..backends.reference import apply_rotary
-from ..plan import NeighborhoodPlan, check_plan, key_coordinates_name, plan_neighborhoods
+from ..plan import NeighborhoodPlan, check_plan, plan_neighborhoods
 from ..pyramid import FeaturePyramid
 from ..windows import (
     centers_of_cells,

@@ -60,8 +60,8 @@ def specialization(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     """What of the arguments decides which variant of a kernel Triton compiles.
 
     That is the dtype of a tensor, whether its address is a multiple of 16, and on cards of AMD
-    whether its bytes can be counted by int32; whether an integer is
-    one, a multiple of 16, or beyond int32; and which arguments are None.
+    whether its bytes can be counted by int32; whether an integer is one, a multiple of 16, or
+    beyond int32; and which arguments are None.
     """
     return tuple([_SPECIALIZATIONS[type(x)](x) for x in arguments])
 
