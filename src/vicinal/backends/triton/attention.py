@@ -252,25 +252,27 @@ def attend(tiles, levels, n_rows, n_columns, n_items, n_runs, n_blocks, n_groups
 
 
 @triton.jit
-def compute_delta(grad_out, out_rows, grad_lse_ptr, row, row_valid, head, n_heads,
+def compute_delta(grad_out, out_rows, grad_lse_rows, row, row_valid, head,
                   VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr):  # fmt: skip
     """``delta = rowsum(grad_out * out) - grad_lse``, ``[ROWS]``; see `query_gradients`."""
     out = load_rows(
         out_rows, row, row_valid, head, VALUE_WIDTH, VALUE_PADDED
     )  # [ROWS, VALUE_PADDED]
     delta = tl.sum(grad_out.to(tl.float32) * out.to(tl.float32), 1)  # [ROWS]
-    return delta - tl.load(grad_lse_ptr + row * n_heads + head, mask=row_valid, other=0.0)
+    grad_lse = load_rows(grad_lse_rows, row, row_valid, head, 1, 1)  # [ROWS, 1]
+    return delta - tl.sum(grad_lse, 1)
 
 
 @triton.jit(do_not_specialize=("n_queries", "n_heads"))
-def find_stats(out_rows, grad_out_rows, lse_ptr, grad_lse_ptr, stats_ptr, n_queries, n_heads,
+def find_stats(out_rows, grad_out_rows, lse_ptr, grad_lse_rows, stats_ptr, n_queries, n_heads,
                 VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr,
                 BLOCK: tl.constexpr):  # fmt: skip
     """The statistics alone, for backward passes that need no gradient of q.
 
     Args:
         out_rows, grad_out_rows: Rows ``[N, H, dv]``.
-        lse_ptr, grad_lse_ptr: float32 ``[N, H]``.
+        lse_ptr: float32 ``[N, H]``.
+        grad_lse_rows: Rows ``[N, H, 1]``, float32.
         stats_ptr: float32 ``[H, N, 2]``, the result, see `stats_ptrs`.
         n_queries, n_heads: N and H.
         VALUE_WIDTH, VALUE_PADDED: see `launch.widths`.
@@ -281,7 +283,7 @@ def find_stats(out_rows, grad_out_rows, lse_ptr, grad_lse_ptr, stats_ptr, n_quer
         grad_out_rows, row, valid, head, VALUE_WIDTH, VALUE_PADDED
     )  # [BLOCK, VALUE_PADDED]
     delta = compute_delta(
-        grad_out, out_rows, grad_lse_ptr, row, valid, head, n_heads, VALUE_WIDTH, VALUE_PADDED
+        grad_out, out_rows, grad_lse_rows, row, valid, head, VALUE_WIDTH, VALUE_PADDED
     )  # [BLOCK]
     lse = tl.load(lse_ptr + row * n_heads + head, mask=valid, other=-float("inf"))  # [BLOCK]
     store_stats(stats_ptr, row, valid, head, n_queries, lse, delta)
@@ -364,7 +366,7 @@ def query_gradients_runs(walk, dropout, q, k_rows, v_rows, grad_out, tile, row, 
 @triton.jit(do_not_specialize=SIZES)
 def query_gradients(tiles, levels, n_rows, n_columns, n_items, n_runs, n_blocks, n_groups, n_heads,
                     row_mask, cells, dropout, q_rows, k_rows, v_rows, lse_ptr, out_rows,
-                    grad_out_rows, grad_lse_ptr, stats_ptr, grad_q_rows, cell_gradients, scale,
+                    grad_out_rows, grad_lse_rows, stats_ptr, grad_q_rows, cell_gradients, scale,
                     DIM: tl.constexpr, LEVELS: tl.constexpr,
                     WIDTH: tl.constexpr, PADDED: tl.constexpr,
                     VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr,
@@ -381,7 +383,8 @@ def query_gradients(tiles, levels, n_rows, n_columns, n_items, n_runs, n_blocks,
 
     Args, in addition to those of `attend`:
         out_rows, grad_out_rows: Rows ``[N, H, dv]``.
-        lse_ptr, grad_lse_ptr: float32 ``[N, H]``.
+        lse_ptr: float32 ``[N, H]``.
+        grad_lse_rows: Rows ``[N, H, 1]``, float32.
         stats_ptr: float32 ``[H, N, 2]``, a result, see `stats_ptrs`.
         grad_q_rows: Rows ``[N, H, d]``, a result as well.
         cell_gradients: the `CellGradients` to write, or None.
@@ -398,7 +401,7 @@ def query_gradients(tiles, levels, n_rows, n_columns, n_items, n_runs, n_blocks,
     # Without any neighbor, and for masked queries, the log-sum-exp is -inf.
     row_active = row_valid & (lse != -float("inf"))  # [ROWS]
     delta = compute_delta(
-        grad_out, out_rows, grad_lse_ptr, row, row_valid, head, n_heads, VALUE_WIDTH, VALUE_PADDED
+        grad_out, out_rows, grad_lse_rows, row, row_valid, head, VALUE_WIDTH, VALUE_PADDED
     )  # [ROWS]
     lse, delta = store_stats(stats_ptr, row, row_valid, head, n_rows, lse, delta)  # [ROWS] each
     bit = tl.where(row_active, member_bits(walk, row, row_valid, ROWS), 0)  # [ROWS]
