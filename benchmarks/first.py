@@ -32,6 +32,7 @@ TAIL = 3000  # characters of each log that the summary file repeats
 SPARE = 5.0  # seconds before its limit at which a study ends by itself
 SECONDS = "{seconds}"  # in a command, replaced by the time that its study has
 NO_TESTS, NO_PROGRAM = 5, 127  # exit statuses of pytest, and of shells
+NO_PERMISSION = "ERR_NVGPUCTRPERM"  # printed by ncu where users may not read counters
 METRICS = {
     "gpu__time_duration.sum": "ns",
     "smsp__inst_executed.sum": "instructions",
@@ -160,6 +161,8 @@ def run_step(step: Step, folder: Path, limit: float) -> Result:
     text = [log.read_text(errors="replace") for log in logs]
     reason = "; ".join(dict.fromkeys(_last_line(part) for part in text))
     seconds = time.monotonic() - began
+    pairs = zip(codes, text, strict=True)
+    codes = [NO_PROGRAM if NO_PERMISSION in part else code for code, part in pairs]
     status, tails = _status(codes), [part[-TAIL:] for part in text]
     if status == "passed" and "skipped" in reason and "passed" not in reason:
         status = "refused"  # no test ran

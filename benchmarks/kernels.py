@@ -22,14 +22,17 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from benchmarks.gpu_costs import model, sass, scene
+from benchmarks import launches as host
+from benchmarks.gpu_costs import model, plan, sass, scene
 from benchmarks.scenes import particle_tracks
 from vicinal import FeaturePyramid, NeighborhoodPlan, plan_neighborhoods
 from vicinal._index.tiles import tile_rows
 from vicinal.backends import reference
 from vicinal.backends import triton as triton_backend
+from vicinal.backends.ops import list_space
 from vicinal.backends.triton import ops as triton_ops
 from vicinal.backends.triton import plan_ops
+from vicinal.backends.types import LIST_BLOCK, TILE
 
 
 class Case(NamedTuple):
@@ -107,6 +110,7 @@ def figures(counts: scene.SceneCounts) -> tuple[dict[str, float], dict[str, mode
     found: dict[str, float] = {}
     costs: dict[str, model.Cost] = {}
     searches = 0.0
+    of_plan: dict[str, plan.PlanKernel] = {}
     for kernel in compiled(CASES[0], 90):
         if kernel.name in BLOCK_LOOPS:
             loop = kernel.code.block_loop()
@@ -127,6 +131,11 @@ def figures(counts: scene.SceneCounts) -> tuple[dict[str, float], dict[str, mode
                 counts, [loop.length for loop in loops], outside,
                 options["BLOCK"] // options["num_warps"],
             )  # fmt: skip
+        elif kernel.name in plan.KERNELS:
+            options = kernel.launch.options
+            of_plan[kernel.name] = plan.PlanKernel(
+                kernel.code, options["num_warps"], options.get("BLOCK", 1)
+            )
     forward = costs["attend"]
     of_forward = forward.programs * forward.instructions
     found["find_slices: instructions over those of attend"] = searches / of_forward
@@ -134,7 +143,23 @@ def figures(counts: scene.SceneCounts) -> tuple[dict[str, float], dict[str, mode
     backward = sum(costs[name].seconds()[1] for name in BLOCK_LOOPS if name != "attend")
     found["attend: predicted time over copying q, k, v and out"] = forward.seconds()[1] / copy
     found["backward: predicted time over copying q, k, v and out"] = backward / copy
+    planning = plan.seconds(
+        counts, len(host.SIZES), searches, of_plan, host.planned_step(), _unused_bytes(counts)
+    )
+    found["plan of a step: predicted time over forward and backward"] = planning / (
+        forward.seconds()[1] + backward
+    )
     return found, costs
+
+
+def _unused_bytes(counts: scene.SceneCounts) -> float:
+    """The space for lists of tiles, less what is written."""
+    slots = sum(size**2 for size in host.SIZES)
+    per_block = 2 * LIST_BLOCK * torch.int32.itemsize  # items and members
+    return per_block * sum(
+        list_space(x.tiles, TILE, slots) - x.tiles * x.blocks
+        for x in (counts.queries, counts.columns)
+    )
 
 
 def launches(case: Case) -> list[Launch]:
@@ -214,8 +239,9 @@ def _rotate_and_attend(plan: NeighborhoodPlan, case: Case) -> None:
         tensors, list(plan.neighborhood_sizes), plan.position_dim, 0.1, 0.2,
     )  # fmt: skip
     out, lse = triton_ops.attend(*arguments)
+    no_gradient = lse.new_zeros(()).expand_as(lse)  # as in a training step
     for needs_queries in (False, True):
-        triton_ops.attend_backward(out, lse, out, lse, *arguments, needs_queries, True)
+        triton_ops.attend_backward(out, no_gradient, out, lse, *arguments, needs_queries, True)
 
 
 def variant(launch: Launch, target: GPUTarget) -> tuple[ASTSource, dict[str, Any]]:

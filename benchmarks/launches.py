@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vicinal import (
@@ -33,6 +35,7 @@ TRACKS = 202_890, 202_890  # queries and points of the scene of docs/performance
 OBJECTS = 300, 20_000  # object queries of a decoder
 ALLOCATIONS = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided")
 ON_HOST = ("promote_types", "scalar_tensor")  # numbers for other ops
+SORT_INDEX = 8  # bytes that a sort moves along with a key
 SORT_LAUNCHES = 3  # and a pass of the radix sort for each byte of the keys
 OTHER_LAUNCHES = {"cumsum": 2, "nonzero": 4}
 
@@ -45,6 +48,8 @@ class Counts(NamedTuple):
         allocations: torch ops that allocate an uninitialized tensor, without a launch.
         kernels: launches of Triton kernels.
         launches: an estimate of all launches, those inside torch ops included.
+        bytes: an estimate of what is read and written: each tensor that an op or a kernel takes
+            or returns, once; of a sort, keys and indices twice in every pass.
         names: how often each of these ops and kernels runs.
     """
 
@@ -52,6 +57,7 @@ class Counts(NamedTuple):
     allocations: int
     kernels: int
     launches: int
+    bytes: int
     names: Counter[str]
 
     @property
@@ -80,6 +86,10 @@ def _runs_on_device(op: Any) -> bool:
     return computes and op._opname not in ON_HOST
 
 
+def _bytes(x: Any) -> int:
+    return x.numel() * x.element_size() if isinstance(x, Tensor) else 0
+
+
 class _Recorder(TorchDispatchMode):
     """Counts ops; runs the back end's own code on meta tensors in place of the ops' fakes."""
 
@@ -88,7 +98,7 @@ class _Recorder(TorchDispatchMode):
         self.ops: Counter[str] = Counter()
         self.allocations: Counter[str] = Counter()
         self.kernels: Counter[str] = Counter()
-        self.launches = 0
+        self.launches = self.bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "vicinal_triton":
@@ -99,19 +109,32 @@ class _Recorder(TorchDispatchMode):
             self.allocations[name] += 1
         elif _runs_on_device(func):
             self.ops[name] += 1
-            sorts = SORT_LAUNCHES + args[0].element_size() if name == "sort" else 0
-            self.launches += sorts or OTHER_LAUNCHES.get(name, 1)
+            return self._count_op(name, func(*args, **(kwargs or {})), args)
         return func(*args, **(kwargs or {}))
+
+    def _count_op(self, name: str, result: Any, args: tuple[Any, ...]) -> Any:
+        moved = sum(map(_bytes, pytree.tree_leaves((args, result))))
+        if name == "sort":
+            passes = args[0].element_size()
+            self.launches += SORT_LAUNCHES + passes
+            moved = passes * 2 * args[0].numel() * (passes + SORT_INDEX)
+        else:
+            self.launches += OTHER_LAUNCHES.get(name, 1)
+        self.bytes += moved
+        return result
 
     def launch(self, kernel: Any, n_programs: int, *arguments: Any, **options: Any) -> None:
         if n_programs:
             self.kernels[kernel.fn.__name__] += 1
             self.launches += 1
+            # A walk of tiles contains tensors that are arguments of their own as well.
+            tensors = {id(x): x for x in pytree.tree_leaves(arguments)}
+            self.bytes += sum(map(_bytes, tensors.values()))
 
     def counts(self) -> Counts:
         parts = self.ops, self.allocations, self.kernels
         ops, allocations, kernels = (part.total() for part in parts)
-        return Counts(ops, allocations, kernels, self.launches, sum(parts, Counter()))
+        return Counts(ops, allocations, kernels, self.launches, self.bytes, sum(parts, Counter()))
 
 
 @contextlib.contextmanager
@@ -176,6 +199,12 @@ def all_counts() -> dict[str, dict[str, Counts]]:
             f"{n_queries:,} queries, {n_points:,} points": Problem(n_queries, n_points).counts()
             for n_queries, n_points in (TRACKS, OBJECTS)
         }
+
+
+def planned_step() -> Counts:
+    """The counts of a training step's plan, for the scene of `TRACKS`."""
+    with meta_as_gpu():
+        return count(Problem(*TRACKS).plan)
 
 
 def misses(found: dict[str, dict[str, Counts]]) -> list[str]:

@@ -167,6 +167,21 @@ def test_output_is_the_same_without_return_lse(backend: str) -> None:
     assert torch.equal(out, inputs.attend(plan, backend)[0])
 
 
+@pytest.mark.parametrize("of_out", [False, True])
+def test_gradients_of_one_result_add_nothing_for_the_other(of_out: bool, backend: str) -> None:
+    plan = scene_2d().plan()
+    inputs = make_inputs(plan, background=True)
+    leaves = [x.detach().requires_grad_() for x in inputs[:3]]
+    out, lse = inputs._replace(q=leaves[0], k=leaves[1], v=leaves[2]).attend(plan, backend)
+    finite = torch.where(lse.isfinite(), lse, 0.0)
+    used, other = (out, finite) if of_out else (finite, out)
+    alone = torch.autograd.grad(used.sin().sum(), leaves, retain_graph=True, materialize_grads=True)
+    both = torch.autograd.grad(used.sin().sum() + 0 * other.sum(), leaves)
+    for actual, expected in zip(alone, both, strict=True):
+        assert_close(actual, expected, 1e-13)
+    assert alone[0].any()
+
+
 def test_default_backend_is_cpu() -> None:
     plan = crowded_scene().plan()
     inputs = make_inputs(plan, width=32, dtype=torch.float32)

@@ -46,6 +46,7 @@ BARS = (
     Bar("find_slices: instructions over those of attend", 0.25, 0.1),
     Bar("attend: predicted time over copying q, k, v and out", 3, 2),
     Bar("backward: predicted time over copying q, k, v and out", 7, 5),
+    Bar("plan of a step: predicted time over forward and backward", 0.5, 0.3),
 )
 
 
@@ -84,8 +85,11 @@ def _forward(tiles: TileCounts) -> tuple[float, int]:
 
 
 def _query_gradients(tiles: TileCounts) -> tuple[float, int]:
-    """q, out, both gradients and statistics of the rows, two of these separate; keys and values."""
-    return TILE * (4 * _ROW + 2) + tiles.row_stats + tiles.entries * 2 * _ROW, 6
+    """q, out, both gradients, log-sum-exps and statistics of the rows; keys and values.
+
+    All gradients of log-sum-exps are one zero in a training step that does not use these.
+    """
+    return TILE * (4 * _ROW + 1) + 1 + tiles.row_stats + tiles.entries * 2 * _ROW, 6
 
 
 def _point_gradients(tiles: TileCounts) -> tuple[float, int]:

@@ -19,6 +19,7 @@ class TileCounts(NamedTuple):
     tiles: int
     entries: float  # columns of a tile
     blocks: float  # blocks of a tile's list
+    level_blocks: float  # the same if levels did not share blocks
     row_stats: float  # sectors with statistics of a tile's rows, as if these were queries
     column_stats: float  # the same for its columns
 
@@ -49,12 +50,15 @@ def count(scene: Scene) -> SceneCounts:
 def _count_tiles(tiles: Tiles, slices: list[int]) -> TileCounts:
     entries = tiles.counts[..., 1].sum(1)
     blocks = (entries + LIST_BLOCK - 1) // LIST_BLOCK
-    mean_entries, mean_blocks = (float(x.double().mean()) for x in (entries, blocks))
+    level_blocks = ((tiles.counts[..., 1] + LIST_BLOCK - 1) // LIST_BLOCK).sum(1)
+    mean_entries, mean_blocks, mean_level_blocks = (
+        float(x.double().mean()) for x in (entries, blocks, level_blocks)
+    )
     rows = tiles.firsts.shape[1] // sum(slices)
     tile_of_row = torch.arange(len(tiles.traversal)) // rows
     tile, column = _columns(tiles, slices)
     return TileCounts(
-        len(entries), mean_entries, mean_blocks,
+        len(entries), mean_entries, mean_blocks, mean_level_blocks,
         _stats_sectors(tile_of_row, tiles.traversal) / len(entries),
         _stats_sectors(tile, tiles.order[column]) / len(entries),
     )  # fmt: skip

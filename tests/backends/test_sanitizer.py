@@ -44,13 +44,13 @@ def test_compute_sanitizer(tool: str) -> None:
 
 OVERRUN = """
 import torch
-from vicinal.backends.triton import attention as triton_attention
+from vicinal.backends.triton import gradients
 from vicinal.backends.triton.launch import heads, launch
 
 x = torch.zeros({allocated}, 1, 16, device="cuda")
 lse, stats = (torch.zeros({allocated}, 2, device="cuda") for _ in range(2))
 launch(
-    triton_attention.find_stats, {given} // 32, heads(x), heads(x), lse, lse, stats, {given}, 1,
+    gradients.find_stats, {given} // 32, heads(x), heads(x), lse, lse, stats, {given}, 1,
     VALUE_WIDTH=16, VALUE_PADDED=16, BLOCK=32, num_warps=1,
 )
 torch.cuda.synchronize()

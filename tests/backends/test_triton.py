@@ -253,6 +253,15 @@ def test_no_queries_no_points_and_no_heads() -> None:
     assert_exact(make_scene(((4,),), (3,), (3, 2), 5), value_width=0, background=True)
 
 
+def test_tiny_scales_of_huge_logits() -> None:
+    plan = scene_2d().plan()
+    inputs = make_inputs(plan)
+    huge = inputs._replace(q=inputs.q * 2.0**60, k=inputs.k * 2.0**50)
+    exact, _ = huge.attend(plan, "reference", scale=2.0**-110)
+    actual, _ = on_device(huge).attend(plan.to(DEVICE), "triton", scale=2.0**-110)
+    assert relative_error(actual.cpu(), exact) < TOLERANCE
+
+
 def test_custom_scale() -> None:
     plan = scene_2d().plan()
     inputs = make_inputs(plan)

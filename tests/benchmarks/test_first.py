@@ -106,6 +106,19 @@ def test_a_step_of_skipped_tests_alone_did_not_run(tmp_path: Path) -> None:
     assert (refused.status, passed.status) == ("refused", "passed")
 
 
+def test_counters_that_may_not_be_read_are_no_failure(tmp_path: Path) -> None:
+    code = "print('==ERROR== ERR_NVGPUCTRPERM - no permission'); raise SystemExit({})"
+    denied, right = python(code.format(1)), python("print('1 passed')")
+    refused, failed = run(
+        [
+            Step("counters", 30, [right, denied]),
+            Step("both", 30, [python("raise SystemExit(1)"), denied]),
+        ],
+        tmp_path,
+    )
+    assert (refused.status, failed.status) == ("refused", "failed")
+
+
 def test_the_shards_have_each_test_once(tmp_path: Path) -> None:
     (tmp_path / "test_many.py").write_text(
         "import pytest\n@pytest.mark.parametrize('i', range(7))\ndef test_it(i): pass\n"

@@ -301,14 +301,19 @@ def new_gradients(
 def _setup_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, query_mask, seed, background, plan, *ctx.settings = inputs
     ctx.n_background = len(background)
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output, q, k, v, query_mask, seed, *background, *plan)
 
 
 def _backward_attention(
-    op: Any, ctx: Any, needs: tuple[Any, ...], grad_out: Tensor, grad_lse: Tensor
+    op: Any, ctx: Any, needs: tuple[Any, ...], grad_out: Tensor | None, grad_lse: Tensor | None
 ) -> tuple[Any, ...]:
     out, lse, q, k, v, query_mask, seed, *rest = ctx.saved_tensors
     background, plan = rest[: ctx.n_background], rest[ctx.n_background :]
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
+    if grad_lse is None:  # as in most training steps: one number for a GPU to read
+        grad_lse = lse.new_zeros(()).expand_as(lse)
     needs_q, needs_k, needs_v, _, _, needs_background, *_ = needs
     # The gradients of the background are computed together with those of the queries.
     needs_queries, needs_points = needs_q or any(needs_background), needs_k or needs_v
@@ -405,7 +410,8 @@ def list_space(n_tiles: int, rows: int, window_slots: int) -> int:
 
     It depends on sizes alone, so that nothing waits for a GPU. Many tiles get space for what they
     need in common scenes, where their rows share most columns. A tile of one row gets space for
-    ``window_slots``, which is all that it needs where a cell has one point at most.
+    ``window_slots``, which is all that it needs where a cell has one point at most. A tile that
+    finds no space has no list; kernels then search its columns, which is several times slower.
     """
     own = -(-max(_ENTRIES_PER_ROW * rows, window_slots) // LIST_BLOCK)
     space: int = torch.sym_max(n_tiles * own, _LEAST_BLOCKS)  # the number may be a symbol

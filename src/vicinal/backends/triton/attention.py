@@ -1,9 +1,8 @@
-"""Attention over tiles in Triton: the forward pass and two backward passes, without atomics.
+"""Attention over tiles in Triton: the forward pass.
 
 A program takes one tile and one head, and goes through the tile's list a block at a time. The
 softmax is streamed (Dao et al., "FlashAttention: Fast and Memory-Efficient Exact Attention with
-IO-Awareness", 2022), and names follow FlashAttention-2. The gradient of q comes from a second pass
-of query tiles over points, those of k and v from a pass of point tiles over queries.
+IO-Awareness", 2022), and names follow FlashAttention-2.
 
 Products also cover the masked pairs of a block, with weight zero. Zero times infinity would be
 NaN, in rows that have nothing to do with the infinity. So a result that is not finite is computed a
@@ -15,84 +14,36 @@ tile's runs, so it serves tiles without a list as well.
 import triton
 import triton.language as tl
 
-from .background import attend_cells, query_gradients_of_cells
+from .background import (
+    attend_cells,
+)
 from .parts import (
     LOG2_E,
     all_finite,
-    block_and_head,
     dot,
     dropout_factors,
     finite_flag,
-    load_all_rows,
+    load_points,
     load_rows,
-    load_stats,
     point_columns,
     softmax_step,
-    stats_ptrs,
     store_rows,
-    store_stats,
 )
 from .tile_walk import (
+    SEARCH_BLOCK,
     SIZES,
     Walk,
-    load_columns,
     load_list,
     load_listed,
     load_runs,
     member_bits,
     member_mask,
     program_tile,
-    window_mask,
+    search_columns,
 )
 
-SEARCH_BLOCK = tl.constexpr(16)  # columns; searching takes registers
-SMALLEST_SCALE = tl.constexpr(1e-30)  # by which no logit becomes noticeable; zero times -inf is NaN
-
-
-@triton.jit
-def load_points(k_rows, v_rows, item, valid, head,
-                WIDTH: tl.constexpr, PADDED: tl.constexpr,
-                VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr,
-                CAREFUL: tl.constexpr):  # fmt: skip
-    """Keys ``[BLOCK, PADDED]`` and values ``[BLOCK, VALUE_PADDED]`` of the items ``[BLOCK]``.
-
-    Carefully, those that are not ``valid`` or not finite are zeros. Then a third result, the flags
-    ``[BLOCK]``, is NaN where a key or value is not finite, else zero.
-    """
-    if CAREFUL:
-        k = load_rows(k_rows, item, valid, head, WIDTH, PADDED)
-        v = load_rows(v_rows, item, valid, head, VALUE_WIDTH, VALUE_PADDED)
-        flag = tl.sum(k.to(tl.float32) * 0.0, 1) + tl.sum(v.to(tl.float32) * 0.0, 1)
-        # Loading again takes fewer registers than keeping both.
-        finite = valid & (flag == 0.0)  # [BLOCK]
-        k = load_rows(k_rows, item, finite, head, WIDTH, PADDED)
-        v = load_rows(v_rows, item, finite, head, VALUE_WIDTH, VALUE_PADDED)
-        return k, v, flag
-    else:
-        k = load_all_rows(k_rows, item, head, WIDTH, PADDED)
-        return k, load_all_rows(v_rows, item, head, VALUE_WIDTH, VALUE_PADDED), None
-
-
-@triton.jit
-def search_columns(walk, row, row_valid, level, first, runs,
-                   DIM: tl.constexpr, LEVELS: tl.constexpr, COLUMN_LEVELS: tl.constexpr,
-                   ):  # fmt: skip
-    """The entries of a tile's runs from ``first`` on.
-
-    Args:
-        walk, runs: see `load_columns`.
-        row, row_valid, level: see `window_mask`.
-        first: a scalar.
-        DIM, LEVELS, COLUMN_LEVELS: numbers of dimensions, of levels, of an item's columns.
-
-    Returns:
-        The items, int64 ``[SEARCH_BLOCK]``, zero where not valid; which are valid, bool
-        ``[SEARCH_BLOCK]``; the pair mask, bool ``[ROWS, SEARCH_BLOCK]``.
-    """
-    entry = first + tl.arange(0, SEARCH_BLOCK)  # [SEARCH_BLOCK]
-    item, valid, item_level = load_columns(walk, entry, runs, COLUMN_LEVELS)
-    pair_mask = window_mask(walk, row, level, row_valid, item, item_level, valid, DIM, LEVELS)
-    return item, valid, pair_mask
+# The smallest normal number, in place of a smaller scale: zero times -inf is NaN.
+SMALLEST_SCALE = tl.constexpr(2.0**-126)
 
 
 @triton.jit
@@ -250,334 +201,3 @@ def attend(tiles, levels, n_rows, n_columns, n_items, n_runs, n_blocks, n_groups
     lse = (row_max + tl.log2(nonzero_sum)) / LOG2_E  # [ROWS]
     lse = tl.where(row_sum == 0.0, -float("inf"), lse)
     tl.store(lse_ptr + row * n_heads + head, lse, mask=row_valid)
-
-
-@triton.jit
-def compute_delta(grad_out, out_rows, grad_lse_ptr, row, row_valid, head, n_heads,
-                  VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr):  # fmt: skip
-    """``delta = rowsum(grad_out * out) - grad_lse``, ``[ROWS]``; see `query_gradients`."""
-    out = load_rows(
-        out_rows, row, row_valid, head, VALUE_WIDTH, VALUE_PADDED
-    )  # [ROWS, VALUE_PADDED]
-    delta = tl.sum(grad_out.to(tl.float32) * out.to(tl.float32), 1)  # [ROWS]
-    return delta - tl.load(grad_lse_ptr + row * n_heads + head, mask=row_valid, other=0.0)
-
-
-@triton.jit(do_not_specialize=("n_queries", "n_heads"))
-def find_stats(out_rows, grad_out_rows, lse_ptr, grad_lse_ptr, stats_ptr, n_queries, n_heads,
-                VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr,
-                BLOCK: tl.constexpr):  # fmt: skip
-    """The statistics alone, for backward passes that need no gradient of q.
-
-    Args:
-        out_rows, grad_out_rows: Rows ``[N, H, dv]``.
-        lse_ptr, grad_lse_ptr: float32 ``[N, H]``.
-        stats_ptr: float32 ``[H, N, 2]``, the result, see `stats_ptrs`.
-        n_queries, n_heads: N and H.
-        VALUE_WIDTH, VALUE_PADDED: see `launch.widths`.
-        BLOCK: queries of a program.
-    """
-    row, valid, head = block_and_head(n_queries, n_heads, BLOCK)  # [BLOCK], [BLOCK], scalar
-    grad_out = load_rows(
-        grad_out_rows, row, valid, head, VALUE_WIDTH, VALUE_PADDED
-    )  # [BLOCK, VALUE_PADDED]
-    delta = compute_delta(
-        grad_out, out_rows, grad_lse_ptr, row, valid, head, n_heads, VALUE_WIDTH, VALUE_PADDED
-    )  # [BLOCK]
-    lse = tl.load(lse_ptr + row * n_heads + head, mask=valid, other=-float("inf"))  # [BLOCK]
-    store_stats(stats_ptr, row, valid, head, n_queries, lse, delta)
-
-
-@triton.jit
-def query_gradients_block(walk, dropout, q, k, v, grad_out, row, item, pair_mask, head, scale,
-                          lse, delta, grad_q, HAS_DROPOUT: tl.constexpr,
-                          PRECISION: tl.constexpr, CAREFUL: tl.constexpr):  # fmt: skip
-    """Adds one block to ``grad_q`` ``[ROWS, PADDED]``, which is not scaled yet.
-
-    Args, in addition to those of `attend_block`:
-        grad_out: ``[ROWS, VALUE_PADDED]``.
-        lse, delta: ``[ROWS]``; the log-sum-exp is to base 2.
-    """
-    # A row with a neighbor that is not finite has NaN as its log-sum-exp.
-    weights = tl.exp2(dot(q, tl.trans(k), PRECISION) * scale - lse[:, None])  # [ROWS, BLOCK]
-    weights = tl.where(pair_mask, weights, 0.0)
-    grad_weights = dot(grad_out, tl.trans(v), PRECISION)  # [ROWS, BLOCK]
-    if HAS_DROPOUT:
-        column = point_columns(dropout, item, walk.n_items)  # [BLOCK]
-        grad_weights *= dropout_factors(dropout, head, row[:, None], column[None, :])
-    grad_logits = weights * (grad_weights - delta[:, None])  # [ROWS, BLOCK]
-    if CAREFUL:  # zero times a number that is not finite
-        grad_logits = tl.where(pair_mask, grad_logits, 0.0)
-    return grad_q + dot(grad_logits.to(k.dtype), k, PRECISION)
-
-
-@triton.jit
-def query_gradients_list(walk, dropout, q, k_rows, v_rows, grad_out, row, bit, head, scale,
-                         lse, delta, start, n_entries,
-                         WIDTH: tl.constexpr, PADDED: tl.constexpr,
-                         VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr,
-                         HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, CAREFUL: tl.constexpr,
-                         ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """``grad_q`` of `query_gradients`, not scaled yet, from the tile's list."""
-    grad_q = tl.zeros([ROWS, PADDED], tl.float32)
-    # Dropout leaves registers for fewer blocks under way.
-    stages: tl.constexpr = 1 if CAREFUL else 2 if HAS_DROPOUT else 3
-    for first in tl.range(0, n_entries, BLOCK, num_stages=stages):
-        point, members = load_listed(walk, start + first + tl.arange(0, BLOCK))  # [BLOCK] each
-        k, v, _ = load_points(
-            k_rows, v_rows, point, point >= 0, head,
-            WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, CAREFUL,
-        )  # [BLOCK, PADDED], [BLOCK, VALUE_PADDED]  # fmt: skip
-        grad_q = query_gradients_block(
-            walk, dropout, q, k, v, grad_out, row, point, member_mask(bit, members), head, scale,
-            lse, delta, grad_q, HAS_DROPOUT, PRECISION, CAREFUL,
-        )  # fmt: skip
-    return grad_q
-
-
-@triton.jit
-def query_gradients_runs(walk, dropout, q, k_rows, v_rows, grad_out, tile, row, row_active,
-                         head, scale, lse, delta,
-                         DIM: tl.constexpr, LEVELS: tl.constexpr,
-                         WIDTH: tl.constexpr, PADDED: tl.constexpr,
-                         VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr,
-                         HAS_DROPOUT: tl.constexpr,
-                         PRECISION: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
-    """The same from the tile's runs."""
-    grad_q = tl.zeros([ROWS, PADDED], tl.float32)
-    for level in range(LEVELS):
-        runs = load_runs(walk, tile, level, ROWS, LEVELS)
-        for first in tl.range(0, runs[2], SEARCH_BLOCK, num_stages=1):
-            point, valid, pair_mask = search_columns(
-                walk, row, row_active, level, first, runs, DIM, LEVELS, 1
-            )  # [SEARCH_BLOCK], [SEARCH_BLOCK], [ROWS, SEARCH_BLOCK]
-            k, v, _ = load_points(
-                k_rows, v_rows, point, valid, head,
-                WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, True,
-            )  # [SEARCH_BLOCK, PADDED], [SEARCH_BLOCK, VALUE_PADDED]  # fmt: skip
-            grad_q = query_gradients_block(
-                walk, dropout, q, k, v, grad_out, row, point, pair_mask, head, scale, lse, delta,
-                grad_q, HAS_DROPOUT, PRECISION, True,
-            )  # fmt: skip
-    return grad_q
-
-
-@triton.jit(do_not_specialize=SIZES)
-def query_gradients(tiles, levels, n_rows, n_columns, n_items, n_runs, n_blocks, n_groups, n_heads,
-                    row_mask, cells, dropout, q_rows, k_rows, v_rows, lse_ptr, out_rows,
-                    grad_out_rows, grad_lse_ptr, stats_ptr, grad_q_rows, cell_gradients, scale,
-                    DIM: tl.constexpr, LEVELS: tl.constexpr,
-                    WIDTH: tl.constexpr, PADDED: tl.constexpr,
-                    VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr,
-                    HAS_DROPOUT: tl.constexpr,
-                    PRECISION: tl.constexpr, HAS_BACKGROUND: tl.constexpr,
-                    ROWS: tl.constexpr, BLOCK: tl.constexpr, CELLS: tl.constexpr,
-                    LIST_BLOCK: tl.constexpr):  # fmt: skip
-    """The gradient of q, and statistics for the other gradients; rows are queries, columns points.
-
-    With ``grad_weights = grad_out @ v.T``, the gradient of the logits is
-    ``weights * (grad_weights - delta)``. Here ``delta = rowsum(weights * grad_weights)``, which
-    equals ``rowsum(grad_out * out)``. The gradient of the log-sum-exp adds ``weights * grad_lse``
-    to that of the logits, so ``grad_lse`` is subtracted from ``delta``.
-
-    Args, in addition to those of `attend`:
-        out_rows, grad_out_rows: Rows ``[N, H, dv]``.
-        lse_ptr, grad_lse_ptr: float32 ``[N, H]``.
-        stats_ptr: float32 ``[H, N, 2]``, a result, see `stats_ptrs`.
-        grad_q_rows: Rows ``[N, H, d]``, a result as well.
-        cell_gradients: the `CellGradients` to write, or None.
-    """
-    walk = Walk(
-        tiles, levels, n_rows, n_columns, n_items, n_runs, n_blocks, n_groups, n_heads, row_mask
-    )
-    tile, head, row, row_valid = program_tile(walk, ROWS)  # scalar, scalar, [ROWS], [ROWS]
-    q = load_rows(q_rows, row, row_valid, head, WIDTH, PADDED)  # [ROWS, PADDED]
-    grad_out = load_rows(
-        grad_out_rows, row, row_valid, head, VALUE_WIDTH, VALUE_PADDED
-    )  # [ROWS, VALUE_PADDED]
-    lse = tl.load(lse_ptr + row * n_heads + head, mask=row_valid, other=-float("inf"))  # [ROWS]
-    # Without any neighbor, and for masked queries, the log-sum-exp is -inf.
-    row_active = row_valid & (lse != -float("inf"))  # [ROWS]
-    delta = compute_delta(
-        grad_out, out_rows, grad_lse_ptr, row, row_valid, head, n_heads, VALUE_WIDTH, VALUE_PADDED
-    )  # [ROWS]
-    lse, delta = store_stats(stats_ptr, row, row_valid, head, n_rows, lse, delta)  # [ROWS] each
-    bit = tl.where(row_active, member_bits(walk, row, row_valid, ROWS), 0)  # [ROWS]
-    start, n_entries = load_list(walk, tile, LIST_BLOCK)
-    if n_entries >= 0:
-        grad_q = query_gradients_list(
-            walk, dropout, q, k_rows, v_rows, grad_out, row, bit, head, scale * LOG2_E, lse, delta,
-            start, n_entries,
-            WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, HAS_DROPOUT, PRECISION, False, ROWS, BLOCK,
-        )  # [ROWS, PADDED]  # fmt: skip
-        if not all_finite(finite_flag(grad_q)):
-            grad_q = query_gradients_list(
-                walk, dropout, q, k_rows, v_rows, grad_out, row, bit, head, scale * LOG2_E,
-                lse, delta, start, n_entries,
-                WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, HAS_DROPOUT, PRECISION, True, ROWS, BLOCK,
-            )  # fmt: skip
-    else:
-        grad_q = query_gradients_runs(
-            walk, dropout, q, k_rows, v_rows, grad_out, tile, row, row_active, head,
-            scale * LOG2_E, lse, delta,
-            DIM, LEVELS, WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, HAS_DROPOUT, PRECISION, ROWS,
-        )  # fmt: skip
-    store_rows(grad_q_rows, row, row_valid, head, grad_q * scale, WIDTH, PADDED)
-    if HAS_BACKGROUND:
-        for level in range(LEVELS):
-            query_gradients_of_cells(
-                walk, cells, dropout, cell_gradients, row, row_valid, row_active, level, head,
-                scale, grad_out, lse, delta,
-                DIM, LEVELS, WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, HAS_DROPOUT, PRECISION,
-                ROWS, CELLS,
-            )  # fmt: skip
-
-
-@triton.jit
-def point_gradients_block(walk, dropout, k, v, q_rows, grad_out_rows, stats_ptr, row, query, valid,
-                          pair_mask, head, scale, grad_k, grad_v,
-                          WIDTH: tl.constexpr, PADDED: tl.constexpr,
-                          VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr,
-                          HAS_DROPOUT: tl.constexpr,
-                          PRECISION: tl.constexpr, CAREFUL: tl.constexpr):  # fmt: skip
-    """Adds one block to ``grad_k``, which is not scaled yet, and to ``grad_v``.
-
-    Args:
-        walk, dropout, head: as in `point_gradients`.
-        k, v: ``[ROWS, PADDED]`` and ``[ROWS, VALUE_PADDED]``.
-        q_rows, grad_out_rows, stats_ptr: as in `point_gradients`.
-        row, query, pair_mask: ``[ROWS]``, ``[BLOCK]`` and ``[ROWS, BLOCK]``.
-        valid: bool ``[BLOCK]``, whether queries exist; all do, unless careful.
-        scale: of logits to base 2.
-        grad_k, grad_v: ``[ROWS, PADDED]`` and ``[ROWS, VALUE_PADDED]``.
-        WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED: see `launch.widths`.
-        HAS_DROPOUT: whether ``dropout`` is given.
-        PRECISION: see `dot`.
-        CAREFUL: whether something may not be finite.
-
-    Returns:
-        The new ``grad_k`` and ``grad_v``.
-    """
-    if CAREFUL:
-        lse, delta = load_stats(stats_ptr, query, valid, head, walk.n_items)  # [BLOCK] each
-        # If q is not finite, neither is lse; if grad_out is not, neither is delta.
-        lse += delta * 0.0
-        finite = valid & (lse * 0.0 == 0.0)  # [BLOCK]
-        q = load_rows(q_rows, query, finite, head, WIDTH, PADDED)  # [BLOCK, PADDED]
-        grad_out = load_rows(
-            grad_out_rows, query, finite, head, VALUE_WIDTH, VALUE_PADDED
-        )  # [BLOCK, VALUE_PADDED]
-    else:
-        stats = stats_ptrs(stats_ptr, query, head, walk.n_items)  # [BLOCK]
-        lse, delta = tl.load(stats), tl.load(stats + 1)
-        q = load_all_rows(q_rows, query, head, WIDTH, PADDED)
-        grad_out = load_all_rows(grad_out_rows, query, head, VALUE_WIDTH, VALUE_PADDED)
-    weights = tl.exp2(dot(k, tl.trans(q), PRECISION) * scale - lse[None, :])  # [ROWS, BLOCK]
-    weights = tl.where(pair_mask, weights, 0.0)
-    grad_weights = dot(v, tl.trans(grad_out), PRECISION)  # [ROWS, BLOCK]
-    dropped_weights = weights  # [ROWS, BLOCK]
-    if HAS_DROPOUT:
-        column = point_columns(dropout, row, walk.n_rows)  # [ROWS]
-        dropout_factor = dropout_factors(
-            dropout, head, query[None, :], column[:, None]
-        )  # [ROWS, BLOCK]
-        dropped_weights = weights * dropout_factor
-        grad_weights *= dropout_factor
-    grad_logits = weights * (grad_weights - delta[None, :])  # [ROWS, BLOCK]
-    if CAREFUL:  # zero times a number that is not finite
-        grad_logits = tl.where(pair_mask, grad_logits, 0.0)
-    grad_v += dot(dropped_weights.to(grad_out.dtype), grad_out, PRECISION)
-    grad_k += dot(grad_logits.to(q.dtype), q, PRECISION)
-    return grad_k, grad_v
-
-
-@triton.jit
-def point_gradients_list(walk, dropout, k, v, q_rows, grad_out_rows, stats_ptr, row, bit, head,
-                         scale, start, n_entries,
-                         WIDTH: tl.constexpr, PADDED: tl.constexpr,
-                         VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr,
-                         HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, CAREFUL: tl.constexpr,
-                         ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """``grad_k``, not scaled yet, and ``grad_v`` of `point_gradients`, from the tile's list."""
-    grad_k = tl.zeros([ROWS, PADDED], tl.float32)
-    grad_v = tl.zeros([ROWS, VALUE_PADDED], tl.float32)
-    # Dropout leaves registers for fewer blocks under way.
-    stages: tl.constexpr = 1 if CAREFUL else 2 if HAS_DROPOUT else 3
-    for first in tl.range(0, n_entries, BLOCK, num_stages=stages):
-        query, members = load_listed(walk, start + first + tl.arange(0, BLOCK))  # [BLOCK] each
-        grad_k, grad_v = point_gradients_block(
-            walk, dropout, k, v, q_rows, grad_out_rows, stats_ptr, row, query, query >= 0,
-            member_mask(bit, members), head, scale, grad_k, grad_v,
-            WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, HAS_DROPOUT, PRECISION, CAREFUL,
-        )  # fmt: skip
-    return grad_k, grad_v
-
-
-@triton.jit
-def point_gradients_runs(walk, dropout, k, v, q_rows, grad_out_rows, stats_ptr, tile, row,
-                         row_valid, head, scale,
-                         DIM: tl.constexpr, LEVELS: tl.constexpr,
-                         WIDTH: tl.constexpr, PADDED: tl.constexpr,
-                         VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr,
-                         HAS_DROPOUT: tl.constexpr,
-                         PRECISION: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
-    """The same from the tile's runs."""
-    grad_k = tl.zeros([ROWS, PADDED], tl.float32)
-    grad_v = tl.zeros([ROWS, VALUE_PADDED], tl.float32)
-    runs = load_runs(walk, tile, 0, ROWS, 1)
-    for first in tl.range(0, runs[2], SEARCH_BLOCK, num_stages=1):
-        query, valid, pair_mask = search_columns(
-            walk, row, row_valid, 0, first, runs, DIM, LEVELS, LEVELS
-        )  # [SEARCH_BLOCK], [SEARCH_BLOCK], [ROWS, SEARCH_BLOCK]
-        grad_k, grad_v = point_gradients_block(
-            walk, dropout, k, v, q_rows, grad_out_rows, stats_ptr, row, query, valid, pair_mask,
-            head, scale, grad_k, grad_v,
-            WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, HAS_DROPOUT, PRECISION, True,
-        )  # fmt: skip
-    return grad_k, grad_v
-
-
-@triton.jit(do_not_specialize=SIZES)
-def point_gradients(tiles, levels, n_rows, n_columns, n_items, n_runs, n_blocks, n_groups, n_heads,
-                    row_mask, dropout, q_rows, k_rows, v_rows, stats_ptr, grad_out_rows,
-                    grad_k_rows, grad_v_rows, scale,
-                    DIM: tl.constexpr, LEVELS: tl.constexpr,
-                    WIDTH: tl.constexpr, PADDED: tl.constexpr,
-                    VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr,
-                    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-                    ROWS: tl.constexpr, BLOCK: tl.constexpr,
-                    LIST_BLOCK: tl.constexpr):  # fmt: skip
-    """The gradients of k and v; rows are points, columns the queries, once for each level.
-
-    Args, in addition to those of `attend` and `query_gradients`:
-        grad_k_rows, grad_v_rows: Rows ``[nnz, H, d]`` and ``[nnz, H, dv]``, the results.
-        BLOCK: queries of a block.
-    """
-    walk = Walk(
-        tiles, levels, n_rows, n_columns, n_items, n_runs, n_blocks, n_groups, n_heads, row_mask
-    )
-    tile, head, row, row_valid = program_tile(walk, ROWS)  # scalar, scalar, [ROWS], [ROWS]
-    k = load_rows(k_rows, row, row_valid, head, WIDTH, PADDED)  # [ROWS, PADDED]
-    v = load_rows(v_rows, row, row_valid, head, VALUE_WIDTH, VALUE_PADDED)  # [ROWS, VALUE_PADDED]
-    bit = member_bits(walk, row, row_valid, ROWS)  # [ROWS]
-    start, n_entries = load_list(walk, tile, LIST_BLOCK)
-    if n_entries >= 0:
-        grad_k, grad_v = point_gradients_list(
-            walk, dropout, k, v, q_rows, grad_out_rows, stats_ptr, row, bit, head, scale * LOG2_E,
-            start, n_entries,
-            WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, HAS_DROPOUT, PRECISION, False, ROWS, BLOCK,
-        )  # [ROWS, PADDED], [ROWS, VALUE_PADDED]  # fmt: skip
-        if not all_finite(finite_flag(grad_k) + finite_flag(grad_v)):
-            grad_k, grad_v = point_gradients_list(
-                walk, dropout, k, v, q_rows, grad_out_rows, stats_ptr, row, bit, head,
-                scale * LOG2_E, start, n_entries,
-                WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, HAS_DROPOUT, PRECISION, True, ROWS, BLOCK,
-            )  # fmt: skip
-    else:
-        grad_k, grad_v = point_gradients_runs(
-            walk, dropout, k, v, q_rows, grad_out_rows, stats_ptr, tile, row, row_valid, head,
-            scale * LOG2_E,
-            DIM, LEVELS, WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, HAS_DROPOUT, PRECISION, ROWS,
-        )  # fmt: skip
-    store_rows(grad_k_rows, row, row_valid, head, grad_k * scale, WIDTH, PADDED)
-    store_rows(grad_v_rows, row, row_valid, head, grad_v, VALUE_WIDTH, VALUE_PADDED)

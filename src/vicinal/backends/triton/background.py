@@ -49,7 +49,7 @@ class EmptyCells(NamedTuple):
 
 
 class CellGradients(NamedTuple):
-    """What `attention.query_gradients` writes for the background."""
+    """What `gradients.query_gradients` writes for the background."""
 
     query: Any  # Rows [N * L, H, d]
     weights: Any  # float32 [N, L, H], the sum of the weights of a level's empty cells
@@ -231,7 +231,7 @@ def query_gradients_of_cells(
 ):  # fmt: skip
     """The gradient of the background's query at a level, and the weights of its empty cells.
 
-    Args, in addition to those of `attention.query_gradients`:
+    Args, in addition to those of `gradients.query_gradients`:
         gradients: the `CellGradients` to write.
         row, row_valid, row_active, lse, delta: ``[ROWS]``; the log-sum-exp is to base 2.
         level, head: scalars.
@@ -275,7 +275,7 @@ def cell_key_gradients(tiles, levels, n_rows, n_columns, n_items, n_runs, n_bloc
 
     A program takes a block of cells and a head, and every ``n_parts``-th tile of queries.
 
-    Args, in addition to those of `attention.query_gradients`:
+    Args, in addition to those of `gradients.query_gradients`:
         partial_rows: Rows ``[n_parts * K, H, d]``, the result.
         n_parts: the number of sums.
         n_slots: K.

@@ -11,6 +11,7 @@ from ..ops import list_space, new_gradients
 from ..types import LIST_BLOCK, TILE, Tiles
 from . import attention as attention_kernels
 from . import background as background_kernels
+from . import gradients as gradient_kernels
 from . import lists as list_kernels
 from . import plan_ops
 from . import rotary as rotary_kernels
@@ -71,7 +72,7 @@ def attend_backward(
     )
     grad_q, grad_k, grad_v = new_gradients(q, k, v, needs_queries, needs_points)
     grad_background = [x.new_empty(x.shape) for x in background if needs_queries]
-    grad_rows, grad_lse = heads(grad_out), grad_lse.contiguous()
+    grad_rows, grad_lse_rows = heads(grad_out), heads(grad_lse.unsqueeze(2))
     stats = lse.new_empty(args.n_heads, len(lse), 2)
     cell_gradients = None
     if grad_background:
@@ -82,17 +83,17 @@ def attend_backward(
     with on_device_of(q):
         if needs_queries:
             launch(
-                attention_kernels.query_gradients, args.query_programs, *args.query_walk,
+                gradient_kernels.query_gradients, args.query_programs, *args.query_walk,
                 args.cells, dropout, *args.heads, lse, heads(out), grad_rows,
-                grad_lse, stats, heads(grad_q), cell_gradients, scale,
+                grad_lse_rows, stats, heads(grad_q), cell_gradients, scale,
                 **constants, HAS_BACKGROUND=bool(background), ROWS=args.query_rows, CELLS=_CELLS,
                 LIST_BLOCK=LIST_BLOCK,
             )  # fmt: skip
         else:
-            _find_stats(heads(out), grad_rows, lse, grad_lse, stats, v.shape[2])
+            _find_stats(heads(out), grad_rows, lse, grad_lse_rows, stats, v.shape[2])
         if needs_points:
             launch(
-                attention_kernels.point_gradients, args.point_programs, *args.point_walk,
+                gradient_kernels.point_gradients, args.point_programs, *args.point_walk,
                 dropout, *args.heads, stats, grad_rows, heads(grad_k), heads(grad_v), scale,
                 **constants, ROWS=args.point_rows, LIST_BLOCK=LIST_BLOCK,
             )  # fmt: skip
@@ -106,12 +107,12 @@ def attend_backward(
 
 
 def _find_stats(
-    out: Rows, grad_out: Rows, lse: Tensor, grad_lse: Tensor, stats: Tensor, width: int
+    out: Rows, grad_out: Rows, lse: Tensor, grad_lse: Rows, stats: Tensor, width: int
 ) -> None:
     (n_queries, n_heads), padded = lse.shape, power_of_2(width)
     block = max(1, min(32, 2048 // padded))  # two such blocks fit in registers
     launch(
-        attention_kernels.find_stats, cdiv(n_queries, block) * n_heads, out, grad_out, lse,
+        gradient_kernels.find_stats, cdiv(n_queries, block) * n_heads, out, grad_out, lse,
         grad_lse, stats, n_queries, n_heads,
         VALUE_WIDTH=width, VALUE_PADDED=padded, BLOCK=block, num_warps=1,
     )  # fmt: skip

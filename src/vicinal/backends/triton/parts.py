@@ -64,6 +64,30 @@ def load_all_rows(rows, index, head, WIDTH: tl.constexpr, PADDED: tl.constexpr):
 
 
 @triton.jit
+def load_points(k_rows, v_rows, item, valid, head,
+                WIDTH: tl.constexpr, PADDED: tl.constexpr,
+                VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr,
+                CAREFUL: tl.constexpr):  # fmt: skip
+    """Keys ``[BLOCK, PADDED]`` and values ``[BLOCK, VALUE_PADDED]`` of the items ``[BLOCK]``.
+
+    Carefully, those that are not ``valid`` or not finite are zeros. Then a third result, the flags
+    ``[BLOCK]``, is NaN where a key or value is not finite, else zero.
+    """
+    if CAREFUL:
+        k = load_rows(k_rows, item, valid, head, WIDTH, PADDED)
+        v = load_rows(v_rows, item, valid, head, VALUE_WIDTH, VALUE_PADDED)
+        flag = tl.sum(k.to(tl.float32) * 0.0, 1) + tl.sum(v.to(tl.float32) * 0.0, 1)
+        # Loading again takes fewer registers than keeping both.
+        finite = valid & (flag == 0.0)  # [BLOCK]
+        k = load_rows(k_rows, item, finite, head, WIDTH, PADDED)
+        v = load_rows(v_rows, item, finite, head, VALUE_WIDTH, VALUE_PADDED)
+        return k, v, flag
+    else:
+        k = load_all_rows(k_rows, item, head, WIDTH, PADDED)
+        return k, load_all_rows(v_rows, item, head, VALUE_WIDTH, VALUE_PADDED), None
+
+
+@triton.jit
 def load_rows(rows, index, valid, head, WIDTH: tl.constexpr, PADDED: tl.constexpr):
     """``[n, PADDED]``: one head of some rows; zero in the padding and in rows not ``valid``."""
     mask = valid[:, None] & channel_mask(WIDTH, PADDED)  # [n, PADDED]

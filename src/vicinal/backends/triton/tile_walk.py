@@ -39,6 +39,8 @@ N_SLICES = tl.constexpr(1)  # of a window
 FIRST_SLICE = tl.constexpr(2)  # the number of slices at the levels before
 FIRST_SLOT = tl.constexpr(3)  # the number of cells at the levels before
 
+SEARCH_BLOCK = tl.constexpr(16)  # columns; searching takes registers
+
 
 @triton.jit
 def level_ptr(walk, level, FIELD: tl.constexpr):
@@ -216,3 +218,25 @@ def window_mask(
         width = (2 * radius).to(tl.uint32, bitcast=True)  # [ROWS]
         pair_mask = pair_mask & (distance <= width[:, None])
     return pair_mask
+
+
+@triton.jit
+def search_columns(walk, row, row_valid, level, first, runs,
+                   DIM: tl.constexpr, LEVELS: tl.constexpr, COLUMN_LEVELS: tl.constexpr,
+                   ):  # fmt: skip
+    """The entries of a tile's runs from ``first`` on.
+
+    Args:
+        walk, runs: see `load_columns`.
+        row, row_valid, level: see `window_mask`.
+        first: a scalar.
+        DIM, LEVELS, COLUMN_LEVELS: numbers of dimensions, of levels, of an item's columns.
+
+    Returns:
+        The items, int64 ``[SEARCH_BLOCK]``, zero where not valid; which are valid, bool
+        ``[SEARCH_BLOCK]``; the pair mask, bool ``[ROWS, SEARCH_BLOCK]``.
+    """
+    entry = first + tl.arange(0, SEARCH_BLOCK)  # [SEARCH_BLOCK]
+    item, valid, item_level = load_columns(walk, entry, runs, COLUMN_LEVELS)
+    pair_mask = window_mask(walk, row, level, row_valid, item, item_level, valid, DIM, LEVELS)
+    return item, valid, pair_mask
