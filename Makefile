@@ -6,6 +6,7 @@ BIN := .venv/bin
 help:
 	@echo "make demo   trains a detector of handwritten digits on large canvases; pictures in out/"
 	@echo "python -m examples.classify_points   classifies handwritten digits as point sets"
+	@echo "python -m examples.stream_events   encodes a stream of events slice by slice"
 	@echo "make test   runs the tests"
 	@echo "make lint   runs ruff and mypy"
 	@echo "make docs   builds the documentation site, strictly, in out/site"

@@ -24,7 +24,7 @@ def cpu_kernel() -> list[Extension]:
         Extension(
             "vicinal.backends.cpu._cpu",
             sources=[f"{KERNELS}/ops.cpp"],
-            depends=[str(path) for path in Path(KERNELS).glob("*.h")],
+            depends=[str(path) for path in Path(KERNELS).rglob("*.h")],
             include_dirs=[str(root / "include")],
             library_dirs=[str(root / "lib")],
             libraries=["torch_cpu"],

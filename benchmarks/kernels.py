@@ -25,14 +25,15 @@ from triton.runtime.jit import create_function_from_signature
 from benchmarks import launches as host
 from benchmarks.gpu_costs import model, plan, sass, scene
 from benchmarks.scenes import particle_tracks
-from vicinal import FeaturePyramid, NeighborhoodPlan, plan_neighborhoods
+from vicinal import FeaturePyramid, NeighborhoodPlan, Window, plan_neighborhoods
 from vicinal._index.tiles import tile_rows
 from vicinal.backends import reference
 from vicinal.backends import triton as triton_backend
 from vicinal.backends.ops import list_space
 from vicinal.backends.triton import ops as triton_ops
 from vicinal.backends.triton import plan_ops
-from vicinal.backends.types import LIST_BLOCK, TILE
+from vicinal.backends.triton.checks import PlanParts
+from vicinal.backends.types import LIST_BLOCK, TILE, window_tables
 
 
 class Case(NamedTuple):
@@ -44,12 +45,16 @@ class Case(NamedTuple):
     heads: int = 8
     n_points: int | None = None
     n_queries: int | None = None  # few among many have tiles of one row
+    balls: bool = False  # windows
+    bias: bool = False
 
 
 CASES = (
     Case(torch.bfloat16, 32, everything=False),
     Case(torch.bfloat16, 32, everything=False, n_queries=5),
     Case(torch.float16, 32),
+    Case(torch.bfloat16, 32, balls=True, bias=True),
+    Case(torch.float32, 32, bias=True),
     Case(torch.float16, 16, heads=1, n_points=1),  # a size of one may be a constant to Triton
     Case(torch.bfloat16, 256),
     Case(torch.float32, 32),
@@ -174,7 +179,7 @@ def launches(case: Case) -> list[Launch]:
         mock.patch.object(triton_ops, "launch", record),
         mock.patch.object(plan_ops, "launch", record),
     ):
-        if not case.everything:
+        if not case.everything or case.balls:
             _find_tiles(plan)
         _rotate_and_attend(plan, case)
     return list(found.values())
@@ -185,11 +190,13 @@ def _plan(case: Case) -> NeighborhoodPlan:
     coordinates = scene.coordinates[: case.n_points]
     points = FeaturePyramid(torch.zeros(len(coordinates), 1), coordinates, scene.level_shapes, 1)
     positions = points.positions()[: case.n_queries]
-    return plan_neighborhoods(positions, torch.tensor([0, len(positions)]), points, scene.windows)
+    windows = [Window(size, shape="ball") if case.balls else size for size in scene.windows]
+    return plan_neighborhoods(positions, torch.tensor([0, len(positions)]), points, windows)
 
 
 def _find_tiles(plan: NeighborhoodPlan) -> None:
     tables, cells = plan._kernel_tables(), plan._point_cells()
+    assert tables is not None
     levels, query_slots, point_slots = tables.on(plan.device, tables.layout.key_dtype)
     numbers, dtype = list(tables.numbers), tables.layout.key_dtype
     positions, coordinates = plan._keyed_cells.positions, plan._keyed_cells.coordinates
@@ -211,7 +218,7 @@ def _find_tiles(plan: NeighborhoodPlan) -> None:
     )
     rows = tile_rows(plan.n_queries, plan.n_points)
     slices = plan._tensors.query_slices
-    plan_ops.find_runs(*slices[:3], list(plan.neighborhood_sizes), plan.position_dim, rows)
+    plan_ops.find_runs(*slices[:3], plan._tensors.slices_per_level(), rows)
 
 
 def _rotate_and_attend(plan: NeighborhoodPlan, case: Case) -> None:
@@ -224,19 +231,22 @@ def _rotate_and_attend(plan: NeighborhoodPlan, case: Case) -> None:
     frequencies = torch.zeros(axes, case.heads, case.width // 2, dtype=exact)
     triton_ops.rotate(x, coordinates, frequencies)
     triton_ops.rotate_backward(x, x, coordinates, frequencies)
-    background, seed = [], None
+    background, seed, bias = [], None, None
     if case.everything:
         seed = torch.tensor(5)
         levels = plan.n_levels
         background = [zeros(plan.n_queries, levels), zeros(plan.window_slots), zeros(1, levels)]
+    if case.bias:
+        bias = torch.zeros(plan.window_slots, case.heads, dtype=case.dtype)
     slices = plan._tensors.query_slices
     find = reference.find_runs, triton_backend.find_lists
     tiles = plan._query_tiles(*find), plan._point_tiles(*find)
     columns = plan._tensors.point_columns
-    tensors = [*tiles[0], *slices[1:3], columns, columns[:0], *tiles[1]]
+    windows = window_tables(plan._windows, plan.device, slots=bias is not None)
+    parts = PlanParts(tiles[0], windows, *slices[1:3], columns, columns[:0], tiles[1])
     arguments = (
         zeros(plan.n_queries), zeros(plan.n_points), zeros(plan.n_points), None, seed, background,
-        tensors, list(plan.neighborhood_sizes), plan.position_dim, 0.1, 0.2,
+        bias, parts.tensors(), plan._tensors.slices_per_level(), 0.1, 0.2,
     )  # fmt: skip
     out, lse = triton_ops.attend(*arguments)
     no_gradient = lse.new_zeros(()).expand_as(lse)  # as in a training step

@@ -1,8 +1,9 @@
 """One block on one scene, every point a query, and the work on it that is timed."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,7 @@ class Layer:
     dtype: torch.dtype = torch.float32
     device: torch.device = CPU
     backend: str | None = None
+    relative_bias: bool = False
 
     def __post_init__(self) -> None:
         torch.manual_seed(0)
@@ -41,9 +43,11 @@ class Layer:
         positions = self.pyramid.positions  # for other commits: a method or a property
         self.positions = positions() if callable(positions) else positions
         self.offsets = torch.tensor([0, len(self.x)], device=self.device)
-        dim, backend = len(scene.level_shapes[0]), self.backend
+        options: dict[str, Any] = {"position_dim": len(scene.level_shapes[0])}
+        if self.relative_bias:  # other commits may not have the option
+            options["relative_bias"] = True
         self.block = vicinal.SparseNeighborhoodAttentionBlock(
-            self.embed_dim, self.heads, len(windows), windows, position_dim=dim, backend=backend
+            self.embed_dim, self.heads, len(windows), windows, backend=self.backend, **options
         ).to(self.device, self.dtype)
 
     def __len__(self) -> int:
@@ -54,6 +58,10 @@ class Layer:
         """The same points, listed in ``order`` [n], with other random embeddings."""
         coordinates = self.scene.coordinates[order.cpu()]
         return replace(self, scene=self.scene._replace(coordinates=coordinates))
+
+    def with_windows(self, windows: Sequence[Any]) -> "Layer":
+        """The same points, with other windows."""
+        return replace(self, scene=self.scene._replace(windows=tuple(windows)))
 
     def time(self, calls: Mapping[str, Call], repeats: int) -> Timings:
         return time_calls(calls, repeats, self.device)

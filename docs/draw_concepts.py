@@ -103,9 +103,9 @@ def draw_panel(level: int, panel: Panel, x: float, y: float) -> list[str]:
     return shapes
 
 
-def draw_query(x: float, y: float) -> str:
+def draw_query(x: float, y: float, radius: float = 5.5) -> str:
     """The dot at the query's position."""
-    style = f'r="5.5" fill="{QUERY_COLOR}" stroke="white" stroke-width="1.5"'
+    style = f'r="{radius:g}" fill="{QUERY_COLOR}" stroke="white" stroke-width="1.5"'
     return f'<circle cx="{x:g}" cy="{y:g}" {style}/>'
 
 

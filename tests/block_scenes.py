@@ -65,6 +65,7 @@ def make_arguments(
     levels: bool = False,
     mask: bool = False,
     seed: int = 0,
+    point_dim: int = EMBED,
 ) -> Arguments:
     """Random arguments; all differentiable ones require gradients."""
     generator = torch.Generator().manual_seed(seed)
@@ -77,8 +78,8 @@ def make_arguments(
         draw(n, EMBED),
         scene.positions.detach().clone().requires_grad_(),
         scene.offsets,
-        pyramid.with_values(draw(len(pyramid), EMBED)),
-        draw(pyramid.batch_size, pyramid.n_levels, EMBED) if background else None,
+        pyramid.with_values(draw(len(pyramid), point_dim)),
+        draw(pyramid.batch_size, pyramid.n_levels, point_dim) if background else None,
         torch.randint(pyramid.n_levels, (n,), generator=generator) if levels else None,
         torch.rand(n, generator=generator) < 0.3 if mask else None,
     )
@@ -96,13 +97,16 @@ def specification(block: Any, scene: Scene, arguments: Arguments) -> Tensor:
         key, value = block.kv_proj(embedding).chunk(2, -1)
         return key.unflatten(-1, (HEADS, -1)), value.unflatten(-1, (HEADS, -1))
 
+    def rotate(x: Tensor, positions: Tensor, level: Tensor) -> Tensor:
+        if block.pos_encoding is None:
+            return x
+        return rotate_by_hand(block.pos_encoding, x, torch.cat((positions, level[:, None]), 1))
+
     def keys_at(keys: Tensor, cells: Tensor, level: Tensor) -> Tensor:
-        centers = (cells.double() + 0.5) / scales[level]
-        return rotate_by_hand(block.pos_encoding, keys, torch.cat((centers, level[:, None]), 1))
+        return rotate(keys, (cells.double() + 0.5) / scales[level], level)
 
     x = block.norm(query) if block.norm_first else query
-    q = block.q_in_proj(x).unflatten(-1, (HEADS, -1))
-    q = rotate_by_hand(block.pos_encoding, q, torch.cat((positions, levels[:, None]), 1))
+    q = rotate(block.q_in_proj(x).unflatten(-1, (HEADS, -1)), positions, levels)
     k, v = project(pyramid.values)
     k = keys_at(k, pyramid.cells, pyramid.levels)
 
@@ -122,6 +126,25 @@ def specification(block: Any, scene: Scene, arguments: Arguments) -> Tensor:
         attended.append((weights[..., None] * values).sum(0).flatten())
     stacked = torch.stack(attended) if attended else query * 0
     out: Tensor = query + block.out_proj(stacked)
+    return out if block.norm_first else block.norm(out)
+
+
+def by_weights(block: Any, arguments: Arguments, queries: Tensor | None = None) -> Tensor:
+    """The output for ``queries`` (default: all), computed from `attention_weights`."""
+    weights = block.attention_weights(**arguments._asdict(), queries=queries)
+    chosen = torch.arange(len(arguments.query)) if queries is None else queries
+    query, pyramid = arguments.query[chosen], arguments.stacked_feature_maps
+    v = block.kv_proj(pyramid.values)[:, EMBED:].unflatten(-1, (HEADS, -1))
+    row = torch.repeat_interleave(weights.offsets.diff())
+    attended = query.new_zeros(len(chosen), HEADS, EMBED // HEADS)
+    attended = attended.index_add(0, row, weights.weights[..., None] * v[weights.points])
+    if arguments.background_embedding is not None:
+        offsets = arguments.query_batch_offsets
+        image = torch.searchsorted(offsets, chosen, right=True) - 1
+        cells = block.kv_proj(arguments.background_embedding)[..., EMBED:]
+        cells = cells.unflatten(-1, (HEADS, -1))[image]
+        attended = attended + torch.einsum("nlh,nlhd->nhd", weights.background, cells)
+    out: Tensor = query + block.out_proj(attended.flatten(1))
     return out if block.norm_first else block.norm(out)
 
 

@@ -86,7 +86,7 @@ class Scene:
     positions: Tensor  # [N, P]
     offsets: Tensor  # [B + 1]
     pyramid: FeaturePyramid
-    sizes: tuple[int, ...]
+    sizes: tuple[Any, ...]
 
     def plan(self, *, check_contents: bool | None = None) -> NeighborhoodPlan:
         return plan_neighborhoods(
@@ -140,7 +140,7 @@ def plan_by_triton(scene: Scene, device: torch.device, **options: Any) -> Neighb
 
 def make_scene(
     shapes: Shapes,
-    sizes: Sequence[int],
+    sizes: Sequence[Any],
     query_counts: Sequence[int],
     n_points: int,
     *,
@@ -236,14 +236,17 @@ class Inputs(NamedTuple):
     v: Tensor
     background: Background | None = None
     query_mask: Tensor | None = None
+    bias: Tensor | None = None
 
     def leaves(self) -> tuple[Tensor, ...]:
-        return (self.q, self.k, self.v, *(self.background or ()))
+        bias = () if self.bias is None else (self.bias,)
+        return (self.q, self.k, self.v, *bias, *(self.background or ()))
 
     def with_leaves(self, leaves: Sequence[Tensor]) -> "Inputs":
         """The inputs with other tensors in place of `leaves`."""
         q, k, v, *cells = leaves
-        return Inputs(q, k, v, Background(*cells) if cells else None, self.query_mask)
+        bias = None if self.bias is None else cells.pop(0)
+        return Inputs(q, k, v, Background(*cells) if cells else None, self.query_mask, bias)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Inputs":
         return self.with_leaves([change(leaf) for leaf in self.leaves()])
@@ -268,6 +271,7 @@ class Inputs(NamedTuple):
             scale=scale,
             dropout_p=dropout_p,
             background=self.background,
+            bias=self.bias,
             query_mask=self.query_mask,
             return_lse=True,
             backend=backend,
@@ -282,6 +286,7 @@ def make_inputs(
     value_width: int | None = None,
     background: bool = False,
     mask: bool = False,
+    bias: bool = False,
     seed: int = 0,
     dtype: torch.dtype = torch.float64,
 ) -> Inputs:
@@ -302,7 +307,8 @@ def make_inputs(
             draw(plan.batch_size, levels, heads, value_width),
         )
     query_mask = torch.rand(n, generator=generator) < 0.3 if mask else None
-    return Inputs(q, k, v, cells, query_mask)
+    table = draw(plan.window_slots, heads) if bias else None
+    return Inputs(q, k, v, cells, query_mask, table)
 
 
 class Answer(NamedTuple):
@@ -342,7 +348,7 @@ def answer(
 
 def oracle(scene: Scene, inputs: Inputs, scale: float | None = None) -> tuple[Tensor, Tensor]:
     """Output ``[N, H, dv]`` and log-sum-exp ``[N, H]``, query by query, cell by cell."""
-    q, k, v, background, mask = inputs
+    q, k, v, background, mask, _ = inputs
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     out, lse = [], []
     for query, (image, window) in enumerate(zip(scene.images(), scene.windows(), strict=True)):
@@ -383,6 +389,8 @@ def assert_same_answers(actual: Answer, expected: Answer, tolerance: float) -> N
 def rotate_by_hand(encoding: RotaryEncoding, x: Tensor, coordinates: Tensor) -> Tensor:
     """``x`` ``[n, H, d]`` rotated at ``coordinates`` ``[n, P + 1]``: pairs as complex numbers."""
     freqs, dim = list(encoding.freqs), encoding.position_dim
+    if encoding.axis_scales is not None:
+        coordinates = coordinates * torch.tensor([*encoding.axis_scales, 1.0], dtype=x.dtype)
     space, level, everything = slice(0, dim), slice(dim, dim + 1), slice(0, dim + 1)
     groups = {1: [everything], 2: [space, level], 3: [space, level, everything]}[len(freqs)]
     angles = torch.cat(

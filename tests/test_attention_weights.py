@@ -13,7 +13,7 @@ def test_weights_match_pairs_and_output(background: bool, mask: bool, backend: s
     scene = scene_2d(n_queries=24)
     plan = scene.plan()
     inputs = make_inputs(plan, background=background, mask=mask)
-    q, k, v, cells, query_mask = inputs
+    q, k, v, cells, query_mask, _ = inputs
     out, _ = inputs.attend(plan, backend)
     result = neighborhood_attention_weights(q, k, plan, background=cells, query_mask=query_mask)
     offsets, points, weights, empty = result

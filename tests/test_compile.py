@@ -13,7 +13,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from vicinal import (
     FeaturePyramid,
     NeighborhoodPlan,
+    QueryPlacement,
     SparseNeighborhoodAttentionBlock,
+    Window,
     neighborhood_attention,
     plan_neighborhoods,
 )
@@ -132,6 +134,24 @@ def test_the_block(planned: bool, backend: str) -> None:
         return x, pyramid, pyramid.positions(), pyramid.batch_offsets(), plan
 
     assert_one_graph(backend, attend, arguments)
+
+
+def test_the_block_with_windows_of_other_shapes() -> None:
+    """Also where the compiled graph makes the plan."""
+    windows = [Window((1, 3), shape="ball"), Window((3, 2), 2, causal=(False, True)), (3, 1)]
+    block = SparseNeighborhoodAttentionBlock(EMBED, 2, 3, windows, relative_bias=True).double()
+    nn.init.normal_(block.get_parameter("relative_bias"))
+
+    def attend(x: Tensor, pyramid: FeaturePyramid, *placement: Tensor) -> Tensor:
+        positions, offsets, levels = placement
+        background = torch.ones(2, 3, EMBED, dtype=x.dtype)
+        out: Tensor = block(x, positions, offsets, pyramid, None, background, levels)
+        return out
+
+    def arguments(pyramid: FeaturePyramid) -> tuple[Any, ...]:
+        return pyramid.values.clone(), pyramid, *QueryPlacement.of_points(pyramid)
+
+    assert_one_graph("cpu", attend, arguments)
 
 
 def jvp_of(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

@@ -282,7 +282,7 @@ def test_compiled_plans_are_those_without_a_compiler() -> None:
 
     def find(points: FeaturePyramid, positions: Tensor) -> tuple[Tensor, ...]:
         plan = plan_neighborhoods(positions, offsets, points, (3, 1))
-        return *plan._tensors.query_slices, plan._tensors.center_columns
+        return *plan._tensors.query_slices, plan._tensors.first_columns
 
     torch.compiler.reset()
     compiled = torch.compile(find, fullgraph=True, dynamic=True)

@@ -23,7 +23,7 @@ from problems import (
 )
 from torch import Tensor
 
-from vicinal import FeaturePyramid, NeighborhoodPlan, plan_neighborhoods
+from vicinal import FeaturePyramid, NeighborhoodPlan, Window, plan_neighborhoods
 from vicinal.backends.reference import list_pairs, slot_levels
 from vicinal.backends.types import NeighborSlices
 
@@ -208,6 +208,65 @@ def test_repr_holds_the_counts() -> None:
     for part in ("queries=7", "points=30", "[17]", "position_dim=2", "mean 30.0", "largest 30"):
         assert part in text
     assert "queries=0" in repr(make_scene(((4,),), (3,), (), 0).plan())
+
+
+def neighbors_by_level(plan: NeighborhoodPlan, levels: Tensor) -> list[list[int]]:
+    """The numbers of neighbors of all queries on each level, in ascending order."""
+    counts = torch.zeros(plan.n_levels, plan.n_queries, dtype=torch.int64)
+    for query, point in plan.pairs().tolist():
+        counts[levels[point], query] += 1
+    return [sorted(row) for row in counts.tolist()]
+
+
+@pytest.mark.parametrize("n_queries", [1, 2, 30, 301])
+def test_neighbors_per_level(n_queries: int) -> None:
+    scene = make_scene(((12, 9), (5, 6), (3, 3)), (3, 5, 3), (n_queries,), 150, seed=n_queries)
+    plan = scene.plan()
+    statistics = plan.neighbors_per_level()
+    for level, counts in enumerate(neighbors_by_level(plan, scene.pyramid.levels)):
+        assert statistics.mean[level] == pytest.approx(sum(counts) / n_queries, rel=1e-12)
+        assert statistics.largest[level] == counts[-1]
+        for quantile, found in ((50, statistics.median), (99, statistics.percentile_99)):
+            # The least number that so many percent of the queries do not exceed.
+            at_most = [
+                n for n in counts if 100 * sum(x <= n for x in counts) >= quantile * n_queries
+            ]
+            assert found[level] == min(at_most)
+    assert statistics.mean.dtype == torch.float64
+    assert all(part.dtype == torch.int64 for part in statistics[1:])
+    assert statistics.mean.sum() == pytest.approx(float(plan.counts().double().mean()), rel=1e-12)
+
+
+def test_neighbors_per_level_without_queries() -> None:
+    statistics = make_scene(((4, 4), (2, 2)), (3, 3), (), 6).plan().neighbors_per_level()
+    assert [part.tolist() for part in statistics] == [[0, 0]] * 4
+
+
+def test_neighbors_of_windows_of_many_shapes() -> None:
+    scene = make_scene(((8, 8), (4, 4), (2, 2)), (3, 3, 3), (20,), 80)
+    windows = [Window((3, 4), causal=(False, True)), 0, Window(3, shape="ball")]
+    plan = plan_neighborhoods(scene.positions, scene.offsets, scene.pyramid, windows)
+    statistics = plan.neighbors_per_level()
+    expected = neighbors_by_level(plan, scene.pyramid.levels)
+    assert statistics.largest.tolist() == [counts[-1] for counts in expected]
+    assert statistics.largest[1] == 0
+
+
+def test_copies_beyond_the_seam_count_as_neighbors() -> None:
+    cells = torch.tensor([[0, 0, 0], [0, 7, 0]])  # image, cell on a circle, level
+    circle = FeaturePyramid(torch.ones(2, 1), cells, ((8,),), 1, periodic_axes=(0,))
+    plan = plan_neighborhoods(circle.positions(), torch.tensor([0, 2]), circle, [3])
+    assert plan.neighbors_per_level().mean.tolist() == [2]
+
+
+def test_repr_shows_neighbors_by_level_in_a_line() -> None:
+    coordinates = torch.tensor([[0, 1, 0], [0, 2, 0], [0, 0, 1]])
+    pyramid = FeaturePyramid(torch.ones(3, 1), coordinates, ((8,), (4,)), 1)
+    positions = torch.tensor([[1.5], [2.5], [6.5]])
+    text = repr(plan_neighborhoods(positions, torch.tensor([0, 3]), pyramid, [3, 3]))
+    for part in ("mean 1.3, 0.7", "median 2, 1", "99 % 2, 1", "largest 2, 1"):
+        assert part in text
+    assert "\n" not in text
 
 
 def test_to() -> None:

@@ -15,6 +15,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 MAX_FILES = 16  # in one folder
 LAYERS = [  # each may import those before it
     ("_version", "_utils"),
+    ("window_shapes",),
     ("windows",),
     ("backends",),
     ("pooling",),
@@ -25,6 +26,7 @@ LAYERS = [  # each may import those before it
     ("placement",),
     ("_plan",),
     ("plan",),
+    ("suggest",),
     ("batching",),
     ("attention",),
     ("nn",),

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.baselines import BASELINES
 from benchmarks.baselines.comparison import against
-from benchmarks.cases import block, tuning
+from benchmarks.cases import block, tuning, windows
 from benchmarks.layer import Layer
 from benchmarks.outcome import RETAINED, Figures
 from benchmarks.scenes import handwriting, of_density, particle_tracks, tracks_in_volume
@@ -107,6 +107,9 @@ def _on_cpu(s: Settings) -> list[Ladder]:
         cases[f"compute/{name}"] = partial(_on, make, block.compute, s.repeats)
         cases[f"stages/{name}"] = partial(_on, make, block.stages, s.repeats)
         cases[f"memory/{name}"] = partial(_on, make, block.memory)
+    cases["windows/shapes"] = partial(_on, scenes["volume"], windows.shapes, s.few_repeats)
+    cases["windows/bias"] = partial(_on, s.layer, windows.bias, s.repeats)
+    cases["windows/plan"] = partial(_on, s.layer, windows.plan, s.repeats)
     for n in s.growing:
         cases[f"scaling/memory/{n}"] = partial(_on, partial(_grown, n), block.memory)
     cases |= _common(s)

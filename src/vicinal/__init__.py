@@ -14,15 +14,18 @@ from .nn.deformable import SparseDeformableAttention
 from .nn.earlier_checkpoints import export_state_dict
 from .nn.rotary import FreqGroupPattern, RotaryEncoding
 from .placement import QueryPlacement
-from .plan import NeighborhoodPlan, plan_neighborhoods
+from .plan import NeighborhoodPlan, NeighborStatistics, plan_neighborhoods
 from .pyramid import FeaturePyramid
+from .suggest import suggest_windows
 from .voxels import Voxels, voxelize
+from .window_shapes import Window
 from .windows import cell_positions, get_multilevel_neighborhoods
 
 __all__ = [
     "Background",
     "FeaturePyramid",
     "FreqGroupPattern",
+    "NeighborStatistics",
     "NeighborhoodPlan",
     "NeighborhoodWeights",
     "PointCopies",
@@ -31,6 +34,7 @@ __all__ = [
     "SparseDeformableAttention",
     "SparseNeighborhoodAttentionBlock",
     "Voxels",
+    "Window",
     "__version__",
     "cell_positions",
     "collate_pyramids",
@@ -39,5 +43,6 @@ __all__ = [
     "neighborhood_attention",
     "neighborhood_attention_weights",
     "plan_neighborhoods",
+    "suggest_windows",
     "voxelize",
 ]

@@ -8,13 +8,14 @@ from torch import Tensor
 from ._utils.checks import check_dropout, check_tensor, check_type, refuse
 from ._utils.ragged import offsets_from_counts
 from .backends import choose_backend, reference
+from .backends.types import slot_order
 from .plan import NeighborhoodPlan, tensors_for
 
 _BACKGROUND_NAMES = ("background.query", "background.key", "background.value")
 
 
 class Background(NamedTuple):
-    """What the empty cells of the windows hold; ``K = sum(w[l] ** P)`` cells per query.
+    """What the empty cells of the windows hold; K cells per query.
 
     The logit of an empty cell is ``scale * query[i, l] . key[slot]``, with one query vector per
     level; its value is ``value[image, l]``. So a cell's key depends only on its offset within the
@@ -83,6 +84,7 @@ def neighborhood_attention(
     scale: float | None = None,
     dropout_p: float = 0.0,
     background: Background | None = None,
+    bias: Tensor | None = None,
     query_mask: Tensor | None = None,
     return_lse: Literal[False] = False,
     backend: str | None = None,
@@ -97,6 +99,7 @@ def neighborhood_attention(
     scale: float | None = None,
     dropout_p: float = 0.0,
     background: Background | None = None,
+    bias: Tensor | None = None,
     query_mask: Tensor | None = None,
     return_lse: Literal[True],
     backend: str | None = None,
@@ -110,6 +113,7 @@ def neighborhood_attention(
     scale: float | None = None,
     dropout_p: float = 0.0,
     background: Background | None = None,
+    bias: Tensor | None = None,
     query_mask: Tensor | None = None,
     return_lse: bool = False,
     backend: str | None = None,
@@ -132,6 +136,8 @@ def neighborhood_attention(
         dropout_p: probability of dropping a weight; the others are divided by ``1 - dropout_p``.
         background: what empty cells hold, also cells beyond the map. None (default): empty cells
             are not attended to.
+        bias: ``[K, H]``, added to the scaled logit of whatever a cell of the windows holds, a point
+            or the background; cells as in `Background.key`. None (default): no bias.
         query_mask: bool ``[N]``, True: the query is masked and its result is zero.
         return_lse: also return the log-sum-exp of the logits.
         backend: ``"cpu"`` or ``"triton"`` (GPUs; no float64, heads of at most 256 channels), both
@@ -163,14 +169,17 @@ def neighborhood_attention(
         ```
     """
     check_dropout("dropout_p", dropout_p)
-    operands, query_mask = _operands(plan, background, query_mask, q=q, k=k, v=v)
+    operands, query_mask = _operands(plan, background, query_mask, q=q, k=k, v=v, bias=bias)
+    bias = operands.pop("bias", None)
     q, k, v, *cells = operands.values()
     chosen = choose_backend(backend, q.device, q.dtype, max(q.shape[2], v.shape[2]))
     points_need_grad = torch.is_grad_enabled() and (k.requires_grad or v.requires_grad)
     tensors = tensors_for(plan, chosen, points_need_grad=points_need_grad)
     seed = torch.randint(2**62, (), device=q.device) if dropout_p > 0 else None
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    out, lse = chosen.attend(q, k, v, tensors, tuple(cells), query_mask, seed, scale, dropout_p)
+    out, lse = chosen.attend(
+        q, k, v, tensors, tuple(cells), bias, query_mask, seed, scale, dropout_p
+    )
     return (out, lse) if return_lse else out
 
 
@@ -181,6 +190,7 @@ def neighborhood_attention_weights(
     *,
     scale: float | None = None,
     background: Background | None = None,
+    bias: Tensor | None = None,
     query_mask: Tensor | None = None,
     queries: Tensor | None = None,
 ) -> NeighborhoodWeights:
@@ -206,7 +216,8 @@ def neighborhood_attention_weights(
         torch.testing.assert_close(first.weights.sum(0), torch.ones(2))
         ```
     """
-    operands, query_mask = _operands(plan, background, query_mask, q=q, k=k)
+    operands, query_mask = _operands(plan, background, query_mask, q=q, k=k, bias=bias)
+    bias = operands.pop("bias", None)
     q, k, *cells = operands.values()
     if cells:
         cells[2] = cells[2][..., :0]  # values do not affect the weights
@@ -214,7 +225,7 @@ def neighborhood_attention_weights(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     tensors = plan._tensors
     row, column, logits, _ = reference.score_pairs(
-        queries, q, k, k[..., :0], tensors, tuple(cells), query_mask, scale
+        queries, q, k, k[..., :0], tensors, tuple(cells), bias, query_mask, scale
     )
     weights, _ = reference.softmax(logits, row, len(queries))
     n_pairs = int((column < plan.n_keys).sum())
@@ -248,11 +259,12 @@ def _operands(
     plan: NeighborhoodPlan,
     background: Background | None,
     query_mask: Tensor | None,
-    **rows: Tensor,
+    **rows: Tensor | None,
 ) -> tuple[dict[str, Tensor], Tensor | None]:
     """The operands by name, cast under autocast, then the query mask.
 
-    ``rows`` holds q and k, and v where it is used. The background's tensors follow them.
+    ``rows`` holds q and k, v where it is used, and the bias or None. The background's tensors
+    follow them.
 
     Raises:
         ValueError: shapes, dtypes or devices do not match each other or the plan.
@@ -269,14 +281,16 @@ def _operands(
         "q": (plan.n_queries, heads, width),
         "k": (plan.n_keys, heads, width),
         "v": (plan.n_keys, heads, "dv"),
+        "bias": (plan.window_slots, heads),
         "background.query": (plan.n_queries, plan.n_levels, heads, width),
         "background.key": (plan.window_slots, heads, width),
         "background.value": (plan.batch_size, plan.n_levels, heads, "dv"),
     }
     rows |= zip(_BACKGROUND_NAMES, background or (), strict=False)
+    given = {name: x for name, x in rows.items() if name != "bias" or x is not None}
     operands = {
         name: _autocast(check_tensor(name, x, shapes[name], kind="floating", device=device))
-        for name, x in rows.items()
+        for name, x in given.items()
     }
     for name, x in operands.items():
         if x.dtype != operands["q"].dtype:
@@ -287,4 +301,8 @@ def _operands(
     if query_mask is not None:
         mask = query_mask
         query_mask = check_tensor("query_mask", mask, (plan.n_queries,), kind="bool", device=device)
+    for name in ("bias", "background.key"):
+        if name in operands:  # back ends count the cells of windows row by row, along key axes
+            order = slot_order(plan._windows, device)
+            operands[name] = operands[name] if order is None else operands[name][order]
     return operands, query_mask

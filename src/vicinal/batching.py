@@ -18,6 +18,7 @@ from .placement import QueryPlacement
 from .plan import NeighborhoodPlan
 from .pyramid import FeaturePyramid
 from .voxels import Voxels
+from .window_shapes import AxisWindows, Window
 
 
 def collate_pyramids(samples: Sequence[Any]) -> Any:
@@ -133,6 +134,8 @@ torch.serialization.add_safe_globals(
         PointCopies,
         PlanTensors,
         NeighborSlices,
+        Window,
+        AxisWindows,
         KeyedCells,
         CellIndex,
     ]

@@ -1,14 +1,15 @@
 """The plan: every query's neighbors as contiguous slices of sorted orders, in both directions.
 
-Sorted by (level, image, cell), the points of every window row are contiguous, so a neighborhood is
-``R = sum(w[l] ** (P - 1))`` slices. The relation is symmetric: with the queries sorted by the cell
-they fall into, one order per level, the queries whose window holds a point are slices as well.
+Sorted by (level, image, cell), the points of every row of a window are contiguous, so a
+neighborhood is R slices, one per row. The relation is symmetric: with the queries sorted by the
+first cell of their windows, one order per level, the queries whose window holds a point are slices
+as well.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,17 +19,16 @@ from ._index.copies import PointCopies
 from ._index.kernel_tables import KernelTables, kernel_tables
 from ._index.plan_checks import check_plan_facts, check_plan_points, refuse_plan
 from ._index.tiles import GroupedCells, find_tiles
-from ._plan.keyed_cells import KeyedCells, in_equal_cells, query_cells
+from ._plan.keyed_cells import KeyedCells, Queries, in_equal_cells, query_cells
 from ._plan.search import find_plan
 from ._utils.checks import (
     LevelShapes,
     as_tensor,
-    check_neighborhood_sizes,
     check_rows,
     reads_contents,
     refuse,
 )
-from ._utils.constants import execution_mode, trainable_tensors
+from ._utils.constants import execution_mode, trainable_tensors, widest_dtype
 from .backends import choose_backend
 from .backends.reference import list_pairs, search_slices
 from .backends.types import (
@@ -42,12 +42,60 @@ from .backends.types import (
 )
 from .placement import check_placement, query_images
 from .pyramid import FeaturePyramid
-from .windows import (
+from .window_shapes import (
+    Window,
+    Windows,
+    WindowsLike,
+    as_windows,
+    causal_axes,
     check_windows_fit,
+    windows_on_axes,
 )
+from .windows import as_query_levels
 
 _INT32_MAX = 2**31 - 1
 T = TypeVar("T")
+
+
+class NeighborStatistics(NamedTuple):
+    """How many neighbors queries have on each level. `NeighborhoodPlan.neighbors_per_level` finds
+    it.
+
+    Numbers are points per query. A copy of a point beyond the seam of a periodic axis counts as a
+    neighbor of its own. All tensors are ``[L]``, and zero where there are no queries.
+
+    Attributes:
+        mean: float64 (float32 on Apple's GPUs).
+        median: int64, the least number that at least half of the queries do not exceed.
+        percentile_99: int64, the least number that at least 99 % of the queries do not exceed.
+        largest: int64.
+
+    Example:
+        ```python
+        import torch
+        from vicinal import FeaturePyramid, plan_neighborhoods
+
+        points = torch.tensor([[0, 3, 4], [0, 3, 5], [0, 9, 9]])  # image, row, column
+        pyramid = FeaturePyramid.from_points(points, torch.ones(3, 8), (16, 16), 1, strides=(1, 2))
+        offsets = pyramid.batch_offsets()
+        plan = plan_neighborhoods(pyramid.positions(), offsets, pyramid, neighborhood_sizes=[3, 3])
+        statistics = plan.neighbors_per_level()
+        assert statistics.largest.tolist() == [2, 1]
+        print(statistics.mean)  # tensor([1.6000, 1.0000], dtype=torch.float64)
+        ```
+    """
+
+    mean: Tensor
+    median: Tensor
+    percentile_99: Tensor
+    largest: Tensor
+
+    def describe(self) -> str:
+        """Returns the numbers in one line, as the plan's repr shows them."""
+        means = ", ".join(f"{mean:.1f}" for mean in self.mean.tolist())
+        names = ("median", self.median), ("99 %", self.percentile_99), ("largest", self.largest)
+        counts = [f"{name} {', '.join(map(str, count.tolist()))}" for name, count in names]
+        return "; ".join((f"mean {means}", *counts))
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -58,7 +106,8 @@ class NeighborhoodPlan:
     depend on N, nnz, the number of levels and the windows alone, never on tensor contents.
 
     Attributes:
-        neighborhood_sizes: window width of each level.
+        neighborhood_sizes: the window of each level: a width, a tuple of one per axis, a `Window`,
+            or 0 for none.
         position_dim: number of spatial dimensions, P.
         batch_size: number of images, B.
         level_shapes: the spatial shape of each level.
@@ -81,7 +130,7 @@ class NeighborhoodPlan:
         ```
     """
 
-    neighborhood_sizes: tuple[int, ...]
+    neighborhood_sizes: tuple[int | tuple[int, ...] | Window, ...]
     position_dim: int
     batch_size: int
     level_shapes: LevelShapes
@@ -129,8 +178,37 @@ class NeighborhoodPlan:
 
     def counts(self) -> Tensor:
         """Returns the number of neighbors of each query, int64 ``[N]``."""
-        slices = self._tensors.query_slices
-        return (slices.stops - slices.starts).sum(1)
+        return self._counts_per_level().sum(0)
+
+    def neighbors_per_level(self) -> NeighborStatistics:
+        """Returns mean, median, 99th percentile and largest number of neighbors per query, for each
+        level.
+
+        Queries without neighbors count, also invalid ones. The tensors are on the plan's device; on
+        a GPU, to read them synchronizes.
+        """
+        return self._statistics(self._counts_per_level())
+
+    def _counts_per_level(self) -> Tensor:
+        """The number of neighbors of each query on each level, int64 ``[L, N]``."""
+        slices, n_slices = self._tensors.query_slices, self._tensors.slices_per_level()
+        parts = zip(slices.starts.split(n_slices, 1), slices.stops.split(n_slices, 1), strict=True)
+        # In int32, which holds the number of points: several times as fast.
+        counts = [(stops - starts).sum(1, dtype=torch.int32) for starts, stops in parts]
+        return torch.stack(counts).long()
+
+    def _statistics(self, counts: Tensor) -> NeighborStatistics:
+        """The statistics of ``counts`` ``[L, N]``."""
+        n, dtype = self.n_queries, widest_dtype(self.device)
+        if n == 0:
+            zero = counts.new_zeros(self.n_levels)
+            return NeighborStatistics(zero.to(dtype), zero, zero, zero)
+        return NeighborStatistics(
+            counts.to(dtype).mean(1),
+            counts.kthvalue(-(-n // 2)).values,
+            counts.kthvalue(-(-99 * n // 100)).values,
+            counts.amax(1),
+        )
 
     def pairs(self, queries: Tensor | None = None) -> Tensor:
         """Lists (query, point) rows, int64 ``[M, 2]``, query by query.
@@ -180,12 +258,13 @@ class NeighborhoodPlan:
             _tensors=tensors._replace(
                 query_slices=NeighborSlices(*(part.to(device) for part in tensors.query_slices)),
                 query_batch=tensors.query_batch.to(device),
-                center_columns=tensors.center_columns.to(device),
+                first_columns=tensors.first_columns.to(device),
                 point_columns=tensors.point_columns.to(device),
+                window_rows=tensors.window_rows.to(device),
                 copy_points=copies.points.int() if self.periodic_axes else None,
             ),
             copies=copies,
-            _keyed_cells=KeyedCells(*(part.to(device) for part in self._keyed_cells)),
+            _keyed_cells=self._keyed_cells.to(device),
             _created_in=execution_mode(torch.device(device)),
             _cache={},
         )
@@ -200,15 +279,14 @@ class NeighborhoodPlan:
         vars(self).update(state, _created_in=mode)
 
     def __repr__(self) -> str:
-        counts = self.counts()
-        mean, largest = (
-            (float(counts.double().mean()), int(counts.max())) if len(counts) else (0, 0)
-        )
+        counts = self._counts_per_level()
+        by_level, of_queries = self._statistics(counts), counts.sum(0)
+        largest = int(of_queries.max()) if len(of_queries) else 0
         return (
             f"NeighborhoodPlan(queries={self.n_queries}, points={self.n_points}, "
             f"neighborhood_sizes={list(self.neighborhood_sizes)}, "
-            f"position_dim={self.position_dim}, neighbors: mean {mean:.1f}, largest {largest}; "
-            f"device={self.device})"
+            f"position_dim={self.position_dim}, neighbors: mean {float(by_level.mean.sum()):.1f}, "
+            f"largest {largest}; by level: {by_level.describe()}; device={self.device})"
         )
 
     def _check_queries(self, queries: Tensor | None) -> Tensor:
@@ -268,14 +346,11 @@ class NeighborhoodPlan:
         )
 
     def _find_point_slices(self) -> NeighborSlices:
-        backend = choose_backend(None, self.device)
-        tables = self._kernel_tables()
-        fits = tables.fits(self.n_queries, self.n_keys)
-        if backend.find_point_slices is not None and fits:
-            return self._find_point_slices_by(backend.find_point_slices, tables)
+        find, tables = choose_backend(None, self.device).find_point_slices, self._kernel_tables()
+        if find and tables is not None and tables.fits(self.n_queries, self.n_keys):
+            return self._find_point_slices_by(find, tables)
         keys = self._cell_keys()
-        _, *others, _ = self._keyed_cells
-        query_keys, point_keys, coordinates = (part.long() for part in others)
+        query_keys, point_keys, coordinates = (part.long() for part in self._keyed_cells[1:4])
         image, cells, levels = coordinates[:, 0], coordinates[:, 1:-1], coordinates[:, -1]
         sorted_queries, order = torch.sort(query_keys, dim=1, stable=True)
         first, last = keys.rows_around(point_keys, levels)
@@ -288,19 +363,21 @@ class NeighborhoodPlan:
         return NeighborSlices(traversal.int(), starts, stops, order.flatten().int())
 
     def _find_point_slices_by(self, find: FindPointSlices, tables: KernelTables) -> NeighborSlices:
-        _, query_keys, point_keys, _, _ = self._keyed_cells
+        query_keys, point_keys = self._keyed_cells[1:3]
         slots = tables.on(self.device, query_keys.dtype)[2]
         cells = self._point_cells()
         return find(query_keys, point_keys, *cells, slots, tables.numbers, self.n_levels)
 
-    def _kernel_tables(self) -> KernelTables:
-        return kernel_tables(
-            self.level_shapes, self.neighborhood_sizes, self.batch_size, self.periodic_axes
-        )
+    @property
+    def _windows(self) -> Windows:
+        return self._tensors.windows
+
+    def _kernel_tables(self) -> KernelTables | None:
+        geometry = self.level_shapes, self._windows, self.batch_size
+        return kernel_tables(*geometry, self.periodic_axes)
 
     def _cell_keys(self) -> CellKeys:
-        geometry = self.level_shapes, self.neighborhood_sizes, self.batch_size
-        return CellKeys(*geometry, self.device)
+        return CellKeys(self.level_shapes, self._windows, self.batch_size, self.device)
 
     def _find_query_tiles(self, find_runs: FindRuns, find_lists: FindLists | None) -> Tiles:
         if not self._fits_int32:
@@ -309,16 +386,16 @@ class NeighborhoodPlan:
                 "sizes of at most 2^30 for a back end that takes tiles",
                 str(self.level_shapes),
             )
-        windows = self.neighborhood_sizes, self.position_dim
-        cells = self._query_cells(), self._point_cells()
-        lists = find_lists, self.neighborhood_sizes
-        return find_tiles(self._tensors.query_slices, *cells, *windows, find_runs, *lists)
+        cells, slices = (self._query_cells(), self._point_cells()), self._tensors.query_slices
+        n_slices = self._tensors.slices_per_level()
+        return find_tiles(slices, *cells, n_slices, self._windows, find_runs, find_lists)
 
     def _find_point_tiles(self, find_runs: FindRuns, find_lists: FindLists | None) -> Tiles:
-        windows = [max(self.neighborhood_sizes)], self.position_dim
-        cells = self._point_cells(), self._query_cells()
-        lists = find_lists, self.neighborhood_sizes
-        return find_tiles(self._point_slices(), *cells, *windows, find_runs, *lists)
+        cells, slices = (self._point_cells(), self._query_cells()), self._point_slices()
+        n_slices = [max(self._tensors.slices_per_level())]
+        return find_tiles(
+            slices, *cells, n_slices, self._windows, find_runs, find_lists, rows_are_queries=False
+        )
 
     def _query_cells(self) -> GroupedCells:
         return self._cached("query_cells", self._find_query_cells)
@@ -329,26 +406,30 @@ class NeighborhoodPlan:
     def _find_query_cells(self) -> GroupedCells:
         levels = torch.arange(self.n_levels, device=self.device)[:, None]
         groups = torch.where(self.query_batch < 0, -1, self.query_batch * self.n_levels + levels)
-        cells = self._keyed_cells.centers.transpose(1, 2)
+        cells = self._keyed_cells.first_cells.transpose(1, 2)
         return GroupedCells(groups.int(), cells.int().contiguous())
 
     def _find_point_cells(self) -> GroupedCells:
         coordinates = self._keyed_cells.coordinates
         groups = coordinates[:, 0] * self.n_levels + coordinates[:, -1]
         groups = torch.where(self._keyed_cells.point_keys < 0, -2, groups)
-        return GroupedCells(groups.int()[None], coordinates[:, 1:-1].t().int().contiguous()[None])
+        cells = self._cell_keys().key_cells(coordinates[:, 1:-1].long(), coordinates[:, -1].long())
+        return GroupedCells(groups.int()[None], cells.t().int().contiguous()[None])
 
     @property
     def _fits_int32(self) -> bool:
-        """Whether int32 holds all cells and the differences between them."""
-        return max(map(max, self.level_shapes)) <= 2**30
+        """Whether int32 holds all cells, in key coordinates, and the differences between them."""
+        return (
+            self._cell_keys().layout.longest < 2**31 and max(map(max, self.level_shapes)) <= 2**30
+        )
 
 
 def plan_neighborhoods(
     query_spatial_positions: Tensor,
     query_batch_offsets: Tensor,
     pyramid: FeaturePyramid,
-    neighborhood_sizes: Tensor | Sequence[int],
+    neighborhood_sizes: WindowsLike,
+    query_level_indices: Tensor | None = None,
     *,
     check_contents: bool | None = None,
 ) -> NeighborhoodPlan:
@@ -362,19 +443,24 @@ def plan_neighborhoods(
         query_batch_offsets: integer ``[B + 1]``: image ``b`` owns the queries
             ``offsets[b]:offsets[b + 1]``.
         pyramid: the points.
-        neighborhood_sizes: odd window width of each level, in cells of that level.
-        check_contents: whether to validate offsets and positions. On a GPU that synchronizes. None
-            (default): on the CPU only. Without validation, a query that belongs to no image or has
-            a position that is not finite has no neighbors.
+        neighborhood_sizes: the window of each level, in cells of that level: an odd width, a tuple
+            of one per axis, a `Window`, or 0 for none. Integers ``[L]`` may be a tensor or an
+            array.
+        query_level_indices: integer ``[N]``, the level of each query, on which windows depend along
+            causal axes. None (default): the level that is largest along the axis.
+        check_contents: whether to validate offsets, positions and levels. On a GPU that
+            synchronizes. None (default): on the CPU only. Without validation, a query that belongs
+            to no image or has a position that is not finite has no neighbors.
 
     Returns:
         the plan, on the device of the positions.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not match, a window is even or not positive, or
-            wider than its level along a periodic axis, positions have a dtype that cannot hold the
-            map's cell centers, offsets or positions fail the validation, or the cells are too many
-            for 64-bit keys.
+        ValueError: shapes, dtypes or devices do not match, a window is even along an axis that is
+            not causal, negative, or wider than its level or causal along a periodic axis, all
+            windows are 0, level sizes do not divide each other along a causal axis, positions have
+            a dtype that cannot hold the map's cell centers, offsets, positions or levels fail the
+            validation, windows have 2^31 rows or more, or the cells are too many for 64-bit keys.
 
     Example:
         ```python
@@ -396,8 +482,10 @@ def plan_neighborhoods(
     positions, offsets, pyramid = check_placement(
         query_spatial_positions, query_batch_offsets, pyramid, check_contents
     )
-    sizes = check_neighborhood_sizes(neighborhood_sizes, pyramid.n_levels)
-    check_windows_fit(sizes, pyramid.level_shapes, pyramid.periodic_axes)
+    sizes = as_windows(neighborhood_sizes, pyramid.n_levels, pyramid.position_dim)
+    windows = windows_on_axes(sizes, pyramid.position_dim)
+    check_windows_fit(windows, pyramid.level_shapes, pyramid.periodic_axes)
+    levels = as_query_levels(query_level_indices, positions, pyramid.n_levels, check_contents)
     n_queries, n_keys = positions.shape[0], pyramid.values.shape[0] << len(pyramid.periodic_axes)
     largest = _INT32_MAX // pyramid.n_levels
     if n_keys > _INT32_MAX or n_queries > largest or pyramid.batch_size > largest:
@@ -406,7 +494,8 @@ def plan_neighborhoods(
     backend = choose_backend(None, positions.device)
     needs_grad = torch.is_grad_enabled()
     with trainable_tensors():
-        plan = _plan(positions, offsets, pyramid, sizes, backend)
+        queries = Queries(positions, offsets, levels if causal_axes(windows) else None)
+        plan = _plan(queries, pyramid, sizes, backend)
         if plan._fits_int32:  # else another back end may still take the plan
             # A plan that a CUDA graph makes cannot be completed later.
             in_graph = execution_mode(plan.device) == "graph"
@@ -432,7 +521,8 @@ def check_plan(
     positions: Tensor,
     offsets: Tensor,
     pyramid: FeaturePyramid,
-    neighborhood_sizes: tuple[int, ...],
+    neighborhood_sizes: tuple[int | tuple[int, ...] | Window, ...],
+    query_levels: Tensor | None = None,
     check_contents: bool | None = None,
 ) -> None:
     """Raises ValueError unless ``plan`` was made for these queries, points and windows.
@@ -443,7 +533,8 @@ def check_plan(
     Args:
         plan: the plan to check.
         positions, offsets, pyramid: of the queries and points, as `check_placement` returns them.
-        neighborhood_sizes: window width of each level.
+        neighborhood_sizes: of each level, as `as_windows` returns them.
+        query_levels: ``[N]``, or None. Without causal axes nothing depends on them.
         check_contents: whether to compare tensor contents. None: on the CPU only.
     """
     facts = {
@@ -461,24 +552,40 @@ def check_plan(
         return
     if not torch.equal(query_images(positions, offsets, plan.batch_size).int(), plan.query_batch):
         refuse_plan(plan, "images", "query_batch_offsets")
-    planned = plan._keyed_cells.positions
-    if planned.dtype == positions.dtype and in_equal_cells(planned, positions, pyramid):
+    check_plan_queries(plan, Queries(positions, offsets, query_levels), pyramid)
+
+
+def check_plan_queries(plan: NeighborhoodPlan, queries: Queries, pyramid: FeaturePyramid) -> None:
+    """Raises ValueError unless the queries fall into the cells that ``plan`` was made for."""
+    planned, planned_levels = plan._keyed_cells.positions, plan._keyed_cells.query_levels
+    if not causal_axes(plan._windows):
+        queries = queries._replace(levels=None)
+    levels = queries.levels
+    equal_levels = planned_levels is None and levels is None
+    if planned_levels is not None and levels is not None:
+        equal_levels = torch.equal(planned_levels, levels)
+        if not equal_levels:
+            refuse_plan(plan, "query levels", "query_level_indices")
+    equal_dtypes = planned.dtype == queries.positions.dtype
+    if equal_levels and equal_dtypes and in_equal_cells(planned, queries.positions, pyramid):
         return
-    _, centers = query_cells(positions, offsets, pyramid, plan._cell_keys())
-    if not torch.equal(centers, plan._keyed_cells.centers.long()):
-        refuse_plan(plan, "query cells", "query_spatial_positions")
+    _, anchors = query_cells(queries, pyramid, plan._windows)
+    first_cells = plan._cell_keys().first_cells(anchors)
+    if not torch.equal(first_cells, plan._keyed_cells.first_cells.long()):
+        names = "query_spatial_positions", "query_level_indices"
+        refuse_plan(plan, "query cells", names[0] if equal_levels else " and ".join(names))
 
 
 def _plan(
-    positions: Tensor,
-    offsets: Tensor,
+    queries: Queries,
     pyramid: FeaturePyramid,
-    sizes: tuple[int, ...],
+    neighborhood_sizes: tuple[int | tuple[int, ...] | Window, ...],
     backend: Backend,
 ) -> NeighborhoodPlan:
-    copies, tensors, cells, cache = find_plan(positions, offsets, pyramid, sizes, backend)
+    windows = windows_on_axes(neighborhood_sizes, pyramid.position_dim)
+    copies, tensors, cells, cache = find_plan(queries, pyramid, windows, backend)
     return NeighborhoodPlan(
-        neighborhood_sizes=sizes,
+        neighborhood_sizes=neighborhood_sizes,
         position_dim=pyramid.position_dim,
         batch_size=pyramid.batch_size,
         level_shapes=pyramid.level_shapes,
@@ -486,6 +593,6 @@ def _plan(
         copies=copies,
         _tensors=tensors,
         _keyed_cells=cells,
-        _created_in=execution_mode(positions.device),
+        _created_in=execution_mode(queries.positions.device),
         _cache=cache,
     )

@@ -1,6 +1,5 @@
 """The geometry of windows: scales, centers, and the cells around a position on each level."""
 
-import itertools
 import math
 import warnings
 from collections.abc import Sequence
@@ -15,13 +14,22 @@ from ._utils.checks import (
     as_level_shapes,
     as_list,
     check_finite,
-    check_neighborhood_sizes,
     check_range,
     check_tensor,
     reads_contents,
     refuse,
 )
 from ._utils.constants import constant, widest_dtype
+from .window_shapes import (
+    Windows,
+    WindowsLike,
+    as_windows,
+    causal_axes,
+    check_windows_fit,
+    count_cells,
+    window_offsets,
+    windows_on_axes,
+)
 
 _FEWEST_NORMALIZED = 16  # numbers in [0, 1] are then no coincidence
 # Up to this size float32 products of cell centers and scales lie in the right cells: the error, two
@@ -144,6 +152,64 @@ def window_centers(
     return torch.minimum(centers, constant(last, centers.device, centers.dtype)[:, None])
 
 
+def window_anchors(
+    positions: Tensor,
+    level_shapes: LevelShapes,
+    windows: Windows,
+    query_levels: Tensor | None = None,
+    periodic_axes: Sequence[int] = (),
+) -> Tensor:
+    """int64 ``[L, N, P]``: the cells that the offsets of the windows count from.
+
+    That is the cell that contains the position, or along a causal axis the last cell that is
+    complete when the query's own cell ends. Its own cell is that of its level, ``query_levels``
+    ``[N]``, or for None of the level that is largest along the axis.
+    """
+    centers = window_centers(positions, level_shapes, periodic_axes)
+    # Clamped, since the conversion of very large numbers to integers would overflow.
+    anchors = centers.nan_to_num(nan=-math.inf).clamp(-(2.0**62), 2.0**62).long()
+    axes = causal_axes(windows)
+    if not axes:
+        return anchors
+    columns = list(anchors.unbind(2))
+    for axis in axes:
+        sizes = [shape[axis] for shape in level_shapes]
+        own = query_levels if query_levels is not None else sizes.index(max(sizes))
+        causal = constant([int(window.causal[axis]) for window in windows], anchors.device).bool()
+        complete = _last_complete_cells(columns[axis], sizes, own)
+        columns[axis] = torch.where(causal[:, None], complete, columns[axis])
+    return torch.stack(columns, 2)
+
+
+def _last_complete_cells(cells: Tensor, sizes: Sequence[int], own: Tensor | int) -> Tensor:
+    """``[L, N]``: along one axis, the last cell of each level that is complete at the end of a
+    query's own cell: that of its level ``own`` ``[N]`` among ``cells`` ``[L, N]``.
+
+    ``sizes`` ``[L]`` are those of the levels, of which each two divide one another. Cells far
+    beyond the map are clamped where products would overflow.
+    """
+    if isinstance(own, int):
+        ratios = [_ratio(size, sizes[own]) for size in sizes]
+        end = cells[own] + 1
+        limits = [2**62 // n for n, _ in ratios]
+        pairs = zip(ratios, limits, strict=True)
+        return torch.stack([end.clamp(-limit, limit) * n // d - 1 for (n, d), limit in pairs])
+    device = cells.device
+    ratios_of = [[_ratio(size, other) for other in sizes] for size in sizes]
+    numerator, denominator = (
+        constant([[ratio[part] for ratio in row] for row in ratios_of], device)[:, own]
+        for part in range(2)
+    )
+    limit = constant([[2**62 // ratio[0] for ratio in row] for row in ratios_of], device)[:, own]
+    end = torch.minimum(torch.maximum(cells.gather(0, own[None]) + 1, -limit), limit)
+    return torch.div(end * numerator, denominator, rounding_mode="floor") - 1
+
+
+def _ratio(size: int, other: int) -> tuple[int, int]:
+    """Numerator and denominator of ``size / other``, of which one divides the other."""
+    return (size // other, 1) if size >= other else (1, other // size)
+
+
 def cell_positions(
     cells: Tensor,
     levels: Tensor,
@@ -200,32 +266,28 @@ def centers_of_cells(
     return centers.to(position_dtype(level_shapes, dtype))
 
 
-def window_offsets(neighborhood_size: int, position_dim: int) -> list[tuple[int, ...]]:
-    """The ``w ** P`` offsets from a window's center to its cells, row-major.
-
-    With ``position_dim=P - 1`` they are the offsets to the window's rows.
-    """
-    radius = neighborhood_size // 2
-    return list(itertools.product(range(-radius, radius + 1), repeat=position_dim))
-
-
 def get_multilevel_neighborhoods(
     query_fullscale_spatial_positions: Tensor,
     level_spatial_shapes: Tensor | Sequence[Sequence[int]],
-    neighborhood_sizes: Tensor | Sequence[int] = (3, 5, 7, 9),
+    neighborhood_sizes: WindowsLike = (3, 5, 7, 9),
     *,
+    query_level_indices: Tensor | None = None,
     periodic_axes: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the cells of every query's windows, for inspection and tests.
 
-    There are ``K = sum(w[l] ** P)`` per query. The attention never builds these ``[N, K, ...]``
-    tensors.
+    There are K per query, for boxes ``K = sum(w[l] ** P)``. The attention never builds these
+    ``[N, K, ...]`` tensors.
 
     Args:
         query_fullscale_spatial_positions: floating ``[N, P]``, in cells of the full shape (the
             largest size of each axis over the levels).
         level_spatial_shapes: integer ``[L, P]``, the size of each level in its own cells.
-        neighborhood_sizes: odd window width of each level, in cells of that level, ``[L]``.
+        neighborhood_sizes: the window of each level, in cells of that level: an odd width, a tuple
+            of one per axis, a `Window`, or 0 for none. Integers ``[L]`` may be a tensor or an
+            array.
+        query_level_indices: integer ``[N]``, the level of each query; windows depend on it along
+            causal axes. None (default): the level that is largest along the axis.
         periodic_axes: axes along which the map repeats. Default: none.
 
     Returns:
@@ -235,8 +297,10 @@ def get_multilevel_neighborhoods(
 
     Raises:
         ValueError: positions or shapes are not 2-D or do not agree on P, positions are integers
-            or not finite, positions have a dtype that cannot hold the map's cell centers, a size
-            is even or not positive, or a window is wider than its level along a periodic axis.
+            or not finite, positions have a dtype that cannot hold the map's cell centers, a level
+            index is not in ``[0, L)``, a size is even along an axis that is not causal, or
+            negative, all sizes are 0, a window is wider than its level or causal along a periodic
+            axis, or level sizes do not divide each other along a causal axis.
 
     Example:
         ```python
@@ -255,24 +319,24 @@ def get_multilevel_neighborhoods(
     shapes = as_level_shapes(level_spatial_shapes)
     dim = len(shapes[0])
     positions = check_tensor(name, query_fullscale_spatial_positions, ("N", dim), kind="floating")
-    sizes = check_neighborhood_sizes(neighborhood_sizes, len(shapes))
+    windows = windows_on_axes(as_windows(neighborhood_sizes, len(shapes), dim), dim)
     axes = as_periodic_axes(periodic_axes, dim)
-    check_windows_fit(sizes, shapes, axes)
+    check_windows_fit(windows, shapes, axes)
     check_position_dtype(name, positions, shapes)
+    query_levels = as_query_levels(query_level_indices, positions, len(shapes))
     if reads_contents(None, positions.device):
         check_finite(name, positions)
 
     device = positions.device
-    offsets = [constant(window_offsets(size, dim), device) for size in sizes]
-    # Clamped, since the conversion of very large positions to integers would overflow.
-    centers = window_centers(positions, shapes, axes).clamp(-(2.0**62), 2.0**62).long()
+    offsets = [constant(window_offsets(window), device).view(-1, dim) for window in windows]
+    anchors = window_anchors(positions, shapes, windows, query_levels, axes)
     cells = torch.cat(
-        [center[:, None] + window for center, window in zip(centers, offsets, strict=True)],
+        [anchor[:, None] + window for anchor, window in zip(anchors, offsets, strict=True)],
         1,
     )
     slot_levels = torch.repeat_interleave(
-        torch.arange(len(sizes), device=device),
-        constant([len(window) for window in offsets], device),
+        torch.arange(len(windows), device=device),
+        constant(list(map(count_cells, windows)), device),
     )
     slot_shapes = constant(shapes, device)[slot_levels]
     for axis in axes:
@@ -281,22 +345,37 @@ def get_multilevel_neighborhoods(
     return cells, outside, slot_levels
 
 
+def as_query_levels(
+    query_level_indices: Tensor | None,
+    positions: Tensor,
+    n_levels: int,
+    check_contents: bool | None = None,
+) -> Tensor | None:
+    """``query_level_indices`` of N queries as int64 in ``[0, L)``, or None.
+
+    Raises:
+        ValueError: they are no integers ``[N]``, or, where contents are checked, not in ``[0, L)``.
+    """
+    name, device = "query_level_indices", positions.device
+    if query_level_indices is None:
+        return None
+    shape = (positions.shape[0],)
+    levels = check_tensor(name, query_level_indices, shape, kind="integer", device=device)
+    if reads_contents(check_contents, device):
+        check_range(name, levels, n_levels)
+    return levels.long().clamp(0, n_levels - 1)
+
+
 def as_periodic_axes(periodic_axes: Any, position_dim: int) -> tuple[int, ...]:
     """``periodic_axes`` in ascending order; raises ValueError unless they are axes of space."""
+    return as_axes("periodic_axes", periodic_axes, position_dim)
+
+
+def as_axes(argument: str, value: Any, position_dim: int) -> tuple[int, ...]:
+    """Axes in ascending order; raises ValueError unless they are axes of space."""
     expected = f"distinct axes in [0, {position_dim})"
-    axes = as_integers(as_list("periodic_axes", periodic_axes, expected))
+    axes = as_integers(as_list(argument, value, expected))
     valid = axes is not None and len(set(axes)) == len(axes)
     if axes is None or not valid or any(not 0 <= axis < position_dim for axis in axes):
-        refuse("periodic_axes", expected, periodic_axes)
+        refuse(argument, expected, value)
     return tuple(sorted(axes))
-
-
-def check_windows_fit(
-    sizes: Sequence[int], level_shapes: LevelShapes, periodic_axes: Sequence[int]
-) -> None:
-    """Raises ValueError for a window that would hold a cell twice, around a periodic axis."""
-    for level, (size, shape) in enumerate(zip(sizes, level_shapes, strict=True)):
-        for axis in periodic_axes:
-            if size > shape[axis]:
-                expected = f"at most {shape[axis]} at level {level}, its size along periodic axis"
-                refuse("neighborhood_sizes", f"{expected} {axis}", list(sizes))

@@ -8,12 +8,13 @@ from torch import Tensor
 
 from vicinal import FeaturePyramid, plan_neighborhoods
 from vicinal._index.cell_keys import CellKeys
+from vicinal.window_shapes import windows_on_axes
 
 SHAPES, SIZES = ((3, 4), (5, 2)), (3, 5)
 
 
 def make_keys(batch_size: int = 2) -> CellKeys:
-    return CellKeys(SHAPES, SIZES, batch_size, torch.device("cpu"))
+    return CellKeys(SHAPES, windows_on_axes(SIZES, 2), batch_size, torch.device("cpu"))
 
 
 def all_cells(batch_size: int = 2) -> list[tuple[int, ...]]:
@@ -36,43 +37,45 @@ def test_keys_sort_by_level_image_and_cell() -> None:
     assert values == sorted(set(values))
 
 
-def test_keys_of_the_rows_around_a_center_are_those_of_its_window() -> None:
-    keys = make_keys()
-    cells = all_cells()
-    point_keys = keys_of(keys, cells)
-    steps = torch.arange(-9.0, 14.0)
+def in_windows(keys: CellKeys, centers: Tensor, cells: list[tuple[int, ...]], image: int) -> Tensor:
+    """Bool ``[L, N, cells]``: which cells lie in the windows of ``centers`` ``[N, P]``.
+
+    By the keys that have the first cells of the windows that have each cell.
+    """
+    point_keys, levels = keys_of(keys, cells), torch.tensor(cells)[:, 0]
+    first, last = keys.rows_around(point_keys, levels)
+    first_cells = keys.first_cells(centers.expand(len(SHAPES), *centers.shape))
+    every_level = torch.arange(len(SHAPES))[:, None]
+    query_keys = keys.of(first_cells, every_level, torch.tensor(image))[..., None, None]
+    return ((query_keys >= first) & (query_keys <= last)).sum(-1)
+
+
+def test_windows_with_a_cell_are_those_around_it() -> None:
+    keys, cells = make_keys(), all_cells()
+    steps = torch.arange(-9, 14)
     centers = torch.cartesian_prod(steps, steps)
-    clamped = keys.clamp(torch.stack((centers, centers)))
-    for level, image in itertools.product(range(2), range(2)):
-        of_level = torch.full((len(centers),), level)
-        center_keys = keys.of(clamped[level], of_level, torch.full_like(of_level, image))
-        first, last = keys.rows_around(center_keys, of_level)
-        found = (point_keys >= first[..., None]) & (point_keys <= last[..., None])
-        radius = SIZES[level] // 2
-        for center, inside in zip(centers.tolist(), found.sum(1), strict=True):
-            expected = [
-                cell[:2] == (level, image)
-                and all(abs(x - y) <= radius for x, y in zip(cell[2:], center, strict=True))
-                for cell in cells
-            ]
-            assert inside.tolist() == expected
+    for image in range(2):
+        found = in_windows(keys, centers, cells, image)
+        for level, (width, of_level) in enumerate(zip(SIZES, found, strict=True)):
+            for center, inside in zip(centers.tolist(), of_level, strict=True):
+                expected = [
+                    cell[:2] == (level, image)
+                    and all(abs(x - y) <= width // 2 for x, y in zip(cell[2:], center, strict=True))
+                    for cell in cells
+                ]
+                assert inside.tolist() == expected
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 1e30, -1e30])
-def test_windows_of_centers_that_are_far_or_not_finite_hold_no_cell(value: float) -> None:
-    keys = make_keys(1)
-    clamped = keys.clamp(torch.tensor([[[value, 1.0]], [[1.0, value]]]))
-    point_keys = keys_of(keys, all_cells(1))
-    for level in range(2):
-        levels = torch.tensor([level])
-        first, last = keys.rows_around(keys.of(clamped[level], levels, levels * 0), levels)
-        assert not ((point_keys >= first[..., None]) & (point_keys <= last[..., None])).any()
+@pytest.mark.parametrize("value", [-(2**62), 2**62, 2**40])
+def test_windows_of_cells_that_are_far_hold_no_cell(value: int) -> None:
+    keys, centers = make_keys(1), torch.tensor([[value, 1], [1, value]])
+    assert not in_windows(keys, centers, all_cells(1), 0).any()
 
 
 @pytest.mark.parametrize("dim", [1, 2, 3, 5])
 def test_the_curve_interleaves_the_bits_of_the_axes(dim: int) -> None:
     """From the highest bit on, groups first; cells before the edge count as at the edge."""
-    keys = CellKeys(((37,) * dim,), [3], 4, torch.device("cpu"))
+    keys = CellKeys(((37,) * dim,), windows_on_axes([3], dim), 4, torch.device("cpu"))
     generator = torch.Generator().manual_seed(dim)
     cells = torch.randint(-2, 39, (300, dim), generator=generator)
     groups = torch.randint(4, (300,), generator=generator)

@@ -7,6 +7,7 @@ import torch
 from vicinal._index.tiles import GroupedCells, find_tiles, tile_rows
 from vicinal.backends import reference
 from vicinal.backends.types import TILE, NeighborSlices
+from vicinal.window_shapes import windows_on_axes
 
 STARTS = [[2, 8], [3, 9], [3, 12]]
 STOPS = [[5, 10], [6, 11], [5, 14]]
@@ -18,8 +19,7 @@ def find_runs(
     """The runs of one tile of rows: firsts, shifts and counts."""
     n_rows, n_slices = len(starts), len(starts[0])
     start, stop = (torch.tensor(x, dtype=torch.int32) for x in (starts, stops))
-    # One level of 2-D windows, whose width is the number of slices.
-    found = reference.find_runs(torch.arange(n_rows), start, stop, [n_slices], 2, n_rows)
+    found = reference.find_runs(torch.arange(n_rows), start, stop, [n_slices], n_rows)
     firsts, shifts, counts = (x.squeeze(0) for x in found)
     n_runs, n_entries = counts[0].tolist()
     return firsts[:n_runs].tolist(), shifts[:n_runs].tolist(), [n_runs, n_entries]
@@ -64,6 +64,7 @@ def test_a_last_tile_may_have_fewer_rows() -> None:
     order = torch.arange(n, dtype=torch.int32)
     slices = NeighborSlices(order, starts, starts + 1, order)
     cells = GroupedCells(order.new_zeros(1, n), order[None, None])
-    tiles = find_tiles(slices, cells, cells, [1], 1, reference.find_runs)
+    windows = windows_on_axes([1], 1)
+    tiles = find_tiles(slices, cells, cells, [1], windows, reference.find_runs)
     assert tiles.counts.tolist() == [[[1, TILE]], [[1, 3]]]
     assert tiles.shifts[:, 0].tolist() == [0, TILE]

@@ -96,13 +96,6 @@ def test_as_integer() -> None:
     assert [checks.as_integer(x) for x in (True, 3.0, "3", None)] == [None] * 4
 
 
-@pytest.mark.parametrize("wrong", [3, [3], [3, 4], [3, 0], [3, -1], [3, 5.0], [3, True]])
-def test_invalid_neighborhood_sizes(wrong: Any) -> None:
-    sizes: Any = [np.int64(3), 5]
-    assert checks.check_neighborhood_sizes(sizes, 2) == (3, 5)
-    assert_refused("neighborhood_sizes", str(wrong), checks.check_neighborhood_sizes, wrong, 2)
-
-
 @pytest.mark.parametrize("wrong", [0, -1, 1.0, True, None])
 def test_invalid_counts(wrong: Any) -> None:
     def check(heads: int) -> None:
@@ -198,7 +191,6 @@ def test_tensors_without_contents_are_no_lists(value: Tensor) -> None:
         (lambda: checks.as_level_shapes(value, "x"), "x"),
         (lambda: checks.as_spatial_shape(value), "spatial_shape"),
         (lambda: as_strides(value, 2), "strides"),
-        (lambda: checks.check_neighborhood_sizes(value, 2), "neighborhood_sizes"),
     ):
         assert_refused(argument, "tensor", check)
 
@@ -208,8 +200,6 @@ def test_numpy_arrays_serve_as_tensors() -> None:
     assert torch.equal(made, torch.ones(2, 3))
     assert checks.as_level_shapes(np.array([[4, 3], [2, 1]])) == ((4, 3), (2, 1))
     assert checks.as_level_shapes([torch.Size([4, 3])]) == ((4, 3),)
-    assert checks.check_neighborhood_sizes(np.array([3, 5]), 2) == (3, 5)
-    assert checks.check_neighborhood_sizes(torch.tensor([3, 5]), 2) == (3, 5)
     assert_refused("x", "<U1", checks.check_tensor, "x", np.array(["a"]), (1,))
 
 

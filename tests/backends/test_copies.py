@@ -17,19 +17,19 @@ COPIED = torch.tensor([3, 17, 4, 29])
 
 
 def plan_with_tiles(plan: NeighborhoodPlan) -> PlanTensors:
-    windows = plan.neighborhood_sizes, [max(plan.neighborhood_sizes)]
     cells = plan._query_cells(), plan._point_cells()
-    return with_tiles(plan._tensors, plan._point_slices(), *cells, *windows)
+    return with_tiles(plan._tensors, plan._point_slices(), *cells)
 
 
 def with_tiles(
     tensors: PlanTensors, point_slices: NeighborSlices, query_cells: GroupedCells,
-    point_cells: GroupedCells, sizes: tuple[int, ...], widest: list[int],
+    point_cells: GroupedCells,
 ) -> PlanTensors:  # fmt: skip
-    dim, find = tensors.position_dim, reference.find_runs
+    n_slices, windows = tensors.slices_per_level(), (tensors.windows, reference.find_runs)
+    cells = query_cells, point_cells
     return tensors._replace(
-        query_tiles=find_tiles(tensors.query_slices, query_cells, point_cells, sizes, dim, find),
-        point_tiles=find_tiles(point_slices, point_cells, query_cells, widest, dim, find),
+        query_tiles=find_tiles(tensors.query_slices, *cells, n_slices, *windows),
+        point_tiles=find_tiles(point_slices, *cells[::-1], [max(n_slices)], *windows),
     )
 
 
@@ -55,21 +55,18 @@ def plan_of_copies(plan: NeighborhoodPlan) -> PlanTensors:
         point_columns=columns,
         copy_points=COPIED.int(),
     )
-    windows = plan.neighborhood_sizes, [max(plan.neighborhood_sizes)]
-    return with_tiles(
-        tensors, point_slices, plan._query_cells(), GroupedCells(groups, cells), *windows
-    )
+    return with_tiles(tensors, point_slices, plan._query_cells(), GroupedCells(groups, cells))
 
 
 def attended(backend: str, inputs: Inputs, plan: PlanTensors, rate: float) -> list[Tensor]:
     """The result and the gradients; those of copies are added to those of their points."""
     inputs = inputs.fresh()
-    q, k, v, background, mask = inputs
+    q, k, v, background, mask, _ = inputs
     if plan.copy_points is not None:
         k, v = (torch.cat((x, x[COPIED])) for x in (k, v))
     cells, seed = tuple(background or ()), torch.tensor(2**40 + 7)
     chosen = choose_backend(backend, torch.device("cpu"), q.dtype)
-    out, lse = chosen.attend(q, k, v, plan, cells, mask, seed, 0.5, rate)
+    out, lse = chosen.attend(q, k, v, plan, cells, None, mask, seed, 0.5, rate)
     return [out.detach(), lse.detach(), *torch.autograd.grad(out.pow(2).sum(), inputs.leaves())]
 
 

@@ -58,7 +58,7 @@ def plain_attention(scene: Scene) -> Callable[[Inputs], tuple[Tensor, Tensor]]:
         is_neighbor[query, point] = True
 
     def attend(inputs: Inputs) -> tuple[Tensor, Tensor]:
-        q, k, v, background, _ = inputs
+        q, k, v, background, *_ = inputs
         logits = torch.einsum("nhd,mhd->nhm", q, k).masked_fill(~is_neighbor[:, None], -torch.inf)
         if background is not None:
             cells = torch.einsum("nkhd,khd->nhk", background.query[:, level], background.key)
@@ -161,7 +161,7 @@ def test_calls_from_several_threads() -> None:
 def test_plans_of_other_sizes_are_an_error_of_the_op() -> None:
     op, arguments = own_calls()["neighborhood_attention"]
     op(*arguments)
-    is_plan = [isinstance(x, list) and x[0].dtype == torch.int32 for x in arguments[:-4]]
+    is_plan = [isinstance(x, list) and x[0].dtype == torch.int32 for x in arguments[:-3]]
     at = is_plan.index(True)
     tensors = arguments[at]
     changes: list[Callable[[Tensor], Tensor]] = [
@@ -253,7 +253,7 @@ def test_nothing_of_the_pairs_is_kept_for_the_backward_pass(background: bool, ba
     parts = (
         *plan._tensors.query_slices,
         plan.query_batch,
-        plan._tensors.center_columns,
+        plan._tensors.first_columns,
         plan._tensors.point_columns,
     )
     assert sum(saved.values()) <= nbytes(*inputs.leaves(), out, lse, *parts) + slack
@@ -333,14 +333,23 @@ def test_no_heads_and_no_values(heads: int, value_width: int) -> None:
         torch.testing.assert_close(ours, expected, rtol=1e-11, atol=1e-11)
 
 
-def laid_out(x: Any, at_end: bool, spoil: torch.Generator | None) -> Any:
-    """An op's argument in guarded memory, with invalid contents of indices on request."""
+def laid_out(x: Any, rows: Tensor, at_end: bool, spoil: torch.Generator | None) -> Any:
+    """An op's argument in guarded memory, with invalid contents of indices on request.
+
+    ``rows`` of windows begin anywhere then. Their widths change places, since ops refuse negative
+    ones, and another number of cells than bias and background have.
+    """
     if isinstance(x, list | tuple):
-        return [laid_out(part, at_end, spoil) for part in x]
+        return [laid_out(part, rows, at_end, spoil) for part in x]
     if not isinstance(x, Tensor) or not x.dim():
         return x
     if x.dtype in (torch.int32, torch.int64) and spoil is not None:
-        x = forged(x, int(torch.randint(5, (), generator=spoil)), spoil)
+        kind = int(torch.randint(5, (), generator=spoil))
+        if x.data_ptr() == rows.data_ptr():
+            starts, widths = x.unbind(1)
+            x = torch.stack((forged(starts, kind, spoil), widths.flip(0)), 1)
+        else:
+            x = forged(x, kind, spoil)
     return guarded(x, at_end=at_end)
 
 
@@ -355,17 +364,44 @@ def survive_bad_plans(trials: int = 48) -> None:
         with OwnOps() as ops:
             plan = scene.plan()
             heads, background = (2, 4, 8)[trial // 3 % 3], trial % 2 == 0
-            inputs = make_inputs(
-                plan, heads=heads, width=5, value_width=3, background=background, dtype=dtype
-            )
+            options: dict[str, Any] = {"background": background, "bias": trial % 5 < 3}
+            inputs = make_inputs(plan, heads=heads, width=5, value_width=3, dtype=dtype, **options)
             inputs.fresh().attend(plan, "cpu")[0].sum().backward()
         assert len(ops.calls) == 3
         for name, (op, arguments) in ops.calls.items():
             # The rows of windows come from sizes alone, never from contents.
             sizes = arguments[3:] if name == "find_slices" else ()
             contents = arguments[: len(arguments) - len(sizes)]
-            op(*[laid_out(x, trial % 4 < 2, spoil) for x in contents], *sizes)
+            rows = plan._tensors.window_rows
+            op(*[laid_out(x, rows, trial % 4 < 2, spoil) for x in contents], *sizes)
     print("survived")
+
+
+@pytest.mark.parametrize("widths", [[-1, 3, 5], [3, 4, 3], [2**31 - 1] * 3])
+def test_rows_of_windows_that_do_not_fit_are_refused(widths: list[int]) -> None:
+    """They are negative, have other cells than the bias, or more than 32-bit numbers count."""
+    plan = make_scene(((16, 16),), (3,), (40,), 100).plan()
+    inputs = make_inputs(plan, bias=True, dtype=torch.float32)
+    with OwnOps() as ops:
+        inputs.fresh().attend(plan, "cpu")[0].sum().backward()
+    rows = plan._tensors.window_rows
+    forged_rows = torch.stack((rows[:, 0], torch.tensor(widths, dtype=torch.int32)), 1)
+    bias = inputs.leaves()[3]
+    many = torch.zeros(()).expand(sum(widths), bias.shape[1])  # takes no memory
+
+    def forge(x: Any) -> Any:
+        if isinstance(x, list):
+            return [forge(part) for part in x]
+        if not isinstance(x, Tensor):
+            return x
+        if x.shape == bias.shape and max(widths) > 5:
+            return many
+        return forged_rows if x.data_ptr() == rows.data_ptr() else x
+
+    for name in ("neighborhood_attention", "neighborhood_attention_backward"):
+        op, arguments = ops.calls[name]
+        with pytest.raises(RuntimeError, match=r"plan\.window_rows|bias"):
+            op(*map(forge, arguments))
 
 
 def check_instruction_set() -> None:
@@ -374,7 +410,13 @@ def check_instruction_set() -> None:
     plan = scene.plan()
     for heads, width, value_width in ((2, 6, 5), (2, 40, 33), (8, 6, 7)):
         inputs = make_inputs(
-            plan, heads=heads, width=width, value_width=value_width, background=True, mask=True
+            plan,
+            heads=heads,
+            width=width,
+            value_width=value_width,
+            background=True,
+            bias=True,
+            mask=True,
         )
         for leaves, tolerance in ((inputs, 1e-11), (inputs.map(Tensor.float), 1e-4)):
             expected = answer(leaves, plan, "reference", dropout_p=0.2)

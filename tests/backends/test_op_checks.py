@@ -118,6 +118,7 @@ FREE = {
     ("find_query_slices", 2),
     ("find_query_slices", 5),
     ("find_query_slices", 6),
+    ("find_lists", 1),  # empty tables, of any strides; the lists' unused space has any contents
     ("find_point_slices", 0),
     ("find_point_slices", 4),
     ("rotate", 1),  # in any floating dtype

@@ -36,6 +36,7 @@ from vicinal import (
     NeighborhoodPlan,
     RotaryEncoding,
     SparseNeighborhoodAttentionBlock,
+    Window,
     neighborhood_attention,
     plan_neighborhoods,
 )
@@ -154,10 +155,14 @@ def test_golden_case(name: str) -> None:
 
 
 @settings(max_examples=8)
-@given(scene=scenes(), background=st.booleans(), mask=st.booleans(), dropout=st.booleans())
-def test_any_scene(scene: Scene, background: bool, mask: bool, dropout: bool) -> None:
+@given(
+    scene=scenes(), background=st.booleans(), mask=st.booleans(), dropout=st.booleans(),
+    bias=st.booleans(),
+)  # fmt: skip
+def test_any_scene(scene: Scene, background: bool, mask: bool, dropout: bool, bias: bool) -> None:
     dropout_p = 0.4 if dropout else 0.0
-    assert_exact(scene, heads=1, background=background, mask=mask, dropout_p=dropout_p)
+    options: dict[str, Any] = {"background": background, "mask": mask, "bias": bias}
+    assert_exact(scene, heads=1, dropout_p=dropout_p, **options)
 
 
 @pytest.mark.parametrize("n_queries", [1, TILE - 1, TILE, TILE + 1, 2 * TILE + 5])
@@ -236,7 +241,75 @@ def test_a_scale_of_nan_is_not_hidden() -> None:
 
 
 def test_windows_wider_than_a_block_of_cells() -> None:
-    assert_exact(make_scene(((60,), (9,)), (37, 5), (5, 8), 30), heads=1, background=True)
+    scene = make_scene(((60,), (9,)), (37, 5), (5, 8), 30)
+    assert_exact(scene, heads=1, background=True, bias=True)
+
+
+CAUSAL = (False, True)
+SHAPES_OF_WINDOWS = {
+    "per axis": ((3, 5), (1, 3)),
+    "balls, one dilated": (Window(5, shape="ball"), Window(3, dilation=2, shape="ball")),
+    "no level, dilated": (0, Window(3, dilation=(1, 2))),
+    "causal, a causal ball": (Window((3, 4), causal=CAUSAL), Window((5, 2), 1, CAUSAL, "ball")),
+}
+
+
+@pytest.mark.parametrize("sizes", SHAPES_OF_WINDOWS.values(), ids=SHAPES_OF_WINDOWS)
+def test_windows_of_other_shapes(sizes: tuple[Any, ...]) -> None:
+    scene = make_scene(((8, 6), (4, 3)), sizes, (9, 0, 12), 50)
+    assert_exact(scene, heads=1, background=True, bias=True, mask=True, dropout_p=0.2)
+
+
+@pytest.mark.usefixtures("listed")
+def test_balls_of_one_level_without_a_background() -> None:
+    """Rows and columns have one level each, so that nothing but the op's arguments tells them."""
+    scene = make_scene(((7, 7),), (Window((5, 3), 1, CAUSAL, "ball"),), (30,), 40)
+    assert_exact(scene, heads=2, bias=True)
+
+
+@pytest.mark.parametrize("n_same", [2, 40])
+def test_a_bias_where_points_share_a_cell(n_same: int) -> None:
+    """More than there are in a block, too."""
+    coordinates = torch.tensor([[0, 3, 4, 0], [0, 3, 5, 0], [0, 1, 2, 1], [1, 3, 4, 0]])
+    coordinates = coordinates.repeat(n_same, 1)
+    pyramid = FeaturePyramid(torch.zeros(len(coordinates), 1), coordinates, ((8, 8), (4, 4)), 2)
+    positions = torch.rand(20, 2, dtype=torch.float64) * 4 + 2
+    assert_exact(Scene(positions, torch.tensor([0, 15, 20]), pyramid, (3, 3)), heads=1, bias=True)
+
+
+@pytest.mark.parametrize("few", [False, True])
+def test_a_bias_of_few_sums(few: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the sums of its gradient take much memory, there are fewer; also for tiles of a row."""
+    monkeypatch.setattr(triton_ops, "_BIAS_SUMS", 1)
+    counts, n_points = ((2, 2), 200) if few else ((30, 20), 40)
+    assert_exact(make_scene(((6, 5), (3, 3)), (3, 3), counts, n_points), heads=2, bias=True)
+
+
+def test_a_bias_that_hides_cells() -> None:
+    plan = scene_2d(n_queries=20, n_points=50).plan()
+    inputs = make_inputs(plan, heads=1, bias=True, background=True)
+    assert inputs.bias is not None
+    inputs.bias[::3] = -math.inf
+    exact = answer(inputs, plan, "reference")
+    actual = on_cpu(answer(on_device(inputs), plan.to(DEVICE), "triton"))
+    for result, expected in zip(
+        (actual.out, *actual.grads), (exact.out, *exact.grads), strict=True
+    ):
+        assert relative_error(result, expected) < TOLERANCE
+
+
+def test_a_bias_that_is_not_finite_reaches_its_pairs_alone() -> None:
+    plan = scene_2d(n_queries=20, n_points=50).plan()
+    inputs = on_device(make_inputs(plan, heads=1, bias=True))
+    assert inputs.bias is not None
+    clean, _ = inputs.attend(plan.to(DEVICE), "triton")
+    inputs.bias[4] = math.nan
+    out, _ = inputs.attend(plan.to(DEVICE), "triton")
+    affected = out.isnan().all(-1).flatten()
+    expected, _ = inputs.map(lambda x: x.cpu().double()).attend(plan, "reference")
+    assert torch.equal(affected.cpu(), expected.isnan().all(-1).flatten())
+    assert 0 < affected.sum() < 20
+    assert torch.equal(out[~affected], clean[~affected])
 
 
 @pytest.mark.usefixtures("runs_by_triton")
@@ -348,7 +421,7 @@ def test_products_of_float32_follow_the_setting_of_torch(
 
 def test_the_same_bits_twice(uninitialized_is_nan: None) -> None:
     plan = crowded_scene(40, 80).plan().to(DEVICE)
-    inputs = on_device(make_inputs(plan, background=True, mask=True, heads=1))
+    inputs = on_device(make_inputs(plan, background=True, mask=True, bias=True, heads=1))
     first, second = (answer(inputs, plan, "triton", dropout_p=0.3) for _ in range(2))
     assert torch.equal(first.out, second.out)
     assert torch.equal(first.lse, second.lse)
@@ -361,13 +434,14 @@ def test_gradients_do_not_depend_on_which_are_needed(name: str) -> None:
     """Neither on which inputs are frozen, nor on which gradients are requested."""
     device = torch.device("cpu") if name == "cpu" else DEVICE
     plan = make_scene(((6, 4), (5, 5)), (3, 3), (7, 11), 30).plan().to(device)
-    inputs = make_inputs(plan.to("cpu"), heads=1, background=True, dtype=torch.float32)
+    options: dict[str, Any] = {"background": True, "bias": True, "dtype": torch.float32}
+    inputs = make_inputs(plan.to("cpu"), heads=1, **options)
     leaves = inputs.map(lambda x: x.to(device)).fresh()
     out, lse = leaves.attend(plan, name)
     loss = out.square().sum() + lse.sin().sum()
     expected = torch.autograd.grad(loss, leaves.leaves(), retain_graph=True)
-    # q; v; the background's value; q and the background's key; k and the background's value.
-    for numbers in ((0,), (2,), (5,), (0, 4), (1, 5)):
+    # q; v; the bias; the background's value; q and the background's key; k and its value.
+    for numbers in ((0,), (2,), (3,), (6,), (0, 5), (1, 6)):
         some, expected_some = ([x[i] for i in numbers] for x in (leaves.leaves(), expected))
         found = torch.autograd.grad(loss, some, retain_graph=True)
         frozen = [x.detach() for x in leaves.leaves()]
@@ -541,12 +615,11 @@ def test_runs(scene: Scene, rows: int) -> None:
     """The reference's runs; their entries are the columns of the tile's slices, each once."""
     plan = scene.plan()
     slices = plan._tensors.query_slices
-    n_slices = [size ** (plan.position_dim - 1) for size in plan.neighborhood_sizes]
+    n_slices = plan._tensors.slices_per_level()
     first_slices = [sum(n_slices[:level]) for level in range(len(n_slices))]
-    windows = plan.neighborhood_sizes, plan.position_dim, rows
-    expected = reference.find_runs(*slices[:3], *windows)
+    expected = reference.find_runs(*slices[:3], n_slices, rows)
     traversal, starts, stops = (part.to(DEVICE) for part in slices[:3])
-    found = back_end.find_runs(traversal, starts, stops, *windows)
+    found = back_end.find_runs(traversal, starts, stops, n_slices, rows)
     assert torch.equal(found[2].cpu(), expected[2])
     for tile, counts in enumerate(expected[2].tolist()):
         for level, (n_runs, n_entries) in enumerate(counts):
@@ -635,8 +708,9 @@ def test_kernels_stay_in_their_buffers(
 ) -> None:
     """With invalid contents as well, and invalid queries and points are masked."""
     scene = scene_2d(n_queries=19, n_points=45)
+    scene.sizes = (3, Window(5, shape="ball"), (3, 1))
     plan = bad_plan(scene) if bad else scene.plan()
-    inputs = make_inputs(plan, heads=1, width=5, background=True, mask=True)
+    inputs = make_inputs(plan, heads=1, width=5, background=True, mask=True, bias=True)
     plan = plan.to(DEVICE)
     exact = on_cpu(answer(on_device(inputs, torch.float64), plan, "reference", dropout_p=0.2))
     actual = on_cpu(answer(on_device(inputs), plan, "triton", dropout_p=0.2))
@@ -672,21 +746,24 @@ def test_lists_of_forged_counts_stay_in_their_blocks() -> None:
     plan = scene_2d(n_queries=19, n_points=45).plan().to(DEVICE)
     with OwnOps("vicinal_triton") as ops:
         on_device(make_inputs(plan, heads=1)).attend(plan, "triton")
-    find_lists, (tiles, *sizes) = ops.calls["find_lists"]
-    lists, *expected = find_lists(tiles, *sizes)
+    find_lists, (tiles, *windows) = ops.calls["find_lists"]
+    lists, *expected = find_lists(tiles, *windows)
     assert lists[0].tolist() == [0, 1]
     forged_counts = tiles[4].clone()
     assert forged_counts.shape[:2] == (2, 3)
     forged_counts[1, 0, 1] = -LIST_BLOCK  # entries of the second tile's first level
-    found = find_lists([*tiles[:4], forged_counts, *tiles[5:]], *sizes)[1:]
+    found = find_lists([*tiles[:4], forged_counts, *tiles[5:]], *windows)[1:]
     for actual, before in zip(found, expected, strict=True):
         assert torch.equal(actual[:LIST_BLOCK], before[:LIST_BLOCK])
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_forged_plans_stay_in_their_buffers(seed: int, checked: Checked | None) -> None:
-    plan = scene_2d(n_queries=19, n_points=45).plan().to(DEVICE)
-    inputs = on_device(make_inputs(plan, heads=1, width=5))
+    scene = scene_2d(n_queries=19, n_points=45)
+    scene.sizes = (3, Window(5, shape="ball"), (3, 1))
+    plan = scene.plan().to(DEVICE)
+    background = seed == 0  # its loops over garbage take long
+    inputs = on_device(make_inputs(plan, heads=1, width=5, background=background, bias=True))
     with OwnOps("vicinal_triton") as forward:
         inputs.attend(plan, "triton")
     with OwnOps("vicinal_triton") as step:
@@ -697,9 +774,10 @@ def test_forged_plans_stay_in_their_buffers(seed: int, checked: Checked | None) 
     for op, arguments in (*forward.calls.values(), *step.calls.values()):
         garbage = [
             [forged(part.cpu(), seed % 4 + 1, generator).to(DEVICE) for part in x]
-            if isinstance(x, list) and x and isinstance(x[0], Tensor) else x
+            if isinstance(x, list) and x and isinstance(x[0], Tensor) and x[0].dtype == torch.int32
+            else x
             for x in arguments
-        ]  # fmt: skip
+        ]
         op(*garbage)
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()  # an error belongs to this test
@@ -726,14 +804,16 @@ def test_the_bounds_are_checked(checked: Checked) -> None:
 
 @pytest.mark.usefixtures("runs_by_triton")
 def test_opcheck(uninitialized_is_nan: None) -> None:  # lists have meaningless entries
-    plan = make_scene(((5, 4), (3, 3)), (3, 3), (4, 2), 9).plan().to(DEVICE)
+    scene = make_scene(((5, 4), (3, 3)), (3, Window(3, shape="ball")), (4, 2), 9)
+    plan = scene.plan().to(DEVICE)
     with OwnOps("vicinal_triton") as ops:
-        inputs = on_device(make_inputs(plan, heads=1, background=True, mask=True)).fresh()
+        options: dict[str, Any] = {"background": True, "mask": True, "bias": True}
+        inputs = on_device(make_inputs(plan, heads=1, **options)).fresh()
         inputs.attend(plan, "triton", dropout_p=0.1)[0].sum().backward()
         encoding = RotaryEncoding(4, 2, 2, backend="triton").to(DEVICE)
         encoding(inputs.q.expand(-1, 2, -1), torch.rand(6, 3, device=DEVICE)).sum().backward()
         slices = plan._tensors.query_slices
-        back_end.find_runs(*slices[:3], plan.neighborhood_sizes, 2, TILE)
+        back_end.find_runs(*slices[:3], plan._tensors.slices_per_level(), TILE)
     assert len(ops.calls) == 6
     backward, arguments = ops.calls["neighborhood_attention_backward"]
     for needs in ((False, True), (True, False)):
@@ -760,6 +840,37 @@ def test_autocast_keeps_positions_exact() -> None:
         rounded = block(pyramid.values, *arguments)
     assert rounded.dtype == torch.float32
     assert 0 < relative_error(rounded.detach().cpu(), exact.detach().cpu().double()) < 2e-2
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"point_dim": 5, "rope_axis_scales": (0.3, 4.0)},
+        {"point_dim": 20, "rotary": False},
+        {"rope_axis_scales": (1 / 3, 1.0), "rope_freq_group_pattern": "closure"},
+    ],
+)
+def test_options_of_the_block(options: dict[str, Any]) -> None:
+    scene = scene_2d()
+    width = options.get("point_dim", 12)
+    drawn = [torch.randn(*shape) for shape in ((12, 12), (60, width), (3, 3, width))]
+    answers = []
+    for name, dtype, device in (
+        ("reference", torch.float64, torch.device("cpu")),
+        ("triton", torch.float32, DEVICE),
+    ):
+        torch.manual_seed(0)
+        block = SparseNeighborhoodAttentionBlock(12, 2, 3, scene.sizes, backend=name, **options).to(
+            device, dtype
+        )
+        query, values, background = (x.to(device, dtype, copy=True).requires_grad_() for x in drawn)
+        pyramid = scene.pyramid.to(device).with_values(values)
+        positions, offsets = scene.positions.to(device), scene.offsets.to(device)
+        out = block(query, positions, offsets, pyramid, background_embedding=background)
+        leaves = [query, values, background, *block.parameters()]
+        answers.append([out, *torch.autograd.grad(out.sin().sum(), leaves)])
+    for exact, ours in zip(*answers, strict=True):
+        assert relative_error(ours.detach().cpu(), exact.detach()) < 2e-5
 
 
 def test_choice_of_back_end() -> None:

@@ -18,7 +18,7 @@ from benchmarks.kernels import CASES, usages
 
 for case in CASES:
     for usage in usages(case, int(sys.argv[1])):
-        print(json.dumps([str(case.dtype), case.width, usage]))
+        print(json.dumps([str(case.dtype), case.width, {**usage, "bias": case.bias}]))
 """
 VARIANTS = """
 import json, torch
@@ -28,7 +28,7 @@ from benchmarks.kernels import Case, launches, variant
 found = {}
 for n_queries, n_points in ((1, 1), (16, 17), (15, 48)):
     for everything in (True, False):
-        case = Case(torch.float16, 32, everything, 1, n_points, n_queries)
+        case = Case(torch.float16, 32, everything, 1, n_points, n_queries, bias=everything)
         for launch in launches(case):
             source, _ = variant(launch, GPUTarget("cuda", 90, 32))
             name = f"{launch.kernel.fn.__name__} {everything}"
@@ -42,7 +42,7 @@ from benchmarks.kernels import Case, launches, variant
 
 target = GPUTarget("hip", "gfx942", 64)
 for everything in (True, False):
-    for launch in launches(Case(torch.bfloat16, 32, everything)):
+    for launch in launches(Case(torch.bfloat16, 32, everything, bias=everything)):
         source, options = variant(launch, target)
         compiled = triton.compile(source, target=target, options=options)
         print(json.dumps([launch.kernel.fn.__name__, compiled.metadata.shared]))
@@ -54,6 +54,8 @@ KERNELS = {
     "find_stats",
     "cell_key_gradients",
     "cell_value_gradients",
+    "number_cells",
+    "bias_gradients",
     "place_queries",
     "place_points",
     "place_along_curve",
@@ -96,6 +98,8 @@ def spills_allowed(dtype: str, width: int, usage: dict[str, Any]) -> int:
     """Bytes of a thread. Products of float32 keep both factors in registers."""
     if usage["kernel"].startswith("rotate"):
         return 96  # the sine of a huge angle takes a table
+    if usage["bias"] and width <= 128:  # slots of pairs, beside background and dropout
+        return 128
     if dtype != "torch.float32":
         return 32
     return 64 if width <= 128 else 640

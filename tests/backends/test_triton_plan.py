@@ -7,20 +7,31 @@ import copy
 import importlib.util
 import math
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
 from bounds import Checked
 from hypothesis import given, settings
-from problems import OwnOps, Scene, forged, make_scene, opcheck, plan_by_triton, scene_2d, scenes
+from problems import (
+    OwnOps,
+    Scene,
+    Shapes,
+    forged,
+    make_scene,
+    opcheck,
+    plan_by_triton,
+    scene_2d,
+    scenes,
+)
 from torch import Tensor
 
-from vicinal import FeaturePyramid, NeighborhoodPlan, backends, plan_neighborhoods
-from vicinal._index.kernel_tables import kernel_tables
+from vicinal import FeaturePyramid, NeighborhoodPlan, Window, backends, plan_neighborhoods
+from vicinal._index.kernel_tables import KernelTables, kernel_tables
 from vicinal.nn.block import key_coordinates
 from vicinal.plan import check_plan
+from vicinal.window_shapes import windows_on_axes
 from vicinal.windows import coordinate_dtype
 
 if importlib.util.find_spec("triton") is None:
@@ -53,14 +64,21 @@ def parts(plan: NeighborhoodPlan) -> Iterator[tuple[str, Tensor]]:
     tensors = plan._tensors
     for side, slices in (("query", tensors.query_slices), ("point", plan._point_slices())):
         yield from ((f"{side} {name}", x) for name, x in zip(slices._fields, slices, strict=True))
-    for name in ("query_batch", "center_columns", "point_columns"):
+    for name in ("query_batch", "first_columns", "point_columns"):
         yield name, getattr(tensors, name)
     for side, cells in (("query", plan._query_cells()), ("point", plan._point_cells())):
         yield from ((f"{side} {name}", x) for name, x in zip(cells._fields, cells, strict=True))
     keyed = plan._keyed_cells
     for name, x in zip(keyed._fields, keyed, strict=True):
-        yield name, x if x.is_floating_point() else x.long()
+        if x is not None:
+            yield name, x if x.is_floating_point() else x.long()
     yield from zip(("copies", "shifts"), plan.copies, strict=True)
+
+
+def tables_of(shapes: Shapes, sizes: Sequence[int | Window], n_images: int = 1) -> KernelTables:
+    tables = kernel_tables(shapes, windows_on_axes(sizes, len(shapes[0])), n_images, ())
+    assert tables is not None
+    return tables
 
 
 def assert_same_plans(scene: Scene, **options: Any) -> NeighborhoodPlan:
@@ -81,6 +99,32 @@ def assert_same_plans(scene: Scene, **options: Any) -> NeighborhoodPlan:
 @settings(max_examples=40)
 @given(scene=scenes(max_dim=4))
 def test_any_scene(scene: Scene) -> None:
+    assert_same_plans(scene)
+
+
+PLAIN = {
+    "per axis": ((3, 7), (1, 5)),
+    "balls": (Window(5, shape="ball"), Window((3, 7), shape="ball")),
+    "a ball and a box": (5, Window(7, shape="ball")),
+    "without a level": (0, (3, 5)),
+    "wider than the map": ((3, 31), (1, 41)),
+}
+
+
+@pytest.mark.parametrize("sizes", PLAIN.values(), ids=PLAIN)
+def test_windows_of_other_shapes(sizes: tuple[Any, ...]) -> None:
+    scene = make_scene(((9, 7), (5, 4)), sizes, (17, 0, 24), 90)
+    called = calls_of(scene)
+    assert called.keys() == {"find_query_slices", "find_point_slices"}
+    assert assert_same_plans(scene).counts().sum() > 0
+
+
+@pytest.mark.parametrize(
+    "window", [Window(3, dilation=2), Window((3, 4), causal=(False, True)), (5, 1)], ids=repr
+)
+def test_other_windows_are_planned_in_torch(window: Any) -> None:
+    scene = make_scene(((8, 8), (4, 4)), (window, 3), (17, 24), 90)
+    assert not calls_of(scene)
     assert_same_plans(scene)
 
 
@@ -133,7 +177,7 @@ def test_images_that_one_side_does_not_name() -> None:
 def test_maps_beyond_int32_keys(side: int) -> None:
     """Centers are computed in float64 there, and keys are int64."""
     scene = make_scene(((side, 50), (side // 2, 25)), (3, 5), (20, 11), 60, dtype=torch.float64)
-    assert kernel_tables(scene.pyramid.level_shapes, scene.sizes, 2, ()).fits(31, 60)
+    assert tables_of(scene.pyramid.level_shapes, scene.sizes, 2).fits(31, 60)
     plan = assert_same_plans(scene)
     assert plan._keyed_cells.query_keys.dtype == torch.int64
 
@@ -144,7 +188,7 @@ def test_small_maps_have_int32_keys() -> None:
 
 def test_maps_beyond_int32_cells_are_planned_in_torch() -> None:
     scene = make_scene(((2**31,),), (3,), (20,), 60)
-    assert not kernel_tables(scene.pyramid.level_shapes, scene.sizes, 1, ()).fits(20, 60)
+    assert not tables_of(scene.pyramid.level_shapes, scene.sizes).fits(20, 60)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(backends._BY_DEVICE, DEVICE.type, "triton")
         plan = plan_neighborhoods(
@@ -239,16 +283,16 @@ def test_a_plan_of_other_points_or_cells_is_refused() -> None:
     scene = scene_2d()
     plan = plan_of(scene, "triton")
     arguments = scene.positions.to(DEVICE), scene.offsets.to(DEVICE), scene.pyramid.to(DEVICE)
-    check_plan(plan, *arguments, scene.sizes, True)
+    check_plan(plan, *arguments, scene.sizes, check_contents=True)
     moved = arguments[0].clone()
     moved[3] += 5
     with pytest.raises(ValueError, match="query cells"):
-        check_plan(plan, moved, *arguments[1:], scene.sizes, True)
+        check_plan(plan, moved, *arguments[1:], scene.sizes, check_contents=True)
     coordinates = scene.pyramid.coordinates.clone()
     coordinates[0, 1] = (coordinates[0, 1] + 1) % 2
     pyramid = FeaturePyramid(scene.pyramid.values, coordinates, scene.pyramid.level_shapes, 3)
     with pytest.raises(ValueError, match="points"):
-        check_plan(plan, *arguments[:2], pyramid.to(DEVICE), scene.sizes, True)
+        check_plan(plan, *arguments[:2], pyramid.to(DEVICE), scene.sizes, check_contents=True)
 
 
 def calls_of(scene: Scene) -> dict[str, tuple[Any, tuple[Any, ...]]]:
@@ -294,7 +338,7 @@ def test_opcheck() -> None:
 
 
 def test_indices_beyond_int32_are_left_to_torch() -> None:
-    tables = kernel_tables(((8, 8), (4, 4)), (3, 3), 1, ())
+    tables = tables_of(((8, 8), (4, 4)), (3, 3))
     assert tables.fits(2**29, 2**30)
     assert not tables.fits(2**29 + 1, 2**30)
     assert not tables.fits(2**29, 2**30 + 1)

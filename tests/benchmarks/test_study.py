@@ -405,7 +405,7 @@ def test_study_saves_and_draws(
     read = json.loads(path.read_text())
     assert read["machine"]["cores"] >= 1
     assert read["machine"]["instruction_set"] == torch.backends.cpu.get_cpu_capability()
-    assert read["versions"]["torch"] == torch.__version__
+    assert torch.__version__.split("+")[0] == read["versions"]["torch"].split("+")[0]
     assert {"python", "vicinal", "transformers", "triton"} < set(read["versions"])
     assert set(read["commit"]) == {"id", "dirty", "sources"}
     assert {"started", "size", "settings", "gpu"} < set(read)

@@ -8,8 +8,10 @@ import torch
 from detr_scenes import (
     CLASSES,
     EMBED,
+    HEADS,
     SavedBytes,
     gradients,
+    make_block,
     make_decoder,
     make_pyramid,
     make_queries,
@@ -19,7 +21,15 @@ from detr_scenes import (
 from problems import assert_close
 from torch import Tensor
 
-from vicinal.detr import Decoder, ObjectQueries, Predictions
+from vicinal import SparseNeighborhoodAttentionBlock, Window
+from vicinal.detr import (
+    Decoder,
+    DecoderLayer,
+    FeedForward,
+    ObjectQueries,
+    Predictions,
+    QuerySelfAttention,
+)
 
 QUERIES, POINTS = (4, 0, 6), (30, 12, 0)
 
@@ -81,6 +91,19 @@ def test_every_layer_has_a_plan_where_the_boxes_are(monkeypatch: pytest.MonkeyPa
         assert torch.equal(before.boxes, after.boxes)
     assert (asked[0][1] - asked[1][1]).abs().amin() > 0
     assert (asked[1][1] - asked[2][1]).abs().amin() > 0
+
+
+def test_causal_windows_end_with_the_own_cells_of_the_queries() -> None:
+    """The own cell is that of a query's level; the layers' plans are made for these levels."""
+    window = Window((3, 2), causal=(False, True))
+    decoder = make_decoder(
+        2, attention=lambda: SparseNeighborhoodAttentionBlock(EMBED, HEADS, 2, (window, window))
+    )
+    queries, pyramid = make_queries((20, 10, 0)), make_pyramid(POINTS)
+    predictions, _ = perturbed(decoder)(queries, pyramid)
+    for ours, theirs in zip(predictions, by_hand(decoder, queries, pyramid), strict=True):
+        assert_close(ours.logits, theirs.logits, 1e-9)
+        assert_close(ours.boxes, theirs.boxes, 1e-9)
 
 
 def test_gradients_pass_between_layers_through_embeddings_and_not_through_boxes() -> None:
@@ -169,6 +192,34 @@ def test_groups_are_independent_in_all_layers() -> None:
         for ours, theirs in zip(together, decoder(alone, pyramid)[0], strict=True):
             assert_close(ours.logits[rows], theirs.logits, 1e-9)
             assert_close(ours.boxes[rows], theirs.boxes, 1e-9)
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_points_may_have_another_width_than_the_queries(checkpoint: bool) -> None:
+    layers = [
+        DecoderLayer(
+            QuerySelfAttention(EMBED, 2),
+            make_block(point_dim=5, rotary=rotary, rope_axis_scales=(1.0, 3.0)),
+            FeedForward(EMBED),
+        )
+        for rotary in (True, False)
+    ]
+    decoder = perturbed(Decoder(layers, EMBED, CLASSES, checkpoint=checkpoint))
+    queries, pyramid = make_queries(QUERIES), make_pyramid(POINTS, embed_dim=5)
+    pyramid = pyramid.with_values(pyramid.values.requires_grad_())
+    predictions, _ = decoder(queries, pyramid)
+    expected = by_hand(decoder, queries, pyramid)
+    for ours, theirs in zip(predictions, expected, strict=True):
+        assert_close(ours.logits, theirs.logits, 1e-9)
+        assert_close(ours.boxes, theirs.boxes, 1e-9)
+    grads = [
+        torch.autograd.grad(parts[-1].logits.sum(), [queries.embeddings, pyramid.values])
+        for parts in (predictions, expected)
+    ]
+    for left, right in zip(*grads, strict=True):
+        assert_close(left, right, 1e-9)
+    with refused("stacked_feature_maps"):
+        decoder(queries, make_pyramid(POINTS))
 
 
 def test_invalid_arguments_are_refused_by_name() -> None:

@@ -111,7 +111,9 @@ def test_checkpointing_gives_the_same_bits_and_stores_less() -> None:
 class MeanOfImage(nn.Module):
     """Another module with the signature of the attentions: adds the mean of the image."""
 
-    def make_plan(self, positions: Tensor, offsets: Tensor, pyramid: FeaturePyramid) -> list[slice]:
+    def make_plan(
+        self, positions: Tensor, offsets: Tensor, pyramid: FeaturePyramid, levels: Tensor
+    ) -> list[slice]:
         return spans(offsets)
 
     def forward(
@@ -181,6 +183,20 @@ def test_invalid_arguments_are_refused_by_name() -> None:
         encoder(torch.zeros(3, EMBED))
     with refused("pyramid.values"):
         encoder(make_pyramid((5,), embed_dim=EMBED + 2))
+
+
+def test_points_of_another_width_than_the_queries_are_refused() -> None:
+    layers = [
+        EncoderLayer(make_block(point_dim=point_dim), FeedForward(EMBED))
+        for point_dim in (EMBED, EMBED + 2)
+    ]
+    encoder = Encoder(layers, EMBED).double()
+    for embed_dim in (EMBED, EMBED + 2):
+        pyramid = make_pyramid((5,), embed_dim=embed_dim)
+        with refused("point_dim"):
+            encoder(pyramid)
+        with refused("point_dim"):
+            layers[1](pyramid.values, pyramid, pyramid.positions(), pyramid.batch_offsets())
 
 
 @pytest.mark.parametrize("kind", ["shuffled", "reversed"])

@@ -1,7 +1,7 @@
 """The stem against a dense map cut into windows, and what it does not depend on."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from detr_scenes import EMBED, refused, stir
 from problems import assert_close
 from torch import Tensor
 
-from vicinal import FeaturePyramid
+from vicinal import FeaturePyramid, Window
 from vicinal.detr import PointStem
 
 CHANNELS = 2
@@ -55,11 +55,32 @@ def pooled_map(
     return dense
 
 
-def window(dense: Tensor, image: int, center: Cell, width: int, periodic: Cell = ()) -> Tensor:
-    """The cells around ``center`` one after another, zeros beyond the map, or around its seam."""
-    radius, cells = width // 2, []
-    for offset in itertools.product(range(-radius, radius + 1), repeat=len(center)):
-        cell = [x + step for x, step in zip(center, offset, strict=True)]
+def as_axes(value: Any, dim: int) -> Sequence[Any]:
+    return value if isinstance(value, tuple) else (value,) * dim
+
+
+def window_cells(size: Any, cell: Cell, stride: Cell) -> Iterator[list[int]]:
+    """The cells of a window of ``stride`` around ``cell`` of the grid, by the definition."""
+    shape, dim = size if isinstance(size, Window) else Window(size), len(cell)
+    widths, dilations = as_axes(shape.size, dim), as_axes(shape.dilation, dim)
+    centers, steps, halves = [], [], []
+    for axis, causal in enumerate(as_axes(shape.causal, dim)):
+        width, end = widths[axis], cell[axis] + 1
+        # Along a causal axis: back from the last cell that is complete when the own cell ends.
+        centers.append(end // stride[axis] - 1 if causal else cell[axis] // stride[axis])
+        steps.append(range(1 - width, 1) if causal else range(-(width // 2), width // 2 + 1))
+        halves.append(width - 0.5 if causal else width / 2)
+    for offset in itertools.product(*steps) if min(widths) else ():
+        if shape.shape == "box" or sum(map(lambda o, h: (o / h) ** 2, offset, halves)) <= 1:
+            yield [c + d * o for c, d, o in zip(centers, dilations, offset, strict=True)]
+
+
+def window(
+    dense: Tensor, image: int, around: Cell, size: Any, stride: Cell, periodic: Cell = ()
+) -> Tensor:
+    """The cells of a window one after another, zeros beyond the map, or around its seam."""
+    cells = [dense.new_empty(0)]
+    for cell in window_cells(size, around, stride):
         for axis in periodic:
             cell[axis] %= dense.shape[1 + axis]
         inside = all(0 <= x < size for x, size in zip(cell, dense.shape[1:-1], strict=True))
@@ -82,8 +103,8 @@ def stem_by_hand(
     embedded: dict[tuple[int, ...], Tensor] = {}
     for image, *cell in set(map(tuple, coordinates.tolist())):
         windows = [
-            window(dense, image, pooled(cell, stride), width, periodic)
-            for dense, stride, width in zip(
+            window(dense, image, cell, size, stride, periodic)
+            for dense, stride, size in zip(
                 maps, stem.window_strides, stem.window_sizes, strict=True
             )
         ]
@@ -115,13 +136,24 @@ def stem_by_hand(
         ((9, 13), 40, (2, 4), (3, 5), (1, 4)),
         ((9, 13), 40, ((1, 2), (3, 4)), (3, 5), (1, (2, 3))),
         ((5, 7, 6), 60, ((8, 2, 2), (16, 4, 8)), (3, 3), (1, (2, 1, 3))),
+        ((25,), 15, (1, 2), (Window(4, causal=True), Window(2, causal=True)), (1, 3)),
+        ((8, 12), 40, (2, 4), ((3, 1), Window((3, 5), dilation=(2, 1))), (1, 4)),
+        (
+            (9, 13),
+            40,
+            (1, 2),
+            (Window((4, 3), causal=(True, False)), Window((2, 3), causal=(True, False))),
+            (1, (2, 3)),
+        ),
+        ((9, 13), 40, (1,), (0, Window((3, 4), causal=(False, True), shape="ball")), (1, 2)),
+        ((9, 13), 40, (1,), (Window(5, shape="ball"), Window(4, causal=True)), (1, 3)),
     ],
 )
 def test_embeddings_match_windows_of_a_dense_map(
     shape: tuple[int, ...],
     n: int,
     strides: tuple[Any, ...],
-    sizes: tuple[int, ...],
+    sizes: tuple[Any, ...],
     window_strides: tuple[Any, ...],
 ) -> None:
     stem = make_stem(len(shape), strides=strides, window_sizes=sizes, window_strides=window_strides)
@@ -270,11 +302,41 @@ def test_autocast_output_is_close_and_in_full_precision() -> None:
         ("window_sizes", {"window_sizes": (3,)}),
         ("window_sizes", {"window_sizes": (3, 4)}),
         ("window_sizes", {"window_sizes": (3, -1)}),
+        ("window_sizes", {"window_sizes": (0, 0)}),
+        ("window_sizes", {"window_sizes": (3, (3, 2))}),
+        ("window_sizes", {"window_sizes": (3, (3, 3, 3))}),
+        (
+            "window_strides",
+            {"window_sizes": (Window(2, causal=True), 3, 0), "window_strides": (1, 2, 3)},
+        ),
+        (
+            "window_strides",
+            {
+                "window_sizes": (Window((3, 2), causal=(False, True)), 3, 3),
+                "window_strides": (1, (3, 2), (2, 3)),
+            },
+        ),
     ],
 )
 def test_invalid_options_are_refused_by_name(argument: str, options: dict[str, Any]) -> None:
     with refused(argument):
         PointStem(**{"in_channels": CHANNELS, "embed_dim": EMBED} | options)
+
+
+def test_strides_need_to_divide_each_other_along_causal_axes_alone() -> None:
+    window = Window((3, 2), causal=(False, True))
+    strides = (1, (2, 2), (3, 4))
+    assert make_stem(2, window_sizes=(window, 3, 3), window_strides=strides)
+
+
+@pytest.mark.parametrize("window", [7, Window((3, 3), dilation=(3, 1)),
+                                    Window((2, 3), causal=(True, False))])  # fmt: skip
+def test_windows_that_periodic_axes_cannot_have_are_refused(window: Any) -> None:
+    stem = make_stem(2, strides=(1,), window_sizes=(1, window), window_strides=(1, 2))
+    coordinates, values = random_points((12, 16), 2, 10)
+    stem(coordinates, values, (12, 16), 2)
+    with refused("window_sizes"):
+        stem(coordinates, values, (12, 16), 2, periodic_axes=(0,))
 
 
 @pytest.mark.parametrize(

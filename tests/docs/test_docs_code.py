@@ -108,7 +108,9 @@ def test_a_public_name_has_an_example(name: str) -> None:
         "docs/recipes/detection.md",
         "docs/recipes/encoder.md",
         "docs/recipes/labels.md",
+        "docs/recipes/streaming.md",
         "docs/switching.md",
+        "docs/windows.md",
     ],
 )
 def test_pages_that_show_code_are_found(page: str) -> None:

@@ -81,6 +81,20 @@ def test_the_drawing_is_what_its_script_draws(name: str) -> None:
     assert drawn == (DOCS / name).read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("name", ["windows-lines.svg", "windows-lidar.svg", "windows-events.svg"])
+def test_pictures_of_windows_are_what_their_script_draws(name: str) -> None:
+    script = importlib.import_module("docs.draw_windows")
+    assert set(script.DRAWINGS) == {path.name for path in DOCS.glob("windows-*.svg")}
+    assert script.draw(name) == (DOCS / name).read_text(encoding="utf-8")
+
+
+def test_the_page_on_windows_names_the_suggested_ones() -> None:
+    text = (DOCS / "windows.md").read_text(encoding="utf-8")
+    scenes = importlib.import_module("benchmarks.scenes")
+    assert f"`{list(scenes.WINDOWS_LIDAR)}`" in text
+    assert all(f"`{window.size}`" in text for window in scenes.WINDOWS_EVENTS)
+
+
 def test_code_spans_of_public_names_become_links(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)  # where MkDocs runs
     link_names = runpy.run_path(str(DOCS / "link_names.py"))["link_names"]

@@ -152,10 +152,14 @@ def test_a_resumed_run_has_the_same_curve(tmp_path: Path, number: int) -> None:
 
 
 def test_a_second_interrupt_acts_at_once(tmp_path: Path) -> None:
-    handler = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
-        train(Counter(), signalling(3, signal.SIGINT, signal.SIGINT), CONFIG, tmp_path)
-    assert signal.getsignal(signal.SIGINT) == handler
+    # Shells start background processes with SIGINT ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train(Counter(), signalling(3, signal.SIGINT, signal.SIGINT), CONFIG, tmp_path)
+        assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_resuming_a_finished_run_changes_nothing(tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """What the neighborhood attention block computes, against the specification and at edge cases."""
 
 import dataclasses
-from typing import Any
 
 import pytest
 import torch
@@ -9,8 +8,8 @@ from block_scenes import (
     EMBED,
     EXACT,
     HEADS,
-    Arguments,
     assert_matches_specification,
+    by_weights,
     coo_arguments,
     distinct_scene,
     gradients,
@@ -281,25 +280,6 @@ def test_given_plan_equals_the_plan_built_by_the_block(background: bool, backend
 
 
 # -------------------------------------------------------------------------------- attention weights
-
-
-def by_weights(block: Any, arguments: Arguments, queries: Tensor | None = None) -> Tensor:
-    """The output for ``queries`` (default: all), computed from `attention_weights`."""
-    weights = block.attention_weights(**arguments._asdict(), queries=queries)
-    chosen = torch.arange(len(arguments.query)) if queries is None else queries
-    query, pyramid = arguments.query[chosen], arguments.stacked_feature_maps
-    v = block.kv_proj(pyramid.values)[:, EMBED:].unflatten(-1, (HEADS, -1))
-    row = torch.repeat_interleave(weights.offsets.diff())
-    attended = query.new_zeros(len(chosen), HEADS, EMBED // HEADS)
-    attended = attended.index_add(0, row, weights.weights[..., None] * v[weights.points])
-    if arguments.background_embedding is not None:
-        offsets = arguments.query_batch_offsets
-        image = torch.searchsorted(offsets, chosen, right=True) - 1
-        cells = block.kv_proj(arguments.background_embedding)[..., EMBED:]
-        cells = cells.unflatten(-1, (HEADS, -1))[image]
-        attended = attended + torch.einsum("nlh,nlhd->nhd", weights.background, cells)
-    out: Tensor = query + block.out_proj(attended.flatten(1))
-    return out if block.norm_first else block.norm(out)
 
 
 @given(

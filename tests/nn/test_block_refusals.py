@@ -31,7 +31,7 @@ from vicinal import FeaturePyramid, NeighborhoodPlan, SparseNeighborhoodAttentio
         ("neighborhood_sizes", [3, 5, 7], "[3, 5, 7]"),
         ("neighborhood_sizes", [3, 5, 7, 9, 11], "[3, 5, 7, 9, 11]"),
         ("neighborhood_sizes", [3, 5, 6, 9], "[3, 5, 6, 9]"),
-        ("neighborhood_sizes", [3, 5, 0, 9], "[3, 5, 0, 9]"),
+        ("neighborhood_sizes", [3, 5, (0, 1), 9], "[3, 5, (0, 1), 9]"),
         ("neighborhood_sizes", [3, 5, -7, 9], "[3, 5, -7, 9]"),
         ("neighborhood_sizes", [3, 5, 7.0, 9], "7.0"),
         ("dropout", 1.0, "1.0"),

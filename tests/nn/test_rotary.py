@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from problems import assert_close, rotate_by_hand
@@ -210,6 +211,57 @@ def test_very_large_angles_keep_lengths(far: float, dtype: torch.dtype, backend:
     assert_close(lengths, expected, 16 * torch.finfo(dtype).eps)
 
 
+# ------------------------------------------------------------------------------- axis scales
+
+SCALES = (0.3, 4.0, 1.5)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("share_heads", [False, True])
+@pytest.mark.parametrize("dim", [1, 2, 3])
+def test_axis_scales_multiply_the_coordinates_of_space(
+    dim: int, share_heads: bool, pattern: str, backend: str
+) -> None:
+    options: dict[str, Any] = {"freq_group_pattern": pattern, "share_heads": share_heads}
+    rotary = encoding(12, 3, dim, axis_scales=SCALES[:dim], backend=backend, **options)
+    plain = encoding(12, 3, dim, backend=backend, **options)
+    plain.load_state_dict(rotary.state_dict())
+    x, coordinates = inputs(rotary)
+    leaves = [x, coordinates]
+    scaled = coordinates * torch.tensor([*SCALES[:dim], 1.0], dtype=torch.float64)
+    outs = rotary(x, coordinates), plain(x, scaled)
+    assert_close(*outs, 1e-12)
+    ours, theirs = (
+        torch.autograd.grad(out.sin().sum(), [*leaves, *module.parameters()])
+        for out, module in zip(outs, (rotary, plain), strict=True)
+    )
+    for left, right in zip(ours, theirs, strict=True):
+        assert_close(left, right, 1e-10)
+    assert_close(outs[0], rotate_by_hand(rotary, x, coordinates), 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_axis_scales_are_exact_far_from_the_origin(dtype: torch.dtype, backend: str) -> None:
+    rotary = encoding(8, 2, 1, axis_scales=[1 / 3], backend=backend).to(dtype)
+    coordinates = torch.tensor([[2.0**30 + 0.5, 0], [2.0**29 + 1.5, 1]], dtype=torch.float64)
+    x = torch.randn(2, 2, 8).to(dtype)
+    rotated = rotary(x, coordinates)
+    assert rotated.dtype == dtype
+    assert all(freqs.dtype == dtype for freqs in rotary.freqs)
+    exact = rotate_by_hand(rotary.double(), x.double(), coordinates)
+    # float64 holds angles of 2^30 radians to 2^-23; the result is rounded to dtype.
+    assert_close(rotated.double(), exact, 8 * torch.finfo(dtype).eps + 2.0**-20)
+
+
+@pytest.mark.parametrize("kind", [list, tuple, torch.tensor, np.array])
+def test_axis_scales_as_any_sequence(kind: Any) -> None:
+    rotary = RotaryEncoding(8, 2, 2, axis_scales=kind([2.0, 0.5]))
+    assert rotary.axis_scales == (2.0, 0.5)
+    assert list(rotary.state_dict()) == ["freqs.0"]
+    assert "axis_scales=(2.0, 0.5)" in repr(rotary)
+    assert "axis_scales" not in repr(RotaryEncoding(8, 2, 2))
+
+
 # ------------------------------------------------------------------------------- parameters
 
 
@@ -278,6 +330,8 @@ def test_repr() -> None:
         ({"head_dim": -2}, "head_dim: expected .* got int -2"),
         ({"freq_group_pattern": "triple"}, "freq_group_pattern: expected .* got .*triple"),
         ({"backend": "gpu"}, "backend: expected .* got .*gpu"),
+        ({"axis_scales": (1.0,)}, r"axis_scales: expected .* got .*\(1.0,\)"),
+        ({"axis_scales": (1.0, 0.0)}, "axis_scales: expected .* got .*0.0"),
     ],
 )
 def test_constructor_refusals(change: dict[str, Any], message: str) -> None:

@@ -12,7 +12,8 @@ from torch import Tensor
 import vicinal
 
 from . import loops, maps
-from .problem import MOST_SLOTS, Cell, Problem, draw_problem
+from .problem import MOST_SLOTS, Problem, draw_problem
+from .windows import Cell
 
 Tensors = dict[str, Tensor]
 TOLERANCES: dict[str, tuple[Any, float]] = {  # type of numbers, largest absolute difference
@@ -61,6 +62,10 @@ class Checker:
     def positions(self) -> Tensor:
         p = self.problem
         return torch.tensor(p.positions, dtype=self.dtype).view(-1, p.dim)
+
+    def query_levels(self) -> Tensor | None:
+        levels = self.problem.query_levels
+        return None if levels is None else torch.tensor(levels, dtype=torch.int64)
 
     def pyramid(self, values: Tensor) -> vicinal.FeaturePyramid:
         p = self.problem
@@ -161,7 +166,11 @@ class Checker:
         if any(abs(x) > 2.0**62 for position in p.positions for x in position):
             return  # cells that int64 cannot hold
         cells, outside, levels = vicinal.get_multilevel_neighborhoods(
-            self.positions(), p.shapes, p.sizes, periodic_axes=p.periodic_axes
+            self.positions(),
+            p.shapes,
+            p.neighborhood_sizes,
+            query_level_indices=self.query_levels(),
+            periodic_axes=p.periodic_axes,
         )
         for query in range(len(p.positions)):
             slots = list(loops.window_cells(p, query))
@@ -204,7 +213,11 @@ class Checker:
         p = self.problem
         pyramid = self.pyramid(self.draw(len(p.coordinates), 1).to(self.dtype))
         plan = vicinal.plan_neighborhoods(
-            self.positions(), torch.tensor(p.offsets), pyramid, p.sizes
+            self.positions(),
+            torch.tensor(p.offsets),
+            pyramid,
+            p.neighborhood_sizes,
+            self.query_levels(),
         )
         wanted = Counter(
             (query, point)
@@ -223,21 +236,31 @@ class Checker:
         ours, expected = self.leaves(self.draw_functional(plan.n_keys, plan.batch_size))
         factor = 0.7 if p.seed % 2 else p.head_dim**-0.5
         cells = [ours[name] for name in ("cell_query", "cell_key", "cell_value") if name in ours]
+        options: dict[str, Any] = {
+            "scale": factor if p.seed % 2 else None,
+            "background": vicinal.Background(*cells) if cells else None,
+            "bias": ours.get("bias"),
+            "query_mask": None if p.mask is None else torch.tensor(p.mask, dtype=torch.bool),
+        }
+        q, k, v = ours["q"], ours["k"], plan.append_copies(ours["v"])
         results = vicinal.neighborhood_attention(
-            ours["q"],
-            ours["k"],
-            plan.append_copies(ours["v"]),
-            plan,
-            scale=factor if p.seed % 2 else None,
-            background=vicinal.Background(*cells) if cells else None,
-            query_mask=None if p.mask is None else torch.tensor(p.mask, dtype=torch.bool),
-            return_lse=True,
-            backend=self.backend,
+            q, k, v, plan, **options, return_lse=True, backend=self.backend
         )
-        answers = loops.functional(p, expected, key_rows, factor)
+        *answers, weights = loops.functional(p, expected, key_rows, factor)
+        found = vicinal.neighborhood_attention_weights(q, k, plan, **options)
+        self.compare("weights", self.dense_weights(found), weights)
         self.compare("attention", results[0], answers[0])
         self.compare("log-sum-exp", results[1], answers[1])
-        self.compare_gradients("attention", (results, ours), (answers, expected))
+        self.compare_gradients("attention", (results, ours), (tuple(answers), expected))
+
+    def dense_weights(self, weights: vicinal.NeighborhoodWeights) -> Tensor:
+        """``[N, nnz + L, H]``, of all points, then of all empty cells of each level."""
+        p, counts = self.problem, weights.offsets.diff()
+        queries = torch.repeat_interleave(torch.arange(len(counts)), counts)
+        dense = torch.zeros(len(counts), len(p.coordinates), p.heads, dtype=self.dtype)
+        dense[queries, weights.points] = weights.weights.detach()
+        empty = dense.new_zeros(len(counts), len(p.shapes), p.heads)
+        return torch.cat((dense, empty if weights.background is None else weights.background), 1)
 
     def draw_functional(self, n_keys: int, images: int) -> Tensors:
         p = self.problem
@@ -249,10 +272,11 @@ class Checker:
             "v": self.draw(len(p.coordinates), p.heads, width),
         }
         if p.background:
-            slots = sum(size**p.dim for size in p.sizes)
             tensors["cell_query"] = self.draw(n, levels, *heads)
-            tensors["cell_key"] = self.draw(slots, *heads)
+            tensors["cell_key"] = self.draw(p.n_slots, *heads)
             tensors["cell_value"] = self.draw(images, levels, p.heads, width)
+        if p.bias:
+            tensors["bias"] = self.draw(p.n_slots, p.heads)
         return tensors
 
     def check_block(self) -> None:
@@ -264,7 +288,7 @@ class Checker:
             p.embed_dim,
             p.heads,
             len(p.shapes),
-            p.sizes,
+            p.neighborhood_sizes,
             p.dim,
             backend=self.backend,
             **p.block,
@@ -272,13 +296,15 @@ class Checker:
         own = {name: x.detach().double() for name, x in block.named_parameters()}
         for name in ("norm.weight", "norm.bias"):
             own[name] = own[name] + 0.3 * self.draw(p.embed_dim)
+        if "relative_bias" in own:
+            own["relative_bias"] = self.draw(p.n_slots, p.heads)
         tensors = {
             "query": self.draw(len(p.positions), p.embed_dim),
             "positions": self.positions().double(),
-            "values": self.draw(len(p.coordinates), p.embed_dim),
+            "values": self.draw(len(p.coordinates), p.point_dim),
         }
         if p.background:
-            tensors["background"] = self.draw(p.background_rows, len(p.shapes), p.embed_dim)
+            tensors["background"] = self.draw(p.background_rows, len(p.shapes), p.point_dim)
         ours, expected = self.leaves(tensors)
         parameters, expected_parameters = self.leaves(own)
         with torch.no_grad():
@@ -292,7 +318,7 @@ class Checker:
             "block", ((out,), ours | parameters), ((answer,), expected | expected_parameters)
         )
 
-        if len(p.coordinates) * sum(size**p.dim for size in p.sizes) < MOST_SLOTS:
+        if len(p.coordinates) * p.n_slots < MOST_SLOTS and p.point_dim == p.embed_dim:
             self.check_encode(block, expected_parameters)
 
     def check_encode(self, block: Any, parameters: Tensors) -> None:
@@ -325,7 +351,7 @@ class Checker:
 
     def block_arguments(self, block: Any, tensors: Tensors) -> dict[str, Any]:
         p = self.problem
-        levels, mask = p.query_levels, p.mask
+        mask = p.mask
         pyramid = self.pyramid(tensors["values"])
         placement = tensors["positions"], torch.tensor(p.offsets)
         arguments = {
@@ -334,13 +360,11 @@ class Checker:
             "query_batch_offsets": placement[1],
             "stacked_feature_maps": pyramid,
             "background_embedding": tensors.get("background"),
-            "query_level_indices": levels
-            if levels is None
-            else torch.tensor(levels, dtype=torch.int64),
+            "query_level_indices": self.query_levels(),
             "query_mask": None if mask is None else torch.tensor(mask, dtype=torch.bool),
         }
         if p.through == "plan":
-            arguments["plan"] = block.make_plan(*placement, pyramid)
+            arguments["plan"] = block.make_plan(*placement, pyramid, self.query_levels())
         elif p.through == "coo":
             arguments["stacked_feature_maps"] = maps.coo_map(p, tensors["values"])
             arguments["level_spatial_shapes"] = torch.tensor(p.shapes)

@@ -4,18 +4,19 @@ It uses nothing of the library, no slices and no sorted orders. All tensors are 
 autograd gives the expected gradients.
 """
 
-import dataclasses
 import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .problem import Cell, Problem
+from .problem import Problem, Real
+from .windows import Cell, window_steps
 
 
 class Slot(NamedTuple):
@@ -34,9 +35,8 @@ def full_shape(problem: Problem) -> list[int]:
     return [max(axis) for axis in zip(*problem.shapes, strict=True)]
 
 
-def scale(problem: Problem, level: int, axis: int) -> np.floating:
+def scale(problem: Problem, level: int, axis: int, real: Real) -> np.floating:
     """The scale of a level: a ratio of strides if they are known, else of sizes."""
-    real = problem.real
     if problem.strides is not None:
         least = min(steps[axis] for steps in problem.strides)
         return real(least) / real(problem.strides[level][axis])
@@ -56,7 +56,7 @@ def wrapped_position(problem: Problem, query: int) -> list[np.floating]:
 def center(problem: Problem, position: Sequence[np.floating], level: int) -> Cell:
     cell = []
     for axis, size in enumerate(problem.shapes[level]):
-        x = math.floor(position[axis] * scale(problem, level, axis))
+        x = math.floor(position[axis] * scale(problem, level, axis, problem.real))
         cell.append(min(x, size - 1) if axis in problem.periodic_axes else x)
     return tuple(cell)
 
@@ -64,11 +64,25 @@ def center(problem: Problem, position: Sequence[np.floating], level: int) -> Cel
 def window_cells(problem: Problem, query: int) -> Iterator[tuple[int, Cell]]:
     """Level and cell of all slots of a query."""
     position = wrapped_position(problem, query)
-    for level, size in enumerate(problem.sizes):
-        middle = center(problem, position, level)
-        radius = (size - 1) // 2
-        for offset in itertools.product(range(-radius, radius + 1), repeat=problem.dim):
-            yield level, tuple(c + o for c, o in zip(middle, offset, strict=True))
+    for level, window in enumerate(problem.windows):
+        start = list(center(problem, position, level))
+        for axis in range(problem.dim):
+            if window.causal[axis]:
+                start[axis] = last_complete_cell(problem, query, level, axis)
+        for step in window_steps(window):
+            moves = zip(start, window.dilations, step, strict=True)
+            yield level, tuple(c + dilation * o for c, dilation, o in moves)
+
+
+def last_complete_cell(problem: Problem, query: int, level: int, axis: int) -> int:
+    """The last cell of a level that is complete when the query's own cell ends."""
+    sizes = [shape[axis] for shape in problem.shapes]
+    own = sizes.index(max(sizes))
+    if problem.query_levels is not None:
+        own = problem.query_levels[query]
+    position = problem.real(problem.positions[query][axis])
+    y = math.floor(position * scale(problem, own, axis, problem.real))
+    return math.floor(Fraction((y + 1) * sizes[level], sizes[own])) - 1
 
 
 def wrap_cell(problem: Problem, level: int, cell: Cell) -> Cell:
@@ -107,8 +121,8 @@ def windows(problem: Problem) -> list[list[Slot]]:
 
 def cell_center(problem: Problem, level: int, cell: Cell) -> list[float]:
     """Its position in cells of the full shape, with the level as one more coordinate."""
-    exact = dataclasses.replace(problem, real=np.float64)
-    return [*((x + 0.5) / float(scale(exact, level, axis)) for axis, x in enumerate(cell)), level]
+    scales = (float(scale(problem, level, axis, np.float64)) for axis in range(problem.dim))
+    return [*((x + 0.5) / s for x, s in zip(cell, scales, strict=True)), level]
 
 
 def finest_level(problem: Problem) -> int:
@@ -129,16 +143,20 @@ def functional(
     tensors: Mapping[str, Tensor],
     key_rows: Mapping[tuple[int, Cell], int],
     factor: float,
-) -> tuple[Tensor, Tensor]:
-    """`neighborhood_attention`: output ``[N, H, dv]`` and log-sum-exp ``[N, H]``.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`neighborhood_attention`: output ``[N, H, dv]`` and log-sum-exp ``[N, H]``, and the weights
+    ``[N, nnz + L, H]`` of all points, then of all empty cells of each level.
 
     ``key_rows`` has the row of the key of a point at a cell, copies included.
     """
     q, k, v = (tensors[name] for name in "qkv")
     outs, sums = [v.new_zeros(0, *v.shape[1:])], [q.new_zeros(0, q.shape[1])]
+    weights = q.new_zeros(len(q), len(v) + len(problem.shapes), q.shape[1])
     for query, slots in enumerate(windows(problem)):
         rows = [key_rows[point, slot.cell] for slot in slots for point in slot.points]
         points = [point for slot in slots for point in slot.points]
+        columns = list(points)
+        where = [index for index, slot in enumerate(slots) for _ in slot.points]
         logits, values = (q[query] * k[rows]).sum(-1), v[points]
         empty = [index for index, slot in enumerate(slots) if not slot.points]
         if problem.background and empty:
@@ -146,12 +164,19 @@ def functional(
             cells = tensors["cell_query"][query, levels] * tensors["cell_key"][empty]
             logits = torch.cat((logits, cells.sum(-1)))
             values = torch.cat((values, tensors["cell_value"][image_of(problem, query), levels]))
+            where += empty
+            columns += [len(v) + level for level in levels]
+        logits = logits * factor
+        if problem.bias:
+            logits = logits + tensors["bias"][where]
         if is_masked(problem, query):
-            logits, values = logits[:0], values[:0]
-        out, total = attend(logits * factor, values)
+            logits, values, columns = logits[:0], values[:0], []
+        out, total = attend(logits, values)
+        index = torch.tensor(columns, dtype=torch.int64)
+        weights[query].index_add_(0, index, logits.detach().softmax(0))
         outs.append(out[None])
         sums.append(total[None])
-    return torch.cat(outs), torch.cat(sums)
+    return torch.cat(outs), torch.cat(sums), weights
 
 
 def is_masked(problem: Problem, query: int) -> bool:
@@ -164,6 +189,10 @@ def is_masked(problem: Problem, query: int) -> bool:
 def rotate(problem: Problem, parameters: Mapping[str, Tensor], x: Tensor, places: Tensor) -> Tensor:
     """``x`` ``[m, H, d]`` rotated at ``places`` ``[m, P + 1]``."""
     assert problem.block is not None
+    if not problem.block["rotary"]:
+        return x
+    scales = problem.block["rope_axis_scales"] or [1.0] * problem.dim
+    places = places * places.new_tensor([*scales, 1.0])
     space, level = list(range(problem.dim)), [problem.dim]
     groups = {
         "single": [space + level],
@@ -214,13 +243,15 @@ def block(
     q = rotate(problem, parameters, q, places)
     attended = [query.new_zeros(0, problem.embed_dim)]
     for index, slots in enumerate(windows(problem)):
-        embeddings, where = gather(problem, tensors, image_of(problem, index), slots)
+        embeddings, where, cells = gather(problem, tensors, image_of(problem, index), slots)
         if is_masked(problem, index):
             attended.append(query.new_zeros(1, problem.embed_dim))
             continue
         both = linear(parameters, "kv_proj", embeddings).unflatten(-1, (2, *heads))
         keys = rotate(problem, parameters, both[:, 0], where)
         logits = (q[index] * keys).sum(-1) / math.sqrt(problem.head_dim)
+        if problem.block["relative_bias"]:
+            logits = logits + parameters["relative_bias"][cells]
         out, _ = attend(logits, both[:, 1])
         attended.append(out.flatten()[None])
     out = query + linear(parameters, "out_proj", torch.cat(attended))
@@ -229,17 +260,25 @@ def block(
 
 def gather(
     problem: Problem, tensors: Mapping[str, Tensor], image: int, slots: Sequence[Slot]
-) -> tuple[Tensor, Tensor]:
-    """Embeddings ``[m, E]`` and places ``[m, P + 1]`` of all that a query attends to."""
+) -> tuple[Tensor, Tensor, list[int]]:
+    """Embeddings ``[m, E]``, places ``[m, P + 1]`` and slots ``[m]`` of all that a query attends
+    to.
+    """
     points, empty, where, where_empty = [], [], [], []
-    for slot in slots:
+    cells, cells_empty = [], []
+    for index, slot in enumerate(slots):
+        if not slot.points and not problem.background:
+            continue
         place = cell_center(problem, slot.level, slot.cell)
         points += slot.points
         where += [place] * len(slot.points)
-        if problem.background and not slot.points:
+        cells += [index] * len(slot.points)
+        if not slot.points:
             empty.append(slot.level)
             where_empty.append(place)
+            cells_empty.append(index)
     embeddings = tensors["values"][points]
     if empty:
         embeddings = torch.cat((embeddings, tensors["background"][image, empty]))
-    return embeddings, embeddings.new_tensor(where + where_empty).view(-1, problem.dim + 1)
+    places = embeddings.new_tensor(where + where_empty).view(-1, problem.dim + 1)
+    return embeddings, places, cells + cells_empty

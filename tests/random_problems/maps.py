@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .problem import Cell, Problem
+from .problem import Problem
+from .windows import Cell
 
 
 def coo_map(problem: Problem, values: Tensor) -> Tensor:

@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
-Cell = tuple[int, ...]
+from .windows import Cell, LevelWindow, draw_plain_window, draw_windows, window_steps
+
 Real = type[np.float32] | type[np.float64]
 
-MOST_CELLS = 700  # of a window
 MOST_SLOTS = 4000  # of all queries
+CHAINS = ((1, 2, 4), (1, 2, 4, 8), (2, 4, 8, 16), (1, 3, 6), (2, 6, 12), (1, 5, 10), (3, 3, 6))
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Problem:
     shapes: tuple[Cell, ...]  # of the levels
     strides: tuple[Cell, ...] | None
     periodic_axes: Cell
-    sizes: Cell  # widths of the windows
+    windows: tuple[LevelWindow, ...]
     coordinates: list[Cell]  # image, cell, level
     map_images: int
     offsets: list[int]
@@ -33,6 +34,7 @@ class Problem:
     query_levels: list[int] | None
     mask: list[bool] | None
     background: bool
+    bias: bool  # a learned one, of the functional op
     background_rows: int  # at least one for every image with queries
     heads: int
     head_dim: int
@@ -46,6 +48,16 @@ class Problem:
         return len(self.shapes[0])
 
     @property
+    def n_slots(self) -> int:
+        """K, the number of cells of a query's windows."""
+        return sum(len(window_steps(window)) for window in self.windows)
+
+    @property
+    def neighborhood_sizes(self) -> list[Any]:
+        """The windows as an argument of the library."""
+        return [window.as_argument(short=self.seed % 4 > 0) for window in self.windows]
+
+    @property
     def images(self) -> int:
         """The number of images: the largest that map and offsets name."""
         return max(self.map_images, len(self.offsets) - 1)
@@ -54,40 +66,52 @@ class Problem:
     def embed_dim(self) -> int:
         return self.heads * self.head_dim
 
+    @property
+    def point_dim(self) -> int:
+        """The width of the points that the block attends to."""
+        return (self.block and self.block["point_dim"]) or self.embed_dim
+
 
 def draw_problem(seed: int, real: Real = np.float64) -> Problem:
     """The problem of a seed."""
     rng = random.Random(seed)
     dim, n_levels = rng.choice((1, 2, 2, 3, 3, 4)), rng.choice((1, 2, 2, 3, 4))
     axes = tuple(axis for axis in range(dim) if rng.random() < 0.3)
+    plain = rng.random() < 0.35
+    causal_axes = tuple(
+        axis for axis in range(dim) if axis not in axes and not plain and rng.random() < 0.4
+    )
     strides, raw_shape = None, (1,) * dim
     if rng.random() < 0.6:
-        strides = draw_strides(rng, dim, n_levels)
+        strides = draw_strides(rng, dim, n_levels, causal_axes)
         raw_shape, shapes = draw_shapes(rng, strides, axes)
     else:
-        largest = (30, 13, 8, 5)[dim - 1]
-        shapes = tuple(tuple(rng.randint(1, largest) for _ in range(dim)) for _ in range(n_levels))
-    sizes = tuple(draw_width(rng, shape, axes) for shape in shapes)
+        shapes = draw_free_shapes(rng, dim, n_levels, causal_axes)
+    if plain:
+        windows = tuple(draw_plain_window(rng, shape, axes) for shape in shapes)
+    else:
+        windows = draw_windows(rng, shapes, axes, causal_axes)
     images = rng.randint(1, 3)
     raw_points, coordinates = None, draw_coordinates(rng, shapes, images)
     if strides is not None and rng.random() < 0.5:
         raw_points = draw_raw_points(rng, raw_shape, images)
         coordinates = pooled_coordinates(raw_points, strides)
-    block = draw_block(rng) if rng.random() < 0.6 else None
-    slots = sum(size**dim for size in sizes)
+    block = draw_block(rng, dim) if rng.random() < 0.6 else None
+    slots = sum(len(window_steps(window)) for window in windows)
     n = rng.randint(0, max(1, min(15, MOST_SLOTS // slots)))
     offsets = [0, *sorted(rng.randint(0, n) for _ in range(images - 1)), n]
     geometry = shapes, coordinates
     positions = [draw_position(rng, *geometry, far=block is None) for _ in range(n)]
     used = max((row[0] + 1 for row in coordinates), default=1)
     masked = rng.choice((0.3, 0.3, 1.0))
+    head_dim = rng.choice((2, 4, 6, 8))
     return Problem(
         seed=seed,
         real=real,
         shapes=shapes,
         strides=strides,
         periodic_axes=axes,
-        sizes=sizes,
+        windows=windows,
         coordinates=coordinates,
         map_images=images if raw_points is not None else rng.randint(used, max(used, images + 1)),
         offsets=offsets,
@@ -95,9 +119,10 @@ def draw_problem(seed: int, real: Real = np.float64) -> Problem:
         query_levels=[rng.randrange(n_levels) for _ in range(n)] if rng.random() < 0.5 else None,
         mask=[rng.random() < masked for _ in range(n)] if rng.random() < 0.4 else None,
         background=rng.random() < 0.5,
+        bias=rng.random() < 0.5,
         background_rows=rng.randint(sum(offset < n for offset in offsets), images + 1),
-        heads=rng.randint(1, 3),
-        head_dim=rng.choice((2, 4, 6, 8)),
+        heads=rng.randint(1 if head_dim > 2 else 2, 3),  # a norm over 2 channels amplifies errors
+        head_dim=head_dim,
         block=block,
         through=rng.choice(("pyramid", "plan", "coo")),
         raw_points=raw_points,
@@ -105,11 +130,34 @@ def draw_problem(seed: int, real: Real = np.float64) -> Problem:
     )
 
 
-def draw_strides(rng: random.Random, dim: int, n_levels: int) -> tuple[Cell, ...]:
+def draw_strides(
+    rng: random.Random, dim: int, n_levels: int, causal_axes: Cell
+) -> tuple[Cell, ...]:
+    """Along causal axes, of every two levels one stride divides the other."""
     choices = rng.choice(((1, 2, 4, 8), (2, 4, 8, 16), (1, 2, 3), (2, 3, 4, 6), (1, 5, 7)))
     if rng.random() < 0.5:
-        return tuple((rng.choice(choices),) * dim for _ in range(n_levels))
-    return tuple(tuple(rng.choice(choices) for _ in range(dim)) for _ in range(n_levels))
+        strides = [[rng.choice(choices)] * dim for _ in range(n_levels)]
+    else:
+        strides = [[rng.choice(choices) for _ in range(dim)] for _ in range(n_levels)]
+    for axis in causal_axes:
+        chain = rng.choice(CHAINS)
+        for level in strides:
+            level[axis] = rng.choice(chain)
+    return tuple(map(tuple, strides))
+
+
+def draw_free_shapes(
+    rng: random.Random, dim: int, n_levels: int, causal_axes: Cell
+) -> tuple[Cell, ...]:
+    """Those of levels without strides. Along causal axes one size divides the other."""
+    largest = (30, 13, 8, 5)[dim - 1]
+    shapes = [[rng.randint(1, largest) for _ in range(dim)] for _ in range(n_levels)]
+    for axis in causal_axes:
+        chain = rng.choice(CHAINS)
+        unit = rng.randint(1, max(1, largest // chain[2]))
+        for shape in shapes:
+            shape[axis] = unit * rng.choice(chain)
+    return tuple(map(tuple, shapes))
 
 
 def draw_shapes(
@@ -129,13 +177,6 @@ def draw_shapes(
         for level in strides
     ]
     return tuple(raw), tuple(shapes)
-
-
-def draw_width(rng: random.Random, shape: Cell, periodic_axes: Cell) -> int:
-    """An odd width: small, or the largest that a periodic axis and the time allow."""
-    widths = [w for w in range(1, 2 * max(shape) + 4, 2) if w ** len(shape) <= MOST_CELLS]
-    widths = [w for w in widths if all(w <= shape[axis] for axis in periodic_axes)]
-    return widths[-1] if rng.random() < 0.2 else rng.choice(widths[:4])
 
 
 def draw_coordinates(rng: random.Random, shapes: Sequence[Cell], images: int) -> list[Cell]:
@@ -197,7 +238,8 @@ def draw_position(
     return position
 
 
-def draw_block(rng: random.Random) -> dict[str, Any]:
+def draw_block(rng: random.Random, dim: int) -> dict[str, Any]:
+    scales = [rng.choice((1.0, 0.5, 3.0)) for _ in range(dim)]
     return {
         "bias": rng.random() < 0.5,
         "norm_first": rng.random() < 0.5,
@@ -205,4 +247,8 @@ def draw_block(rng: random.Random) -> dict[str, Any]:
         "rope_share_heads": rng.random() < 0.5,
         "rope_freq_group_pattern": rng.choice(("single", "partition", "closure")),
         "rope_enforce_freq_groups_equal": False,
+        "relative_bias": rng.random() < 0.5,
+        "point_dim": rng.choice((None, None, None, 5)),
+        "rotary": rng.random() < 0.8,
+        "rope_axis_scales": scales if rng.random() < 0.3 else None,
     }

@@ -1,25 +1,23 @@
 """The explorer page: the data in the file, and the page in a browser."""
 
-import base64
 import dataclasses
 import errno
 import itertools
-import json
 import os
 import re
 import shutil
-import struct
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from pages import read, unpack
 from problems import Scene, make_scene
 from records import CUBE, LINE, boxes_around, busiest_query, make_record
 from torch import Tensor
 
-from vicinal import FeaturePyramid, NeighborhoodWeights
+from vicinal import FeaturePyramid, NeighborhoodWeights, Window
 from vicinal.visualize import AttentionRecord, View, write_explorer
 from vicinal.visualize.explorer import WEIGHT_STEPS
 from vicinal.visualize.palette import DARK, LIGHT
@@ -60,22 +58,6 @@ def record_with_boxes(**options: Any) -> tuple[AttentionRecord, dict[int, dict[i
 
 
 # ---------------------------------------------------------------------------------------- the file
-
-
-def read(path: Path) -> Any:
-    """The data in the file."""
-    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', path.read_text())
-    assert found is not None
-    return json.loads(found[1])
-
-
-CODES = {"Uint8": "B", "Uint16": "H", "Uint32": "I", "Float32": "f", "Float64": "d"}
-
-
-def unpack(encoded: list[str]) -> list[Any]:
-    """The numbers of an array of the page: a pair of its type and base64."""
-    code, packed = CODES[encoded[0]], base64.b64decode(encoded[1])
-    return list(struct.unpack(f"<{len(packed) // struct.calcsize(code)}{code}", packed))
 
 
 def test_weights_in_the_file_are_within_half_a_step(tmp_path: Path) -> None:
@@ -285,7 +267,9 @@ def test_coordinates_in_the_file_are_exact(tmp_path: Path) -> None:
     assert unpack(packed["sizes"]) == record.boxes[:, 2:].flatten().tolist()
     low, high = record.positions - 0.375, record.positions + 0.375
     assert unpack(packed["boxes"]) == torch.cat((low, high), 1).flatten().tolist()
-    windows = torch.tensor(unpack(packed["windows"]), dtype=torch.float64).view(-1, 2, 2, 2)
+    windows = torch.tensor(unpack(packed["windows"]["corners"]), dtype=torch.float64).view(
+        -1, 2, 2, 2
+    )
     assert windows.diff(dim=2).flatten(1).tolist() == [[3, 3, 6, 6]] * len(record)
     assert windows[0, 0, 0].tolist() == [FAR - 4, FAR - 4]
 
@@ -722,6 +706,75 @@ def test_colors_of_the_map(open_page: OpenPage, scheme: str) -> None:
     assert drawn_colors(page, points) == [hex_color(palette.weights[-1]), hex_color(palette.window)]
     background = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert background == f"rgb({', '.join(map(str, hex_color(palette.surface)))})"
+
+
+def one_query(position: list[float], shapes: Any, sizes: Any) -> View:
+    """A query of level 0 on a map without points."""
+    pyramid = FeaturePyramid(torch.zeros(0, 1), torch.zeros(0, 4).long(), shapes, 1)
+    nothing = NeighborhoodWeights(
+        torch.zeros(2).long(), torch.zeros(0).long(), torch.zeros(0, 1), None
+    )
+    levels = torch.zeros(1).long()
+    record = AttentionRecord(torch.tensor([position]), nothing, sizes, levels=levels)
+    return View(pyramid, [record], crop="map")
+
+
+WINDOW_SHAPES = [Window((3, 4), causal=(False, True)), Window(3, dilation=2), 0]
+
+
+@pytest.mark.parametrize("close_up", [False, True])
+def test_windows_of_other_shapes(open_page: OpenPage, close_up: bool) -> None:
+    """Colors on the sides of cells: of a dilated window, in its gaps, and on a causal edge."""
+    shapes = ((16, 16), (8, 8), (4, 4))
+    page = open_page(one_query([9.5, 10.2], shapes, WINDOW_SHAPES))
+    page.keyboard.press("ArrowRight")
+    if close_up:
+        page.keyboard.press("c")
+    # The query is in cell (9, 10) of level 0 and (4, 5) of level 1. Cells are at their centers.
+    rows, columns, within = (2, 4, 6), (3, 5, 7), (7.7, 8.2, 9.9, 10.3)
+    sides: list[CellPosition] = [(0, row, column) for row in within for column in (6.5, 10.5)]
+    sides += [(1, row, column + 0.5) for row in rows for column in columns]
+    others: list[CellPosition] = [(0, row, 10.5) for row in (7.3, 10.7)]
+    others += [(0, 8.2, 7.5), (0, 9.9, 9.5)]  # between cells of a window
+    others += [(1, 3, column + 0.5) for column in columns]
+    others += [(1, row + 0.5, 4) for row in rows]
+    others += [(2, row + 0.5, column) for row in range(4) for column in range(4)]
+    others += [(2, row, column + 0.5) for row in range(4) for column in range(4)]
+    query: CellPosition = (2, 9.5 / 4 - 0.5, 10.2 / 4 - 0.5)
+    colors = drawn_colors(page, [query, *sides, *others])
+    assert colors[0] == hex_color(LIGHT.query)
+    assert colors[1 : 1 + len(sides)] == [hex_color(LIGHT.window)] * len(sides)
+    assert hex_color(LIGHT.window) not in colors[1 + len(sides) :]
+
+
+def test_a_causal_edge_is_thicker_than_an_outline(open_page: OpenPage) -> None:
+    page = open_page(one_query([9.5, 10.2], ((16, 16),), WINDOW_SHAPES[:1]))
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("c")
+    pixel = 1 / page.evaluate("cellToViewport(0, 0, 1)[0] - cellToViewport(0, 0, 0)[0]")
+    steps, columns = range(-6, 7), (6.5, 10.5)
+    across: list[CellPosition] = [(0, 8.2, x + i * pixel) for x in columns for i in steps]
+    is_line = [color == hex_color(LIGHT.window) for color in drawn_colors(page, across)]
+    widths = [sum(is_line[: len(steps)]), sum(is_line[len(steps) :])]
+    assert widths[0] == 2
+    assert widths[1] > 3
+
+
+def test_a_close_up_shows_a_query_beyond_its_window(open_page: OpenPage) -> None:
+    shapes = ((16, 16), (2, 2))
+    past = [Window((3, 4), causal=(False, True))] * 2
+    page = open_page(one_query([9.5, 14.5], shapes, past))
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("c")
+    for level, panel in enumerate(page.evaluate("state.panels")):
+        scale = 8**level
+        x, y = page.evaluate(
+            "([l, r, c]) => cellToViewport(l, r, c)", [level, 9.5 / scale - 0.5, 14.5 / scale - 0.5]
+        )
+        corner = page.locator("#map").bounding_box()
+        assert corner is not None
+        assert panel["x"] < x - corner["x"] < panel["x"] + panel["w"]
+        assert panel["y"] < y - corner["y"] < panel["y"] + panel["h"]
 
 
 def test_names_are_shown_verbatim(open_page: OpenPage) -> None:

@@ -20,12 +20,15 @@ from matplotlib.text import Text
 from problems import make_scene, window_slots
 from records import CUBE, IMAGE, LINE, SCENE, boxes_around, busiest_query, make_record
 
-from vicinal import FeaturePyramid, NeighborhoodWeights
+from vicinal import FeaturePyramid, NeighborhoodWeights, Window
 from vicinal.visualize import AttentionRecord, draw_attention, draw_overview
 from vicinal.visualize.image import to_uint8
 from vicinal.visualize.palette import CATEGORICAL, LIGHT
 from vicinal.visualize.projection import project_cells, project_record
 
+PAST = (False, False, True)
+FIELD_SIZES: Any = Window((5, 5, 4), (1, 2, 1), PAST, "ball"), Window((5, 5, 8), causal=PAST)
+FIELD = make_scene(((6, 5, 8), (3, 5, 4)), FIELD_SIZES, (4,), 120)
 ONE_LEVEL = make_scene(((400, 300),), (5,), (3,), 3000, distinct=True)
 
 
@@ -234,6 +237,9 @@ CASES: dict[str, Callable[[], Figure]] = {
     "one level": lambda: draw_attention(ONE_LEVEL.pyramid, make_record(ONE_LEVEL, 0)[0], 0),
     "one dimension": lambda: draw_attention(LINE.pyramid, make_record(LINE, 0)[0], 0, heads="each"),
     "three dimensions": lambda: draw_attention(CUBE.pyramid, make_record(CUBE, 0)[0], 0, axis=2),
+    "window shapes": lambda: draw_attention(
+        FIELD.pyramid, make_record(FIELD, 0, background=True)[0], axis=1
+    ),
 }
 
 
@@ -270,6 +276,19 @@ def test_a_query_without_neighbors() -> None:
     record = dataclasses.replace(record, neighborhood_sizes=None)
     assert_texts_do_not_overlap(draw_attention(pyramid, record))
     draw_overview(pyramid, record).get_figure()
+
+
+@pytest.mark.parametrize("dim", [1, 2])
+def test_a_level_without_windows_and_points_shows_the_cell_of_the_query(dim: int) -> None:
+    shapes = ((8,) * dim, (4,) * dim)
+    pyramid = FeaturePyramid(torch.zeros(0, 1), torch.zeros(0, dim + 2).long(), shapes, 1)
+    nothing = NeighborhoodWeights(
+        torch.zeros(2).long(), torch.zeros(0).long(), torch.zeros(0, 1), None
+    )
+    record = AttentionRecord(torch.full((1, dim), 5.25), nothing)
+    figure = draw_attention(pyramid, record, margin=0)
+    assert [ax.get_xlim() for ax in figure.axes[:2]] == [(5, 6), (4, 6)]
+    assert figure.axes[1].get_ylim() == ((6, 4) if dim == 2 else (1, 0))
 
 
 # --------------------------------------------------------------------------------- other dimensions

@@ -31,7 +31,7 @@ def test_windows_cells_and_weights_in_two_axes(scene: Scene, axis: int) -> None:
                     [min(cell[i] for cell in cells) * widths[i] for i in axes],
                     [max(cell[i] + 1 for cell in cells) * widths[i] for i in axes],
                 ]
-                window = projected.windows[query, level].tolist()
+                window = projected.windows.corners[query, level].tolist()
                 for corner, edge, row in zip(window, edges, (0, 1), strict=True):
                     assert corner == pytest.approx(edge if dim > 1 else [row, *edge])
             sums: dict[tuple[int, ...], Tensor] = {}

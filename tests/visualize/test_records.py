@@ -10,6 +10,7 @@ import torch
 from problems import make_scene
 from records import CUBE, HEADS, IMAGE, SCENE, make_record
 
+from vicinal import FeaturePyramid, NeighborhoodWeights, Window
 from vicinal.visualize import AttentionRecord, View, draw_attention, draw_overview
 
 
@@ -25,6 +26,25 @@ def draws(**options: Any) -> Callable[[], object]:
     pyramid = options.pop("pyramid", SCENE.pyramid)
     draw = options.pop("draw", draw_attention)
     return lambda: draw(pyramid, record, **options)
+
+
+def on_map(shapes: Any, size: Any, **options: Any) -> Callable[[], object]:
+    """Draws a query with windows of this size on a map without points."""
+    pyramid = FeaturePyramid(torch.zeros(0, 1), torch.zeros(0, 4).long(), shapes, 1, **options)
+    nothing = NeighborhoodWeights(
+        torch.zeros(2).long(), torch.zeros(0).long(), torch.zeros(0, 1), None
+    )
+    record = AttentionRecord(torch.ones(1, 2), nothing, [1, size])
+    return lambda: View(pyramid, [record])
+
+
+def seam(size: Any) -> Callable[[], object]:
+    """On a map with four cells around the seam at level 1."""
+    return on_map(((8, 8), (4, 4)), size, periodic_axes=(1,))
+
+
+def odd_ratio(size: Any) -> Callable[[], object]:
+    return on_map(((9, 8), (6, 4)), size)
 
 
 WEIGHTS = make_record(SCENE, IMAGE)[0].weights
@@ -53,7 +73,18 @@ REFUSALS: list[tuple[Callable[[], object], str, str]] = [
     (draws(batch_index=0), "weights.points", "image 1"),
     (draws(weights=WEIGHTS._replace(points=WEIGHTS.points + 123)), "weights.points", "to 2"),
     (draws(neighborhood_sizes=(3,)), "neighborhood_sizes", "(3,)"),
-    (draws(neighborhood_sizes=(3, 4)), "neighborhood_sizes", "(3, 4)"),
+    (draws(neighborhood_sizes=(3, 5, 7)), "neighborhood_sizes", "(3, 5, 7)"),
+    (replaces(neighborhood_sizes=(3, 4)), "neighborhood_sizes", "[3, 4]"),
+    (replaces(neighborhood_sizes=(0, 0)), "neighborhood_sizes", "[0, 0]"),
+    (replaces(neighborhood_sizes=()), "neighborhood_sizes", "[]"),
+    (replaces(neighborhood_sizes=3), "neighborhood_sizes", "3"),
+    (replaces(neighborhood_sizes="3, 5"), "neighborhood_sizes", "3, 5"),
+    (replaces(neighborhood_sizes=(3, (3, 3, 3))), "neighborhood_sizes", "(3, 3, 3)"),
+    (replaces(neighborhood_sizes=(3, 2.5)), "neighborhood_sizes", "2.5"),
+    (seam(5), "neighborhood_sizes", "size 5"),
+    (seam(Window(3, dilation=2)), "neighborhood_sizes", "dilation 2"),
+    (seam(Window(3, causal=(False, True))), "neighborhood_sizes", "causal"),
+    (odd_ratio(Window(3, causal=(True, False))), "neighborhood_sizes", "9 at level 0"),
     (draws(levels=torch.tensor([0, 1, 2, 0])), "levels", "2"),
     (
         draws(weights=WEIGHTS._replace(background=torch.zeros(4, 3, HEADS))),
@@ -77,6 +108,8 @@ REFUSALS: list[tuple[Callable[[], object], str, str]] = [
     (draws(draw=draw_overview, level=2), "level", "2"),
     (draws(draw=draw_overview, queries=torch.tensor([4])), "queries", "4"),
     (draws(draw=draw_overview, queries=torch.tensor([0.5])), "queries", "float32"),
+    (draws(draw=draw_overview, windows=1), "windows", "1"),
+    (draws(draw=draw_overview, windows=True, neighborhood_sizes=None), "windows", "True"),
     (lambda: View(SCENE.pyramid, []), "records", "none"),
     (
         lambda: View(SCENE.pyramid, [make_record(SCENE, 0)[0], make_record(SCENE, 1)[0]]),

@@ -12,6 +12,7 @@ from .._utils.checks import LevelShapes, check_type, has_contents, refuse
 from .._utils.constants import constant, trainable_tensors
 from .._utils.ragged import expand_ranges, starts_from_counts
 from ..pyramid import FeaturePyramid
+from ..window_shapes import windows_on_axes
 from .cell_keys import CellKeys
 from .plan_checks import check_plan_facts, check_plan_points
 
@@ -137,8 +138,8 @@ def index_cells(pyramid: FeaturePyramid) -> CellIndex:
     """
     check_type("pyramid", pyramid, FeaturePyramid)
     dim, device = pyramid.position_dim, pyramid.coordinates.device
-    sizes = [_WINDOW] * pyramid.n_levels
-    keys = CellKeys(pyramid.level_shapes, sizes, pyramid.batch_size, device)
+    windows = windows_on_axes([_WINDOW] * pyramid.n_levels, dim)
+    keys = CellKeys(pyramid.level_shapes, windows, pyramid.batch_size, device)
     levels = torch.arange(pyramid.n_levels, device=device)
     images = torch.arange(max(pyramid.batch_size, 1), device=device)
     zeros = levels.new_zeros(dim)

@@ -4,28 +4,40 @@ import itertools
 import math
 import operator
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .._utils.checks import LevelShapes, refuse
 from .._utils.constants import constant
-from ..windows import finest_level, window_offsets
+from ..window_shapes import AxisWindows, Windows, window_rows
+from ..windows import finest_level
+
+
+class RowKeys(NamedTuple):
+    """A row of the windows of a level: the keys from ``key of the first cell + first`` on."""
+
+    first: int
+    width: int
 
 
 class KeyLayout:
     """The numbers behind `CellKeys`: plain integers, for maps and windows of given sizes.
 
     Attributes:
-        shapes, sizes, batch_size: as given.
+        shapes, batch_size: as given.
+        windows: as given, with their axes in key order.
+        axes: ``[L][P]``, the axis that each key axis is.
         finest: the level with the most cells.
-        pads: cells of padding on either side of each level.
+        pads: ``[L][P]``, by key axis as all that follow, cells of padding on either side of each
+            level; along dilated axes, of the cells of each remainder.
+        lengths: ``[L][P]``, cells along each axis without the padding; along dilated axes, those of
+            a remainder.
         volumes: cells of a level of one image, with the padding.
         bases: the first key of each level.
         strides: ``[L][P]``, from the key of a cell to that of the next along an axis.
-        radii: the radius of each level's windows.
-        rows: for each level what to add to the key of a window's center for the middle of each of
-            the window's rows.
+        rows: for each level the rows of its windows.
         n_keys: keys are below this number.
         curve_bits: bits per axis of `CellKeys.along_curve`.
 
@@ -33,21 +45,29 @@ class KeyLayout:
         ValueError: there are more cells than 64-bit keys can represent.
     """
 
-    def __init__(self, shapes: LevelShapes, sizes: Sequence[int], batch_size: int) -> None:
-        self.shapes, self.sizes, self.batch_size = shapes, tuple(sizes), batch_size
+    def __init__(self, shapes: LevelShapes, windows: Windows, batch_size: int) -> None:
+        self.shapes, self.batch_size = shapes, batch_size
+        self.windows = tuple(window.in_key_order() for window in windows)
+        self.axes = [window.key_axes() for window in windows]
         self.finest, self.dim = finest_level(shapes), len(shapes[0])
-        # Twice the radius: the window of a center beyond the edge stays in the padding.
-        self.pads = [2 * (size // 2) + 1 for size in sizes]
-        padded = [
-            [size + 2 * margin for size in shape]
-            for shape, margin in zip(shapes, self.pads, strict=True)
+        # The first cell of a window that overlaps the map is less than a window's size outside it.
+        self.pads = [[max(size, 1) for size in window.sizes] for window in self.windows]
+        self.lengths = [
+            [
+                -(-shape[axis] // dilation)
+                for axis, dilation in zip(axes, window.dilations, strict=True)
+            ]
+            for shape, axes, window in zip(shapes, self.axes, self.windows, strict=True)
         ]
+        padded = self._padded_shapes()
         self.volumes = [math.prod(shape) for shape in padded]
         # Without images, queries have keys all the same, those of image 0.
         n_images = max(batch_size, 1)
         self.n_keys = sum(self.volumes) * n_images
         if self.n_keys >= 2**62:
-            refuse("level_shapes", "fewer than 2^62 cells in all, with their borders", str(shapes))
+            spans = [tuple(map(operator.mul, window.sizes, window.dilations)) for window in windows]
+            came = f"{shapes} with windows that span {spans} cells"
+            refuse("level_shapes", "fewer than 2^62 cells in all, with their borders", came)
         # Enough for the longest axis, but key and group must fit in 61 bits.
         self.n_groups = n_images * len(shapes) + 1
         available = 46 if self.n_groups < 2**15 else 29
@@ -57,13 +77,17 @@ class KeyLayout:
         self.strides = [
             [math.prod(shape[axis + 1 :]) for axis in range(self.dim)] for shape in padded
         ]
-        self.radii = [size // 2 for size in sizes]
-        self.rows = [
+        self.rows = list(map(_keys_of_rows, windows, self.strides))
+        self.longest = max(map(max, padded))
+
+    def _padded_shapes(self) -> list[list[int]]:
+        """The cells along each axis, all remainders one after another, each padded."""
+        return [
             [
-                sum(map(operator.mul, offset, stride))
-                for offset in window_offsets(size, self.dim - 1)
+                dilation * (length + 2 * pad)
+                for dilation, length, pad in zip(window.dilations, lengths, pads, strict=True)
             ]
-            for size, stride in zip(sizes, self.strides, strict=True)
+            for window, lengths, pads in zip(self.windows, self.lengths, self.pads, strict=True)
         ]
 
     @property
@@ -73,71 +97,109 @@ class KeyLayout:
         return torch.int32 if self.n_keys + curve < 2**31 else torch.int64
 
 
+def _keys_of_rows(window: AxisWindows, strides: Sequence[int]) -> list[RowKeys]:
+    return [
+        RowKeys(sum(map(operator.mul, row.steps, strides)) + row.start, row.width)
+        for row in window_rows(window)
+    ]
+
+
 class CellKeys:
     """Keys that sort cells by (level, image, cell row-major), each level padded by its windows.
 
-    The padding holds window centers outside the map whose windows still overlap it, and one more
-    cell on either side for all centers farther away. So the rows of a window never run into each
-    other, and the key of a cell is the key of its window's center plus a constant.
+    The cells are in key coordinates, see `window_shapes.AxisWindows`. The padding holds windows
+    that overlap the map's edge, and one just outside on either side for all windows farther away.
+    So the rows of a window never run into each other, and the key of a cell is the key of its
+    window's first cell plus a constant.
 
     Raises:
         ValueError: there are more cells than 64-bit keys can represent.
     """
 
     def __init__(
-        self, shapes: LevelShapes, sizes: Sequence[int], batch_size: int, device: torch.device
+        self, shapes: LevelShapes, windows: Windows, batch_size: int, device: torch.device
     ) -> None:
-        self.layout, self._device = KeyLayout(shapes, sizes, batch_size), device
+        self.layout, self._device = KeyLayout(shapes, windows, batch_size), device
         self._pad = self._tensor(self.layout.pads)
+        self._length = self._tensor(self.layout.lengths)
         self._volume = self._tensor(self.layout.volumes)
         self._base = self._tensor(self.layout.bases)
         self._stride = self._tensor(self.layout.strides)
-        self._shapes = self._tensor(shapes)
-        self._radius = self._tensor(self.layout.radii)
+        self._first = self._tensor([window.first_steps() for window in self.layout.windows])
+        axes, natural = self.layout.axes, tuple(range(self.layout.dim))
+        self._axes = None if all(own == natural for own in axes) else self._tensor(axes)
+        dilations = [window.dilations for window in self.layout.windows]
+        self._dilation = self._tensor(dilations) if max(map(max, dilations)) > 1 else None
 
     def _tensor(self, numbers: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
         return constant(numbers, self._device)
 
-    def clamp(self, centers: Tensor) -> Tensor:
-        """Float centers ``[L, N, P]`` as int64. Those whose window misses the map, and NaN, go
-        to the outermost cells of the padding.
+    def first_cells(self, anchors: Tensor) -> Tensor:
+        """The first cells of windows, in key coordinates, from their anchors ``[L, N, P]``.
+
+        Windows that miss the map go to the outermost cells of the padding.
         """
-        # Clamped twice: to the range of int64, then exactly to the padded map.
-        cells = torch.nan_to_num(centers, nan=-math.inf).clamp(-(2.0**62), 2.0**62).long()
-        low, high = -self._radius[:, None] - 1, self._shapes + self._radius[:, None]
-        return cells.clamp(low[:, None], high[:, None])
+        if self._axes is not None:
+            anchors = anchors.gather(2, self._axes[:, None].expand_as(anchors))
+        index, shift = self._split(anchors, self._dilation)
+        low, high = -self._pad - self._first, self._length - self._first
+        index = index.clamp(low[:, None], high[:, None]).add_(self._first[:, None])
+        return index if shift is None else index.add_(shift)
+
+    def key_cells(self, cells: Tensor, levels: Tensor) -> Tensor:
+        """``cells`` ``[n, P]`` at ``levels`` ``[n]`` in key coordinates."""
+        if self._axes is not None:
+            cells = cells.gather(1, self._axes[levels])
+        dilation = None if self._dilation is None else self._dilation[levels]
+        index, shift = self._split(cells, dilation, levels)
+        return index if shift is None else index + shift
+
+    def _split(
+        self, cells: Tensor, dilation: Tensor | None, levels: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Indices of cells among those of their remainder, and where these begin; None: at 0."""
+        if dilation is None:
+            return cells, None
+        length = self._length + 2 * self._pad
+        if levels is None:
+            dilation, length = dilation[:, None], length[:, None]
+        else:
+            length = length[levels]
+        index = torch.div(cells, dilation, rounding_mode="floor")
+        return index, (cells - index * dilation) * length
 
     def of(self, cells: Tensor, levels: Tensor, images: Tensor) -> Tensor:
-        """Keys of ``cells`` ``[..., P]`` at ``levels`` in ``images``, broadcast to ``[...]``."""
-        within = ((cells + self._pad[levels][..., None]) * self._stride[levels]).sum(-1)
+        """Keys of ``cells`` ``[..., P]``, in key coordinates, at ``levels`` in ``images``,
+        broadcast to ``[...]``.
+        """
+        within = ((cells + self._pad[levels]) * self._stride[levels]).sum(-1)
         return self._base[levels] + images * self._volume[levels] + within
 
     def window_rows(self) -> tuple[Tensor, Tensor, Tensor]:
         """The R rows of a query's windows, ``[R]`` each: the level, what to add to the key of that
-        level's center for the row's middle, and the radius of the row.
+        level's first cell for the first cell of the row, and the row's width.
         """
-        rows = [
-            (level, offset, radius)
-            for level, (offsets, radius) in enumerate(
-                zip(self.layout.rows, self.layout.radii, strict=True)
-            )
-            for offset in offsets
-        ]
-        level, offset, radius = (self._tensor(column) for column in zip(*rows, strict=True))
-        return level, offset, radius
+        rows = [(level, *row) for level, rows in enumerate(self.layout.rows) for row in rows]
+        level, first, width = (self._tensor(column) for column in zip(*rows, strict=True))
+        return level, first, width
 
     def rows_around(self, keys: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
-        """First and last keys ``[n, max w ** (P - 1)]`` of the rows of the windows centered on
-        ``keys`` at ``levels``, ``[n]`` each. Rows that a level does not have are empty.
+        """The keys of the first cells of windows that have the cells of ``keys`` in a row.
+
+        Args:
+            keys, levels: ``[n]`` each, of cells.
+
+        Returns:
+            The first and the last key, ``[n, max R[l]]`` each, for each row of the windows of a
+            cell's level. Rows that a level does not have are empty.
         """
-        own = self.layout.rows
-        width = max(map(len, own))
-        rows = self._tensor([row + [0] * (width - len(row)) for row in own])
-        used = self._tensor([len(row) for row in own])[levels, None]
-        middles = keys[:, None] + rows[levels]
-        radius = self._radius[levels, None]
-        row_valid = torch.arange(width, device=keys.device) < used
-        return middles - radius, torch.where(row_valid, middles + radius, -1)
+        width = max(map(len, self.layout.rows))
+        padding = RowKeys(0, 0)
+        rows = [[*own, *[padding] * (width - len(own))] for own in self.layout.rows]
+        firsts = self._tensor([[row.first for row in own] for own in rows])[levels]
+        widths = self._tensor([[row.width for row in own] for own in rows])[levels]
+        last = keys[:, None] - firsts
+        return last - widths + 1, torch.where(widths > 0, last, -1)
 
     def along_curve(self, cells: Tensor, group: Tensor) -> Tensor:
         """Keys that sort ``cells`` ``[n, P]`` along a Z-order curve, group by group.

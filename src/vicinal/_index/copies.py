@@ -1,7 +1,6 @@
 """Copies of points: what windows reach across the seam of a periodic axis."""
 
 import itertools
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor
 
 from .._utils.constants import constant
 from ..pyramid import FeaturePyramid
+from ..window_shapes import Windows
 
 
 class PointCopies(NamedTuple):
@@ -40,20 +40,20 @@ class PointCopies(NamedTuple):
 
 
 def find_copies(
-    coordinates: Tensor, misplaced: Tensor, pyramid: FeaturePyramid, sizes: Sequence[int]
+    coordinates: Tensor, misplaced: Tensor, pyramid: FeaturePyramid, windows: Windows
 ) -> PointCopies:
-    """The copies of points that windows of ``sizes`` around cells inside the map reach.
+    """The copies of points that windows around cells inside the map reach.
 
-    Along a periodic axis a point less than a radius from one edge is also one map's size beyond the
-    other; along several of them, so is every combination.
+    Along a periodic axis a point less than a window's reach from one edge is also one map's size
+    beyond the other; along several of them, so is every combination.
     """
     dim, device = pyramid.position_dim, coordinates.device
     levels, cells = coordinates[:, -1], coordinates[:, 1:-1]
-    radius = constant([size // 2 for size in sizes], device)[levels]
+    reach = constant([window.reach() for window in windows], device)[levels]
     shape = constant(pyramid.level_shapes, device)[levels]
     rows, shifts = [levels.new_zeros(0)], [levels.new_zeros(0, dim)]
-    shift = torch.where(cells < radius[:, None], shape, 0)
-    shift = torch.where(cells >= shape - radius[:, None], -shape, shift)
+    shift = torch.where(cells < reach, shape, 0)
+    shift = torch.where(cells >= shape - reach, -shape, shift)
     for chosen in itertools.product((False, True), repeat=len(pyramid.periodic_axes)):
         axes = list(itertools.compress(pyramid.periodic_axes, chosen))
         if axes:

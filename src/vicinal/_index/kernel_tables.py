@@ -1,8 +1,7 @@
 """A plan's geometry as tables of integers, for the kernels that make plans on a GPU."""
 
 import functools
-import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from .._utils.checks import LevelShapes
 from .._utils.constants import constant
+from ..window_shapes import Windows
 from ..windows import centers_in_float64, full_shape
 from .cell_keys import KeyLayout
 
@@ -24,14 +24,14 @@ class KernelTables(NamedTuple):
 
     Attributes:
         layout: of the keys.
-        levels: a row per level: the first key, the number of keys of an image, padding, radius;
-            then for each axis the size, the distance of keys, the full size, and the last cell of a
-            periodic axis.
+        levels: a row per level: the first key, the number of keys of an image; then for each axis
+            the size, the distance of keys, the full size, the last cell of a periodic axis, the
+            padding, and the distance from the first cell of a window to its center.
         query_slots: a row for each of a query's R slices: its level, what to add to the key of the
-            center, the radius, and 1.
-        point_slots: likewise for the slices of a point, whose windows are those of its level: each
-            level has as many rows as the one with the most. The first number of a row is zero,
-            the last is zero for rows that only fill up.
+            window's first cell for the first and for the last key of the slice, and 1.
+        point_slots: likewise for the slices of a point, whose windows are those of its level: what
+            to add to its key. Each level has as many rows as the one with the most. The first
+            number of a row is zero, the last is zero for rows that only fill up.
         numbers: the numbers of images and of keys, bits per axis of the curve, the finest level,
             whether centers are computed in float64, and the width of the widest window.
     """
@@ -47,7 +47,7 @@ class KernelTables(NamedTuple):
         ``n_queries`` queries at all levels, and of ``n_keys`` points, with room for a search.
         """
         shapes, pads = self.layout.shapes, self.layout.pads
-        fits = max(map(max, shapes)) <= 2**30 and max(pads) < _LARGEST_CELL - 2**30
+        fits = max(map(max, shapes)) <= 2**30 and max(map(max, pads)) < _LARGEST_CELL - 2**30
         return fits and n_keys <= 2**30 and n_queries * len(shapes) <= 2**30
 
     def on(self, device: torch.device, key_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -61,29 +61,30 @@ class KernelTables(NamedTuple):
 
 
 def kernel_tables(
-    shapes: LevelShapes, sizes: Sequence[int], batch_size: int, periodic_axes: Sequence[int]
-) -> KernelTables:
-    """The tables of maps and windows of given sizes, kept for the next plans of the same sizes."""
-    arguments = shapes, tuple(sizes), batch_size, tuple(periodic_axes)
+    shapes: LevelShapes, windows: Windows, batch_size: int, periodic_axes: Sequence[int]
+) -> KernelTables | None:
+    """The tables of maps and windows, kept for the next plans of the same ones; None for windows
+    that the kernels do not take.
+    """
+    if not all(window.is_plain() for window in windows):
+        return None
+    arguments = shapes, windows, batch_size, tuple(periodic_axes)
     # The compiler warns of caches of functions.
     return _tables(*arguments) if torch.compiler.is_compiling() else _cached_tables(*arguments)
 
 
 def _tables(
-    shapes: LevelShapes, sizes: tuple[int, ...], batch_size: int, periodic_axes: tuple[int, ...]
+    shapes: LevelShapes, windows: Windows, batch_size: int, periodic_axes: tuple[int, ...]
 ) -> KernelTables:
-    layout = KeyLayout(shapes, sizes, batch_size)
+    layout = KeyLayout(shapes, windows, batch_size)
     double = int(centers_in_float64(shapes))
+    widest = max(row.width for rows in layout.rows for row in rows)
     return KernelTables(
         layout,
         _level_rows(layout, periodic_axes),
-        tuple(
-            (level, offset, radius, 1)
-            for level, (offsets, radius) in enumerate(zip(layout.rows, layout.radii, strict=True))
-            for offset in offsets
-        ),
+        tuple(_query_slots(layout)),
         tuple(_point_slots(layout)),
-        (batch_size, layout.n_keys, layout.curve_bits, layout.finest, double, max(sizes)),
+        (batch_size, layout.n_keys, layout.curve_bits, layout.finest, double, max(widest, 1)),
     )
 
 
@@ -94,20 +95,25 @@ def _level_rows(layout: KeyLayout, periodic_axes: Sequence[int]) -> Rows:
     full = full_shape(layout.shapes)
     rows = []
     for level, shape in enumerate(layout.shapes):
-        row = [layout.bases[level], layout.volumes[level], layout.pads[level], layout.radii[level]]
+        row = [layout.bases[level], layout.volumes[level]]
+        firsts = layout.windows[level].first_steps()
         for axis, size in enumerate(shape):
             last = size - 1 if axis in periodic_axes else _NO_LAST_CELL
             row += [size, layout.strides[level][axis], full[axis], last]
+            row += [layout.pads[level][axis], -firsts[axis]]
         rows.append(tuple(row))
     return tuple(rows)
 
 
+def _query_slots(layout: KeyLayout) -> Iterator[tuple[int, ...]]:
+    for level, rows in enumerate(layout.rows):
+        yield from ((level, row.first, row.first + row.width - 1, 1) for row in rows)
+
+
 def _point_slots(layout: KeyLayout) -> list[tuple[int, ...]]:
-    width = max(map(len, layout.rows))
-    return [
-        (0, offset, radius, int(index < len(offsets)))
-        for offsets, radius in zip(layout.rows, layout.radii, strict=True)
-        for index, offset in enumerate(
-            itertools.chain(offsets, itertools.repeat(0, width - len(offsets)))
-        )
-    ]
+    most = max(map(len, layout.rows))
+    slots: list[tuple[int, ...]] = []
+    for rows in layout.rows:
+        slots += [(0, 1 - row.first - row.width, -row.first, 1) for row in rows]
+        slots += [(0, 1, 0, 0)] * (most - len(rows))  # as `CellKeys.rows_around` has them
+    return slots

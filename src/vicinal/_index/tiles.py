@@ -47,6 +47,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ..backends.types import TILE, FindLists, FindRuns, NeighborSlices, Tiles
+from ..window_shapes import Windows
 
 SPARSE_RATIO = 32  # points per query (or the reverse) above which rows rarely share columns
 
@@ -55,13 +56,14 @@ class GroupedCells(NamedTuple):
     """The groups and cells of n queries or points, at S levels.
 
     Queries have a cell at each of the L levels, so S is L. A point has one at its own level alone,
-    so S is 1. A row and a column are neighbors if their groups are equal and their cells differ by
-    no more than the window's radius along every axis.
+    so S is 1. A row and a column are neighbors if their groups are equal and the point's cell, less
+    the first cell of the query's window, is a cell of the window.
 
     Attributes:
         groups: int32 ``[S, n]``, ``image * n_levels + level``. Masked queries and points have
             negative groups, -1 for queries and -2 for points, so that these are never equal.
-        cells: int32 ``[S, P, n]``; those of queries are the centers of their windows.
+        cells: int32 ``[S, P, n]``, in key coordinates; those of queries are the first cells of
+            their windows.
     """
 
     groups: Tensor
@@ -82,28 +84,29 @@ def find_tiles(
     slices: NeighborSlices,
     rows: GroupedCells,
     columns: GroupedCells,
-    sizes: Sequence[int],
-    position_dim: int,
+    n_slices: Sequence[int],
+    windows: Windows,
     find_runs: FindRuns,
     find_lists: FindLists | None = None,
-    level_sizes: Sequence[int] = (),
+    *,
+    rows_are_queries: bool = True,
 ) -> Tiles:
     """Cuts the traversal of ``slices`` into tiles and finds their runs.
 
     Args:
         slices: the slices of every row, level by level.
         rows, columns: groups and cells of both sides.
-        sizes: window width of each level that the slices belong to.
-        position_dim: number of spatial dimensions.
+        n_slices: the number of slices at each level of a row.
+        windows: of all levels.
         find_runs: a back end's implementation, see `backends.reference.find_runs`.
         find_lists: likewise, see `backends.ops.Ops.find_lists`; None: no tile has a list.
-        level_sizes: window width of all levels, for ``find_lists``.
+        rows_are_queries: whether rows are queries and columns points, not the other way round.
     """
     height = tile_rows(rows.groups.shape[1], columns.groups.shape[1])
     traversal, starts, stops, order = slices
-    runs = find_runs(traversal, starts, stops, sizes, position_dim, height)
+    runs = find_runs(traversal, starts, stops, n_slices, height)
     tensors = traversal, order, *runs, *rows, *columns
     if find_lists is None:
         lists = traversal.new_full((len(runs[0]), 2), -1)
         return Tiles(*tensors, lists, traversal[:0], traversal[:0])
-    return Tiles(*tensors, *find_lists(tensors, level_sizes, position_dim, height))
+    return Tiles(*tensors, *find_lists(tensors, windows, height, rows_are_queries))

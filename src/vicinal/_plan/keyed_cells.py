@@ -6,10 +6,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._index.cell_keys import CellKeys
 from ..placement import query_images
 from ..pyramid import FeaturePyramid
-from ..windows import window_centers
+from ..window_shapes import Windows
+from ..windows import window_anchors, window_centers
 
 
 class KeyedCells(NamedTuple):
@@ -18,23 +18,39 @@ class KeyedCells(NamedTuple):
     Cells and keys are int64, or int32 where a back end's kernels found them.
     """
 
-    centers: Tensor  # [L, N, P], the centers of the queries' windows
+    first_cells: Tensor  # [L, N, P], of the queries' windows, in key coordinates
     query_keys: Tensor  # [L, N]
     point_keys: Tensor  # [nnz + C], -1 for points outside their level
     coordinates: Tensor  # [nnz + C, P + 2]
     positions: Tensor  # [N, P], a copy of what the plan was made for
+    query_levels: Tensor | None  # [N], likewise, where windows depend on it
+
+    def to(self, device: torch.device | str) -> "KeyedCells":
+        """The same on another device."""
+        levels = None if self.query_levels is None else self.query_levels.to(device)
+        tensors = {name: x.to(device) for name, x in self._asdict().items() if x is not None}
+        return KeyedCells(**{**tensors, "query_levels": levels})
+
+
+class Queries(NamedTuple):
+    """The queries of a plan, as `check_placement` returns them."""
+
+    positions: Tensor  # [N, P]
+    offsets: Tensor  # [B + 1]
+    levels: Tensor | None  # [N], or None where no window depends on them
 
 
 def query_cells(
-    positions: Tensor, offsets: Tensor, pyramid: FeaturePyramid, keys: CellKeys
+    queries: Queries, pyramid: FeaturePyramid, windows: Windows
 ) -> tuple[Tensor, Tensor]:
-    """The image of every query ``[N]``, -1 if invalid, and its windows' centers int64
+    """The image of every query ``[N]``, -1 if invalid, and its windows' anchors int64
     ``[L, N, P]``.
     """
+    positions, offsets, levels = queries
     image = query_images(positions, offsets, pyramid.batch_size)
     positions = positions.masked_fill(image[:, None] < 0, math.nan)
-    geometry = pyramid.level_shapes, pyramid.periodic_axes
-    return image, keys.clamp(window_centers(positions, *geometry))
+    shapes, axes = pyramid.level_shapes, pyramid.periodic_axes
+    return image, window_anchors(positions, shapes, windows, levels, axes)
 
 
 def in_equal_cells(planned: Tensor, positions: Tensor, pyramid: FeaturePyramid) -> bool:

@@ -3,16 +3,17 @@
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .._index.cell_keys import CellKeys
 from .._index.copies import PointCopies, find_copies
 from .._index.kernel_tables import KernelTables, kernel_tables
 from .._index.tiles import GroupedCells
-from ..backends.types import Backend, NeighborSlices, PlanTensors
+from .._utils.constants import constant
+from ..backends.types import Backend, NeighborSlices, PlanTensors, row_table
 from ..pyramid import FeaturePyramid
+from ..window_shapes import Windows
 from ..windows import coordinate_dtype, dtype_of_centers, position_dtype, wrap_positions
-from .keyed_cells import KeyedCells, query_cells
+from .keyed_cells import KeyedCells, Queries, query_cells
 
 
 def key_coordinates_name(dtype: torch.dtype) -> str:
@@ -21,74 +22,74 @@ def key_coordinates_name(dtype: torch.dtype) -> str:
 
 
 def find_plan(
-    positions: Tensor,
-    offsets: Tensor,
+    queries: Queries,
     pyramid: FeaturePyramid,
-    sizes: tuple[int, ...],
+    windows: Windows,
     backend: Backend,
 ) -> tuple[PointCopies, PlanTensors, KeyedCells, dict[str, Any]]:
     """What a plan holds, and what its cache may hold already.
 
     Args:
-        positions, offsets, pyramid: of the queries and points, as `check_placement` returns them.
-        sizes: window width of each level.
+        queries, pyramid: queries and points, as `check_placement` returns them.
+        windows: of each level.
         backend: whose kernels find it, if it has some for planning and int32 suffices.
     """
-    geometry = pyramid.level_shapes, sizes, pyramid.batch_size
+    geometry = pyramid.level_shapes, windows, pyramid.batch_size
     tables = kernel_tables(*geometry, pyramid.periodic_axes) if backend.find_query_slices else None
     n_keys = pyramid.coordinates.shape[0] << len(pyramid.periodic_axes)
-    if tables is not None and tables.fits(positions.shape[0], n_keys):
-        return _find_by_kernels(positions, offsets, pyramid, sizes, backend, tables)
-    return *_find_in_torch(positions, offsets, pyramid, sizes, backend), {}
+    if tables is not None and tables.fits(queries.positions.shape[0], n_keys):
+        return _find_by_kernels(queries, pyramid, windows, backend, tables)
+    return *_find_in_torch(queries, pyramid, windows, backend), {}
 
 
 def _find_in_torch(
-    positions: Tensor,
-    offsets: Tensor,
+    queries: Queries,
     pyramid: FeaturePyramid,
-    sizes: tuple[int, ...],
+    windows: Windows,
     backend: Backend,
 ) -> tuple[PointCopies, PlanTensors, KeyedCells]:
     """What a plan holds, found in plain torch on any device."""
-    device = positions.device
-    keys = CellKeys(pyramid.level_shapes, sizes, pyramid.batch_size, device)
-    image, centers = query_cells(positions, offsets, pyramid, keys)
+    device = pyramid.coordinates.device
+    keys = CellKeys(pyramid.level_shapes, windows, pyramid.batch_size, device)
+    image, anchors = query_cells(queries, pyramid, windows)
+    first_cells = keys.first_cells(anchors)
     levels = torch.arange(pyramid.n_levels, device=device)[:, None]
-    query_keys = keys.of(centers, levels, image.clamp(min=0))
+    query_keys = keys.of(first_cells, levels, image.clamp(min=0))
 
     misplaced = pyramid.misplaced()
     coordinates = pyramid.coordinates.long().masked_fill(misplaced[:, None], 0)
-    copies = find_copies(coordinates, misplaced, pyramid, sizes)
+    copies = find_copies(coordinates, misplaced, pyramid, windows)
     copied = coordinates[copies.points]
     copied[:, 1:-1] += copies.shifts
     coordinates = torch.cat((coordinates, copied))
-    cells, point_levels = coordinates[:, 1:-1], coordinates[:, -1]
-    point_keys = keys.of(cells, point_levels, coordinates[:, 0])
+    cells = keys.key_cells(coordinates[:, 1:-1], coordinates[:, -1])
+    point_keys = keys.of(cells, coordinates[:, -1], coordinates[:, 0])
     # Misplaced points, which have no copies, sort to the front, outside every window.
     point_keys[: misplaced.shape[0]].masked_fill_(misplaced, -1)
 
     sorted_points, order = torch.sort(point_keys, stable=True)
-    curve = keys.along_curve(centers[keys.layout.finest], image)
+    finest = keys.layout.finest
+    shape = constant(pyramid.level_shapes[finest], device)
+    curve = keys.along_curve(torch.minimum(anchors[finest], shape), image)
     traversal = torch.argsort(curve, stable=True).int()
     starts, stops = backend.find_slices(sorted_points, query_keys, traversal, *keys.window_rows())
     tensors = PlanTensors(
         query_slices=NeighborSlices(traversal, starts, stops, order.int()),
         query_batch=image.int(),
-        center_columns=centers[..., -1].t().int().contiguous(),
+        first_columns=first_cells[..., -1].t().int().contiguous(),
         point_columns=cells[order, -1].int(),
-        neighborhood_sizes=sizes,
-        position_dim=pyramid.position_dim,
+        windows=windows,
+        window_rows=row_table(windows, device),
         copy_points=copies.points.int() if pyramid.periodic_axes else None,
     )
-    positions = positions.detach().clone()
-    return copies, tensors, KeyedCells(centers, query_keys, point_keys, coordinates, positions)
+    placed = queries.positions.detach().clone(), queries.levels
+    return copies, tensors, KeyedCells(first_cells, query_keys, point_keys, coordinates, *placed)
 
 
 def _find_by_kernels(
-    positions: Tensor,
-    offsets: Tensor,
+    queries: Queries,
     pyramid: FeaturePyramid,
-    sizes: tuple[int, ...],
+    windows: Windows,
     backend: Backend,
     tables: KernelTables,
 ) -> tuple[PointCopies, PlanTensors, KeyedCells, dict[str, Any]]:
@@ -96,12 +97,13 @@ def _find_by_kernels(
     hold already.
     """
     assert backend.find_query_slices is not None
+    positions, offsets, _ = queries
     coordinates, dtype = pyramid.coordinates, coordinate_dtype(positions.dtype)
     dtype = position_dtype(pyramid.level_shapes, dtype)
     if pyramid.periodic_axes:
         misplaced = pyramid.misplaced()
         masked = coordinates.masked_fill(misplaced[:, None], 0)
-        copies = find_copies(masked, misplaced, pyramid, sizes)
+        copies = find_copies(masked, misplaced, pyramid, windows)
         wrapped = positions.detach().to(dtype_of_centers(positions, pyramid.level_shapes))
         wrapped = wrap_positions(wrapped, pyramid.level_shapes, pyramid.periodic_axes)
     else:
@@ -114,10 +116,10 @@ def _find_by_kernels(
     tensors = PlanTensors(
         query_slices=NeighborSlices(found.traversal, found.starts, found.stops, found.order),
         query_batch=found.query_batch,
-        center_columns=found.center_columns,
+        first_columns=found.first_columns,
         point_columns=found.point_columns,
-        neighborhood_sizes=sizes,
-        position_dim=pyramid.position_dim,
+        windows=windows,
+        window_rows=row_table(windows, positions.device),
         copy_points=copies.points.int() if pyramid.periodic_axes else None,
     )
     cells = KeyedCells(
@@ -126,6 +128,7 @@ def _find_by_kernels(
         found.sort_keys[: found.order.shape[0]],
         found.coordinates,
         positions.detach().clone(),
+        None,
     )
     cache = {
         "query_cells": GroupedCells(found.query_groups, found.query_cells),

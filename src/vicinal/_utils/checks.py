@@ -14,7 +14,6 @@ from torch import Tensor
 LevelShapes = tuple[tuple[int, ...], ...]
 
 
-_WIDEST = 2**31  # windows are narrower
 _LONGEST = 200  # characters of a value in an error message
 
 
@@ -30,7 +29,11 @@ def describe(value: Any) -> str:
         return f"{type(value).__name__} of {items}"
     if isinstance(value, Mapping) and any(map(_is_tensor_or_array, value.values())):
         return f"{type(value).__name__} with the keys {describe(list(value))}"
-    name, text = type(value).__name__, repr(value)
+    name = type(value).__name__
+    try:
+        text = repr(value)
+    except ValueError:  # Python refuses to print integers of thousands of digits
+        return f"{name} with too many digits to print"
     shortened = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
     # The text of many types begins with their names, as in torch.Size([3]).
     names_type = "(" in text and text.partition("(")[0].rpartition(".")[2] == name
@@ -201,18 +204,6 @@ def as_float(number: Any) -> float:
     nearest = float(number)
     integer = as_integer(number)
     return nearest if integer is None or integer == nearest else integer
-
-
-def check_neighborhood_sizes(neighborhood_sizes: Any, n_levels: int) -> tuple[int, ...]:
-    """``neighborhood_sizes`` as a tuple of ints, one per level; raises ValueError for others."""
-    argument, expected = "neighborhood_sizes", f"one window width per level ({n_levels})"
-    given = as_list(argument, neighborhood_sizes, expected)
-    if not isinstance(given, Sequence) or len(given) != n_levels:
-        refuse(argument, expected, neighborhood_sizes)
-    sizes = as_integers(given)
-    if sizes is None or any(not 1 <= size < _WIDEST or size % 2 == 0 for size in sizes):
-        refuse(argument, "odd neighborhood_sizes, at least 1, below 2^31", neighborhood_sizes)
-    return sizes
 
 
 def check_counts(**counts: int) -> None:

@@ -45,12 +45,10 @@ def check_number(argument: str, tensors: Sequence[Tensor], *numbers: int) -> Non
         refuse(argument, f"{' or '.join(map(str, numbers))} tensors", f"{len(tensors)}")
 
 
-def check_windows(sizes: Sequence[int], position_dim: int) -> None:
-    """Raises ValueError unless window widths are odd and there is a dimension."""
-    if position_dim < 1:
-        refuse("position_dim", "at least 1", position_dim)
-    if not sizes or any(size < 1 or size % 2 == 0 for size in sizes):
-        refuse("neighborhood_sizes", "odd sizes of at least 1", sizes)
+def check_slices(slices: Sequence[int]) -> None:
+    """Raises ValueError unless there is a level, and each has a slice."""
+    if not slices or min(slices) < 1:
+        refuse("slices", "at least one for each level", slices)
 
 
 def _check_floating(argument: str, x: Tensor) -> None:
@@ -60,8 +58,8 @@ def _check_floating(argument: str, x: Tensor) -> None:
 
 def _check_attention(
     q: Tensor, k: Tensor, v: Tensor, query_mask: Tensor | None, seed: Tensor | None,
-    background: Sequence[Tensor], plan: Sequence[Tensor], neighborhood_sizes: Sequence[int],
-    position_dim: int, scale: float, dropout_p: float,
+    background: Sequence[Tensor], bias: Tensor | None, plan: Sequence[Tensor],
+    slices: Sequence[int], scale: float, dropout_p: float,
 ) -> None:  # fmt: skip
     """Checks all but ``plan``, whose form is the back end's own."""
     for name, x in (("q", q), ("k", k), ("v", v)):
@@ -70,7 +68,7 @@ def _check_attention(
     (n, n_heads, width), n_points, value_width = q.shape, k.shape[0], v.shape[2]
     check_exact("k", k, (n_points, n_heads, width), q.dtype, q.device)
     check_exact("v", v, (n_points, n_heads, value_width), q.dtype, q.device)
-    check_windows(neighborhood_sizes, position_dim)
+    check_slices(slices)
     if not 0 <= dropout_p < 1:
         refuse("dropout_p", "a rate in [0, 1)", dropout_p)
     if query_mask is not None:
@@ -79,16 +77,17 @@ def _check_attention(
         check_exact("seed", seed, (), torch.int64, q.device)
     check_number("background", background, 0, 3)
     if background:
-        n_levels, n_cells = (
-            len(neighborhood_sizes),
-            sum(w**position_dim for w in neighborhood_sizes),
-        )
         query, key, value = background
+        check_dims("background.key", key, 3)
         check_dims("background.value", value, 4)
-        cells = len(value), n_levels, n_heads, value_width
-        check_exact("background.query", query, (n, n_levels, n_heads, width), q.dtype, q.device)
-        check_exact("background.key", key, (n_cells, n_heads, width), q.dtype, q.device)
+        cells = len(value), len(slices), n_heads, value_width
+        check_exact("background.query", query, (n, len(slices), n_heads, width), q.dtype, q.device)
+        check_exact("background.key", key, (len(key), n_heads, width), q.dtype, q.device)
         check_exact("background.value", value, cells, q.dtype, q.device)
+    if bias is not None:
+        check_dims("bias", bias, 2)
+        n_cells = len(background[1]) if background else len(bias)
+        check_exact("bias", bias, (n_cells, n_heads), q.dtype, q.device)
 
 
 def _check_attention_backward(
@@ -128,18 +127,18 @@ def _check_rotate_backward(
 
 
 def _check_find_slices(
-    sorted_keys: Tensor, centers: Tensor, traversal: Tensor, level: Tensor, offset: Tensor,
-    radius: Tensor,
+    sorted_keys: Tensor, query_keys: Tensor, traversal: Tensor, level: Tensor, first: Tensor,
+    width: Tensor,
 ) -> None:  # fmt: skip
-    check_dims("centers", centers, 2)
+    check_dims("query_keys", query_keys, 2)
     check_dims("level", level, 1)
-    if not len(centers):
-        refuse("centers", "at least one level", centers)
-    device, long = centers.device, torch.int64
+    if not len(query_keys):
+        refuse("query_keys", "at least one level", query_keys)
+    device, long = query_keys.device, torch.int64
     check_exact("sorted_keys", sorted_keys, (sorted_keys.numel(),), long, device)
-    check_exact("centers", centers, centers.shape, long, device)
-    check_dense("traversal", traversal, centers.shape[1:], _INDEX, device)
-    for name, x in (("level", level), ("offset", offset), ("radius", radius)):
+    check_exact("query_keys", query_keys, query_keys.shape, long, device)
+    check_dense("traversal", traversal, query_keys.shape[1:], _INDEX, device)
+    for name, x in (("level", level), ("first", first), ("width", width)):
         check_exact(name, x, level.shape, long, device)
 
 
@@ -161,7 +160,7 @@ def _check_find_query_slices(
     check_dense("shifts", shifts, (len(copies), dim), long, device)
     if key_dtype not in (_INDEX, long):
         refuse("key_dtype", "torch.int32 or torch.int64", key_dtype)
-    _check_table("levels", levels, 4 + 4 * dim, long, device)
+    _check_table("levels", levels, 2 + 6 * dim, long, device)
     _check_table("slots", slots, 4, key_dtype, device)
     _check_numbers(numbers, len(levels))
     if not coordinate_dtype.is_floating_point:
@@ -204,14 +203,13 @@ def _check_numbers(numbers: Sequence[int], n_levels: int) -> None:
 
 
 def _check_find_runs(
-    traversal: Tensor, starts: Tensor, stops: Tensor, sizes: Sequence[int], position_dim: int,
-    rows: int,
-) -> None:  # fmt: skip
-    check_windows(sizes, position_dim)
+    traversal: Tensor, starts: Tensor, stops: Tensor, slices: Sequence[int], rows: int
+) -> None:
+    check_slices(slices)
     check_dims("traversal", traversal, 1)
     if rows < 1:
         refuse("rows", "at least 1", rows)
-    shape = len(traversal), sum(size ** (position_dim - 1) for size in sizes)
+    shape = len(traversal), sum(slices)
     check_dense("traversal", traversal, shape[:1], _INDEX, traversal.device)
     for name, x in (("starts", starts), ("stops", stops)):
         check_dense(name, x, shape, _INDEX, traversal.device)

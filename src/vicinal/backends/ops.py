@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from ..window_shapes import Windows, count_cells
 from .op_checks import checked
 from .transforms import (
     Rule,
@@ -20,20 +21,20 @@ from .transforms import (
     refuse_forward_mode,
     transforms_active,
 )
-from .types import LIST_BLOCK, NeighborSlices, QuerySlices
+from .types import LIST_BLOCK, NeighborSlices, QuerySlices, slices_per_level, window_tables
 
 _ENTRIES_PER_ROW = 48  # in lists, where tiles are many
 _LEAST_BLOCKS = 2**14  # in lists, where tiles are few: 4 MiB
 
 _ARGUMENTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? query_mask, Tensor? seed, Tensor[] background, "
-    "Tensor[] plan, int[] neighborhood_sizes, int position_dim, float scale, float dropout_p"
+    "Tensor? bias, Tensor[] plan, int[] slices, float scale, float dropout_p"
 )
 _SCHEMAS = {
     "neighborhood_attention": f"({_ARGUMENTS}) -> (Tensor, Tensor)",
     "neighborhood_attention_backward": (
         f"(Tensor grad_out, Tensor grad_lse, Tensor out, Tensor lse, {_ARGUMENTS}, "
-        "bool needs_queries, bool needs_points) -> (Tensor, Tensor, Tensor, Tensor[])"
+        "bool needs_queries, bool needs_points) -> (Tensor, Tensor, Tensor, Tensor[], Tensor)"
     ),
     "rotate": "(Tensor x, Tensor coordinates, Tensor frequencies) -> Tensor",
     "rotate_backward": (
@@ -41,8 +42,8 @@ _SCHEMAS = {
         "-> (Tensor, Tensor, Tensor)"
     ),
     "find_slices": (
-        "(Tensor sorted_keys, Tensor centers, Tensor traversal, Tensor level, Tensor offset, "
-        "Tensor radius) -> (Tensor, Tensor)"
+        "(Tensor sorted_keys, Tensor query_keys, Tensor traversal, Tensor level, Tensor first, "
+        "Tensor width) -> (Tensor, Tensor)"
     ),
     "find_query_slices": (
         "(Tensor positions, Tensor offsets, Tensor coordinates, Tensor copies, Tensor shifts, "
@@ -54,11 +55,12 @@ _SCHEMAS = {
         "SymInt[] numbers, int n_levels) -> (Tensor, Tensor, Tensor, Tensor)"
     ),
     "find_runs": (
-        "(Tensor traversal, Tensor starts, Tensor stops, int[] sizes, int position_dim, int rows) "
+        "(Tensor traversal, Tensor starts, Tensor stops, int[] slices, int rows) "
         "-> (Tensor, Tensor, Tensor)"
     ),
     "find_lists": (
-        "(Tensor[] tiles, int[] sizes, int position_dim, int rows) -> (Tensor, Tensor, Tensor)"
+        "(Tensor[] tiles, Tensor[] windows, int[] slices, int n_cells, int rows, "
+        "bool rows_are_queries) -> (Tensor, Tensor, Tensor)"
     ),
 }
 
@@ -118,15 +120,17 @@ class Ops:
             torch.library.impl(f"{self.namespace}::{name}", device, checked(name, kernel))
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, plan: Sequence[Tensor],
-        neighborhood_sizes: Sequence[int], position_dim: int, background: Sequence[Tensor],
-        query_mask: Tensor | None, seed: Tensor | None, scale: float, dropout_p: float,
+        self, q: Tensor, k: Tensor, v: Tensor, plan: Sequence[Tensor], slices: Sequence[int],
+        background: Sequence[Tensor], bias: Tensor | None, query_mask: Tensor | None,
+        seed: Tensor | None, scale: float, dropout_p: float,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """See `reference.attend`; ``plan`` holds the tensors of it that the kernel needs."""
-        refuse_tangents(q, k, v, *background)
+        """See `reference.attend`; ``plan`` holds the tensors of it that the kernel needs, and
+        ``slices`` the number of rows of each level's windows.
+        """
+        refuse_tangents(q, k, v, *background, bias)
         result: tuple[Tensor, Tensor] = self._attend(
-            q, k, v, query_mask, seed, list(background), list(plan),
-            list(neighborhood_sizes), position_dim, scale, dropout_p,
+            q, k, v, query_mask, seed, list(background), bias, list(plan), list(slices), scale,
+            dropout_p,
         )  # fmt: skip
         return result
 
@@ -144,12 +148,12 @@ class Ops:
         return rotated
 
     def find_slices(
-        self, sorted_keys: Tensor, centers: Tensor, traversal: Tensor, level: Tensor,
-        offset: Tensor, radius: Tensor,
+        self, sorted_keys: Tensor, query_keys: Tensor, traversal: Tensor, level: Tensor,
+        first: Tensor, width: Tensor,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """See `reference.find_slices`."""
         slices: tuple[Tensor, Tensor] = self._ops.find_slices(
-            sorted_keys, centers, traversal, level, offset, radius
+            sorted_keys, query_keys, traversal, level, first, width
         )
         return slices
 
@@ -193,24 +197,26 @@ class Ops:
         return NeighborSlices(*found)
 
     def find_runs(
-        self, traversal: Tensor, starts: Tensor, stops: Tensor, sizes: Sequence[int],
-        position_dim: int, rows: int,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        self, traversal: Tensor, starts: Tensor, stops: Tensor, slices: Sequence[int], rows: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """See `reference.find_runs`."""
         runs: tuple[Tensor, Tensor, Tensor] = self._ops.find_runs(
-            traversal, starts, stops, list(sizes), position_dim, rows
+            traversal, starts, stops, list(slices), rows
         )
         return runs
 
     def find_lists(
-        self, tiles: Sequence[Tensor], sizes: Sequence[int], position_dim: int, rows: int
+        self, tiles: Sequence[Tensor], windows: Windows, rows: int, rows_are_queries: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The ``lists``, ``items`` and ``members`` of `Tiles` of ``rows`` rows.
 
-        ``tiles`` are the fields before these, ``sizes`` the window width of each level.
+        ``tiles`` are the fields before these, ``windows`` those of all levels. Where rows are not
+        queries, they are points.
         """
+        tables = window_tables(windows, tiles[0].device)
+        n_cells = sum(map(count_cells, windows))
         lists: tuple[Tensor, Tensor, Tensor] = self._ops.find_lists(
-            list(tiles), list(sizes), position_dim, rows
+            list(tiles), list(tables), slices_per_level(windows), n_cells, rows, rows_are_queries
         )
         return lists
 
@@ -279,12 +285,18 @@ def _fake_attention(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, T
 
 def _fake_attention_backward(
     grad_out: Tensor, grad_lse: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor,
-    query_mask: Tensor | None, seed: Tensor | None, background: list[Tensor], plan: list[Tensor],
-    neighborhood_sizes: list[int], position_dim: int, scale: float, dropout_p: float,
-    needs_queries: bool, needs_points: bool,
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
+    query_mask: Tensor | None, seed: Tensor | None, background: list[Tensor], bias: Tensor | None,
+    plan: list[Tensor], slices: list[int], scale: float, dropout_p: float, needs_queries: bool,
+    needs_points: bool,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor], Tensor]:  # fmt: skip
     grads = new_gradients(q, k, v, needs_queries, needs_points)
-    return *grads, [x.new_empty(x.shape) for x in background if needs_queries]
+    grad_background = [x.new_empty(x.shape) for x in background if needs_queries]
+    return *grads, grad_background, new_bias_gradient(q, bias, needs_queries)
+
+
+def new_bias_gradient(q: Tensor, bias: Tensor | None, needed: bool) -> Tensor:
+    """Uninitialized, the gradient of the bias; without rows if it is not needed."""
+    return q.new_empty(0, q.shape[1]) if bias is None or not needed else bias.new_empty(bias.shape)
 
 
 def new_gradients(
@@ -299,32 +311,33 @@ def new_gradients(
 
 
 def _setup_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, query_mask, seed, background, plan, *ctx.settings = inputs
+    q, k, v, query_mask, seed, background, bias, plan, *ctx.settings = inputs
     ctx.n_background = len(background)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output, q, k, v, query_mask, seed, *background, *plan)
+    ctx.save_for_backward(*output, q, k, v, query_mask, seed, bias, *background, *plan)
 
 
 def _backward_attention(
     op: Any, ctx: Any, needs: tuple[Any, ...], grad_out: Tensor | None, grad_lse: Tensor | None
 ) -> tuple[Any, ...]:
-    out, lse, q, k, v, query_mask, seed, *rest = ctx.saved_tensors
+    out, lse, q, k, v, query_mask, seed, bias, *rest = ctx.saved_tensors
     background, plan = rest[: ctx.n_background], rest[ctx.n_background :]
     if grad_out is None:
         grad_out = torch.zeros_like(out)
     if grad_lse is None:  # as in most training steps: one number for a GPU to read
         grad_lse = lse.new_zeros(()).expand_as(lse)
-    needs_q, needs_k, needs_v, _, _, needs_background, *_ = needs
-    # The gradients of the background are computed together with those of the queries.
-    needs_queries, needs_points = needs_q or any(needs_background), needs_k or needs_v
-    grad_q, grad_k, grad_v, grad_background = op(
-        grad_out, grad_lse, out, lse, q, k, v, query_mask, seed, background, plan, *ctx.settings,
-        needs_queries, needs_points,
+    needs_q, needs_k, needs_v, _, _, needs_background, needs_bias, *_ = needs
+    # The gradients of background and bias are computed together with those of the queries.
+    needs_queries = needs_q or any(needs_background) or needs_bias
+    needs_points = needs_k or needs_v
+    grad_q, grad_k, grad_v, grad_background, grad_bias = op(
+        grad_out, grad_lse, out, lse, q, k, v, query_mask, seed, background, bias, plan,
+        *ctx.settings, needs_queries, needs_points,
     )  # fmt: skip
     points = (grad_k, grad_v) if needs_points else (None, None)
-    grad_cells = grad_background or [None] * len(background)
-    without = [None] * len(plan), None, None, None, None
-    return grad_q if needs_queries else None, *points, None, None, grad_cells, *without
+    cells = grad_background or [None] * len(background), grad_bias if needs_bias else None
+    without = [None] * len(plan), None, None, None
+    return grad_q if needs_queries else None, *points, None, None, *cells, *without
 
 
 def _fake_rotate(x: Tensor, coordinates: Tensor, frequencies: Tensor) -> Tensor:
@@ -350,9 +363,9 @@ def _backward_rotate(
 
 
 def _fake_find_slices(
-    sorted_keys: Tensor, centers: Tensor, traversal: Tensor, level: Tensor, *_: Tensor
+    sorted_keys: Tensor, query_keys: Tensor, traversal: Tensor, level: Tensor, *_: Tensor
 ) -> tuple[Tensor, Tensor]:
-    starts = centers.new_empty(centers.shape[1], len(level), dtype=torch.int32)
+    starts = query_keys.new_empty(query_keys.shape[1], len(level), dtype=torch.int32)
     return starts, torch.empty_like(starts)
 
 
@@ -367,7 +380,7 @@ def _fake_find_query_slices(
         "query_batch": (n_queries,),
         "query_groups": (n_levels, n_queries),
         "query_cells": (n_levels, dim, n_queries),
-        "center_columns": (n_queries, n_levels),
+        "first_columns": (n_queries, n_levels),
         "query_keys": (n_levels, n_queries),
         "key_coordinates": (n_rows, dim + 1),
         "coordinates": (n_rows, dim + 2),
@@ -398,11 +411,11 @@ def _fake_find_point_slices(
 
 
 def _fake_find_runs(
-    traversal: Tensor, starts: Tensor, stops: Tensor, sizes: list[int], position_dim: int, rows: int
+    traversal: Tensor, starts: Tensor, stops: Tensor, slices: list[int], rows: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     n_tiles = (traversal.shape[0] + rows - 1) // rows
     firsts, shifts = (traversal.new_empty(n_tiles, rows * starts.shape[1]) for _ in range(2))
-    return firsts, shifts, traversal.new_empty(n_tiles, len(sizes), 2)
+    return firsts, shifts, traversal.new_empty(n_tiles, len(slices), 2)
 
 
 def list_space(n_tiles: int, rows: int, window_slots: int) -> int:
@@ -419,12 +432,12 @@ def list_space(n_tiles: int, rows: int, window_slots: int) -> int:
 
 
 def _fake_find_lists(
-    tiles: list[Tensor], sizes: list[int], position_dim: int, rows: int
-) -> tuple[Tensor, Tensor, Tensor]:
+    tiles: list[Tensor], windows: list[Tensor], slices: list[int], n_cells: int, rows: int,
+    rows_are_queries: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     counts = tiles[4]
-    slots = sum(size**position_dim for size in sizes)
     n_tiles = counts.shape[0]
-    space = list_space(n_tiles, rows, slots) * LIST_BLOCK
+    space = list_space(n_tiles, rows, n_cells) * LIST_BLOCK
     return counts.new_empty(n_tiles, 2), counts.new_empty(space), counts.new_empty(space)
 
 

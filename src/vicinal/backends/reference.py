@@ -24,15 +24,16 @@ CHUNK = 1024  # queries
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, plan: PlanTensors, background: tuple[Tensor, ...],
-    query_mask: Tensor | None, seed: Tensor | None, scale: float, dropout_p: float,
+    bias: Tensor | None, query_mask: Tensor | None, seed: Tensor | None, scale: float,
+    dropout_p: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Returns the attended values ``[N, H, dv]`` and the log-sum-exp ``[N, H]``, the latter in
-    float32 or float64.
+    float32 or float64. ``bias`` ``[K, H]`` is added to the scaled logits.
     """
 
     def attend_chunk(queries: Tensor) -> tuple[Tensor, Tensor]:
         row, column, logits, values = score_pairs(
-            queries, q, k, v, plan, background, query_mask, scale
+            queries, q, k, v, plan, background, bias, query_mask, scale
         )
         weights, lse = softmax(logits, row, len(queries))
         if seed is not None:
@@ -53,7 +54,7 @@ def attend(
 
 def score_pairs(
     queries: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: PlanTensors,
-    background: tuple[Tensor, ...], query_mask: Tensor | None, scale: float,
+    background: tuple[Tensor, ...], bias: Tensor | None, query_mask: Tensor | None, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Lists the pairs of ``queries`` with their neighbors, then those with their empty cells.
 
@@ -82,7 +83,11 @@ def score_pairs(
         q_rows = _rows(level_queries.flatten(0, 1), query_level, dtype)
         logits = torch.cat((logits, (q_rows * _rows(cell_keys, empty_slot, dtype)).sum(-1)))
         values = torch.cat((values, _rows(cell_values.flatten(0, 1), image_level, dtype)))
-    return row, column, logits * scale, values
+        slot = torch.cat((slot, empty_slot))
+    logits = logits * scale
+    if bias is not None:
+        logits = logits + _rows(bias, slot, dtype)
+    return row, column, logits, values
 
 
 def _rows(x: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
@@ -99,21 +104,19 @@ def list_pairs(plan: PlanTensors, queries: Tensor) -> tuple[Tensor, Tensor, Tens
     slice_index, index = expand_ranges(starts.flatten(), (stops - starts).flatten())
     row, window_row = slice_index // n_slices, slice_index % n_slices
 
-    radius, first_slot, level = _window_rows(plan)
-    column = plan.point_columns[index] - plan.center_columns[queries[row], level[window_row]]
-    slot = first_slot[window_row] + radius[window_row] + column
+    start, first_slot, level = _window_rows(plan)
+    column = plan.point_columns[index] - plan.first_columns[queries[row], level[window_row]]
+    slot = first_slot[window_row] + column - start[window_row]
     return row, order[index].long(), slot
 
 
 def _window_rows(plan: PlanTensors) -> tuple[Tensor, Tensor, Tensor]:
-    """The radius, the first slot and the level of each row of the windows, int64 ``[R]`` each."""
-    rows = [
-        (size // 2, size, level)
-        for level, size in enumerate(plan.neighborhood_sizes)
-        for _ in range(size ** (plan.position_dim - 1))
-    ]
-    radius, width, level = constant(rows, plan.query_batch.device).t()
-    return radius, starts_from_counts(width), level
+    """Of each row of the windows the first cell, from that of the window, the first slot, and the
+    level, int64 ``[R]`` each.
+    """
+    start, width = plan.window_rows.long().unbind(1)
+    levels = [level for level, count in enumerate(plan.slices_per_level()) for _ in range(count)]
+    return start, starts_from_counts(width), constant(levels, plan.window_rows.device)
 
 
 def slot_levels(plan: PlanTensors) -> Tensor:
@@ -204,17 +207,17 @@ def project(
 
 
 def find_slices(
-    sorted_keys: Tensor, centers: Tensor, traversal: Tensor, level: Tensor, offset: Tensor,
-    radius: Tensor,
+    sorted_keys: Tensor, query_keys: Tensor, traversal: Tensor, level: Tensor, first: Tensor,
+    width: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Searches the start and stop of every window row in ``sorted_keys``, int32 ``[N, R]`` each.
 
-    ``centers`` ``[L, N]`` are the keys of the windows' centers. Window row r belongs to level
-    ``level[r]``; its middle is at ``offset[r]`` from the center, and it extends by ``radius[r]``.
+    ``query_keys`` ``[L, N]`` are the keys of the windows' first cells. Window row r belongs to
+    level ``level[r]``; it has the ``width[r]`` keys from ``first[r]`` after that key on.
     ``traversal`` is the order in which a back end may process the queries.
     """
-    middle = (centers[level].t() + offset).contiguous()
-    return search_slices(sorted_keys, middle - radius, middle + radius)
+    first = (query_keys[level].t() + first).contiguous()
+    return search_slices(sorted_keys, first, first + width - 1)
 
 
 def search_slices(sorted_keys: Tensor, first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
@@ -225,14 +228,12 @@ def search_slices(sorted_keys: Tensor, first: Tensor, last: Tensor) -> tuple[Ten
 
 
 def find_runs(
-    traversal: Tensor, starts: Tensor, stops: Tensor, sizes: Sequence[int], position_dim: int,
-    rows: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    traversal: Tensor, starts: Tensor, stops: Tensor, slices: Sequence[int], rows: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Joins the slices of tiles of ``rows`` rows: ``firsts``, ``shifts``, ``counts`` of `Tiles`.
 
-    ``starts`` and ``stops`` ``[n, R]`` are the slices of windows of ``sizes``, level after level.
+    ``starts`` and ``stops`` ``[n, R]`` are the slices of windows, ``slices`` of them at each level.
     """
-    slices = [size ** (position_dim - 1) for size in sizes]
     edges = [_by_tile(edge[traversal.long()].long(), slices, rows) for edge in (starts, stops)]
     parts = [_join(start, stop) for start, stop in zip(*edges, strict=True)]
     firsts, shifts, counts = zip(*parts, strict=True)

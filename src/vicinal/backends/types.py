@@ -1,10 +1,22 @@
 """The arguments of back ends: plain tensors and numbers, never a plan object."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from .._utils.constants import constant
+from ..window_shapes import (
+    AxisWindows,
+    WindowRow,
+    Windows,
+    cell_order,
+    count_cells,
+    window_rows,
+)
 
 FindRuns = Callable[..., tuple[Tensor, Tensor, Tensor]]  # see `backends.reference.find_runs`
 FindQuerySlices = Callable[..., "QuerySlices"]  # see `backends.ops.Ops.find_query_slices`
@@ -43,8 +55,8 @@ class QuerySlices(NamedTuple):
     Attributes:
         query_batch: ``[N]``, the image of every query, -1 for an invalid one.
         query_groups, query_cells: ``[L, N]`` and ``[L, P, N]``, see `_index.tiles.GroupedCells`.
-        center_columns: ``[N, L]``, see `PlanTensors`.
-        query_keys: ``[L, N]``, the keys of the windows' centers.
+        first_columns: ``[N, L]``, see `PlanTensors`.
+        query_keys: ``[L, N]``, the keys of the windows' first cells.
         key_coordinates: floating ``[nnz, P + 1]``, the centers of the points' cells as positions,
             and the level, for the rotary encoding of keys.
         coordinates: ``[nnz, P + 2]``, image, cell and level, 0 where a point is misplaced.
@@ -57,7 +69,7 @@ class QuerySlices(NamedTuple):
     query_batch: Tensor
     query_groups: Tensor
     query_cells: Tensor
-    center_columns: Tensor
+    first_columns: Tensor
     query_keys: Tensor
     key_coordinates: Tensor
     coordinates: Tensor
@@ -112,10 +124,13 @@ class PlanTensors(NamedTuple):
     Attributes:
         query_slices: the points of each query: starts and stops ``[N, R]``, order ``[nnz]``.
         query_batch: int32 ``[N]``, the image of every query, -1 for an invalid one.
-        center_columns: int32 ``[N, L]``, the last coordinate of every window's center.
-        point_columns: int32 ``[nnz]``, the last coordinate of the points, in sorted order.
-        neighborhood_sizes: window width of each level.
-        position_dim: number of spatial dimensions, P.
+        first_columns: int32 ``[N, L]``, the last coordinate of every window's first cell, in key
+            coordinates, see `window_shapes.AxisWindows`.
+        point_columns: int32 ``[nnz]``, the last coordinate of the points, in sorted order,
+            likewise.
+        windows: of each level.
+        window_rows: int32 ``[R, 2]``, for each row of the windows its first cell, counted from the
+            column of the window's first cell, and its width.
         copy_points: int32 ``[C]``: the last C points are copies of these, beyond the seam of a
             periodic axis. Dropout counts a copy as the point that it is of. None: no copies.
         query_tiles: the points of tiles of queries, for back ends that have `Backend.find_runs`.
@@ -124,10 +139,10 @@ class PlanTensors(NamedTuple):
 
     query_slices: NeighborSlices
     query_batch: Tensor
-    center_columns: Tensor
+    first_columns: Tensor
     point_columns: Tensor
-    neighborhood_sizes: tuple[int, ...]
-    position_dim: int
+    windows: Windows
+    window_rows: Tensor
     copy_points: Tensor | None = None
     query_tiles: Tiles | None = None
     point_tiles: Tiles | None = None
@@ -140,15 +155,119 @@ class PlanTensors(NamedTuple):
         return self.point_columns.shape[0]
 
     def n_levels(self) -> int:
-        return len(self.neighborhood_sizes)
+        return len(self.windows)
+
+    def slices_per_level(self) -> list[int]:
+        """The number of rows of a window of each level."""
+        return slices_per_level(self.windows)
 
     def cells_per_level(self) -> list[int]:
         """The number of cells in a window of each level."""
-        return [size**self.position_dim for size in self.neighborhood_sizes]
+        return [count_cells(window) for window in self.windows]
 
     def window_slots(self) -> int:
         """K, the number of cells in all windows of a query."""
         return sum(self.cells_per_level())
+
+
+def slices_per_level(windows: Windows) -> list[int]:
+    """The number of rows of a window of each level."""
+    return [len(window_rows(window)) for window in windows]
+
+
+def slot_order(windows: Windows, device: torch.device) -> Tensor | None:
+    """int64 ``[K]``: for each cell of the windows, in the order of their rows, its slot, which
+    counts row-major; None if the orders are equal.
+    """
+    orders = list(map(cell_order, windows))
+    if all(order is None for order in orders):
+        return None
+    slots: list[int] = []
+    for window, order in zip(windows, orders, strict=True):
+        first, n_cells = len(slots), count_cells(window)
+        slots += [first + slot for slot in order or range(n_cells)]
+    return constant(slots, device)
+
+
+def row_table(windows: Windows, device: torch.device) -> Tensor:
+    """`PlanTensors.window_rows` of these windows."""
+    rows = [(row.start, row.width) for window in windows for row in window_rows(window)]
+    return constant(rows, device, torch.int32)
+
+
+class WindowTables(NamedTuple):
+    """Windows as kernels that compare cells take them, int32, in key coordinates.
+
+    Attributes:
+        levels: ``[L, 2 + P]``, of each level the first of its ``box_rows``, -1 where a window has
+            all cells of its box; the number of cells of the boxes of the levels before; then the
+            size of the box along each axis.
+        rows: ``[R, 3]``, of each row of the windows its first cell, see `PlanTensors.window_rows`,
+            its width, and the number of cells of all rows before.
+        box_rows: ``[B, 2]``, first cell and width of each row of the boxes of balls, row-major. B
+            is 0 where all windows are boxes.
+        box_slots: ``[C]``, the slot of each cell of all boxes, row-major, any for those that are
+            not in the window. Without rows where windows are boxes, whose cells are their slots, or
+            where no slots are wanted.
+    """
+
+    levels: Tensor
+    rows: Tensor
+    box_rows: Tensor
+    box_slots: Tensor
+
+
+def window_tables(windows: Windows, device: torch.device, *, slots: bool = False) -> WindowTables:
+    """The tables of these windows; ``slots`` tells whether ``box_slots`` are wanted."""
+    levels: list[tuple[int, ...]] = []
+    rows: list[tuple[int, int, int]] = []
+    box_rows: list[tuple[int, int]] = []
+    n_cells = n_box_cells = 0
+    windows = tuple(window.in_key_order() for window in windows)
+    for window in windows:
+        levels.append((-1 if window.is_box() else len(box_rows), n_box_cells, *window.sizes))
+        for row in window_rows(window):
+            rows.append((row.start, row.width, n_cells))
+            n_cells += row.width
+        n_box_cells += math.prod(window.sizes)
+        if not window.is_box():
+            box_rows += [(row.start, row.width) for row in _rows_of_box(window)]
+    has_slots = slots and not all(window.is_box() for window in windows)
+    box_slots = _slots_of_boxes(windows) if has_slots else []
+    tables = (
+        constant(_as_int32(table), device, torch.int32)
+        for table in (levels, rows, box_rows, box_slots)
+    )
+    made = WindowTables(*tables)
+    return made._replace(box_rows=made.box_rows.view(len(box_rows), 2))
+
+
+def _as_int32(table: Sequence[Any]) -> Sequence[Any]:
+    """``table`` with the numbers that int32 does not hold cut to their lowest 32 bits. They count
+    cells of windows too large for tensors with a row per cell, so nothing reads them.
+    """
+    if table and isinstance(table[0], tuple):
+        return [tuple(_as_int32(row)) for row in table]
+    return [(x + 2**31) % 2**32 - 2**31 for x in table]
+
+
+def _rows_of_box(window: AxisWindows) -> list[WindowRow]:
+    """All rows of the box of a window, row-major; those of a ball may have no cells."""
+    rows = {row.steps: row for row in window_rows(window)}
+    steps = itertools.product(*map(range, window.sizes[:-1]))
+    return [rows.get(step, WindowRow(step, 0, 0)) for step in steps]
+
+
+def _slots_of_boxes(windows: Windows) -> list[int]:
+    """`WindowTables.box_slots`, of windows with their axes in key order."""
+    slots: list[int] = []
+    first = 0
+    for window in windows:
+        for row in _rows_of_box(window):
+            cells = range(first - row.start, first - row.start + window.sizes[-1])
+            slots += [slot if first <= slot < first + row.width else 0 for slot in cells]
+            first += row.width
+    return slots
 
 
 class Backend(NamedTuple):

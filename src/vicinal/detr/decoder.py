@@ -20,7 +20,8 @@ class DecoderLayer(nn.Module):
     Args:
         self_attention: maps `ObjectQueries` to ``[N, E]``, such as `QuerySelfAttention`.
         cross_attention: `SparseNeighborhoodAttentionBlock`, `SparseDeformableAttention`, or any
-            module with the same call signature.
+            module with the same call signature and ``make_plan``, query levels included. The points
+            may be wider or narrower than the queries, with ``point_dim`` of the block.
         feed_forward: maps ``[N, E]`` to ``[N, E]``, such as `FeedForward`.
 
     Each part includes its norm and residual connection.
@@ -62,7 +63,7 @@ class DecoderLayer(nn.Module):
 
         Args:
             queries: object queries of the images of the pyramid.
-            pyramid: the encoder's points.
+            pyramid: the encoder's points, as wide as the cross-attention takes them.
             plan: from the cross-attention's ``make_plan`` for these queries; None (default): made
                 by the cross-attention.
 
@@ -169,7 +170,8 @@ class Decoder(nn.Module):
         Args:
             queries: object queries of the images of the pyramid. Their boxes have a dtype that
                 holds the map's cells.
-            pyramid: the encoder's points, with values ``[nnz, E]``.
+            pyramid: the encoder's points, with values ``[nnz, E]``, or as wide as the
+                cross-attentions take them.
 
         Returns:
             the predictions of each layer, the last being the final ones, and the queries that were
@@ -192,8 +194,8 @@ class Decoder(nn.Module):
             queries = queries._replace(embeddings=queries.embeddings + self.sizes(size))
             layer_queries.append(queries)
             cross_attention: Any = layer.cross_attention
-            positions, offsets, _ = queries.placement
-            plan = cross_attention.make_plan(positions, offsets, pyramid)
+            positions, offsets, levels = queries.placement
+            plan = cross_attention.make_plan(positions, offsets, pyramid, levels)
             embeddings = run_layer(layer, queries, pyramid, plan, checkpoint=self.checkpoint)
             logits, boxes = head(call_norm(norm, embeddings), queries.boxes)
             predictions.append(Predictions(logits, boxes, queries.offsets))

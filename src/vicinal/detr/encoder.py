@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .._utils.checks import check_counts, check_tensor, check_type
+from ..nn._base import check_points_are_queries
 from ..nn.projections import call_norm
 from ..placement import QueryPlacement
 from ..pyramid import FeaturePyramid
@@ -19,7 +20,8 @@ class EncoderLayer(nn.Module):
 
     Args:
         attention: `SparseNeighborhoodAttentionBlock`, `SparseDeformableAttention`, or any module
-            with the same call signature and ``make_plan``; it includes norm and residual.
+            with the same call signature and ``make_plan``, query levels included; it includes norm
+            and residual.
         feed_forward: maps ``[n, E]`` to ``[n, E]``, norm and residual included, such as
             `FeedForward`.
 
@@ -69,8 +71,10 @@ class EncoderLayer(nn.Module):
             ``[nnz, E]``.
 
         Raises:
-            ValueError: ``pyramid`` is not a `FeaturePyramid`, or a part refuses its arguments.
+            ValueError: ``pyramid`` is not a `FeaturePyramid`, the attention has a ``point_dim``
+                other than E, or a part refuses its arguments.
         """
+        check_points_are_queries(self.attention)
         check_type("pyramid", pyramid, FeaturePyramid)
         points = pyramid.with_values(values)
         attended = self.attention(
@@ -131,8 +135,11 @@ class Encoder(nn.Module):
             the same points, in the same order, with new values ``[nnz, E]``.
 
         Raises:
-            ValueError: the values have another width, or the attention refuses its arguments.
+            ValueError: the values have another width, an attention has a ``point_dim`` other than
+                E, or refuses its arguments.
         """
+        for layer in self.layers:
+            check_points_are_queries(getattr(layer, "attention", None))
         check_type("pyramid", pyramid, FeaturePyramid)
         width = self.norm.normalized_shape[0]
         check_tensor("pyramid.values", pyramid.values, ("nnz", width), kind="floating")
@@ -151,9 +158,9 @@ class Encoder(nn.Module):
 
     def _encode(self, pyramid: FeaturePyramid) -> Tensor:
         """The new values of points that are sorted by image."""
-        positions, offsets, _ = QueryPlacement.of_points(pyramid)
+        positions, offsets, levels = QueryPlacement.of_points(pyramid)
         attention: Any = self.layers[0].attention
-        plan = attention.make_plan(positions, offsets, pyramid)
+        plan = attention.make_plan(positions, offsets, pyramid, levels)
         values = pyramid.values
         for layer in self.layers:
             values = run_layer(

@@ -1,15 +1,13 @@
 """The stem: from points with raw values to a pyramid of embeddings, without convolutions."""
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .._utils.checks import (
-    as_integers,
-    as_list,
     as_spatial_shape,
     check_counts,
     check_tensor,
@@ -17,13 +15,23 @@ from .._utils.checks import (
 )
 from .._utils.constants import constant
 from .._utils.ragged import offsets_from_ids
-from .._utils.strides import Strides, as_strides
+from .._utils.strides import Strides, as_strides, shapes_from_strides
 from .._utils.types import StridesLike
 from ..backends.reference import list_pairs
+from ..backends.types import slot_order
 from ..nn.projections import call_norm
 from ..plan import plan_neighborhoods
 from ..pyramid import FeaturePyramid
-from ..windows import coordinate_dtype
+from ..window_shapes import (
+    Windows,
+    WindowsLike,
+    as_windows,
+    causal_axes,
+    check_windows_fit,
+    count_cells,
+    windows_on_axes,
+)
+from ..windows import as_periodic_axes, coordinate_dtype
 
 
 class PointStem(nn.Module):
@@ -41,14 +49,17 @@ class PointStem(nn.Module):
         embed_dim: width of the embeddings, E.
         strides: strides of the pyramid's levels, in cells of the grid: one int or P ints per level;
             default (1, 2, 4, 8).
-        window_sizes: odd width of each window, in cells of its stride; default (7, 7).
+        window_sizes: each window, in cells of its stride: an odd width, a tuple of one per axis, a
+            `Window`, or 0 for none; default (7, 7). Along a causal axis a point sees itself and the
+            past.
         window_strides: stride of each window's cells, one int or P ints each; the first is 1.
             Default (1, 2).
         position_dim: number of spatial dimensions, P; default 2.
 
     Raises:
-        ValueError: a number is below 1, a window size is even, there is not one window size per
-            window stride, or the first window stride is not 1.
+        ValueError: a number is below 1, a window size is even along an axis that is not causal,
+            there is not one window size per window stride, the first window stride is not 1, or
+            window strides do not divide each other along a causal axis.
 
     Example:
         ```python
@@ -68,7 +79,7 @@ class PointStem(nn.Module):
         in_channels: int,
         embed_dim: int,
         strides: StridesLike = (1, 2, 4, 8),
-        window_sizes: Sequence[int] = (7, 7),
+        window_sizes: WindowsLike = (7, 7),
         window_strides: StridesLike = (1, 2),
         position_dim: int = 2,
     ) -> None:
@@ -78,8 +89,11 @@ class PointStem(nn.Module):
         self.in_channels, self.position_dim = in_channels, int(position_dim)
         self.strides = as_strides(strides, self.position_dim)
         self.window_strides = _as_window_strides(window_strides, self.position_dim)
-        self.window_sizes = _as_window_sizes(window_sizes, len(self.window_strides))
-        n_cells = sum(size**self.position_dim for size in self.window_sizes)
+        geometry = len(self.window_strides), self.position_dim
+        self.window_sizes = as_windows(window_sizes, *geometry, argument="window_sizes")
+        windows = windows_on_axes(self.window_sizes, self.position_dim)
+        _check_causal_strides(self.window_strides, windows)
+        n_cells = sum(map(count_cells, windows))
         # Each cell has its values and a flag for whether it is stored.
         n_features = n_cells * (in_channels + 1) + self.position_dim * len(self.strides)
         self.layers = nn.Sequential(
@@ -123,8 +137,9 @@ class PointStem(nn.Module):
             a pyramid with embeddings ``[nnz, E]`` in the dtype of ``values``, sorted by image.
 
         Raises:
-            ValueError: shapes, dtypes or devices do not match, points lie outside the grid, or the
-                size along a periodic axis is not a multiple of all strides.
+            ValueError: shapes, dtypes or devices do not match, points lie outside the grid, the
+                size along a periodic axis is not a multiple of all strides, or a window is wider
+                than that size or causal along such an axis.
         """
         device = self.norm.weight.device
         values = check_tensor(
@@ -133,6 +148,7 @@ class PointStem(nn.Module):
         shape = (values.shape[0], self.position_dim + 1)
         coordinates = check_tensor("coordinates", coordinates, shape, kind="integer", device=device)
         spatial_shape = as_spatial_shape(spatial_shape, self.position_dim)
+        self._check_windows(spatial_shape, periodic_axes)
         raw = FeaturePyramid.from_points(
             coordinates,
             torch.cat((values, values.new_ones(values.shape[0], 1)), 1),
@@ -164,12 +180,24 @@ class PointStem(nn.Module):
             mixed = mixed.index_copy(0, rows, mix(pyramid.values[rows]).to(mixed.dtype))
         return pyramid.with_values(call_norm(self.norm, mixed))
 
+    def _check_windows(self, spatial_shape: Sequence[int], periodic_axes: Sequence[int]) -> None:
+        """Raises ValueError for windows that the grid cannot have."""
+        axes = as_periodic_axes(periodic_axes, self.position_dim)
+        shapes = shapes_from_strides(spatial_shape, self.window_strides, axes, "spatial_shape")
+        windows = windows_on_axes(self.window_sizes, self.position_dim)
+        check_windows_fit(windows, shapes, axes, "window_sizes")
+
     def _windows(self, raw: FeaturePyramid, points: Tensor) -> Tensor:
         """``[n, window cells * (channels + 1)]``, the raw values, zero in empty cells."""
         positions, image = raw.positions(raw.values.dtype)[points], raw.batch[points]
         offsets = offsets_from_ids(image, raw.batch_size)
-        plan = plan_neighborhoods(positions, offsets, raw, self.window_sizes, check_contents=False)
+        levels = raw.levels[points]
+        plan = plan_neighborhoods(
+            positions, offsets, raw, self.window_sizes, levels, check_contents=False
+        )
         row, key, slot = list_pairs(plan._tensors, torch.arange(len(points), device=points.device))
+        order = slot_order(plan._windows, slot.device)
+        slot = slot if order is None else order[slot]
         windows = raw.values.new_zeros(len(points), plan.window_slots, raw.embed_dim)
         neighbors = raw.values[plan.points_of_keys(key)]
         return windows.index_put((row, slot), neighbors).flatten(1)
@@ -211,9 +239,10 @@ def _as_window_strides(window_strides: StridesLike, position_dim: int) -> Stride
     return strides
 
 
-def _as_window_sizes(window_sizes: Any, n_windows: int) -> tuple[int, ...]:
-    expected = f"an odd width of at least 1 for each of {n_windows} window_strides"
-    sizes = as_integers(as_list("window_sizes", window_sizes, expected))
-    if sizes is None or len(sizes) != n_windows or any(n < 1 or n % 2 == 0 for n in sizes):
-        refuse("window_sizes", expected, window_sizes)
-    return sizes
+def _check_causal_strides(window_strides: Strides, windows: Windows) -> None:
+    """Raises ValueError unless the cells of coarse windows pool whole cells of finer ones."""
+    for axis in causal_axes(windows):
+        steps = [stride[axis] for stride in window_strides]
+        if any(max(pair) % min(pair) for pair in itertools.combinations(steps, 2)):
+            expected = f"strides that divide each other along causal axis {axis}"
+            refuse("window_strides", expected, str(list(window_strides)))

@@ -43,6 +43,16 @@ def check_sizes(embed_dim: int, n_heads: int, **others: int) -> tuple[int, ...]:
     return tuple(map(int, (embed_dim, n_heads, *others.values())))
 
 
+def check_points_are_queries(attention: Any) -> None:
+    """Raises ValueError for an attention module whose points have another width than its queries,
+    where every point is a query. Modules without a ``point_dim`` pass.
+    """
+    embed_dim = getattr(attention, "embed_dim", None)
+    point_dim = getattr(attention, "point_dim", embed_dim)
+    if point_dim != embed_dim:
+        refuse("point_dim", f"embed_dim ({embed_dim}), where every point is a query", point_dim)
+
+
 class Arguments(NamedTuple):
     """The arguments of `SparseAttention.forward`, as passed."""
 
@@ -68,7 +78,11 @@ class Inputs(NamedTuple):
     level: Tensor | int  # [N], in [0, L)
     mask: Tensor | None  # bool [N]
     pyramid: FeaturePyramid
-    background: Tensor | None  # [B, L, E]
+    background: Tensor | None  # [B, L, point_dim]
+
+    def query_levels(self) -> Tensor | None:
+        """The levels of the queries ``[N]``, if they were given."""
+        return self.level if isinstance(self.level, Tensor) else None
 
     def finite_positions(self) -> Tensor:
         """``[N, P]`` in float32 or float64, zero for a position that is not finite: such a query is
@@ -95,11 +109,13 @@ class SparseAttention(nn.Module, Generic[PlanT]):
         position_dim: int,
         dropout: float,
         norm_first: bool,
+        point_dim: int | None = None,
     ) -> None:
         super().__init__()
         check_dropout("dropout", dropout)
         self.embed_dim, self.n_heads, self.n_levels = embed_dim, n_heads, n_levels
         self.position_dim, self.norm_first = position_dim, norm_first
+        self.point_dim = embed_dim if point_dim is None else point_dim
 
     def forward(
         self,
@@ -125,15 +141,17 @@ class SparseAttention(nn.Module, Generic[PlanT]):
             query_batch_offsets: integer ``[B + 1]``: image ``b`` owns the queries
                 ``offsets[b]:offsets[b + 1]``.
             stacked_feature_maps: sparse COO ``[B, *full_shape, L, E]`` with one dense dimension,
-                coalesced or not, or a `FeaturePyramid`.
+                coalesced or not, or a `FeaturePyramid`. A block with ``point_dim`` takes points and
+                background of that width in place of E.
             level_spatial_shapes: integer ``[L, P]``, the spatial shape of each level; may be None
                 for a pyramid.
             background_embedding: ``[B, L, E]``, the embedding of empty cells by image and level,
                 also of cells beyond the map. Images without queries may have no row. None
                 (default): empty cells contribute nothing.
-            query_level_indices: integer ``[N]``, the pyramid level of each query, which the rotary
-                encoding uses. None (default): the level with the most cells. Deformable attention
-                ignores it. `encode` and `QueryPlacement` fill it in where every point is a query.
+            query_level_indices: integer ``[N]``, the pyramid level of each query, on which the
+                rotary encoding depends, and windows along causal axes. None (default): the level
+                with the most cells; along a causal axis, the largest. Deformable attention ignores
+                it. `encode` and `QueryPlacement` fill it in where every point is a query.
             query_mask: bool ``[N]``, True: the query is masked; its attended value is zero, so its
                 result is ``query + out_proj.bias``.
             plan: what `make_plan` returned for the same points, and for the block the same queries.
@@ -211,7 +229,8 @@ class SparseAttention(nn.Module, Generic[PlanT]):
             the pyramid with the results as its embeddings, the points in the given order.
 
         Raises:
-            ValueError: as `forward` does.
+            ValueError: as `forward` does, or the block's ``point_dim`` is not E: no point could be
+                a query.
 
         Example:
             ```python
@@ -226,6 +245,7 @@ class SparseAttention(nn.Module, Generic[PlanT]):
                 pyramid = layer.encode(pyramid, plan)
             ```
         """
+        check_points_are_queries(self)
         order, placement = _placement_of_points(pyramid)
         self._check_level_shapes("pyramid.level_shapes", pyramid.level_shapes)
         self._check_embeddings("pyramid.values", pyramid.values)
@@ -306,7 +326,8 @@ class SparseAttention(nn.Module, Generic[PlanT]):
         inputs = Inputs(arguments.query, positions, offsets, level, mask, pyramid, background)
         plan = arguments.plan
         if plan is None:
-            return inputs, self.make_plan(positions, offsets, pyramid, check_contents=False)
+            levels = inputs.query_levels()
+            return inputs, self.make_plan(positions, offsets, pyramid, levels, check_contents=False)
         if not isinstance(plan, self._plan_type):
             refuse("plan", f"a {self._plan_type.__name__} from make_plan, or None", plan)
         self._check_plan(plan, inputs, contents)
@@ -332,7 +353,7 @@ class SparseAttention(nn.Module, Generic[PlanT]):
         positions = check_tensor(name, positions, shape, kind="floating", device=device)
         background, levels = arguments.background_embedding, arguments.query_level_indices
         if background is not None:
-            name, cells = "background_embedding", ("B", self.n_levels, self.embed_dim)
+            name, cells = "background_embedding", ("B", self.n_levels, self.point_dim)
             background = check_tensor(name, background, cells, kind="floating", device=device)
             self._check_dtype(name, background)
         if levels is not None:
@@ -370,8 +391,8 @@ class SparseAttention(nn.Module, Generic[PlanT]):
         self._check_level_shapes("level_spatial_shapes", shapes)
         values = maps.values if isinstance(maps, FeaturePyramid) else maps
         device = self._reference.device
-        if values.shape[-1:] != (self.embed_dim,) or values.device != device:
-            expected = f"embeddings of width {self.embed_dim} on {device}"
+        if values.shape[-1:] != (self.point_dim,) or values.device != device:
+            expected = f"embeddings of width {self.point_dim} on {device}"
             refuse("stacked_feature_maps", expected, values)
         self._check_dtype("stacked_feature_maps", values)
         if isinstance(maps, Tensor):

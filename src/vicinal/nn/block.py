@@ -1,6 +1,6 @@
 """The neighborhood attention block: norm, project, rotate, attend, project, residual."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from enum import Enum
 from typing import Any
 
@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from .._plan.search import key_coordinates_name
 from .._utils.checks import (
     check_base,
+    check_counts,
     check_dropout,
-    check_neighborhood_sizes,
+    check_type,
     refuse,
 )
 from .._utils.constants import constant
@@ -25,18 +26,19 @@ from ..backends import check_backend, choose_backend, prepare_backends
 from ..backends.reference import apply_rotary
 from ..plan import NeighborhoodPlan, check_plan, plan_neighborhoods
 from ..pyramid import FeaturePyramid
+from ..window_shapes import WindowsLike, as_windows, count_cells, window_offsets, windows_on_axes
 from ..windows import (
     centers_of_cells,
+    dtype_of_centers,
     level_scales,
     position_dtype,
-    window_centers,
-    window_offsets,
+    window_anchors,
 )
 from ._base import Inputs, SparseAttention, check_sizes
 from ._earlier_keys import rename_earlier_keys
 from .initialized import reset_children
 from .projections import add_projected, is_inactive_dropout, project
-from .rotary import RotaryEncoding, as_freq_group_pattern, check_equal_groups
+from .rotary import RotaryEncoding, as_axis_scales, as_freq_group_pattern, check_equal_groups
 
 
 class SparseNeighborhoodAttentionBlock(SparseAttention[NeighborhoodPlan]):
@@ -52,8 +54,10 @@ class SparseNeighborhoodAttentionBlock(SparseAttention[NeighborhoodPlan]):
             quotient.
         n_heads: number of heads, H.
         n_levels: number of levels, L. Default: 4.
-        neighborhood_sizes: odd window width of each level, in cells of that level, a sequence, an
-            integer tensor or an array ``[L]``. Default: ``(3, 5, 7, 9)``.
+        neighborhood_sizes: the window of each level, in cells of that level: an odd width, a tuple
+            of one per axis, a `Window`, or 0 for none. Integers ``[L]`` may be a tensor or an
+            array. Default: ``(3, 5, 7, 9)``, for two dimensions. In three, take smaller ones, see
+            `suggest_windows`.
         position_dim: number of spatial dimensions, P. Default: 2.
         dropout: probability of dropping a channel of the output projection, in training.
             Default: 0.
@@ -68,6 +72,19 @@ class SparseNeighborhoodAttentionBlock(SparseAttention[NeighborhoodPlan]):
         rope_enforce_freq_groups_equal: whether groups of unequal size raise a ValueError.
         attention_dropout: probability of dropping a softmax weight in training. None (default):
             that of ``dropout``. The earlier implementation never dropped weights, as with 0.
+        point_dim: width of points and background. None (default): E. Where it is not E, no point
+            can be a query, so `encode` raises a ValueError.
+        rotary: whether queries and keys are rotated. Default: True. False: R is left out, there are
+            no frequencies, ``rope_`` arguments have no effect, and positions have no gradient,
+            since they choose the windows alone.
+        rope_axis_scales: ``[P]`` finite numbers above 0, a sequence, a tensor or an array: spatial
+            coordinates are multiplied with them before R. With the sizes of cells, in any unit,
+            the initial frequencies are isotropic in space where cells are not cubes: for cells of
+            0.1 x 0.1 x 0.4 m, ``(1, 1, 4)``. None (default): with one. They are not in the state
+            dict.
+        relative_bias: whether a learned number is added to the logits of what each cell of the
+            windows holds, for each head (Shaw et al., "Self-Attention with Relative Position
+            Representations", 2018; Liu et al., "Swin Transformer", 2021). Default: False.
         backend: back end of the attention, see `neighborhood_attention`. None (default): chosen by
             device and dtype.
         device: of the parameters. None (default): torch's default device.
@@ -79,12 +96,18 @@ class SparseNeighborhoodAttentionBlock(SparseAttention[NeighborhoodPlan]):
 
     Attributes:
         attn_drop_rate: probability of dropping a softmax weight in training.
+        point_dim: width of points and background.
+        pos_encoding: the `RotaryEncoding`; None with ``rotary=False``.
         rope_spatial_base_theta, rope_level_base_theta, rope_share_heads: as given.
+        rope_axis_scales: as given, as a tuple of floats or None.
+        relative_bias: ``[K, H]``, the last parameter, zero at first, for the K cells of the
+            windows, levels in order, windows row-major; None without it.
 
     Raises:
         ValueError: sizes do not divide, the head width is odd, the number of windows is not
-            ``n_levels``, a window is not odd, a rate of dropout is outside [0, 1), or a name is
-            unknown.
+            ``n_levels``, a window is even along an axis that is not causal, or negative, all
+            windows are 0, a rate of dropout is outside [0, 1), a name is unknown, or
+            ``rope_axis_scales`` are not P finite numbers above 0.
 
     Example:
         ```python
@@ -105,6 +128,8 @@ class SparseNeighborhoodAttentionBlock(SparseAttention[NeighborhoodPlan]):
         ```
     """
 
+    relative_bias: nn.Parameter | None
+    pos_encoding: RotaryEncoding  # None without rotary, as torch types the bias of nn.Linear
     _plan_type = NeighborhoodPlan
 
     def __init__(
@@ -112,7 +137,7 @@ class SparseNeighborhoodAttentionBlock(SparseAttention[NeighborhoodPlan]):
         embed_dim: int,
         n_heads: int,
         n_levels: int = 4,
-        neighborhood_sizes: Tensor | Sequence[int] = (3, 5, 7, 9),
+        neighborhood_sizes: WindowsLike = (3, 5, 7, 9),
         position_dim: int = 2,
         dropout: float = 0.0,
         bias: bool = False,
@@ -124,6 +149,10 @@ class SparseNeighborhoodAttentionBlock(SparseAttention[NeighborhoodPlan]):
         rope_enforce_freq_groups_equal: bool = True,
         *,
         attention_dropout: float | None = None,
+        point_dim: int | None = None,
+        rotary: bool = True,
+        rope_axis_scales: Tensor | Sequence[float] | None = None,
+        relative_bias: bool = False,
         backend: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -135,45 +164,74 @@ class SparseNeighborhoodAttentionBlock(SparseAttention[NeighborhoodPlan]):
         if width % 2:
             expected = f"an even head width, embed_dim / {n_heads}"
             refuse("embed_dim", expected, f"{embed_dim} ({width})")
+        check_counts(point_dim=embed_dim if point_dim is None else point_dim)
+        point_dim = embed_dim if point_dim is None else int(point_dim)
+        check_type("rotary", rotary, bool)
+        check_type("relative_bias", relative_bias, bool)
         pattern = as_freq_group_pattern("rope_freq_group_pattern", rope_freq_group_pattern)
-        if rope_enforce_freq_groups_equal:
+        if rotary and rope_enforce_freq_groups_equal:
             check_equal_groups("embed_dim", width, pattern)
+        axis_scales = as_axis_scales("rope_axis_scales", rope_axis_scales, position_dim)
         attention_dropout = dropout if attention_dropout is None else attention_dropout
         check_dropout("attention_dropout", attention_dropout)
-        super().__init__(embed_dim, n_heads, n_levels, position_dim, dropout, norm_first)
+        super().__init__(embed_dim, n_heads, n_levels, position_dim, dropout, norm_first, point_dim)
         check_backend(backend)
-        self.neighborhood_sizes = check_neighborhood_sizes(neighborhood_sizes, n_levels)
+        self.neighborhood_sizes = as_windows(neighborhood_sizes, n_levels, position_dim)
         self.backend = backend
         self.attn_drop_rate = attention_dropout
         bases = rope_spatial_base_theta, rope_level_base_theta
         self.rope_spatial_base_theta = check_base("rope_spatial_base_theta", bases[0])
         self.rope_level_base_theta = check_base("rope_level_base_theta", bases[1])
-        self.rope_share_heads = rope_share_heads
+        self.rope_share_heads, self.rope_axis_scales = rope_share_heads, axis_scales
         prepare_backends()
 
         kind: dict[str, Any] = {"device": device, "dtype": dtype}
         self.norm = nn.LayerNorm(embed_dim, **kind)
         self.q_in_proj = nn.Linear(embed_dim, embed_dim, bias=bias, **kind)
-        self.pos_encoding = RotaryEncoding(
-            width,
-            n_heads,
-            position_dim,
-            spatial_base_theta=rope_spatial_base_theta,
-            level_base_theta=rope_level_base_theta,
-            share_heads=rope_share_heads,
-            freq_group_pattern=pattern,
-            enforce_freq_groups_equal=rope_enforce_freq_groups_equal,
-            backend=backend,
-            **kind,
-        )
-        self.kv_proj = nn.Linear(embed_dim, 2 * embed_dim, bias=bias, **kind)
+        self.register_module("pos_encoding", None)
+        if rotary:
+            self.pos_encoding = RotaryEncoding(
+                width,
+                n_heads,
+                position_dim,
+                spatial_base_theta=rope_spatial_base_theta,
+                level_base_theta=rope_level_base_theta,
+                share_heads=rope_share_heads,
+                freq_group_pattern=pattern,
+                enforce_freq_groups_equal=rope_enforce_freq_groups_equal,
+                axis_scales=axis_scales,
+                backend=backend,
+                **kind,
+            )
+        self.kv_proj = nn.Linear(point_dim, 2 * embed_dim, bias=bias, **kind)
         self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias, **kind)
         self.dropout = nn.Dropout(dropout)
+        table = self._new_bias(**kind) if relative_bias else None
+        self.register_parameter("relative_bias", table)
         self.register_load_state_dict_pre_hook(rename_earlier_keys)
 
     def reset_parameters(self) -> None:
         """Draws all parameters from their initial distribution."""
         reset_children(self)
+        self._reset_bias()
+
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """As of all modules, but with a `relative_bias` the block follows its parts, so that this
+        is the last of its parameters: the state of an optimizer of a block without one still fits.
+        """
+        modules = list(super().named_modules(memo, prefix, remove_duplicate))
+        yield from modules if self.relative_bias is None else modules[1:] + modules[:1]
+
+    def _new_bias(self, **kind: Any) -> nn.Parameter:
+        """The `relative_bias` at first."""
+        windows = windows_on_axes(self.neighborhood_sizes, self.position_dim)
+        return nn.Parameter(torch.zeros(sum(map(count_cells, windows)), self.n_heads, **kind))
+
+    def _reset_bias(self) -> None:
+        if self.relative_bias is not None:
+            nn.init.zeros_(self.relative_bias)
 
     def make_plan(
         self,
@@ -186,14 +244,14 @@ class SparseNeighborhoodAttentionBlock(SparseAttention[NeighborhoodPlan]):
     ) -> NeighborhoodPlan:
         """Makes the ``plan`` of `forward`: `plan_neighborhoods` with the windows of this block.
 
-        ``query_level_indices`` is not used, so that ``**placement.arguments()`` of a
-        `QueryPlacement` can be passed.
+        The plan depends on ``query_level_indices`` where an axis of the windows is causal.
         """
         return plan_neighborhoods(
             query_spatial_positions,
             query_batch_offsets,
             pyramid,
             self.neighborhood_sizes,
+            query_level_indices,
             check_contents=check_contents,
         )
 
@@ -211,14 +269,21 @@ class SparseNeighborhoodAttentionBlock(SparseAttention[NeighborhoodPlan]):
     ) -> NeighborhoodWeights:
         q, k, _, background = self._project(inputs, plan)
         return neighborhood_attention_weights(
-            q, k, plan, background=background, query_mask=inputs.mask, queries=queries
+            q,
+            k,
+            plan,
+            background=background,
+            bias=self.relative_bias,
+            query_mask=inputs.mask,
+            queries=queries,
         )
 
     def _check_plan(
         self, plan: NeighborhoodPlan, inputs: Inputs, check_contents: bool | None
     ) -> None:
         queries = inputs.positions, inputs.offsets
-        check_plan(plan, *queries, inputs.pyramid, self.neighborhood_sizes, check_contents)
+        windows, levels = self.neighborhood_sizes, inputs.query_levels()
+        check_plan(plan, *queries, inputs.pyramid, windows, levels, check_contents)
 
     def _attend(self, inputs: Inputs, plan: NeighborhoodPlan) -> Tensor:
         """The attended values ``[N, E]``. All intermediate tensors are freed on return."""
@@ -230,6 +295,7 @@ class SparseNeighborhoodAttentionBlock(SparseAttention[NeighborhoodPlan]):
             plan,
             dropout_p=self.attn_drop_rate if self.training else 0.0,
             background=background,
+            bias=self.relative_bias,
             query_mask=inputs.mask,
             backend=self.backend,
         ).flatten(1)
@@ -241,13 +307,14 @@ class SparseNeighborhoodAttentionBlock(SparseAttention[NeighborhoodPlan]):
         positions, pyramid = inputs.finite_positions(), inputs.pyramid
         norm = self.norm if self.norm_first else None
         (q,) = self._heads(inputs.query, self.q_in_proj, 1, norm)
-        q = self.pos_encoding(q, _with_level(positions, inputs.level))
         k, v = map(plan.append_copies, self._heads(pyramid.values, self.kv_proj, 2))
-        k = self.pos_encoding(k, key_coordinates(pyramid, plan, positions.dtype))
+        if self.pos_encoding is not None:
+            q = self.pos_encoding(q, _with_level(positions, inputs.level))
+            k = self.pos_encoding(k, key_coordinates(pyramid, plan, positions.dtype))
         background = None
         if inputs.background is not None:
-            centers = window_centers(positions, pyramid.level_shapes, pyramid.periodic_axes)
-            background = self._background(inputs.background, q, centers, plan, pyramid)
+            anchors = self._anchors(inputs, positions)
+            background = self._background(inputs.background, q, anchors, plan, pyramid)
         return q, k, v, background
 
     def _heads(
@@ -258,38 +325,50 @@ class SparseNeighborhoodAttentionBlock(SparseAttention[NeighborhoodPlan]):
         projected = project(backend, x, linear, norm, parts)
         return tuple(part.unflatten(-1, (self.n_heads, -1)) for part in projected)
 
+    def _anchors(self, inputs: Inputs, positions: Tensor) -> Tensor:
+        """The cells that the windows' offsets count from, as floats ``[L, N, P]``."""
+        shapes, axes = inputs.pyramid.level_shapes, inputs.pyramid.periodic_axes
+        windows = windows_on_axes(self.neighborhood_sizes, self.position_dim)
+        anchors = window_anchors(positions, shapes, windows, inputs.query_levels(), axes)
+        return anchors.to(dtype_of_centers(positions, shapes))
+
     def _background(
         self,
         embedding: Tensor,
         q: Tensor,
-        centers: Tensor,
+        anchors: Tensor,
         plan: NeighborhoodPlan,
         pyramid: FeaturePyramid,
     ) -> Background:
-        """The background of the attention, from ``embedding`` ``[B, L, E]``, q ``[N, H, d]`` and
-        the windows' ``centers`` ``[L, N, P]``.
+        """The background of the attention, from ``embedding`` ``[B, L, point_dim]``, q
+        ``[N, H, d]`` and the windows' ``anchors`` ``[L, N, P]``.
 
-        The rotation of a cell is the rotation of its window's center times that of its offset. The
+        The rotation of a cell is the rotation of its window's anchor times that of its offset. The
         first, with the level's unrotated key, goes into the query vector of that level. The
         second, which all queries share, is the cell's key. Pairs of channels act as complex
         numbers in both.
         """
         key, value = self.kv_proj(embedding).unflatten(-1, (2, self.n_heads, -1)).unbind(-3)
-        scales = level_scales(pyramid.level_shapes, centers)
+        scales = level_scales(pyramid.level_shapes, anchors)
         image = plan.query_batch.long().clamp(min=0)
         queries, offsets = [], []
-        for level, (scale, size) in enumerate(zip(scales, self.neighborhood_sizes, strict=True)):
-            position = _with_level((centers[level] + 0.5) / scale, level)
+        for level, (scale, window) in enumerate(zip(scales, plan._windows, strict=True)):
+            position = _with_level((anchors[level] + 0.5) / scale, level)
             # embedding: the gradient of plain indexing is not summed in the same order every time.
             keys = nn.functional.embedding(image, key[:, level].flatten(1)).view_as(q)
-            at_center = self.pos_encoding(keys, position)
-            queries.append(apply_rotary(q, at_center[..., ::2], -at_center[..., 1::2]))
-            window = window_offsets(size, self.position_dim)
-            offsets.append(_with_level(constant(window, scale.device, scale.dtype) / scale, 0))
+            at_anchor = self._rotate(keys, position)
+            queries.append(apply_rotary(q, at_anchor[..., ::2], -at_anchor[..., 1::2]))
+            cells = constant(window_offsets(window), scale.device, scale.dtype)
+            offsets.append(_with_level(cells.view(-1, self.position_dim) / scale, 0))
         one = constant([1, 0], q.device, q.dtype)
         ones = one.repeat(plan.window_slots, self.n_heads, q.shape[-1] // 2)
-        cell_keys = self.pos_encoding(ones, torch.cat(offsets))
+        cell_keys = self._rotate(ones, torch.cat(offsets))
         return Background(torch.stack(queries, 1), cell_keys, value)
+
+    def _rotate(self, x: Tensor, coordinates: Tensor) -> Tensor:
+        """R of ``x`` ``[n, H, d]`` at ``coordinates`` ``[n, P + 1]``."""
+        rotated: Tensor = x if self.pos_encoding is None else self.pos_encoding(x, coordinates)
+        return rotated
 
 
 def key_coordinates(pyramid: FeaturePyramid, plan: NeighborhoodPlan, dtype: torch.dtype) -> Tensor:

@@ -33,7 +33,10 @@ def export_state_dict(module: nn.Module) -> dict[str, Any]:
         index tables are bool or int64.
 
     Raises:
-        ValueError: ``module`` is not a module.
+        ValueError: ``module`` is not a module, or it contains a block that the earlier
+            implementation does not have: one with a ``point_dim`` other than ``embed_dim``, with
+            ``rotary=False``, with ``rope_axis_scales`` other than one, with a ``relative_bias``, or
+            with windows that are not boxes of one odd size.
 
     Example:
         ```python
@@ -48,13 +51,39 @@ def export_state_dict(module: nn.Module) -> dict[str, Any]:
     """
     if not isinstance(module, nn.Module):
         refuse("module", "a torch.nn.Module", module)
+    blocks = {
+        name: part
+        for name, part in module.named_modules(remove_duplicate=False)
+        if isinstance(part, SparseNeighborhoodAttentionBlock)
+    }
+    for name, block in blocks.items():
+        _check_options(name, block)
     state: dict[str, Any] = module.state_dict()
-    for name, part in module.named_modules(remove_duplicate=False):
-        if isinstance(part, SparseNeighborhoodAttentionBlock):
-            converted = _converted(state, f"{name}." if name else "", part)
-            state.clear()  # the same dict, which also holds the versions of modules
-            state.update(converted)
+    for name, block in blocks.items():
+        converted = _converted(state, f"{name}." if name else "", block)
+        state.clear()  # the same dict, which also holds the versions of modules
+        state.update(converted)
     return state
+
+
+def _check_options(name: str, block: SparseNeighborhoodAttentionBlock) -> None:
+    """Raises ValueError unless the earlier implementation computes the same with the parameters of
+    the block ``name``.
+    """
+    new = {
+        f"point_dim={block.point_dim}": block.point_dim != block.embed_dim,
+        "rotary=False": block.pos_encoding is None,
+        "relative_bias=True": block.relative_bias is not None,
+        f"neighborhood_sizes={list(block.neighborhood_sizes)}": not all(
+            isinstance(size, int) and size for size in block.neighborhood_sizes
+        ),
+        f"rope_axis_scales={block.rope_axis_scales}": set(block.rope_axis_scales or ()) - {1.0},
+    }
+    found = [option for option, differs in new.items() if differs]
+    if found:
+        expected = "blocks without options that the earlier implementation does not have"
+        block_name = repr(name) if name else "a block"
+        refuse("module", expected, f"{block_name} with {', '.join(found)}")
 
 
 def _converted(
@@ -62,10 +91,9 @@ def _converted(
 ) -> dict[str, Any]:
     """``state`` with the keys and the constants of the block at ``prefix``."""
     names = {prefix + KV_PROJ + name: prefix + EARLIER_KV_PROJ + name for name in PROJ_PARAMETERS}
-    rotary = f"{prefix}pos_encoding."
     constants = {
         prefix: _bases(block),
-        rotary: _index_tables(block.pos_encoding),
+        f"{prefix}pos_encoding.": _index_tables(block.pos_encoding),
     }
     converted: dict[str, Any] = {}
     for key, value in state.items():

@@ -1,12 +1,15 @@
 """N-D rotary position encoding with learned frequencies."""
 
 import math
+from collections.abc import Sequence
 from enum import Enum
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .._utils.checks import check_base, check_counts, check_tensor, refuse
+from .._utils.checks import as_numbers, check_base, check_counts, check_tensor, is_real, refuse
+from .._utils.constants import widest_dtype
 from ..backends import check_backend, choose_backend
 from ..windows import coordinate_dtype
 from ._earlier_keys import drop_rotary_buffers
@@ -53,6 +56,9 @@ class RotaryEncoding(nn.Module):
             all. A word, a `FreqGroupPattern`, or a member of any enum whose value is the word.
         enforce_freq_groups_equal: whether groups of unequal size raise a ValueError (default).
             Otherwise the first groups get one more pair each.
+        axis_scales: ``[P]`` finite numbers above 0, a sequence, a tensor or an array: spatial
+            coordinates are multiplied with them before the frequencies. None (default): with one.
+            They are not in the state dict.
         backend: back end of the rotation, see `neighborhood_attention`.
         device: of the parameters. None (default): torch's default device.
         dtype: of the parameters. None (default): torch's default dtype.
@@ -60,7 +66,8 @@ class RotaryEncoding(nn.Module):
     ``freqs[g]`` is the parameter of group g, ``[coordinates of g, H or 1, pairs of g]``.
 
     Raises:
-        ValueError: ``head_dim`` is odd, the pattern is unknown, or groups have unequal sizes.
+        ValueError: ``head_dim`` is odd, the pattern is unknown, groups have unequal sizes, or
+            ``axis_scales`` are not P finite numbers above 0.
 
     Example:
         ```python
@@ -86,6 +93,7 @@ class RotaryEncoding(nn.Module):
         share_heads: bool = False,
         freq_group_pattern: str | Enum = "single",
         enforce_freq_groups_equal: bool = True,
+        axis_scales: Tensor | Sequence[float] | None = None,
         backend: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -102,6 +110,7 @@ class RotaryEncoding(nn.Module):
         space_base = check_base("spatial_base_theta", spatial_base_theta)
         self.thetas = [space_base] * position_dim
         self.thetas.append(check_base("level_base_theta", level_base_theta))
+        self.axis_scales = as_axis_scales("axis_scales", axis_scales, position_dim)
         space, level = list(range(position_dim)), [position_dim]
         self.groups = {
             "single": [space + level],
@@ -134,11 +143,11 @@ class RotaryEncoding(nn.Module):
     def forward(self, x: Tensor, coordinates: Tensor) -> Tensor:
         """Rotates ``x`` ``[n, H, d]`` by the angles of ``coordinates`` ``[n, P + 1]``.
 
-        Angles are computed in float64, so they are as exact at coordinates of 2^30 as near the
-        origin; the rotation in float32, or float64 if ``x`` has that dtype. The result has the
-        shape and dtype of ``x``. Back ends other than the reference sum the gradients of the
-        frequencies in the dtype of the rotation: at large coordinates float32 holds them to 2^-24
-        of the largest product with a coordinate.
+        The coordinates are those before ``axis_scales``. Angles are computed in float64, so they
+        are as exact at coordinates of 2^30 as near the origin; the rotation in float32, or float64
+        if ``x`` has that dtype. The result has the shape and dtype of ``x``. Back ends other than
+        the reference sum the gradients of the frequencies in the dtype of the rotation: at large
+        coordinates float32 holds them to 2^-24 of the largest product with a coordinate.
 
         Raises:
             ValueError: shapes or devices do not match, or coordinates are integers.
@@ -150,12 +159,13 @@ class RotaryEncoding(nn.Module):
         )
         coordinates = coordinates.to(coordinate_dtype(coordinates.dtype))
         backend = choose_backend(self.backend, x.device, x.dtype)
-        return backend.rotate(x, coordinates, self.frequencies())
+        return backend.rotate(x, coordinates, self._scaled_frequencies())
 
     def frequencies(self) -> Tensor:
         """Returns all frequencies ``[P + 1, H or 1, d / 2]``, zero outside a pair's group.
 
-        With one group they are the parameter itself.
+        They are for coordinates that ``axis_scales`` have multiplied already. With one group they
+        are the parameter itself.
         """
         if len(self.groups) == 1:
             only: Tensor = self.freqs[0]
@@ -166,8 +176,24 @@ class RotaryEncoding(nn.Module):
             blocks.append(nn.functional.pad(freqs, (0, 0, 0, 0, above, below)))
         return torch.cat(blocks, -1)
 
+    def _scaled_frequencies(self) -> Tensor:
+        """The frequencies of coordinates before ``axis_scales``.
+
+        So the coordinates, which layers share, stay as they are. A float32 product would be off by
+        radians at coordinates of 2^30.
+        """
+        frequencies = self.frequencies()
+        if self.axis_scales is None:
+            return frequencies
+        rows = frequencies.to(widest_dtype(frequencies.device)).unbind()
+        scales = (*self.axis_scales, 1.0)  # the level is not scaled
+        return torch.stack([row * scale for row, scale in zip(rows, scales, strict=True)])
+
     def extra_repr(self) -> str:
-        return f"head_dim={self.head_dim}, n_heads={self.n_heads}, position_dim={self.position_dim}"
+        sizes = {name: getattr(self, name) for name in ("head_dim", "n_heads", "position_dim")}
+        if self.axis_scales is not None:
+            sizes["axis_scales"] = self.axis_scales
+        return ", ".join(f"{name}={size}" for name, size in sizes.items())
 
 
 def as_freq_group_pattern(argument: str, pattern: str | Enum) -> FreqGroupPattern:
@@ -177,6 +203,23 @@ def as_freq_group_pattern(argument: str, pattern: str | Enum) -> FreqGroupPatter
     if not isinstance(word, str) or word not in words:
         refuse(argument, f"one of {words}, or an enum with such a value", pattern)
     return FreqGroupPattern(word)
+
+
+def as_axis_scales(argument: str, scales: Any, position_dim: int) -> tuple[float, ...] | None:
+    """``scales`` as ``position_dim`` floats; raises ValueError unless they are finite and above 0.
+
+    At 0 the encoding would not depend on that axis, and a sign would change nothing but the sign of
+    frequencies that are drawn symmetrically: both hint at a mistake.
+    """
+    if scales is None:
+        return None
+    expected = f"a finite number above 0 for each of {position_dim} axes"
+    if is_real(scales):
+        refuse(argument, expected, scales)
+    numbers = as_numbers(argument, scales, position_dim, expected)
+    if min(numbers) <= 0:
+        refuse(argument, expected, scales)
+    return tuple(map(float, numbers))
 
 
 def check_equal_groups(argument: str, head_dim: int, pattern: FreqGroupPattern) -> None:

@@ -9,17 +9,21 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.collections import PolyCollection
 from matplotlib.colors import LinearSegmentedColormap, to_rgb
-from matplotlib.patches import Rectangle
+from matplotlib.lines import Line2D
+from matplotlib.patches import PathPatch, Rectangle
+from matplotlib.path import Path
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 from torch import Tensor
 
 from .image import to_uint8
+from .outlines import ProjectedWindows
 from .palette import LIGHT
 from .projection import ProjectedCells
 
 LEAST_SIZE = 1.5  # of a cell, in points
 LARGE = 1e6  # coordinates from which on their digits need much room
 GAP_FROM = 5.0  # least size of cells with a gap between them, in points
+CAUSAL_EDGE = 2.5  # width of the line, in those of the outline
 WEIGHT_COLORMAP = LinearSegmentedColormap.from_list("weights", LIGHT.weights)
 _INTENSITY_OPACITY = 0.35  # of the largest intensity, so that the points stay visible below it
 
@@ -28,6 +32,42 @@ def make_rectangle(corners: Tensor, **style: Any) -> Rectangle:
     """From the low and high corner ``[2, 2]``, row then column."""
     (top, left), (bottom, right) = corners.tolist()
     return Rectangle((left, top), right - left, bottom - top, **style)
+
+
+def draw_window(
+    ax: Axes,
+    windows: ProjectedWindows,
+    query: int,
+    level: int,
+    *,
+    color: str,
+    linewidth: float,
+    zorder: int,
+) -> None:
+    """Outlines the cells of a window, and draws a thick line along each causal edge."""
+    style: dict[str, Any] = {
+        "fill": False, "edgecolor": color, "linewidth": linewidth, "zorder": zorder
+    }  # fmt: skip
+    polygons = windows.polygons(query, level)
+    if windows.outlines[level].is_rectangle:
+        ax.add_patch(make_rectangle(windows.corners[query, level], **style))
+    elif polygons:
+        paths = [
+            Path(torch.cat((polygon, polygon[:1])).flip(1).numpy(), closed=True)
+            for polygon in polygons
+        ]
+        ax.add_patch(PathPatch(Path.make_compound_path(*paths), **style))
+    for edge in windows.causal_edges(query, level):
+        rows, columns = edge.t().tolist()
+        ax.add_line(causal_edge(columns, rows, color, linewidth, zorder=zorder))
+
+
+def causal_edge(
+    columns: list[float], rows: list[float], color: str, linewidth: float, **style: Any
+) -> Line2D:
+    """The line along a causal edge of a window whose outline has ``linewidth``."""
+    width = CAUSAL_EDGE * linewidth
+    return Line2D(columns, rows, color=color, linewidth=width, solid_capstyle="butt", **style)
 
 
 class CellCollection(PolyCollection):

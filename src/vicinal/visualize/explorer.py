@@ -18,6 +18,7 @@ from .._utils.checks import refuse
 from ..pyramid import FeaturePyramid
 from .files import replace_file
 from .image import encode_png, to_uint8
+from .outlines import ProjectedWindows
 from .palette import DARK, LIGHT, Palette
 from .projection import (
     ProjectedRecord,
@@ -114,9 +115,10 @@ def write_explorer(
 
     Click a point or a box, or press the arrow keys, to select a query. The page then shows the
     query's windows, the points it attends to and their weights, with one panel per level, for one
-    head or the mean over the heads. It zooms from the whole map to a single cell. Cells, positions
-    and boxes are exact. Weights are quantized to 16 bits, with an error of at most 1e-5 of the
-    query's largest weight. With 8 heads and 80 points, a query takes about 2 KB.
+    head or the mean over the heads. Windows of every shape are drawn as in `draw_attention`. The
+    page zooms from the whole map to a single cell. Cells, positions and boxes are exact. Weights
+    are quantized to 16 bits, with an error of at most 1e-5 of the query's largest weight. With 8
+    heads and 80 points, a query takes about 2 KB.
 
     Args:
         path: HTML file to write. An existing file is replaced once the new one is complete.
@@ -225,13 +227,11 @@ def _encode_record(record: AttentionRecord, projected: ProjectedRecord) -> dict[
     query_max = query_max.float()  # rounded as it is stored, since the page multiplies by it
     divisor = query_max.clamp(min=torch.finfo(torch.float32).tiny)[query, None]
     quantized = (weights / divisor * WEIGHT_STEPS).round().clamp(0, WEIGHT_STEPS)
-    sizes, dim = record.neighborhood_sizes, record.positions.shape[1]
-    background = projected.background
+    dim, background = record.positions.shape[1], projected.background
     return {
         "name": record.name,
         "n_heads": record.n_heads,
-        "windows": _encode(projected.windows),
-        "window_sizes": None if sizes is None else [" × ".join([str(s)] * dim) for s in sizes],
+        "windows": _encode_windows(projected.windows),
         "positions": _encode(projected.positions),
         "coordinates": _encode(record.positions),
         "sizes": None if record.boxes is None else _encode(record.boxes[:, dim:]),
@@ -245,6 +245,18 @@ def _encode_record(record: AttentionRecord, projected: ProjectedRecord) -> dict[
         "query_max": _encode(query_max),
         "weights": _encode(quantized.long()),
         "background": None if background is None else _encode(background.float()),
+    }
+
+
+def _encode_windows(windows: ProjectedWindows | None) -> dict[str, Any] | None:
+    """The ``Windows`` of ``decode.js``: the outline is the same for all queries of a level."""
+    if windows is None:
+        return None
+    return {
+        "corners": _encode(windows.corners),
+        "outlines": [outline.polygons for outline in windows.outlines],
+        "causal": [outline.causal for outline in windows.outlines],
+        "names": [(name[0], ", ".join(name[1:])) for name in windows.names],
     }
 
 

@@ -15,14 +15,23 @@ from torch import Tensor
 
 from .._utils.checks import as_integer, check_range, refuse
 from ..pyramid import FeaturePyramid
-from .artists import WEIGHT_COLORMAP, draw_cells, draw_image, make_rectangle, set_view
+from .artists import (
+    WEIGHT_COLORMAP,
+    causal_edge,
+    draw_cells,
+    draw_image,
+    draw_window,
+    make_rectangle,
+    set_view,
+)
 from .image import to_uint8
+from .outlines import ProjectedWindows
 from .palette import LIGHT
 from .projection import ProjectedCells, ProjectedRecord, project_cells, project_record
 from .record import AttentionRecord, check_record
 
 _TEXT: dict[str, Any] = {"color": LIGHT.text, "fontsize": 10}
-_WINDOW: dict[str, Any] = {"fill": False, "edgecolor": LIGHT.window, "linewidth": 1.8}
+_WINDOW: dict[str, Any] = {"color": LIGHT.window, "linewidth": 1.8}
 _BOX: dict[str, Any] = {"fill": False, "edgecolor": LIGHT.query, "linewidth": 1.2}
 
 
@@ -42,6 +51,11 @@ def draw_attention(
     The color scale is the square root of the weight, which keeps small weights distinguishable.
     Three dimensions are projected along one axis: points that differ in that axis alone are drawn
     as one cell, with the sum of their weights. One dimension is drawn as a row of cells.
+
+    The outline of a window follows its cells, so that one sees the gaps of a dilated window and the
+    steps of a ball. In a projection it follows the projected cells. A thick line marks the causal
+    edge, the end of the last cell that the query may attend to along a causal axis. The title of a
+    column names the window, or says that the level is not attended to.
 
     Args:
         pyramid: points of all levels.
@@ -104,19 +118,26 @@ def draw_attention(
 
     n_levels = len(cells.level_shapes)
     height = 1.2 if cells.projection.is_row else 2.9
-    figure = Figure((2.9 * n_levels + 1, height * len(rows) + 1.5), layout="constrained")
+    titles = [
+        _panel_title(record, projected.windows, query, level, cells) for level in range(n_levels)
+    ]
+    more_lines = max(title.count("\n") for title in titles) - 1
+    size = 2.9 * n_levels + 1, height * len(rows) + 1.5 + 0.17 * more_lines
+    figure = Figure(size, layout="constrained")
     axes = figure.subplots(len(rows), n_levels, squeeze=False)
     for level in range(n_levels):
         in_level = cells.levels[ids] == level
         panel = _make_panel(cells, projected, query, level, ids[in_level], margin)
         for ax, level_weights in zip(axes[:, level], row_weights[in_level].t(), strict=True):
+            if projected.windows is not None:
+                draw_window(ax, projected.windows, query, level, zorder=4, **_WINDOW)
             panel.draw(ax)
             colors = WEIGHT_COLORMAP(norm(level_weights.tolist()))
             draw_cells(ax, panel.attended, facecolor=colors, zorder=2)
             draw_image(ax, image, cells)
             set_view(ax, panel.view, is_row=cells.projection.is_row)
             ax.set_xlabel(f"{float(level_weights.sum()):.0%} of the weight", **_TEXT)
-        axes[0, level].set_title(_panel_title(record, query, level, cells), fontsize=10)
+        axes[0, level].set_title(titles[level], fontsize=10, parse_math=False)
     if projected.background is not None:
         _add_background_shares(axes, projected.background[query], rows)
     row_name, column_name = cells.drawn_names
@@ -130,7 +151,7 @@ def draw_attention(
         title += f", along {cells.axis_names[cells.projection.dropped_axis]}"
     figure.suptitle(title, fontsize=12, parse_math=False)
     _add_colorbar(figure, norm)
-    _add_legend(figure, record, n_columns=2 if n_levels == 1 else 4)
+    _add_legend(figure, record, projected.windows, n_columns=2 if n_levels == 1 else 4)
     return figure
 
 
@@ -157,7 +178,6 @@ class _Panel(NamedTuple):
     map: Tensor  # [2, 2]
     visible: Tensor  # [m, 2, 2], all points in view
     attended: Tensor  # [n, 2, 2], points that the query attends to
-    window: Tensor | None  # [2, 2]
     box: Tensor | None  # [2, 2]
     position: Tensor  # [2]
 
@@ -173,9 +193,8 @@ class _Panel(NamedTuple):
         ax.tick_params(which="minor", length=0)
         ax.set_axisbelow(True)
         draw_cells(ax, self.visible, facecolor=LIGHT.point, dot_color=LIGHT.dot, zorder=1)
-        for corners, style in ((self.window, _WINDOW), (self.box, _BOX)):
-            if corners is not None:
-                ax.add_patch(make_rectangle(corners, zorder=4, **style))
+        if self.box is not None:
+            ax.add_patch(make_rectangle(self.box, zorder=4, **_BOX))
         row, column = self.position.tolist()
         ax.plot(
             column, row, "o", color=LIGHT.query, markersize=7, markeredgecolor="white", zorder=5
@@ -193,10 +212,12 @@ def _make_panel(
     """The panel of a level, for the cells ``ids`` that the query attends to there."""
     scale, position = cells.scales[level], projected.positions[query]
     attended = cells.corners(ids)
-    window = None if projected.windows is None else projected.windows[query, level]
-    view = window
-    if view is None:  # the bounding box of the query and its points
-        points = torch.cat((attended.flatten(0, 1), position[None]))
+    windows = projected.windows
+    view = None if windows is None else windows.view(query, level, position)
+    if view is None:  # the bounding box of the query and its points, or else of its cell
+        cell = (position * scale).floor()
+        points = attended.flatten(0, 1) if len(attended) else torch.stack((cell, cell + 1)) / scale
+        points = torch.cat((points, position[None]))
         view = torch.stack((points.amin(0), points.amax(0)))
     border = margin / scale * torch.tensor([[-1], [1]])
     if cells.projection.is_row:
@@ -215,22 +236,27 @@ def _make_panel(
         cells.map_corners,
         corners[visible],
         attended,
-        window,
         None if projected.boxes is None else projected.boxes[query],
         position,
     )
 
 
-def _panel_title(record: AttentionRecord, query: int, level: int, cells: ProjectedCells) -> str:
+def _panel_title(
+    record: AttentionRecord,
+    windows: ProjectedWindows | None,
+    query: int,
+    level: int,
+    cells: ProjectedCells,
+) -> str:
     """The window of a level, and the number of points in it before they merge into cells."""
     offsets, points = (part.cpu() for part in record.weights[:2])
     levels = cells.pyramid.levels[points[int(offsets[query]) : int(offsets[query + 1])]]
     count = int((levels == level).sum())
     text = f"{count} point{'s' if count != 1 else ''}"
-    if record.neighborhood_sizes is None:
+    if windows is None:
         return f"level {level}\n{text}"
-    size = " × ".join([str(record.neighborhood_sizes[level])] * record.positions.shape[1])
-    return f"level {level}: window {size}\n{text}"
+    name = "\n".join(windows.names[level])
+    return f"level {level}: {name}\n{text}"
 
 
 def _add_background_shares(axes: Any, background: Tensor, rows: dict[str, list[int]]) -> None:
@@ -249,12 +275,17 @@ def _add_colorbar(figure: Figure, norm: PowerNorm) -> None:
     bar.outline.set_visible(False)
 
 
-def _add_legend(figure: Figure, record: AttentionRecord, n_columns: int) -> None:
+def _add_legend(
+    figure: Figure, record: AttentionRecord, windows: ProjectedWindows | None, n_columns: int
+) -> None:
     handles: list[Any] = [
         Line2D([], [], marker="o", color=LIGHT.query, linestyle="none", label="query")
     ]
-    if record.neighborhood_sizes is not None:
-        handles.append(Patch(label="window", **_WINDOW))
+    if windows is not None:
+        window = {"edgecolor": _WINDOW["color"], "linewidth": _WINDOW["linewidth"]}
+        handles.append(Patch(label="window", fill=False, **window))
+        if any(any(outline.causal) for outline in windows.outlines):
+            handles.append(causal_edge([], [], label="causal edge", **_WINDOW))
     if record.boxes is not None:
         handles.append(Patch(label="box", **_BOX))
     handles.append(Patch(color=LIGHT.point, label="point without weight"))

@@ -1,6 +1,7 @@
 """A figure of an image with its queries: boxes, labels and attended points."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from matplotlib.axes import Axes
@@ -11,7 +12,7 @@ from torch import Tensor
 from .._utils.checks import check_range, check_tensor, refuse
 from ..pyramid import FeaturePyramid
 from ..windows import finest_level
-from .artists import draw_cells, draw_image, make_rectangle, set_view
+from .artists import draw_cells, draw_image, draw_window, make_rectangle, set_view
 from .palette import CATEGORICAL, LIGHT
 from .projection import (
     ProjectedCells,
@@ -43,6 +44,7 @@ def draw_overview(
     axis: int | None = None,
     axis_names: Sequence[str] | None = None,
     crop: str | Tensor = "occupied",
+    windows: bool = False,
     image: Tensor | None = None,
     ax: Axes | None = None,
 ) -> Axes:
@@ -58,13 +60,15 @@ def draw_overview(
         pyramid: points of all levels. Those of the finest level are drawn as cells.
         record: queries of one image and their weights.
         queries: integer ``[m]``, indices of the record's queries to draw. None: all.
-        level: draw attended points of this level only. None: of all levels.
+        level: draw attended points, and windows, of this level only. None: of all levels.
         axis: axis to look along, for three dimensions only. None: the one that hides the fewest
             cells.
         axis_names: a name per axis of the pyramid. None: ``row`` and ``column`` in two dimensions,
             ``cell`` in one, ``axis 0`` to ``axis 2`` in three.
         crop: ``"occupied"`` for the part with points and queries, ``"map"`` for the whole
             map, or ``[2, P]``, its low and high corner in cells of the full shape.
+        windows: whether to outline the windows of each query in its color, with a thick line along
+            causal edges, as in `draw_attention`. Default: False.
         image: ``[H, W]`` intensities or ``[H, W, 3]`` colors, as in `draw_attention`.
         ax: axes to draw in. None: the axes of a new figure.
 
@@ -73,8 +77,8 @@ def draw_overview(
 
     Raises:
         ValueError: the record does not belong to the pyramid, ``queries``, ``level`` or ``axis``
-            is out of range, ``crop`` has no low corner below a high one, or the pyramid has more
-            than three dimensions.
+            is out of range, ``crop`` has no low corner below a high one, the pyramid has more than
+            three dimensions, or ``windows`` is True and the record has none.
 
     Example:
         ```python
@@ -105,6 +109,10 @@ def draw_overview(
     check_record(record, pyramid)
     if level is not None and level not in range(pyramid.n_levels):
         refuse("level", f"a level in [0, {pyramid.n_levels}) or None", level)
+    if not isinstance(windows, bool):
+        refuse("windows", "a bool", windows)
+    if windows and record.neighborhood_sizes is None:
+        refuse("windows", "False for a record without neighborhood_sizes", windows)
     if queries is None:
         queries = torch.arange(len(record))
     queries = check_tensor("queries", queries, ("m",), kind="integer").cpu().long()
@@ -128,6 +136,8 @@ def draw_overview(
         label(name or "", color=LIGHT.text, parse_math=False)
     for query in queries.tolist():
         _draw_query(ax, cells, projected, query, level)
+        if windows:
+            _draw_windows(ax, projected, query, level)
     if record.labels is not None or record.scores is not None:
         _draw_labels(ax, record, projected, queries.tolist())
     return ax
@@ -159,6 +169,15 @@ def _draw_query(
     else:
         row, column = projected.positions[query].tolist()
         ax.plot(column, row, "+", color=color, markersize=9, markeredgewidth=2, zorder=5)
+
+
+def _draw_windows(ax: Axes, projected: ProjectedRecord, query: int, level: int | None) -> None:
+    """Draws a query's windows, of one level or of all."""
+    assert projected.windows is not None
+    levels = range(len(projected.windows.outlines)) if level is None else (level,)
+    style: dict[str, Any] = {"color": _color(query), "linewidth": 1.2, "zorder": 3}
+    for each in levels:
+        draw_window(ax, projected.windows, query, each, **style)
 
 
 def _draw_labels(

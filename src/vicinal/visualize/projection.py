@@ -14,7 +14,9 @@ from torch import Tensor
 from .._utils.checks import LevelShapes, as_integer, as_tensor, check_finite, check_tensor, refuse
 from .._utils.ragged import offsets_from_counts
 from ..pyramid import FeaturePyramid
-from ..windows import full_shape, level_scales, window_centers
+from ..window_shapes import windows_on_axes
+from ..windows import full_shape, level_scales, window_anchors
+from .outlines import ProjectedWindows, name_window, outline_window
 from .record import AttentionRecord, check_record, check_text
 
 _DEFAULT_NAMES = {1: ("cell",), 2: ("row", "column"), 3: ("axis 0", "axis 1", "axis 2")}
@@ -118,20 +120,24 @@ def crop_corners(crop: str | Tensor, cells: ProjectedCells, queries: Sequence[Te
 
 
 def _bounds(points: Tensor, cells: ProjectedCells) -> Tensor:
-    """float64 ``[2, 2]``: bounds of ``points`` ``[n, 2]`` with a margin, within the map."""
+    """float64 ``[2, 2]``: bounds of ``points`` ``[n, 2]`` with a margin, within the map.
+
+    Along an axis along which they are all beyond the map, it is the whole map.
+    """
     limits = cells.map_corners.double()
     if not len(points):
         return limits
     low, high = points.amin(0), points.amax(0)
     margin = (0.02 * (high - low)).clamp(min=2)
-    return torch.stack((low - margin, high + margin)).clamp(limits[0], limits[1])
+    bounds = torch.stack((low - margin, high + margin)).clamp(limits[0], limits[1])
+    return torch.where(bounds[0] < bounds[1], bounds, limits)
 
 
 class ProjectedRecord(NamedTuple):
     """An `AttentionRecord` in the two drawn axes, on the CPU, in float64."""
 
     positions: Tensor  # [n, 2]
-    windows: Tensor | None  # [n, L, 2, 2]: low and high corner, in cells of the full shape
+    windows: ProjectedWindows | None
     boxes: Tensor | None  # [n, 2, 2]: low and high corner, in cells of the full shape
     offsets: Tensor  # int64 [n + 1]: query i has the pairs offsets[i]:offsets[i + 1]
     cell_ids: Tensor  # int64 [M]
@@ -254,18 +260,24 @@ def project_record(record: AttentionRecord, cells: ProjectedCells) -> ProjectedR
     )
 
 
-def _project_windows(record: AttentionRecord, cells: ProjectedCells) -> Tensor | None:
-    """float64 ``[n, L, 2, 2]``: corners of the windows, in cells of the full shape."""
+def _project_windows(record: AttentionRecord, cells: ProjectedCells) -> ProjectedWindows | None:
     if record.neighborhood_sizes is None:
         return None
-    shapes = cells.pyramid.level_shapes
-    centers = window_centers(
-        record.positions.cpu(), shapes, cells.pyramid.periodic_axes
-    ).double()  # [L, n, P]
-    scales = level_scales(shapes, centers)[:, None]
-    radii = torch.tensor(record.neighborhood_sizes)[:, None, None] // 2
-    low, high = (centers - radii) / scales, (centers + radii + 1) / scales
-    return _project_corners(low, high, cells.projection).transpose(0, 1)
+    pyramid, projection = cells.pyramid, cells.projection
+    shapes, axes = pyramid.level_shapes, pyramid.periodic_axes
+    windows = windows_on_axes(record.neighborhood_sizes, pyramid.position_dim)
+    levels = None if record.levels is None else record.levels.cpu().long()
+    anchors = window_anchors(record.positions.cpu(), shapes, windows, levels, axes).double()
+    scales = level_scales(shapes, anchors)[:, None]  # [L, 1, P]
+    reach = torch.tensor([window.reach() for window in windows])[:, None]
+    is_causal = torch.tensor([window.causal for window in windows])[:, None]
+    low, high = anchors - reach, anchors + torch.where(is_causal, 0, reach) + 1  # [L, n, P]
+    return ProjectedWindows(
+        _project_corners(low / scales, high / scales, projection).transpose(0, 1),
+        tuple(outline_window(window, projection.axes) for window in windows),
+        tuple(name_window(window, cells.axis_names) for window in windows),
+        cells.scales,
+    )
 
 
 def _project_corners(low: Tensor, high: Tensor, projection: Projection) -> Tensor:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from .._utils.checks import (
+    as_list,
     check_finite,
-    check_neighborhood_sizes,
     check_offsets,
     check_range,
     check_tensor,
@@ -17,6 +17,7 @@ from .._utils.checks import (
 )
 from ..attention import NeighborhoodWeights
 from ..pyramid import FeaturePyramid
+from ..window_shapes import WindowsLike, as_windows, check_windows_fit, windows_on_axes
 from ..windows import check_position_dtype
 
 
@@ -32,19 +33,21 @@ class AttentionRecord:
     Args:
         positions: floating ``[n, P]``, positions of the queries, in cells of the full shape.
         weights: weights of the same n queries. Points are indices into the pyramid.
-        neighborhood_sizes: window width of each level, as in the plan. None: no windows are drawn.
+        neighborhood_sizes: window of each level, as in the plan: an odd width, a tuple of one per
+            axis, a `Window`, or 0 for a level that is not attended to. None: no windows are drawn.
         name: name of the module, such as ``"decoder layer 2"``.
         batch_index: image that the queries belong to.
         levels: integer ``[n]``, pyramid level of each query, if the queries are points of the
-            pyramid. None: queries have no level.
+            pyramid. Give the ``query_level_indices`` that the module was given: windows depend on
+            them along causal axes. None: queries have no level.
         boxes: floating ``[n, 2P]``, box of each query as center and size along each axis, in cells
             of the full shape. None: queries have no boxes.
         labels: one text per query. None: queries are named by their number.
         scores: floating ``[n]``, one score per query, shown after its label.
 
     Raises:
-        ValueError: shapes or dtypes are inconsistent, values are not finite, or a text has a lone
-            surrogate.
+        ValueError: shapes or dtypes are inconsistent, values are not finite, a text has a lone
+            surrogate, or ``neighborhood_sizes`` are no windows of P axes.
 
     Example:
         ```python
@@ -67,7 +70,7 @@ class AttentionRecord:
 
     positions: Tensor
     weights: NeighborhoodWeights
-    neighborhood_sizes: Sequence[int] | None = None
+    neighborhood_sizes: WindowsLike | None = None
     name: str = "attention"
     batch_index: int = 0
     levels: Tensor | None = None
@@ -80,6 +83,8 @@ class AttentionRecord:
         check_finite("positions", positions)
         n, dim = positions.shape
         self._set(positions=positions, weights=self._checked_weights(n))
+        if self.neighborhood_sizes is not None:
+            self._set(neighborhood_sizes=self._checked_windows(dim))
         if self.levels is not None:
             self._set(levels=check_tensor("levels", self.levels, (n,), kind="integer"))
         for name, value, shape in (
@@ -119,6 +124,14 @@ class AttentionRecord:
             background = check_tensor("weights.background", background, cells, kind="floating")
         return NeighborhoodWeights(offsets, points, weights, background)
 
+    def _checked_windows(self, position_dim: int) -> tuple[Any, ...]:
+        """``neighborhood_sizes`` as `as_windows` returns them, for as many levels as are given."""
+        argument, expected = "neighborhood_sizes", "a sequence of windows, one per level"
+        given = as_list(argument, self.neighborhood_sizes, expected)
+        if not isinstance(given, Sequence) or isinstance(given, str):
+            refuse(argument, expected, given)
+        return as_windows(given, len(given), position_dim)
+
     def __len__(self) -> int:
         return len(self.positions)
 
@@ -150,8 +163,8 @@ def check_record(record: AttentionRecord, pyramid: FeaturePyramid) -> None:
     """Checks that a record belongs to the pyramid.
 
     Raises:
-        ValueError: its queries, points or levels are not those of the pyramid, or its positions
-            or boxes have too narrow a dtype for the map.
+        ValueError: its queries, points, levels or windows are not those of the pyramid, or its
+            positions or boxes have too narrow a dtype for the map.
     """
     if not isinstance(pyramid, FeaturePyramid):
         refuse("pyramid", "a FeaturePyramid", pyramid)
@@ -170,7 +183,10 @@ def check_record(record: AttentionRecord, pyramid: FeaturePyramid) -> None:
         expected = f"points of image {record.batch_index}"
         refuse("weights.points", expected, f"a point of image {image}")
     if record.neighborhood_sizes is not None:
-        check_neighborhood_sizes(record.neighborhood_sizes, pyramid.n_levels)
+        dim = pyramid.position_dim
+        windows = as_windows(record.neighborhood_sizes, pyramid.n_levels, dim)
+        axes = pyramid.periodic_axes
+        check_windows_fit(windows_on_axes(windows, dim), pyramid.level_shapes, axes)
     if record.levels is not None:
         check_range("levels", record.levels, pyramid.n_levels)
     if record.weights.background is not None:

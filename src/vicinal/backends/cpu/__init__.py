@@ -19,15 +19,17 @@ _OPS = Ops("vicinal", "find_slices")
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, plan: PlanTensors, background: tuple[Tensor, ...],
-    query_mask: Tensor | None, seed: Tensor | None, scale: float, dropout_p: float,
+    bias: Tensor | None, query_mask: Tensor | None, seed: Tensor | None, scale: float,
+    dropout_p: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See `backends.reference.attend`."""
-    tensors = [*plan.query_slices, plan.query_batch, plan.center_columns, plan.point_columns]
+    tensors = [*plan.query_slices, plan.query_batch, plan.first_columns, plan.point_columns]
+    tensors.append(plan.window_rows)
     if plan.copy_points is not None:
         tensors.append(plan.copy_points)
     return _OPS.attend(
-        q, k, v, tensors, plan.neighborhood_sizes, plan.position_dim,
-        background, query_mask, seed, scale, dropout_p,
+        q, k, v, tensors, plan.slices_per_level(), background, bias, query_mask, seed, scale,
+        dropout_p,
     )  # fmt: skip
 
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from .. import reference
 from ..ops import Ops
-from ..types import Backend, PlanTensors
+from ..types import Backend, PlanTensors, window_tables
+from .checks import PlanParts
 
 _OPS = Ops(
     "vicinal_triton", "find_query_slices", "find_point_slices", "find_runs", "find_lists"
@@ -26,18 +27,20 @@ _import_error = None if importlib.util.find_spec("triton") else "it needs Triton
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, plan: PlanTensors, background: tuple[Tensor, ...],
-    query_mask: Tensor | None, seed: Tensor | None, scale: float, dropout_p: float,
+    bias: Tensor | None, query_mask: Tensor | None, seed: Tensor | None, scale: float,
+    dropout_p: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See `backends.reference.attend`."""
     assert plan.query_tiles is not None
     _, starts, stops, _ = plan.query_slices
     copies = plan.point_columns[:0] if plan.copy_points is None else plan.copy_points
-    tensors = [*plan.query_tiles, starts, stops, plan.point_columns, copies]
-    if plan.point_tiles is not None:  # for the backward pass
-        tensors.extend(plan.point_tiles)  # not +=, which torch 2.11 does not compile
+    windows = window_tables(plan.windows, q.device, slots=bias is not None)
+    parts = PlanParts(
+        plan.query_tiles, windows, starts, stops, plan.point_columns, copies, plan.point_tiles
+    )
     return _OPS.attend(
-        q, k, v, tensors, plan.neighborhood_sizes, plan.position_dim,
-        background, query_mask, seed, scale, dropout_p,
+        q, k, v, parts.tensors(), plan.slices_per_level(), background, bias, query_mask, seed,
+        scale, dropout_p,
     )  # fmt: skip
 
 

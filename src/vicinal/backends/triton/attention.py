@@ -17,6 +17,9 @@ import triton.language as tl
 from .background import (
     attend_cells,
 )
+from .bias import (
+    load_pair_bias,
+)
 from .parts import (
     LOG2_E,
     all_finite,
@@ -47,20 +50,21 @@ SMALLEST_SCALE = tl.constexpr(2.0**-126)
 
 
 @triton.jit
-def attend_block(walk, dropout, q, k, v, flag, row, item, pair_mask, head, scale,
-                 row_max, row_sum, acc,
-                 HAS_DROPOUT: tl.constexpr,
+def attend_block(walk, dropout, bias, q, k, v, flag, row, item, pair_mask, head, scale,
+                 row_max, row_sum, acc, LEVELS: tl.constexpr,
+                 HAS_DROPOUT: tl.constexpr, HAS_BIAS: tl.constexpr,
                  PRECISION: tl.constexpr, CAREFUL: tl.constexpr):  # fmt: skip
     """One block of the forward pass.
 
     Args:
-        walk, dropout, head: as in `attend`.
+        walk, dropout, bias, head: as in `attend`.
         q, k, v: ``[ROWS, PADDED]``, ``[BLOCK, PADDED]`` and ``[BLOCK, VALUE_PADDED]``.
-        flag: ``[BLOCK]``, see `load_points`, or None.
+        flag: ``[BLOCK]``, see `load_points`, or any number.
         row, item, pair_mask: ``[ROWS]``, ``[BLOCK]`` and ``[ROWS, BLOCK]``.
-        scale, row_max, row_sum: see `softmax_step`.
+        scale, row_max, row_sum: see `softmax_step`; with a bias, the maximum is scaled.
         acc: ``[ROWS, VALUE_PADDED]``, sums of weighted values.
-        HAS_DROPOUT: whether ``dropout`` is given.
+        LEVELS: number of levels.
+        HAS_DROPOUT, HAS_BIAS: whether ``dropout`` and ``bias`` are given.
         PRECISION: see `dot`.
         CAREFUL: whether ``flag`` is given.
 
@@ -71,6 +75,11 @@ def attend_block(walk, dropout, q, k, v, flag, row, item, pair_mask, head, scale
     logits += logits * 0.0  # NaN instead of infinity
     if CAREFUL:
         logits += flag[None, :]
+    if HAS_BIAS:
+        logits = logits * scale + LOG2_E * load_pair_bias(
+            walk, bias, row, item, pair_mask, head, LEVELS, True
+        )
+        scale = 1.0
     logits = tl.where(pair_mask, logits, -float("inf"))
     weights, rescale, row_max, row_sum = softmax_step(
         logits, scale, row_max, row_sum
@@ -82,10 +91,11 @@ def attend_block(walk, dropout, q, k, v, flag, row, item, pair_mask, head, scale
 
 
 @triton.jit
-def attend_list(walk, dropout, q, k_rows, v_rows, row, bit, head, scale, start, n_entries,
-                WIDTH: tl.constexpr, PADDED: tl.constexpr,
+def attend_list(walk, dropout, bias, q, k_rows, v_rows, row, bit, head, scale, start, n_entries,
+                LEVELS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
                 VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr,
-                HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, CAREFUL: tl.constexpr,
+                HAS_DROPOUT: tl.constexpr, HAS_BIAS: tl.constexpr,
+                PRECISION: tl.constexpr, CAREFUL: tl.constexpr,
                 ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """``row_max``, ``row_sum`` and ``acc`` of `attend`, from the tile's list."""
     row_max = tl.full([ROWS], -float("inf"), tl.float32)
@@ -100,18 +110,18 @@ def attend_list(walk, dropout, q, k_rows, v_rows, row, bit, head, scale, start, 
             WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, CAREFUL,
         )  # [BLOCK, PADDED], [BLOCK, VALUE_PADDED], [BLOCK]  # fmt: skip
         row_max, row_sum, acc = attend_block(
-            walk, dropout, q, k, v, flag, row, point, member_mask(bit, members), head, scale,
-            row_max, row_sum, acc, HAS_DROPOUT, PRECISION, CAREFUL,
+            walk, dropout, bias, q, k, v, flag, row, point, member_mask(bit, members), head, scale,
+            row_max, row_sum, acc, LEVELS, HAS_DROPOUT, HAS_BIAS, PRECISION, CAREFUL,
         )  # fmt: skip
     return row_max, row_sum, acc
 
 
 @triton.jit
-def attend_runs(walk, dropout, q, k_rows, v_rows, tile, row, row_valid, head, scale,
-                DIM: tl.constexpr, LEVELS: tl.constexpr,
+def attend_runs(walk, dropout, bias, q, k_rows, v_rows, tile, row, row_valid, head, scale,
+                DIM: tl.constexpr, LEVELS: tl.constexpr, BALL_ROWS: tl.constexpr,
                 WIDTH: tl.constexpr, PADDED: tl.constexpr,
                 VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr,
-                HAS_DROPOUT: tl.constexpr,
+                HAS_DROPOUT: tl.constexpr, HAS_BIAS: tl.constexpr,
                 PRECISION: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
     """The same from the tile's runs."""
     row_max = tl.full([ROWS], -float("inf"), tl.float32)
@@ -121,48 +131,50 @@ def attend_runs(walk, dropout, q, k_rows, v_rows, tile, row, row_valid, head, sc
         runs = load_runs(walk, tile, level, ROWS, LEVELS)
         for first in tl.range(0, runs[2], SEARCH_BLOCK, num_stages=1):
             point, valid, pair_mask = search_columns(
-                walk, row, row_valid, level, first, runs, DIM, LEVELS, 1
+                walk, row, row_valid, level, first, runs, DIM, LEVELS, BALL_ROWS, True
             )  # [SEARCH_BLOCK], [SEARCH_BLOCK], [ROWS, SEARCH_BLOCK]
             k, v, flag = load_points(
                 k_rows, v_rows, point, valid, head,
                 WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, True,
             )  # [SEARCH_BLOCK, PADDED], [SEARCH_BLOCK, VALUE_PADDED], [SEARCH_BLOCK]  # fmt: skip
             row_max, row_sum, acc = attend_block(
-                walk, dropout, q, k, v, flag, row, point, pair_mask, head, scale,
-                row_max, row_sum, acc, HAS_DROPOUT, PRECISION, True,
+                walk, dropout, bias, q, k, v, flag, row, point, pair_mask, head, scale,
+                row_max, row_sum, acc, LEVELS, HAS_DROPOUT, HAS_BIAS, PRECISION, True,
             )  # fmt: skip
     return row_max, row_sum, acc
 
 
 @triton.jit(do_not_specialize=SIZES)
-def attend(tiles, levels, n_rows, n_columns, n_items, n_runs, n_blocks, n_groups, n_heads, row_mask,
-           cells, dropout, q_rows, k_rows, v_rows, out_rows, lse_ptr, scale,
-           DIM: tl.constexpr, LEVELS: tl.constexpr,
+def attend(tiles, windows, n_rows, n_columns, n_items, n_runs, n_blocks, n_groups, n_heads,
+           row_mask, cells, dropout, bias, q_rows, k_rows, v_rows, out_rows, lse_ptr, scale,
+           DIM: tl.constexpr, LEVELS: tl.constexpr, BALL_ROWS: tl.constexpr,
            WIDTH: tl.constexpr, PADDED: tl.constexpr,
            VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr,
-           HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, HAS_BACKGROUND: tl.constexpr,
+           HAS_DROPOUT: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
+           HAS_BACKGROUND: tl.constexpr,
            ROWS: tl.constexpr, BLOCK: tl.constexpr, CELLS: tl.constexpr,
            LIST_BLOCK: tl.constexpr):  # fmt: skip
     """The forward pass; rows are queries, columns points.
 
     Args:
-        tiles, levels, n_rows, n_columns, n_items, n_runs, n_blocks, n_groups, n_heads, row_mask:
+        tiles, windows, n_rows, n_columns, n_items, n_runs, n_blocks, n_groups, n_heads, row_mask:
             see `Walk`.
         cells: the `EmptyCells`, or None.
         dropout: the `Dropout`, or None.
+        bias: the `Bias`, or None.
         q_rows, k_rows, v_rows: Rows ``[N, H, d]``, ``[nnz, H, d]`` and ``[nnz, H, dv]``.
         out_rows: Rows ``[N, H, dv]``, the result.
         lse_ptr: float32 ``[N, H]``, the log-sum-exp, a result as well.
         scale: of the logits; if it is negative, ``q_rows`` has the opposite of the queries.
-        DIM, LEVELS: numbers of dimensions and levels.
+        DIM, LEVELS, BALL_ROWS: see `window_mask`.
         WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED: see `launch.widths`.
-        HAS_DROPOUT, HAS_BACKGROUND: whether ``dropout`` and ``cells`` are given.
+        HAS_DROPOUT, HAS_BIAS, HAS_BACKGROUND: whether ``dropout``, ``bias``, ``cells`` are given.
         PRECISION: see `dot`.
         ROWS, BLOCK, CELLS: rows of a tile, and points and cells of a block.
         LIST_BLOCK: entries of a block of a list, a multiple of ``BLOCK``.
     """
     walk = Walk(
-        tiles, levels, n_rows, n_columns, n_items, n_runs, n_blocks, n_groups, n_heads, row_mask
+        tiles, windows, n_rows, n_columns, n_items, n_runs, n_blocks, n_groups, n_heads, row_mask
     )
     tile, head, row, row_valid = program_tile(walk, ROWS)  # scalar, scalar, [ROWS], [ROWS]
     q = load_rows(q_rows, row, row_valid, head, WIDTH, PADDED)  # [ROWS, PADDED]
@@ -172,27 +184,33 @@ def attend(tiles, levels, n_rows, n_columns, n_items, n_runs, n_blocks, n_groups
     start, n_entries = load_list(walk, tile, LIST_BLOCK)
     if n_entries >= 0:
         row_max, row_sum, acc = attend_list(
-            walk, dropout, q, k_rows, v_rows, row, bit, head, positive_scale, start, n_entries,
-            WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, HAS_DROPOUT, PRECISION, False, ROWS, BLOCK,
+            walk, dropout, bias, q, k_rows, v_rows, row, bit, head, positive_scale,
+            start, n_entries,
+            LEVELS, WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, HAS_DROPOUT, HAS_BIAS, PRECISION,
+            False, ROWS, BLOCK,
         )  # [ROWS], [ROWS], [ROWS, VALUE_PADDED]  # fmt: skip
         if not all_finite(finite_flag(acc)):
             row_max, row_sum, acc = attend_list(
-                walk, dropout, q, k_rows, v_rows, row, bit, head, positive_scale, start, n_entries,
-                WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, HAS_DROPOUT, PRECISION, True, ROWS, BLOCK,
+                walk, dropout, bias, q, k_rows, v_rows, row, bit, head, positive_scale,
+                start, n_entries,
+                LEVELS, WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, HAS_DROPOUT, HAS_BIAS, PRECISION,
+                True, ROWS, BLOCK,
             )  # fmt: skip
     else:
         row_max, row_sum, acc = attend_runs(
-            walk, dropout, q, k_rows, v_rows, tile, row, row_valid, head, positive_scale,
-            DIM, LEVELS, WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, HAS_DROPOUT, PRECISION, ROWS,
+            walk, dropout, bias, q, k_rows, v_rows, tile, row, row_valid, head, positive_scale,
+            DIM, LEVELS, BALL_ROWS, WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, HAS_DROPOUT, HAS_BIAS,
+            PRECISION, ROWS,
         )  # fmt: skip
-    row_max *= positive_scale
+    if not HAS_BIAS:
+        row_max *= positive_scale
     if HAS_BACKGROUND:
         for level in range(LEVELS):
             row_max, row_sum, acc = attend_cells(
-                walk, cells, dropout, row, row_valid, level, head, scale * LOG2_E,
+                walk, cells, dropout, bias, row, row_valid, level, head, scale * LOG2_E,
                 row_max, row_sum, acc,
-                DIM, LEVELS, WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, HAS_DROPOUT, PRECISION,
-                ROWS, CELLS,
+                DIM, LEVELS, WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, HAS_DROPOUT, HAS_BIAS,
+                PRECISION, ROWS, CELLS,
             )  # fmt: skip
     # A sum of zero means that all pairs are masked. A sum that is NaN stays NaN.
     acc = tl.where(row_sum == 0.0, 0.0, 1.0 / row_sum)[:, None] * acc

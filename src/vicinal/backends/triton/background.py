@@ -1,8 +1,8 @@
 """Empty cells in Triton: what a background adds to attention over tiles.
 
-A slice of points covers one line of cells along the last axis of a window. The cells of the line
-that hold none of these points are empty. Kernels process a line in blocks of `CELLS` cells and keep
-a word of occupancy bits per query. The logits of empty cells are products of the background's
+A slice of points covers a row of a window, cells along the last axis. Those that hold none of these
+points are empty. Kernels process a row in blocks of `CELLS` cells and keep a word of occupancy bits
+per query. The logits of empty cells are products of the background's
 query and its keys. All empty cells of a level have the same value, so their weights are summed
 first and multiplied with it once.
 """
@@ -12,6 +12,9 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from .bias import (
+    load_bias,
+)
 from .parts import (
     LOG2_E,
     dot,
@@ -23,15 +26,11 @@ from .parts import (
     store_rows,
 )
 from .tile_walk import (
-    FIRST_SLICE,
-    FIRST_SLOT,
-    N_SLICES,
-    RADIUS,
     SIZES,
     Walk,
-    level_ptr,
     load_cell,
     load_group,
+    load_slices,
     load_tile_rows,
 )
 
@@ -46,6 +45,7 @@ class EmptyCells(NamedTuple):
     stops: Any  # int32 [N, R]
     point_columns: Any  # int32 [nnz], the last coordinate of the points, in sorted order
     n_slices: int  # R
+    n_slots: int  # K
 
 
 class CellGradients(NamedTuple):
@@ -55,59 +55,68 @@ class CellGradients(NamedTuple):
     weights: Any  # float32 [N, L, H], the sum of the weights of a level's empty cells
 
 
-@triton.jit
-def level_width(walk, level):
-    """The window width of a level."""
-    return 2 * tl.load(level_ptr(walk, level, RADIUS)) + 1
+class CellKeyGradients(NamedTuple):
+    """What `cell_key_gradients` writes: sums of parts of the queries."""
+
+    key: Any  # Rows [n_parts * K, H, d]
+    bias: Any  # float32 [n_parts, K, H], or None without a bias
 
 
 @triton.jit
-def count_blocks(walk, level, CELLS: tl.constexpr):
-    """The number of blocks of cells in a window of a level."""
-    blocks_per_slice = tl.cdiv(level_width(walk, level), CELLS)
-    return blocks_per_slice * tl.load(level_ptr(walk, level, N_SLICES))
-
-
-@triton.jit
-def locate_block(walk, level, block, CELLS: tl.constexpr):
-    """A block of cells in the windows of a level; blocks do not cross the ends of slices.
-
-    Returns:
-        Which of the level's slices the block is in; its first cell, counted from the slice's
-        beginning; the slots ``[CELLS]`` of its cells; which cells are valid, ``[CELLS]``.
+def load_window_row(walk, cells, window_row):
+    """A row of the windows: its first cell, from that of the window, how many cells it has, and the
+    slot of the first.
     """
-    width = level_width(walk, level)
-    blocks_per_slice = tl.cdiv(width, CELLS)
-    slice_index, first = block // blocks_per_slice, block % blocks_per_slice * CELLS
+    row_ptr = walk.windows.rows + 3 * window_row
+    return tl.load(row_ptr), tl.minimum(tl.load(row_ptr + 1), cells.n_slots), tl.load(row_ptr + 2)
+
+
+@triton.jit
+def locate_block(cells, first, width, first_slot, CELLS: tl.constexpr):
+    """The slots ``[CELLS]`` of a block of cells from ``first`` on in a row of the windows, and
+    which of them are valid, bool ``[CELLS]``; the others are those of `load_window_row`.
+    """
     cell = first + tl.arange(0, CELLS)  # [CELLS]
-    slot = tl.load(level_ptr(walk, level, FIRST_SLOT)) + slice_index * width + cell  # [CELLS]
-    return slice_index, first, slot, cell < width
+    slot = first_slot + cell  # [CELLS]
+    return slot, (cell < width) & (slot >= 0) & (slot < cells.n_slots)
 
 
 @triton.jit
 def empty_mask(
-    walk, cells, row, row_active, level, slice_index, first, cell_valid,
+    walk, cells, row, row_active, level, window_row, first, cell_valid,
     DIM: tl.constexpr, CELLS: tl.constexpr,
 ):  # fmt: skip
-    """Bool ``[ROWS, CELLS]``: which cells of the block at ``first`` of a slice are empty."""
-    radius = tl.load(level_ptr(walk, level, RADIUS))
-    first_slice = tl.load(level_ptr(walk, level, FIRST_SLICE))
-    offset = row * cells.n_slices + first_slice + slice_index  # [ROWS]
+    """Bool ``[ROWS, CELLS]``: which cells of a block of a row of the windows are empty; ``first``
+    is the block's first cell, from that of the window.
+    """
+    offset = row * cells.n_slices + window_row  # [ROWS]
     start = tl.maximum(tl.load(cells.starts + offset, mask=row_active, other=0), 0)  # [ROWS]
     stop = tl.load(cells.stops + offset, mask=row_active, other=0)  # [ROWS]
     stop = tl.minimum(stop, walk.n_items)
-    center = load_cell(walk, row, level, DIM - 1, row_active, DIM)  # [ROWS]
+    first_cell = load_cell(walk, row, level, DIM - 1, row_active, DIM) + first  # [ROWS]
     occupied = tl.zeros_like(start)  # [ROWS], a bit per cell
     for step in range(0, tl.max(stop - start, 0)):  # until the longest slice ends
         column = start + step  # [ROWS]
         valid = column < stop  # [ROWS]
         coordinate = tl.load(cells.point_columns + column, mask=valid, other=0)  # [ROWS]
-        cell = coordinate - (center - radius + first)  # [ROWS], counted from the block's first
+        cell = coordinate - first_cell  # [ROWS], counted from the block's first
         in_block = valid & (cell >= 0) & (cell < CELLS)  # [ROWS]
         occupied |= tl.where(in_block, 1 << tl.where(in_block, cell, 0), 0)
     group = load_group(walk, row, level, row_active)  # [ROWS]
     empty = (occupied[:, None] >> tl.arange(0, CELLS)[None, :] & 1) == 0  # [ROWS, CELLS]
     return empty & (row_active & (group >= 0))[:, None] & cell_valid[None, :]
+
+
+@triton.jit
+def cell_logits(
+    walk, bias, q, k, slot, head, scale, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr
+):
+    """The logits of empty cells to base 2, ``[ROWS, CELLS]``, from ``scale`` to that base."""
+    logits = dot(q, tl.trans(k), PRECISION) * scale  # [ROWS, CELLS]
+    if HAS_BIAS:
+        cell_bias = load_bias(walk, bias, slot, head)  # [CELLS]
+        logits += LOG2_E * cell_bias[None, :]
+    return logits
 
 
 @triton.jit
@@ -122,10 +131,10 @@ def load_cell_values(
 
 @triton.jit
 def attend_cells(
-    walk, cells, dropout, row, row_valid, level, head, scale, row_max, row_sum, acc,
+    walk, cells, dropout, bias, row, row_valid, level, head, scale, row_max, row_sum, acc,
     DIM: tl.constexpr, LEVELS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
     VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr, HAS_DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, CELLS: tl.constexpr,
 ):  # fmt: skip
     """Continues the streaming softmax of `attention.attend` over a level's empty cells.
@@ -143,25 +152,25 @@ def attend_cells(
     offset = row * LEVELS + level  # [ROWS]
     q = load_rows(cells.query, offset, row_valid, head, WIDTH, PADDED)  # [ROWS, PADDED]
     weight_sum = tl.zeros([ROWS], tl.float32)
-    for block in range(0, count_blocks(walk, level, CELLS)):
-        slice_index, first, slot, cell_valid = locate_block(
-            walk, level, block, CELLS
-        )  # scalar, scalar, [CELLS], [CELLS]
-        empty = empty_mask(
-            walk, cells, row, row_valid, level, slice_index, first, cell_valid, DIM, CELLS
-        )  # [ROWS, CELLS]
-        k = load_rows(cells.key, slot, cell_valid, head, WIDTH, PADDED)  # [CELLS, PADDED]
-        logits = tl.where(
-            empty, dot(q, tl.trans(k), PRECISION) * scale, -float("inf")
-        )  # [ROWS, CELLS]
-        weights, rescale, row_max, row_sum = softmax_step(
-            logits, 1.0, row_max, row_sum
-        )  # [ROWS, CELLS], then [ROWS] each
-        if HAS_DROPOUT:
-            column = walk.n_items - dropout.n_copies + slot  # [CELLS]
-            weights *= dropout_factors(dropout, head, row[:, None], column[None, :])
-        acc *= rescale[:, None]
-        weight_sum = weight_sum * rescale + tl.sum(weights, 1)
+    n_rows, first_row = load_slices(walk, level)
+    for window_row in range(first_row, first_row + n_rows):
+        start, width, first_slot = load_window_row(walk, cells, window_row)
+        for first in range(0, width, CELLS):
+            slot, cell_valid = locate_block(cells, first, width, first_slot, CELLS)  # [CELLS] each
+            empty = empty_mask(
+                walk, cells, row, row_valid, level, window_row, start + first, cell_valid,
+                DIM, CELLS,
+            )  # [ROWS, CELLS]  # fmt: skip
+            k = load_rows(cells.key, slot, cell_valid, head, WIDTH, PADDED)  # [CELLS, PADDED]
+            logits = cell_logits(walk, bias, q, k, slot, head, scale, HAS_BIAS, PRECISION)
+            weights, rescale, row_max, row_sum = softmax_step(
+                tl.where(empty, logits, -float("inf")), 1.0, row_max, row_sum
+            )  # [ROWS, CELLS], then [ROWS] each
+            if HAS_DROPOUT:
+                column = walk.n_items - dropout.n_copies + slot  # [CELLS]
+                weights *= dropout_factors(dropout, head, row[:, None], column[None, :])
+            acc *= rescale[:, None]
+            weight_sum = weight_sum * rescale + tl.sum(weights, 1)
     v = load_cell_values(
         walk, cells, row, row_valid, level, head, VALUE_WIDTH, VALUE_PADDED
     ).to(tl.float32)  # [ROWS, VALUE_PADDED]  # fmt: skip
@@ -188,25 +197,26 @@ def compute_grad_weight(
 
 @triton.jit
 def cell_logit_gradients(
-    walk, dropout, head, row, slot, empty, q, k, grad_weight, lse, delta, scale,
-    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    walk, dropout, bias, head, row, slot, empty, q, k, grad_weight, lse, delta, scale,
+    HAS_DROPOUT: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The weights of empty cells after dropout, and the gradients of their logits.
 
     Args:
-        walk, dropout, head: as in `attention.attend`.
+        walk, dropout, bias, head: as in `attention.attend`.
         row, grad_weight, lse, delta: ``[ROWS]``; the log-sum-exp is to base 2.
         slot: ``[CELLS]``.
         empty: ``[ROWS, CELLS]``.
         q, k: ``[ROWS, PADDED]`` and ``[CELLS, PADDED]``.
         scale: of logits to base 2.
-        HAS_DROPOUT: whether ``dropout`` is given.
+        HAS_DROPOUT, HAS_BIAS: whether ``dropout`` and ``bias`` are given.
         PRECISION: see `dot`.
 
     Returns:
         Two blocks ``[ROWS, CELLS]``.
     """
-    weights = tl.exp2(dot(q, tl.trans(k), PRECISION) * scale - lse[:, None])  # [ROWS, CELLS]
+    logits = cell_logits(walk, bias, q, k, slot, head, scale, HAS_BIAS, PRECISION)
+    weights = tl.exp2(logits - lse[:, None])  # [ROWS, CELLS]
     weights = tl.where(empty, weights, 0.0)
     grad_weights = grad_weight[:, None]  # [ROWS, 1], [ROWS, CELLS] with dropout
     dropped_weights = weights  # [ROWS, CELLS]
@@ -222,11 +232,11 @@ def cell_logit_gradients(
 
 @triton.jit
 def query_gradients_of_cells(
-    walk, cells, dropout, gradients, row, row_valid, row_active, level, head, scale,
+    walk, cells, dropout, bias, gradients, row, row_valid, row_active, level, head, scale,
     grad_out, lse, delta,
     DIM: tl.constexpr, LEVELS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
     VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr, HAS_DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, CELLS: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the background's query at a level, and the weights of its empty cells.
@@ -244,64 +254,44 @@ def query_gradients_of_cells(
     )  # [ROWS]
     grad_q = tl.zeros([ROWS, PADDED], tl.float32)
     weight_sum = tl.zeros([ROWS], tl.float32)
-    for block in range(0, count_blocks(walk, level, CELLS)):
-        slice_index, first, slot, cell_valid = locate_block(
-            walk, level, block, CELLS
-        )  # scalar, scalar, [CELLS], [CELLS]
-        empty = empty_mask(
-            walk, cells, row, row_active, level, slice_index, first, cell_valid, DIM, CELLS
-        )  # [ROWS, CELLS]
-        k = load_rows(cells.key, slot, cell_valid, head, WIDTH, PADDED)  # [CELLS, PADDED]
-        dropped_weights, grad_logits = cell_logit_gradients(
-            walk, dropout, head, row, slot, empty, q, k, grad_weight, lse, delta,
-            scale * LOG2_E, HAS_DROPOUT, PRECISION,
-        )  # [ROWS, CELLS] each  # fmt: skip
-        weight_sum += tl.sum(dropped_weights, 1)
-        grad_q += dot(grad_logits.to(k.dtype), finite_or_zero(k), PRECISION)
+    n_rows, first_row = load_slices(walk, level)
+    for window_row in range(first_row, first_row + n_rows):
+        start, width, first_slot = load_window_row(walk, cells, window_row)
+        for first in range(0, width, CELLS):
+            slot, cell_valid = locate_block(cells, first, width, first_slot, CELLS)  # [CELLS] each
+            empty = empty_mask(
+                walk, cells, row, row_active, level, window_row, start + first, cell_valid,
+                DIM, CELLS,
+            )  # [ROWS, CELLS]  # fmt: skip
+            k = load_rows(cells.key, slot, cell_valid, head, WIDTH, PADDED)  # [CELLS, PADDED]
+            dropped_weights, grad_logits = cell_logit_gradients(
+                walk, dropout, bias, head, row, slot, empty, q, k, grad_weight, lse, delta,
+                scale * LOG2_E, HAS_DROPOUT, HAS_BIAS, PRECISION,
+            )  # [ROWS, CELLS] each  # fmt: skip
+            weight_sum += tl.sum(dropped_weights, 1)
+            grad_q += dot(grad_logits.to(k.dtype), finite_or_zero(k), PRECISION)
     store_rows(gradients.query, offset, row_valid, head, grad_q * scale, WIDTH, PADDED)
     tl.store(gradients.weights + offset * walk.n_heads + head, weight_sum, mask=row_valid)
 
 
-@triton.jit(do_not_specialize=(*SIZES, "n_parts", "n_slots"))
-def cell_key_gradients(tiles, levels, n_rows, n_columns, n_items, n_runs, n_blocks, n_groups,
-                       n_heads, row_mask, cells, dropout, stats_ptr, grad_out_rows,
-                       partial_rows, scale, n_parts, n_slots,
-                       DIM: tl.constexpr, LEVELS: tl.constexpr,
-                       WIDTH: tl.constexpr, PADDED: tl.constexpr,
-                       VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr,
-                       HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-                       ROWS: tl.constexpr, CELLS: tl.constexpr):  # fmt: skip
-    """The gradient of the background's keys, in ``n_parts`` sums.
-
-    A program takes a block of cells and a head, and every ``n_parts``-th tile of queries.
-
-    Args, in addition to those of `gradients.query_gradients`:
-        partial_rows: Rows ``[n_parts * K, H, d]``, the result.
-        n_parts: the number of sums.
-        n_slots: K.
-    """
-    walk = Walk(
-        tiles, levels, n_rows, n_columns, n_items, n_runs, n_blocks, n_groups, n_heads, row_mask
-    )
-    program = tl.program_id(0)
-    head, part = program % n_heads, program // n_heads % n_parts
-    # Blocks are numbered through all levels.
-    block = program // (n_heads * n_parts)
-    level = 0
-    while block >= count_blocks(walk, level, CELLS):
-        block -= count_blocks(walk, level, CELLS)
-        level += 1
-    slice_index, first, slot, cell_valid = locate_block(
-        walk, level, block, CELLS
-    )  # scalar, scalar, [CELLS], [CELLS]
+@triton.jit
+def cell_key_gradients_block(
+    walk, cells, dropout, bias, stats_ptr, grad_out_rows, gradients, scale, part, n_parts, head,
+    level, window_row, start, first, slot, cell_valid,
+    DIM: tl.constexpr, LEVELS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, CELLS: tl.constexpr,
+):  # fmt: skip
+    """What `cell_key_gradients` writes for one block of cells, see `locate_block`."""
     grad_k = tl.zeros([CELLS, PADDED], tl.float32)
+    grad_bias = tl.zeros([CELLS], tl.float32)
     k = load_rows(cells.key, slot, cell_valid, head, WIDTH, PADDED)  # [CELLS, PADDED]
-    for tile in range(part, tl.cdiv(n_rows, ROWS), n_parts):
+    for tile in range(part, tl.cdiv(walk.n_rows, ROWS), n_parts):
         row, row_valid = load_tile_rows(walk, tile, ROWS)  # [ROWS] each
-        lse, delta = load_stats(stats_ptr, row, row_valid, head, n_rows)  # [ROWS] each
+        lse, delta = load_stats(stats_ptr, row, row_valid, head, walk.n_rows)  # [ROWS] each
         row_active = row_valid & (lse != float("inf"))  # [ROWS]
         empty = empty_mask(
-            walk, cells, row, row_active, level, slice_index, first, cell_valid, DIM, CELLS
+            walk, cells, row, row_active, level, window_row, start + first, cell_valid, DIM, CELLS
         )  # [ROWS, CELLS]
         offset = row * LEVELS + level  # [ROWS]
         q = load_rows(cells.query, offset, row_active, head, WIDTH, PADDED)  # [ROWS, PADDED]
@@ -312,11 +302,55 @@ def cell_key_gradients(tiles, levels, n_rows, n_columns, n_items, n_runs, n_bloc
             walk, cells, grad_out, row, row_active, level, head, VALUE_WIDTH, VALUE_PADDED
         )  # [ROWS]
         _, grad_logits = cell_logit_gradients(
-            walk, dropout, head, row, slot, empty, q, k, grad_weight, lse, delta,
-            scale * LOG2_E, HAS_DROPOUT, PRECISION,
+            walk, dropout, bias, head, row, slot, empty, q, k, grad_weight, lse, delta,
+            scale * LOG2_E, HAS_DROPOUT, HAS_BIAS, PRECISION,
         )  # [ROWS, CELLS] each  # fmt: skip
         grad_k += dot(tl.trans(grad_logits).to(q.dtype), finite_or_zero(q), PRECISION)
-    store_rows(partial_rows, part * n_slots + slot, cell_valid, head, grad_k * scale, WIDTH, PADDED)
+        if HAS_BIAS:
+            grad_bias += tl.sum(grad_logits, 0)
+    index = part.to(tl.int64) * cells.n_slots + slot  # [CELLS]
+    store_rows(gradients.key, index, cell_valid, head, grad_k * scale, WIDTH, PADDED)
+    if HAS_BIAS:
+        tl.store(gradients.bias + index * walk.n_heads + head, grad_bias, mask=cell_valid)
+
+
+@triton.jit(do_not_specialize=(*SIZES, "n_parts"))
+def cell_key_gradients(tiles, windows, n_rows, n_columns, n_items, n_runs, n_blocks, n_groups,
+                       n_heads, row_mask, cells, dropout, bias, stats_ptr, grad_out_rows,
+                       gradients, scale, n_parts,
+                       DIM: tl.constexpr, LEVELS: tl.constexpr,
+                       WIDTH: tl.constexpr, PADDED: tl.constexpr,
+                       VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr,
+                       HAS_DROPOUT: tl.constexpr, HAS_BIAS: tl.constexpr,
+                       PRECISION: tl.constexpr,
+                       ROWS: tl.constexpr, CELLS: tl.constexpr):  # fmt: skip
+    """The gradients of the background's keys, and of the bias of empty cells, in ``n_parts`` sums.
+
+    A program takes a row of the windows and a head, and every ``n_parts``-th tile of queries.
+
+    Args, in addition to those of `gradients.query_gradients`:
+        gradients: the `CellKeyGradients`.
+        n_parts: the number of sums.
+    """
+    walk = Walk(
+        tiles, windows, n_rows, n_columns, n_items, n_runs, n_blocks, n_groups, n_heads, row_mask
+    )
+    program = tl.program_id(0)
+    head, part = program % n_heads, program // n_heads % n_parts
+    window_row = program // (n_heads * n_parts)
+    level = 0
+    for other in tl.static_range(1, LEVELS):
+        _, first_row = load_slices(walk, other)
+        level = tl.where(window_row >= first_row, other, level)
+    start, width, first_slot = load_window_row(walk, cells, window_row)
+    for first in range(0, width, CELLS):
+        slot, cell_valid = locate_block(cells, first, width, first_slot, CELLS)  # [CELLS] each
+        cell_key_gradients_block(
+            walk, cells, dropout, bias, stats_ptr, grad_out_rows, gradients, scale, part, n_parts,
+            head, level, window_row, start, first, slot, cell_valid,
+            DIM, LEVELS, WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, HAS_DROPOUT, HAS_BIAS, PRECISION,
+            ROWS, CELLS,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=("n_parts",))

@@ -1,68 +1,116 @@
 """Checks of the tiles that the attention ops and `find_lists` are given."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..._utils.checks import refuse
-from ..op_checks import check_dense, check_dims, check_number, check_windows
-from ..types import LIST_BLOCK, Tiles
+from ..op_checks import check_dense, check_dims, check_number, check_slices
+from ..types import LIST_BLOCK, Tiles, WindowTables
 
 _N_TILES = len(Tiles._fields)
 _RUNS = Tiles._fields[: Tiles._fields.index("lists")]
+_N_WINDOWS = len(WindowTables._fields)
 _N_OTHERS = 4  # starts, stops, point_columns, copies
 
 
-def check_plan(
-    plan: Sequence[Tensor], q: Tensor, k: Tensor, neighborhood_sizes: Sequence[int],
-    position_dim: int,
-) -> None:  # fmt: skip
-    """Raises ValueError unless the tensors of ``plan`` fit q, k and the windows."""
-    check_number("plan", plan, _N_TILES + _N_OTHERS, 2 * _N_TILES + _N_OTHERS)
-    n_slices = [size ** (position_dim - 1) for size in neighborhood_sizes]
-    queries, points, n_levels = len(q), len(k), len(neighborhood_sizes)
+class PlanParts(NamedTuple):
+    """What the attention ops' argument ``plan`` lists, one after another."""
+
+    query_tiles: Tiles
+    windows: WindowTables
+    starts: Tensor
+    stops: Tensor
+    point_columns: Tensor
+    copies: Tensor
+    point_tiles: Tiles | None = None
+    """For backward passes that need gradients of points."""
+
+    def tensors(self) -> list[Tensor]:
+        """The list."""
+        found: list[Tensor] = []
+        for part in self:
+            if isinstance(part, Tensor):
+                found.append(part)
+            elif part is not None:
+                found.extend(part)  # not +=, which torch 2.11 does not compile
+        return found
+
+
+def plan_parts(plan: Sequence[Tensor]) -> PlanParts:
+    """The parts of which `PlanParts.tensors` made the list ``plan``."""
+    tiles, rest = Tiles(*plan[:_N_TILES]), plan[_N_TILES:]
+    windows, rest = WindowTables(*rest[:_N_WINDOWS]), rest[_N_WINDOWS:]
+    starts, stops, point_columns, copies, *point_tiles = rest
+    parts = PlanParts(tiles, windows, starts, stops, point_columns, copies)
+    return parts._replace(point_tiles=Tiles(*point_tiles)) if point_tiles else parts
+
+
+def check_plan(plan: Sequence[Tensor], slices: Sequence[int], q: Tensor, k: Tensor) -> None:
+    """Raises ValueError unless the tensors of ``plan`` fit q, k, and windows of ``slices`` rows."""
+    n_without = _N_TILES + _N_WINDOWS + _N_OTHERS
+    check_number("plan", plan, n_without, n_without + _N_TILES)
+    parts = plan_parts(plan)
+    dim = _check_windows("plan.windows", parts.windows, slices, q.device)
+    queries, points, n_levels, n_slices = len(q), len(k), len(slices), sum(slices)
     sides = (queries, n_levels), (points, 1)
-    _check_tiles("plan.query_tiles", plan[:_N_TILES], *sides, sum(n_slices), position_dim, q)
-    starts, stops, point_columns, copies, *point_tiles = plan[_N_TILES:]
-    check_dims("plan.copies", copies, 1)
+    _check_tiles("plan.query_tiles", parts.query_tiles, *sides, n_slices, dim, q)
+    check_dims("plan.copies", parts.copies, 1)
     shapes = {
-        "starts": (starts, (queries, sum(n_slices))),
-        "stops": (stops, (queries, sum(n_slices))),
-        "point_columns": (point_columns, (points,)),
-        "copies": (copies, (min(len(copies), points),)),
+        "starts": (queries, n_slices),
+        "stops": (queries, n_slices),
+        "point_columns": (points,),
+        "copies": (min(len(parts.copies), points),),
     }
-    for name, (x, shape) in shapes.items():
-        check_dense(f"plan.{name}", x, shape, torch.int32, q.device)
-    if point_tiles:
-        sides = sides[::-1]
-        _check_tiles("plan.point_tiles", point_tiles, *sides, max(n_slices), position_dim, q)
+    for name, shape in shapes.items():
+        check_dense(f"plan.{name}", getattr(parts, name), shape, torch.int32, q.device)
+    if parts.point_tiles is not None:
+        _check_tiles("plan.point_tiles", parts.point_tiles, *sides[::-1], max(slices), dim, q)
 
 
 def check_runs(
-    tiles: Sequence[Tensor], neighborhood_sizes: Sequence[int], position_dim: int, height: int
-) -> None:
+    tiles: Sequence[Tensor], windows: Sequence[Tensor], slices: Sequence[int], height: int,
+    rows_are_queries: bool,
+) -> None:  # fmt: skip
     """Raises ValueError unless ``tiles``, the fields of `Tiles` before its lists, fit each other,
     the windows and tiles of ``height`` rows.
     """
-    check_windows(neighborhood_sizes, position_dim)
+    check_slices(slices)
     check_number("tiles", tiles, len(_RUNS))
+    check_number("windows", windows, _N_WINDOWS)
     for name in ("row_groups", "column_groups"):
         check_dims(f"tiles.{name}", tiles[_RUNS.index(name)], 2)
     fields = dict(zip(_RUNS, tiles, strict=True))
-    (row_levels, n_rows), (column_levels, n_columns) = (
-        fields[name].shape for name in ("row_groups", "column_groups")
-    )
-    n_levels, own = len(neighborhood_sizes), [row_levels, column_levels]
-    if own not in ([n_levels, 1], [1, n_levels]):
-        expected = f"{n_levels} levels of queries, and one of points"
-        refuse("tiles.row_groups, tiles.column_groups", expected, f"{own} levels")
-    n_slices = [size ** (position_dim - 1) for size in neighborhood_sizes]
-    n_own = sum(n_slices) if row_levels == n_levels else max(n_slices)
     device = fields["traversal"].device
-    sides = (n_rows, row_levels), (n_columns, column_levels)
-    if _check_runs("tiles", tiles, *sides, n_own, position_dim, device)[1] != height:
+    dim = _check_windows("windows", WindowTables(*windows), slices, device)
+    n_rows, n_columns = (fields[name].shape[1] for name in ("row_groups", "column_groups"))
+    levels = (len(slices), 1) if rows_are_queries else (1, len(slices))
+    sides = (n_rows, levels[0]), (n_columns, levels[1])
+    n_own = sum(slices) if rows_are_queries else max(slices)
+    if _check_runs("tiles", tiles, *sides, n_own, dim, device)[1] != height:
         refuse("rows", "the height of the tiles", height)
+
+
+def _check_windows(
+    name: str, tables: WindowTables, slices: Sequence[int], device: torch.device
+) -> int:
+    """The number of dimensions."""
+    for field, n_dims in zip(WindowTables._fields, (2, 2, 2, 1), strict=True):
+        check_dims(f"{name}.{field}", getattr(tables, field), n_dims)
+    dim: int = tables.levels.shape[1] - 2
+    if dim < 1:
+        refuse(f"{name}.levels", "a column for each of one axis or more, after two", tables.levels)
+    shapes = {
+        "levels": (len(slices), dim + 2),
+        "rows": (sum(slices), 3),
+        "box_rows": (len(tables.box_rows), 2),
+        "box_slots": (len(tables.box_slots),),
+    }
+    for field, shape in shapes.items():
+        check_dense(f"{name}.{field}", getattr(tables, field), shape, torch.int32, device)
+    return dim
 
 
 def _check_tiles(

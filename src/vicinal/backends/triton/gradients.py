@@ -11,6 +11,9 @@ import triton.language as tl
 from .background import (
     query_gradients_of_cells,
 )
+from .bias import (
+    load_pair_bias,
+)
 from .parts import (
     LOG2_E,
     all_finite,
@@ -80,17 +83,24 @@ def find_stats(out_rows, grad_out_rows, lse_ptr, grad_lse_rows, stats_ptr, n_que
 
 
 @triton.jit
-def query_gradients_block(walk, dropout, q, k, v, grad_out, row, item, pair_mask, head, scale,
-                          lse, delta, grad_q, HAS_DROPOUT: tl.constexpr,
-                          PRECISION: tl.constexpr, CAREFUL: tl.constexpr):  # fmt: skip
-    """Adds one block to ``grad_q`` ``[ROWS, PADDED]``, which is not scaled yet.
+def logit_gradients(walk, dropout, bias, q, k, v, grad_out, row, item, pair_mask, head, scale,
+                    lse, delta, LEVELS: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+                    HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
+                    CAREFUL: tl.constexpr):  # fmt: skip
+    """The gradients of the scaled logits of one block, ``[ROWS, BLOCK]``; rows are queries.
 
     Args, in addition to those of `attend_block`:
         grad_out: ``[ROWS, VALUE_PADDED]``.
         lse, delta: ``[ROWS]``; the log-sum-exp is to base 2.
+        CAREFUL: whether something may not be finite; else pairs that are masked get zero anyway.
     """
+    logits = dot(q, tl.trans(k), PRECISION) * scale  # [ROWS, BLOCK]
+    if HAS_BIAS:
+        logits += LOG2_E * load_pair_bias(
+            walk, bias, row, item, pair_mask, head, LEVELS, True
+        )  # [ROWS, BLOCK]
     # A row with a neighbor that is not finite has NaN as its log-sum-exp.
-    weights = tl.exp2(dot(q, tl.trans(k), PRECISION) * scale - lse[:, None])  # [ROWS, BLOCK]
+    weights = tl.exp2(logits - lse[:, None])  # [ROWS, BLOCK]
     weights = tl.where(pair_mask, weights, 0.0)
     grad_weights = dot(grad_out, tl.trans(v), PRECISION)  # [ROWS, BLOCK]
     if HAS_DROPOUT:
@@ -99,15 +109,29 @@ def query_gradients_block(walk, dropout, q, k, v, grad_out, row, item, pair_mask
     grad_logits = weights * (grad_weights - delta[:, None])  # [ROWS, BLOCK]
     if CAREFUL:  # zero times a number that is not finite
         grad_logits = tl.where(pair_mask, grad_logits, 0.0)
+    return grad_logits
+
+
+@triton.jit
+def query_gradients_block(walk, dropout, bias, q, k, v, grad_out, row, item, pair_mask, head, scale,
+                          lse, delta, grad_q, LEVELS: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+                          HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
+                          CAREFUL: tl.constexpr):  # fmt: skip
+    """Adds one block to ``grad_q`` ``[ROWS, PADDED]``, which is not scaled yet."""
+    grad_logits = logit_gradients(
+        walk, dropout, bias, q, k, v, grad_out, row, item, pair_mask, head, scale, lse, delta,
+        LEVELS, HAS_DROPOUT, HAS_BIAS, PRECISION, CAREFUL,
+    )  # [ROWS, BLOCK]  # fmt: skip
     return grad_q + dot(grad_logits.to(k.dtype), k, PRECISION)
 
 
 @triton.jit
-def query_gradients_list(walk, dropout, q, k_rows, v_rows, grad_out, row, bit, head, scale,
+def query_gradients_list(walk, dropout, bias, q, k_rows, v_rows, grad_out, row, bit, head, scale,
                          lse, delta, start, n_entries,
-                         WIDTH: tl.constexpr, PADDED: tl.constexpr,
+                         LEVELS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
                          VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr,
-                         HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, CAREFUL: tl.constexpr,
+                         HAS_DROPOUT: tl.constexpr, HAS_BIAS: tl.constexpr,
+                         PRECISION: tl.constexpr, CAREFUL: tl.constexpr,
                          ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """``grad_q`` of `query_gradients`, not scaled yet, from the tile's list."""
     grad_q = tl.zeros([ROWS, PADDED], tl.float32)
@@ -120,19 +144,19 @@ def query_gradients_list(walk, dropout, q, k_rows, v_rows, grad_out, row, bit, h
             WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, CAREFUL,
         )  # [BLOCK, PADDED], [BLOCK, VALUE_PADDED]  # fmt: skip
         grad_q = query_gradients_block(
-            walk, dropout, q, k, v, grad_out, row, point, member_mask(bit, members), head, scale,
-            lse, delta, grad_q, HAS_DROPOUT, PRECISION, CAREFUL,
+            walk, dropout, bias, q, k, v, grad_out, row, point, member_mask(bit, members), head,
+            scale, lse, delta, grad_q, LEVELS, HAS_DROPOUT, HAS_BIAS, PRECISION, CAREFUL,
         )  # fmt: skip
     return grad_q
 
 
 @triton.jit
-def query_gradients_runs(walk, dropout, q, k_rows, v_rows, grad_out, tile, row, row_active,
+def query_gradients_runs(walk, dropout, bias, q, k_rows, v_rows, grad_out, tile, row, row_active,
                          head, scale, lse, delta,
-                         DIM: tl.constexpr, LEVELS: tl.constexpr,
+                         DIM: tl.constexpr, LEVELS: tl.constexpr, BALL_ROWS: tl.constexpr,
                          WIDTH: tl.constexpr, PADDED: tl.constexpr,
                          VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr,
-                         HAS_DROPOUT: tl.constexpr,
+                         HAS_DROPOUT: tl.constexpr, HAS_BIAS: tl.constexpr,
                          PRECISION: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
     """The same from the tile's runs."""
     grad_q = tl.zeros([ROWS, PADDED], tl.float32)
@@ -140,27 +164,27 @@ def query_gradients_runs(walk, dropout, q, k_rows, v_rows, grad_out, tile, row, 
         runs = load_runs(walk, tile, level, ROWS, LEVELS)
         for first in tl.range(0, runs[2], SEARCH_BLOCK, num_stages=1):
             point, valid, pair_mask = search_columns(
-                walk, row, row_active, level, first, runs, DIM, LEVELS, 1
+                walk, row, row_active, level, first, runs, DIM, LEVELS, BALL_ROWS, True
             )  # [SEARCH_BLOCK], [SEARCH_BLOCK], [ROWS, SEARCH_BLOCK]
             k, v, _ = load_points(
                 k_rows, v_rows, point, valid, head,
                 WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, True,
             )  # [SEARCH_BLOCK, PADDED], [SEARCH_BLOCK, VALUE_PADDED]  # fmt: skip
             grad_q = query_gradients_block(
-                walk, dropout, q, k, v, grad_out, row, point, pair_mask, head, scale, lse, delta,
-                grad_q, HAS_DROPOUT, PRECISION, True,
+                walk, dropout, bias, q, k, v, grad_out, row, point, pair_mask, head, scale, lse,
+                delta, grad_q, LEVELS, HAS_DROPOUT, HAS_BIAS, PRECISION, True,
             )  # fmt: skip
     return grad_q
 
 
 @triton.jit(do_not_specialize=SIZES)
-def query_gradients(tiles, levels, n_rows, n_columns, n_items, n_runs, n_blocks, n_groups, n_heads,
-                    row_mask, cells, dropout, q_rows, k_rows, v_rows, lse_ptr, out_rows,
+def query_gradients(tiles, windows, n_rows, n_columns, n_items, n_runs, n_blocks, n_groups, n_heads,
+                    row_mask, cells, dropout, bias, q_rows, k_rows, v_rows, lse_ptr, out_rows,
                     grad_out_rows, grad_lse_rows, stats_ptr, grad_q_rows, cell_gradients, scale,
-                    DIM: tl.constexpr, LEVELS: tl.constexpr,
+                    DIM: tl.constexpr, LEVELS: tl.constexpr, BALL_ROWS: tl.constexpr,
                     WIDTH: tl.constexpr, PADDED: tl.constexpr,
                     VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr,
-                    HAS_DROPOUT: tl.constexpr,
+                    HAS_DROPOUT: tl.constexpr, HAS_BIAS: tl.constexpr,
                     PRECISION: tl.constexpr, HAS_BACKGROUND: tl.constexpr,
                     ROWS: tl.constexpr, BLOCK: tl.constexpr, CELLS: tl.constexpr,
                     LIST_BLOCK: tl.constexpr):  # fmt: skip
@@ -180,7 +204,7 @@ def query_gradients(tiles, levels, n_rows, n_columns, n_items, n_runs, n_blocks,
         cell_gradients: the `CellGradients` to write, or None.
     """
     walk = Walk(
-        tiles, levels, n_rows, n_columns, n_items, n_runs, n_blocks, n_groups, n_heads, row_mask
+        tiles, windows, n_rows, n_columns, n_items, n_runs, n_blocks, n_groups, n_heads, row_mask
     )
     tile, head, row, row_valid = program_tile(walk, ROWS)  # scalar, scalar, [ROWS], [ROWS]
     q = load_rows(q_rows, row, row_valid, head, WIDTH, PADDED)  # [ROWS, PADDED]
@@ -198,52 +222,56 @@ def query_gradients(tiles, levels, n_rows, n_columns, n_items, n_runs, n_blocks,
     start, n_entries = load_list(walk, tile, LIST_BLOCK)
     if n_entries >= 0:
         grad_q = query_gradients_list(
-            walk, dropout, q, k_rows, v_rows, grad_out, row, bit, head, scale * LOG2_E, lse, delta,
-            start, n_entries,
-            WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, HAS_DROPOUT, PRECISION, False, ROWS, BLOCK,
+            walk, dropout, bias, q, k_rows, v_rows, grad_out, row, bit, head, scale * LOG2_E,
+            lse, delta, start, n_entries,
+            LEVELS, WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, HAS_DROPOUT, HAS_BIAS, PRECISION,
+            False, ROWS, BLOCK,
         )  # [ROWS, PADDED]  # fmt: skip
         if not all_finite(finite_flag(grad_q)):
             grad_q = query_gradients_list(
-                walk, dropout, q, k_rows, v_rows, grad_out, row, bit, head, scale * LOG2_E,
+                walk, dropout, bias, q, k_rows, v_rows, grad_out, row, bit, head, scale * LOG2_E,
                 lse, delta, start, n_entries,
-                WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, HAS_DROPOUT, PRECISION, True, ROWS, BLOCK,
+                LEVELS, WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, HAS_DROPOUT, HAS_BIAS, PRECISION,
+                True, ROWS, BLOCK,
             )  # fmt: skip
     else:
         grad_q = query_gradients_runs(
-            walk, dropout, q, k_rows, v_rows, grad_out, tile, row, row_active, head,
+            walk, dropout, bias, q, k_rows, v_rows, grad_out, tile, row, row_active, head,
             scale * LOG2_E, lse, delta,
-            DIM, LEVELS, WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, HAS_DROPOUT, PRECISION, ROWS,
+            DIM, LEVELS, BALL_ROWS, WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, HAS_DROPOUT, HAS_BIAS,
+            PRECISION, ROWS,
         )  # fmt: skip
     store_rows(grad_q_rows, row, row_valid, head, grad_q * scale, WIDTH, PADDED)
     if HAS_BACKGROUND:
         for level in range(LEVELS):
             query_gradients_of_cells(
-                walk, cells, dropout, cell_gradients, row, row_valid, row_active, level, head,
-                scale, grad_out, lse, delta,
-                DIM, LEVELS, WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, HAS_DROPOUT, PRECISION,
-                ROWS, CELLS,
+                walk, cells, dropout, bias, cell_gradients, row, row_valid, row_active, level,
+                head, scale, grad_out, lse, delta,
+                DIM, LEVELS, WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, HAS_DROPOUT, HAS_BIAS,
+                PRECISION, ROWS, CELLS,
             )  # fmt: skip
 
 
 @triton.jit
-def point_gradients_block(walk, dropout, k, v, q_rows, grad_out_rows, stats_ptr, row, query, valid,
-                          pair_mask, head, scale, grad_k, grad_v,
-                          WIDTH: tl.constexpr, PADDED: tl.constexpr,
+def point_gradients_block(walk, dropout, bias, k, v, q_rows, grad_out_rows, stats_ptr, row, query,
+                          valid, pair_mask, head, scale, grad_k, grad_v,
+                          LEVELS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
                           VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr,
-                          HAS_DROPOUT: tl.constexpr,
+                          HAS_DROPOUT: tl.constexpr, HAS_BIAS: tl.constexpr,
                           PRECISION: tl.constexpr, CAREFUL: tl.constexpr):  # fmt: skip
     """Adds one block to ``grad_k``, which is not scaled yet, and to ``grad_v``.
 
     Args:
-        walk, dropout, head: as in `point_gradients`.
+        walk, dropout, bias, head: as in `point_gradients`.
         k, v: ``[ROWS, PADDED]`` and ``[ROWS, VALUE_PADDED]``.
         q_rows, grad_out_rows, stats_ptr: as in `point_gradients`.
         row, query, pair_mask: ``[ROWS]``, ``[BLOCK]`` and ``[ROWS, BLOCK]``.
         valid: bool ``[BLOCK]``, whether queries exist; all do, unless careful.
         scale: of logits to base 2.
         grad_k, grad_v: ``[ROWS, PADDED]`` and ``[ROWS, VALUE_PADDED]``.
+        LEVELS: number of levels.
         WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED: see `launch.widths`.
-        HAS_DROPOUT: whether ``dropout`` is given.
+        HAS_DROPOUT, HAS_BIAS: whether ``dropout`` and ``bias`` are given.
         PRECISION: see `dot`.
         CAREFUL: whether something may not be finite.
 
@@ -264,7 +292,12 @@ def point_gradients_block(walk, dropout, k, v, q_rows, grad_out_rows, stats_ptr,
         lse, delta = tl.load(stats), tl.load(stats + 1)
         q = load_all_rows(q_rows, query, head, WIDTH, PADDED)
         grad_out = load_all_rows(grad_out_rows, query, head, VALUE_WIDTH, VALUE_PADDED)
-    weights = tl.exp2(dot(k, tl.trans(q), PRECISION) * scale - lse[None, :])  # [ROWS, BLOCK]
+    logits = dot(k, tl.trans(q), PRECISION) * scale  # [ROWS, BLOCK]
+    if HAS_BIAS:
+        logits += LOG2_E * load_pair_bias(
+            walk, bias, row, query, pair_mask, head, LEVELS, False
+        )  # [ROWS, BLOCK]
+    weights = tl.exp2(logits - lse[None, :])  # [ROWS, BLOCK]
     weights = tl.where(pair_mask, weights, 0.0)
     grad_weights = dot(v, tl.trans(grad_out), PRECISION)  # [ROWS, BLOCK]
     dropped_weights = weights  # [ROWS, BLOCK]
@@ -284,11 +317,12 @@ def point_gradients_block(walk, dropout, k, v, q_rows, grad_out_rows, stats_ptr,
 
 
 @triton.jit
-def point_gradients_list(walk, dropout, k, v, q_rows, grad_out_rows, stats_ptr, row, bit, head,
-                         scale, start, n_entries,
-                         WIDTH: tl.constexpr, PADDED: tl.constexpr,
+def point_gradients_list(walk, dropout, bias, k, v, q_rows, grad_out_rows, stats_ptr, row, bit,
+                         head, scale, start, n_entries,
+                         LEVELS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
                          VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr,
-                         HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, CAREFUL: tl.constexpr,
+                         HAS_DROPOUT: tl.constexpr, HAS_BIAS: tl.constexpr,
+                         PRECISION: tl.constexpr, CAREFUL: tl.constexpr,
                          ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """``grad_k``, not scaled yet, and ``grad_v`` of `point_gradients`, from the tile's list."""
     grad_k = tl.zeros([ROWS, PADDED], tl.float32)
@@ -298,20 +332,21 @@ def point_gradients_list(walk, dropout, k, v, q_rows, grad_out_rows, stats_ptr, 
     for first in tl.range(0, n_entries, BLOCK, num_stages=stages):
         query, members = load_listed(walk, start + first + tl.arange(0, BLOCK))  # [BLOCK] each
         grad_k, grad_v = point_gradients_block(
-            walk, dropout, k, v, q_rows, grad_out_rows, stats_ptr, row, query, query >= 0,
+            walk, dropout, bias, k, v, q_rows, grad_out_rows, stats_ptr, row, query, query >= 0,
             member_mask(bit, members), head, scale, grad_k, grad_v,
-            WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, HAS_DROPOUT, PRECISION, CAREFUL,
+            LEVELS, WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, HAS_DROPOUT, HAS_BIAS, PRECISION,
+            CAREFUL,
         )  # fmt: skip
     return grad_k, grad_v
 
 
 @triton.jit
-def point_gradients_runs(walk, dropout, k, v, q_rows, grad_out_rows, stats_ptr, tile, row,
+def point_gradients_runs(walk, dropout, bias, k, v, q_rows, grad_out_rows, stats_ptr, tile, row,
                          row_valid, head, scale,
-                         DIM: tl.constexpr, LEVELS: tl.constexpr,
+                         DIM: tl.constexpr, LEVELS: tl.constexpr, BALL_ROWS: tl.constexpr,
                          WIDTH: tl.constexpr, PADDED: tl.constexpr,
                          VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr,
-                         HAS_DROPOUT: tl.constexpr,
+                         HAS_DROPOUT: tl.constexpr, HAS_BIAS: tl.constexpr,
                          PRECISION: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
     """The same from the tile's runs."""
     grad_k = tl.zeros([ROWS, PADDED], tl.float32)
@@ -319,24 +354,25 @@ def point_gradients_runs(walk, dropout, k, v, q_rows, grad_out_rows, stats_ptr, 
     runs = load_runs(walk, tile, 0, ROWS, 1)
     for first in tl.range(0, runs[2], SEARCH_BLOCK, num_stages=1):
         query, valid, pair_mask = search_columns(
-            walk, row, row_valid, 0, first, runs, DIM, LEVELS, LEVELS
+            walk, row, row_valid, 0, first, runs, DIM, LEVELS, BALL_ROWS, False
         )  # [SEARCH_BLOCK], [SEARCH_BLOCK], [ROWS, SEARCH_BLOCK]
         grad_k, grad_v = point_gradients_block(
-            walk, dropout, k, v, q_rows, grad_out_rows, stats_ptr, row, query, valid, pair_mask,
-            head, scale, grad_k, grad_v,
-            WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, HAS_DROPOUT, PRECISION, True,
+            walk, dropout, bias, k, v, q_rows, grad_out_rows, stats_ptr, row, query, valid,
+            pair_mask, head, scale, grad_k, grad_v,
+            LEVELS, WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, HAS_DROPOUT, HAS_BIAS, PRECISION,
+            True,
         )  # fmt: skip
     return grad_k, grad_v
 
 
 @triton.jit(do_not_specialize=SIZES)
-def point_gradients(tiles, levels, n_rows, n_columns, n_items, n_runs, n_blocks, n_groups, n_heads,
-                    row_mask, dropout, q_rows, k_rows, v_rows, stats_ptr, grad_out_rows,
+def point_gradients(tiles, windows, n_rows, n_columns, n_items, n_runs, n_blocks, n_groups, n_heads,
+                    row_mask, dropout, bias, q_rows, k_rows, v_rows, stats_ptr, grad_out_rows,
                     grad_k_rows, grad_v_rows, scale,
-                    DIM: tl.constexpr, LEVELS: tl.constexpr,
+                    DIM: tl.constexpr, LEVELS: tl.constexpr, BALL_ROWS: tl.constexpr,
                     WIDTH: tl.constexpr, PADDED: tl.constexpr,
                     VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr,
-                    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+                    HAS_DROPOUT: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
                     ROWS: tl.constexpr, BLOCK: tl.constexpr,
                     LIST_BLOCK: tl.constexpr):  # fmt: skip
     """The gradients of k and v; rows are points, columns the queries, once for each level.
@@ -346,7 +382,7 @@ def point_gradients(tiles, levels, n_rows, n_columns, n_items, n_runs, n_blocks,
         BLOCK: queries of a block.
     """
     walk = Walk(
-        tiles, levels, n_rows, n_columns, n_items, n_runs, n_blocks, n_groups, n_heads, row_mask
+        tiles, windows, n_rows, n_columns, n_items, n_runs, n_blocks, n_groups, n_heads, row_mask
     )
     tile, head, row, row_valid = program_tile(walk, ROWS)  # scalar, scalar, [ROWS], [ROWS]
     k = load_rows(k_rows, row, row_valid, head, WIDTH, PADDED)  # [ROWS, PADDED]
@@ -355,21 +391,24 @@ def point_gradients(tiles, levels, n_rows, n_columns, n_items, n_runs, n_blocks,
     start, n_entries = load_list(walk, tile, LIST_BLOCK)
     if n_entries >= 0:
         grad_k, grad_v = point_gradients_list(
-            walk, dropout, k, v, q_rows, grad_out_rows, stats_ptr, row, bit, head, scale * LOG2_E,
-            start, n_entries,
-            WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, HAS_DROPOUT, PRECISION, False, ROWS, BLOCK,
+            walk, dropout, bias, k, v, q_rows, grad_out_rows, stats_ptr, row, bit, head,
+            scale * LOG2_E, start, n_entries,
+            LEVELS, WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, HAS_DROPOUT, HAS_BIAS, PRECISION,
+            False, ROWS, BLOCK,
         )  # [ROWS, PADDED], [ROWS, VALUE_PADDED]  # fmt: skip
         if not all_finite(finite_flag(grad_k) + finite_flag(grad_v)):
             grad_k, grad_v = point_gradients_list(
-                walk, dropout, k, v, q_rows, grad_out_rows, stats_ptr, row, bit, head,
+                walk, dropout, bias, k, v, q_rows, grad_out_rows, stats_ptr, row, bit, head,
                 scale * LOG2_E, start, n_entries,
-                WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, HAS_DROPOUT, PRECISION, True, ROWS, BLOCK,
+                LEVELS, WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, HAS_DROPOUT, HAS_BIAS, PRECISION,
+                True, ROWS, BLOCK,
             )  # fmt: skip
     else:
         grad_k, grad_v = point_gradients_runs(
-            walk, dropout, k, v, q_rows, grad_out_rows, stats_ptr, tile, row, row_valid, head,
+            walk, dropout, bias, k, v, q_rows, grad_out_rows, stats_ptr, tile, row, row_valid, head,
             scale * LOG2_E,
-            DIM, LEVELS, WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, HAS_DROPOUT, PRECISION, ROWS,
+            DIM, LEVELS, BALL_ROWS, WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, HAS_DROPOUT, HAS_BIAS,
+            PRECISION, ROWS,
         )  # fmt: skip
     store_rows(grad_k_rows, row, row_valid, head, grad_k * scale, WIDTH, PADDED)
     store_rows(grad_v_rows, row, row_valid, head, grad_v, VALUE_WIDTH, VALUE_PADDED)

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from ..._utils.constants import constant
-from ..types import LIST_BLOCK, Tiles
+from ..types import LIST_BLOCK, Tiles, WindowTables
 from . import interprets
 from .background import EmptyCells
+from .checks import plan_parts
 from .parts import Rows
-from .tile_walk import Walk
+from .tile_walk import SIZES_FIELD, Walk, WindowArguments
 
 INTERPRETS = interprets()  # kernels run on the CPU, for tests
 ON_AMD = torch.version.hip is not None
@@ -115,20 +116,16 @@ def heads(x: Tensor) -> Rows:
     return Rows(x, x.stride(0), x.stride(1))
 
 
-def slices_per_level(sizes: list[int], dim: int) -> list[int]:
-    """The number of slices in a window of each level, for window widths ``sizes``."""
-    return [size ** (dim - 1) for size in sizes]
-
-
 class AttentionArguments:
     """Kernel arguments that the attention ops have in common, made of the ops' arguments.
 
     Attributes:
-        sizes, dim, n_levels: window widths, P and L.
-        n_heads: H.
+        n_levels, n_heads: L and H.
+        slices: the number of rows of each level's windows.
         background: the op's ``background``: query, key and value, or nothing.
         heads: q, k and v as `Rows`.
         copies: int32 ``[C]``, see `PlanTensors.copy_points`.
+        tables: the `WindowTables`.
         constants: sizes that kernels are compiled for.
         query_tiles: the `Tiles` of queries.
         query_walk, point_walk: the `Walk` of each pass; the second only for backward passes.
@@ -139,35 +136,32 @@ class AttentionArguments:
 
     def __init__(
         self, q: Tensor, k: Tensor, v: Tensor, query_mask: Tensor | None,
-        background: list[Tensor], plan: list[Tensor], sizes: list[int], dim: int,
+        background: list[Tensor], plan: list[Tensor], slices: list[int],
     ) -> None:  # fmt: skip
-        self.sizes, self.dim, self.n_levels, self.n_heads = sizes, dim, len(sizes), k.shape[1]
+        parts = plan_parts(plan)
+        tiles, self.tables, self.copies = parts.query_tiles, parts.windows, parts.copies
+        self.query_tiles, self.slices, self.background = tiles, slices, background
+        self.n_levels, self.n_heads = len(slices), k.shape[1]
         self.heads = [heads(x) for x in (q, k, v)]
-        self.background = background
-        self.constants = _constants(k, v) | {"DIM": dim, "LEVELS": len(sizes)}
+        self.constants = _constants(k, v) | window_constants(self.tables, slices)
 
-        n_tensors, n_slices = len(Tiles._fields), slices_per_level(sizes, dim)
-        self.query_tiles = Tiles(*plan[:n_tensors])
-        starts, stops, point_columns, self.copies, *point_tiles = plan[n_tensors:]
-        tiles = self.query_tiles
         row_mask = None if query_mask is None else query_mask.contiguous()
         self.query_walk = self._walk(tiles, len(q), len(k))._replace(row_mask=row_mask)
-        self.query_rows, self.query_programs = self._grid(tiles, sum(n_slices))
-        if point_tiles:
-            tiles = Tiles(*point_tiles)
-            self.point_walk = self._walk(tiles, len(k), len(q))
-            self.point_rows, self.point_programs = self._grid(tiles, max(n_slices))
+        self.query_rows, self.query_programs = self._grid(tiles, sum(slices))
+        if parts.point_tiles is not None:
+            self.point_walk = self._walk(parts.point_tiles, len(k), len(q))
+            self.point_rows, self.point_programs = self._grid(parts.point_tiles, max(slices))
         self.cells: EmptyCells | None = None
         if background:
             query, key, value = background
             self.cells = EmptyCells(
                 heads(query.flatten(0, 1)), heads(key), heads(value.flatten(0, 1)),
-                starts, stops, point_columns, sum(n_slices),
+                parts.starts, parts.stops, parts.point_columns, sum(slices), len(key),
             )  # fmt: skip
 
     def _walk(self, tiles: Tiles, n_rows: int, n_items: int) -> Walk:
         n_groups = len(self.background[2]) * self.n_levels if self.background else 0
-        return walk_of(tiles, self.sizes, self.dim, n_rows, n_items, self.n_heads, n_groups)
+        return walk_of(tiles, self.tables, self.slices, n_rows, n_items, self.n_heads, n_groups)
 
     def _grid(self, tiles: Tiles, n_slices: int) -> tuple[int, int]:
         """Rows of a tile, and programs, for ``n_slices`` slices per row."""
@@ -175,15 +169,23 @@ class AttentionArguments:
         return capacity // n_slices, n_tiles * self.n_heads
 
 
+def window_constants(tables: WindowTables, slices: list[int]) -> dict[str, int]:
+    """What kernels that compare cells are compiled for."""
+    dim = tables.levels.shape[1] - SIZES_FIELD.value
+    return {"DIM": dim, "LEVELS": len(slices), "BALL_ROWS": len(tables.box_rows)}
+
+
 def walk_of(
-    tiles: Tiles, sizes: list[int], dim: int, n_rows: int, n_items: int, n_heads: int,
+    tiles: Tiles, tables: WindowTables, slices: list[int], n_rows: int, n_items: int, n_heads: int,
     n_groups: int = 0,
 ) -> Walk:  # fmt: skip
-    """The `Walk` over tiles whose windows have ``sizes``."""
-    levels = constant(_level_table(sizes, dim), tiles.order.device, torch.int32)
+    """The `Walk` over tiles whose windows have these ``tables`` and ``slices``."""
+    before = itertools.accumulate(slices, initial=0)
+    pairs = list(zip(slices, before, strict=False))
+    windows = WindowArguments(constant(pairs, tiles.order.device, torch.int32), *tables[:3])
     n_columns, n_runs = len(tiles.order), tiles.firsts.shape[1]
     n_blocks = len(tiles.items) // LIST_BLOCK
-    return Walk(tiles, levels, n_rows, n_columns, n_items, n_runs, n_blocks, n_groups, n_heads)
+    return Walk(tiles, windows, n_rows, n_columns, n_items, n_runs, n_blocks, n_groups, n_heads)
 
 
 def widths(k: Tensor, v: Tensor) -> dict[str, int]:
@@ -223,19 +225,3 @@ def _constants(k: Tensor, v: Tensor) -> dict[str, Any]:
         "BLOCK": 32 if half else 16,
         "num_warps": warps,
     }
-
-
-def _level_table(sizes: list[int], dim: int) -> list[tuple[int, ...]]:
-    """A row per level; `tile_walk` names its fields."""
-    n_slices = slices_per_level(sizes, dim)
-    n_cells = [size**dim for size in sizes]
-    return [
-        (size // 2, own, first_slice, first_slot)
-        for size, own, first_slice, first_slot in zip(
-            sizes,
-            n_slices,
-            itertools.accumulate(n_slices, initial=0),
-            itertools.accumulate(n_cells, initial=0),
-            strict=False,
-        )
-    ]

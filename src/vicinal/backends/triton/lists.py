@@ -46,26 +46,27 @@ def place_lists(counts_ptr, lists_ptr, n_tiles, n_columns, n_blocks,
 
 
 @triton.jit(do_not_specialize=SIZES)
-def write_lists(tiles, levels, n_rows, n_columns, n_items, n_runs, n_blocks, n_groups,
+def write_lists(tiles, windows, n_rows, n_columns, n_items, n_runs, n_blocks, n_groups,
                 n_heads, row_mask, lists_ptr, items_ptr, members_ptr,
-                DIM: tl.constexpr, LEVELS: tl.constexpr,
-                ROW_LEVELS: tl.constexpr, COLUMN_LEVELS: tl.constexpr,
+                DIM: tl.constexpr, LEVELS: tl.constexpr, BALL_ROWS: tl.constexpr,
+                ROWS_ARE_QUERIES: tl.constexpr,
                 ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """Writes the list of a tile: the columns of its runs, level after level, and their members.
 
     Args:
-        tiles, levels, n_rows, n_columns, n_items, n_runs, n_blocks, n_groups, n_heads, row_mask:
+        tiles, windows, n_rows, n_columns, n_items, n_runs, n_blocks, n_groups, n_heads, row_mask:
             see `Walk`.
         lists_ptr: int32 ``[T, 2]``, what `place_lists` found.
         items_ptr, members_ptr: int32 ``[S]``, the results.
-        DIM, LEVELS: numbers of dimensions and levels.
-        ROW_LEVELS, COLUMN_LEVELS: how many levels a row has, and a column.
+        DIM, LEVELS, BALL_ROWS, ROWS_ARE_QUERIES: see `window_mask`.
         ROWS: rows of a tile.
         BLOCK: entries of a block.
     """
     walk = Walk(
-        tiles, levels, n_rows, n_columns, n_items, n_runs, n_blocks, n_groups, n_heads, row_mask
+        tiles, windows, n_rows, n_columns, n_items, n_runs, n_blocks, n_groups, n_heads, row_mask
     )
+    row_levels: tl.constexpr = LEVELS if ROWS_ARE_QUERIES else 1
+    column_levels: tl.constexpr = 1 if ROWS_ARE_QUERIES else LEVELS
     tile = tl.program_id(0)
     row, row_valid = load_tile_rows(walk, tile, ROWS)  # [ROWS] each
     bit = tl.full([ROWS], 1, tl.int32) << tl.arange(0, ROWS)  # [ROWS]
@@ -74,16 +75,26 @@ def write_lists(tiles, levels, n_rows, n_columns, n_items, n_runs, n_blocks, n_g
     entry = tl.arange(0, BLOCK)  # [BLOCK]
     # Pads the last block, for kernels that load without a mask: it is in the cache already.
     spare = tl.full([], 0, tl.int64)
-    for level in range(ROW_LEVELS):
-        runs = load_runs(walk, tile, level, ROWS, ROW_LEVELS)
+    for level in range(row_levels):
+        runs = load_runs(walk, tile, level, ROWS, row_levels)
         # As `place_lists` counts them, also if the counts were tampered with.
         n_entries = tl.where(stop > position, tl.maximum(runs[2], 0), 0)
         for first in range(0, n_entries, BLOCK):
             item, item_valid, item_level = load_columns(
-                walk, first + entry, runs, COLUMN_LEVELS
+                walk, first + entry, runs, column_levels
             )  # [BLOCK] each
             pair_mask = window_mask(
-                walk, row, level, row_valid, item, item_level, item_valid, DIM, LEVELS
+                walk,
+                row,
+                level,
+                row_valid,
+                item,
+                item_level,
+                item_valid,
+                DIM,
+                LEVELS,
+                BALL_ROWS,
+                ROWS_ARE_QUERIES,
             )  # [ROWS, BLOCK]
             members = tl.sum(tl.where(pair_mask, bit[:, None], 0), 0)  # [BLOCK]
             offset = position + first + entry  # [BLOCK]

@@ -2,20 +2,23 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..ops import list_space, new_gradients
-from ..types import LIST_BLOCK, TILE, Tiles
+from ..ops import list_space, new_bias_gradient, new_gradients
+from ..types import LIST_BLOCK, TILE, Tiles, WindowTables
 from . import attention as attention_kernels
 from . import background as background_kernels
+from . import bias as bias_kernels
+from . import bias_gradients as bias_gradient_kernels
 from . import gradients as gradient_kernels
 from . import lists as list_kernels
 from . import plan_ops
 from . import rotary as rotary_kernels
-from .background import CellGradients
+from .background import CellGradients, CellKeyGradients
+from .bias import Bias
 from .checks import check_plan, check_runs
 from .launch import (
     INTERPRETS,
@@ -25,85 +28,111 @@ from .launch import (
     launch,
     on_device_of,
     power_of_2,
-    slices_per_level,
     walk_of,
+    window_constants,
 )
 from .parts import Dropout, Rows
 
 __all__ = ["INTERPRETS", "KERNELS"]
 
 _PARTS = 64  # into which a sum over all queries is split
+_BIAS_PARTS = 512  # into which the sums of the bias' gradient are split at most
+_BIAS_SUMS = 2**24  # numbers of all parts of these, unless one part has more
+_NUMBERED = 256  # queries and points of a program of `bias.number_cells`
 _CELLS = 16  # of a window in a block: bits of a word, and the minimum size of `tl.dot`
 
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, query_mask: Tensor | None, seed: Tensor | None,
-    background: list[Tensor], plan: list[Tensor], neighborhood_sizes: list[int],
-    position_dim: int, scale: float, dropout_p: float,
+    background: list[Tensor], bias: Tensor | None, plan: list[Tensor], slices: list[int],
+    scale: float, dropout_p: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See `backends.ops`; `triton.attend` makes the list ``plan``."""
-    check_plan(plan, q, k, neighborhood_sizes, position_dim)
-    args = AttentionArguments(
-        q if scale >= 0 else -q, k, v, query_mask, background, plan, neighborhood_sizes,
-        position_dim,
-    )  # fmt: skip
+    check_plan(plan, slices, q, k)
+    args = AttentionArguments(q if scale >= 0 else -q, k, v, query_mask, background, plan, slices)
     out = q.new_empty(*q.shape[:2], v.shape[2])
     lse = q.new_empty(q.shape[:2], dtype=torch.float32)
     with on_device_of(q):
         launch(
             attention_kernels.attend, args.query_programs, *args.query_walk, args.cells,
-            _dropout(seed, dropout_p, args.copies), *args.heads, heads(out), lse, scale,
-            **args.constants, HAS_DROPOUT=seed is not None, HAS_BACKGROUND=bool(background),
-            ROWS=args.query_rows, CELLS=_CELLS, LIST_BLOCK=LIST_BLOCK,
+            _dropout(seed, dropout_p, args.copies), _bias(bias, args), *args.heads, heads(out), lse,
+            scale, **args.constants, HAS_DROPOUT=seed is not None, HAS_BIAS=bias is not None,
+            HAS_BACKGROUND=bool(background), ROWS=args.query_rows, CELLS=_CELLS,
+            LIST_BLOCK=LIST_BLOCK,
         )  # fmt: skip
     return out, lse
 
 
 def attend_backward(
     grad_out: Tensor, grad_lse: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor,
-    query_mask: Tensor | None, seed: Tensor | None, background: list[Tensor], plan: list[Tensor],
-    neighborhood_sizes: list[int], position_dim: int, scale: float, dropout_p: float,
+    query_mask: Tensor | None, seed: Tensor | None, background: list[Tensor], bias: Tensor | None,
+    plan: list[Tensor], slices: list[int], scale: float, dropout_p: float,
     needs_queries: bool, needs_points: bool,
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
-    """See `backends.ops`; the gradients of q, k, v and the background."""
-    check_plan(plan, q, k, neighborhood_sizes, position_dim)
-    args = AttentionArguments(
-        q, k, v, query_mask, background, plan, neighborhood_sizes, position_dim
-    )
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor], Tensor]:  # fmt: skip
+    """See `backends.ops`; the gradients of q, k, v, the background and the bias."""
+    check_plan(plan, slices, q, k)
+    args = AttentionArguments(q, k, v, query_mask, background, plan, slices)
     grad_q, grad_k, grad_v = new_gradients(q, k, v, needs_queries, needs_points)
     grad_background = [x.new_empty(x.shape) for x in background if needs_queries]
-    grad_rows, grad_lse_rows = heads(grad_out), heads(grad_lse.unsqueeze(2))
-    stats = lse.new_empty(args.n_heads, len(lse), 2)
-    cell_gradients = None
-    if grad_background:
-        weight_sums = lse.new_empty(len(lse), args.n_levels, args.n_heads)
-        cell_gradients = CellGradients(heads(grad_background[0].flatten(0, 1)), weight_sums)
-    constants = {**args.constants, "HAS_DROPOUT": seed is not None}
-    dropout = _dropout(seed, dropout_p, args.copies)
     with on_device_of(q):
+        backward = _Backward(
+            args, heads(grad_out), lse.new_empty(args.n_heads, len(lse), 2),
+            _dropout(seed, dropout_p, args.copies), _bias(bias, args), scale,
+        )  # fmt: skip
+        grad_lse_rows, cell_gradients = heads(grad_lse.unsqueeze(2)), None
+        if grad_background:
+            weight_sums = lse.new_empty(len(lse), args.n_levels, args.n_heads)
+            cell_gradients = CellGradients(heads(grad_background[0].flatten(0, 1)), weight_sums)
         if needs_queries:
             launch(
                 gradient_kernels.query_gradients, args.query_programs, *args.query_walk,
-                args.cells, dropout, *args.heads, lse, heads(out), grad_rows,
-                grad_lse_rows, stats, heads(grad_q), cell_gradients, scale,
-                **constants, HAS_BACKGROUND=bool(background), ROWS=args.query_rows, CELLS=_CELLS,
-                LIST_BLOCK=LIST_BLOCK,
+                args.cells, *backward.options(), *args.heads, lse, heads(out), backward.grad_out,
+                grad_lse_rows, backward.stats, heads(grad_q), cell_gradients, scale,
+                **backward.constants(), HAS_BACKGROUND=bool(background), ROWS=args.query_rows,
+                CELLS=_CELLS, LIST_BLOCK=LIST_BLOCK,
             )  # fmt: skip
         else:
-            _find_stats(heads(out), grad_rows, lse, grad_lse_rows, stats, v.shape[2])
+            _find_stats(
+                heads(out), backward.grad_out, lse, grad_lse_rows, backward.stats, v.shape[2]
+            )
         if needs_points:
             launch(
                 gradient_kernels.point_gradients, args.point_programs, *args.point_walk,
-                dropout, *args.heads, stats, grad_rows, heads(grad_k), heads(grad_v), scale,
-                **constants, ROWS=args.point_rows, LIST_BLOCK=LIST_BLOCK,
+                *backward.options(), *args.heads, backward.stats, backward.grad_out,
+                heads(grad_k), heads(grad_v), scale,
+                **backward.constants(), ROWS=args.point_rows, LIST_BLOCK=LIST_BLOCK,
             )  # fmt: skip
+        bias_sums = []
+        if bias is not None and needs_queries:
+            bias_sums.append(_bias_gradient_of_pairs(backward))
         if cell_gradients is not None:
-            del constants["BLOCK"]
-            grad_background[1] = _key_gradients_of_cells(
-                args, dropout, stats, grad_rows, scale, constants
+            grad_background[1], bias_of_cells = _key_gradients_of_cells(backward)
+            grad_background[2] = _value_gradients_of_cells(
+                args, cell_gradients.weights, backward.grad_out
             )
-            grad_background[2] = _value_gradients_of_cells(args, cell_gradients.weights, grad_rows)
-    return grad_q, grad_k, grad_v, grad_background
+            bias_sums += bias_of_cells
+    if not bias_sums:
+        return grad_q, grad_k, grad_v, grad_background, new_bias_gradient(q, bias, needs_queries)
+    grad_bias = sum(bias_sums[1:], start=bias_sums[0]).to(q.dtype)
+    return grad_q, grad_k, grad_v, grad_background, grad_bias
+
+
+class _Backward(NamedTuple):
+    """What the kernels of backward passes have in common."""
+
+    args: AttentionArguments
+    grad_out: Rows  # [N, H, dv]
+    stats: Tensor  # float32 [H, N, 2], see `parts.stats_ptrs`
+    dropout: Dropout | None
+    bias: Bias | None
+    scale: float
+
+    def options(self) -> tuple[Dropout | None, Bias | None]:
+        return self.dropout, self.bias
+
+    def constants(self) -> dict[str, Any]:
+        given = {"HAS_DROPOUT": self.dropout is not None, "HAS_BIAS": self.bias is not None}
+        return {**self.args.constants, **given}
 
 
 def _find_stats(
@@ -118,23 +147,42 @@ def _find_stats(
     )  # fmt: skip
 
 
-def _key_gradients_of_cells(
-    args: AttentionArguments, dropout: Dropout | None, stats: Tensor, grad_out: Rows,
-    scale: float, constants: dict[str, Any],
-) -> Tensor:  # fmt: skip
-    """The gradient of the background's keys. Sums of parts of the queries are added in order."""
-    key = args.background[1]
+def _key_gradients_of_cells(backward: _Backward) -> tuple[Tensor, list[Tensor]]:
+    """The gradient of the background's keys, and that of the bias ``[K, H]`` from empty cells, if
+    there is a bias. Sums of parts of the queries are added in order.
+    """
+    args, stats, key = backward.args, backward.stats, backward.args.background[1]
     n_parts = min(_PARTS, cdiv(stats.shape[1], TILE))
-    parts = stats.new_empty(n_parts, *key.shape)
-    n_slices = slices_per_level(args.sizes, args.dim)
-    n_blocks = sum(n * cdiv(size, _CELLS) for n, size in zip(n_slices, args.sizes, strict=True))
+    parts, bias_parts = stats.new_empty(n_parts, *key.shape), None
+    if backward.bias is not None:
+        bias_parts = stats.new_empty(n_parts, *key.shape[:2])
+    constants = backward.constants()
+    del constants["BLOCK"], constants["BALL_ROWS"]
     launch(
-        background_kernels.cell_key_gradients, n_blocks * n_parts * args.n_heads,
-        *args.query_walk, args.cells, dropout,
-        stats, grad_out, heads(parts.flatten(0, 1)), scale,
-        n_parts, len(key), **constants, ROWS=TILE, CELLS=_CELLS,
+        background_kernels.cell_key_gradients, sum(args.slices) * n_parts * args.n_heads,
+        *args.query_walk, args.cells, *backward.options(), stats, backward.grad_out,
+        CellKeyGradients(heads(parts.flatten(0, 1)), bias_parts), backward.scale, n_parts,
+        **constants, ROWS=TILE, CELLS=_CELLS,
     )  # fmt: skip
-    return parts.sum(0).to(key.dtype)
+    bias_sums = [] if bias_parts is None else [bias_parts.sum(0)]
+    return parts.sum(0).to(key.dtype), bias_sums
+
+
+def _bias_gradient_of_pairs(backward: _Backward) -> Tensor:
+    """The gradient of the bias ``[K, H]`` from pairs of queries and points, float32."""
+    args, bias, n_tiles = backward.args, backward.bias, len(backward.args.query_tiles.firsts)
+    assert bias is not None
+    own = args.n_heads * args.query_rows * bias.n_slots  # sums of a part
+    n_parts = max(1, min(n_tiles, _BIAS_PARTS, _BIAS_SUMS // max(own, 1)))
+    sums = backward.stats.new_zeros(n_parts, args.n_heads, args.query_rows, bias.n_slots)
+    constants = backward.constants()
+    del constants["HAS_BIAS"]
+    launch(
+        bias_gradient_kernels.bias_gradients, n_parts * args.n_heads, *args.query_walk,
+        *backward.options(), *args.heads, backward.stats, backward.grad_out, sums, backward.scale,
+        n_tiles, n_parts, **constants, ROWS=args.query_rows, LIST_BLOCK=LIST_BLOCK,
+    )  # fmt: skip
+    return sums.sum((0, 2)).t()
 
 
 def _value_gradients_of_cells(
@@ -143,14 +191,15 @@ def _value_gradients_of_cells(
     """The gradient of the background's values, from the queries of each image, also in order."""
     value, tiles = args.background[2], args.query_tiles
     # The traversal lists queries of no image first, then the images one after another.
-    groups = tiles.row_groups[0][tiles.traversal.long()]
+    traversal = tiles.traversal.clamp(0, len(weight_sums) - 1)  # it may have been tampered with
+    groups = tiles.row_groups[0][traversal.long()]
     images = groups.div(args.n_levels, rounding_mode="floor")
     bounds = torch.searchsorted(images, torch.arange(len(value) + 1, device=value.device))
     n_parts = min(cdiv(_PARTS, max(len(value), 1)), cdiv(len(weight_sums), 32))
     parts = weight_sums.new_empty(*value.shape[:2], n_parts, *value.shape[2:])
     launch(
         background_kernels.cell_value_gradients, math.prod(parts.shape[:-1]),
-        tiles.traversal, bounds, weight_sums, grad_out, heads(parts.flatten(0, 2)),
+        traversal, bounds, weight_sums, grad_out, heads(parts.flatten(0, 2)),
         args.n_levels, args.n_heads, n_parts,
         WIDTH=value.shape[3], PADDED=power_of_2(value.shape[3]), BLOCK=32, num_warps=1,
     )  # fmt: skip
@@ -195,18 +244,19 @@ def rotate_backward(
 
 
 def find_lists(
-    tiles: list[Tensor], sizes: list[int], position_dim: int, rows: int
-) -> tuple[Tensor, Tensor, Tensor]:
+    tiles: list[Tensor], windows: list[Tensor], slices: list[int], n_cells: int, rows: int,
+    rows_are_queries: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """See `backends.ops`."""
-    check_runs(tiles, sizes, position_dim, rows)
+    check_runs(tiles, windows, slices, rows, rows_are_queries)
     counts, row_groups, column_groups = tiles[4], tiles[5], tiles[7]
     n_tiles, row_levels = counts.shape[:2]
-    slots = sum(size**position_dim for size in sizes)
-    space = list_space(n_tiles, rows, slots)
+    space = list_space(n_tiles, rows, n_cells)
     lists = counts.new_empty(n_tiles, 2)
     items, members = (counts.new_empty(space * LIST_BLOCK) for _ in range(2))
+    tables = WindowTables(*windows)
     walk = walk_of(
-        Tiles(*[*tiles, lists, items, members]), sizes, position_dim,
+        Tiles(*[*tiles, lists, items, members]), tables, slices,
         row_groups.shape[1], column_groups.shape[1], n_heads=1,
     )  # fmt: skip
     with on_device_of(counts):
@@ -215,8 +265,8 @@ def find_lists(
             space, ROW_LEVELS=row_levels, BLOCK=LIST_BLOCK, CHUNK=1024, num_warps=4,
         )  # fmt: skip
         launch(
-            list_kernels.write_lists, n_tiles, *walk, lists, items, members, DIM=position_dim,
-            LEVELS=len(sizes), ROW_LEVELS=row_levels, COLUMN_LEVELS=len(column_groups),
+            list_kernels.write_lists, n_tiles, *walk, lists, items, members,
+            **window_constants(tables, slices), ROWS_ARE_QUERIES=rows_are_queries,
             ROWS=rows, BLOCK=LIST_BLOCK, num_warps=1,
         )  # fmt: skip
     return lists, items, members
@@ -226,6 +276,26 @@ def _dropout(seed: Tensor | None, rate: float, copies: Tensor) -> Dropout | None
     if seed is None:
         return None
     return Dropout(seed, int(rate * 2**32), 1 / (1 - rate), copies, len(copies))
+
+
+def _bias(bias: Tensor | None, args: AttentionArguments) -> Bias | None:
+    """``bias`` ``[K, H]`` with what tells the slots of pairs."""
+    if bias is None:
+        return None
+    tiles, slots = args.query_tiles, args.tables.box_slots
+    (n_levels, dim, n_queries), n_points = tiles.row_cells.shape, tiles.column_groups.shape[1]
+    query_numbers, point_numbers = (
+        tiles.order.new_empty(shape) for shape in ((n_levels, n_queries), (n_points,))
+    )
+    launch(
+        bias_kernels.number_cells, cdiv(max(n_queries, n_points), _NUMBERED), tiles.row_cells,
+        tiles.column_groups, tiles.column_cells, args.tables.levels, query_numbers, point_numbers,
+        n_queries, n_points, DIM=dim, LEVELS=n_levels, BLOCK=_NUMBERED, num_warps=4,
+    )  # fmt: skip
+    return Bias(
+        bias.contiguous(), query_numbers, point_numbers, slots if len(slots) else None,
+        len(bias), len(slots),
+    )  # fmt: skip
 
 
 KERNELS: dict[str, Callable[..., Any]] = {

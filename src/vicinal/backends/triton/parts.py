@@ -84,7 +84,8 @@ def load_points(k_rows, v_rows, item, valid, head,
         return k, v, flag
     else:
         k = load_all_rows(k_rows, item, head, WIDTH, PADDED)
-        return k, load_all_rows(v_rows, item, head, VALUE_WIDTH, VALUE_PADDED), None
+        # Triton 3.6 returns no tuple with None.
+        return k, load_all_rows(v_rows, item, head, VALUE_WIDTH, VALUE_PADDED), 0.0
 
 
 @triton.jit

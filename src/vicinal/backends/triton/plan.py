@@ -13,11 +13,13 @@ LOW_32_BITS = tl.constexpr(2**32 - 1)
 FARTHEST = tl.constexpr(2**31 - 128)  # the largest float32 that int32 can hold
 
 # Fields of a row of the level table, then of each axis within it.
-BASE, VOLUME, PAD, RADIUS, FIELDS = (tl.constexpr(field) for field in range(5))
-SIZE, STRIDE, FULL_SIZE, LAST_CELL, AXIS_FIELDS = (tl.constexpr(field) for field in range(5))
+BASE, VOLUME, FIELDS = (tl.constexpr(field) for field in range(3))
+SIZE, STRIDE, FULL_SIZE, LAST_CELL, PAD, BEFORE, AXIS_FIELDS = (
+    tl.constexpr(field) for field in range(7)
+)
 
 # Fields of a row of the slot table: the slices of a window.
-KEY_ROW, OFFSET, SLOT_RADIUS, IS_USED, SLOT_FIELDS = (tl.constexpr(field) for field in range(5))
+KEY_ROW, FIRST_KEY, LAST_KEY, IS_USED, SLOT_FIELDS = (tl.constexpr(x) for x in range(5))
 
 
 @triton.jit
@@ -71,7 +73,7 @@ def place_queries(positions_ptr, offsets_ptr, table_ptr, images_ptr, groups_ptr,
                   n_queries, n_points, n_offsets, n_images, n_keys, n_bits,
                   DIM: tl.constexpr, LEVELS: tl.constexpr, FINEST: tl.constexpr,
                   DOUBLE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """The image of every query, the centers of its windows, their keys, and its traversal key.
+    """The image of every query, its windows' first cells, their keys, and its traversal key.
 
     Args:
         positions_ptr: floating ``[N, P]`` with the strides ``row_stride`` and ``column_stride``.
@@ -80,7 +82,7 @@ def place_queries(positions_ptr, offsets_ptr, table_ptr, images_ptr, groups_ptr,
         images_ptr: int32 ``[N]``, a result, -1 for an invalid query, as are the next ones.
         groups_ptr: int32 ``[L, N]``.
         cells_ptr: int32 ``[L, P, N]``.
-        columns_ptr: int32 ``[N, L]``, the last coordinate of each center.
+        columns_ptr: int32 ``[N, L]``, the last coordinate of each first cell.
         query_keys_ptr: ``[L, N]``.
         sort_keys_ptr: ``[nnz + N]``, of which the last N are written.
         n_queries, n_points, n_images: N, nnz and B.
@@ -105,8 +107,6 @@ def place_queries(positions_ptr, offsets_ptr, table_ptr, images_ptr, groups_ptr,
             groups_ptr + level * n_queries.to(tl.int64) + query,
             tl.where(active, image * LEVELS + level, -1), mask=valid,
         )  # fmt: skip
-        radius = load_field(table_ptr, level, RADIUS, DIM).to(tl.int32)
-        pad = load_field(table_ptr, level, PAD, DIM).to(key_dtype)
         volume = load_field(table_ptr, level, VOLUME, DIM).to(key_dtype)
         key = tl.maximum(image, 0).to(key_dtype) * volume  # [BLOCK]
         key += load_field(table_ptr, level, BASE, DIM).to(key_dtype)
@@ -121,14 +121,18 @@ def place_queries(positions_ptr, offsets_ptr, table_ptr, images_ptr, groups_ptr,
             center = tl.minimum(
                 center, load_axis_field(table_ptr, level, axis, LAST_CELL, DIM).to(tl.int32)
             )
-            center = tl.minimum(tl.maximum(center, -radius - 1), size.to(tl.int32) + radius)
+            pad = load_axis_field(table_ptr, level, axis, PAD, DIM).to(tl.int32)
+            before = load_axis_field(table_ptr, level, axis, BEFORE, DIM).to(tl.int32)
+            size = size.to(tl.int32)
+            cell = tl.minimum(tl.maximum(center, before - pad), size + before) - before  # [BLOCK]
             offset = (level * DIM + axis) * n_queries.to(tl.int64) + query  # [BLOCK]
-            tl.store(cells_ptr + offset, center, mask=valid)
+            tl.store(cells_ptr + offset, cell, mask=valid)
             stride = load_axis_field(table_ptr, level, axis, STRIDE, DIM).to(key_dtype)
-            key += (center.to(key_dtype) + pad) * stride
+            key += (cell.to(key_dtype) + pad) * stride
             if axis == DIM - 1:
-                tl.store(columns_ptr + query * LEVELS + level, center, mask=valid)
+                tl.store(columns_ptr + query * LEVELS + level, cell, mask=valid)
             if level == FINEST:
+                center = tl.minimum(center, size)
                 curve |= spread_bits(center, n_bits, DIM - 1 - axis, DIM, key_dtype)
         tl.store(query_keys_ptr + level * n_queries.to(tl.int64) + query, key, mask=valid)
         if level == FINEST:
@@ -177,10 +181,10 @@ def place_points(coordinates_ptr, copies_ptr, shifts_ptr, table_ptr, key_coordin
     level, image = tl.where(inside, level, 0), tl.where(inside, image, 0)
     key = load_field(table_ptr, level, BASE, DIM)  # int64 [BLOCK]
     key += image * load_field(table_ptr, level, VOLUME, DIM)
-    pad = load_field(table_ptr, level, PAD, DIM)  # [BLOCK]
     for axis in tl.static_range(DIM):
         cell = tl.load(point_ptr + (axis + 1) * column_stride, mask=inside, other=0)  # [BLOCK]
         cell += tl.load(shifts_ptr + copy * DIM + axis, mask=is_copy & inside, other=0)
+        pad = load_axis_field(table_ptr, level, axis, PAD, DIM)  # [BLOCK]
         key += (cell + pad) * load_axis_field(table_ptr, level, axis, STRIDE, DIM)
         size = load_axis_field(table_ptr, level, axis, SIZE, DIM).to(tl.float64)  # [BLOCK]
         full_size = load_axis_field(table_ptr, level, axis, FULL_SIZE, DIM).to(tl.float64)
@@ -304,7 +308,7 @@ def find_slices(sorted_ptr, keys_ptr, groups_ptr, slots_ptr, starts_ptr, stops_p
 
     Args:
         sorted_ptr: ``[n_sorted]``, the sorted keys.
-        keys_ptr: ``[S, n]``, the keys of the windows' centers; negative ones have no neighbors.
+        keys_ptr: ``[S, n]``, the keys from which slices count; negative ones have no neighbors.
         groups_ptr: int32 ``[n]``, ``image * L + level``, which has the level whose slots a row
             has; None where all rows have the same slots.
         slots_ptr: ``[1 or L, SLOTS, 4]``, the slot table, in the dtype of keys.
@@ -332,14 +336,13 @@ def find_slices(sorted_ptr, keys_ptr, groups_ptr, slots_ptr, starts_ptr, stops_p
     key_offset = key_row.to(tl.int64) * n_rows + row  # [BLOCK]
     key = tl.load(keys_ptr + key_offset, mask=has_key, other=-1)  # [BLOCK]
     used = (tl.load(slot_ptr + IS_USED) != 0) & (key >= 0)  # [BLOCK]
-    middle = key + tl.load(slot_ptr + OFFSET).to(key_dtype)  # [BLOCK]
-    radius = tl.load(slot_ptr + SLOT_RADIUS).to(key_dtype)  # [BLOCK]
+    last = key + tl.load(slot_ptr + LAST_KEY).to(key_dtype)  # [BLOCK]
+    key += tl.load(slot_ptr + FIRST_KEY).to(key_dtype)
     start = tl.zeros_like(lane)  # [BLOCK]
     stop = tl.zeros_like(lane)  # [BLOCK]
     if n_sorted > 0:
-        start = search_start(sorted_ptr, middle - radius, n_sorted)
-        wanted = tl.where(used, middle + radius, -1)  # [BLOCK]
-        stop = gallop_to_stop(sorted_ptr, start, wanted, n_sorted, width)
+        start = search_start(sorted_ptr, key, n_sorted)
+        stop = gallop_to_stop(sorted_ptr, start, tl.where(used, last, -1), n_sorted, width)
     tl.store(starts_ptr + first + lane, start, mask=valid)
     tl.store(stops_ptr + first + lane, stop, mask=valid)
 

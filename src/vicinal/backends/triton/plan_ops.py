@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import reference
 from . import plan as kernels
-from .launch import cdiv, launch, on_device_of, power_of_2, slices_per_level
+from .launch import cdiv, launch, on_device_of, power_of_2
 
 LARGEST_SORT = 2048  # slices of a tile at a level; larger sorts take long to compile
 _BLOCK = 256  # queries, points or keys of a program
@@ -103,15 +103,14 @@ def _search(
 
 
 def find_runs(
-    traversal: Tensor, starts: Tensor, stops: Tensor, sizes: list[int], position_dim: int, rows: int
+    traversal: Tensor, starts: Tensor, stops: Tensor, slices: list[int], rows: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `backends.ops`."""
-    n_slices = slices_per_level(sizes, position_dim)
-    if rows * max(n_slices) > LARGEST_SORT:
-        return reference.find_runs(traversal, starts, stops, sizes, position_dim, rows)
-    bounds = tuple(itertools.accumulate(n_slices, initial=0))
-    padded = tuple(power_of_2(rows * n) for n in n_slices)
-    n_tiles, n_levels = cdiv(len(traversal), rows), len(sizes)
+    if rows * max(slices) > LARGEST_SORT:
+        return reference.find_runs(traversal, starts, stops, slices, rows)
+    bounds = tuple(itertools.accumulate(slices, initial=0))
+    padded = tuple(power_of_2(rows * n) for n in slices)
+    n_tiles, n_levels = cdiv(len(traversal), rows), len(slices)
     firsts = traversal.new_empty(n_tiles, rows * bounds[-1])
     shifts, counts = torch.empty_like(firsts), traversal.new_empty(n_tiles, n_levels, 2)
     with on_device_of(traversal):

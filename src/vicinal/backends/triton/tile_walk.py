@@ -11,6 +11,18 @@ import triton
 import triton.language as tl
 
 
+class WindowArguments(NamedTuple):
+    """The windows, in key coordinates. Contents of all but ``slices`` may have been tampered with.
+
+    Of `types.WindowTables`, ``levels`` has the fields below.
+    """
+
+    slices: Any  # int32 [L, 2], the number of rows of a window, and of those at the levels before
+    levels: Any  # int32 [L, 2 + P]
+    rows: Any  # int32 [R, 3]
+    box_rows: Any  # int32 [B, 2]
+
+
 class Walk(NamedTuple):
     """The first arguments of every kernel that works on tiles, in this order.
 
@@ -20,7 +32,7 @@ class Walk(NamedTuple):
     """
 
     tiles: Any  # `types.Tiles`
-    levels: Any  # int32 [L, 4], the level table; its fields are the constants below
+    windows: Any  # `WindowArguments`
     n_rows: int
     n_columns: int  # the length of `tiles.order`
     n_items: int
@@ -33,19 +45,23 @@ class Walk(NamedTuple):
 
 SIZES = Walk._fields[2:-1]
 
-# Fields of a row of the level table.
-RADIUS = tl.constexpr(0)  # of the level's windows
-N_SLICES = tl.constexpr(1)  # of a window
-FIRST_SLICE = tl.constexpr(2)  # the number of slices at the levels before
-FIRST_SLOT = tl.constexpr(3)  # the number of cells at the levels before
+# Fields of a row of `WindowTables.levels`. From `SIZES_FIELD` on, there is one for each axis.
+FIRST_BOX_ROW, FIRST_BOX_CELL, SIZES_FIELD = (tl.constexpr(field) for field in range(3))
 
 SEARCH_BLOCK = tl.constexpr(16)  # columns; searching takes registers
 
 
 @triton.jit
-def level_ptr(walk, level, FIELD: tl.constexpr):
-    """Pointer to an entry of the level table, or pointers for a block of levels."""
-    return walk.levels + 4 * level + FIELD
+def level_ptr(walk, level, FIELD: tl.constexpr, DIM: tl.constexpr):
+    """Pointer to a field of a level's windows, or pointers for a block of levels."""
+    return walk.windows.levels + (SIZES_FIELD + DIM) * level + FIELD
+
+
+@triton.jit
+def load_slices(walk, level):
+    """How many rows the windows of a level have, and how many are at the levels before it."""
+    slices_ptr = walk.windows.slices + 2 * level
+    return tl.load(slices_ptr), tl.load(slices_ptr + 1)
 
 
 @triton.jit
@@ -114,8 +130,9 @@ def load_runs(walk, tile, level, ROWS: tl.constexpr, LEVELS: tl.constexpr):
     offset = tile.to(tl.int64) * walk.n_runs
     capacity = walk.n_runs
     if LEVELS > 1:
-        offset += ROWS * tl.load(level_ptr(walk, level, FIRST_SLICE))
-        capacity = ROWS * tl.load(level_ptr(walk, level, N_SLICES))
+        n_slices, first_slice = load_slices(walk, level)
+        offset += ROWS * first_slice
+        capacity = ROWS * n_slices
     counts_ptr = walk.tiles.counts + (tile.to(tl.int64) * LEVELS + level) * 2
     return (
         offset,
@@ -186,9 +203,41 @@ def load_cell(walk, row, level, axis, valid, DIM: tl.constexpr):
 
 
 @triton.jit
+def group_level(group, LEVELS: tl.constexpr):
+    """The level of each group; of those that are masked, any."""
+    return tl.where(group >= 0, group % LEVELS, 0)
+
+
+@triton.jit
+def is_below(step, size):
+    """Whether ``0 <= step < size``, in one comparison: negative numbers are large unsigned ones."""
+    return step.to(tl.uint32, bitcast=True) < size.to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def in_ball(walk, level, box_row, step, pair_mask, DIM: tl.constexpr, BALL_ROWS: tl.constexpr):
+    """Which pairs in the boxes of their windows are in the windows, bool ``[ROWS, BLOCK]``.
+
+    Args:
+        walk, pair_mask: as in `window_mask`.
+        level: a scalar or ``[ROWS, 1]``.
+        box_row: ``[ROWS, BLOCK]``, which row of its box a pair is in.
+        step: ``[ROWS, BLOCK]``, its cell along the last axis, from the box's first one.
+    """
+    first = tl.zeros([1, 1], tl.int32) + tl.load(level_ptr(walk, level, FIRST_BOX_ROW, DIM))
+    box_row += first
+    looked_up = pair_mask & (first >= 0) & is_below(box_row, tl.full([], BALL_ROWS, tl.int32))
+    row_ptr = walk.windows.box_rows + 2 * tl.where(looked_up, box_row, 0)  # [ROWS, BLOCK]
+    start = tl.load(row_ptr, mask=looked_up, other=0)  # [ROWS, BLOCK]
+    width = tl.load(row_ptr + 1, mask=looked_up, other=0)  # [ROWS, BLOCK]
+    return (first < 0) | is_below(step - start, width)
+
+
+@triton.jit
 def window_mask(
     walk, row, row_level, row_valid, item, item_level, item_valid,
-    DIM: tl.constexpr, LEVELS: tl.constexpr,
+    DIM: tl.constexpr, LEVELS: tl.constexpr, BALL_ROWS: tl.constexpr,
+    ROWS_ARE_QUERIES: tl.constexpr,
 ):  # fmt: skip
     """The pair mask, bool ``[ROWS, BLOCK]``: which pairs of a row and a column are neighbors.
 
@@ -199,44 +248,59 @@ def window_mask(
         item, item_level, item_valid: ``[BLOCK]``, what `load_columns` returns.
         DIM: number of spatial dimensions.
         LEVELS: number of levels.
+        BALL_ROWS: the length of `WindowArguments.box_rows`; 0 where all windows are boxes.
+        ROWS_ARE_QUERIES: whether rows are queries and columns points, or the other way round.
     """
     group = load_group(walk, row, row_level, row_valid)  # [ROWS]
     n_items = tl.zeros_like(item) + walk.n_items  # [BLOCK], int64, as are all offsets
     offset = item_level * n_items + item  # [BLOCK]
     item_group = tl.load(walk.tiles.column_groups + offset, mask=item_valid, other=-1)  # [BLOCK]
     row_active = group >= 0  # [ROWS]
-    radius = tl.load(level_ptr(walk, group % LEVELS, RADIUS), mask=row_active, other=0)  # [ROWS]
+    # A scalar or [ROWS, 1].
+    level = row_level if ROWS_ARE_QUERIES else group_level(group, LEVELS)[:, None]
     pair_mask = row_active[:, None] & (group[:, None] == item_group[None, :])  # [ROWS, BLOCK]
+    box_row = tl.zeros([1, 1], tl.int32)  # [ROWS, BLOCK] from the first axis on
     for axis in tl.static_range(DIM):
         cell = load_cell(walk, row, row_level, axis, row_valid, DIM)  # [ROWS]
         offset = (item_level * DIM + axis) * n_items + item
         item_cell = tl.load(walk.tiles.column_cells + offset, mask=item_valid, other=0)  # [BLOCK]
-        # One comparison for both ends: a negative number is large if taken as unsigned.
-        distance = (item_cell[None, :] - (cell - radius)[:, None]).to(
-            tl.uint32, bitcast=True
-        )  # [ROWS, BLOCK], from the first cell of the window
-        width = (2 * radius).to(tl.uint32, bitcast=True)  # [ROWS]
-        pair_mask = pair_mask & (distance <= width[:, None])
+        # From the first cell of the query's window to that of the point.
+        if ROWS_ARE_QUERIES:
+            step = item_cell[None, :] - cell[:, None]  # [ROWS, BLOCK]
+        else:
+            step = cell[:, None] - item_cell[None, :]
+        size = tl.load(level_ptr(walk, level, SIZES_FIELD + axis, DIM))  # a scalar or [ROWS, 1]
+        pair_mask = pair_mask & is_below(step, size)
+        if BALL_ROWS > 0:
+            if axis < DIM - 1:
+                box_row = box_row * size + step
+            else:
+                pair_mask = pair_mask & in_ball(
+                    walk, level, box_row, step, pair_mask, DIM, BALL_ROWS
+                )
     return pair_mask
 
 
 @triton.jit
 def search_columns(walk, row, row_valid, level, first, runs,
-                   DIM: tl.constexpr, LEVELS: tl.constexpr, COLUMN_LEVELS: tl.constexpr,
-                   ):  # fmt: skip
+                   DIM: tl.constexpr, LEVELS: tl.constexpr, BALL_ROWS: tl.constexpr,
+                   ROWS_ARE_QUERIES: tl.constexpr):  # fmt: skip
     """The entries of a tile's runs from ``first`` on.
 
     Args:
         walk, runs: see `load_columns`.
         row, row_valid, level: see `window_mask`.
         first: a scalar.
-        DIM, LEVELS, COLUMN_LEVELS: numbers of dimensions, of levels, of an item's columns.
+        DIM, LEVELS, BALL_ROWS, ROWS_ARE_QUERIES: see `window_mask`.
 
     Returns:
         The items, int64 ``[SEARCH_BLOCK]``, zero where not valid; which are valid, bool
         ``[SEARCH_BLOCK]``; the pair mask, bool ``[ROWS, SEARCH_BLOCK]``.
     """
     entry = first + tl.arange(0, SEARCH_BLOCK)  # [SEARCH_BLOCK]
-    item, valid, item_level = load_columns(walk, entry, runs, COLUMN_LEVELS)
-    pair_mask = window_mask(walk, row, level, row_valid, item, item_level, valid, DIM, LEVELS)
+    item, valid, item_level = load_columns(walk, entry, runs, 1 if ROWS_ARE_QUERIES else LEVELS)
+    pair_mask = window_mask(
+        walk, row, level, row_valid, item, item_level, valid, DIM, LEVELS, BALL_ROWS,
+        ROWS_ARE_QUERIES,
+    )  # fmt: skip
     return item, valid, pair_mask

@@ -31,8 +31,7 @@
  * @typedef {Object} AttentionRecord
  * @property {string} name
  * @property {number} n_heads
- * @property {?Numbers} windows [n, L, 4], corners in cells of the full shape
- * @property {?string[]} window_sizes [L], such as "5 × 5"
+ * @property {?Windows} windows
  * @property {Numbers} positions [n, 2]
  * @property {Numbers} coordinates [n, P], positions along all axes
  * @property {?Numbers} sizes [n, P], of the boxes
@@ -46,6 +45,20 @@
  * @property {Numbers} query_max [n], largest weight of each query
  * @property {Integers} weights [M, H], in units of query_max / weight_steps
  * @property {?Numbers} background [n, L, H], weight on the empty cells of each level
+ */
+
+/**
+ * The windows of n queries. Their outline is the same for all queries of a level, and counted in
+ * cells of the level from the low corner of the window's bounding box.
+ * @typedef {Object} Windows
+ * @property {Numbers} corners [n, L, 4], of the bounding boxes, in cells of the full shape
+ * @property {Vertex[][][]} outlines [L], polygons around the cells; none: no window
+ * @property {boolean[][]} causal [L][2], whether the high side of the box is a causal edge
+ * @property {string[][]} names [L][2], such as "window 5 × 5" and "dilation 2"; "" for no details
+ */
+
+/**
+ * @typedef {number[]} Vertex [row, column]
  */
 
 /**
@@ -113,7 +126,9 @@ const decodeView = memoize((encoded) => {
 /** @type {function(Object): AttentionRecord} */
 const decodeRecord = memoize((encoded) => ({
   ...encoded,
-  windows: decodeArray(encoded.windows),
+  windows: encoded.windows && {
+    ...encoded.windows, corners: decodeArray(encoded.windows.corners),
+  },
   positions: decodeArray(encoded.positions),
   coordinates: decodeArray(encoded.coordinates),
   sizes: decodeArray(encoded.sizes),
@@ -169,15 +184,39 @@ function cellCorners(view, id) {
 
 /**
  * @param {AttentionRecord} record
- * @param {number} nLevels
  * @param {number} query
  * @param {number} level
- * @returns {?Corners} of the query's window, null if the record has no windows
+ * @returns {?Corners} of the bounding box of the query's window, null if it has none on the level
  */
-function queryWindow(record, nLevels, query, level) {
-  if (record.windows === null) return null;
-  const start = 4 * (query * nLevels + level);
-  return record.windows.subarray(start, start + 4);
+function queryWindow({ windows }, query, level) {
+  if (windows === null || !windows.outlines[level].length) return null;
+  const start = 4 * (query * windows.outlines.length + level);
+  return windows.corners.subarray(start, start + 4);
+}
+
+/**
+ * @param {View} view
+ * @param {AttentionRecord} record
+ * @param {number} query with a window on the level
+ * @param {number} level
+ * @returns {Vertex[][]} polygons around the cells of the window, in cells of the full shape
+ */
+function windowOutline(view, record, query, level) {
+  const low = queryWindow(record, query, level);
+  const toMap = (vertex) => vertex.map((x, axis) => low[axis] + x * view.cellSizes[level][axis]);
+  return record.windows.outlines[level].map((polygon) => polygon.map(toMap));
+}
+
+/**
+ * @param {AttentionRecord} record
+ * @param {number} query
+ * @param {number} level
+ * @returns {Corners[]} of the lines at the end of the last complete cell, one per causal axis
+ */
+function causalEdges(record, query, level) {
+  const corners = queryWindow(record, query, level);
+  const causal = [0, 1].filter((axis) => record.windows.causal[level][axis]);
+  return causal.map((axis) => corners.map((x, i) => (i === axis ? corners[axis + 2] : x)));
 }
 
 /**

@@ -10,10 +10,12 @@
 
 const canvas = document.getElementById("map");
 const HEADING = 22; // pixels above each panel
+const DETAILS = 15; // more pixels where the name of a window takes a second line
 const GAP = 10; // pixels between panels
 const MAX_DOTS = 500; // queries drawn as dots; more would hide the points
 const LEAST_SIZE = 1.5; // pixels of a cell; twice as many of an attended one
 const BEYOND = 8; // pixels around a panel that its lines may reach into
+const CAUSAL_EDGE = 4; // pixels, width of the line along a causal edge
 const LARGE_PIXEL = 4096; // pixels of an image pixel that is drawn by itself
 const IMAGE_OPACITY = 0.35; // of an intensity image, so that the points below it stay visible
 
@@ -49,26 +51,35 @@ function weightColor(palette, share) {
 }
 
 /**
+ * @param {AttentionRecord} record
+ * @returns {number} pixels above each panel
+ */
+function headingHeight({ windows }) {
+  return HEADING + (windows !== null && windows.names.some(([, details]) => details) ? DETAILS : 0);
+}
+
+/**
  * Arranges panels in the number of columns that draws a view largest.
  * @param {number[]} levels
  * @param {number[]} size [2], height and width of the view in cells
+ * @param {number} heading pixels above each panel
  * @param {number} width of the canvas in pixels
  * @param {number} height of the canvas in pixels
  * @returns {Panel[]}
  */
-function arrangePanels(levels, size, width, height) {
+function arrangePanels(levels, size, heading, width, height) {
   let best = null;
   for (let columns = 1; columns <= levels.length; columns++) {
     const rows = Math.ceil(levels.length / columns);
     const w = (width - GAP * (columns + 1)) / columns;
-    const h = (height - (GAP + HEADING) * rows - GAP) / rows;
+    const h = (height - (GAP + heading) * rows - GAP) / rows;
     const scale = Math.min(w / size[1], h / size[0]);
     if (best === null || scale > best.scale) best = { columns, w, h, scale };
   }
   return levels.map((level, i) => ({
     level,
     x: GAP + (i % best.columns) * (best.w + GAP),
-    y: HEADING + GAP + Math.floor(i / best.columns) * (best.h + HEADING + GAP),
+    y: heading + GAP + Math.floor(i / best.columns) * (best.h + heading + GAP),
     w: Math.max(1, best.w),
     h: Math.max(1, best.h),
   }));
@@ -78,14 +89,23 @@ function arrangePanels(levels, size, width, height) {
  * @param {Object} state
  * @param {number} level
  * @returns {Corners} that a panel shows at zoom 1: the view or, in a close-up, the query's window
+ *   and, along causal axes, the level's cell at the query, which may be outside the window
  */
 function unzoomedCorners(state, level) {
   const { view, record, query } = state;
   if (!state.closeUp || query === null) return view.view;
   const margin = view.cellSizes[level].map((size) => 3 * size);
-  let corners = queryWindow(record, view.level_shapes.length, query, level);
-  if (corners === null) {
-    const [row, column] = queryPosition(record, query);
+  const [row, column] = queryPosition(record, query);
+  let corners = queryWindow(record, query, level);
+  if (corners !== null) {
+    corners = [...corners];
+    [row, column].forEach((x, axis) => {
+      if (!record.windows.causal[level][axis]) return;
+      const size = view.cellSizes[level][axis];
+      corners[axis] = Math.min(corners[axis], Math.floor(x / size) * size);
+      corners[axis + 2] = Math.max(corners[axis + 2], (Math.floor(x / size) + 1) * size);
+    });
+  } else {
     const all = [...state.weights.keys()]
       .filter((id) => view.levels[id] === level)
       .map((id) => cellCorners(view, id));
@@ -271,11 +291,13 @@ function drawHeading(ctx, state, panel) {
   ctx.textAlign = "left";
   ctx.textBaseline = "bottom";
   const parts = [`level ${panel.level}`];
-  if (record.window_sizes !== null) parts.push(`window ${record.window_sizes[panel.level]}`);
+  const [window, details] = record.windows === null ? ["", ""] : record.windows.names[panel.level];
+  if (window) parts.push(window);
   if (query !== null) parts.push(`${formatPercent(state.levelSums[panel.level].weight)} of the weight`);
   const [down, right] = state.view.axis_names;
   parts.push(down === null ? `${right} →` : `${down} ↓ ${right} →`);
-  ctx.fillText(parts.join(" · "), panel.x, panel.y - 5, panel.w);
+  const lines = [parts.join(" · "), ...(details ? [details] : [])];
+  lines.reverse().forEach((line, i) => ctx.fillText(line, panel.x, panel.y - 5 - i * DETAILS, panel.w));
 }
 
 /**
@@ -369,8 +391,8 @@ function drawQueries(ctx, state, panel, transform) {
  */
 function drawSelected(ctx, state, panel, transform) {
   const { record, palette, query } = state;
-  const corners = queryWindow(record, state.view.level_shapes.length, query, panel.level);
-  if (corners !== null) strokeRectangle(ctx, panel, toPixels(transform, corners), palette.window, 2);
+  const corners = queryWindow(record, query, panel.level);
+  if (corners !== null) drawWindow(ctx, state, panel, transform);
   const box = queryBox(record, query);
   if (box !== null) strokeRectangle(ctx, panel, toPixels(transform, box), palette.query, 2);
   const [row, column] = queryPosition(record, query);
@@ -379,6 +401,25 @@ function drawSelected(ctx, state, panel, transform) {
   // A dot would cover a window of a few pixels, so that gets a ring around it.
   if (side < 16) drawCircle(ctx, x, y, 0.75 * side + 4, { stroke: palette.query, width: 2 });
   else drawCircle(ctx, x, y, 5, { fill: palette.query, stroke: palette.surface, width: 1 });
+}
+
+/**
+ * Outlines the cells of the selected query's window, and draws a thick line along causal edges.
+ * @param {CanvasRenderingContext2D} ctx
+ * @param {Object} state
+ * @param {Panel} panel
+ * @param {Transform} transform
+ */
+function drawWindow(ctx, state, panel, transform) {
+  const { record, view, palette, query } = state;
+  const { x, y, scaleX, scaleY } = transform;
+  const polygons = windowOutline(view, record, query, panel.level).map((polygon) =>
+    polygon.map(([row, column]) => [x + column * scaleX, y + row * scaleY]),
+  );
+  strokePolygons(ctx, panel, polygons, palette.window, 2);
+  for (const edge of causalEdges(record, query, panel.level)) {
+    strokeRectangle(ctx, panel, toPixels(transform, edge), palette.window, CAUSAL_EDGE);
+  }
 }
 
 /**
@@ -447,20 +488,41 @@ function overlap(a, b) {
 }
 
 /**
- * Strokes a rectangle, aligned to whole pixels for sharp edges.
  * @param {CanvasRenderingContext2D} ctx
  * @param {Panel} panel
  * @param {Rectangle} rectangle
  * @param {string} color
  * @param {number} width of the line
  */
-function strokeRectangle(ctx, panel, rectangle, color, width) {
-  const [x, y, w, h] = cutOff(panel, rectangle);
-  const [left, top] = [Math.round(x), Math.round(y)];
+function strokeRectangle(ctx, panel, [x, y, w, h], color, width) {
+  const corners = [[x, y], [x + w, y], [x + w, y + h], [x, y + h]];
+  strokePolygons(ctx, panel, [corners], color, width);
+}
+
+/**
+ * Strokes polygons whose sides are parallel to the axes, aligned to whole pixels for sharp edges.
+ * @param {CanvasRenderingContext2D} ctx
+ * @param {Panel} panel
+ * @param {number[][][]} polygons each as its vertices [x, y], in pixels
+ * @param {string} color
+ * @param {number} width of the line
+ */
+function strokePolygons(ctx, panel, polygons, color, width) {
+  const offset = (width % 2) / 2;
   ctx.strokeStyle = color;
   ctx.lineWidth = width;
-  const offset = (width % 2) / 2;
-  ctx.strokeRect(left + offset, top + offset, Math.round(x + w) - left, Math.round(y + h) - top);
+  ctx.beginPath();
+  for (const polygon of polygons) {
+    polygon.forEach(([x, y], i) => {
+      const left = cutInterval(panel.x, panel.w, x, 0)[0];
+      const top = cutInterval(panel.y, panel.h, y, 0)[0];
+      const vertex = [Math.round(left) + offset, Math.round(top) + offset];
+      if (i) ctx.lineTo(...vertex);
+      else ctx.moveTo(...vertex);
+    });
+    ctx.closePath();
+  }
+  ctx.stroke();
 }
 
 /**

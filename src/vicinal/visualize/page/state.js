@@ -218,7 +218,8 @@ function redraw() {
 function updatePanels() {
   const levels = [...state.visibleLevels].sort((a, b) => a - b);
   const extent = viewExtent(state.view);
-  state.panels = arrangePanels(levels, extent, canvas.clientWidth, canvas.clientHeight);
+  const size = [canvas.clientWidth, canvas.clientHeight];
+  state.panels = arrangePanels(levels, extent, headingHeight(state.record), ...size);
 }
 
 /** Recomputes the weights of the selected query and shows them. */

@@ -65,25 +65,16 @@ inline void check_dropout(double rate) {
   STD_TORCH_CHECK(rate >= 0 && rate < 1, "vicinal: dropout_p must be in [0, 1), got ", rate);
 }
 
-// The rows of the windows of each level. Refuses sizes that would have more rows than `n_rows`,
-// the slices that a query has, or fewer.
-inline Sizes count_window_rows(const Sizes& windows, int64_t position_dim, int64_t n_rows) {
-  STD_TORCH_CHECK(position_dim >= 1, "vicinal: position_dim must be at least 1, got ",
-                  position_dim);
-  Sizes rows;
+// Checks that there is a level, that each has a row of its windows, and that all have n_rows.
+inline void check_window_rows(const Sizes& rows, int64_t n_rows) {
   int64_t total = 0;
-  for (int64_t window : windows) {
-    STD_TORCH_CHECK(window >= 1 && window % 2 == 1, "vicinal: windows must be odd, got ", window);
-    int64_t count = 1;
-    for (int64_t axis = 1; axis < position_dim && window > 1 && count <= n_rows; ++axis)
-      STD_TORCH_CHECK(!__builtin_mul_overflow(count, window, &count),
-                      "vicinal: a window has too many rows: ", window, " to the ", position_dim);
-    rows.push_back(count);
-    total += std::min(count, n_rows + 1);
+  for (int64_t count : rows) {
+    STD_TORCH_CHECK(count >= 1 && count <= n_rows, "vicinal: slices must be at least 1 and at most ",
+                    n_rows, ", the columns of plan.starts, got ", count);
+    total += count;
   }
-  STD_TORCH_CHECK(total == n_rows, "vicinal: plan.starts must have ", total,
+  STD_TORCH_CHECK(!rows.empty() && total == n_rows, "vicinal: plan.starts must have ", total,
                   " columns, one per row of the windows, got ", n_rows);
-  return rows;
 }
 
 }  // namespace vicinal

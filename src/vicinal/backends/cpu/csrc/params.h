@@ -30,6 +30,11 @@ struct NeighborSlices {
   int64_t stop(int64_t index) const { return std::min<int64_t>(stops[index], n_points); }
 };
 
+// A row of a window: its first cell, counted from the column of the window's first cell.
+struct WindowRow {
+  int32_t start, width;
+};
+
 enum class Dtype { float32, float64, float16, bfloat16 };
 
 // A strided view of a [rows, heads, width] tensor with contiguous channels (last stride 1).
@@ -52,22 +57,51 @@ struct DropoutParams {
   }
 };
 
+// The rows of the windows, and where windows and points lie along the last axis.
+struct WindowParams {
+  int64_t n_levels = 0, n_cells = 0;       // L, K
+  const int64_t* level_rows = nullptr;     // [L], rows of a window
+  const WindowRow* rows = nullptr;         // [S]
+  const int32_t* first_columns = nullptr;  // [N, L], last coordinate of each window's first cell
+  const int32_t* point_columns = nullptr;  // [nnz], last coordinate of each point, as in `order`
+};
+
+// Calls body(row, column of its first cell, width, number of cells in the rows before) for each row
+// of a query's windows.
+template <typename Body>
+VICINAL_INLINE inline void for_window_rows(const WindowParams& windows, int64_t query,
+                                           const Body& body) {
+  int64_t row = 0, n_cells = 0;
+  for (int64_t level = 0; level < windows.n_levels; ++level) {
+    const uint32_t column = windows.first_columns[query * windows.n_levels + level];
+    for (const int64_t end = row + windows.level_rows[level]; row < end; ++row) {
+      const WindowRow& cells = windows.rows[row];
+      body(row, column + uint32_t(cells.start), int64_t(cells.width), n_cells);
+      n_cells += cells.width;
+    }
+  }
+}
+
 // Keys and values of the cells that hold no point: see vicinal.attention.Background.
 struct BackgroundParams {
   bool active = false;
   Rows query;  // [N * L, H, d]
   Rows key;    // [K, H, d]
   Rows value;  // [B * L, H, dv]
-  int64_t n_images = 0, n_levels = 0, n_cells = 0;  // B, L, K
-  const int64_t* windows = nullptr;         // [L], window size in cells per axis
-  const int64_t* window_rows = nullptr;     // [L], rows of a window: windows ** (P - 1)
-  const int32_t* query_batch = nullptr;     // [N], image of each query
-  const int32_t* center_columns = nullptr;  // [N, L], last coordinate of each window's center
-  const int32_t* point_columns = nullptr;   // [nnz], last coordinate of each point, as in `order`
+  int64_t n_images = 0;                  // B
+  const int32_t* query_batch = nullptr;  // [N], image of each query
   // Backward only. Each chunk of tiles has its own partial sums, so that threads do not share any.
   Rows grad_query;        // [N * L, H, d]
   Rows grad_key_parts;    // [chunks * K, H, d], accumulator dtype
   Rows grad_value_parts;  // [chunks * B * L, H, dv], accumulator dtype
+};
+
+// A number for each cell of the windows, which is added to the logits of what the cell holds.
+struct BiasParams {
+  bool active = false;
+  Rows bias;  // [K, H, 1]
+  // Backward only, as the partial sums of the background.
+  Rows grad_parts;  // [chunks * K, H, 1], accumulator dtype
 };
 
 struct AttentionParams {
@@ -76,7 +110,9 @@ struct AttentionParams {
   NeighborSlices slices;
   const bool* query_mask = nullptr;  // [N], true: masked
   DropoutParams dropout;
+  WindowParams windows;
   BackgroundParams background;
+  BiasParams bias;
   Rows q;               // [N, H, d]
   Rows k;               // [nnz, H, d]
   Rows v;               // [nnz, H, dv]

@@ -10,15 +10,14 @@
 
 namespace vicinal {
 
-// Window row r of query n has the cell keys [center - radius, center + radius] with
-// center = centers[level[r], n] + offset[r].
+// Window row r of query n has the width[r] cell keys from query_keys[level[r], n] + first[r] on.
 struct SliceSearch {
   const int64_t* keys;                     // [n_keys], sorted cell keys of the points
   int64_t n_keys;
-  const int64_t* centers;                  // [L, N], key of the center cell per level
+  const int64_t* query_keys;               // [L, N], key of the window's first cell per level
   const int32_t* traversal;                // [N]
   int64_t n_queries, n_rows, n_levels;     // N, S, L
-  const int64_t *level, *offset, *radius;  // [S], per window row
+  const int64_t *level, *first, *width;    // [S], per window row
   int32_t *starts, *stops;                 // [N, S], output
 };
 
@@ -69,7 +68,7 @@ inline int64_t wrapping_add(int64_t a, int64_t b) { return int64_t(uint64_t(a) +
 VICINAL_INLINE inline void prefetch_query(const SliceSearch& s, int64_t query) {
   if (query < 0 || query >= s.n_queries) return;
   for (int64_t level = 0; level < s.n_levels; ++level)
-    __builtin_prefetch(&s.centers[level * s.n_queries + query]);
+    __builtin_prefetch(&s.query_keys[level * s.n_queries + query]);
   for (int64_t row = 0; row < s.n_rows; row += 16) {
     __builtin_prefetch(&s.starts[query * s.n_rows + row], 1);
     __builtin_prefetch(&s.stops[query * s.n_rows + row], 1);
@@ -78,28 +77,28 @@ VICINAL_INLINE inline void prefetch_query(const SliceSearch& s, int64_t query) {
 constexpr int64_t kPrefetchDistance = 8;  // queries
 
 // Finds the slices of traversal[begin:end]. Consecutive queries of the traversal are neighbors in
-// space: on coarse levels most have the same center cell, whose slices are reused.
+// space: on coarse levels most have the same window, whose slices are reused.
 inline void search_slices(const SliceSearch& s, const SortedKeyIndex& index, int64_t begin,
                           int64_t end) {
-  std::vector<int64_t> centers(s.n_levels);               // [L], of the previous query
+  std::vector<int64_t> keys(s.n_levels);                  // [L], of the previous query
   std::vector<uint8_t> changed(s.n_levels);               // [L]
   std::vector<int32_t> starts(s.n_rows), stops(s.n_rows);  // [S]
-  bool first = true;
+  bool is_first = true;
   for (int64_t i = begin; i < end; ++i) {
     if (i + kPrefetchDistance < end) prefetch_query(s, s.traversal[i + kPrefetchDistance]);
     const int64_t query = s.traversal[i];
     if (query < 0 || query >= s.n_queries) continue;
     for (int64_t level = 0; level < s.n_levels; ++level) {
-      const int64_t center = s.centers[level * s.n_queries + query];
-      changed[level] = first || center != centers[level];
-      centers[level] = center;
+      const int64_t key = s.query_keys[level * s.n_queries + query];
+      changed[level] = is_first || key != keys[level];
+      keys[level] = key;
     }
-    first = false;
+    is_first = false;
     for (int64_t row = 0; row < s.n_rows; ++row) {
       if (!changed[s.level[row]]) continue;
-      const int64_t center = wrapping_add(centers[s.level[row]], s.offset[row]);
-      starts[row] = int32_t(index.lower_bound(wrapping_add(center, -s.radius[row])));
-      stops[row] = int32_t(index.lower_bound(wrapping_add(center, s.radius[row] + 1)));
+      const int64_t first = wrapping_add(keys[s.level[row]], s.first[row]);
+      starts[row] = int32_t(index.lower_bound(first));
+      stops[row] = int32_t(index.lower_bound(wrapping_add(first, s.width[row])));
     }
     std::copy(starts.begin(), starts.end(), s.starts + query * s.n_rows);
     std::copy(stops.begin(), stops.end(), s.stops + query * s.n_rows);

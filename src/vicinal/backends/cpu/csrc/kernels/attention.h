@@ -71,14 +71,20 @@ class AttentionKernel {
   explicit AttentionKernel(const AttentionParams& params)
       : p_(params),
         background_(params.background),
+        n_background_levels_(params.background.active ? params.windows.n_levels : 0),
+        n_background_cells_(params.background.active ? params.windows.n_cells : 0),
+        n_bias_cells_(params.bias.active ? params.windows.n_cells : 0),
         neighbors_(params.slices, params.tile_queries),
-        empty_cells_(params.slices, params.background, params.tile_queries),
+        empty_cells_(params.slices, params.windows, params.background, params.tile_queries),
+        window_cells_(params.slices, params.windows, params.tile_queries),
         kv_buffers_{{PackedTile<L>(params.q.width), PackedTile<L>(params.v.width)},
                     {PackedTile<L>(params.q.width), PackedTile<L>(params.v.width)}},
         cell_keys_(params.q.width),
         grad_keys_(params.q.width),
         grad_values_(params.v.width),
         grad_cell_keys_(params.q.width),
+        bias_(1),
+        grad_bias_(1),
         cell_value_(L::vectors_per_row(params.v.width)) {
     for (QueryState<L>& query : queries_) query.allocate(params);
   }
@@ -107,7 +113,8 @@ class AttentionKernel {
       begin_heads(head);
       grad_keys_.resize_zeros(neighbors_.n_slots);
       grad_values_.resize_zeros(neighbors_.n_slots);
-      if (background_.active) grad_cell_keys_.resize_zeros(1 + background_.n_cells);
+      if (background_.active) grad_cell_keys_.resize_zeros(1 + n_background_cells_);
+      if (p_.bias.active) grad_bias_.resize_zeros(1 + n_bias_cells_);
       for (int first = 0; first < p_.tile_queries; first += kQueryBlock) {
         prefetch_queries(first + kQueryBlock, head, {&p_.q, &p_.out, &p_.grad_out, &p_.grad_q});
         prefetch_points(slot_range(first, head), {&p_.grad_k, &p_.grad_v});
@@ -139,6 +146,7 @@ class AttentionKernel {
   void load(int64_t tile) {
     neighbors_.load(tile, p_.query_mask);
     if (background_.active) empty_cells_.load(neighbors_);
+    if (p_.bias.active) window_cells_.load(neighbors_);
     for (KeyValueBuffer& buffer : kv_buffers_) {
       buffer.keys.resize(neighbors_.n_slots);
       buffer.values.resize(neighbors_.n_slots);
@@ -151,9 +159,12 @@ class AttentionKernel {
   // Swaps the double buffer: the heads packed last become the current ones.
   void begin_heads(int64_t head) {
     std::swap(current_kv_, next_kv_);
-    cell_keys_.resize(1 + background_.n_cells);
-    for (int64_t cell = 0; cell < background_.n_cells; ++cell)
+    cell_keys_.resize(1 + n_background_cells_);
+    for (int64_t cell = 0; cell < n_background_cells_; ++cell)
       pack_row<L>(background_.key, cell, head, 1, cell_keys_.row(1 + cell));
+    bias_.resize(1 + n_bias_cells_);
+    for (int64_t cell = 0; cell < n_bias_cells_; ++cell)
+      pack_row<L>(p_.bias.bias, cell, head, 1, bias_.row(1 + cell));
   }
 
   // Prefetches the query block from `first` on; past the last block, the first of the next heads.
@@ -190,9 +201,11 @@ class AttentionKernel {
       add_row<L>(grad_keys_.row(slot), p_.grad_k, point, head, overwrite);
       add_row<L>(grad_values_.row(slot), p_.grad_v, point, head, overwrite);
     }
-    const int64_t first_row = chunk * background_.n_cells;
-    for (int64_t cell = 0; cell < background_.n_cells; ++cell)
+    const int64_t first_row = chunk * n_background_cells_;
+    for (int64_t cell = 0; cell < n_background_cells_; ++cell)
       add_row<L>(grad_cell_keys_.row(1 + cell), background_.grad_key_parts, first_row + cell, head);
+    for (int64_t cell = 0; cell < n_bias_cells_; ++cell)
+      add_row<L>(grad_bias_.row(1 + cell), p_.bias.grad_parts, chunk * n_bias_cells_ + cell, head);
   }
 
   // Calls body(query) for the queries of the block from `first` on.
@@ -207,15 +220,17 @@ class AttentionKernel {
     }
   }
 
-  // A block of at most kBlockKeys keys of a slot list.
+  // A block of at most kBlockKeys keys of a slot list, and their cells, needed with a bias.
   struct KeyBlock {
-    KeyBlock(const SlotList& list, int64_t begin)
+    KeyBlock(const SlotList& list, const int32_t* list_cells, int64_t begin)
         : slots(list.slots + begin),
+          cells(list_cells + begin),
           n_valid(std::min<int64_t>(kBlockKeys, list.count - begin)),
           count((n_valid + kKeyUnroll<L> - 1) / kKeyUnroll<L> * kKeyUnroll<L>) {
       static_assert(kListPadding % kKeyUnroll<L> == 0 && kBlockKeys % kKeyUnroll<L> == 0);
     }
     const int32_t* slots;          // [count]
+    const int32_t* cells;          // [count], as `WindowCells` numbers them
     const int64_t n_valid, count;  // keys without and with padding
   };
 
@@ -230,7 +245,8 @@ class AttentionKernel {
     for (int64_t begin = 0; begin < max_count; begin += kBlockKeys)
       (for_queries(first, [&](auto& x) {
         const SlotList list = neighbors_.list(x.tile_index);
-        if (begin < list.count) stages(x, KeyBlock(list, begin));
+        const int32_t* cells = p_.bias.active ? window_cells_.list(x.tile_index) : list.slots;
+        if (begin < list.count) stages(x, KeyBlock(list, cells, begin));
       }), ...);
   }
 
@@ -244,8 +260,24 @@ class AttentionKernel {
     return [this, &block](int64_t key) { return p_.dropout.n_originals + block.slots[key] - 1; };
   }
 
-  static void compute_logits(QueryState<L>& x, const KeyBlock& block, const PackedRows<L>& keys) {
+  void compute_logits(QueryState<L>& x, const KeyBlock& block, const PackedRows<L>& keys) {
     gather_dot<L>(keys, block.slots, block.count, x.q.get(), x.softmax.logits);
+    if (!p_.bias.active) return;
+    Real* const logits = reinterpret_cast<Real*>(x.softmax.logits);  // [count, kHeads]
+    for (int64_t key = 0; key < block.count; ++key) {
+      const Real* const bias = reinterpret_cast<const Real*>(bias_.row(block.cells[key]));
+      for (int g = 0; g < L::kHeads; ++g) logits[key * L::kHeads + g] += bias[g];
+    }
+  }
+
+  // Adds the gradients of logits, which the softmax left in their place, to those of the bias.
+  void add_bias_gradients(const QueryState<L>& x, const KeyBlock& block) {
+    if (!p_.bias.active) return;
+    const Real* const grad_logits = reinterpret_cast<const Real*>(x.softmax.logits);
+    for (int64_t key = 0; key < block.count; ++key) {
+      Real* const grad_bias = reinterpret_cast<Real*>(grad_bias_.row(block.cells[key]));
+      for (int g = 0; g < L::kHeads; ++g) grad_bias[g] += grad_logits[key * L::kHeads + g];
+    }
   }
 
   template <typename ColumnOf>
@@ -269,7 +301,7 @@ class AttentionKernel {
                                  current_kv_->values.rows(), x.acc.get());
         });
     for_queries(first, [&](auto& x) {
-      for (int64_t level = 0; level < background_.n_levels; ++level) forward_cells(x, level, head);
+      for (int64_t level = 0; level < n_background_levels_; ++level) forward_cells(x, level, head);
       write_output(x, head);
     });
   }
@@ -296,6 +328,7 @@ class AttentionKernel {
         [&](auto& x, const KeyBlock& block) {
           compute_logits(x, block, current_kv_->keys.rows());
           x.softmax.backward(block.n_valid, block.count, point_column(block));
+          add_bias_gradients(x, block);
         },
         [&](auto& x, const KeyBlock& block) {
           gather_weighted_sum<L>(x.softmax.logits, block.slots, block.count,
@@ -311,7 +344,7 @@ class AttentionKernel {
         });
     for_queries(first, [&](auto& x) {
       unpack_row<L>(x.grad_q.get(), p_.scale, p_.grad_q, x.id, head);
-      for (int64_t level = 0; level < background_.n_levels; ++level)
+      for (int64_t level = 0; level < n_background_levels_; ++level)
         backward_cells(x, level, head, chunk);
     });
   }
@@ -352,13 +385,14 @@ class AttentionKernel {
       compute_logits(x, block, cell_keys_.rows());
       std::fill_n(x.softmax.grad_probs, block.count / L::kLanesPerHead, grad_prob);
       x.softmax.backward(block.n_valid, block.count, cell_column(block));
+      add_bias_gradients(x, block);
       prob_sum += sum_keys<L>(x.softmax.grad_probs, block.count);
       gather_weighted_sum<L>(x.softmax.logits, block.slots, block.count, cell_keys_.rows(),
                              x.grad_q.get());
       scatter_add_outer<L>(x.softmax.logits, block.slots, block.count, x.q.get(),
                            grad_cell_keys_.rows());
     });
-    const int64_t row = x.id * background_.n_levels + level;
+    const int64_t row = x.id * n_background_levels_ + level;
     unpack_row<L>(x.grad_q.get(), p_.scale, background_.grad_query, row, head);
     add_cell_value_gradient(x, level, head, chunk, prob_sum);
   }
@@ -370,13 +404,13 @@ class AttentionKernel {
     const V* grad_out = x.grad_out.get();
     for (int64_t j = 0; j < x.value_vectors; ++j)
       cell_value_[j] = prob_sum == 0 ? V{} : prob_sum * grad_out[j];
-    const int64_t row = (chunk * background_.n_images + image) * background_.n_levels + level;
+    const int64_t row = (chunk * background_.n_images + image) * n_background_levels_ + level;
     add_row<L>(cell_value_.get(), background_.grad_value_parts, row, head);
   }
 
   // Loads the query vector and the value for the empty cells of a level.
   void load_level(QueryState<L>& x, int64_t level, int64_t head) {
-    const int64_t n_levels = background_.n_levels;
+    const int64_t n_levels = n_background_levels_;
     pack_row<L>(background_.query, x.id * n_levels + level, head, p_.scale, x.q.get());
     std::fill_n(cell_value_.get(), x.value_vectors, V{});
     const int64_t image = empty_cells_.image_ids[x.tile_index];
@@ -387,13 +421,16 @@ class AttentionKernel {
   template <typename Body>
   void for_cell_blocks(const QueryState<L>& x, int64_t level, const Body& body) {
     const SlotList cells = empty_cells_.list(x.tile_index, level);
-    for (int64_t begin = 0; begin < cells.count; begin += kBlockKeys) body(KeyBlock(cells, begin));
+    for (int64_t begin = 0; begin < cells.count; begin += kBlockKeys) body(KeyBlock(cells, cells.slots, begin));
   }
 
   const AttentionParams& p_;
   const BackgroundParams& background_;
+  const int64_t n_background_levels_, n_background_cells_;  // L, K; zero without a background
+  const int64_t n_bias_cells_;                              // K; zero without a bias
   TileNeighbors neighbors_;
   EmptyCells empty_cells_;
+  WindowCells window_cells_;
   struct KeyValueBuffer {
     PackedTile<L> keys, values;  // [n_slots, key_vectors], [n_slots, value_vectors]
   };
@@ -403,6 +440,7 @@ class AttentionKernel {
   PackedTile<L> grad_keys_;       // [n_slots, key_vectors]
   PackedTile<L> grad_values_;     // [n_slots, value_vectors]
   PackedTile<L> grad_cell_keys_;  // [1 + K, key_vectors]
+  PackedTile<L> bias_, grad_bias_;  // [1 + K, 1], of each row the first kHeads lanes
   QueryState<L> queries_[kQueryBlock];
   Buffer<V> cell_value_;  // [value_vectors], of the current query and level, or its gradient
 };

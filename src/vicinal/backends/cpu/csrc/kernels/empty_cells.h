@@ -7,14 +7,18 @@ namespace vicinal::VICINAL_ISA {
 // the K cells of all windows; slot 0 is padding.
 class EmptyCells {
  public:
-  EmptyCells(const NeighborSlices& slices, const BackgroundParams& background, int64_t tile_queries)
+  EmptyCells(const NeighborSlices& slices, const WindowParams& windows,
+             const BackgroundParams& background, int64_t tile_queries)
       : slices_(slices),
+        windows_(windows),
         background_(background),
-        tile_queries_(tile_queries),
-        list_begins_(tile_queries * background.n_levels),
-        list_counts_(tile_queries * background.n_levels),
-        slots_(tile_queries * (background.n_cells + background.n_levels * kListPadding)),
-        occupied_(background.n_cells) {}
+        tile_queries_(tile_queries) {
+    if (!background.active) return;
+    list_begins_.resize(tile_queries * windows.n_levels);
+    list_counts_.resize(tile_queries * windows.n_levels);
+    slots_.resize(tile_queries * (windows.n_cells + windows.n_levels * kListPadding));
+    occupied_.resize(windows.n_cells);
+  }
 
   void load(const TileNeighbors& neighbors) {
     int64_t end = 0;
@@ -29,7 +33,7 @@ class EmptyCells {
   }
 
   SlotList list(int i, int64_t level) const {
-    const int64_t index = i * background_.n_levels + level;
+    const int64_t index = i * windows_.n_levels + level;
     return {&slots_[list_begins_[index]], list_counts_[index]};
   }
 
@@ -38,10 +42,12 @@ class EmptyCells {
  private:
   // Writes the lists of query i from slots_[end] on. Returns their end.
   VICINAL_INLINE int64_t write_lists(int i, bool valid, int64_t end) {
-    int64_t cell = 0;
-    for (int64_t level = 0; level < background_.n_levels; ++level) {
-      const int64_t last = cell + background_.window_rows[level] * background_.windows[level];
-      const int64_t index = i * background_.n_levels + level;
+    int64_t cell = 0, row = 0;
+    for (int64_t level = 0; level < windows_.n_levels; ++level) {
+      int64_t last = cell;
+      for (const int64_t end_row = row + windows_.level_rows[level]; row < end_row; ++row)
+        last += windows_.rows[row].width;
+      const int64_t index = i * windows_.n_levels + level;
       list_begins_[index] = end;
       for (; valid && cell < last; ++cell)
         if (!occupied_[cell]) slots_[end++] = int32_t(1 + cell);
@@ -54,27 +60,23 @@ class EmptyCells {
 
   void mark_occupied(int64_t query) {
     std::fill(occupied_.begin(), occupied_.end(), 0);
-    int64_t slice = query * slices_.n_slices, first_cell = 0;
-    for (int64_t level = 0; level < background_.n_levels; ++level) {
-      const int64_t window = background_.windows[level];
-      const uint32_t center = background_.center_columns[query * background_.n_levels + level];
-      for (int64_t row = 0; row < background_.window_rows[level]; ++row) {
-        mark_row(slice, center, window, first_cell);
-        ++slice, first_cell += window;
-      }
-    }
+    for_window_rows(windows_, query, [&](int64_t row, uint32_t column, int64_t width, int64_t cell) {
+      mark_row(query * slices_.n_slices + row, column, width, cell);
+    });
   }
 
-  // Marks the cells of one window row that hold a point of its slice.
-  VICINAL_INLINE void mark_row(int64_t slice, uint32_t center, int64_t window, int64_t first_cell) {
+  // Marks the cells of one window row, from `first_column` on, that hold a point of its slice.
+  VICINAL_INLINE void mark_row(int64_t slice, uint32_t first_column, int64_t width,
+                               int64_t first_cell) {
     for (int64_t i = slices_.start(slice), stop = slices_.stop(slice); i < stop; ++i) {
       // Columns are stored modulo 2^32, and so is their difference, which is small.
-      const int64_t column = int32_t(background_.point_columns[i] - center) + window / 2;
-      if (column >= 0 && column < window) occupied_[first_cell + column] = 1;
+      const int64_t column = int32_t(windows_.point_columns[i] - first_column);
+      if (column >= 0 && column < width) occupied_[first_cell + column] = 1;
     }
   }
 
   const NeighborSlices& slices_;
+  const WindowParams& windows_;
   const BackgroundParams& background_;
   const int64_t tile_queries_;
   std::vector<int64_t> list_begins_, list_counts_;  // [tile_queries, L], of each list in slots_

@@ -8,5 +8,6 @@
 #include "online_softmax.h"
 #include "tile_neighbors.h"
 #include "empty_cells.h"
+#include "window_cells.h"
 #include "attention.h"
 #include "rotary.h"
