@@ -24,9 +24,7 @@ WINDOWS_3D = (3, 3, 5, 5)
 # What `vicinal.suggest_windows` proposes for 80 neighbors, see docs/windows.md.
 WINDOWS_LIDAR = (5, 5, (7, 7, 1), (7, 5, 1))
 _PAST = (False, False, True)
-WINDOWS_EVENTS = tuple(
-    Window(size, causal=_PAST) for size in ((7, 7, 7), (5, 5, 4), (5, 3, 3), (5, 3, 3))
-)
+WINDOWS_EVENTS = tuple(Window(size, causal=_PAST) for size in (7, (5, 5, 4), (5, 3, 3), (5, 3, 3)))
 LIDAR_HEIGHT, LIDAR_RANGE, LIDAR_CELL, LIDAR_NOISE = 1.8, 60.0, 0.1, 0.02  # meters
 LIDAR_TURNS = 2000  # directions around the vertical axis
 

@@ -68,7 +68,7 @@ def test_suggested_windows_are_those_of_the_benchmarks() -> None:
 
 
 @pytest.mark.parametrize("make", [particle_tracks, tracks_in_volume])
-@pytest.mark.parametrize("target", [40, 80, 200])
+@pytest.mark.parametrize("target", [80, 200])
 def test_levels_of_tracks_share_the_neighbors(make: Any, target: float) -> None:
     pyramid = pyramid_of(make(60, size=100))
     mean = mean_neighbors(pyramid, suggest_windows(pyramid, target))

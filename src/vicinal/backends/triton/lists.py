@@ -84,18 +84,9 @@ def write_lists(tiles, windows, n_rows, n_columns, n_items, n_runs, n_blocks, n_
                 walk, first + entry, runs, column_levels
             )  # [BLOCK] each
             pair_mask = window_mask(
-                walk,
-                row,
-                level,
-                row_valid,
-                item,
-                item_level,
-                item_valid,
-                DIM,
-                LEVELS,
-                BALL_ROWS,
-                ROWS_ARE_QUERIES,
-            )  # [ROWS, BLOCK]
+                walk, row, level, row_valid, item, item_level, item_valid, DIM, LEVELS, BALL_ROWS,
+                ROWS_ARE_QUERIES, False,
+            )  # [ROWS, BLOCK]  # fmt: skip
             members = tl.sum(tl.where(pair_mask, bit[:, None], 0), 0)  # [BLOCK]
             offset = position + first + entry  # [BLOCK]
             mask = (first + entry < n_entries) & (offset < stop)  # [BLOCK]

@@ -237,7 +237,7 @@ def in_ball(walk, level, box_row, step, pair_mask, DIM: tl.constexpr, BALL_ROWS:
 def window_mask(
     walk, row, row_level, row_valid, item, item_level, item_valid,
     DIM: tl.constexpr, LEVELS: tl.constexpr, BALL_ROWS: tl.constexpr,
-    ROWS_ARE_QUERIES: tl.constexpr,
+    ROWS_ARE_QUERIES: tl.constexpr, FEW_REGISTERS: tl.constexpr,
 ):  # fmt: skip
     """The pair mask, bool ``[ROWS, BLOCK]``: which pairs of a row and a column are neighbors.
 
@@ -250,6 +250,8 @@ def window_mask(
         LEVELS: number of levels.
         BALL_ROWS: the length of `WindowArguments.box_rows`; 0 where all windows are boxes.
         ROWS_ARE_QUERIES: whether rows are queries and columns points, or the other way round.
+        FEW_REGISTERS: whether to load the sizes of windows row by row, not as scalars, which takes
+            more instructions.
     """
     group = load_group(walk, row, row_level, row_valid)  # [ROWS]
     n_items = tl.zeros_like(item) + walk.n_items  # [BLOCK], int64, as are all offsets
@@ -257,7 +259,10 @@ def window_mask(
     item_group = tl.load(walk.tiles.column_groups + offset, mask=item_valid, other=-1)  # [BLOCK]
     row_active = group >= 0  # [ROWS]
     # A scalar or [ROWS, 1].
-    level = row_level if ROWS_ARE_QUERIES else group_level(group, LEVELS)[:, None]
+    if ROWS_ARE_QUERIES and not FEW_REGISTERS:
+        level = row_level
+    else:
+        level = group_level(group, LEVELS)[:, None]
     pair_mask = row_active[:, None] & (group[:, None] == item_group[None, :])  # [ROWS, BLOCK]
     box_row = tl.zeros([1, 1], tl.int32)  # [ROWS, BLOCK] from the first axis on
     for axis in tl.static_range(DIM):
@@ -301,6 +306,6 @@ def search_columns(walk, row, row_valid, level, first, runs,
     item, valid, item_level = load_columns(walk, entry, runs, 1 if ROWS_ARE_QUERIES else LEVELS)
     pair_mask = window_mask(
         walk, row, level, row_valid, item, item_level, valid, DIM, LEVELS, BALL_ROWS,
-        ROWS_ARE_QUERIES,
+        ROWS_ARE_QUERIES, True,
     )  # fmt: skip
     return item, valid, pair_mask

@@ -155,7 +155,8 @@ std::tuple<Tensors, Tensor> run_backward(AttentionArguments& arguments) {
   int64_t max_chunks = std::numeric_limits<int32_t>::max(), n_summed = 0;
   if (background.active) n_summed += arguments.background[1].numel();
   if (bias.active) n_summed += arguments.bias.numel();
-  if (n_summed) max_chunks = std::clamp<int64_t>((1 << 22) / (n_summed + 1), 4, 512);
+  const int64_t most = background.active ? 32 : 512;
+  if (n_summed) max_chunks = std::clamp<int64_t>((1 << 22) / (n_summed + 1), 4, most);
   BackwardSchedule schedule = arguments.schedule(max_chunks);
   Tensors grads, parts;
   if (background.active) {
