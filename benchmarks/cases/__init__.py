@@ -107,6 +107,7 @@ def _on_cpu(s: Settings) -> list[Ladder]:
         cases[f"compute/{name}"] = partial(_on, make, block.compute, s.repeats)
         cases[f"stages/{name}"] = partial(_on, make, block.stages, s.repeats)
         cases[f"memory/{name}"] = partial(_on, make, block.memory)
+    cases["plan-check"] = partial(_on, s.layer, block.plan_check, s.repeats)
     cases["windows/shapes"] = partial(_on, scenes["volume"], windows.shapes, s.few_repeats)
     cases["windows/bias"] = partial(_on, s.layer, windows.bias, s.repeats)
     cases["windows/plan"] = partial(_on, s.layer, windows.plan, s.repeats)

@@ -91,6 +91,22 @@ def plan(layer: Layer, repeats: int) -> Figures:
     return figures
 
 
+def plan_check(layer: Layer, repeats: int) -> Figures:
+    """Checks of a plan against its arguments over the block's forward pass with that plan: for the
+    positions that it was made for, and for ones that moved within their cells.
+    """
+    # Private, so not at the top: `benchmarks.compare` loads this module with other commits.
+    from vicinal.nn.plan_checks import check_plan
+
+    windows, plan = layer.block.neighborhood_sizes, layer.plan
+    moved = layer.positions + 0.4 * torch.rand_like(layer.positions)
+    calls: dict[str, Call] = {
+        name: partial(check_plan, plan, positions, layer.offsets, layer.pyramid, windows)
+        for name, positions in (("same", layer.positions), ("moved", moved))
+    }
+    return over_last(layer, calls | {"forward": layer.whole(plan).forward}, repeats, "forward")
+
+
 def stages(layer: Layer, repeats: int) -> Figures:
     """Times of every stage, the whole block and the GEMM floor, forward and in a training step.
 

@@ -1,6 +1,7 @@
 """Multi-level sparse neighborhood attention for PyTorch."""
 
 from ._index.copies import PointCopies
+from ._plan.statistics import NeighborStatistics
 from ._version import __version__
 from .attention import (
     Background,
@@ -14,7 +15,7 @@ from .nn.deformable import SparseDeformableAttention
 from .nn.earlier_checkpoints import export_state_dict
 from .nn.rotary import FreqGroupPattern, RotaryEncoding
 from .placement import QueryPlacement
-from .plan import NeighborhoodPlan, NeighborStatistics, plan_neighborhoods
+from .plan import NeighborhoodPlan, plan_neighborhoods
 from .pyramid import FeaturePyramid
 from .suggest import suggest_windows
 from .voxels import Voxels, voxelize

@@ -9,7 +9,7 @@ as well.
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,18 +17,17 @@ from torch import Tensor
 from ._index.cell_keys import CellKeys
 from ._index.copies import PointCopies
 from ._index.kernel_tables import KernelTables, kernel_tables
-from ._index.plan_checks import check_plan_facts, check_plan_points, refuse_plan
 from ._index.tiles import GroupedCells, find_tiles
-from ._plan.keyed_cells import KeyedCells, Queries, in_equal_cells, query_cells
+from ._plan.keyed_cells import KeyedCells, Queries
 from ._plan.search import find_plan
+from ._plan.statistics import NeighborStatistics, count_neighbors, summarize
 from ._utils.checks import (
     LevelShapes,
     as_tensor,
     check_rows,
-    reads_contents,
     refuse,
 )
-from ._utils.constants import execution_mode, trainable_tensors, widest_dtype
+from ._utils.constants import execution_mode, trainable_tensors
 from .backends import choose_backend
 from .backends.reference import list_pairs, search_slices
 from .backends.types import (
@@ -40,7 +39,7 @@ from .backends.types import (
     PlanTensors,
     Tiles,
 )
-from .placement import check_placement, query_images
+from .placement import check_placement
 from .pyramid import FeaturePyramid
 from .window_shapes import (
     Window,
@@ -55,47 +54,6 @@ from .windows import as_query_levels
 
 _INT32_MAX = 2**31 - 1
 T = TypeVar("T")
-
-
-class NeighborStatistics(NamedTuple):
-    """How many neighbors queries have on each level. `NeighborhoodPlan.neighbors_per_level` finds
-    it.
-
-    Numbers are points per query. A copy of a point beyond the seam of a periodic axis counts as a
-    neighbor of its own. All tensors are ``[L]``, and zero where there are no queries.
-
-    Attributes:
-        mean: float64 (float32 on Apple's GPUs).
-        median: int64, the least number that at least half of the queries do not exceed.
-        percentile_99: int64, the least number that at least 99 % of the queries do not exceed.
-        largest: int64.
-
-    Example:
-        ```python
-        import torch
-        from vicinal import FeaturePyramid, plan_neighborhoods
-
-        points = torch.tensor([[0, 3, 4], [0, 3, 5], [0, 9, 9]])  # image, row, column
-        pyramid = FeaturePyramid.from_points(points, torch.ones(3, 8), (16, 16), 1, strides=(1, 2))
-        offsets = pyramid.batch_offsets()
-        plan = plan_neighborhoods(pyramid.positions(), offsets, pyramid, neighborhood_sizes=[3, 3])
-        statistics = plan.neighbors_per_level()
-        assert statistics.largest.tolist() == [2, 1]
-        print(statistics.mean)  # tensor([1.6000, 1.0000], dtype=torch.float64)
-        ```
-    """
-
-    mean: Tensor
-    median: Tensor
-    percentile_99: Tensor
-    largest: Tensor
-
-    def describe(self) -> str:
-        """Returns the numbers in one line, as the plan's repr shows them."""
-        means = ", ".join(f"{mean:.1f}" for mean in self.mean.tolist())
-        names = ("median", self.median), ("99 %", self.percentile_99), ("largest", self.largest)
-        counts = [f"{name} {', '.join(map(str, count.tolist()))}" for name, count in names]
-        return "; ".join((f"mean {means}", *counts))
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -178,7 +136,7 @@ class NeighborhoodPlan:
 
     def counts(self) -> Tensor:
         """Returns the number of neighbors of each query, int64 ``[N]``."""
-        return self._counts_per_level().sum(0)
+        return count_neighbors(self._tensors).sum(0)
 
     def neighbors_per_level(self) -> NeighborStatistics:
         """Returns mean, median, 99th percentile and largest number of neighbors per query, for each
@@ -187,28 +145,7 @@ class NeighborhoodPlan:
         Queries without neighbors count, also invalid ones. The tensors are on the plan's device; on
         a GPU, to read them synchronizes.
         """
-        return self._statistics(self._counts_per_level())
-
-    def _counts_per_level(self) -> Tensor:
-        """The number of neighbors of each query on each level, int64 ``[L, N]``."""
-        slices, n_slices = self._tensors.query_slices, self._tensors.slices_per_level()
-        parts = zip(slices.starts.split(n_slices, 1), slices.stops.split(n_slices, 1), strict=True)
-        # In int32, which holds the number of points: several times as fast.
-        counts = [(stops - starts).sum(1, dtype=torch.int32) for starts, stops in parts]
-        return torch.stack(counts).long()
-
-    def _statistics(self, counts: Tensor) -> NeighborStatistics:
-        """The statistics of ``counts`` ``[L, N]``."""
-        n, dtype = self.n_queries, widest_dtype(self.device)
-        if n == 0:
-            zero = counts.new_zeros(self.n_levels)
-            return NeighborStatistics(zero.to(dtype), zero, zero, zero)
-        return NeighborStatistics(
-            counts.to(dtype).mean(1),
-            counts.kthvalue(-(-n // 2)).values,
-            counts.kthvalue(-(-99 * n // 100)).values,
-            counts.amax(1),
-        )
+        return summarize(count_neighbors(self._tensors))
 
     def pairs(self, queries: Tensor | None = None) -> Tensor:
         """Lists (query, point) rows, int64 ``[M, 2]``, query by query.
@@ -279,8 +216,8 @@ class NeighborhoodPlan:
         vars(self).update(state, _created_in=mode)
 
     def __repr__(self) -> str:
-        counts = self._counts_per_level()
-        by_level, of_queries = self._statistics(counts), counts.sum(0)
+        counts = count_neighbors(self._tensors)
+        by_level, of_queries = summarize(counts), counts.sum(0)
         largest = int(of_queries.max()) if len(of_queries) else 0
         return (
             f"NeighborhoodPlan(queries={self.n_queries}, points={self.n_points}, "
@@ -514,66 +451,6 @@ def tensors_for(plan: NeighborhoodPlan, backend: Backend, *, points_need_grad: b
         query_tiles=plan._query_tiles(*find),
         point_tiles=plan._point_tiles(*find) if points_need_grad else None,
     )
-
-
-def check_plan(
-    plan: NeighborhoodPlan,
-    positions: Tensor,
-    offsets: Tensor,
-    pyramid: FeaturePyramid,
-    neighborhood_sizes: tuple[int | tuple[int, ...] | Window, ...],
-    query_levels: Tensor | None = None,
-    check_contents: bool | None = None,
-) -> None:
-    """Raises ValueError unless ``plan`` was made for these queries, points and windows.
-
-    Queries may have moved within their cells. On a GPU only what needs no synchronization is
-    compared, unless ``check_contents`` is True.
-
-    Args:
-        plan: the plan to check.
-        positions, offsets, pyramid: of the queries and points, as `check_placement` returns them.
-        neighborhood_sizes: of each level, as `as_windows` returns them.
-        query_levels: ``[N]``, or None. Without causal axes nothing depends on them.
-        check_contents: whether to compare tensor contents. None: on the CPU only.
-    """
-    facts = {
-        "neighborhood_sizes": (plan.neighborhood_sizes, neighborhood_sizes),
-        "level_spatial_shapes": (plan.level_shapes, pyramid.level_shapes),
-        "periodic_axes": (plan.periodic_axes, pyramid.periodic_axes),
-        "number of images": (plan.batch_size, pyramid.batch_size),
-        "number of queries": (plan.n_queries, positions.shape[0]),
-        "device": (plan.device, positions.device),
-    }
-    check_plan_facts(plan, facts)
-    planned_points = plan._keyed_cells.coordinates[: plan.n_points]
-    check_plan_points(plan, planned_points, pyramid, check_contents)
-    if not reads_contents(check_contents, plan.device):
-        return
-    if not torch.equal(query_images(positions, offsets, plan.batch_size).int(), plan.query_batch):
-        refuse_plan(plan, "images", "query_batch_offsets")
-    check_plan_queries(plan, Queries(positions, offsets, query_levels), pyramid)
-
-
-def check_plan_queries(plan: NeighborhoodPlan, queries: Queries, pyramid: FeaturePyramid) -> None:
-    """Raises ValueError unless the queries fall into the cells that ``plan`` was made for."""
-    planned, planned_levels = plan._keyed_cells.positions, plan._keyed_cells.query_levels
-    if not causal_axes(plan._windows):
-        queries = queries._replace(levels=None)
-    levels = queries.levels
-    equal_levels = planned_levels is None and levels is None
-    if planned_levels is not None and levels is not None:
-        equal_levels = torch.equal(planned_levels, levels)
-        if not equal_levels:
-            refuse_plan(plan, "query levels", "query_level_indices")
-    equal_dtypes = planned.dtype == queries.positions.dtype
-    if equal_levels and equal_dtypes and in_equal_cells(planned, queries.positions, pyramid):
-        return
-    _, anchors = query_cells(queries, pyramid, plan._windows)
-    first_cells = plan._cell_keys().first_cells(anchors)
-    if not torch.equal(first_cells, plan._keyed_cells.first_cells.long()):
-        names = "query_spatial_positions", "query_level_indices"
-        refuse_plan(plan, "query cells", names[0] if equal_levels else " and ".join(names))
 
 
 def _plan(

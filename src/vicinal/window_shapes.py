@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+from torch import Tensor
 
 from ._utils.checks import LevelShapes, as_integer, as_integers, as_list, describe, refuse
 
@@ -139,7 +140,7 @@ class AxisWindows(NamedTuple):
 
     def is_plain(self) -> bool:
         """Whether it is neither dilated nor causal, and key coordinates are cells."""
-        in_order = list(self.key_axes()) == sorted(self.key_axes())
+        in_order = self.key_axes() == tuple(range(len(self.sizes)))
         return max(self.dilations) == 1 and not any(self.causal) and in_order
 
     def is_box(self) -> bool:
@@ -148,8 +149,9 @@ class AxisWindows(NamedTuple):
 
 
 Windows = tuple[AxisWindows, ...]  # one per level
-WindowsLike = Any
-"""``neighborhood_sizes``: a sequence of ints, tuples of ints or `Window`, or integers ``[L]``."""
+# Type checkers see a list of ints and windows as one of objects.
+WindowsLike = Tensor | Sequence[Any]
+"""``neighborhood_sizes``: an int, ints per axis or `Window` for each level; or integers ``[L]``."""
 
 
 class WindowRow(NamedTuple):

@@ -174,33 +174,29 @@ def window_anchors(
     columns = list(anchors.unbind(2))
     for axis in axes:
         sizes = [shape[axis] for shape in level_shapes]
-        own = query_levels if query_levels is not None else sizes.index(max(sizes))
+        own = query_levels
+        if own is None:
+            own = anchors.new_full(anchors.shape[1:2], sizes.index(max(sizes)))
         causal = constant([int(window.causal[axis]) for window in windows], anchors.device).bool()
         complete = _last_complete_cells(columns[axis], sizes, own)
         columns[axis] = torch.where(causal[:, None], complete, columns[axis])
     return torch.stack(columns, 2)
 
 
-def _last_complete_cells(cells: Tensor, sizes: Sequence[int], own: Tensor | int) -> Tensor:
+def _last_complete_cells(cells: Tensor, sizes: Sequence[int], own: Tensor) -> Tensor:
     """``[L, N]``: along one axis, the last cell of each level that is complete at the end of a
     query's own cell: that of its level ``own`` ``[N]`` among ``cells`` ``[L, N]``.
 
     ``sizes`` ``[L]`` are those of the levels, of which each two divide one another. Cells far
     beyond the map are clamped where products would overflow.
     """
-    if isinstance(own, int):
-        ratios = [_ratio(size, sizes[own]) for size in sizes]
-        end = cells[own] + 1
-        limits = [2**62 // n for n, _ in ratios]
-        pairs = zip(ratios, limits, strict=True)
-        return torch.stack([end.clamp(-limit, limit) * n // d - 1 for (n, d), limit in pairs])
     device = cells.device
-    ratios_of = [[_ratio(size, other) for other in sizes] for size in sizes]
+    ratios = [[_ratio(size, other) for other in sizes] for size in sizes]
     numerator, denominator = (
-        constant([[ratio[part] for ratio in row] for row in ratios_of], device)[:, own]
+        constant([[ratio[part] for ratio in row] for row in ratios], device)[:, own]
         for part in range(2)
     )
-    limit = constant([[2**62 // ratio[0] for ratio in row] for row in ratios_of], device)[:, own]
+    limit = constant([[2**62 // ratio[0] for ratio in row] for row in ratios], device)[:, own]
     end = torch.minimum(torch.maximum(cells.gather(0, own[None]) + 1, -limit), limit)
     return torch.div(end * numerator, denominator, rounding_mode="floor") - 1
 

@@ -30,7 +30,7 @@ from torch import Tensor
 from vicinal import FeaturePyramid, NeighborhoodPlan, Window, backends, plan_neighborhoods
 from vicinal._index.kernel_tables import KernelTables, kernel_tables
 from vicinal.nn.block import key_coordinates
-from vicinal.plan import check_plan
+from vicinal.nn.plan_checks import check_plan
 from vicinal.window_shapes import windows_on_axes
 from vicinal.windows import coordinate_dtype
 

@@ -24,7 +24,7 @@ from ..attention import (
 )
 from ..backends import check_backend, choose_backend, prepare_backends
 from ..backends.reference import apply_rotary
-from ..plan import NeighborhoodPlan, check_plan, plan_neighborhoods
+from ..plan import NeighborhoodPlan, plan_neighborhoods
 from ..pyramid import FeaturePyramid
 from ..window_shapes import WindowsLike, as_windows, count_cells, window_offsets, windows_on_axes
 from ..windows import (
@@ -37,6 +37,7 @@ from ..windows import (
 from ._base import Inputs, SparseAttention, check_sizes
 from ._earlier_keys import rename_earlier_keys
 from .initialized import reset_children
+from .plan_checks import check_plan
 from .projections import add_projected, is_inactive_dropout, project
 from .rotary import RotaryEncoding, as_axis_scales, as_freq_group_pattern, check_equal_groups
 

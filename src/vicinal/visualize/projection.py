@@ -14,7 +14,7 @@ from torch import Tensor
 from .._utils.checks import LevelShapes, as_integer, as_tensor, check_finite, check_tensor, refuse
 from .._utils.ragged import offsets_from_counts
 from ..pyramid import FeaturePyramid
-from ..window_shapes import windows_on_axes
+from ..window_shapes import as_windows, windows_on_axes
 from ..windows import full_shape, level_scales, window_anchors
 from .outlines import ProjectedWindows, name_window, outline_window
 from .record import AttentionRecord, check_record, check_text
@@ -265,7 +265,8 @@ def _project_windows(record: AttentionRecord, cells: ProjectedCells) -> Projecte
         return None
     pyramid, projection = cells.pyramid, cells.projection
     shapes, axes = pyramid.level_shapes, pyramid.periodic_axes
-    windows = windows_on_axes(record.neighborhood_sizes, pyramid.position_dim)
+    dim = pyramid.position_dim
+    windows = windows_on_axes(as_windows(record.neighborhood_sizes, pyramid.n_levels, dim), dim)
     levels = None if record.levels is None else record.levels.cpu().long()
     anchors = window_anchors(record.positions.cpu(), shapes, windows, levels, axes).double()
     scales = level_scales(shapes, anchors)[:, None]  # [L, 1, P]

@@ -151,7 +151,8 @@ void zero_unwritten(const Tensor& grad, const std::vector<int32_t>& heads_writte
 std::tuple<Tensors, Tensor> run_backward(AttentionArguments& arguments) {
   BackgroundParams& background = arguments.params.background;
   BiasParams& bias = arguments.params.bias;
-  // Each chunk has its own partial sums, so their memory bounds the number of chunks.
+  // Each chunk has its own partial sums, so their memory bounds the number of chunks. Those of a
+  // bias are small; many chunks share the work more evenly.
   int64_t max_chunks = std::numeric_limits<int32_t>::max(), n_summed = 0;
   if (background.active) n_summed += arguments.background[1].numel();
   if (bias.active) n_summed += arguments.bias.numel();
