@@ -92,12 +92,23 @@ def against(
             f"{kind}_seconds_vicinal": timings.median("vicinal"),
             f"{kind}_over_vicinal": timings.ratio("baseline", "vicinal"),
         }
+        if "mask_seconds" in figures:
+            figures[f"{kind}_with_mask_over_vicinal_with_plan"] = _prepared_ratio(figures, kind)
     if layer.device.type == "cuda" or sys.platform == "linux":
         calls = [getattr(work, kinds[-1]) for work in (baseline, vicinal)]
         peak, peak_vicinal = (peak_memory(call, layer.device).of_call for call in calls)
         figures |= {"peak_bytes": peak, "peak_bytes_vicinal": peak_vicinal}
         figures["memory_over_vicinal"] = peak / max(peak_vicinal, 1)
     return figures
+
+
+def _prepared_ratio(figures: Figures, kind: str) -> float:
+    """The baseline with the time for its mask, over the library with the time for its plan."""
+    baseline, own = (
+        sum(float(figures[f"{name}_seconds{suffix}"]) for name, suffix in parts)
+        for parts in ((("mask", ""), (kind, "")), (("plan", ""), (kind, "_vicinal")))
+    )
+    return baseline / own
 
 
 def _random_like(x: Tensor) -> Tensor:

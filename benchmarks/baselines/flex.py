@@ -27,7 +27,7 @@ def prepare(layer: Layer) -> Comparison:
         return compiled(mask_of(layer), None, None, len(layer), len(layer), str(layer.device))
 
     mask, vicinal = make_mask(), layer.attention()
-    extra = layer.time({"mask": make_mask}, 1).medians()
+    extra = layer.time({"mask": make_mask, "plan": layer.make_plan}, 1).medians()
     extra["blocks_skipped_percent"] = max(0.0, float(mask.sparsity()))
     # To try it on the compiled function would make PyTorch give up compiling it, silently.
     few = torch.zeros(1, 1, 16, 16, device=layer.device)

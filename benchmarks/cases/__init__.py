@@ -79,7 +79,7 @@ Ladder = dict[str, Case]
 """Cases by name, of which the next runs only where one lacks memory."""
 
 MILLION, SPEED = "million", "speed"  # the study runs them only where asked to
-BASELINES_ON_GPU = ("gathering", "pairs", "pairs-block", "flex", "flex-sorted")
+BASELINES_ON_GPU = ("gathering", "pairs", "pairs-block", "edges", "flex", "flex-sorted")
 
 
 def all_cases(settings: Settings) -> dict[str, Case]:
