@@ -79,13 +79,12 @@ class Window:
 
     def on_axes(self, position_dim: int) -> "AxisWindows":
         """The same with one entry per axis."""
-
-        def per_axis(value: T | tuple[T, ...]) -> tuple[T, ...]:
-            return value if isinstance(value, tuple) else (value,) * position_dim
-
-        is_ball = self.shape == "ball"
-        sizes, dilations = per_axis(self.size), per_axis(self.dilation)
-        return AxisWindows(sizes, dilations, per_axis(self.causal), is_ball)
+        return AxisWindows(
+            _on_axes(self.size, position_dim),
+            _on_axes(self.dilation, position_dim),
+            _on_axes(self.causal, position_dim),
+            is_ball=self.shape == "ball",
+        )
 
     def __repr__(self) -> str:
         given = [f"dilation={self.dilation}"] if self.dilation != 1 else []
@@ -338,6 +337,10 @@ def _per_axis(
     elif (single := convert(value)) is not None:
         return single
     refuse(argument, expected, describe(value))
+
+
+def _on_axes(value: T | tuple[T, ...], position_dim: int) -> tuple[T, ...]:
+    return value if isinstance(value, tuple) else (value,) * position_dim
 
 
 def _as_bool(value: Any) -> bool | None:
