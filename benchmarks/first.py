@@ -80,7 +80,7 @@ def all_steps(out: Path) -> list[Step]:
     return [
         Step("gpu tests", 90, _sharded(min(shards, 4), "tests/test_gpu.py")),
         Step("triton tests", 100, _sharded(shards, *triton_tests())),
-        _study(out, "figures", 90, "attention", "plan", "compute", "replayed"),
+        _study(out, "figures", 90, "attention", "plan", "kernels", "compute", "replayed"),
         Step("cost model and ncu", 60, [_python("benchmarks.kernels", "--costs"), profile]),
         _study(out, "sweep", 50, "sweep"),
         _study(out, "flex", 40, "agreement/flex", "baselines/flex"),

@@ -123,6 +123,39 @@ def as_cuda_graph(call: Call, device: torch.device) -> Call:
     return graph.replay
 
 
+def kernel_seconds(call: Call, repeats: int, device: torch.device) -> dict[str, float]:
+    """Seconds of a ``call`` in each GPU kernel, by its name, after a warm-up; on the CPU, nothing.
+
+    Caches are as the kernels before left them.
+    """
+    if device.type != "cuda":
+        return {}
+    from torch.profiler import ProfilerActivity, profile
+
+    for _ in range(WARM_UPS):
+        call()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        for _ in range(repeats):
+            call()
+        torch.cuda.synchronize()
+    return {
+        event.key: event.self_device_time_total / 1e6 / repeats
+        for event in profiled.key_averages()
+        if event.self_device_time_total
+    }
+
+
+def host_seconds(call: Call, repeats: int, device: torch.device) -> float:
+    """Seconds that the host takes for a ``call`` whose GPU kernels it does not wait for."""
+    seconds = []
+    for _ in range(repeats):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(timeit.timeit(call, number=1))
+    return statistics.median(seconds)
+
+
 class Peak(NamedTuple):
     """Bytes at the peak of a call, and those of them that the call allocated."""
 

@@ -34,7 +34,18 @@ OF_SPARSE_TENSORS = "ignore:Sparse invariant checks are implicitly disabled:User
 OF_EXPORT = "ignore:The given buffer is not writable:UserWarning"
 
 
+# Of torch on a GPU: of its checks for waits, and of what its compiler imports.
+ON_GPU = (
+    "ignore:Synchronization debug mode is a prototype feature:UserWarning",
+    "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning",
+    "ignore:The CUDA Graph is empty:UserWarning",  # of a capture that is refused
+)
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    if torch.cuda.is_available():
+        for warning in ON_GPU:
+            config.addinivalue_line("filterwarnings", warning)
     if torch.__version__.startswith(("2.10.", "2.11.")):
         config.addinivalue_line("filterwarnings", OF_EXPORT)
     if torch.__version__.startswith(("2.11.", "2.12.")):

@@ -323,8 +323,7 @@ def differentiate(inputs: Inputs, attend: Callable[[Inputs], tuple[Tensor, Tenso
     out, lse = attend(inputs)
     generator = torch.Generator().manual_seed(11)
     weights = [
-        torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)
-        for x in (out, lse)
+        torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) for x in (out, lse)
     ]
     # The log-sum-exp of a query without neighbors is minus infinity and has no gradient.
     finite_lse = torch.where(lse.isfinite(), lse, 0)

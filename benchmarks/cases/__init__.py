@@ -128,7 +128,9 @@ def _on_gpu(s: Settings) -> list[Ladder]:
         f"agreement/{name}": partial(_on, few, against, *BASELINES[name], 1)
         for name in BASELINES_ON_GPU
     }
-    for measure in (block.attention, block.plan, block.compute, block.replayed, block.stages):
+    for measure in (
+        block.attention, block.plan, block.kernels, block.compute, block.replayed, block.stages,
+    ):  # fmt: skip
         cases[f"{measure.__name__}/tracks"] = partial(_on, s.layer, measure, s.repeats)
     cases |= _common(s)
     # A case per tile and block, so that a study that ends early has the figures of some.

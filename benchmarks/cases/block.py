@@ -11,12 +11,20 @@ from torch import Tensor
 import vicinal
 from benchmarks.layer import Layer
 from benchmarks.machine import usable_cores
-from benchmarks.measure import Call, Work, as_cuda_graph, peak_memory
+from benchmarks.measure import (
+    Call,
+    Work,
+    as_cuda_graph,
+    host_seconds,
+    kernel_seconds,
+    peak_memory,
+)
 from benchmarks.outcome import CaseSkipped, Figures
 
 ATTENTION_FLOPS = 4  # per pair and channel: a product and a sum for the logit, and for the value
 LINEAR_FLOPS = 2  # per weight and row
 FLOOR = "GEMM floor"
+SHOWN = 60  # characters of the name of a GPU kernel; those of templates are longer
 STAGES = ("norm, projections, residual", "plan", "rotation of queries", "rotation of keys",
           "attention")  # fmt: skip
 
@@ -72,6 +80,26 @@ def attention(layer: Layer, repeats: int) -> Figures:
     pairs = (("forward", "copying"), ("backward", "forward"))
     ratios = {f"{name}_over_{base}": timings.ratio(name, base) for name, base in pairs}
     return layer.figures | timings.medians() | ratios
+
+
+def kernels(layer: Layer, repeats: int) -> Figures:
+    """Time of each GPU kernel of a plan and of the attention's passes, and the host's time."""
+    attention = layer.attention()
+    calls: dict[str, Call] = {
+        "plan_of_forward": layer.make_forward_plan,
+        "plan_of_step": layer.make_plan,
+        "forward": attention.forward,
+        "backward": attention.backward(),
+    }
+    figures = layer.figures
+    for name, call in calls.items():
+        of_kernels = kernel_seconds(call, repeats, layer.device)
+        figures[f"{name}_host_seconds"] = host_seconds(call, repeats, layer.device)
+        figures[f"{name}_gpu_seconds"] = sum(of_kernels.values())
+        for kernel, seconds in of_kernels.items():
+            label = f"{name}_seconds {kernel[:SHOWN]}"
+            figures[label] = float(figures.get(label, 0.0)) + seconds
+    return figures
 
 
 def plan(layer: Layer, repeats: int) -> Figures:

@@ -8,7 +8,10 @@ from collections.abc import Sequence
 from unittest import mock
 
 from benchmarks.layer import Layer
+from benchmarks.measure import kernel_seconds
 from benchmarks.outcome import Figures
+
+KERNELS = {"attend", "query_gradients", "point_gradients"}
 
 
 def sweep(
@@ -34,8 +37,13 @@ def sweep(
                 attention = layer.attention()
                 calls = {"forward": attention.forward, "backward": attention.backward()}
                 timings = layer.time(calls, repeats)
+                of_kernels: dict[str, float] = {}
+                for call in calls.values():
+                    of_kernels |= kernel_seconds(call, repeats, layer.device)
             except Exception as error:  # whatever compilers and drivers raise
                 figures[f"problem {setting}"] = f"{type(error).__name__}: {error}"[:200]
             else:
                 figures |= {f"{name}_seconds {setting}": timings.median(name) for name in calls}
+                for name in KERNELS & of_kernels.keys():
+                    figures[f"{name}_seconds {setting}"] = of_kernels[name]
     return figures

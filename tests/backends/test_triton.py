@@ -190,7 +190,7 @@ def test_few_rows_among_many_columns(few: str) -> None:
     """A tile is a single row if its rows are few, and of full height on the other side."""
     counts, n_points = ((3, 2), 200) if few == "queries" else ((20, 80), 3)
     scene = make_scene(((16, 10), (8, 5)), (7, 5), counts, n_points)
-    plan = scene.plan()
+    plan = scene.plan().to(DEVICE)
     tiles = plan._query_tiles(back_end.find_runs), plan._point_tiles(back_end.find_runs)
     single, full = tiles if few == "queries" else tiles[::-1]
     assert len(single.firsts) == len(single.traversal)
@@ -309,7 +309,7 @@ def test_a_bias_that_is_not_finite_reaches_its_pairs_alone() -> None:
     expected, _ = inputs.map(lambda x: x.cpu().double()).attend(plan, "reference")
     assert torch.equal(affected.cpu(), expected.isnan().all(-1).flatten())
     assert 0 < affected.sum() < 20
-    assert torch.equal(out[~affected], clean[~affected])
+    assert same(out[~affected], clean[~affected])
 
 
 @pytest.mark.usefixtures("runs_by_triton")
@@ -480,6 +480,15 @@ def test_strides_of_any_kind() -> None:
 # ------------------------------------------------------------------------ non-finite numbers
 
 
+def same(actual: Tensor, expected: Tensor) -> bool:
+    """To the bit; on a GPU to rounding, where the loop for numbers that are not finite adds in
+    another order.
+    """
+    if triton_ops.INTERPRETS:
+        return torch.equal(actual, expected)
+    return relative_error(actual, expected) < TOLERANCE
+
+
 @pytest.mark.usefixtures("listed")
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("name", ["q", "k", "v"])
@@ -502,7 +511,7 @@ def test_non_finite_inputs_reach_their_neighborhoods_alone(name: str, value: flo
     clean, _ = inputs.attend(plan.to(DEVICE), "triton")
     queries = torch.ones(out.shape[:2], dtype=torch.bool)  # unaffected ones
     queries[affected_queries, head] = False
-    assert torch.equal(out.detach().cpu()[queries], clean.detach().cpu()[queries])
+    assert same(out.detach().cpu()[queries], clean.detach().cpu()[queries])
     assert not out.detach().cpu()[~queries].isfinite().all(-1).any()
 
     out.sum().backward()
@@ -517,7 +526,7 @@ def test_non_finite_inputs_reach_their_neighborhoods_alone(name: str, value: flo
         grad, expected = leaf.grad, clean_leaf.grad
         assert grad is not None
         assert expected is not None
-        assert torch.equal(grad.cpu()[unaffected], expected.cpu()[unaffected])
+        assert same(grad.cpu()[unaffected], expected.cpu()[unaffected])
 
 
 @pytest.mark.usefixtures("listed")
@@ -541,7 +550,7 @@ def test_non_finite_gradients_reach_their_neighborhoods_alone() -> None:
     for (clean, poisoned), unaffected in zip(
         zip(*grads, strict=True), (queries, points, points), strict=True
     ):
-        assert torch.equal(clean[unaffected], poisoned[unaffected])
+        assert same(clean[unaffected], poisoned[unaffected])
         assert not poisoned[~unaffected].isfinite().all(-1).any()
 
 
@@ -814,7 +823,9 @@ def test_opcheck(uninitialized_is_nan: None) -> None:  # lists have meaningless 
         encoding(inputs.q.expand(-1, 2, -1), torch.rand(6, 3, device=DEVICE)).sum().backward()
         slices = plan._tensors.query_slices
         back_end.find_runs(*slices[:3], plan._tensors.slices_per_level(), TILE)
-    assert len(ops.calls) == 6
+    assert len(ops.calls) == (
+        6 if triton_ops.INTERPRETS else 7
+    )  # on a GPU, it finds the lists, too
     backward, arguments = ops.calls["neighborhood_attention_backward"]
     for needs in ((False, True), (True, False)):
         leaves = as_leaves((*arguments[:-2], *needs), requires_grad=False)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..._utils.constants import constant
@@ -113,7 +114,17 @@ def heads(x: Tensor) -> Rows:
     """``x`` ``[n, H, width]`` as `Rows`, copied only if its strides do not allow it."""
     if x.stride(2) != 1 or x.stride(1) * x.shape[1] >= 2**31:
         x = x.contiguous()
-    return Rows(x, x.stride(0), x.stride(1))
+    return Rows(x, x.stride(0), x.stride(1) if x.shape[1] > 1 else x.stride(0))
+
+
+def _heads_in_tuple(x: Tensor) -> Rows:
+    """`heads` for a tuple of arguments, inside of which Triton 3.6 loses `Rows` of stride one."""
+    return heads(F.pad(x, (0, 1))[..., :-1] if 1 in x.stride()[:2] else x)
+
+
+def new_for_tuple(x: Tensor, *shape: int) -> Tensor:
+    """Uninitialized, with room beside single channels: `heads` of it may be in a tuple, too."""
+    return x.new_empty(*shape[:-1], max(shape[-1], 2))[..., : shape[-1]]
 
 
 class AttentionArguments:
@@ -155,7 +166,8 @@ class AttentionArguments:
         if background:
             query, key, value = background
             self.cells = EmptyCells(
-                heads(query.flatten(0, 1)), heads(key), heads(value.flatten(0, 1)),
+                _heads_in_tuple(query.flatten(0, 1)), _heads_in_tuple(key),
+                _heads_in_tuple(value.flatten(0, 1)),
                 parts.starts, parts.stops, parts.point_columns, sum(slices), len(key),
             )  # fmt: skip
 

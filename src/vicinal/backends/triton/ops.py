@@ -26,6 +26,7 @@ from .launch import (
     cdiv,
     heads,
     launch,
+    new_for_tuple,
     on_device_of,
     power_of_2,
     walk_of,
@@ -82,7 +83,8 @@ def attend_backward(
         grad_lse_rows, cell_gradients = heads(grad_lse.unsqueeze(2)), None
         if grad_background:
             weight_sums = lse.new_empty(len(lse), args.n_levels, args.n_heads)
-            cell_gradients = CellGradients(heads(grad_background[0].flatten(0, 1)), weight_sums)
+            of_queries = new_for_tuple(q, len(lse) * args.n_levels, *q.shape[1:])
+            cell_gradients = CellGradients(heads(of_queries), weight_sums)
         if needs_queries:
             launch(
                 gradient_kernels.query_gradients, args.query_programs, *args.query_walk,
@@ -106,6 +108,7 @@ def attend_backward(
         if bias is not None and needs_queries:
             bias_sums.append(_bias_gradient_of_pairs(backward))
         if cell_gradients is not None:
+            grad_background[0] = of_queries.reshape(background[0].shape).contiguous()
             grad_background[1], bias_of_cells = _key_gradients_of_cells(backward)
             grad_background[2] = _value_gradients_of_cells(
                 args, cell_gradients.weights, backward.grad_out
@@ -153,7 +156,7 @@ def _key_gradients_of_cells(backward: _Backward) -> tuple[Tensor, list[Tensor]]:
     """
     args, stats, key = backward.args, backward.stats, backward.args.background[1]
     n_parts = min(_PARTS, cdiv(stats.shape[1], TILE))
-    parts, bias_parts = stats.new_empty(n_parts, *key.shape), None
+    parts, bias_parts = new_for_tuple(stats, n_parts * len(key), *key.shape[1:]), None
     if backward.bias is not None:
         bias_parts = stats.new_empty(n_parts, *key.shape[:2])
     constants = backward.constants()
@@ -161,11 +164,11 @@ def _key_gradients_of_cells(backward: _Backward) -> tuple[Tensor, list[Tensor]]:
     launch(
         background_kernels.cell_key_gradients, sum(args.slices) * n_parts * args.n_heads,
         *args.query_walk, args.cells, *backward.options(), stats, backward.grad_out,
-        CellKeyGradients(heads(parts.flatten(0, 1)), bias_parts), backward.scale, n_parts,
+        CellKeyGradients(heads(parts), bias_parts), backward.scale, n_parts,
         **constants, ROWS=TILE, CELLS=_CELLS,
     )  # fmt: skip
     bias_sums = [] if bias_parts is None else [bias_parts.sum(0)]
-    return parts.sum(0).to(key.dtype), bias_sums
+    return parts.unflatten(0, (n_parts, len(key))).sum(0).to(key.dtype), bias_sums
 
 
 def _bias_gradient_of_pairs(backward: _Backward) -> Tensor:
