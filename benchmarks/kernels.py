@@ -218,7 +218,7 @@ def _find_tiles(plan: NeighborhoodPlan) -> None:
     )
     rows = tile_rows(plan.n_queries, plan.n_points)
     slices = plan._tensors.query_slices
-    plan_ops.find_runs(*slices[:3], plan._tensors.slices_per_level(), rows)
+    plan_ops.find_runs(*slices[:3], len(slices.order), plan._tensors.slices_per_level(), rows)
 
 
 def _rotate_and_attend(plan: NeighborhoodPlan, case: Case) -> None:
@@ -230,7 +230,7 @@ def _rotate_and_attend(plan: NeighborhoodPlan, case: Case) -> None:
     coordinates = torch.zeros(plan.n_points, axes, dtype=exact)
     frequencies = torch.zeros(axes, case.heads, case.width // 2, dtype=exact)
     triton_ops.rotate(x, coordinates, frequencies)
-    triton_ops.rotate_backward(x, x, coordinates, frequencies)
+    triton_ops.rotate_backward(x, x, coordinates, frequencies, case.everything)
     background, seed, bias = [], None, None
     if case.everything:
         seed = torch.tensor(5)

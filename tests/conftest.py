@@ -39,6 +39,7 @@ ON_GPU = (
     "ignore:Synchronization debug mode is a prototype feature:UserWarning",
     "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning",
     "ignore:The CUDA Graph is empty:UserWarning",  # of a capture that is refused
+    "ignore:TensorFloat32 tensor cores for float32:UserWarning",
 )
 
 

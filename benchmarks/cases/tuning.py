@@ -32,7 +32,7 @@ def sweep(
     for block, n_warps in itertools.product(blocks, warps):
         setting = f"{block}x{n_warps}"
         own = {"BLOCK": block, "num_warps": n_warps}
-        with mock.patch.object(launch, "_constants", lambda k, v, own=own: {**chosen(k, v), **own}):
+        with mock.patch.object(launch, "_constants", lambda *a, own=own: {**chosen(*a), **own}):
             try:
                 attention = layer.attention()
                 calls = {"forward": attention.forward, "backward": attention.backward()}

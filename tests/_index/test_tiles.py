@@ -19,7 +19,7 @@ def find_runs(
     """The runs of one tile of rows: firsts, shifts and counts."""
     n_rows, n_slices = len(starts), len(starts[0])
     start, stop = (torch.tensor(x, dtype=torch.int32) for x in (starts, stops))
-    found = reference.find_runs(torch.arange(n_rows), start, stop, [n_slices], n_rows)
+    found = reference.find_runs(torch.arange(n_rows), start, stop, 99, [n_slices], n_rows)
     firsts, shifts, counts = (x.squeeze(0) for x in found)
     n_runs, n_entries = counts[0].tolist()
     return firsts[:n_runs].tolist(), shifts[:n_runs].tolist(), [n_runs, n_entries]

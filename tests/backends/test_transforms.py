@@ -71,7 +71,7 @@ def raw_calls() -> dict[str, tuple[Any, list[Any]]]:
     rotated = draw(7, 2, 4)
     return {
         "rotate": (ops.rotate, list(ROTATED)),
-        "rotate_backward": (ops.rotate_backward, [rotated, rotated, *ROTATED[1:]]),
+        "rotate_backward": (ops.rotate_backward, [rotated, rotated, *ROTATED[1:], True]),
         "project": (ops.project, [PROJECTED[0], *weights, 1e-3, None]),
         "layer_norm": (ops.layer_norm, [PROJECTED[0], *PROJECTED[5:], 1e-3]),
     }

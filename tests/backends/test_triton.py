@@ -618,17 +618,18 @@ def test_rotation_converts_float32_coordinates_and_frequencies_itself() -> None:
 
 
 @settings(max_examples=10)
-@given(scene=scenes(), rows=st.sampled_from([1, 4, TILE]))
+@given(scene=scenes(), rows=st.sampled_from([1, 4, TILE]), is_long=st.booleans())
 @pytest.mark.usefixtures("runs_by_triton")
-def test_runs(scene: Scene, rows: int) -> None:
+def test_runs(scene: Scene, rows: int, is_long: bool) -> None:
     """The reference's runs; their entries are the columns of the tile's slices, each once."""
     plan = scene.plan()
     slices = plan._tensors.query_slices
     n_slices = plan._tensors.slices_per_level()
     first_slices = [sum(n_slices[:level]) for level in range(len(n_slices))]
-    expected = reference.find_runs(*slices[:3], n_slices, rows)
+    n_columns = 2**31 - 1 if is_long else len(slices.order)  # then keys are int64
+    expected = reference.find_runs(*slices[:3], n_columns, n_slices, rows)
     traversal, starts, stops = (part.to(DEVICE) for part in slices[:3])
-    found = back_end.find_runs(traversal, starts, stops, n_slices, rows)
+    found = back_end.find_runs(traversal, starts, stops, n_columns, n_slices, rows)
     assert torch.equal(found[2].cpu(), expected[2])
     for tile, counts in enumerate(expected[2].tolist()):
         for level, (n_runs, n_entries) in enumerate(counts):
@@ -679,14 +680,14 @@ def test_lists_hold_every_pair_once(scene: Scene) -> None:
 
 
 def test_tiles_without_space_have_no_list(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_ops, "list_space", lambda *_: 4)
-    tiles = crowded_scene(60, 200).plan().to(DEVICE)._query_tiles(
+    monkeypatch.setattr(triton_ops, "list_space", lambda *_: 9)
+    tiles = crowded_scene(100, 200).plan().to(DEVICE)._query_tiles(
         back_end.find_runs, back_end.find_lists
     )  # fmt: skip
     listed = tiles.lists[:, 1] >= 0
     assert listed.any()
     assert not listed.all()
-    assert int(tiles.lists.sum(1).max()) <= 4
+    assert int(tiles.lists.sum(1).max()) <= 9
 
 
 # ----------------------------------------------------------------------------- bounds of buffers
@@ -752,7 +753,7 @@ def test_a_strided_mask(background: bool, checked: Checked | None) -> None:
 
 
 def test_lists_of_forged_counts_stay_in_their_blocks() -> None:
-    plan = scene_2d(n_queries=19, n_points=45).plan().to(DEVICE)
+    plan = scene_2d(n_queries=TILE + 3, n_points=25).plan().to(DEVICE)
     with OwnOps("vicinal_triton") as ops:
         on_device(make_inputs(plan, heads=1)).attend(plan, "triton")
     find_lists, (tiles, *windows) = ops.calls["find_lists"]
@@ -822,7 +823,7 @@ def test_opcheck(uninitialized_is_nan: None) -> None:  # lists have meaningless 
         encoding = RotaryEncoding(4, 2, 2, backend="triton").to(DEVICE)
         encoding(inputs.q.expand(-1, 2, -1), torch.rand(6, 3, device=DEVICE)).sum().backward()
         slices = plan._tensors.query_slices
-        back_end.find_runs(*slices[:3], plan._tensors.slices_per_level(), TILE)
+        back_end.find_runs(*slices[:3], len(slices.order), plan._tensors.slices_per_level(), TILE)
     assert len(ops.calls) == (
         6 if triton_ops.INTERPRETS else 7
     )  # on a GPU, it finds the lists, too

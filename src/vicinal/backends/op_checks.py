@@ -120,8 +120,9 @@ def _check_rotate(x: Tensor, coordinates: Tensor, frequencies: Tensor) -> None:
 
 
 def _check_rotate_backward(
-    grad_out: Tensor, out: Tensor, coordinates: Tensor, frequencies: Tensor
-) -> None:
+    grad_out: Tensor, out: Tensor, coordinates: Tensor, frequencies: Tensor,
+    needs_coordinates: bool,
+) -> None:  # fmt: skip
     _check_rotate(out, coordinates, frequencies)
     check_exact("grad_out", grad_out, out.shape, out.dtype, out.device)
 
@@ -203,8 +204,9 @@ def _check_numbers(numbers: Sequence[int], n_levels: int) -> None:
 
 
 def _check_find_runs(
-    traversal: Tensor, starts: Tensor, stops: Tensor, slices: Sequence[int], rows: int
-) -> None:
+    traversal: Tensor, starts: Tensor, stops: Tensor, n_columns: int, slices: Sequence[int],
+    rows: int,
+) -> None:  # fmt: skip
     check_slices(slices)
     check_dims("traversal", traversal, 1)
     if rows < 1:

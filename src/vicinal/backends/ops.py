@@ -38,8 +38,8 @@ _SCHEMAS = {
     ),
     "rotate": "(Tensor x, Tensor coordinates, Tensor frequencies) -> Tensor",
     "rotate_backward": (
-        "(Tensor grad_out, Tensor out, Tensor coordinates, Tensor frequencies) "
-        "-> (Tensor, Tensor, Tensor)"
+        "(Tensor grad_out, Tensor out, Tensor coordinates, Tensor frequencies, "
+        "bool needs_coordinates) -> (Tensor, Tensor, Tensor)"
     ),
     "find_slices": (
         "(Tensor sorted_keys, Tensor query_keys, Tensor traversal, Tensor level, Tensor first, "
@@ -55,7 +55,7 @@ _SCHEMAS = {
         "SymInt[] numbers, int n_levels) -> (Tensor, Tensor, Tensor, Tensor)"
     ),
     "find_runs": (
-        "(Tensor traversal, Tensor starts, Tensor stops, int[] slices, int rows) "
+        "(Tensor traversal, Tensor starts, Tensor stops, SymInt n_columns, int[] slices, int rows) "
         "-> (Tensor, Tensor, Tensor)"
     ),
     "find_lists": (
@@ -197,11 +197,12 @@ class Ops:
         return NeighborSlices(*found)
 
     def find_runs(
-        self, traversal: Tensor, starts: Tensor, stops: Tensor, slices: Sequence[int], rows: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, traversal: Tensor, starts: Tensor, stops: Tensor, n_columns: int,
+        slices: Sequence[int], rows: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """See `reference.find_runs`."""
         runs: tuple[Tensor, Tensor, Tensor] = self._ops.find_runs(
-            traversal, starts, stops, list(slices), rows
+            traversal, starts, stops, n_columns, list(slices), rows
         )
         return runs
 
@@ -345,9 +346,16 @@ def _fake_rotate(x: Tensor, coordinates: Tensor, frequencies: Tensor) -> Tensor:
 
 
 def _fake_rotate_backward(
-    grad_out: Tensor, out: Tensor, coordinates: Tensor, frequencies: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    return out.new_empty(out.shape), torch.empty_like(coordinates), torch.empty_like(frequencies)
+    grad_out: Tensor, out: Tensor, coordinates: Tensor, frequencies: Tensor,
+    needs_coordinates: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    grad_coordinates = new_coordinate_gradient(coordinates, needs_coordinates)
+    return out.new_empty(out.shape), grad_coordinates, torch.empty_like(frequencies)
+
+
+def new_coordinate_gradient(coordinates: Tensor, needed: bool) -> Tensor:
+    """Uninitialized; without rows if it is not needed."""
+    return coordinates.new_empty(len(coordinates) if needed else 0, coordinates.shape[1])
 
 
 def _setup_rotate(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
@@ -357,9 +365,9 @@ def _setup_rotate(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tenso
 
 def _backward_rotate(
     op: Any, ctx: Any, needs: tuple[bool, ...], grad_out: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    grads: tuple[Tensor, Tensor, Tensor] = op(grad_out, *ctx.saved_tensors)
-    return grads
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    grad_x, grad_coordinates, grad_frequencies = op(grad_out, *ctx.saved_tensors, needs[1])
+    return grad_x, grad_coordinates if needs[1] else None, grad_frequencies
 
 
 def _fake_find_slices(
@@ -411,7 +419,7 @@ def _fake_find_point_slices(
 
 
 def _fake_find_runs(
-    traversal: Tensor, starts: Tensor, stops: Tensor, slices: list[int], rows: int
+    traversal: Tensor, starts: Tensor, stops: Tensor, n_columns: int, slices: list[int], rows: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     n_tiles = (traversal.shape[0] + rows - 1) // rows
     firsts, shifts = (traversal.new_empty(n_tiles, rows * starts.shape[1]) for _ in range(2))

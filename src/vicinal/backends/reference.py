@@ -228,14 +228,16 @@ def search_slices(sorted_keys: Tensor, first: Tensor, last: Tensor) -> tuple[Ten
 
 
 def find_runs(
-    traversal: Tensor, starts: Tensor, stops: Tensor, slices: Sequence[int], rows: int
-) -> tuple[Tensor, Tensor, Tensor]:
+    traversal: Tensor, starts: Tensor, stops: Tensor, n_columns: int, slices: Sequence[int],
+    rows: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Joins the slices of tiles of ``rows`` rows: ``firsts``, ``shifts``, ``counts`` of `Tiles`.
 
-    ``starts`` and ``stops`` ``[n, R]`` are the slices of windows, ``slices`` of them at each level.
+    ``starts`` and ``stops`` ``[n, R]`` are the slices of windows, ``slices`` of them at each level,
+    in an order of ``n_columns`` columns.
     """
     edges = [_by_tile(edge[traversal.long()].long(), slices, rows) for edge in (starts, stops)]
-    parts = [_join(start, stop) for start, stop in zip(*edges, strict=True)]
+    parts = [_join(start, stop, n_columns) for start, stop in zip(*edges, strict=True)]
     firsts, shifts, counts = zip(*parts, strict=True)
     return torch.cat(firsts, 1).int(), torch.cat(shifts, 1).int(), torch.stack(counts, 1).int()
 
@@ -246,13 +248,13 @@ def _by_tile(edge: Tensor, slices: Sequence[int], rows: int) -> list[Tensor]:
     return [part.flatten(1) for part in edge.split(list(slices), 2)]
 
 
-def _join(starts: Tensor, stops: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _join(starts: Tensor, stops: Tensor, n_columns: int) -> tuple[Tensor, Tensor, Tensor]:
     """The union of each tile's slices ``[T, C]`` as runs: firsts and shifts ``[T, C]``, of which
     ``counts`` ``[T, 2]`` are valid.
     """
-    starts = torch.where(starts < stops, starts, torch.iinfo(torch.int64).max)
+    starts = torch.where(starts < stops, starts, n_columns)
     starts, order = starts.sort(1)
-    filled = starts < torch.iinfo(torch.int64).max
+    filled = starts < n_columns
     stops = torch.where(filled, stops.gather(1, order), 0)
     reached = F.pad(stops.cummax(1).values, (1, -1), value=-1)
     begins = filled & (starts > reached)

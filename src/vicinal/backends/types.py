@@ -23,7 +23,7 @@ FindQuerySlices = Callable[..., "QuerySlices"]  # see `backends.ops.Ops.find_que
 FindPointSlices = Callable[..., "NeighborSlices"]  # see `backends.ops.Ops.find_point_slices`
 FindLists = Callable[..., tuple[Tensor, Tensor, Tensor]]  # see `backends.ops.Ops.find_lists`
 
-TILE = 16
+TILE = 32
 LIST_BLOCK = 32  # entries of a block of a tile's list
 
 

@@ -122,13 +122,13 @@ def attend_runs(walk, dropout, bias, q, k_rows, v_rows, tile, row, row_valid, he
                 WIDTH: tl.constexpr, PADDED: tl.constexpr,
                 VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr,
                 HAS_DROPOUT: tl.constexpr, HAS_BIAS: tl.constexpr,
-                PRECISION: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
+                PRECISION: tl.constexpr, ROWS: tl.constexpr, TILE_ROWS: tl.constexpr):  # fmt: skip
     """The same from the tile's runs."""
     row_max = tl.full([ROWS], -float("inf"), tl.float32)
     row_sum = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, VALUE_PADDED], tl.float32)
     for level in range(LEVELS):
-        runs = load_runs(walk, tile, level, ROWS, LEVELS)
+        runs = load_runs(walk, tile, level, TILE_ROWS, LEVELS)
         for first in tl.range(0, runs[2], SEARCH_BLOCK, num_stages=1):
             point, valid, pair_mask = search_columns(
                 walk, row, row_valid, level, first, runs, DIM, LEVELS, BALL_ROWS, True
@@ -152,7 +152,7 @@ def attend(tiles, windows, n_rows, n_columns, n_items, n_runs, n_blocks, n_group
            VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr,
            HAS_DROPOUT: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
            HAS_BACKGROUND: tl.constexpr,
-           ROWS: tl.constexpr, BLOCK: tl.constexpr, CELLS: tl.constexpr,
+           ROWS: tl.constexpr, TILE_ROWS: tl.constexpr, BLOCK: tl.constexpr, CELLS: tl.constexpr,
            LIST_BLOCK: tl.constexpr):  # fmt: skip
     """The forward pass; rows are queries, columns points.
 
@@ -176,11 +176,11 @@ def attend(tiles, windows, n_rows, n_columns, n_items, n_runs, n_blocks, n_group
     walk = Walk(
         tiles, windows, n_rows, n_columns, n_items, n_runs, n_blocks, n_groups, n_heads, row_mask
     )
-    tile, head, row, row_valid = program_tile(walk, ROWS)  # scalar, scalar, [ROWS], [ROWS]
+    tile, head, first_row, row, row_valid = program_tile(walk, ROWS, TILE_ROWS)
     q = load_rows(q_rows, row, row_valid, head, WIDTH, PADDED)  # [ROWS, PADDED]
     is_small = tl.abs(scale) < SMALLEST_SCALE  # not the maximum, which would lose NaN
     positive_scale = tl.where(is_small, SMALLEST_SCALE, tl.abs(scale)) * LOG2_E
-    bit = member_bits(walk, row, row_valid, ROWS)  # [ROWS]
+    bit = member_bits(walk, first_row, row, row_valid, ROWS)  # [ROWS]
     start, n_entries = load_list(walk, tile, LIST_BLOCK)
     if n_entries >= 0:
         row_max, row_sum, acc = attend_list(
@@ -200,7 +200,7 @@ def attend(tiles, windows, n_rows, n_columns, n_items, n_runs, n_blocks, n_group
         row_max, row_sum, acc = attend_runs(
             walk, dropout, bias, q, k_rows, v_rows, tile, row, row_valid, head, positive_scale,
             DIM, LEVELS, BALL_ROWS, WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, HAS_DROPOUT, HAS_BIAS,
-            PRECISION, ROWS,
+            PRECISION, ROWS, TILE_ROWS,
         )  # fmt: skip
     if not HAS_BIAS:
         row_max *= positive_scale

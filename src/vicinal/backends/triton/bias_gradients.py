@@ -26,6 +26,7 @@ from .tile_walk import (
     member_bits,
     member_mask,
     search_columns,
+    split_part,
 )
 
 
@@ -58,10 +59,10 @@ def bias_gradients_runs(walk, dropout, bias, q, k_rows, v_rows, grad_out, tile, 
                         WIDTH: tl.constexpr, PADDED: tl.constexpr,
                         VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr,
                         HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-                        ROWS: tl.constexpr):  # fmt: skip
+                        ROWS: tl.constexpr, TILE_ROWS: tl.constexpr):  # fmt: skip
     """The same from the tile's runs."""
     for level in range(LEVELS):
-        runs = load_runs(walk, tile, level, ROWS, LEVELS)
+        runs = load_runs(walk, tile, level, TILE_ROWS, LEVELS)
         for first in tl.range(0, runs[2], SEARCH_BLOCK, num_stages=1):
             point, valid, pair_mask = search_columns(
                 walk, row, row_active, level, first, runs, DIM, LEVELS, BALL_ROWS, True
@@ -87,13 +88,14 @@ def bias_gradients(tiles, windows, n_rows, n_columns, n_items, n_runs, n_blocks,
                    WIDTH: tl.constexpr, PADDED: tl.constexpr,
                    VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr,
                    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-                   ROWS: tl.constexpr, BLOCK: tl.constexpr, LIST_BLOCK: tl.constexpr):  # fmt: skip
+                   ROWS: tl.constexpr, TILE_ROWS: tl.constexpr,
+                   BLOCK: tl.constexpr, LIST_BLOCK: tl.constexpr):  # fmt: skip
     """The gradient of the bias from pairs of queries and points, in ``n_parts`` sums for each row
     of a tile. A program takes a head and every ``n_parts``-th tile of queries.
 
     Args, in addition to those of `attention.attend` and `gradients.query_gradients`:
         sums_ptr: float32 ``[n_parts, H, ROWS, K]``, zeros, the result.
-        n_tiles, n_parts: the numbers of tiles and of sums.
+        n_tiles, n_parts: the numbers of tiles, of ``ROWS`` rows here, and of sums.
     """
     walk = Walk(
         tiles, windows, n_rows, n_columns, n_items, n_runs, n_blocks, n_groups, n_heads, row_mask
@@ -102,15 +104,16 @@ def bias_gradients(tiles, windows, n_rows, n_columns, n_items, n_runs, n_blocks,
     head, part = program % n_heads, program // n_heads
     sums_ptr += program.to(tl.int64) * ROWS * bias.n_slots
     for index in range(part, n_tiles, n_parts):
-        tile = tl.full([], 0, tl.int64) + index
-        row, row_valid = load_tile_rows(walk, tile, ROWS)  # [ROWS] each
+        part_of_tile = tl.full([], 0, tl.int64) + index
+        tile, first_row = split_part(part_of_tile, ROWS, TILE_ROWS)
+        row, row_valid = load_tile_rows(walk, part_of_tile, ROWS)  # [ROWS] each
         q = load_rows(q_rows, row, row_valid, head, WIDTH, PADDED)  # [ROWS, PADDED]
         grad_out = load_rows(
             grad_out_rows, row, row_valid, head, VALUE_WIDTH, VALUE_PADDED
         )  # [ROWS, VALUE_PADDED]
         lse, delta = load_stats(stats_ptr, row, row_valid, head, n_rows)  # [ROWS] each
         row_active = row_valid & (lse != float("inf"))  # [ROWS]
-        bit = tl.where(row_active, member_bits(walk, row, row_valid, ROWS), 0)  # [ROWS]
+        bit = tl.where(row_active, member_bits(walk, first_row, row, row_valid, ROWS), 0)  # [ROWS]
         start, n_entries = load_list(walk, tile, LIST_BLOCK)
         if n_entries >= 0:
             bias_gradients_list(
@@ -124,5 +127,5 @@ def bias_gradients(tiles, windows, n_rows, n_columns, n_items, n_runs, n_blocks,
                 walk, dropout, bias, q, k_rows, v_rows, grad_out, tile, row, row_active, head,
                 scale * LOG2_E, lse, delta, sums_ptr,
                 DIM, LEVELS, BALL_ROWS, WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, HAS_DROPOUT,
-                PRECISION, ROWS,
+                PRECISION, ROWS, TILE_ROWS,
             )  # fmt: skip

@@ -157,11 +157,12 @@ def query_gradients_runs(walk, dropout, bias, q, k_rows, v_rows, grad_out, tile,
                          WIDTH: tl.constexpr, PADDED: tl.constexpr,
                          VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr,
                          HAS_DROPOUT: tl.constexpr, HAS_BIAS: tl.constexpr,
-                         PRECISION: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
+                         PRECISION: tl.constexpr,
+                         ROWS: tl.constexpr, TILE_ROWS: tl.constexpr):  # fmt: skip
     """The same from the tile's runs."""
     grad_q = tl.zeros([ROWS, PADDED], tl.float32)
     for level in range(LEVELS):
-        runs = load_runs(walk, tile, level, ROWS, LEVELS)
+        runs = load_runs(walk, tile, level, TILE_ROWS, LEVELS)
         for first in tl.range(0, runs[2], SEARCH_BLOCK, num_stages=1):
             point, valid, pair_mask = search_columns(
                 walk, row, row_active, level, first, runs, DIM, LEVELS, BALL_ROWS, True
@@ -186,7 +187,8 @@ def query_gradients(tiles, windows, n_rows, n_columns, n_items, n_runs, n_blocks
                     VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr,
                     HAS_DROPOUT: tl.constexpr, HAS_BIAS: tl.constexpr,
                     PRECISION: tl.constexpr, HAS_BACKGROUND: tl.constexpr,
-                    ROWS: tl.constexpr, BLOCK: tl.constexpr, CELLS: tl.constexpr,
+                    ROWS: tl.constexpr, TILE_ROWS: tl.constexpr,
+                    BLOCK: tl.constexpr, CELLS: tl.constexpr,
                     LIST_BLOCK: tl.constexpr):  # fmt: skip
     """The gradient of q, and statistics for the other gradients; rows are queries, columns points.
 
@@ -206,7 +208,7 @@ def query_gradients(tiles, windows, n_rows, n_columns, n_items, n_runs, n_blocks
     walk = Walk(
         tiles, windows, n_rows, n_columns, n_items, n_runs, n_blocks, n_groups, n_heads, row_mask
     )
-    tile, head, row, row_valid = program_tile(walk, ROWS)  # scalar, scalar, [ROWS], [ROWS]
+    tile, head, first_row, row, row_valid = program_tile(walk, ROWS, TILE_ROWS)
     q = load_rows(q_rows, row, row_valid, head, WIDTH, PADDED)  # [ROWS, PADDED]
     grad_out = load_rows(
         grad_out_rows, row, row_valid, head, VALUE_WIDTH, VALUE_PADDED
@@ -218,7 +220,7 @@ def query_gradients(tiles, windows, n_rows, n_columns, n_items, n_runs, n_blocks
         grad_out, out_rows, grad_lse_rows, row, row_valid, head, VALUE_WIDTH, VALUE_PADDED
     )  # [ROWS]
     lse, delta = store_stats(stats_ptr, row, row_valid, head, n_rows, lse, delta)  # [ROWS] each
-    bit = tl.where(row_active, member_bits(walk, row, row_valid, ROWS), 0)  # [ROWS]
+    bit = tl.where(row_active, member_bits(walk, first_row, row, row_valid, ROWS), 0)  # [ROWS]
     start, n_entries = load_list(walk, tile, LIST_BLOCK)
     if n_entries >= 0:
         grad_q = query_gradients_list(
@@ -239,7 +241,7 @@ def query_gradients(tiles, windows, n_rows, n_columns, n_items, n_runs, n_blocks
             walk, dropout, bias, q, k_rows, v_rows, grad_out, tile, row, row_active, head,
             scale * LOG2_E, lse, delta,
             DIM, LEVELS, BALL_ROWS, WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, HAS_DROPOUT, HAS_BIAS,
-            PRECISION, ROWS,
+            PRECISION, ROWS, TILE_ROWS,
         )  # fmt: skip
     store_rows(grad_q_rows, row, row_valid, head, grad_q * scale, WIDTH, PADDED)
     if HAS_BACKGROUND:
@@ -347,11 +349,12 @@ def point_gradients_runs(walk, dropout, bias, k, v, q_rows, grad_out_rows, stats
                          WIDTH: tl.constexpr, PADDED: tl.constexpr,
                          VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr,
                          HAS_DROPOUT: tl.constexpr, HAS_BIAS: tl.constexpr,
-                         PRECISION: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
+                         PRECISION: tl.constexpr,
+                         ROWS: tl.constexpr, TILE_ROWS: tl.constexpr):  # fmt: skip
     """The same from the tile's runs."""
     grad_k = tl.zeros([ROWS, PADDED], tl.float32)
     grad_v = tl.zeros([ROWS, VALUE_PADDED], tl.float32)
-    runs = load_runs(walk, tile, 0, ROWS, 1)
+    runs = load_runs(walk, tile, 0, TILE_ROWS, 1)
     for first in tl.range(0, runs[2], SEARCH_BLOCK, num_stages=1):
         query, valid, pair_mask = search_columns(
             walk, row, row_valid, 0, first, runs, DIM, LEVELS, BALL_ROWS, False
@@ -373,7 +376,7 @@ def point_gradients(tiles, windows, n_rows, n_columns, n_items, n_runs, n_blocks
                     WIDTH: tl.constexpr, PADDED: tl.constexpr,
                     VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr,
                     HAS_DROPOUT: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
-                    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+                    ROWS: tl.constexpr, TILE_ROWS: tl.constexpr, BLOCK: tl.constexpr,
                     LIST_BLOCK: tl.constexpr):  # fmt: skip
     """The gradients of k and v; rows are points, columns the queries, once for each level.
 
@@ -384,10 +387,10 @@ def point_gradients(tiles, windows, n_rows, n_columns, n_items, n_runs, n_blocks
     walk = Walk(
         tiles, windows, n_rows, n_columns, n_items, n_runs, n_blocks, n_groups, n_heads, row_mask
     )
-    tile, head, row, row_valid = program_tile(walk, ROWS)  # scalar, scalar, [ROWS], [ROWS]
+    tile, head, first_row, row, row_valid = program_tile(walk, ROWS, TILE_ROWS)
     k = load_rows(k_rows, row, row_valid, head, WIDTH, PADDED)  # [ROWS, PADDED]
     v = load_rows(v_rows, row, row_valid, head, VALUE_WIDTH, VALUE_PADDED)  # [ROWS, VALUE_PADDED]
-    bit = member_bits(walk, row, row_valid, ROWS)  # [ROWS]
+    bit = member_bits(walk, first_row, row, row_valid, ROWS)  # [ROWS]
     start, n_entries = load_list(walk, tile, LIST_BLOCK)
     if n_entries >= 0:
         grad_k, grad_v = point_gradients_list(
@@ -408,7 +411,7 @@ def point_gradients(tiles, windows, n_rows, n_columns, n_items, n_runs, n_blocks
             walk, dropout, bias, k, v, q_rows, grad_out_rows, stats_ptr, tile, row, row_valid, head,
             scale * LOG2_E,
             DIM, LEVELS, BALL_ROWS, WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, HAS_DROPOUT, HAS_BIAS,
-            PRECISION, ROWS,
+            PRECISION, ROWS, TILE_ROWS,
         )  # fmt: skip
     store_rows(grad_k_rows, row, row_valid, head, grad_k * scale, WIDTH, PADDED)
     store_rows(grad_v_rows, row, row_valid, head, grad_v, VALUE_WIDTH, VALUE_PADDED)

@@ -3,14 +3,14 @@
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..._utils.constants import constant
-from ..types import LIST_BLOCK, Tiles, WindowTables
+from ..types import LIST_BLOCK, TILE, Tiles, WindowTables
 from . import interprets
 from .background import EmptyCells
 from .checks import plan_parts
@@ -20,6 +20,8 @@ from .tile_walk import SIZES_FIELD, Walk, WindowArguments
 INTERPRETS = interprets()  # kernels run on the CPU, for tests
 ON_AMD = torch.version.hip is not None
 _MIN_WIDTH = 16  # the minimum size of `tl.dot`
+_NARROW = 32  # channels of a head
+_WIDEST_ROW = 256  # bytes of a head, of which a program holds all rows of a tile
 _WIDEST_SPLIT = 64  # channels of a head of float32 that is split into parts of TF32
 
 
@@ -127,6 +129,22 @@ def new_for_tuple(x: Tensor, *shape: int) -> Tensor:
     return x.new_empty(*shape[:-1], max(shape[-1], 2))[..., : shape[-1]]
 
 
+class Grid(NamedTuple):
+    """Programs of a launch, one for each part of a tile and head."""
+
+    n_parts: int
+    n_heads: int
+    rows: int  # of a part
+    tile_rows: int
+
+    @property
+    def n_programs(self) -> int:
+        return self.n_parts * self.n_heads
+
+    def constants(self) -> dict[str, int]:
+        return {"ROWS": self.rows, "TILE_ROWS": self.tile_rows}
+
+
 class AttentionArguments:
     """Kernel arguments that the attention ops have in common, made of the ops' arguments.
 
@@ -140,28 +158,30 @@ class AttentionArguments:
         constants: sizes that kernels are compiled for.
         query_tiles: the `Tiles` of queries.
         query_walk, point_walk: the `Walk` of each pass; the second only for backward passes.
-        query_rows, point_rows: rows of a tile.
-        query_programs, point_programs: programs of a launch, one per tile and head.
+        query_grid, point_grid: the `Grid` of each pass.
         cells: the `EmptyCells`, or None without a background.
     """
 
     def __init__(
         self, q: Tensor, k: Tensor, v: Tensor, query_mask: Tensor | None,
-        background: list[Tensor], plan: list[Tensor], slices: list[int],
+        background: list[Tensor], plan: list[Tensor], slices: list[int], plain: bool,
     ) -> None:  # fmt: skip
+        """``plain``: without dropout and bias; the other arguments are those of the ops."""
         parts = plan_parts(plan)
         tiles, self.tables, self.copies = parts.query_tiles, parts.windows, parts.copies
         self.query_tiles, self.slices, self.background = tiles, slices, background
         self.n_levels, self.n_heads = len(slices), k.shape[1]
         self.heads = [heads(x) for x in (q, k, v)]
-        self.constants = _constants(k, v) | window_constants(self.tables, slices)
+        self._most_rows = _most_rows(k, v)
+        self.constants = _constants(k, v, plain and not background)
+        self.constants |= window_constants(self.tables, slices)
 
         row_mask = None if query_mask is None else query_mask.contiguous()
         self.query_walk = self._walk(tiles, len(q), len(k))._replace(row_mask=row_mask)
-        self.query_rows, self.query_programs = self._grid(tiles, sum(slices))
+        self.query_grid = self._grid(tiles, sum(slices))
         if parts.point_tiles is not None:
             self.point_walk = self._walk(parts.point_tiles, len(k), len(q))
-            self.point_rows, self.point_programs = self._grid(parts.point_tiles, max(slices))
+            self.point_grid = self._grid(parts.point_tiles, max(slices))
         self.cells: EmptyCells | None = None
         if background:
             query, key, value = background
@@ -175,10 +195,12 @@ class AttentionArguments:
         n_groups = len(self.background[2]) * self.n_levels if self.background else 0
         return walk_of(tiles, self.tables, self.slices, n_rows, n_items, self.n_heads, n_groups)
 
-    def _grid(self, tiles: Tiles, n_slices: int) -> tuple[int, int]:
-        """Rows of a tile, and programs, for ``n_slices`` slices per row."""
+    def _grid(self, tiles: Tiles, n_slices: int) -> Grid:
+        """``n_slices``: slices per row."""
         n_tiles, capacity = tiles.firsts.shape
-        return capacity // n_slices, n_tiles * self.n_heads
+        tile_rows = capacity // n_slices
+        rows = min(tile_rows, self._most_rows)
+        return Grid(n_tiles * tile_rows // rows, self.n_heads, rows, tile_rows)
 
 
 def window_constants(tables: WindowTables, slices: list[int]) -> dict[str, int]:
@@ -223,14 +245,24 @@ def precision(dtype: torch.dtype, width: int) -> str:
     return "tf32x3" if width <= _WIDEST_SPLIT else "ieee"
 
 
-def _constants(k: Tensor, v: Tensor) -> dict[str, Any]:
+def _most_rows(k: Tensor, v: Tensor) -> int:
+    """Rows of a program: those of a tile, or fewer if shared memory does not hold as many."""
+    sizes = widths(k, v)
+    row_bytes = max(sizes["PADDED"], sizes["VALUE_PADDED"]) * k.element_size()
+    return TILE if row_bytes <= _WIDEST_ROW else _MIN_WIDTH
+
+
+def _constants(k: Tensor, v: Tensor, plain: bool) -> dict[str, Any]:
     """Sizes that kernels are compiled for: as many warps as hold the tile's rows in registers.
 
     float32 takes twice the registers, and each number is split in two parts for matrix units.
+    Narrow heads with no options leave enough for all rows in half as many warps, which is faster.
     """
     sizes, half = widths(k, v), k.dtype != torch.float32
     width = max(sizes["PADDED"], sizes["VALUE_PADDED"])
     warps = min(max(width // 32, 1), 4) if half else min(max(width // 16, 2), 8)
+    if _most_rows(k, v) == TILE and (width > _NARROW or not plain):
+        warps *= 2
     return {
         **sizes,
         "PRECISION": precision(k.dtype, width),

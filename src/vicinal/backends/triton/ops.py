@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops import list_space, new_bias_gradient, new_gradients
-from ..types import LIST_BLOCK, TILE, Tiles, WindowTables
+from ..ops import list_space, new_bias_gradient, new_coordinate_gradient, new_gradients
+from ..types import LIST_BLOCK, Tiles, WindowTables
 from . import attention as attention_kernels
 from . import background as background_kernels
 from . import bias as bias_kernels
@@ -37,6 +37,7 @@ from .parts import Dropout, Rows
 __all__ = ["INTERPRETS", "KERNELS"]
 
 _PARTS = 64  # into which a sum over all queries is split
+_PART_ROWS = 16  # queries of such a part at a time
 _BIAS_PARTS = 512  # into which the sums of the bias' gradient are split at most
 _BIAS_SUMS = 2**24  # numbers of all parts of these, unless one part has more
 _NUMBERED = 256  # queries and points of a program of `bias.number_cells`
@@ -50,15 +51,17 @@ def attend(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See `backends.ops`; `triton.attend` makes the list ``plan``."""
     check_plan(plan, slices, q, k)
-    args = AttentionArguments(q if scale >= 0 else -q, k, v, query_mask, background, plan, slices)
+    plain = seed is None and bias is None
+    q = q if scale >= 0 else -q
+    args = AttentionArguments(q, k, v, query_mask, background, plan, slices, plain)
     out = q.new_empty(*q.shape[:2], v.shape[2])
     lse = q.new_empty(q.shape[:2], dtype=torch.float32)
     with on_device_of(q):
         launch(
-            attention_kernels.attend, args.query_programs, *args.query_walk, args.cells,
+            attention_kernels.attend, args.query_grid.n_programs, *args.query_walk, args.cells,
             _dropout(seed, dropout_p, args.copies), _bias(bias, args), *args.heads, heads(out), lse,
             scale, **args.constants, HAS_DROPOUT=seed is not None, HAS_BIAS=bias is not None,
-            HAS_BACKGROUND=bool(background), ROWS=args.query_rows, CELLS=_CELLS,
+            HAS_BACKGROUND=bool(background), **args.query_grid.constants(), CELLS=_CELLS,
             LIST_BLOCK=LIST_BLOCK,
         )  # fmt: skip
     return out, lse
@@ -72,7 +75,8 @@ def attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor], Tensor]:  # fmt: skip
     """See `backends.ops`; the gradients of q, k, v, the background and the bias."""
     check_plan(plan, slices, q, k)
-    args = AttentionArguments(q, k, v, query_mask, background, plan, slices)
+    plain = seed is None and bias is None
+    args = AttentionArguments(q, k, v, query_mask, background, plan, slices, plain)
     grad_q, grad_k, grad_v = new_gradients(q, k, v, needs_queries, needs_points)
     grad_background = [x.new_empty(x.shape) for x in background if needs_queries]
     with on_device_of(q):
@@ -87,11 +91,11 @@ def attend_backward(
             cell_gradients = CellGradients(heads(of_queries), weight_sums)
         if needs_queries:
             launch(
-                gradient_kernels.query_gradients, args.query_programs, *args.query_walk,
+                gradient_kernels.query_gradients, args.query_grid.n_programs, *args.query_walk,
                 args.cells, *backward.options(), *args.heads, lse, heads(out), backward.grad_out,
                 grad_lse_rows, backward.stats, heads(grad_q), cell_gradients, scale,
-                **backward.constants(), HAS_BACKGROUND=bool(background), ROWS=args.query_rows,
-                CELLS=_CELLS, LIST_BLOCK=LIST_BLOCK,
+                **backward.constants(), **args.query_grid.constants(),
+                HAS_BACKGROUND=bool(background), CELLS=_CELLS, LIST_BLOCK=LIST_BLOCK,
             )  # fmt: skip
         else:
             _find_stats(
@@ -99,10 +103,10 @@ def attend_backward(
             )
         if needs_points:
             launch(
-                gradient_kernels.point_gradients, args.point_programs, *args.point_walk,
+                gradient_kernels.point_gradients, args.point_grid.n_programs, *args.point_walk,
                 *backward.options(), *args.heads, backward.stats, backward.grad_out,
                 heads(grad_k), heads(grad_v), scale,
-                **backward.constants(), ROWS=args.point_rows, LIST_BLOCK=LIST_BLOCK,
+                **backward.constants(), **args.point_grid.constants(), LIST_BLOCK=LIST_BLOCK,
             )  # fmt: skip
         bias_sums = []
         if bias is not None and needs_queries:
@@ -155,7 +159,7 @@ def _key_gradients_of_cells(backward: _Backward) -> tuple[Tensor, list[Tensor]]:
     there is a bias. Sums of parts of the queries are added in order.
     """
     args, stats, key = backward.args, backward.stats, backward.args.background[1]
-    n_parts = min(_PARTS, cdiv(stats.shape[1], TILE))
+    n_parts = min(_PARTS, cdiv(stats.shape[1], _PART_ROWS))
     parts, bias_parts = new_for_tuple(stats, n_parts * len(key), *key.shape[1:]), None
     if backward.bias is not None:
         bias_parts = stats.new_empty(n_parts, *key.shape[:2])
@@ -165,7 +169,7 @@ def _key_gradients_of_cells(backward: _Backward) -> tuple[Tensor, list[Tensor]]:
         background_kernels.cell_key_gradients, sum(args.slices) * n_parts * args.n_heads,
         *args.query_walk, args.cells, *backward.options(), stats, backward.grad_out,
         CellKeyGradients(heads(parts), bias_parts), backward.scale, n_parts,
-        **constants, ROWS=TILE, CELLS=_CELLS,
+        **constants, ROWS=_PART_ROWS, CELLS=_CELLS,
     )  # fmt: skip
     bias_sums = [] if bias_parts is None else [bias_parts.sum(0)]
     return parts.unflatten(0, (n_parts, len(key))).sum(0).to(key.dtype), bias_sums
@@ -173,17 +177,17 @@ def _key_gradients_of_cells(backward: _Backward) -> tuple[Tensor, list[Tensor]]:
 
 def _bias_gradient_of_pairs(backward: _Backward) -> Tensor:
     """The gradient of the bias ``[K, H]`` from pairs of queries and points, float32."""
-    args, bias, n_tiles = backward.args, backward.bias, len(backward.args.query_tiles.firsts)
+    args, bias, grid = backward.args, backward.bias, backward.args.query_grid
     assert bias is not None
-    own = args.n_heads * args.query_rows * bias.n_slots  # sums of a part
-    n_parts = max(1, min(n_tiles, _BIAS_PARTS, _BIAS_SUMS // max(own, 1)))
-    sums = backward.stats.new_zeros(n_parts, args.n_heads, args.query_rows, bias.n_slots)
+    own = args.n_heads * grid.rows * bias.n_slots  # sums of a part
+    n_parts = max(1, min(grid.n_parts, _BIAS_PARTS, _BIAS_SUMS // max(own, 1)))
+    sums = backward.stats.new_zeros(n_parts, args.n_heads, grid.rows, bias.n_slots)
     constants = backward.constants()
     del constants["HAS_BIAS"]
     launch(
         bias_gradient_kernels.bias_gradients, n_parts * args.n_heads, *args.query_walk,
         *backward.options(), *args.heads, backward.stats, backward.grad_out, sums, backward.scale,
-        n_tiles, n_parts, **constants, ROWS=args.query_rows, LIST_BLOCK=LIST_BLOCK,
+        grid.n_parts, n_parts, **constants, **grid.constants(), LIST_BLOCK=LIST_BLOCK,
     )  # fmt: skip
     return sums.sum((0, 2)).t()
 
@@ -222,26 +226,29 @@ def rotate(x: Tensor, coordinates: Tensor, frequencies: Tensor) -> Tensor:
     with on_device_of(x):
         launch(
             rotary_kernels.rotate, cdiv(n, block) * n_heads, heads(x), coordinates,
-            frequencies, heads(out), n, coordinates.shape[1], n_heads,
+            frequencies, heads(out), n, n_heads, COORDINATES=coordinates.shape[1],
             PAIRS=width // 2, PADDED=power_of_2(width // 2), BLOCK=block, num_warps=4,
         )  # fmt: skip
     return out
 
 
 def rotate_backward(
-    grad_out: Tensor, out: Tensor, coordinates: Tensor, frequencies: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad_out: Tensor, out: Tensor, coordinates: Tensor, frequencies: Tensor,
+    needs_coordinates: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """See `backends.ops`; the gradients of x, of coordinates and of frequencies."""
     n, n_heads, width = out.shape
     block, n_coordinates = _tokens(width), coordinates.shape[1]
-    grad_x, grad_coordinates = out.new_empty(out.shape), torch.empty_like(coordinates)
+    grad_x = out.new_empty(out.shape)
+    grad_coordinates = new_coordinate_gradient(coordinates, needs_coordinates)
     parts = frequencies.new_empty(cdiv(n, block), *frequencies.shape, dtype=torch.float64)
     with on_device_of(out):
         launch(
             rotary_kernels.rotate_backward, len(parts), heads(grad_out), heads(out),
             coordinates, frequencies, heads(grad_x), grad_coordinates, parts,
-            n, n_coordinates, n_heads, PAIRS=width // 2, PADDED=power_of_2(width // 2),
-            AXES=power_of_2(n_coordinates), BLOCK=block, num_warps=4,
+            n, n_heads, COORDINATES=n_coordinates, PAIRS=width // 2, PADDED=power_of_2(width // 2),
+            AXES=power_of_2(n_coordinates), NEEDS_COORDINATES=needs_coordinates, BLOCK=block,
+            num_warps=4,
         )  # fmt: skip
     return grad_x, grad_coordinates, parts.sum(0).to(frequencies.dtype)
 
@@ -265,7 +272,7 @@ def find_lists(
     with on_device_of(counts):
         launch(
             list_kernels.place_lists, min(n_tiles, 1), counts, lists, n_tiles, walk.n_columns,
-            space, ROW_LEVELS=row_levels, BLOCK=LIST_BLOCK, CHUNK=1024, num_warps=4,
+            space, ROW_LEVELS=row_levels, BLOCK=LIST_BLOCK, CHUNK=4096, num_warps=16,
         )  # fmt: skip
         launch(
             list_kernels.write_lists, n_tiles, *walk, lists, items, members,

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 LARGEST = tl.constexpr(2**63 - 1)
-LOW_32_BITS = tl.constexpr(2**32 - 1)
+LARGEST_INT32 = tl.constexpr(2**31 - 1)
 FARTHEST = tl.constexpr(2**31 - 128)  # the largest float32 that int32 can hold
 
 # Fields of a row of the level table, then of each axis within it.
@@ -354,9 +354,23 @@ def _scan_stops(stop, stop_before, next_stop, next_stop_before):
 
 
 @triton.jit
+def slice_offsets(traversal_ptr, tile, index, n_rows, n_slices, first_slice,
+                  LEVEL_SLICES: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
+    """Where starts and stops have slices ``index`` ``[n]`` of a tile at a level, and whether they
+    are valid.
+    """
+    row_offset = tile * ROWS + index // LEVEL_SLICES  # [n]
+    valid = (index < ROWS * LEVEL_SLICES) & (row_offset < n_rows)  # [n]
+    row = tl.load(traversal_ptr + row_offset, mask=valid, other=0).to(tl.int64)  # [n]
+    valid = valid & (row >= 0) & (row < n_rows)
+    return row * n_slices + first_slice + index % LEVEL_SLICES, valid
+
+
+@triton.jit
 def join_slices(traversal_ptr, starts_ptr, stops_ptr, firsts_ptr, shifts_ptr, counts_ptr,
                 tile, n_rows, n_slices, n_levels, level, first_slice,
-                LEVEL_SLICES: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr):  # fmt: skip
+                LEVEL_SLICES: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr,
+                IS_LONG: tl.constexpr):  # fmt: skip
     """The runs of one tile at one level, see `find_runs`.
 
     Args:
@@ -365,20 +379,26 @@ def join_slices(traversal_ptr, starts_ptr, stops_ptr, firsts_ptr, shifts_ptr, co
         first_slice: the number of a row's slices at the levels before ``level``.
         LEVEL_SLICES: the number of a row's slices at this level.
         PADDED: ``ROWS * LEVEL_SLICES`` or more, a power of two.
+        IS_LONG: see `find_runs`.
     """
     index = tl.arange(0, PADDED)  # [PADDED]
-    row_offset = tile * ROWS + index // LEVEL_SLICES  # [PADDED]
-    valid = (index < ROWS * LEVEL_SLICES) & (row_offset < n_rows)  # [PADDED]
-    row = tl.load(traversal_ptr + row_offset, mask=valid, other=0).to(tl.int64)  # [PADDED]
-    valid = valid & (row >= 0) & (row < n_rows)
-    slice_offset = row * n_slices + first_slice + index % LEVEL_SLICES  # [PADDED]
-    start = tl.load(starts_ptr + slice_offset, mask=valid, other=0).to(tl.int64)  # [PADDED]
-    stop = tl.load(stops_ptr + slice_offset, mask=valid, other=0).to(tl.int64)  # [PADDED]
-    # Sort by start, empty slices last. The low 32 bits carry the stop along.
-    packed = tl.sort(tl.where(stop > start, (start << 32) | stop, LARGEST))  # [PADDED]
-    nonempty = packed != LARGEST  # [PADDED]
-    start = tl.where(nonempty, packed >> 32, 0).to(tl.int32)
-    stop = tl.where(nonempty, packed & LOW_32_BITS, 0).to(tl.int32)
+    offset, valid = slice_offsets(
+        traversal_ptr, tile, index, n_rows, n_slices, first_slice, LEVEL_SLICES, ROWS
+    )  # [PADDED] each
+    start = tl.load(starts_ptr + offset, mask=valid, other=0)  # [PADDED]
+    stop = tl.load(stops_ptr + offset, mask=valid, other=0)  # [PADDED]
+    # Sort by start, empty slices last. The low bits are the slice's index in the tile.
+    largest: tl.constexpr = LARGEST if IS_LONG else LARGEST_INT32
+    key = start.to(tl.int64) * PADDED if IS_LONG else start * PADDED  # [PADDED]
+    key = tl.sort(tl.where(stop > start, key | index, largest))
+    nonempty = key != largest  # [PADDED]
+    offset, valid = slice_offsets(
+        traversal_ptr, tile, (key & (PADDED - 1)).to(tl.int32), n_rows, n_slices, first_slice,
+        LEVEL_SLICES, ROWS,
+    )  # [PADDED] each  # fmt: skip
+    nonempty = nonempty & valid  # also if the starts were tampered with
+    start = tl.load(starts_ptr + offset, mask=nonempty, other=0)
+    stop = tl.load(stops_ptr + offset, mask=nonempty, other=0)
     # The largest stop of the slices before each: a slice that starts beyond it starts a run.
     no_stop = tl.full([PADDED], -1, tl.int32)  # [PADDED]
     _, stop_before = tl.associative_scan((stop, no_stop), 0, _scan_stops)  # [PADDED]
@@ -397,7 +417,7 @@ def join_slices(traversal_ptr, starts_ptr, stops_ptr, firsts_ptr, shifts_ptr, co
 @triton.jit(do_not_specialize=("n_rows", "n_slices"))
 def find_runs(traversal_ptr, starts_ptr, stops_ptr, firsts_ptr, shifts_ptr, counts_ptr,
               n_rows, n_slices, SLICES: tl.constexpr, PADDED: tl.constexpr,
-              LEVELS: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
+              LEVELS: tl.constexpr, ROWS: tl.constexpr, IS_LONG: tl.constexpr):  # fmt: skip
     """See `reference.find_runs`. A program joins the slices of one tile at one level.
 
     Args:
@@ -410,6 +430,7 @@ def find_runs(traversal_ptr, starts_ptr, stops_ptr, firsts_ptr, shifts_ptr, coun
         PADDED: for each level, ``ROWS`` times its slices, or more, a power of two.
         LEVELS: S.
         ROWS: rows of a tile.
+        IS_LONG: whether int32 does not hold a start and the index of a slice in its tile.
     """
     tile = (tl.program_id(0) // LEVELS).to(tl.int64)
     for level in tl.static_range(LEVELS):
@@ -417,5 +438,5 @@ def find_runs(traversal_ptr, starts_ptr, stops_ptr, firsts_ptr, shifts_ptr, coun
             join_slices(
                 traversal_ptr, starts_ptr, stops_ptr, firsts_ptr, shifts_ptr, counts_ptr,
                 tile, n_rows, n_slices, LEVELS, level, SLICES[level],
-                SLICES[level + 1] - SLICES[level], ROWS, PADDED[level],
+                SLICES[level + 1] - SLICES[level], ROWS, PADDED[level], IS_LONG,
             )  # fmt: skip

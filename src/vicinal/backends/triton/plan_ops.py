@@ -103,11 +103,11 @@ def _search(
 
 
 def find_runs(
-    traversal: Tensor, starts: Tensor, stops: Tensor, slices: list[int], rows: int
+    traversal: Tensor, starts: Tensor, stops: Tensor, n_columns: int, slices: list[int], rows: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `backends.ops`."""
     if rows * max(slices) > LARGEST_SORT:
-        return reference.find_runs(traversal, starts, stops, slices, rows)
+        return reference.find_runs(traversal, starts, stops, n_columns, slices, rows)
     bounds = tuple(itertools.accumulate(slices, initial=0))
     padded = tuple(power_of_2(rows * n) for n in slices)
     n_tiles, n_levels = cdiv(len(traversal), rows), len(slices)
@@ -117,6 +117,7 @@ def find_runs(
         launch(
             kernels.find_runs, n_tiles * n_levels, traversal, starts, stops, firsts, shifts,
             counts, len(traversal), bounds[-1], SLICES=bounds, PADDED=padded, LEVELS=n_levels,
-            ROWS=rows, num_warps=max(1, min(8, max(padded) // 256)),
+            ROWS=rows, IS_LONG=n_columns * max(padded) >= 2**31,
+            num_warps=max(1, min(8, max(padded) // 256)),
         )  # fmt: skip
     return firsts, shifts, counts

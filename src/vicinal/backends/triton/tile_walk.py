@@ -74,17 +74,26 @@ def load_tile_rows(walk, tile, ROWS: tl.constexpr):
 
 
 @triton.jit
-def program_tile(walk, ROWS: tl.constexpr):
-    """The tile and the head of a program, and the tile's rows as `load_tile_rows` returns them.
+def program_tile(walk, ROWS: tl.constexpr, TILE_ROWS: tl.constexpr):
+    """The tile and the head of a program, the first of the tile's rows that it works on, and these
+    ``ROWS`` rows as `load_tile_rows` returns them.
 
     The heads of a tile are neighboring programs, which share its rows in the cache. Tiles are
     taken from the last to the first: those of coarse levels come last and have the most columns,
     and a long program that starts late would run alone at the end.
     """
     program = tl.num_programs(0) - 1 - tl.program_id(0)
-    tile, head = program // walk.n_heads, program % walk.n_heads
-    row, row_valid = load_tile_rows(walk, tile, ROWS)
-    return tile, head, row, row_valid
+    part, head = program // walk.n_heads, program % walk.n_heads
+    row, row_valid = load_tile_rows(walk, part, ROWS)
+    tile, first_row = split_part(part, ROWS, TILE_ROWS)
+    return tile, head, first_row, row, row_valid
+
+
+@triton.jit
+def split_part(part, ROWS: tl.constexpr, TILE_ROWS: tl.constexpr):
+    """The tile of a part of ``ROWS`` rows, and the part's first row in the tile."""
+    parts: tl.constexpr = TILE_ROWS // ROWS
+    return part // parts, part % parts * ROWS
 
 
 @triton.jit
@@ -99,9 +108,9 @@ def load_list(walk, tile, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def member_bits(walk, row, row_valid, ROWS: tl.constexpr):
+def member_bits(walk, first_row, row, row_valid, ROWS: tl.constexpr):
     """The bit of each row in `Tiles.members`, int32 ``[ROWS]``; zero for rows that are masked."""
-    bit = tl.full([ROWS], 1, tl.int32) << tl.arange(0, ROWS)  # [ROWS]
+    bit = tl.full([ROWS], 1, tl.int32) << (first_row + tl.arange(0, ROWS)).to(tl.int32)  # [ROWS]
     return tl.where(is_masked(walk, row, row_valid), 0, bit)
 
 
@@ -125,14 +134,14 @@ def member_mask(bit, members):
 
 
 @triton.jit
-def load_runs(walk, tile, level, ROWS: tl.constexpr, LEVELS: tl.constexpr):
+def load_runs(walk, tile, level, TILE_ROWS: tl.constexpr, LEVELS: tl.constexpr):
     """The runs of a tile at a level: the offset of the first, and how many runs and entries."""
     offset = tile.to(tl.int64) * walk.n_runs
     capacity = walk.n_runs
     if LEVELS > 1:
         n_slices, first_slice = load_slices(walk, level)
-        offset += ROWS * first_slice
-        capacity = ROWS * n_slices
+        offset += TILE_ROWS * first_slice
+        capacity = TILE_ROWS * n_slices
     counts_ptr = walk.tiles.counts + (tile.to(tl.int64) * LEVELS + level) * 2
     return (
         offset,

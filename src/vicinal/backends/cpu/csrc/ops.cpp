@@ -267,20 +267,22 @@ Tensor rotate(Tensor x, Tensor coordinates, Tensor frequencies) {
 }
 
 std::tuple<Tensor, Tensor, Tensor> rotate_backward(Tensor grad_out, Tensor out, Tensor coordinates,
-                                                   Tensor frequencies) {
+                                                   Tensor frequencies, bool needs_coordinates) {
   RotaryArguments arguments(out, coordinates, frequencies);
   grad_out = contiguous_channels("grad_out", grad_out);
   check_tensor("grad_out", grad_out, sizes_of(out), out.scalar_type());
   check_contiguous("out", out, sizes_of(out), out.scalar_type());
   const int64_t n_chunks = (out.size(0) + kRowsPerChunk - 1) / kRowsPerChunk;
   Tensor grad_x = new_tensor_like(out, out.scalar_type());
-  Tensor grad_coordinates = torch::stable::empty_like(coordinates);
+  const int64_t n_grads = needs_coordinates ? coordinates.size(0) : 0;
+  Tensor grad_coordinates =
+      new_tensor(coordinates, {n_grads, coordinates.size(1)}, ScalarType::Double);
   Tensor grad_frequency_parts = new_parts(frequencies, n_chunks);
   RotaryParams& p = arguments.params;
   p.out = rows_of(out);
   p.grad_out = rows_of(grad_out);
   p.grad_x = rows_of(grad_x);
-  p.grad_coordinates = grad_coordinates.mutable_data_ptr<double>();
+  p.grad_coordinates = needs_coordinates ? grad_coordinates.mutable_data_ptr<double>() : nullptr;
   p.grad_frequency_parts = grad_frequency_parts.mutable_data_ptr<double>();
   arguments.run(out, false);
   return {grad_x, grad_coordinates, sum_parts(grad_frequency_parts, frequencies)};

@@ -136,7 +136,7 @@ struct RotaryParams {
   Rows x, out;                          // [n, H, d]
   // Backward only.
   Rows grad_out, grad_x;                   // [n, H, d]
-  double* grad_coordinates = nullptr;      // [n, C]
+  double* grad_coordinates = nullptr;      // [n, C]; null: not needed
   double* grad_frequency_parts = nullptr;  // [chunks, C, n_pairs]
 };
 

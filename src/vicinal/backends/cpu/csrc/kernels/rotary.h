@@ -125,15 +125,16 @@ class RotaryKernel {
     }
   }
 
-  // The gradients by coordinate c of a row, and by its frequencies.
+  // The gradients by the frequencies of coordinate c, and by that coordinate of a row if needed.
   void accumulate_gradients(int64_t row, int64_t c) {
     const int64_t index = row * p_.n_coordinates + c;
     const Real coordinate = p_.coordinates[index];
-    V products{};
-    for (int64_t i = 0; i < n_vectors_; ++i) {
+    for (int64_t i = 0; i < n_vectors_; ++i)
       grad_frequencies_[c * n_vectors_ + i] += coordinate * grad_angles_[i];
+    if (p_.grad_coordinates == nullptr) return;
+    V products{};
+    for (int64_t i = 0; i < n_vectors_; ++i)
       products += rounded_frequencies_[c * n_vectors_ + i] * grad_angles_[i];
-    }
     Real sum = 0;
     for (int lane = 0; lane < n_lanes<Real>; ++lane) sum += products[lane];
     p_.grad_coordinates[index] = sum;
