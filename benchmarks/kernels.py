@@ -33,7 +33,7 @@ from vicinal.backends.ops import list_space
 from vicinal.backends.triton import ops as triton_ops
 from vicinal.backends.triton import plan_ops
 from vicinal.backends.triton.checks import PlanParts
-from vicinal.backends.types import LIST_BLOCK, TILE, window_tables
+from vicinal.backends.types import LIST_BLOCK, window_tables
 
 
 class Case(NamedTuple):
@@ -115,7 +115,7 @@ def figures(counts: scene.SceneCounts) -> tuple[dict[str, float], dict[str, mode
     found: dict[str, float] = {}
     costs: dict[str, model.Cost] = {}
     searches = 0.0
-    of_plan: dict[str, plan.PlanKernel] = {}
+    of_plan: dict[str, plan.Variants] = {}
     for kernel in compiled(CASES[0], 90):
         if kernel.name in BLOCK_LOOPS:
             loop = kernel.code.block_loop()
@@ -126,8 +126,10 @@ def figures(counts: scene.SceneCounts) -> tuple[dict[str, float], dict[str, mode
             found[f"{kernel.name}: registers"] = kernel.resources.registers
             found[f"{kernel.name}: spilled bytes"] = kernel.resources.spilled_bytes
             if kernel.name == "attend":
-                found["attend: instructions per block and head"] = loop.length
-                found["attend: sectors per tile and head"] = costs["attend"].sectors
+                part = 16 / counts.queries.rows
+                found["attend: instructions per block and head, for 16 rows"] = part * loop.length
+                sectors = part * costs["attend"].sectors
+                found["attend: sectors per tile and head, for 16 rows"] = sectors
         elif kernel.name == "find_slices":
             loops = kernel.code.innermost_loops()
             outside = len(kernel.code.instructions) - sum(loop.length for loop in loops)
@@ -138,7 +140,7 @@ def figures(counts: scene.SceneCounts) -> tuple[dict[str, float], dict[str, mode
             )  # fmt: skip
         elif kernel.name in plan.KERNELS:
             options = kernel.launch.options
-            of_plan[kernel.name] = plan.PlanKernel(
+            of_plan.setdefault(kernel.name, {})[options.get("ROWS", 0)] = plan.PlanKernel(
                 kernel.code, options["num_warps"], options.get("BLOCK", 1)
             )
     forward = costs["attend"]
@@ -162,7 +164,7 @@ def _unused_bytes(counts: scene.SceneCounts) -> float:
     slots = sum(size**2 for size in host.SIZES)
     per_block = 2 * LIST_BLOCK * torch.int32.itemsize  # items and members
     return per_block * sum(
-        list_space(x.tiles, TILE, slots) - x.tiles * x.blocks
+        list_space(x.tiles, x.rows, slots) - x.tiles * x.blocks
         for x in (counts.queries, counts.columns)
     )
 
@@ -172,7 +174,7 @@ def launches(case: Case) -> list[Launch]:
     found: dict[Any, Launch] = {}
 
     def record(kernel: Any, n_programs: int, *arguments: Any, **options: int) -> None:
-        found[kernel] = Launch(kernel, arguments, options)
+        found[kernel, options.get("ROWS")] = Launch(kernel, arguments, options)
 
     plan = _plan(case)
     with (
@@ -216,9 +218,12 @@ def _find_tiles(plan: NeighborhoodPlan) -> None:
         dtype,
         torch.float32,
     )
-    rows = tile_rows(plan.n_queries, plan.n_points)
-    slices = plan._tensors.query_slices
-    plan_ops.find_runs(*slices[:3], len(slices.order), plan._tensors.slices_per_level(), rows)
+    sizes = plan._tensors.slices_per_level()
+    sides = ((plan._tensors.query_slices, sizes, True), (plan._point_slices(), [max(sizes)], False))
+    for slices, own, are_queries in sides:
+        n = plan.n_queries, plan.n_points
+        rows = tile_rows(*n, True) if are_queries else tile_rows(*n[::-1], False)
+        plan_ops.find_runs(*slices[:3], len(slices.order), own, rows)
 
 
 def _rotate_and_attend(plan: NeighborhoodPlan, case: Case) -> None:

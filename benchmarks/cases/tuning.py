@@ -31,8 +31,11 @@ def sweep(
         layer.attention().step()  # finds the tiles, which stay with the plan
     for block, n_warps in itertools.product(blocks, warps):
         setting = f"{block}x{n_warps}"
-        own = {"BLOCK": block, "num_warps": n_warps}
-        with mock.patch.object(launch, "_constants", lambda *a, own=own: {**chosen(*a), **own}):
+        own = {"BLOCK": block}
+        with (
+            mock.patch.object(launch, "_constants", lambda *a, own=own: {**chosen(*a), **own}),
+            mock.patch.object(launch, "_n_warps", return_value=n_warps),
+        ):
             try:
                 attention = layer.attention()
                 calls = {"forward": attention.forward, "backward": attention.backward()}

@@ -8,8 +8,6 @@ hidden.
 
 from typing import NamedTuple
 
-from vicinal.backends.types import TILE
-
 from .scene import SceneCounts, TileCounts
 
 HEADS, WIDTH, BYTES = 8, 32, 2  # of a head, and of a number: bfloat16
@@ -21,7 +19,6 @@ NOT_HIDDEN = 0.3
 
 _ROW = WIDTH * BYTES // SECTOR  # sectors of a head's row
 _LIST_BLOCK = 2 * 32 * 4 // SECTOR  # sectors of a block of a list: items and members
-_TILE = TILE * 4 // SECTOR + 1  # its traversal, and where its list is
 
 
 class Bar(NamedTuple):
@@ -32,7 +29,7 @@ class Bar(NamedTuple):
 
 
 BARS = (
-    Bar("attend: instructions per block and head", 350, 300),
+    Bar("attend: instructions per block and head, for 16 rows", 350, 300),
     *(
         bar
         for kernel in ("attend", "query_gradients", "point_gradients")
@@ -42,7 +39,7 @@ BARS = (
             Bar(f"{kernel}: spilled bytes", 0, None),
         )
     ),
-    Bar("attend: sectors per tile and head", 620, 500),
+    Bar("attend: sectors per tile and head, for 16 rows", 620, 500),
     Bar("find_slices: instructions over those of attend", 0.25, 0.1),
     Bar("attend: predicted time over copying q, k, v and out", 3, 2),
     Bar("backward: predicted time over copying q, k, v and out", 7, 5),
@@ -74,14 +71,15 @@ def cost(kernel: str, scene: SceneCounts, block: int, outside: int) -> Cost:
     """The cost of a kernel whose loop has ``block`` instructions, and whose rest ``outside``."""
     tiles = scene.columns if kernel == "point_gradients" else scene.queries
     rows, moved = _SECTORS[kernel](tiles)
-    sectors = rows + tiles.blocks * _LIST_BLOCK + _TILE
+    own = tiles.rows * 4 // SECTOR + 1  # its traversal, and where its list is
+    sectors = rows + tiles.blocks * _LIST_BLOCK + own
     instructions = outside + block * tiles.blocks
     return Cost(tiles.tiles * HEADS, instructions, sectors, moved * tensor_bytes(scene))
 
 
 def _forward(tiles: TileCounts) -> tuple[float, int]:
     """q, out and the log-sum-exp of the rows, keys and values; q, k, v, out once."""
-    return TILE * (2 * _ROW + 1) + tiles.entries * 2 * _ROW, 4
+    return tiles.rows * (2 * _ROW + 1) + tiles.entries * 2 * _ROW, 4
 
 
 def _query_gradients(tiles: TileCounts) -> tuple[float, int]:
@@ -89,12 +87,12 @@ def _query_gradients(tiles: TileCounts) -> tuple[float, int]:
 
     All gradients of log-sum-exps are one zero in a training step that does not use these.
     """
-    return TILE * (4 * _ROW + 1) + 1 + tiles.row_stats + tiles.entries * 2 * _ROW, 6
+    return tiles.rows * (4 * _ROW + 1) + 1 + tiles.row_stats + tiles.entries * 2 * _ROW, 6
 
 
 def _point_gradients(tiles: TileCounts) -> tuple[float, int]:
     """k, v and their gradients; q, grad_out and the statistics of the columns."""
-    return TILE * 4 * _ROW + tiles.entries * 2 * _ROW + tiles.column_stats, 6
+    return tiles.rows * 4 * _ROW + tiles.entries * 2 * _ROW + tiles.column_stats, 6
 
 
 _SECTORS = {

@@ -17,7 +17,7 @@ from .scene import SceneCounts, TileCounts
 
 GAP = 1.5e-6  # seconds from the end of a launch to the start of the next one in a CUDA graph
 LAUNCH, ALLOCATION = 7e-6, 1.5e-6  # seconds of the host
-CHUNK, CHUNK_SECONDS = 1024, 2e-6  # tiles that `place_lists` handles at once, one after another
+CHUNK, CHUNK_SECONDS = 4096, 7e-6  # tiles that `place_lists` handles at once, one after another
 CACHED_STEPS = 12  # of a search: they read 4,096 keys, which stay in L1
 KEYS_PER_SECTOR = 8
 COLUMN_SECTORS = 5  # that `write_lists` reads for an entry: its item, group, level and two cells
@@ -33,6 +33,10 @@ class PlanKernel(NamedTuple):
     block: int  # rows of a program, for kernels that go through rows
 
 
+Variants = dict[int, PlanKernel]
+"""By the rows of the tiles on which the kernel works; 0 for a kernel that does not."""
+
+
 class _Direction(NamedTuple):
     """Windows of rows among sorted keys, and tiles of these rows."""
 
@@ -43,7 +47,7 @@ class _Direction(NamedTuple):
 
 
 def seconds(
-    scene: SceneCounts, levels: int, searches: float, kernels: dict[str, PlanKernel],
+    scene: SceneCounts, levels: int, searches: float, kernels: dict[str, Variants],
     step: Counts, unused_bytes: float,
 ) -> float:  # fmt: skip
     """The predicted time.
@@ -52,7 +56,7 @@ def seconds(
         scene: the scene; windows have one axis beside that of their slices.
         levels: of the scene.
         searches: instructions of `find_slices` for all queries.
-        kernels: the other kernels, by name.
+        kernels: the variants of the other kernels, by name.
         step: what the host does for the plan.
         unused_bytes: of tensors of the plan, space that nothing is written to.
     """
@@ -61,7 +65,7 @@ def seconds(
         _Direction(scene.points, scene.widest, scene.points * levels, scene.columns),
     )
     instructions = sum(_searched(x, directions[0]) for x in directions) * searches
-    instructions += sum(_WORK[name](scene, levels, kernel) for name, kernel in kernels.items())
+    instructions += sum(_WORK[name](scene, levels, variants) for name, variants in kernels.items())
     moved = step.bytes - unused_bytes
     sectors = moved / model.SECTOR + sum(_search_sectors(x, scene.widest) for x in directions)
     sectors += sum(x.tiles.tiles * x.tiles.entries * COLUMN_SECTORS for x in directions)
@@ -86,32 +90,40 @@ def _search_sectors(direction: _Direction, width: int) -> float:
     return direction.rows * direction.slices * (steps + width / KEYS_PER_SECTOR)
 
 
-def _by_rows(scene: SceneCounts, levels: int, kernel: PlanKernel) -> float:
+def _by_rows(scene: SceneCounts, levels: int, variants: Variants) -> float:
+    kernel = variants[0]
     loops = sum(loop.length for loop in kernel.code.innermost_loops())
     instructions = len(kernel.code.instructions) + (BIT_STEPS - 1) * loops
     return math.ceil(scene.points / kernel.block) * kernel.warps * instructions
 
 
-def _by_keys(scene: SceneCounts, levels: int, kernel: PlanKernel) -> float:
-    return levels * _by_rows(scene, levels, kernel)
+def _by_keys(scene: SceneCounts, levels: int, variants: Variants) -> float:
+    return levels * _by_rows(scene, levels, variants)
 
 
-def _split_order(scene: SceneCounts, levels: int, kernel: PlanKernel) -> float:
-    return (1 + levels) * _by_rows(scene, levels, kernel)
+def _split_order(scene: SceneCounts, levels: int, variants: Variants) -> float:
+    return (1 + levels) * _by_rows(scene, levels, variants)
 
 
-def _find_runs(scene: SceneCounts, levels: int, kernel: PlanKernel) -> float:
+def _find_runs(scene: SceneCounts, levels: int, variants: Variants) -> float:
     """A program takes the way of one level, a tile of queries all ways, one of points the longest.
 
     Each way has its own end.
     """
-    code = kernel.code.instructions
+    of_queries, of_points = variants[scene.queries.rows], variants[scene.columns.rows]
+    code = of_points.code.instructions
     ends = [0, *(i for i, line in enumerate(code) if line.startswith("EXIT"))]
     longest = max(stop - start for start, stop in itertools.pairwise(ends))
-    return kernel.warps * (scene.queries.tiles * len(code) + scene.columns.tiles * longest)
+    found = scene.queries.tiles * of_queries.warps * len(of_queries.code.instructions)
+    return found + scene.columns.tiles * of_points.warps * longest
 
 
-def _write_lists(scene: SceneCounts, levels: int, kernel: PlanKernel) -> float:
+def _write_lists(scene: SceneCounts, levels: int, variants: Variants) -> float:
+    queries = _list_instructions(scene.queries, levels, variants[scene.queries.rows])
+    return queries + _list_instructions(scene.columns, 1, variants[scene.columns.rows])
+
+
+def _list_instructions(tiles: TileCounts, levels: int, kernel: PlanKernel) -> float:
     """The loop over a level's blocks contains the search among its runs."""
     (search,) = kernel.code.innermost_loops()
     block = min(
@@ -121,12 +133,10 @@ def _write_lists(scene: SceneCounts, levels: int, kernel: PlanKernel) -> float:
     )
     outside = len(kernel.code.instructions) - block
     block += (RUN_STEPS - 1) * search.length
-    queries, columns = scene.queries, scene.columns
-    found = queries.tiles * (queries.level_blocks * block + levels * outside)
-    return kernel.warps * (found + columns.tiles * (columns.level_blocks * block + outside))
+    return kernel.warps * tiles.tiles * (tiles.level_blocks * block + levels * outside)
 
 
-_WORK: dict[str, Callable[[SceneCounts, int, PlanKernel], float]] = {
+_WORK: dict[str, Callable[[SceneCounts, int, Variants], float]] = {
     "place_queries": _by_rows,
     "place_points": _by_rows,
     "place_along_curve": _by_keys,

@@ -22,6 +22,7 @@ class TileCounts(NamedTuple):
     level_blocks: float  # the same if levels did not share blocks
     row_stats: float  # sectors with statistics of a tile's rows, as if these were queries
     column_stats: float  # the same for its columns
+    rows: int  # of a tile
 
 
 class SceneCounts(NamedTuple):
@@ -60,7 +61,7 @@ def _count_tiles(tiles: Tiles, slices: list[int]) -> TileCounts:
     return TileCounts(
         len(entries), mean_entries, mean_blocks, mean_level_blocks,
         _stats_sectors(tile_of_row, tiles.traversal) / len(entries),
-        _stats_sectors(tile, tiles.order[column]) / len(entries),
+        _stats_sectors(tile, tiles.order[column]) / len(entries), rows,
     )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import torch
 
 from vicinal._index.tiles import GroupedCells, find_tiles, tile_rows
 from vicinal.backends import reference
-from vicinal.backends.types import TILE, NeighborSlices
+from vicinal.backends.types import POINT_TILE, TILE, NeighborSlices
 from vicinal.window_shapes import windows_on_axes
 
 STARTS = [[2, 8], [3, 9], [3, 12]]
@@ -53,9 +53,9 @@ def test_empty_slices_are_in_no_run() -> None:
 
 
 def test_a_tile_is_one_row_if_rows_are_few() -> None:
-    assert tile_rows(3, 1000) == 1
-    assert tile_rows(1000, 1000) == TILE
-    assert tile_rows(1000, 3) == TILE
+    assert tile_rows(3, 1000, True) == 1
+    assert tile_rows(1000, 1000, True) == TILE
+    assert tile_rows(1000, 3, False) == POINT_TILE
 
 
 def test_a_last_tile_may_have_fewer_rows() -> None:

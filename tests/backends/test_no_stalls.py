@@ -30,7 +30,7 @@ if importlib.util.find_spec("triton") is None:
 
 from vicinal.backends.triton import ops as triton_ops
 from vicinal.backends.triton import plan_ops
-from vicinal.backends.types import TILE
+from vicinal.backends.types import POINT_TILE
 
 SHAPES = ((24, 24), (12, 12), (6, 6))
 SIZES = (3, 5, 3)
@@ -232,7 +232,7 @@ def test_shapes_follow_from_sizes_alone(launched: list[str]) -> None:
     positions = torch.rand(7, 2, device="meta")
     plan = plan_neighborhoods(positions, offsets, points, SIZES)
     assert plan._query_tiles(triton.find_runs).firsts.shape == (7, 3 + 5 + 3)
-    assert plan._point_tiles(triton.find_runs).firsts.shape == (13, TILE * 5)
+    assert plan._point_tiles(triton.find_runs).firsts.shape == (25, POINT_TILE * 5)
     q, k = (torch.randn(n, 2, 16, device="meta").requires_grad_() for n in (7, 400))
     out, lse = neighborhood_attention(q, k, k, plan, return_lse=True)
     (out.sum() + lse.sum()).backward()

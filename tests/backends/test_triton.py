@@ -42,7 +42,7 @@ from vicinal import (
 )
 from vicinal.backends import choose_backend, reference
 from vicinal.backends import triton as back_end
-from vicinal.backends.types import LIST_BLOCK, TILE, Tiles
+from vicinal.backends.types import LIST_BLOCK, POINT_TILE, TILE, Tiles
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
@@ -194,7 +194,8 @@ def test_few_rows_among_many_columns(few: str) -> None:
     tiles = plan._query_tiles(back_end.find_runs), plan._point_tiles(back_end.find_runs)
     single, full = tiles if few == "queries" else tiles[::-1]
     assert len(single.firsts) == len(single.traversal)
-    assert len(full.firsts) == math.ceil(len(full.traversal) / TILE)
+    height = POINT_TILE if few == "queries" else TILE
+    assert len(full.firsts) == math.ceil(len(full.traversal) / height)
     assert_exact(scene, heads=1, background=True, dropout_p=0.2)
 
 
@@ -651,9 +652,9 @@ def test_runs(scene: Scene, rows: int, is_long: bool) -> None:
             assert columns.tolist() == sorted(union)
 
 
-def members_of(tiles: Tiles) -> set[tuple[int, int]]:
+def members_of(tiles: Tiles, n_slices: int) -> set[tuple[int, int]]:
     """(row, item) of all lists, each once; the lists do not overlap."""
-    rows = 1 if len(tiles.lists) == len(tiles.traversal) else TILE
+    rows = tiles.firsts.shape[1] // n_slices
     found: list[tuple[int, int]] = []
     blocks: list[int] = []
     for tile, (first, n_blocks) in enumerate(tiles.lists.tolist()):
@@ -674,9 +675,11 @@ def members_of(tiles: Tiles) -> set[tuple[int, int]]:
 def test_lists_hold_every_pair_once(scene: Scene) -> None:
     plan = scene.plan().to(DEVICE)
     pairs = {(query, point) for query, point in plan.pairs().tolist()}
-    find = back_end.find_runs, back_end.find_lists
-    assert members_of(plan._query_tiles(*find)) == pairs
-    assert members_of(plan._point_tiles(*find)) == {(point, query) for query, point in pairs}
+    find, slices = (back_end.find_runs, back_end.find_lists), plan._tensors.slices_per_level()
+    assert members_of(plan._query_tiles(*find), sum(slices)) == pairs
+    assert members_of(plan._point_tiles(*find), max(slices)) == {
+        (point, query) for query, point in pairs
+    }
 
 
 def test_tiles_without_space_have_no_list(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,7 +33,7 @@ for n_queries, n_points in ((1, 1), (16, 17), (15, 48)):
         case = Case(torch.float16, 32, everything, 1, n_points, n_queries, bias=everything)
         for launch in launches(case):
             source, _ = variant(launch, GPUTarget("cuda", 90, 32))
-            name = f"{launch.kernel.fn.__name__} {everything}"
+            name = f"{launch.kernel.fn.__name__} {everything} {launch.options.get('ROWS')}"
             found.setdefault(name, set()).add(source.hash())
 print(json.dumps({name: len(hashes) for name, hashes in found.items()}))
 """

@@ -72,17 +72,24 @@ def test_entries_are_those_of_the_tiles_pairs() -> None:
     tracks = particle_tracks(3)
     found = scene.count(tracks)
     n = len(tracks.coordinates)
-    assert found.queries.tiles == found.columns.tiles == -(-n // 16)
+    assert (found.queries.tiles, found.columns.tiles) == (-(-n // 32), -(-n // 16))
+    assert (found.queries.rows, found.columns.rows) == (32, 16)
     for tiles in (found.queries, found.columns):
         assert tiles.entries / 32 <= tiles.blocks <= tiles.entries / 32 + 1
         assert tiles.blocks <= tiles.level_blocks <= tiles.blocks + 3
         assert tiles.entries / 4 <= tiles.column_stats <= tiles.entries
-        assert 4 <= tiles.row_stats <= 16
+        assert tiles.rows / 4 <= tiles.row_stats <= tiles.rows
 
 
 def test_costs_grow_with_what_is_counted() -> None:
     tiles = scene.TileCounts(
-        tiles=100, entries=64.0, blocks=2.0, level_blocks=2.0, row_stats=9.0, column_stats=20.0
+        tiles=100,
+        entries=64.0,
+        blocks=2.0,
+        level_blocks=2.0,
+        row_stats=9.0,
+        column_stats=20.0,
+        rows=16,
     )
     counts = scene.SceneCounts(1600, 24, 9, tiles, tiles)
     cost = model.cost("attend", counts, block=300, outside=500)

@@ -46,7 +46,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ..backends.types import TILE, FindLists, FindRuns, NeighborSlices, Tiles
+from ..backends.types import POINT_TILE, TILE, FindLists, FindRuns, NeighborSlices, Tiles
 from ..window_shapes import Windows
 
 SPARSE_RATIO = 32  # points per query (or the reverse) above which rows rarely share columns
@@ -70,14 +70,18 @@ class GroupedCells(NamedTuple):
     cells: Tensor
 
 
-def tile_rows(n_rows: int, n_items: int) -> int:
-    """The number of rows of a tile: `TILE`, or 1 if rows are too sparse to share columns.
+def tile_rows(n_rows: int, n_items: int, rows_are_queries: bool) -> int:
+    """The number of rows of a tile: `TILE` or `POINT_TILE`, or 1 if rows are too sparse to share
+    columns.
 
     Args:
         n_rows: the number of rows.
         n_items: the number of points (queries) in the columns.
+        rows_are_queries: whether rows are queries and columns points, not the other way round.
     """
-    return 1 if n_rows * SPARSE_RATIO < n_items else TILE
+    if n_rows * SPARSE_RATIO < n_items:
+        return 1
+    return TILE if rows_are_queries else POINT_TILE
 
 
 def find_tiles(
@@ -102,7 +106,7 @@ def find_tiles(
         find_lists: likewise, see `backends.ops.Ops.find_lists`; None: no tile has a list.
         rows_are_queries: whether rows are queries and columns points, not the other way round.
     """
-    height = tile_rows(rows.groups.shape[1], columns.groups.shape[1])
+    height = tile_rows(rows.groups.shape[1], columns.groups.shape[1], rows_are_queries)
     traversal, starts, stops, order = slices
     runs = find_runs(traversal, starts, stops, len(order), n_slices, height)
     tensors = traversal, order, *runs, *rows, *columns

@@ -23,7 +23,7 @@ FindQuerySlices = Callable[..., "QuerySlices"]  # see `backends.ops.Ops.find_que
 FindPointSlices = Callable[..., "NeighborSlices"]  # see `backends.ops.Ops.find_point_slices`
 FindLists = Callable[..., tuple[Tensor, Tensor, Tensor]]  # see `backends.ops.Ops.find_lists`
 
-TILE = 32
+TILE, POINT_TILE = 32, 16  # rows of a tile of queries, and of points
 LIST_BLOCK = 32  # entries of a block of a tile's list
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -136,13 +137,15 @@ class Grid(NamedTuple):
     n_heads: int
     rows: int  # of a part
     tile_rows: int
+    num_warps: int
 
     @property
     def n_programs(self) -> int:
         return self.n_parts * self.n_heads
 
     def constants(self) -> dict[str, int]:
-        return {"ROWS": self.rows, "TILE_ROWS": self.tile_rows}
+        """What kernels are compiled for."""
+        return {"ROWS": self.rows, "TILE_ROWS": self.tile_rows, "num_warps": self.num_warps}
 
 
 class AttentionArguments:
@@ -160,6 +163,7 @@ class AttentionArguments:
         query_walk, point_walk: the `Walk` of each pass; the second only for backward passes.
         query_grid, point_grid: the `Grid` of each pass.
         cells: the `EmptyCells`, or None without a background.
+        n_warps: the number of warps of a program that works on so many rows.
     """
 
     def __init__(
@@ -172,9 +176,9 @@ class AttentionArguments:
         self.query_tiles, self.slices, self.background = tiles, slices, background
         self.n_levels, self.n_heads = len(slices), k.shape[1]
         self.heads = [heads(x) for x in (q, k, v)]
-        self._most_rows = _most_rows(k, v)
-        self.constants = _constants(k, v, plain and not background)
-        self.constants |= window_constants(self.tables, slices)
+        self._most_rows, plain = _most_rows(k, v), plain and not background
+        self.constants = _constants(k, v) | window_constants(self.tables, slices)
+        self.n_warps = partial(_n_warps, k, v, plain)
 
         row_mask = None if query_mask is None else query_mask.contiguous()
         self.query_walk = self._walk(tiles, len(q), len(k))._replace(row_mask=row_mask)
@@ -200,7 +204,8 @@ class AttentionArguments:
         n_tiles, capacity = tiles.firsts.shape
         tile_rows = capacity // n_slices
         rows = min(tile_rows, self._most_rows)
-        return Grid(n_tiles * tile_rows // rows, self.n_heads, rows, tile_rows)
+        n_parts = n_tiles * tile_rows // rows
+        return Grid(n_parts, self.n_heads, rows, tile_rows, self.n_warps(rows))
 
 
 def window_constants(tables: WindowTables, slices: list[int]) -> dict[str, int]:
@@ -247,25 +252,30 @@ def precision(dtype: torch.dtype, width: int) -> str:
 
 def _most_rows(k: Tensor, v: Tensor) -> int:
     """Rows of a program: those of a tile, or fewer if shared memory does not hold as many."""
-    sizes = widths(k, v)
-    row_bytes = max(sizes["PADDED"], sizes["VALUE_PADDED"]) * k.element_size()
-    return TILE if row_bytes <= _WIDEST_ROW else _MIN_WIDTH
+    return TILE if _padded_width(k, v) * k.element_size() <= _WIDEST_ROW else _MIN_WIDTH
 
 
-def _constants(k: Tensor, v: Tensor, plain: bool) -> dict[str, Any]:
-    """Sizes that kernels are compiled for: as many warps as hold the tile's rows in registers.
+def _n_warps(k: Tensor, v: Tensor, plain: bool, rows: int) -> int:
+    """As many warps as hold the rows of a program in registers.
 
     float32 takes twice the registers, and each number is split in two parts for matrix units.
-    Narrow heads with no options leave enough for all rows in half as many warps, which is faster.
+    Narrow heads without options (``plain``) leave enough for the rows of a whole tile.
     """
-    sizes, half = widths(k, v), k.dtype != torch.float32
-    width = max(sizes["PADDED"], sizes["VALUE_PADDED"])
+    width = _padded_width(k, v)
+    half = k.dtype != torch.float32
     warps = min(max(width // 32, 1), 4) if half else min(max(width // 16, 2), 8)
-    if _most_rows(k, v) == TILE and (width > _NARROW or not plain):
-        warps *= 2
+    return warps if rows <= _MIN_WIDTH or (plain and width <= _NARROW) else 2 * warps
+
+
+def _constants(k: Tensor, v: Tensor) -> dict[str, Any]:
+    """Sizes that kernels are compiled for."""
     return {
-        **sizes,
-        "PRECISION": precision(k.dtype, width),
-        "BLOCK": 32 if half else 16,
-        "num_warps": warps,
+        **widths(k, v),
+        "PRECISION": precision(k.dtype, _padded_width(k, v)),
+        "BLOCK": 32 if k.dtype != torch.float32 else 16,
     }
+
+
+def _padded_width(k: Tensor, v: Tensor) -> int:
+    sizes = widths(k, v)
+    return max(sizes["PADDED"], sizes["VALUE_PADDED"])

@@ -169,7 +169,7 @@ def _key_gradients_of_cells(backward: _Backward) -> tuple[Tensor, list[Tensor]]:
         background_kernels.cell_key_gradients, sum(args.slices) * n_parts * args.n_heads,
         *args.query_walk, args.cells, *backward.options(), stats, backward.grad_out,
         CellKeyGradients(heads(parts), bias_parts), backward.scale, n_parts,
-        **constants, ROWS=_PART_ROWS, CELLS=_CELLS,
+        **constants, ROWS=_PART_ROWS, CELLS=_CELLS, num_warps=args.n_warps(_PART_ROWS),
     )  # fmt: skip
     bias_sums = [] if bias_parts is None else [bias_parts.sum(0)]
     return parts.unflatten(0, (n_parts, len(key))).sum(0).to(key.dtype), bias_sums

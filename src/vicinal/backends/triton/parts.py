@@ -104,29 +104,18 @@ def store_rows(rows, index, valid, head, values, WIDTH: tl.constexpr, PADDED: tl
 
 
 @triton.jit
-def pair_ptrs(rows, index, valid, head, PAIRS: tl.constexpr, PADDED: tl.constexpr):
-    """Pointers to the channel pairs of one head, and their mask, ``[n, PADDED, 2]`` each."""
-    pair, member = tl.arange(0, PADDED), tl.arange(0, 2)  # [PADDED], [2]
-    ptrs = rows.data + index.to(tl.int64)[:, None, None] * rows.row_stride  # [n, 1, 1]
-    ptrs += head * rows.head_stride + 2 * pair[None, :, None] + member[None, None, :]
-    mask = valid[:, None, None] & (pair < PAIRS)[None, :, None]  # [n, PADDED, 1]
-    mask = mask & (member >= 0)[None, None, :]  # [n, PADDED, 2]; always true, for the shape alone
-    return ptrs, mask
-
-
-@triton.jit
 def load_pairs(rows, index, valid, head, PAIRS: tl.constexpr, PADDED: tl.constexpr):
     """``[n, PADDED]`` twice: the even and the odd channels of one head."""
-    ptrs, mask = pair_ptrs(rows, index, valid, head, PAIRS, PADDED)
-    return tl.split(tl.load(ptrs, mask=mask, other=0.0))
+    # Of pointers to pairs ``[n, PADDED, 2]``, Triton 3.6 gives neighboring threads other rows.
+    x = load_rows(rows, index, valid, head, 2 * PAIRS, 2 * PADDED)
+    return tl.split(tl.reshape(x, (x.shape[0], PADDED, 2)))
 
 
 @triton.jit
 def store_pairs(rows, index, valid, head, even, odd, PAIRS: tl.constexpr, PADDED: tl.constexpr):
     """Writes ``even`` and ``odd`` ``[n, PADDED]`` to the channel pairs of one head."""
-    ptrs, mask = pair_ptrs(rows, index, valid, head, PAIRS, PADDED)
-    pairs = tl.join(even, odd).to(rows.data.dtype.element_ty)  # [n, PADDED, 2]
-    tl.store(ptrs, pairs, mask=mask)
+    x = tl.reshape(tl.join(even, odd), (even.shape[0], 2 * PADDED))
+    store_rows(rows, index, valid, head, x, 2 * PAIRS, 2 * PADDED)
 
 
 @triton.jit

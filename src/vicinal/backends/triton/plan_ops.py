@@ -118,6 +118,6 @@ def find_runs(
             kernels.find_runs, n_tiles * n_levels, traversal, starts, stops, firsts, shifts,
             counts, len(traversal), bounds[-1], SLICES=bounds, PADDED=padded, LEVELS=n_levels,
             ROWS=rows, IS_LONG=n_columns * max(padded) >= 2**31,
-            num_warps=max(1, min(8, max(padded) // 256)),
+            num_warps=max(1, min(8, max(padded) // 512)),
         )  # fmt: skip
     return firsts, shifts, counts

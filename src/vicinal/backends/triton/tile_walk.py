@@ -166,17 +166,15 @@ def load_columns(walk, entry, runs, LEVELS: tl.constexpr):
     """
     offset, n_runs, n_entries = runs
     # Binary search for the last run whose first entry is not beyond this one.
-    low = tl.zeros_like(entry)  # [BLOCK]
-    high = tl.zeros_like(entry) + n_runs  # [BLOCK]
+    run = tl.zeros_like(entry)  # [BLOCK]
     span = n_runs
     while span > 1:
-        middle = (low + high) // 2  # [BLOCK]
-        reached = tl.load(walk.tiles.firsts + offset + middle) <= entry  # [BLOCK]
-        low = tl.where(reached, middle, low)
-        high = tl.where(reached, high, middle)
-        span = (span + 1) // 2
+        half = span // 2
+        reached = tl.load(walk.tiles.firsts + offset + (run + half)) <= entry  # [BLOCK]
+        run = tl.where(reached, run + half, run)
+        span -= half
     valid = entry < n_entries  # [BLOCK]
-    column = entry + tl.load(walk.tiles.shifts + offset + low, mask=valid, other=0)  # [BLOCK]
+    column = entry + tl.load(walk.tiles.shifts + offset + run, mask=valid, other=0)  # [BLOCK]
     valid = valid & (column >= 0) & (column < walk.n_columns)
     item = tl.load(walk.tiles.order + column, mask=valid, other=-1).to(tl.int64)  # [BLOCK]
     valid = valid & (item >= 0) & (item < walk.n_items)
