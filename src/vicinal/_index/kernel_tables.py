@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .._utils.caching import cached
 from .._utils.checks import LevelShapes
-from .._utils.constants import constant
+from .._utils.constants import cached_on_gpu, constant
 from ..window_shapes import Windows
 from ..windows import centers_in_float64, full_shape
 from .cell_keys import KeyLayout, key_layout
@@ -50,6 +50,7 @@ class KernelTables(NamedTuple):
         fits = max(map(max, shapes)) <= 2**30 and max(map(max, pads)) < _LARGEST_CELL - 2**30
         return fits and n_keys <= 2**30 and n_queries * len(shapes) <= 2**30
 
+    @cached_on_gpu
     def on(self, device: torch.device, key_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """The tables of levels, int64, and of the slots of queries and of points, in the dtype of
         keys, on a device.
