@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ._index.cell_keys import CellKeys
+from ._index.cell_keys import CellKeys, key_layout
 from ._index.copies import PointCopies
 from ._index.kernel_tables import KernelTables, kernel_tables
 from ._index.tiles import GroupedCells, find_tiles
@@ -356,9 +356,8 @@ class NeighborhoodPlan:
     @property
     def _fits_int32(self) -> bool:
         """Whether int32 holds all cells, in key coordinates, and the differences between them."""
-        return (
-            self._cell_keys().layout.longest < 2**31 and max(map(max, self.level_shapes)) <= 2**30
-        )
+        layout = key_layout(self.level_shapes, self._windows, self.batch_size)
+        return layout.longest < 2**31 and max(map(max, self.level_shapes)) <= 2**30
 
 
 def plan_neighborhoods(
@@ -432,10 +431,10 @@ def plan_neighborhoods(
     needs_grad = torch.is_grad_enabled()
     with trainable_tensors():
         queries = Queries(positions, offsets, levels if causal_axes(windows) else None)
-        plan = _plan(queries, pyramid, sizes, backend)
+        plan = _plan(queries, pyramid, sizes, windows, backend)
         if plan._fits_int32:  # else another back end may still take the plan
             # A plan that a CUDA graph makes cannot be completed later.
-            in_graph = execution_mode(plan.device) == "graph"
+            in_graph = plan._created_in == "graph"
             tensors_for(plan, backend, points_need_grad=needs_grad or in_graph)
     return plan
 
@@ -457,9 +456,9 @@ def _plan(
     queries: Queries,
     pyramid: FeaturePyramid,
     neighborhood_sizes: tuple[int | tuple[int, ...] | Window, ...],
+    windows: Windows,
     backend: Backend,
 ) -> NeighborhoodPlan:
-    windows = windows_on_axes(neighborhood_sizes, pyramid.position_dim)
     copies, tensors, cells, cache = find_plan(queries, pyramid, windows, backend)
     return NeighborhoodPlan(
         neighborhood_sizes=neighborhood_sizes,

@@ -1,15 +1,14 @@
 """Which cells the windows of the levels have: sizes, dilation, causal axes, boxes and balls."""
 
-import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
-import torch
 from torch import Tensor
 
+from ._utils.caching import cached
 from ._utils.checks import LevelShapes, as_integer, as_integers, as_list, describe, refuse
 
 _LARGEST = 2**31 - 1  # of rows of windows, and of cells along an axis of one
@@ -236,18 +235,7 @@ def causal_axes(windows: Windows) -> list[int]:
     ]
 
 
-def _cached(find: Callable[..., T]) -> Callable[..., T]:
-    """``find`` that keeps its results, but not in compiled code: compilers warn of such caches."""
-    keeping = functools.lru_cache(maxsize=256)(find)
-
-    @functools.wraps(find)
-    def run(*arguments: Any) -> T:
-        return find(*arguments) if torch.compiler.is_compiling() else keeping(*arguments)
-
-    return run
-
-
-@_cached
+@cached
 def window_rows(window: AxisWindows) -> tuple[WindowRow, ...]:
     """The rows of a window, along the last key axis; those of a ball without a cell are left out.
 
@@ -263,7 +251,7 @@ def window_rows(window: AxisWindows) -> tuple[WindowRow, ...]:
     return tuple(rows) or (WindowRow((0,) * (len(window.sizes) - 1), 0, 0),)
 
 
-@_cached
+@cached
 def count_cells(window: AxisWindows) -> int:
     """The number of cells of a window."""
     if window.is_box():
@@ -271,13 +259,13 @@ def count_cells(window: AxisWindows) -> int:
     return sum(row.width for row in window_rows(window))
 
 
-@_cached
+@cached
 def window_offsets(window: AxisWindows) -> list[tuple[int, ...]]:
     """The offsets to the cells of a window, ``[K, P]`` in cells of the level, row-major."""
     return sorted(_offsets_by_rows(window))
 
 
-@_cached
+@cached
 def cell_order(window: AxisWindows) -> list[int] | None:
     """For each cell of a window, row by row, its number in row-major order; None if equal."""
     if window == window.in_key_order():
@@ -364,6 +352,7 @@ def _refusal(window: AxisWindows, is_off: bool) -> tuple[str, str] | None:
     return None
 
 
+@cached
 def _window_of(entry: int | tuple[int, ...] | Window) -> Window:
     return entry if isinstance(entry, Window) else Window(entry)
 
@@ -381,13 +370,14 @@ def _as_window(argument: str, level: int, given: Sequence[Any], position_dim: in
         ones = (1,) * len(sizes)
         if reason := _refusal(AxisWindows(sizes, ones, (False,) * len(sizes), False), size == 0):
             refuse(argument, f"{reason[1]} {place}", came)
-        entry = Window(sizes if size is None else size)
+        entry = _window_of(sizes if size is None else size)
     for part in (entry.size, entry.dilation, entry.causal):
         if isinstance(part, tuple) and len(part) != position_dim:
             refuse(argument, f"an entry for each of {position_dim} axes {place}", came)
     return entry
 
 
+@cached
 def _shortest(window: Window, position_dim: int) -> int | tuple[int, ...] | Window:
     """The window in the one form that all equal windows share."""
     if window.size == 0:

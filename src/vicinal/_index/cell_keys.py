@@ -9,8 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._utils.caching import cached
 from .._utils.checks import LevelShapes, refuse
-from .._utils.constants import constant
+from .._utils.constants import Numbers, constant
 from ..window_shapes import AxisWindows, Windows, window_rows
 from ..windows import finest_level
 
@@ -97,6 +98,12 @@ class KeyLayout:
         return torch.int32 if self.n_keys + curve < 2**31 else torch.int64
 
 
+@cached
+def key_layout(shapes: LevelShapes, windows: Windows, batch_size: int) -> KeyLayout:
+    """The `KeyLayout`, kept for the next plans of the same maps and windows."""
+    return KeyLayout(shapes, windows, batch_size)
+
+
 def _keys_of_rows(window: AxisWindows, strides: Sequence[int]) -> list[RowKeys]:
     return [
         RowKeys(sum(map(operator.mul, row.steps, strides)) + row.start, row.width)
@@ -119,7 +126,7 @@ class CellKeys:
     def __init__(
         self, shapes: LevelShapes, windows: Windows, batch_size: int, device: torch.device
     ) -> None:
-        self.layout, self._device = KeyLayout(shapes, windows, batch_size), device
+        self.layout, self._device = key_layout(shapes, windows, batch_size), device
         self._pad = self._tensor(self.layout.pads)
         self._length = self._tensor(self.layout.lengths)
         self._volume = self._tensor(self.layout.volumes)
@@ -131,7 +138,7 @@ class CellKeys:
         dilations = [window.dilations for window in self.layout.windows]
         self._dilation = self._tensor(dilations) if max(map(max, dilations)) > 1 else None
 
-    def _tensor(self, numbers: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
+    def _tensor(self, numbers: Numbers) -> Tensor:
         return constant(numbers, self._device)
 
     def first_cells(self, anchors: Tensor) -> Tensor:

@@ -1,17 +1,17 @@
 """A plan's geometry as tables of integers, for the kernels that make plans on a GPU."""
 
-import functools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .._utils.caching import cached
 from .._utils.checks import LevelShapes
-from .._utils.constants import constant
+from .._utils.constants import cached_on_gpu, constant
 from ..window_shapes import Windows
 from ..windows import centers_in_float64, full_shape
-from .cell_keys import KeyLayout
+from .cell_keys import KeyLayout, key_layout
 
 _NO_LAST_CELL = 2**31 - 1
 _LARGEST_CELL = 2**31 - 128  # of int32, as float32
@@ -50,6 +50,7 @@ class KernelTables(NamedTuple):
         fits = max(map(max, shapes)) <= 2**30 and max(map(max, pads)) < _LARGEST_CELL - 2**30
         return fits and n_keys <= 2**30 and n_queries * len(shapes) <= 2**30
 
+    @cached_on_gpu
     def on(self, device: torch.device, key_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """The tables of levels, int64, and of the slots of queries and of points, in the dtype of
         keys, on a device.
@@ -60,23 +61,16 @@ class KernelTables(NamedTuple):
         return constant(self.levels, device), query_slots, point_slots
 
 
+@cached
 def kernel_tables(
-    shapes: LevelShapes, windows: Windows, batch_size: int, periodic_axes: Sequence[int]
+    shapes: LevelShapes, windows: Windows, batch_size: int, periodic_axes: tuple[int, ...]
 ) -> KernelTables | None:
     """The tables of maps and windows, kept for the next plans of the same ones; None for windows
     that the kernels do not take.
     """
     if not all(window.is_plain() for window in windows):
         return None
-    arguments = shapes, windows, batch_size, tuple(periodic_axes)
-    # The compiler warns of caches of functions.
-    return _tables(*arguments) if torch.compiler.is_compiling() else _cached_tables(*arguments)
-
-
-def _tables(
-    shapes: LevelShapes, windows: Windows, batch_size: int, periodic_axes: tuple[int, ...]
-) -> KernelTables:
-    layout = KeyLayout(shapes, windows, batch_size)
+    layout = key_layout(shapes, windows, batch_size)
     double = int(centers_in_float64(shapes))
     widest = max(row.width for rows in layout.rows for row in rows)
     return KernelTables(
@@ -86,9 +80,6 @@ def _tables(
         tuple(_point_slots(layout)),
         (batch_size, layout.n_keys, layout.curve_bits, layout.finest, double, max(widest, 1)),
     )
-
-
-_cached_tables = functools.lru_cache(maxsize=256)(_tables)
 
 
 def _level_rows(layout: KeyLayout, periodic_axes: Sequence[int]) -> Rows:

@@ -1,17 +1,22 @@
 """Small constant tensors, which reach a GPU without a synchronization."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-Numbers = Sequence[int] | Sequence[Sequence[int]]
+Numbers = Sequence[int] | Sequence[list[int]] | Sequence[tuple[int, ...]]
 
 _CACHED_DEVICES = ("cuda",)
-_CACHE_SIZE = 4096  # tensors of a few hundred bytes
-_cache: dict[object, tuple[Tensor, torch.cuda.Event]] = {}
-_captured: dict[object, Tensor] = {}  # CUDA graphs read these for as long as they live
+_CACHE_SIZE = 4096  # constants of a few hundred bytes
+_cache: dict[Hashable, tuple[Any, torch.cuda.Event | None]] = {}
+_captured: dict[Hashable, Any] = {}  # CUDA graphs read these for as long as they live
+A = TypeVar("A", bound=Hashable)
+P = ParamSpec("P")
+T = TypeVar("T", bound=Tensor | tuple[Tensor, ...])
 
 
 def constant(numbers: Numbers, device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
@@ -27,9 +32,28 @@ def constant(numbers: Numbers, device: torch.device, dtype: torch.dtype = torch.
         return torch.tensor(numbers, dtype=dtype, device=device)
     flat, shape = _flattened(numbers)
     if device.type == "cuda" and not torch.compiler.is_compiling() and torch.cuda.is_available():
-        return _cached(tuple(flat), tuple(shape), dtype, device)
+        return _cached_numbers(tuple(flat), tuple(shape), dtype, device)
     made: Tensor = torch.ops.vicinal.numbers(flat, shape, dtype, device)
     return made
+
+
+def cached_on_gpu(
+    find: Callable[Concatenate[A, torch.device, P], T],
+) -> Callable[Concatenate[A, torch.device, P], T]:
+    """``find``, a function of hashable arguments, one of them a device, that returns constants.
+
+    On GPUs its results are cached, since looking up each constant by its numbers takes longer.
+    Compiled graphs get each constant as they get others.
+    """
+
+    @functools.wraps(find)
+    def run(first: A, device: torch.device, /, *others: P.args, **named: P.kwargs) -> T:
+        if device.type not in _CACHED_DEVICES or torch.compiler.is_compiling():
+            return find(first, device, *others, **named)
+        key = find, first, device, others, tuple(named.items())
+        return _cached(key, lambda: find(first, device, *others, **named), device)
+
+    return run
 
 
 def widest_dtype(device: torch.device) -> torch.dtype:
@@ -66,7 +90,7 @@ def _flattened(numbers: Numbers) -> tuple[list[int], list[int]]:
     flat: list[int] = []
     shape = [len(numbers)]
     for row in numbers:
-        if isinstance(row, Sequence):
+        if isinstance(row, list | tuple):
             flat += row
             shape = [len(numbers), len(row)]
         else:
@@ -74,33 +98,45 @@ def _flattened(numbers: Numbers) -> tuple[list[int], list[int]]:
     return flat, shape
 
 
-def _cached(
+def _cached_numbers(
     flat: tuple[int, ...], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """The cached tensor on the GPU, copied there if it is not cached yet."""
-    key = flat, shape, dtype, device
-    captured = execution_mode(device) == "graph"
-    if key not in _cache:
-        if captured:
+    """The cached tensor of these numbers on the GPU."""
+
+    def copy() -> Tensor:
+        if execution_mode(device) == "graph":
             raise RuntimeError(
                 "constants for maps of this shape are not on the GPU yet; run one eager step "
                 "before CUDA-graph capture"
             )
-        if len(_cache) == _CACHE_SIZE:
+        pinned = torch.tensor(flat, dtype=dtype, pin_memory=True).view(shape)
+        return pinned.to(device, non_blocking=True)
+
+    return _cached((flat, shape, dtype, device), copy, device)
+
+
+def _cached(key: Hashable, make: Callable[[], T], device: torch.device) -> T:
+    """The constants of a key on a device, made by ``make`` if they are not cached yet."""
+    captured = execution_mode(device) == "graph"
+    if key not in _cache:
+        with torch.inference_mode(False):  # they may be used in a training step later
+            made = make()
+        tensors = made if isinstance(made, tuple) else (made,)
+        if captured or any(type(x) is not Tensor for x in tensors):  # fake tensors
+            return made
+        if len(_cache) >= _CACHE_SIZE:
             torch.cuda.synchronize(device)  # other streams may still read the tensors
             _cache.clear()
-        with torch.inference_mode(False):  # it may be used in a training step later
-            pinned = torch.tensor(flat, dtype=dtype, pin_memory=True).view(shape)
-            made = pinned.to(device, non_blocking=True)
-        if type(made) is not Tensor:  # a fake tensor
-            return made
-        _cache[key] = made, torch.cuda.current_stream(device).record_event()
+        is_cuda = device.type == "cuda"
+        copied = torch.cuda.current_stream(device).record_event() if is_cuda else None
+        _cache[key] = made, copied
     cached, copied = _cache[key]
     if captured:
         _captured[key] = cached
-    elif not copied.query():  # another stream may be copying it
+    elif copied is not None and not copied.query():  # another stream may be copying them
         torch.cuda.current_stream(device).wait_event(copied)
-    return cached
+    found: T = cached
+    return found
 
 
 # A compiled graph may overwrite the result of an op, so the op returns a copy, made on the GPU. The
@@ -117,7 +153,7 @@ def _(
     flat: Sequence[int], shape: Sequence[int], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     if device.type == "cuda":
-        return _cached(tuple(flat), tuple(shape), dtype, device).clone()
+        return _cached_numbers(tuple(flat), tuple(shape), dtype, device).clone()
     return torch.tensor(flat, dtype=dtype, device=device).view(shape)
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._utils.constants import constant
+from .._utils.constants import cached_on_gpu, constant
 from ..window_shapes import (
     AxisWindows,
     WindowRow,
@@ -189,6 +189,7 @@ def slot_order(windows: Windows, device: torch.device) -> Tensor | None:
     return constant(slots, device)
 
 
+@cached_on_gpu
 def row_table(windows: Windows, device: torch.device) -> Tensor:
     """`PlanTensors.window_rows` of these windows."""
     rows = [(row.start, row.width) for window in windows for row in window_rows(window)]
@@ -217,6 +218,7 @@ class WindowTables(NamedTuple):
     box_slots: Tensor
 
 
+@cached_on_gpu
 def window_tables(windows: Windows, device: torch.device, *, slots: bool = False) -> WindowTables:
     """The tables of these windows; ``slots`` tells whether ``box_slots`` are wanted."""
     levels: list[tuple[int, ...]] = []

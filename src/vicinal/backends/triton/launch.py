@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..._utils.constants import constant
+from ..._utils.constants import cached_on_gpu, constant
 from ..types import LIST_BLOCK, TILE, Tiles, WindowTables
 from . import interprets
 from .background import EmptyCells
@@ -219,12 +219,17 @@ def walk_of(
     n_groups: int = 0,
 ) -> Walk:  # fmt: skip
     """The `Walk` over tiles whose windows have these ``tables`` and ``slices``."""
-    before = itertools.accumulate(slices, initial=0)
-    pairs = list(zip(slices, before, strict=False))
-    windows = WindowArguments(constant(pairs, tiles.order.device, torch.int32), *tables[:3])
+    windows = WindowArguments(_level_slices(tuple(slices), tiles.order.device), *tables[:3])
     n_columns, n_runs = len(tiles.order), tiles.firsts.shape[1]
     n_blocks = len(tiles.items) // LIST_BLOCK
     return Walk(tiles, windows, n_rows, n_columns, n_items, n_runs, n_blocks, n_groups, n_heads)
+
+
+@cached_on_gpu
+def _level_slices(slices: tuple[int, ...], device: torch.device) -> Tensor:
+    """`WindowArguments.slices`."""
+    before = itertools.accumulate(slices, initial=0)
+    return constant(list(zip(slices, before, strict=False)), device, torch.int32)
 
 
 def widths(k: Tensor, v: Tensor) -> dict[str, int]:
