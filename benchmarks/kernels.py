@@ -124,7 +124,8 @@ def figures(counts: scene.SceneCounts) -> tuple[dict[str, float], dict[str, mode
             costs[kernel.name] = model.cost(kernel.name, counts, loop.length, outside)
             found[f"{kernel.name}: LDGSTS of the block loop"] = loop.counts["LDGSTS"]
             found[f"{kernel.name}: registers"] = kernel.resources.registers
-            found[f"{kernel.name}: spilled bytes"] = kernel.resources.spilled_bytes
+            spills = loop.counts["LDL"] + loop.counts["STL"]
+            found[f"{kernel.name}: spills in the block loop"] = spills
             if kernel.name == "attend":
                 part = 16 / counts.queries.rows
                 found["attend: instructions per block and head, for 16 rows"] = part * loop.length

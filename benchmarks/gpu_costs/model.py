@@ -36,7 +36,7 @@ BARS = (
         for bar in (
             Bar(f"{kernel}: LDGSTS of the block loop", 1, None, at_least=True),
             Bar(f"{kernel}: registers", 168, None),
-            Bar(f"{kernel}: spilled bytes", 0, None),
+            Bar(f"{kernel}: spills in the block loop", 0, None),
         )
     ),
     Bar("attend: sectors per tile and head, for 16 rows", 620, 500),

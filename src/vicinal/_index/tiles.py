@@ -108,7 +108,7 @@ def find_tiles(
     """
     height = tile_rows(rows.groups.shape[1], columns.groups.shape[1], rows_are_queries)
     traversal, starts, stops, order = slices
-    runs = find_runs(traversal, starts, stops, len(order), n_slices, height)
+    runs = find_runs(traversal, starts, stops, order.shape[0], n_slices, height)
     tensors = traversal, order, *runs, *rows, *columns
     if find_lists is None:
         lists = traversal.new_full((len(runs[0]), 2), -1)

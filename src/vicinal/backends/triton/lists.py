@@ -8,7 +8,15 @@ is kept for tiles whose list fits the space; `Tiles` says how.
 import triton
 import triton.language as tl
 
-from .tile_walk import SIZES, Walk, load_columns, load_runs, load_tile_rows, window_mask
+from .tile_walk import (
+    SIZES,
+    Walk,
+    load_columns,
+    load_row_windows,
+    load_runs,
+    load_tile_rows,
+    window_mask,
+)
 
 
 @triton.jit(do_not_specialize=("n_tiles", "n_columns", "n_blocks"))
@@ -58,7 +66,7 @@ def write_lists(tiles, windows, n_rows, n_columns, n_items, n_runs, n_blocks, n_
             see `Walk`.
         lists_ptr: int32 ``[T, 2]``, what `place_lists` found.
         items_ptr, members_ptr: int32 ``[S]``, the results.
-        DIM, LEVELS, BALL_ROWS, ROWS_ARE_QUERIES: see `window_mask`.
+        DIM, LEVELS, BALL_ROWS, ROWS_ARE_QUERIES: see `load_row_windows` and `window_mask`.
         ROWS: rows of a tile.
         BLOCK: entries of a block.
     """
@@ -79,14 +87,14 @@ def write_lists(tiles, windows, n_rows, n_columns, n_items, n_runs, n_blocks, n_
         runs = load_runs(walk, tile, level, ROWS, row_levels)
         # As `place_lists` counts them, also if the counts were tampered with.
         n_entries = tl.where(stop > position, tl.maximum(runs[2], 0), 0)
+        rows = load_row_windows(walk, row, level, row_valid, DIM, LEVELS, ROWS_ARE_QUERIES)
         for first in range(0, n_entries, BLOCK):
             item, item_valid, item_level = load_columns(
                 walk, first + entry, runs, column_levels
             )  # [BLOCK] each
             pair_mask = window_mask(
-                walk, row, level, row_valid, item, item_level, item_valid, DIM, LEVELS, BALL_ROWS,
-                ROWS_ARE_QUERIES, False,
-            )  # [ROWS, BLOCK]  # fmt: skip
+                walk, rows, item, item_level, item_valid, DIM, BALL_ROWS, ROWS_ARE_QUERIES
+            )  # [ROWS, BLOCK]
             members = tl.sum(tl.where(pair_mask, bit[:, None], 0), 0)  # [BLOCK]
             offset = position + first + entry  # [BLOCK]
             mask = (first + entry < n_entries) & (offset < stop)  # [BLOCK]

@@ -241,39 +241,56 @@ def in_ball(walk, level, box_row, step, pair_mask, DIM: tl.constexpr, BALL_ROWS:
 
 
 @triton.jit
-def window_mask(
-    walk, row, row_level, row_valid, item, item_level, item_valid,
-    DIM: tl.constexpr, LEVELS: tl.constexpr, BALL_ROWS: tl.constexpr,
-    ROWS_ARE_QUERIES: tl.constexpr, FEW_REGISTERS: tl.constexpr,
-):  # fmt: skip
-    """The pair mask, bool ``[ROWS, BLOCK]``: which pairs of a row and a column are neighbors.
+def load_row_windows(walk, row, row_level, row_valid, DIM: tl.constexpr, LEVELS: tl.constexpr,
+                     SAME_LEVEL: tl.constexpr):  # fmt: skip
+    """What of rows `window_mask` compares with columns, to be loaded once for many columns.
 
     Args:
         walk: the `Walk`.
         row, row_valid: ``[ROWS]``.
         row_level: the level at which rows are compared, a scalar.
-        item, item_level, item_valid: ``[BLOCK]``, what `load_columns` returns.
         DIM: number of spatial dimensions.
         LEVELS: number of levels.
-        BALL_ROWS: the length of `WindowArguments.box_rows`; 0 where all windows are boxes.
-        ROWS_ARE_QUERIES: whether rows are queries and columns points, or the other way round.
-        FEW_REGISTERS: whether to load the sizes of windows row by row, not as scalars, which takes
-            more instructions.
+        SAME_LEVEL: whether all windows are those of ``row_level``, and sizes scalars; else each
+            row's group tells, which takes more instructions and fewer registers.
+
+    Returns:
+        The groups, int32 ``[ROWS]``; the levels of windows, a scalar or ``[ROWS, 1]``; the cells
+        ``[ROWS]`` and the sizes of windows, a scalar or ``[ROWS, 1]``, a tuple of axes each.
     """
     group = load_group(walk, row, row_level, row_valid)  # [ROWS]
+    level = row_level if SAME_LEVEL else group_level(group, LEVELS)[:, None]
+    cells, sizes = (), ()  # Triton's tuples grow by addition alone
+    for axis in tl.static_range(DIM):
+        size_ptr = level_ptr(walk, level, SIZES_FIELD + axis, DIM)  # a scalar or [ROWS, 1]
+        cells += (load_cell(walk, row, row_level, axis, row_valid, DIM),)  # type: ignore[assignment]
+        sizes += (tl.load(size_ptr),)  # type: ignore[assignment]
+    return group, level, cells, sizes
+
+
+@triton.jit
+def window_mask(
+    walk, rows, item, item_level, item_valid,
+    DIM: tl.constexpr, BALL_ROWS: tl.constexpr, ROWS_ARE_QUERIES: tl.constexpr,
+):  # fmt: skip
+    """The pair mask, bool ``[ROWS, BLOCK]``: which pairs of a row and a column are neighbors.
+
+    Args:
+        walk: the `Walk`.
+        rows: what `load_row_windows` returns.
+        item, item_level, item_valid: ``[BLOCK]``, what `load_columns` returns.
+        DIM: number of spatial dimensions.
+        BALL_ROWS: the length of `WindowArguments.box_rows`; 0 where all windows are boxes.
+        ROWS_ARE_QUERIES: whether rows are queries and columns points, or the other way round.
+    """
+    group, level, cells, sizes = rows
     n_items = tl.zeros_like(item) + walk.n_items  # [BLOCK], int64, as are all offsets
     offset = item_level * n_items + item  # [BLOCK]
     item_group = tl.load(walk.tiles.column_groups + offset, mask=item_valid, other=-1)  # [BLOCK]
-    row_active = group >= 0  # [ROWS]
-    # A scalar or [ROWS, 1].
-    if ROWS_ARE_QUERIES and not FEW_REGISTERS:
-        level = row_level
-    else:
-        level = group_level(group, LEVELS)[:, None]
-    pair_mask = row_active[:, None] & (group[:, None] == item_group[None, :])  # [ROWS, BLOCK]
+    pair_mask = (group >= 0)[:, None] & (group[:, None] == item_group[None, :])  # [ROWS, BLOCK]
     box_row = tl.zeros([1, 1], tl.int32)  # [ROWS, BLOCK] from the first axis on
     for axis in tl.static_range(DIM):
-        cell = load_cell(walk, row, row_level, axis, row_valid, DIM)  # [ROWS]
+        cell, size = cells[axis], sizes[axis]  # [ROWS], and a scalar or [ROWS, 1]
         offset = (item_level * DIM + axis) * n_items + item
         item_cell = tl.load(walk.tiles.column_cells + offset, mask=item_valid, other=0)  # [BLOCK]
         # From the first cell of the query's window to that of the point.
@@ -281,7 +298,6 @@ def window_mask(
             step = item_cell[None, :] - cell[:, None]  # [ROWS, BLOCK]
         else:
             step = cell[:, None] - item_cell[None, :]
-        size = tl.load(level_ptr(walk, level, SIZES_FIELD + axis, DIM))  # a scalar or [ROWS, 1]
         pair_mask = pair_mask & is_below(step, size)
         if BALL_ROWS > 0:
             if axis < DIM - 1:
@@ -301,9 +317,9 @@ def search_columns(walk, row, row_valid, level, first, runs,
 
     Args:
         walk, runs: see `load_columns`.
-        row, row_valid, level: see `window_mask`.
+        row, row_valid, level: see `load_row_windows`.
         first: a scalar.
-        DIM, LEVELS, BALL_ROWS, ROWS_ARE_QUERIES: see `window_mask`.
+        DIM, LEVELS, BALL_ROWS, ROWS_ARE_QUERIES: see `load_row_windows` and `window_mask`.
 
     Returns:
         The items, int64 ``[SEARCH_BLOCK]``, zero where not valid; which are valid, bool
@@ -311,8 +327,6 @@ def search_columns(walk, row, row_valid, level, first, runs,
     """
     entry = first + tl.arange(0, SEARCH_BLOCK)  # [SEARCH_BLOCK]
     item, valid, item_level = load_columns(walk, entry, runs, 1 if ROWS_ARE_QUERIES else LEVELS)
-    pair_mask = window_mask(
-        walk, row, level, row_valid, item, item_level, valid, DIM, LEVELS, BALL_ROWS,
-        ROWS_ARE_QUERIES, True,
-    )  # fmt: skip
+    rows = load_row_windows(walk, row, level, row_valid, DIM, LEVELS, False)
+    pair_mask = window_mask(walk, rows, item, item_level, valid, DIM, BALL_ROWS, ROWS_ARE_QUERIES)
     return item, valid, pair_mask
