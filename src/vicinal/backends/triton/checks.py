@@ -1,6 +1,6 @@
 """Checks of the tiles that the attention ops and `find_lists` are given."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,6 +14,8 @@ _N_TILES = len(Tiles._fields)
 _RUNS = Tiles._fields[: Tiles._fields.index("lists")]
 _N_WINDOWS = len(WindowTables._fields)
 _N_OTHERS = 4  # starts, stops, point_columns, copies
+_MOST_FITTING = 1024
+_fitting: set[Hashable] = set()  # what `check_plan` found to fit
 
 
 class PlanParts(NamedTuple):
@@ -43,13 +45,28 @@ def plan_parts(plan: Sequence[Tensor]) -> PlanParts:
     """The parts of which `PlanParts.tensors` made the list ``plan``."""
     tiles, rest = Tiles(*plan[:_N_TILES]), plan[_N_TILES:]
     windows, rest = WindowTables(*rest[:_N_WINDOWS]), rest[_N_WINDOWS:]
-    starts, stops, point_columns, copies, *point_tiles = rest
-    parts = PlanParts(tiles, windows, starts, stops, point_columns, copies)
-    return parts._replace(point_tiles=Tiles(*point_tiles)) if point_tiles else parts
+    starts, stops, point_columns, copies, *rest = rest
+    point_tiles = Tiles(*rest) if rest else None
+    return PlanParts(tiles, windows, starts, stops, point_columns, copies, point_tiles)
 
 
 def check_plan(plan: Sequence[Tensor], slices: Sequence[int], q: Tensor, k: Tensor) -> None:
-    """Raises ValueError unless the tensors of ``plan`` fit q, k, and windows of ``slices`` rows."""
+    """Raises ValueError unless the tensors of ``plan`` fit q, k, and windows of ``slices`` rows.
+
+    Layers share a plan, so what fits is looked up from then on: the key holds all that the checks
+    read.
+    """
+    layouts = [(x.shape, x.dtype, x.device, x.is_contiguous()) for x in plan]
+    key = tuple(layouts), tuple(slices), q.shape[0], q.device, k.shape[0]
+    if key in _fitting:
+        return
+    _check_plan(plan, slices, q, k)
+    if len(_fitting) >= _MOST_FITTING:
+        _fitting.clear()
+    _fitting.add(key)
+
+
+def _check_plan(plan: Sequence[Tensor], slices: Sequence[int], q: Tensor, k: Tensor) -> None:
     n_without = _N_TILES + _N_WINDOWS + _N_OTHERS
     check_number("plan", plan, n_without, n_without + _N_TILES)
     parts = plan_parts(plan)
