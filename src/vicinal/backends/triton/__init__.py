@@ -103,9 +103,15 @@ def _importing(name: str) -> Callable[..., Any]:
     """The kernel of the op ``name``, whose module is imported when it is called."""
 
     def run(*arguments: Any) -> Any:
-        return importlib.import_module(".ops", __package__).KERNELS[name](*arguments)
+        return _kernels()[name](*arguments)
 
     return run
+
+
+@functools.cache
+def _kernels() -> dict[str, Callable[..., Any]]:
+    kernels: dict[str, Callable[..., Any]] = importlib.import_module(".ops", __package__).KERNELS
+    return kernels
 
 
 for _device in ("CPU", "CUDA"):  # on the CPU in Triton's interpreter

@@ -2,7 +2,7 @@
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -75,7 +75,9 @@ def _of_tensor(x: Tensor) -> tuple[Any, ...]:
     return x.dtype, x.data_ptr() % 16, ON_AMD and x.untyped_storage().nbytes() < 2**31
 
 
-def _of_integer(x: int) -> tuple[Any, ...]:
+def _of_integer(x: int) -> bool | tuple[bool, ...]:
+    if 1 < x < 2**31:  # as almost always
+        return x % 16 == 0
     return x == 1, x % 16 == 0, -(2**31) <= x < 2**31, x < 2**63
 
 
@@ -96,11 +98,9 @@ _SPECIALIZATIONS = _Specializations({Tensor: _of_tensor, int: _of_integer, tuple
 _compiled: dict[Any, Any] = {}
 
 
-@contextlib.contextmanager
-def on_device_of(x: Tensor) -> Iterator[None]:
+def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[None]:
     """Makes the device of ``x`` the current one, to which Triton launches."""
-    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
-        yield
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 def cdiv(size: int, part: int) -> int:
@@ -115,9 +115,11 @@ def power_of_2(size: int) -> int:
 
 def heads(x: Tensor) -> Rows:
     """``x`` ``[n, H, width]`` as `Rows`, copied only if its strides do not allow it."""
-    if x.stride(2) != 1 or x.stride(1) * x.shape[1] >= 2**31:
+    n_heads, (row_stride, head_stride, channel_stride) = x.shape[1], x.stride()
+    if channel_stride != 1 or head_stride * n_heads >= 2**31:
         x = x.contiguous()
-    return Rows(x, x.stride(0), x.stride(1) if x.shape[1] > 1 else x.stride(0))
+        row_stride, head_stride, _ = x.stride()
+    return Rows(x, row_stride, head_stride if n_heads > 1 else row_stride)
 
 
 def _heads_in_tuple(x: Tensor) -> Rows:
@@ -173,6 +175,7 @@ class AttentionArguments:
         """``plain``: without dropout and bias; the other arguments are those of the ops."""
         parts = plan_parts(plan)
         tiles, self.tables, self.copies = parts.query_tiles, parts.windows, parts.copies
+        self._windows = window_arguments(self.tables, slices)
         self.query_tiles, self.slices, self.background = tiles, slices, background
         self.n_levels, self.n_heads = len(slices), k.shape[1]
         self.heads = [heads(x) for x in (q, k, v)]
@@ -181,10 +184,11 @@ class AttentionArguments:
         self.n_warps = partial(_n_warps, k, v, plain)
 
         row_mask = None if query_mask is None else query_mask.contiguous()
-        self.query_walk = self._walk(tiles, len(q), len(k))._replace(row_mask=row_mask)
+        n_queries, n_points = q.shape[0], k.shape[0]
+        self.query_walk = self._walk(tiles, n_queries, n_points, row_mask)
         self.query_grid = self._grid(tiles, sum(slices))
         if parts.point_tiles is not None:
-            self.point_walk = self._walk(parts.point_tiles, len(k), len(q))
+            self.point_walk = self._walk(parts.point_tiles, n_points, n_queries)
             self.point_grid = self._grid(parts.point_tiles, max(slices))
         self.cells: EmptyCells | None = None
         if background:
@@ -195,9 +199,11 @@ class AttentionArguments:
                 parts.starts, parts.stops, parts.point_columns, sum(slices), len(key),
             )  # fmt: skip
 
-    def _walk(self, tiles: Tiles, n_rows: int, n_items: int) -> Walk:
+    def _walk(
+        self, tiles: Tiles, n_rows: int, n_items: int, row_mask: Tensor | None = None
+    ) -> Walk:
         n_groups = len(self.background[2]) * self.n_levels if self.background else 0
-        return walk_of(tiles, self.tables, self.slices, n_rows, n_items, self.n_heads, n_groups)
+        return walk_of(tiles, self._windows, n_rows, n_items, self.n_heads, n_groups, row_mask)
 
     def _grid(self, tiles: Tiles, n_slices: int) -> Grid:
         """``n_slices``: slices per row."""
@@ -214,15 +220,21 @@ def window_constants(tables: WindowTables, slices: list[int]) -> dict[str, int]:
     return {"DIM": dim, "LEVELS": len(slices), "BALL_ROWS": len(tables.box_rows)}
 
 
+def window_arguments(tables: WindowTables, slices: list[int]) -> WindowArguments:
+    """The windows of these ``tables`` and ``slices``."""
+    return WindowArguments(_level_slices(tuple(slices), tables.rows.device), *tables[:3])
+
+
 def walk_of(
-    tiles: Tiles, tables: WindowTables, slices: list[int], n_rows: int, n_items: int, n_heads: int,
-    n_groups: int = 0,
+    tiles: Tiles, windows: WindowArguments, n_rows: int, n_items: int, n_heads: int,
+    n_groups: int = 0, row_mask: Tensor | None = None,
 ) -> Walk:  # fmt: skip
-    """The `Walk` over tiles whose windows have these ``tables`` and ``slices``."""
-    windows = WindowArguments(_level_slices(tuple(slices), tiles.order.device), *tables[:3])
-    n_columns, n_runs = len(tiles.order), tiles.firsts.shape[1]
-    n_blocks = len(tiles.items) // LIST_BLOCK
-    return Walk(tiles, windows, n_rows, n_columns, n_items, n_runs, n_blocks, n_groups, n_heads)
+    """The `Walk` over tiles."""
+    n_columns, n_runs = tiles.order.shape[0], tiles.firsts.shape[1]
+    n_blocks = tiles.items.shape[0] // LIST_BLOCK
+    return Walk(
+        tiles, windows, n_rows, n_columns, n_items, n_runs, n_blocks, n_groups, n_heads, row_mask
+    )
 
 
 @cached_on_gpu
@@ -282,5 +294,4 @@ def _constants(k: Tensor, v: Tensor) -> dict[str, Any]:
 
 
 def _padded_width(k: Tensor, v: Tensor) -> int:
-    sizes = widths(k, v)
-    return max(sizes["PADDED"], sizes["VALUE_PADDED"])
+    return max(_MIN_WIDTH, power_of_2(max(k.shape[2], v.shape[2])))

@@ -30,6 +30,7 @@ from .launch import (
     on_device_of,
     power_of_2,
     walk_of,
+    window_arguments,
     window_constants,
 )
 from .parts import Dropout, Rows
@@ -266,7 +267,7 @@ def find_lists(
     items, members = (counts.new_empty(space * LIST_BLOCK) for _ in range(2))
     tables = WindowTables(*windows)
     walk = walk_of(
-        Tiles(*[*tiles, lists, items, members]), tables, slices,
+        Tiles(*[*tiles, lists, items, members]), window_arguments(tables, slices),
         row_groups.shape[1], column_groups.shape[1], n_heads=1,
     )  # fmt: skip
     with on_device_of(counts):
