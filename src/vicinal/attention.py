@@ -277,14 +277,15 @@ def _operands(
         refuse("q", "a head width d of at least 1", q)
     if not isinstance(background, Background | None):
         refuse("background", "a Background or None", background)
+    n_queries, n_keys, slots, n_levels = q.shape[0], plan.n_keys, plan.window_slots, plan.n_levels
     shapes: dict[str, tuple[int | str, ...]] = {
-        "q": (plan.n_queries, heads, width),
-        "k": (plan.n_keys, heads, width),
-        "v": (plan.n_keys, heads, "dv"),
-        "bias": (plan.window_slots, heads),
-        "background.query": (plan.n_queries, plan.n_levels, heads, width),
-        "background.key": (plan.window_slots, heads, width),
-        "background.value": (plan.batch_size, plan.n_levels, heads, "dv"),
+        "q": (n_queries, heads, width),
+        "k": (n_keys, heads, width),
+        "v": (n_keys, heads, "dv"),
+        "bias": (slots, heads),
+        "background.query": (n_queries, n_levels, heads, width),
+        "background.key": (slots, heads, width),
+        "background.value": (plan.batch_size, n_levels, heads, "dv"),
     }
     rows |= zip(_BACKGROUND_NAMES, background or (), strict=False)
     given = {name: x for name, x in rows.items() if name != "bias" or x is not None}

@@ -5,7 +5,7 @@ import math
 import numbers
 import operator
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, cast
 
 import torch
@@ -67,20 +67,13 @@ def check_tensor(
 
     A NumPy array becomes a tensor on ``device``. A string in ``shape`` names a size that is free.
     """
-    kinds = {
-        "any": lambda dtype: True,
-        "floating": lambda dtype: dtype.is_floating_point,
-        "integer": _is_integer,
-        "number": lambda dtype: dtype.is_floating_point or _is_integer(dtype),
-        "bool": lambda dtype: dtype == torch.bool,
-    }
     value = as_tensor(argument, value, device)
     if not isinstance(value, Tensor) or value.layout != torch.strided:
         refuse(argument, _tensor_of(kind, shape), value)
     matches = value.dim() == len(shape) and all(
         isinstance(want, str) or want == size for want, size in zip(shape, value.shape, strict=True)
     )
-    if not matches or not kinds[kind](value.dtype):
+    if not matches or not _KINDS[kind](value.dtype):
         refuse(argument, _tensor_of(kind, shape), value)
     if device is not None and value.device != device:
         refuse(argument, f"{_tensor_of(kind, shape)} on {device}", value)
@@ -128,6 +121,15 @@ def _tensor_of(kind: str, shape: Sequence[int | str]) -> str:
 
 def _is_integer(dtype: torch.dtype) -> bool:
     return not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
+
+
+_KINDS: dict[str, Callable[[torch.dtype], bool]] = {
+    "any": lambda dtype: True,
+    "floating": lambda dtype: dtype.is_floating_point,
+    "integer": _is_integer,
+    "number": lambda dtype: dtype.is_floating_point or _is_integer(dtype),
+    "bool": lambda dtype: dtype == torch.bool,
+}
 
 
 def as_level_shapes(

@@ -79,7 +79,7 @@ def execution_mode(device: torch.device) -> str:
         return "python"
     if torch.compiler.is_compiling():
         return "compiler"
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_initialized():  # as with fake tensors
         return "python"
     with torch.cuda.device(device):  # its current stream, not that of another GPU
         return "graph" if torch.cuda.is_current_stream_capturing() else "python"
@@ -133,8 +133,11 @@ def _cached(key: Hashable, make: Callable[[], T], device: torch.device) -> T:
     cached, copied = _cache[key]
     if captured:
         _captured[key] = cached
-    elif copied is not None and not copied.query():  # another stream may be copying them
-        torch.cuda.current_stream(device).wait_event(copied)
+    elif copied is not None:
+        if copied.query():
+            _cache[key] = cached, None
+        else:  # another stream may be copying them
+            torch.cuda.current_stream(device).wait_event(copied)
     found: T = cached
     return found
 
