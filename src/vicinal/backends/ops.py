@@ -355,7 +355,7 @@ def _fake_rotate_backward(
 
 def new_coordinate_gradient(coordinates: Tensor, needed: bool) -> Tensor:
     """Uninitialized; without rows if it is not needed."""
-    return coordinates.new_empty(len(coordinates) if needed else 0, coordinates.shape[1])
+    return coordinates.new_empty(coordinates.shape[0] if needed else 0, coordinates.shape[1])
 
 
 def _setup_rotate(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
