@@ -219,11 +219,12 @@ def _find_tiles(plan: NeighborhoodPlan) -> None:
         dtype,
         torch.float32,
     )
-    sizes = plan._tensors.slices_per_level()
-    sides = ((plan._tensors.query_slices, sizes, True), (plan._point_slices(), [max(sizes)], False))
-    for slices, own, are_queries in sides:
-        n = plan.n_queries, plan.n_points
-        rows = tile_rows(*n, True) if are_queries else tile_rows(*n[::-1], False)
+    sizes, n_queries, n_points = plan._tensors.slices_per_level(), plan.n_queries, plan.n_points
+    sides = (
+        (plan._tensors.query_slices, sizes, tile_rows(n_queries, n_points, True)),
+        (plan._point_slices(), [max(sizes)], tile_rows(n_points, n_queries, False)),
+    )
+    for slices, own, rows in sides:
         plan_ops.find_runs(*slices[:3], len(slices.order), own, rows)
 
 

@@ -170,7 +170,8 @@ def attend(tiles, windows, n_rows, n_columns, n_items, n_runs, n_blocks, n_group
         WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED: see `launch.widths`.
         HAS_DROPOUT, HAS_BIAS, HAS_BACKGROUND: whether ``dropout``, ``bias``, ``cells`` are given.
         PRECISION: see `dot`.
-        ROWS, BLOCK, CELLS: rows of a tile, and points and cells of a block.
+        ROWS, TILE_ROWS: rows of a program, and of a tile, of which it takes all or a part.
+        BLOCK, CELLS: points and cells of a block.
         LIST_BLOCK: entries of a block of a list, a multiple of ``BLOCK``.
     """
     walk = Walk(

@@ -66,7 +66,9 @@ def load_slices(walk, level):
 
 @triton.jit
 def load_tile_rows(walk, tile, ROWS: tl.constexpr):
-    """The rows of a tile, int64 ``[ROWS]``, and which of them are valid, bool ``[ROWS]``."""
+    """The rows of a tile, or of a part of one if ``ROWS`` is fewer, int64 ``[ROWS]``, and which of
+    them are valid, bool ``[ROWS]``.
+    """
     offset = tl.full([ROWS], 0, tl.int64) + tile * ROWS + tl.arange(0, ROWS)  # [ROWS]
     valid = offset < walk.n_rows  # [ROWS]
     row = tl.load(walk.tiles.traversal + offset, mask=valid, other=0).to(tl.int64)  # [ROWS]
