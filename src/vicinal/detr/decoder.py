@@ -64,8 +64,7 @@ class DecoderLayer(nn.Module):
         Args:
             queries: object queries of the images of the pyramid.
             pyramid: the encoder's points, as wide as the cross-attention takes them.
-            plan: from the cross-attention's ``make_plan`` for these queries; None (default): made
-                by the cross-attention.
+            plan: from `make_plan` for these queries; None (default): made here.
 
         Returns:
             ``[N, E]``.
@@ -76,17 +75,33 @@ class DecoderLayer(nn.Module):
         """
         check_type("queries", queries, ObjectQueries)
         check_type("pyramid", pyramid, FeaturePyramid)
-        positions, offsets, levels = queries.placement
-        attended = self.cross_attention(
-            self.self_attention(queries),
-            positions,
-            offsets,
-            pyramid,
-            query_level_indices=levels,
-            plan=plan,
-        )
-        out: Tensor = self.feed_forward(attended)
+        embeddings = self.self_attention(queries)
+        out: Tensor = self.feed_forward(self._attend(embeddings, queries, pyramid, plan))
         return out
+
+    def make_plan(self, queries: ObjectQueries, pyramid: FeaturePyramid) -> Any:
+        """Makes the ``plan`` of `forward` for these queries: that of the cross-attention.
+
+        Args:
+            queries: object queries of the images of the pyramid; their embeddings are not used.
+            pyramid: the encoder's points.
+
+        Raises:
+            ValueError: the cross-attention refuses its arguments.
+        """
+        positions, offsets, levels = queries.placement
+        cross_attention: Any = self.cross_attention
+        return cross_attention.make_plan(positions, offsets, pyramid, levels)
+
+    def _attend(
+        self, embeddings: Tensor, queries: ObjectQueries, pyramid: FeaturePyramid, plan: Any
+    ) -> Tensor:
+        """``[N, E]``: ``embeddings`` at the places of ``queries`` after the cross-attention."""
+        positions, offsets, levels = queries.placement
+        attended: Tensor = self.cross_attention(
+            embeddings, positions, offsets, pyramid, query_level_indices=levels, plan=plan
+        )
+        return attended
 
 
 class Decoder(nn.Module):
@@ -193,9 +208,8 @@ class Decoder(nn.Module):
             size = queries.boxes[:, self.position_dim :].log2().to(queries.embeddings.dtype)
             queries = queries._replace(embeddings=queries.embeddings + self.sizes(size))
             layer_queries.append(queries)
-            cross_attention: Any = layer.cross_attention
-            positions, offsets, levels = queries.placement
-            plan = cross_attention.make_plan(positions, offsets, pyramid, levels)
+            assert isinstance(layer, DecoderLayer)
+            plan = layer.make_plan(queries, pyramid)
             embeddings = run_layer(layer, queries, pyramid, plan, checkpoint=self.checkpoint)
             logits, boxes = head(call_norm(norm, embeddings), queries.boxes)
             predictions.append(Predictions(logits, boxes, queries.offsets))

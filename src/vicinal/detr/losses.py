@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from .._utils.checks import check_range, check_tensor, is_real, reads_contents, refuse
+from .._utils.checks import check_counts, check_range, check_tensor, is_real, reads_contents, refuse
 from .boxes import Period, box_period, generalized_iou, iou, relative_l1
 from .detector import DetectorOutput
 from .focal import LossWeights, sigmoid_focal_loss, varifocal_loss
@@ -230,7 +230,7 @@ class SetCriterion(nn.Module):
             output.selection.positions, candidates.offsets, targets, period=period
         )
         inside = Matches.from_assignment(assignment)
-        n_objects = mean_object_count(len(targets.labels), device)
+        n_objects = self._mean_count(len(targets.labels), device)
         n_inside = mean_object_count(len(inside.prediction), device)
         terms = {
             "candidates": self.candidate_loss(candidates, targets, inside, n_inside, period=period)
@@ -242,7 +242,7 @@ class SetCriterion(nn.Module):
             )
         if output.denoising is not None:
             layers, matches = output.denoising
-            n_noisy = mean_object_count(len(matches.target), device)
+            n_noisy = self._mean_count(len(matches.target), device)
             for index, predictions in enumerate(layers):
                 terms[f"denoising {index}"] = self.loss(
                     predictions, targets, matches, n_noisy, period=period
@@ -252,6 +252,10 @@ class SetCriterion(nn.Module):
             for stage, losses in terms.items()
             for name, value in losses._asdict().items()
         }
+
+    def _mean_count(self, n: int, device: torch.device) -> Tensor:
+        """The divisor of losses of n objects, or of their copies."""
+        return mean_object_count(n, device)
 
 
 def sum_losses(losses: dict[str, Tensor]) -> Tensor:
@@ -280,7 +284,7 @@ def sum_losses(losses: dict[str, Tensor]) -> Tensor:
     return torch.stack(scalars).sum()
 
 
-def mean_object_count(n: Tensor | int, device: torch.device) -> Tensor:
+def mean_object_count(n: Tensor | int, device: torch.device, *, copies: int = 1) -> Tensor:
     """Computes the mean number of objects per process, the divisor of a loss.
 
     ``torch.distributed`` averages gradients over processes. Losses that are divided by the mean
@@ -290,13 +294,15 @@ def mean_object_count(n: Tensor | int, device: torch.device) -> Tensor:
     Args:
         n: the number of objects of this process.
         device: of the result.
+        copies: how many processes count the same objects, as the ranks that share a scene do.
+            Default: 1.
 
     Returns:
-        a float32 scalar: the number of objects of all processes, at least 1, divided by the number
-        of processes.
+        a float32 scalar: the number of objects of all processes, each counted once, at least 1,
+        divided by the number of processes that have objects of their own.
 
     Raises:
-        ValueError: ``n`` is not one number, or is negative.
+        ValueError: ``n`` is not one number, or is negative, or ``copies`` is below 1.
 
     Example:
         ```python
@@ -311,12 +317,13 @@ def mean_object_count(n: Tensor | int, device: torch.device) -> Tensor:
         refuse("n", "a number of objects, at least 0", n)
     if isinstance(n, Tensor) and n.numel() != 1:
         refuse("n", "one number of objects", n)
+    check_counts(copies=copies)
     count = torch.as_tensor(n, dtype=torch.float32, device=device).clone()
     if not (dist.is_available() and dist.is_initialized()):
         return count.clamp(min=1)
     dist.all_reduce(count)
     # Clamped before the division: after it, a single object on two processes would count half.
-    return count.clamp(min=1) / dist.get_world_size()
+    return (count / copies).clamp(min=1) * copies / dist.get_world_size()
 
 
 def _check_divisor(n_objects: Any) -> None:

@@ -129,19 +129,26 @@ class QuerySelection(nn.Module):
         cell_sizes = 1 / level_scales(pyramid.level_shapes, positions)
         boxes = torch.cat((positions, self.box_size * cell_sizes[levels]), 1)
         logits, boxes = self.head(embeddings, boxes)
-        image = pyramid.batch[points]
-        chosen, offsets = top_k_per_image(
-            logits.detach().amax(1), image, pyramid.batch_size, self.n_queries
-        )
-        projected = self.project(embeddings[chosen]).to(dtype)  # in this dtype under autocast
-        queries = ObjectQueries(
-            call_norm(self.norm, projected),
-            boxes.detach()[chosen],
-            levels[chosen],
-            offsets,
-        )
-        candidates = Predictions(logits, boxes, offsets_from_ids(image, pyramid.batch_size))
+        offsets = offsets_from_ids(pyramid.batch[points], pyramid.batch_size)
+        candidates = Predictions(logits, boxes, offsets)
+        queries, chosen = self._select(pyramid, points, candidates)
         return QuerySelectionOutput(queries, candidates, positions, points, chosen)
+
+    def _select(
+        self, pyramid: FeaturePyramid, points: Tensor, candidates: Predictions
+    ) -> tuple[ObjectQueries, Tensor]:
+        """The object queries, and the candidates, at ``points``, that they are made from."""
+        scores = candidates.logits.detach().amax(1)
+        image = pyramid.batch[points]
+        chosen, offsets = top_k_per_image(scores, image, pyramid.batch_size, self.n_queries)
+        rows = points[chosen]
+        embeddings, boxes = self._embed(pyramid.values[rows]), candidates.boxes.detach()[chosen]
+        return ObjectQueries(embeddings, boxes, pyramid.levels[rows], offsets), chosen
+
+    def _embed(self, values: Tensor) -> Tensor:
+        """The embeddings of queries that are made from points with ``values``, in their dtype."""
+        projected = self.project(values).to(values.dtype)  # in this dtype under autocast
+        return call_norm(self.norm, projected)
 
     def _check(self, pyramid: FeaturePyramid) -> None:
         check_type("pyramid", pyramid, FeaturePyramid)

@@ -20,7 +20,8 @@ from .._utils.types import StridesLike
 from ..backends.reference import list_pairs
 from ..backends.types import slot_order
 from ..nn.projections import call_norm
-from ..plan import plan_neighborhoods
+from ..placement import QueryPlacement
+from ..plan import NeighborhoodPlan, plan_neighborhoods
 from ..pyramid import FeaturePyramid
 from ..window_shapes import (
     Windows,
@@ -141,26 +142,13 @@ class PointStem(nn.Module):
                 size along a periodic axis is not a multiple of all strides, or a window is wider
                 than that size or causal along such an axis.
         """
-        device = self.norm.weight.device
-        values = check_tensor(
-            "values", values, ("n", self.in_channels), kind="floating", device=device
-        )
-        shape = (values.shape[0], self.position_dim + 1)
-        coordinates = check_tensor("coordinates", coordinates, shape, kind="integer", device=device)
-        spatial_shape = as_spatial_shape(spatial_shape, self.position_dim)
-        self._check_windows(spatial_shape, periodic_axes)
-        raw = FeaturePyramid.from_points(
-            coordinates,
-            torch.cat((values, values.new_ones(values.shape[0], 1)), 1),
-            spatial_shape,
-            batch_size,
-            strides=self.window_strides,
-            periodic_axes=periodic_axes,
-            keep_point_rows=keep_point_rows,
+        raw = self._raw_points(
+            coordinates, values, spatial_shape, batch_size, periodic_axes, keep_point_rows
         )
         points = (raw.levels == 0).nonzero().flatten()
         cells = raw.coordinates[points, :-1]
-        features = torch.cat((self._windows(raw, points), self._cell_offsets(cells, values)), 1)
+        offsets = self._cell_offsets(cells, raw.values)
+        features = torch.cat((self._windows(raw, points), offsets), 1)
         pyramid = FeaturePyramid.from_points(
             cells,
             self.layers(features),
@@ -174,11 +162,39 @@ class PointStem(nn.Module):
         )
         pyramid = _with_rows_of_given_points(pyramid, raw, points)
         # Embeddings have the dtype of the values, under autocast too.
-        mixed = values.new_empty(pyramid.values.shape)
+        mixed = raw.values.new_empty(pyramid.values.shape)
         for level, mix in enumerate(self.mixes):
             rows = (pyramid.levels == level).nonzero().flatten()
             mixed = mixed.index_copy(0, rows, mix(pyramid.values[rows]).to(mixed.dtype))
         return pyramid.with_values(call_norm(self.norm, mixed))
+
+    def _raw_points(
+        self,
+        coordinates: Tensor,
+        values: Tensor,
+        spatial_shape: Sequence[int],
+        batch_size: int,
+        periodic_axes: Sequence[int],
+        keep_point_rows: bool,
+    ) -> FeaturePyramid:
+        """The raw values and a one for each point, pooled for the windows. Checks all of them."""
+        device = self.norm.weight.device
+        values = check_tensor(
+            "values", values, ("n", self.in_channels), kind="floating", device=device
+        )
+        shape = (values.shape[0], self.position_dim + 1)
+        coordinates = check_tensor("coordinates", coordinates, shape, kind="integer", device=device)
+        spatial_shape = as_spatial_shape(spatial_shape, self.position_dim)
+        self._check_windows(spatial_shape, periodic_axes)
+        return FeaturePyramid.from_points(
+            coordinates,
+            torch.cat((values, values.new_ones(values.shape[0], 1)), 1),
+            spatial_shape,
+            batch_size,
+            strides=self.window_strides,
+            periodic_axes=periodic_axes,
+            keep_point_rows=keep_point_rows,
+        )
 
     def _check_windows(self, spatial_shape: Sequence[int], periodic_axes: Sequence[int]) -> None:
         """Raises ValueError for windows that the grid cannot have."""
@@ -191,16 +207,24 @@ class PointStem(nn.Module):
         """``[n, window cells * (channels + 1)]``, the raw values, zero in empty cells."""
         positions, image = raw.positions(raw.values.dtype)[points], raw.batch[points]
         offsets = offsets_from_ids(image, raw.batch_size)
-        levels = raw.levels[points]
-        plan = plan_neighborhoods(
-            positions, offsets, raw, self.window_sizes, levels, check_contents=False
-        )
+        queries = QueryPlacement(positions, offsets, raw.levels[points])
+        plan, values = self._neighborhoods(queries, raw)
         row, key, slot = list_pairs(plan._tensors, torch.arange(len(points), device=points.device))
         order = slot_order(plan._windows, slot.device)
         slot = slot if order is None else order[slot]
         windows = raw.values.new_zeros(len(points), plan.window_slots, raw.embed_dim)
-        neighbors = raw.values[plan.points_of_keys(key)]
+        neighbors = values[plan.points_of_keys(key)]
         return windows.index_put((row, slot), neighbors).flatten(1)
+
+    def _neighborhoods(
+        self, queries: QueryPlacement, raw: FeaturePyramid
+    ) -> tuple[NeighborhoodPlan, Tensor]:
+        """A plan of the windows around points, and the values of the points that it counts."""
+        positions, offsets, levels = queries
+        plan = plan_neighborhoods(
+            positions, offsets, raw, self.window_sizes, levels, check_contents=False
+        )
+        return plan, raw.values
 
     def _cell_offsets(self, cells: Tensor, like: Tensor) -> Tensor:
         """``[n, P * levels]``: offsets from the center of the point's cell at each level.

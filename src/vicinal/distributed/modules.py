@@ -10,10 +10,28 @@ from torch import Tensor, nn
 from .._utils.caching import cached
 from .._utils.checks import check_type, describe, refuse
 from ..attention import Background
+from ..detr import (
+    Decoder,
+    DecoderLayer,
+    DenoisingQueryGenerator,
+    PointStem,
+    QuerySelection,
+    SetCriterion,
+)
 from ..nn._base import Inputs
 from ..nn.block import SparseNeighborhoodAttentionBlock
+from ..nn.deformable import SparseDeformableAttention
 from ..plan import NeighborhoodPlan
 from ..pyramid import FeaturePyramid
+from .deformable import ShardedDeformable
+from .detection import (
+    ShardedCriterion,
+    ShardedDecoder,
+    ShardedDecoderLayer,
+    ShardedDenoiser,
+    ShardedSelection,
+    ShardedStem,
+)
 from .groups import Group, GroupHandle, as_group
 from .plan import ShardedPlan, plan_sharded
 
@@ -67,6 +85,13 @@ class ShardedBlock(SparseNeighborhoodAttentionBlock):
 
 _SHARDED: dict[type[nn.Module], type[nn.Module]] = {
     SparseNeighborhoodAttentionBlock: ShardedBlock,
+    SparseDeformableAttention: ShardedDeformable,
+    PointStem: ShardedStem,
+    QuerySelection: ShardedSelection,
+    Decoder: ShardedDecoder,
+    DecoderLayer: ShardedDecoderLayer,
+    DenoisingQueryGenerator: ShardedDenoiser,
+    SetCriterion: ShardedCriterion,
 }
 
 
@@ -78,9 +103,28 @@ def shard_attention(module: ModuleT, group: Group = None) -> ModuleT:
     and equally often, and gets the results of its own queries. Call it before DDP or FSDP2 wrap the
     module.
 
+    The parts of a detector know more than attention, and it changes them too:
+
+    - `PointStem`: windows see the raw points of all ranks. Cuts between parts of space are to be at
+      multiples of its ``strides`` and ``window_strides``.
+    - `QuerySelection`: every rank gets the object queries that one process selects. Candidates are
+      at the own points; ``chosen`` is -1 where the candidate is one of another rank.
+    - `Decoder`: all ranks have all object queries, and get the same predictions. In each
+      `DecoderLayer` a rank attends from the queries nearest to its own points, and the results come
+      back to all.
+    - `DenoisingQueryGenerator`: all ranks have the same noise, drawn by the random number generator
+      of the first one. So it is that of one process with the seed of that rank.
+    - `SetCriterion`: losses are divided by the objects of all ranks, each counted once. The mean
+      over ranks is the loss of one process: DDP and FSDP2 average gradients, and for
+      `sum_gradients` the losses are to be divided by the number of ranks. All ranks have all
+      targets.
+
+    Attention of other kinds sees the own points only.
+
     Args:
-        module: a module with `SparseNeighborhoodAttentionBlock` in it, such as an encoder, or one
-            itself. Copies of it share the group.
+        module: a module with `SparseNeighborhoodAttentionBlock`, `SparseDeformableAttention` or one
+            of these parts in it, such as an encoder or a `Detector`, or one itself. Copies of it
+            share the group.
         group: the ranks that share a scene, a process group or a device mesh of one dimension. None
             (default): all ranks.
 
@@ -88,7 +132,7 @@ def shard_attention(module: ModuleT, group: Group = None) -> ModuleT:
         ``module``.
 
     Raises:
-        ValueError: there is no attention module in it, or one is sharded already.
+        ValueError: there is no such module in it, or one is sharded already.
 
     Example:
         ```python

@@ -236,7 +236,7 @@ class SpacePartition:
         counts = tuple(exchange_counts([len(pyramid)] * n_ranks, self.group, device))
         coordinates: Tensor = AllRows.apply(pyramid.coordinates, counts, self.group)
         values: Tensor = AllRows.apply(pyramid.values, counts, self.group)
-        order = torch.argsort(_cell_order(coordinates, pyramid), stable=True)
+        order = torch.argsort(cell_order(coordinates, pyramid), stable=True)
         return with_points(pyramid, coordinates[order], values[order])
 
     def _route(self, owners: Tensor) -> Route:
@@ -371,7 +371,7 @@ def _kinds(rows: Sequence[Any]) -> list[str]:
     return [f"{getattr(x, 'dtype', type(x))} {tuple(getattr(x, 'shape', ())[1:])}" for x in rows]
 
 
-def _cell_order(coordinates: Tensor, pyramid: FeaturePyramid) -> Tensor:
+def cell_order(coordinates: Tensor, pyramid: FeaturePyramid) -> Tensor:
     """int64 ``[n]``, numbers that sort points by image, level and cell."""
     key = coordinates[:, 0] * pyramid.n_levels + coordinates[:, -1]
     for axis, size in enumerate(full_shape(pyramid.level_shapes)):

@@ -202,14 +202,8 @@ def find_reach(queries: Queries, pyramid: FeaturePyramid, windows: Windows) -> T
     the queries may reach. The last is before the first where there are none.
     """
     image, anchors = query_cells(queries, pyramid, windows)
-    (n_levels, _, dim), device = anchors.shape, anchors.device
-    valid = (image >= 0).nonzero().flatten()
-    index = image[valid][None, :, None].expand(n_levels, -1, dim)
-    size = n_levels, pyramid.batch_size, dim
-    first = torch.full(size, 2**60, device=device)
-    last = torch.full(size, -(2**60), device=device)
-    first.scatter_reduce_(1, index, anchors[:, valid], "amin")
-    last.scatter_reduce_(1, index, anchors[:, valid], "amax")
+    device = anchors.device
+    first, last = boxes_around(image, anchors, anchors, pyramid.batch_size)
     steps = constant([window.first_steps() for window in windows], device)
     sizes = constant([window.sizes for window in windows], device)
     dilations = constant([window.dilations for window in windows], device)
@@ -218,6 +212,21 @@ def find_reach(queries: Queries, pyramid: FeaturePyramid, windows: Windows) -> T
     without = (sizes == 0).all(1).nonzero().flatten()
     first[without], last[without] = 2**60, -(2**60)
     return torch.stack((first, last))
+
+
+def boxes_around(image: Tensor, first: Tensor, last: Tensor, batch_size: int) -> Tensor:
+    """int64 ``[2, L, B, P]``: the first and the last cell, by level and image, of boxes
+    ``first`` to ``last``, int64 ``[L, N, P]`` each. Those whose ``image`` ``[N]`` is -1 do not
+    count. The last is before the first where there are none.
+    """
+    n_levels, _, dim = first.shape
+    valid = (image >= 0).nonzero().flatten()
+    index = image[valid][None, :, None].expand(n_levels, -1, dim)
+    low = first.new_full((n_levels, batch_size, dim), 2**60)
+    high = first.new_full((n_levels, batch_size, dim), -(2**60))
+    low.scatter_reduce_(1, index, first[:, valid], "amin")
+    high.scatter_reduce_(1, index, last[:, valid], "amax")
+    return torch.stack((low, high))
 
 
 def find_halo(reach: Tensor, pyramid: FeaturePyramid, group: ProcessGroup) -> tuple[Halo, Tensor]:

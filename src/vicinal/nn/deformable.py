@@ -20,7 +20,7 @@ from .initialized import BiasedLinear, XavierLinear, reset_children
 from .projections import call_norm
 
 
-class _Sampling(NamedTuple):
+class Sampling(NamedTuple):
     """Where each query samples, and with what weight."""
 
     images: Tensor  # int64 [N], in [0, B)
@@ -152,9 +152,11 @@ class SparseDeformableAttention(SparseAttention[CellIndex]):
 
     def _add_attended(self, inputs: Inputs, plan: CellIndex) -> Tensor:
         query = inputs.query
-        table = self._table(plan, inputs.pyramid.values, inputs.background)
-        images, _, locations, weights = self._sampling(inputs)
-        attended = sample(table, plan, images, locations, weights.to(table.dtype))
+        sampling = self._sampling(inputs)
+        index, pyramid = self._known_points(inputs, plan, sampling)
+        table = self._table(index, pyramid.values, inputs.background)
+        images, _, locations, weights = sampling
+        attended = sample(table, index, images, locations, weights.to(table.dtype))
         projected = self.out_proj(attended.flatten(1).to(self._reference.dtype))
         out: Tensor = query + self.dropout(projected)
         return out
@@ -166,11 +168,12 @@ class SparseDeformableAttention(SparseAttention[CellIndex]):
             refuse("query", "a tensor with contents, which the points depend on", inputs.query)
         queries = check_rows("queries", queries, len(inputs.query), inputs.query.device)
         sampling = self._sampling(inputs)
+        index, pyramid = self._known_points(inputs, plan, sampling)
         chosen: tuple[Tensor, ...] = tuple(part[queries] for part in sampling)
-        row, cells, cell_factors, empty = cell_weights(plan, *chosen)
-        pair, points = plan.points_in(cells)
+        row, cells, cell_factors, empty = cell_weights(index, *chosen)
+        pair, points = index.points_in(cells)
         row = row[pair]
-        order = (row * len(inputs.pyramid) + points).argsort()
+        order = (row * len(pyramid) + points).argsort()
         return NeighborhoodWeights(
             offsets_from_counts(torch.bincount(row, minlength=len(empty))),
             points[order],
@@ -181,13 +184,19 @@ class SparseDeformableAttention(SparseAttention[CellIndex]):
     def _check_plan(self, plan: CellIndex, inputs: Inputs, check_contents: bool | None) -> None:
         check_cell_index(plan, inputs.pyramid, check_contents)
 
-    def _sampling(self, inputs: Inputs) -> _Sampling:
+    def _known_points(
+        self, inputs: Inputs, plan: CellIndex, sampling: Sampling
+    ) -> tuple[CellIndex, FeaturePyramid]:
+        """The points that may lie around the sampling locations, and their cells."""
+        return plan, inputs.pyramid
+
+    def _sampling(self, inputs: Inputs) -> Sampling:
         batch_size = inputs.pyramid.batch_size
         images = query_images(inputs.positions, inputs.offsets, batch_size)
         masked = images < 0 if inputs.mask is None else inputs.mask | (images < 0)
         x = call_norm(self.norm, inputs.query) if self.norm_first else inputs.query
         locations = self._locations(x, inputs.finite_positions(), inputs.pyramid)
-        return _Sampling(images.clamp(min=0), masked, locations, self._softmax(x, masked))
+        return Sampling(images.clamp(min=0), masked, locations, self._softmax(x, masked))
 
     def _locations(self, x: Tensor, positions: Tensor, pyramid: FeaturePyramid) -> Tensor:
         """``[N, H, L, K, P]``: the sampling locations, in cells of each level."""

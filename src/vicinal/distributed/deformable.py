@@ -1,0 +1,111 @@
+"""Deformable attention that samples the points of all ranks."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._index.cell_hash import CellIndex, index_cells
+from .._utils.checks import LevelShapes, check_type, refuse
+from .._utils.constants import constant
+from ..nn._base import Inputs
+from ..nn.deformable import Sampling, SparseDeformableAttention
+from ..placement import check_placement
+from ..pyramid import FeaturePyramid
+from .groups import GroupHandle, agree
+from .plan import boxes_around, find_halo, with_points
+
+_FARTHEST = 2**40  # cells from the map, which are empty, as are those beyond
+
+
+@dataclass(frozen=True)
+class SharedMap:
+    """A map on which the ranks agreed: the plan of `ShardedDeformable`.
+
+    Where queries sample is known only in the forward pass, so that a plan cannot know more.
+
+    Attributes:
+        level_shapes: the spatial shape of each level.
+        batch_size: number of images.
+        periodic_axes: axes along which the map repeats.
+    """
+
+    level_shapes: LevelShapes
+    batch_size: int
+    periodic_axes: tuple[int, ...]
+
+    @classmethod
+    def of(cls, pyramid: FeaturePyramid) -> "SharedMap":
+        """The map of a pyramid."""
+        return cls(pyramid.level_shapes, pyramid.batch_size, pyramid.periodic_axes)
+
+
+class ShardedDeformable(SparseDeformableAttention):
+    """Deformable attention to the points of all ranks, made by `shard_attention`.
+
+    Every forward pass has a halo of its own: one box per level and image holds the cells around all
+    sampling locations of the own queries. Weights count the own points, then those of the halo.
+    """
+
+    _plan_type: type[Any] = SharedMap
+    _handle: GroupHandle
+
+    def make_plan(  # type: ignore[override]
+        self,
+        query_spatial_positions: Tensor,
+        query_batch_offsets: Tensor,
+        pyramid: FeaturePyramid,
+        query_level_indices: Tensor | None = None,
+        *,
+        check_contents: bool | None = None,
+    ) -> SharedMap:
+        """Makes the ``plan`` of `forward`: the ranks agree on the map. All of them call it
+        together.
+
+        Raises:
+            ValueError: an argument has the wrong shape, dtype or device on some rank, or maps
+                differ between ranks. All ranks raise it.
+        """
+
+        def check() -> tuple[SharedMap, dict[str, Any]]:
+            check_type("pyramid", pyramid, FeaturePyramid)
+            placed = query_spatial_positions, query_batch_offsets
+            _, _, points = check_placement(*placed, pyramid, check_contents)
+            device = points.coordinates.device.type
+            return SharedMap.of(points), {**vars(SharedMap.of(points)), "device": device}
+
+        return agree(self._handle.group, "make_plan", check)
+
+    def _check_plan(self, plan: Any, inputs: Inputs, check_contents: bool | None) -> None:
+        own = SharedMap.of(inputs.pyramid)
+        if plan != own:
+            refuse("plan", f"a plan for {own}", str(plan))
+
+    def _known_points(
+        self, inputs: Inputs, plan: Any, sampling: Sampling
+    ) -> tuple[CellIndex, FeaturePyramid]:
+        reach = find_sampled(sampling, inputs.pyramid)
+        halo, coordinates = find_halo(reach, inputs.pyramid, self._handle.group)
+        known = with_points(inputs.pyramid, coordinates, halo.extend(inputs.pyramid.values))
+        return index_cells(known), known
+
+
+@torch.no_grad()
+def find_sampled(sampling: Sampling, pyramid: FeaturePyramid) -> Tensor:
+    """int64 ``[2, L, B, P]``: the first and the last cell, by level and image, between which values
+    are interpolated. The last is before the first where there are none.
+
+    Along periodic axes the first one is in the map.
+    """
+    images = sampling.images.masked_fill(sampling.masked, -1)
+    corners = (sampling.locations - 0.5).floor()
+    first, last = (
+        x.double().nan_to_num(0.0).clamp(-_FARTHEST, _FARTHEST).long().transpose(0, 1)
+        for x in (corners.amin((1, 3)), corners.amax((1, 3)) + 1)
+    )
+    reach = boxes_around(images, first, last, pyramid.batch_size)
+    for axis in pyramid.periodic_axes:
+        sizes = constant([shape[axis] for shape in pyramid.level_shapes], reach.device)[:, None]
+        reach[..., axis] -= reach[0, ..., axis].div(sizes, rounding_mode="floor") * sizes
+    return reach
