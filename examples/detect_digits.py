@@ -6,17 +6,22 @@ on. The script prints the average precision, draws some canvases with the points
 attended to, and saves checkpoints from which an interrupted run can be resumed.
 
 Run it from the root of the repository: ``python -m examples.detect_digits``, or on two processes
-``torchrun --nproc-per-node 2 -m examples.detect_digits``.
+``torchrun --nproc-per-node 2 -m examples.detect_digits``, each of which takes half of the canvases.
+
+With ``--space 2``, two processes share every canvas: each owns the points in a part of it. Without
+torchrun, the script starts them itself: ``python -m examples.detect_digits --space 2``.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import io
 import json
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,7 +45,14 @@ from examples.digits.folder import (
     lock_for_run,
     write_file,
 )
-from examples.digits.processes import PeerError, peak_memory, process_group, rank_and_world_size
+from examples.digits.processes import (
+    PeerError,
+    peak_memory,
+    process_group,
+    rank_and_world_size,
+    start_processes,
+    under_torchrun,
+)
 from examples.digits.scenes import Batch, Scenes, split_digits
 from examples.digits.training import (
     PRECISIONS,
@@ -65,9 +77,12 @@ FIGURES = "figures.json"
 
 def main() -> int:
     arguments = parse_arguments()
+    if arguments.space > 1 and not under_torchrun():
+        return start_processes(arguments.space, "examples.detect_digits", sys.argv[1:])
     before = _checkpoint_time(arguments.out)
     with process_group() as device:
         try:
+            _check_space(arguments.space)
             with lock_for_run(arguments.out, device):
                 run(arguments, device)
         except InterruptionError as interruption:
@@ -107,6 +122,9 @@ def parse_arguments() -> argparse.Namespace:
         "--batch", type=at_least_1, default=4, help="canvases per step, over all processes"
     )
     parser.add_argument(
+        "--space", type=at_least_1, default=1, help="processes that share each canvas, in parts"
+    )
+    parser.add_argument(
         "--precision", choices=PRECISIONS, default="full", help="precision of matrix products"
     )
     parser.add_argument("--resume", action="store_true", help="resume from the checkpoint in --out")
@@ -131,6 +149,12 @@ def _check_resumable(parser: argparse.ArgumentParser, arguments: argparse.Namesp
         parser.error(f"argument --attention: expected {trained}, as the run in {arguments.out}")
 
 
+def _check_space(space: int) -> None:
+    n_processes = rank_and_world_size()[1]
+    if n_processes % space:
+        raise ConfigError(f"--space: expected a divisor of {n_processes} processes, got {space}")
+
+
 def run(arguments: argparse.Namespace, device: torch.device) -> None:
     from examples.digits.model import DigitDetector  # needs scipy, which require() checks
 
@@ -141,7 +165,8 @@ def run(arguments: argparse.Namespace, device: torch.device) -> None:
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
     _print_once(
         f"Training a detector of {n_parameters:,} parameters with {arguments.attention} attention "
-        f"on {rank_and_world_size()[1]} x {device.type}, {torch.get_num_threads()} threads each."
+        f"on {rank_and_world_size()[1]} x {device.type}, {torch.get_num_threads()} threads each"
+        + (f"; {arguments.space} share each canvas." if arguments.space > 1 else ".")
     )
     start = time.perf_counter()
     history = _train(model, for_training, arguments)
@@ -167,15 +192,24 @@ def run(arguments: argparse.Namespace, device: torch.device) -> None:
 
 def _train(model: DigitDetector, digits: Digits, arguments: argparse.Namespace) -> History:
     config = Config(arguments.steps, arguments.batch, arguments.seed, precision=arguments.precision)
-    model.train()
-    return train(
-        model,
-        Scenes(digits, arguments.seed).batch,
+    batches: Callable[[range], Batch] = Scenes(digits, arguments.seed).batch
+    trained = model
+    if arguments.space > 1:
+        from examples.digits.parts import divide
+
+        # A copy, since the first process tests the model alone.
+        trained, batches = divide(copy.deepcopy(model), batches, arguments.space)
+    history = train(
+        trained.train(),
+        batches,
         config,
         arguments.out,
         resume=arguments.resume,
         metadata={"attention": arguments.attention},
+        space=arguments.space,
     )
+    model.load_state_dict(trained.state_dict())
+    return history
 
 
 def _print_times(history: History) -> None:

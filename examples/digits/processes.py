@@ -54,6 +54,23 @@ def peer_errors() -> Iterator[None]:
         raise
 
 
+def under_torchrun() -> bool:
+    """Whether torchrun started this process."""
+    return "WORLD_SIZE" in os.environ
+
+
+def start_processes(n_processes: int, module: str, options: Sequence[str]) -> int:
+    """Runs ``python -m module`` in several processes, as torchrun does; returns the exit status."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main
+
+    try:
+        main(["--standalone", "--nproc-per-node", str(n_processes), "-m", module, *options])
+    except ChildFailedError as problem:
+        return int(problem.get_first_failure()[1].exitcode)
+    return 0
+
+
 def rank_and_world_size() -> tuple[int, int]:
     """The rank of this process and the number of processes."""
     if dist.is_available() and dist.is_initialized():

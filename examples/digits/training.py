@@ -114,6 +114,7 @@ def train(
     resume: bool = False,
     save_every: int = 50,
     metadata: dict[str, str] | None = None,
+    space: int = 1,
 ) -> History:
     """Trains with AdamW for the remaining steps of ``config.steps``.
 
@@ -133,10 +134,12 @@ def train(
         resume: resume from the state in ``folder``.
         save_every: steps between checkpoints. The first and the last step are always saved.
         metadata: for the header of ``model.safetensors``.
+        space: how many processes, of consecutive ranks, share each canvas. ``batches`` returns the
+            own part of it, and the mean of their losses is the loss of the canvas.
 
     Raises:
-        ConfigError: a batch has fewer canvases than there are processes, or the checkpoint was
-            written with another configuration.
+        ConfigError: a batch has fewer canvases than there are processes, or groups of processes
+            that share them, or the checkpoint was written with another configuration.
         FileNotFoundError: there is no checkpoint to resume from.
         CheckpointError: the checkpoint to resume from is damaged, or of another version or model.
         WriteError: a checkpoint cannot be written; the one before is kept.
@@ -145,15 +148,16 @@ def train(
         PeerError: another process raised one of these.
     """
     rank, n_processes = rank_and_world_size()
-    if config.batch < n_processes:
-        raise ConfigError(f"batch: expected at least {n_processes} canvases, got {config.batch}")
+    number, n_shares = rank // space, n_processes // space
+    if config.batch < n_shares:
+        raise ConfigError(f"batch: expected at least {n_shares} canvases, got {config.batch}")
     run = _Run(model, config, folder, metadata or {})
     if resume:
         run.resume()
     with deferred_signals() as signals, peer_errors(), run.progress() as progress:
         for step in range(len(run.losses), config.steps):
             first, last = step * config.batch, (step + 1) * config.batch
-            batch = batches(range(first + rank, last, n_processes))
+            batch = batches(range(first + number, last, n_shares))
             stop = run.step(step, batch, bool(signals)) and step + 1 < config.steps
             due = (step + 1) % save_every == 0 or step + 1 == config.steps
             if stop or due or not run.saved:

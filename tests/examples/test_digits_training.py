@@ -26,6 +26,7 @@ from examples.digits.checkpoints import (
     save_state,
 )
 from examples.digits.model import DigitDetector
+from examples.digits.parts import divide
 from examples.digits.processes import PeerError, spawn_processes
 from examples.digits.scenes import CLASSES, Batch, Scenes, split_digits
 from examples.digits.training import (
@@ -320,16 +321,29 @@ def test_two_processes_give_the_curve_of_one(tmp_path: Path) -> None:
         assert ours == pytest.approx(theirs, rel=1e-9)
 
 
-def _train_detector(device: torch.device, folder: Path) -> History:
+def test_two_processes_that_share_a_canvas_give_the_curve_of_one(tmp_path: Path) -> None:
+    expected = _train_detector(CPU, tmp_path / "one", 1).losses
+    spawn_processes(2, _train_detector, tmp_path / "two", 1, 2)
+    losses = load_state(tmp_path / "two", CPU)["losses"]
+    assert len(losses) == 20
+    for ours, theirs in zip(losses, expected, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-9)
+
+
+def _train_detector(
+    device: torch.device, folder: Path, n_canvases: int = 2, space: int = 1
+) -> History:
     """On canvases with little handwriting, as this takes its time."""
     torch.manual_seed(0)
     model = DigitDetector().double().to(device)
-    handwriting = Scenes(split_digits(load_digits())[0], seed=0).batch
+    batches: Callable[[range], Batch] = Scenes(split_digits(load_digits())[0], seed=0).batch
+    if space > 1:
+        model, batches = divide(model, batches, space)
     with (
         mock.patch.object(scenes, "DIGITS", (1, 3)),
         mock.patch.object(scenes, "FRAGMENTS", (3, 6)),
     ):
-        return train(model, handwriting, Config(steps=20, batch=2), folder)
+        return train(model, batches, Config(steps=20, batch=n_canvases), folder, space=space)
 
 
 def test_the_resumed_detector_has_the_same_curve(tmp_path: Path) -> None:
