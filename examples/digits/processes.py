@@ -61,6 +61,7 @@ def under_torchrun() -> bool:
 
 def start_processes(n_processes: int, module: str, options: Sequence[str]) -> int:
     """Runs ``python -m module`` in several processes, as torchrun does; returns the exit status."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main
 
@@ -68,6 +69,8 @@ def start_processes(n_processes: int, module: str, options: Sequence[str]) -> in
         main(["--standalone", "--nproc-per-node", str(n_processes), "-m", module, *options])
     except ChildFailedError as problem:
         return int(problem.get_first_failure()[1].exitcode)
+    except SignalException as stop:  # the processes got it too, and say how to resume
+        return 128 + int(stop.sigval)
     return 0
 
 

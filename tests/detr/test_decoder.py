@@ -67,6 +67,17 @@ def test_matches_its_layers_by_hand(position_dim: int) -> None:
         assert torch.equal(ours.offsets, queries.offsets)
 
 
+def test_a_layer_takes_its_plan_again() -> None:
+    layer: Any = perturbed(make_decoder(1)).layers[0]
+    queries, pyramid = make_queries(QUERIES), make_pyramid(POINTS)
+    plan = layer.make_plan(queries, pyramid)
+    assert torch.equal(layer(queries, pyramid, plan), layer(queries, pyramid))
+    with refused("queries", "None"):
+        layer.make_plan(None, pyramid)
+    with refused("pyramid", "None"):
+        layer.make_plan(queries, None)
+
+
 def test_every_layer_has_a_plan_where_the_boxes_are(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = perturbed(make_decoder(3))
     asked: list[tuple[int, Tensor]] = []

@@ -318,6 +318,11 @@ REFUSED: list[tuple[Callable[..., Any], str, list[Any]]] = [
         "n",
         ["x", None, -1, math.nan, torch.ones(2)],
     ),
+    (
+        lambda x: mean_object_count(1, torch.device("cpu"), copies=x),
+        "copies",
+        ["x", None, 0, 1.5],
+    ),
 ]
 
 

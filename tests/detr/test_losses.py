@@ -224,7 +224,9 @@ def train_apart(rank: int, directory: str) -> None:
     try:
         loss, grad = loss_and_gradient([rank])
         n = torch.tensor(6.0 * rank)
-        means = [mean_object_count(number, torch.device("cpu")).item() for number in (0, rank, n)]
+        cpu = torch.device("cpu")
+        means = [mean_object_count(number, cpu).item() for number in (0, rank, n)]
+        means += [mean_object_count(number, cpu, copies=2).item() for number in (0, 3)]
         torch.save((loss, grad, [*means, n.item()]), f"{directory}/{rank}.pt")
     finally:
         torch.distributed.destroy_process_group()
@@ -241,7 +243,9 @@ def test_two_processes_average_to_the_loss_and_gradient_of_one(tmp_path: Path) -
     results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     assert_close((results[0][0] + results[1][0]) / 2, loss, 1e-13)
     assert_close((results[0][1] + results[1][1]) / 2, grad, 1e-12)
-    assert [numbers for _, _, numbers in results] == [[0.5, 0.5, 3, 0], [0.5, 0.5, 3, 6]]
+    shared = [1, 3]  # what both processes count is counted once
+    expected = [[0.5, 0.5, 3, *shared, 0], [0.5, 0.5, 3, *shared, 6]]
+    assert [numbers for _, _, numbers in results] == expected
 
 
 ACCEPTED = HungarianMatcher()(PREDICTIONS, TARGETS)

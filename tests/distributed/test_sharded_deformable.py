@@ -137,6 +137,29 @@ def test_only_points_around_sampling_locations_are_sent(cluster: Cluster) -> Non
     assert all(0 < n < 6 for n in cluster.run(2, few_rows))
 
 
+def weigh(group: ProcessGroup, problem: Problem) -> None:
+    """Each query gives the points of all ranks the weights of one process."""
+    scene = problem.scene()
+    share = share_of(scene, owners_by_cell, group)
+    module = attention_of(scene, 1.0)
+    query = torch.randn(len(scene.positions), EMBED, dtype=torch.float64)
+    values = torch.randn(len(scene.pyramid), EMBED, dtype=torch.float64)
+    whole = scene.pyramid.with_values(values)
+    expected = module.attention_weights(query, scene.positions.double(), scene.offsets, whole)
+    shard_attention(module, group)
+    own = share.pyramid.with_values(values[share.points])
+    positions = scene.positions.double()[share.queries]
+    found = module.attention_weights(query[share.queries], positions, share.offsets, own)
+    for row, number in enumerate(share.queries.tolist()):
+        ours = found.weights[found.offsets[row] : found.offsets[row + 1]]
+        theirs = expected.weights[expected.offsets[number] : expected.offsets[number + 1]]
+        assert_close(ours.sort(0).values, theirs.sort(0).values, 1e-12)
+
+
+def test_weights_are_those_of_one_process(cluster: Cluster) -> None:
+    cluster.run(3, weigh, PROBLEMS["periodic"])
+
+
 def refusals(group: ProcessGroup) -> list[str]:
     messages = []
     attention = shard_attention(SparseDeformableAttention(6, 2, 1, position_dim=2), group)

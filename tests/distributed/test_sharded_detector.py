@@ -12,6 +12,8 @@ from distributed.cluster import Cluster
 from problems import assert_close
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
 
 from vicinal import FeaturePyramid, SparseDeformableAttention, Window
 from vicinal.detr import (
@@ -309,7 +311,8 @@ class Trained(nn.Module):
         self.loss = SetCriterion()
 
     def forward(self, coordinates: Tensor, values: Tensor, targets: Targets) -> dict[str, Tensor]:
-        pyramid = self.stem(coordinates, values, SHAPE, 2)
+        batch_size = len(targets.offsets) - 1
+        pyramid = self.stem(coordinates, values, SHAPE, batch_size)
         losses: dict[str, Tensor] = self.loss(self.detector(pyramid, targets), targets)
         return losses
 
@@ -366,3 +369,37 @@ def test_a_detector_has_the_losses_and_gradients_of_one_process(
 @pytest.mark.parametrize(("n_points", "n_objects"), [(300, 0), (300, 1), (3, 2)])
 def test_with_few_objects_or_points(n_points: int, n_objects: int, cluster: Cluster) -> None:
     cluster.run(4, train, make_block, n_points, n_objects)
+
+
+def train_on_a_mesh(group: ProcessGroup) -> None:
+    """Two by two ranks under DDP: an image for each pair of ranks, and half of it for each rank."""
+    coordinates, values = raw_points(400)
+    targets = make_targets(9)
+    one = prepared(Trained(make_block))
+    own = copy.deepcopy(one)
+    torch.manual_seed(0)
+    expected = losses_of_one(one, coordinates, values, targets)
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "space"))
+    image, space = mesh.get_local_rank("data"), mesh["space"].get_group()
+    rows = coordinates[:, 0] == image
+    first, last = targets.offsets[image : image + 2].tolist()
+    edges = torch.tensor([0, last - first])
+    objects = Targets(targets.boxes[first:last], targets.labels[first:last], edges)
+    moved = coordinates[rows] * torch.tensor([0, 1, 1])
+    _, cells, points = scattered(space, moved, values[rows])
+    parallel = DistributedDataParallel(shard_attention(own, mesh["space"]))
+    torch.manual_seed(0)
+    losses = parallel(cells, points, objects)
+    sum_losses(losses).backward()
+    total = sum_losses(losses).detach() / 4
+    dist.all_reduce(total, group=group)
+    assert_close(total, sum_losses(expected), 1e-11 * float(total))
+    for (name, ours), theirs in zip(own.named_parameters(), one.parameters(), strict=True):
+        assert ours.grad is not None
+        assert theirs.grad is not None
+        scale = max(1.0, float(theirs.grad.abs().max()))
+        assert_close(ours.grad, theirs.grad, 1e-12 * scale, name)
+
+
+def test_images_over_one_dimension_of_a_mesh_and_space_over_another(cluster: Cluster) -> None:
+    cluster.run(4, train_on_a_mesh)

@@ -1,6 +1,8 @@
 """`examples.detect_digits` from its command line to its checkpoint."""
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -173,3 +175,55 @@ def test_other_processes_print_only_errors_that_the_first_does_not_know(
     assert call(monkeypatch, "--out", tmp_path) == 1
     printed = capsys.readouterr().out
     assert ("diverged" in printed) == bool(printed) == on_one_process
+
+
+def test_processes_that_share_canvases_are_started_outside_torchrun(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    started: list[Any] = []
+
+    def start(n_processes: int, module: str, options: list[str]) -> int:
+        started.append((n_processes, module, options))
+        return 7
+
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr(detect_digits, "start_processes", start)
+    options = ["--space", "2", "--out", str(tmp_path)]
+    assert call(monkeypatch, *options) == 7
+    assert started == [(2, "examples.detect_digits", options)]
+
+
+def test_a_number_of_processes_that_cannot_share_canvases_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert call(monkeypatch, "--space", 2, "--out", tmp_path) == 1
+    assert "--space: expected a divisor of 1 " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("last", "status"), [("0", 0), ("3", 3)])
+def test_started_processes_get_the_options_and_give_the_status(
+    tmp_path: Path, last: str, status: int
+) -> None:
+    (tmp_path / "ranks_of_test.py").write_text(
+        "import os, pathlib, sys\n"
+        "rank = os.environ['RANK']\n"
+        "pathlib.Path(sys.argv[1], rank).write_text(os.environ['WORLD_SIZE'])\n"
+        "sys.exit(int(sys.argv[2]) if rank == '1' else 0)\n"
+    )
+    code = (
+        "import sys\n"
+        "from examples.digits.processes import start_processes\n"
+        "sys.exit(start_processes(2, 'ranks_of_test', sys.argv[1:]))\n"
+    )
+    root = Path(detect_digits.__file__).parents[1]
+    paths = os.pathsep.join(map(str, (tmp_path, root, *sys.path)))
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path), last],
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == status, done.stderr.decode()
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["2", "2"]

@@ -87,8 +87,11 @@ class DecoderLayer(nn.Module):
             pyramid: the encoder's points.
 
         Raises:
-            ValueError: the cross-attention refuses its arguments.
+            ValueError: ``queries`` are not `ObjectQueries`, ``pyramid`` is not a `FeaturePyramid`,
+                or the cross-attention refuses its arguments.
         """
+        check_type("queries", queries, ObjectQueries)
+        check_type("pyramid", pyramid, FeaturePyramid)
         positions, offsets, levels = queries.placement
         cross_attention: Any = self.cross_attention
         return cross_attention.make_plan(positions, offsets, pyramid, levels)
@@ -208,8 +211,8 @@ class Decoder(nn.Module):
             size = queries.boxes[:, self.position_dim :].log2().to(queries.embeddings.dtype)
             queries = queries._replace(embeddings=queries.embeddings + self.sizes(size))
             layer_queries.append(queries)
-            assert isinstance(layer, DecoderLayer)
-            plan = layer.make_plan(queries, pyramid)
+            make_plan: Any = layer.make_plan
+            plan = make_plan(queries, pyramid)
             embeddings = run_layer(layer, queries, pyramid, plan, checkpoint=self.checkpoint)
             logits, boxes = head(call_norm(norm, embeddings), queries.boxes)
             predictions.append(Predictions(logits, boxes, queries.offsets))
