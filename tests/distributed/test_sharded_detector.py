@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from detr_scenes import CLASSES, EMBED, make_block, make_decoder, make_detector, stir
 from distributed.cluster import Cluster
+from distributed.shares import own_share
 from problems import assert_close
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
@@ -40,10 +41,6 @@ def raw_points(n: int, width: int = CHANNELS) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     cells = [torch.randint(0, size, (n, 1), generator=generator) for size in (2, *SHAPE)]
     return torch.cat(cells, 1), torch.randn(n, width, generator=generator, dtype=torch.float64)
-
-
-def own_share(group: ProcessGroup, x: Tensor) -> Tensor:
-    return x.tensor_split(dist.get_world_size(group))[dist.get_rank(group)]
 
 
 def scattered(group: ProcessGroup, coordinates: Tensor, values: Tensor) -> Any:
@@ -193,6 +190,20 @@ def test_all_ranks_select_the_queries_of_one_process(
     n: int, levels: tuple[int, ...] | None, cluster: Cluster
 ) -> None:
     cluster.run(4, select, n, levels, False)
+
+
+def select_on_other_maps(group: ProcessGroup) -> str:
+    sizes = (8, 8 + dist.get_rank(group))
+    pyramid = FeaturePyramid(torch.randn(1, EMBED), torch.tensor([[0, 1, 1, 0]]), (sizes,), 1)
+    selection = shard_attention(QuerySelection(EMBED, CLASSES, 2), group)
+    with pytest.raises(ValueError, match="level_shapes") as error:
+        selection(pyramid)
+    return str(error.value)
+
+
+def test_all_ranks_refuse_to_select_on_different_maps(cluster: Cluster) -> None:
+    first, second = cluster.run(2, select_on_other_maps)
+    assert first == second
 
 
 def test_of_equal_scores_the_first_cells_are_selected(cluster: Cluster) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed.cluster import Cluster
+from distributed.shares import own_share
 from problems import assert_close
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
@@ -50,10 +51,6 @@ def raw_points(n: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     cells = [torch.randint(0, size, (n, 1), generator=generator) for size in (2, *SHAPE)]
     return torch.cat(cells, 1), torch.randn(n, 16, generator=generator, dtype=torch.float64)
-
-
-def own_share(group: ProcessGroup, x: Tensor) -> Tensor:
-    return x.tensor_split(dist.get_world_size(group))[dist.get_rank(group)]
 
 
 def encode(
