@@ -38,7 +38,8 @@ TESTS ?= -n auto --dist worksteal
 test-torch:
 	@test -n "$(VERSION)" || { echo "usage: make test-torch VERSION=2.14.1" >&2; exit 2; }
 	$(MAKE) $(TORCH_ENVIRONMENT)/ready
-	rm -rf $(TORCH_ENVIRONMENT)/wheel $(TORCH_ENVIRONMENT)/build/lib*/vicinal/[!b]*
+	rm -rf $(TORCH_ENVIRONMENT)/wheel
+	test ! -d $(TORCH_ENVIRONMENT)/build || find $(TORCH_ENVIRONMENT)/build -path '*/lib*' -type f ! -name '*.so' -delete
 	$(TORCH_PYTHON) setup.py -q build --build-base $(TORCH_ENVIRONMENT)/build \
 		bdist_wheel --dist-dir $(TORCH_ENVIRONMENT)/wheel
 	$(TORCH_PYTHON) -m pip uninstall --quiet --yes vicinal

@@ -7,6 +7,7 @@ import hypothesis
 import pytest
 import torch
 from bounds import Checked
+from distributed.cluster import Cluster
 
 # Without a GPU, Triton's kernels are interpreted: slowly, one program after another. Triton reads
 # the variable when it is imported.
@@ -81,6 +82,14 @@ def pytest_terminal_summary(terminalreporter: "pytest.TerminalReporter") -> None
 @pytest.fixture(scope="session", params=["reference", "cpu"])
 def backend(request: pytest.FixtureRequest) -> str:
     return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """Ranks for tests of `vicinal.distributed`; they start when first asked for."""
+    cluster = Cluster()
+    yield cluster
+    cluster.stop()
 
 
 @pytest.fixture(autouse=True)

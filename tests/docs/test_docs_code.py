@@ -14,7 +14,7 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-MODULES = ("vicinal", "vicinal.nn", "vicinal.detr", "vicinal.visualize")
+MODULES = ("vicinal", "vicinal.nn", "vicinal.detr", "vicinal.distributed", "vicinal.visualize")
 
 
 def code_blocks(text: str) -> list[str]:

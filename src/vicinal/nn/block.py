@@ -132,7 +132,7 @@ class SparseNeighborhoodAttentionBlock(SparseAttention[NeighborhoodPlan]):
 
     relative_bias: nn.Parameter | None
     pos_encoding: RotaryEncoding  # None without rotary, as torch types the bias of nn.Linear
-    _plan_type = NeighborhoodPlan
+    _plan_type: type[NeighborhoodPlan] = NeighborhoodPlan
 
     def __init__(
         self,

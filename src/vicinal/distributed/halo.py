@@ -1,0 +1,63 @@
+"""The halo: what a rank sees of the points of others."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from .._utils.checks import as_tensor, refuse
+from .exchange import AppendHalo, Counts
+
+
+@dataclass(frozen=True, eq=False)
+class Halo:
+    """Which rows of a tensor per point other ranks see, and how many rows come from them.
+
+    `plan_sharded` finds it. A row is sent once per rank, however many of its queries see it.
+
+    Attributes:
+        rows: int64 ``[S]``, the own rows that are sent, those for rank 0 first.
+        send: how many of them each rank gets.
+        receive: how many rows each rank sends to this one, R in all.
+        group: the ranks.
+
+    Example:
+        ```python
+        import torch
+        import torch.distributed as dist
+        from vicinal.distributed import Halo
+
+        store = dist.HashStore()
+        dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+        halo = Halo(torch.tensor([2]), send=(1,), receive=(1,), group=dist.group.WORLD)
+        x = torch.tensor([[1.0], [2.0], [3.0]])
+        assert halo.extend(x).flatten().tolist() == [1, 2, 3, 3]
+        dist.destroy_process_group()
+        ```
+    """
+
+    rows: Tensor
+    send: Counts
+    receive: Counts
+    group: ProcessGroup
+
+    def extend(self, x: Tensor) -> Tensor:
+        """Returns ``x`` ``[n, ...]`` with the rows of other ranks appended, ``[n + R, ...]``.
+
+        All ranks of the group call it together. The gradient of a row is the own one plus those of
+        the ranks that it was sent to, in the order of ranks: the same bits on every run.
+
+        Raises:
+            ValueError: ``x`` is not a dense tensor on the device of the halo.
+        """
+        x = as_tensor("x", x, self.rows.device)
+        is_tensor = isinstance(x, Tensor) and x.layout == torch.strided and x.dim() > 0
+        if not is_tensor or x.device != self.rows.device:
+            refuse("x", f"a tensor with a row per point on {self.rows.device}", x)
+        extended: Tensor = AppendHalo.apply(x, self)
+        return extended
+
+    def to(self, device: torch.device | str) -> "Halo":
+        """Returns the same halo on another device."""
+        return Halo(self.rows.to(device), self.send, self.receive, self.group)

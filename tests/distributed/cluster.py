@@ -1,0 +1,93 @@
+"""Processes that run a function together, each as one rank of a group."""
+
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.distributed import ProcessGroup
+
+LARGEST = 4  # ranks
+TIMEOUT = timedelta(seconds=60)  # a hang becomes an error
+
+
+class RanksFailedError(Exception):
+    """What went wrong, by rank."""
+
+    def __init__(self, errors: dict[int, str]) -> None:
+        super().__init__("\n".join(f"rank {rank}: {text}" for rank, text in errors.items()))
+        self.errors = errors
+
+
+class Cluster:
+    """Processes that stay for many tests, since starting them takes seconds.
+
+    They belong to groups of 1 to `LARGEST` ranks on gloo. A rank computes with one thread.
+    """
+
+    def __init__(self) -> None:
+        self.pipes: list[Connection] = []
+        self.processes: list[SpawnProcess] = []
+
+    def start(self) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        context = mp.get_context("spawn")
+        for rank in range(LARGEST):
+            own, other = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, port, other), daemon=True)
+            process.start()
+            self.pipes.append(own)
+            self.processes.append(process)
+
+    def run(self, n_ranks: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """``function(group, *arguments)`` on every rank; its results, rank by rank.
+
+        The function is one of a module, so that it can be sent by name.
+
+        Raises:
+            RanksFailedError: it raised an error on some rank.
+        """
+        if not self.processes:
+            self.start()
+        for pipe in self.pipes[:n_ranks]:
+            pipe.send((n_ranks, function, arguments))
+        answers = [pipe.recv() for pipe in self.pipes[:n_ranks]]
+        errors = {rank: text for rank, (text, _) in enumerate(answers) if text is not None}
+        if errors:
+            self.stop()  # the ranks may be out of step
+            raise RanksFailedError(errors)
+        return [result for _, result in answers]
+
+    def stop(self) -> None:
+        for process in self.processes:
+            process.kill()
+        self.pipes, self.processes = [], []
+
+
+def _serve(rank: int, port: int, pipe: Connection) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=LARGEST, timeout=TIMEOUT)
+    groups = [dist.new_group(range(n + 1), timeout=TIMEOUT) for n in range(LARGEST)]
+    while True:
+        n_ranks, function, arguments = pipe.recv()
+        pipe.send(_answer(groups[n_ranks - 1], function, arguments))
+
+
+def _answer(
+    group: ProcessGroup, function: Callable[..., Any], arguments: tuple[Any, ...]
+) -> tuple[str | None, Any]:
+    torch.manual_seed(0)
+    try:
+        return None, function(group, *arguments)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}\n{traceback.format_exc()}", None

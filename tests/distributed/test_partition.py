@@ -1,0 +1,248 @@
+"""Parts of space, and rows that travel to their owners and back."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from distributed.cluster import Cluster
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import init_device_mesh
+
+from vicinal import FeaturePyramid, QueryPlacement
+from vicinal.distributed import SpacePartition, partition_space
+
+SHAPE = (70, 50)
+
+
+def raw_points(n: int = 600, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Image and cell of points, many to a cell, and their values."""
+    generator = torch.Generator().manual_seed(seed)
+    cells = [torch.randint(0, size, (n, 1), generator=generator) for size in (2, *SHAPE)]
+    cells[1] = cells[1] ** 2 // SHAPE[0]  # denser at one end
+    return torch.cat(cells, 1), torch.randn(n, 3, generator=generator, dtype=torch.float64)
+
+
+def share(group: ProcessGroup, *tensors: Tensor) -> list[Tensor]:
+    """This rank's rows, of shares of unequal size."""
+    rank, n_ranks = dist.get_rank(group), dist.get_world_size(group)
+    edges = [len(tensors[0]) * r * r // n_ranks**2 for r in range(n_ranks + 1)]
+    return [x[edges[rank] : edges[rank + 1]] for x in tensors]
+
+
+def parts(
+    group: ProcessGroup, options: dict[str, Any], n: int = 600
+) -> tuple[list[Any], list[int]]:
+    """The boxes, and how many points each has."""
+    coordinates, _ = raw_points(n)
+    own = share(group, coordinates)[0]
+    if "weights" in options:
+        options = {"weights": options["weights"](own)}
+    part = partition_space(own, SHAPE, group, **options)
+    counts = part.owners(coordinates[:, 1:]).bincount(minlength=len(part.boxes))
+    return part.boxes.tolist(), counts.tolist()
+
+
+def heavier_to_the_right(coordinates: Tensor) -> Tensor:
+    return 0.1 + coordinates[:, 2].double()
+
+
+@pytest.mark.parametrize("n_ranks", [1, 2, 3, 4])
+def test_parts_are_aligned_boxes_that_tile_the_grid(n_ranks: int, cluster: Cluster) -> None:
+    (boxes, counts), *others = cluster.run(n_ranks, parts, {})
+    assert all(other == (boxes, counts) for other in others)
+    edges = torch.tensor(boxes)
+    assert ((edges % 8 == 0) | (edges == torch.tensor(SHAPE))).all()
+    assert (edges[:, 1] - edges[:, 0]).prod(1).sum() == SHAPE[0] * SHAPE[1]
+    assert sum(counts) == 600
+    assert max(counts) < 1.5 * 600 / n_ranks
+
+
+def test_weights_move_the_cuts(cluster: Cluster) -> None:
+    (plain, _), _ = cluster.run(2, parts, {"align": (70, 1)})
+    (boxes, _), _ = cluster.run(2, weighted_parts)
+    assert boxes[0][1][1] > plain[0][1][1] + 5
+
+
+def weighted_parts(group: ProcessGroup) -> tuple[list[Any], float]:
+    coordinates, _ = raw_points()
+    own = share(group, coordinates)[0]
+    weights = heavier_to_the_right(own)
+    part = partition_space(own, SHAPE, group, align=(70, 1), weights=weights)
+    owners = part.owners(coordinates[:, 1:])
+    costs = torch.zeros(2, dtype=torch.float64)
+    costs.index_add_(0, owners, heavier_to_the_right(coordinates))
+    assert costs.max() < 1.1 * costs.mean()
+    return part.boxes.tolist(), float(costs.max())
+
+
+def test_a_scene_without_points_is_divided(cluster: Cluster) -> None:
+    (boxes, _), *_ = cluster.run(4, parts, {}, 0)
+    edges = torch.tensor(boxes)
+    assert (edges[:, 1] - edges[:, 0]).prod(1).sum() == SHAPE[0] * SHAPE[1]
+
+
+def test_more_ranks_than_blocks(cluster: Cluster) -> None:
+    (boxes, counts), *_ = cluster.run(4, parts, {"align": 70})
+    assert sorted(counts) == [0, 0, 0, 600]
+    assert sum(low == [0, 0] and high == list(SHAPE) for low, high in boxes) == 1
+
+
+def pooled(group: ProcessGroup, periodic_axes: tuple[int, ...]) -> None:
+    coordinates, values = raw_points()
+    values = values.float().requires_grad_()
+    shape = (64, 48) if periodic_axes else SHAPE
+    coordinates = coordinates.minimum(torch.tensor([1, *shape]) - torch.tensor([0, 1, 1]))
+    options: dict[str, Any] = {"periodic_axes": periodic_axes}
+    one = FeaturePyramid.from_points(coordinates, values, shape, 2, **options)
+    one.values.square().sum().backward()
+    own = share(group, coordinates, values.detach())
+    own[1].requires_grad_()
+    part = partition_space(own[0], shape, group)
+    scattered, rows = part.scatter(*own)
+    pyramid = FeaturePyramid.from_points(scattered, rows, shape, 2, **options)
+    everything = part.gather(pyramid)
+    assert torch.equal(everything.coordinates, one.coordinates)
+    assert torch.equal(everything.values, one.values)
+    assert everything.strides == one.strides
+    (everything.values.square().sum() / dist.get_world_size(group)).backward()
+    assert values.grad is not None
+    torch.testing.assert_close(own[1].grad, share(group, values.grad)[0])
+
+
+@pytest.mark.parametrize("periodic_axes", [(), (0,)])
+def test_pooling_of_parts_has_the_bits_of_one_process(
+    periodic_axes: tuple[int, ...], cluster: Cluster
+) -> None:
+    cluster.run(3, pooled, periodic_axes)
+
+
+def routed(group: ProcessGroup) -> None:
+    rank, n_ranks = dist.get_rank(group), dist.get_world_size(group)
+    generator = torch.Generator().manual_seed(rank)
+    counts = [7, 0, 5] if rank else [0, 0, 0]  # rank 0 has no queries
+    positions = torch.rand(sum(counts), 2, generator=generator) * 40 - 4  # some beyond the map
+    offsets = torch.tensor([0, *counts]).cumsum(0)
+    levels = torch.randint(0, 2, (sum(counts),), generator=generator)
+    coordinates, values = raw_points()
+    pyramid = FeaturePyramid.from_points(coordinates, values, SHAPE, 3, strides=(2, 4))
+    part = partition_space(share(group, coordinates)[0], SHAPE, group)
+    route = part.route_queries(QueryPlacement(positions, offsets, levels), pyramid)
+    own = route.placement
+    assert own is not None
+    assert own.levels is not None
+    cells = (own.positions * 2).floor().long().clamp(torch.tensor(0), torch.tensor(SHAPE) - 1)
+    assert (part.owners(cells) == rank).all()
+    assert len(own.offsets) == 4
+    assert int(own.offsets[-1]) == len(own.positions) == len(own.levels)
+    back = route.gather(torch.cat((own.positions, own.levels[:, None]), 1))
+    assert torch.equal(back, torch.cat((positions, levels[:, None]), 1))
+    images = torch.arange(3).repeat_interleave(torch.tensor(counts))
+    assert torch.equal(route.scatter(images), torch.arange(3).repeat_interleave(own.offsets.diff()))
+    x = torch.randn(len(positions), 4, dtype=torch.float64, requires_grad=True)
+    route.gather(route.scatter(x) ** 2).sum().backward()
+    assert x.grad is not None
+    assert torch.equal(x.grad, 2 * x.detach())
+    total = torch.tensor(float(len(own.positions)))
+    dist.all_reduce(total, group=group)
+    assert total == 12 * (n_ranks - 1)
+
+
+def test_queries_travel_to_their_owners_and_back(cluster: Cluster) -> None:
+    cluster.run(3, routed)
+
+
+def refused(group: ProcessGroup, what: str) -> str:
+    rank = dist.get_rank(group)
+    coordinates, values = share(group, *raw_points())
+    with pytest.raises(ValueError, match="expected") as caught:
+        _call_wrongly(group, what if rank == 1 else "", coordinates, values)
+    dist.barrier(group)
+    return str(caught.value)
+
+
+def _call_wrongly(group: ProcessGroup, what: str, coordinates: Tensor, values: Tensor) -> None:
+    options: dict[str, Any] = {}
+    if what == "outside":
+        coordinates = coordinates.clone()
+        coordinates[0, 1] = 70
+    elif what == "weights":
+        options["weights"] = torch.ones(len(coordinates))
+    elif what == "align":
+        options["align"] = 0
+    shape = (70, 60) if what == "spatial_shape" else SHAPE
+    part = partition_space(coordinates, shape, group, **options)
+    if what == "dtype":
+        values = values.float()
+    part.scatter(coordinates, values[:-1] if what == "rows" else values)
+
+
+@pytest.mark.parametrize(
+    ("what", "word"),
+    [
+        ("outside", "coordinates"),
+        ("weights", "weights"),
+        ("align", "align"),
+        ("spatial_shape", "spatial_shape"),
+        ("dtype", "rows"),
+        ("rows", "rows"),
+    ],
+)
+def test_all_ranks_refuse_what_one_has_wrong(what: str, word: str, cluster: Cluster) -> None:
+    messages = cluster.run(3, refused, what)
+    assert len(set(messages)) == 1
+    assert word in messages[0]
+
+
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
+def test_weights_are_finite_and_not_negative(value: float, cluster: Cluster) -> None:
+    cluster.run(2, wrong_weight, value)
+
+
+def wrong_weight(group: ProcessGroup, value: float) -> None:
+    coordinates = share(group, raw_points()[0])[0]
+    weights = torch.ones(len(coordinates))
+    weights[-1:] = value
+    with pytest.raises(ValueError, match="weights"):
+        partition_space(coordinates, SHAPE, group, weights=weights)
+
+
+def wrong_boxes(group: ProcessGroup, boxes: Any) -> str:
+    with pytest.raises(ValueError, match="boxes: expected") as caught:
+        SpacePartition(boxes, group).owners(torch.tensor([[9, 9]]))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "boxes",
+    [
+        [[[0, 0], [8, 8]]],
+        [[[0, 0], [8, 8]], [[7, 0], [9, 8]]],
+        [[[0, 0], [0, 0]], [[3, 3], [3, 3]]],
+        [[[0, 0], [4, 10]], [[5, 10], [10, 11]]],
+        [[0, 1], [1, 2]],
+        "two",
+    ],
+)
+def test_boxes_that_are_no_partition_are_refused(boxes: Any, cluster: Cluster) -> None:
+    cluster.run(2, wrong_boxes, boxes)
+
+
+def meshes(group: ProcessGroup) -> None:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "space"))
+    coordinates, _ = raw_points()
+    with pytest.raises(ValueError, match="mesh"):
+        partition_space(coordinates, SHAPE, mesh)
+    part = partition_space(coordinates, SHAPE, mesh["space"])
+    assert len(part.boxes) == 2
+    assert f"of rank {mesh['space'].get_local_rank()}" in repr(part)
+
+
+def test_a_mesh_of_one_dimension_is_a_group(cluster: Cluster) -> None:
+    cluster.run(4, meshes)
+
+
+def test_without_ranks_there_is_no_group() -> None:
+    with pytest.raises(ValueError, match="init_process_group"):
+        partition_space(raw_points()[0], SHAPE)

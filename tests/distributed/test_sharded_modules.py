@@ -1,0 +1,208 @@
+"""Modules whose attention spans the ranks against the same modules in one process."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from distributed.cluster import Cluster
+from problems import assert_close
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from vicinal import (
+    FeaturePyramid,
+    QueryPlacement,
+    SparseNeighborhoodAttentionBlock,
+)
+from vicinal.detr import Encoder, EncoderLayer, FeedForward
+from vicinal.distributed import SpacePartition, partition_space, shard_attention, sum_gradients
+
+SHAPE = (80, 72)
+
+
+class OwnBlock(SparseNeighborhoodAttentionBlock):
+    """A block of a user."""
+
+    def forward(self, *arguments: Any, **options: Any) -> Tensor:
+        return 2 * super().forward(*arguments, **options)
+
+
+def make_encoder(block: type[SparseNeighborhoodAttentionBlock], **options: Any) -> nn.ModuleList:
+    torch.manual_seed(1)
+    return nn.ModuleList([block(16, 2, **options) for _ in range(3)]).double()
+
+
+def run_encoder(
+    layers: nn.ModuleList, pyramid: FeaturePyramid, background: Tensor | None
+) -> FeaturePyramid:
+    first = layers[0]
+    assert isinstance(first, SparseNeighborhoodAttentionBlock)
+    plan = first.make_encoder_plan(pyramid)
+    for layer in layers:
+        assert isinstance(layer, SparseNeighborhoodAttentionBlock)
+        pyramid = layer.encode(pyramid, plan, background)
+    return pyramid
+
+
+def raw_points(n: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    cells = [torch.randint(0, size, (n, 1), generator=generator) for size in (2, *SHAPE)]
+    return torch.cat(cells, 1), torch.randn(n, 16, generator=generator, dtype=torch.float64)
+
+
+def own_share(group: ProcessGroup, x: Tensor) -> Tensor:
+    return x.tensor_split(dist.get_world_size(group))[dist.get_rank(group)]
+
+
+def encode(
+    group: ProcessGroup,
+    block: type[SparseNeighborhoodAttentionBlock],
+    options: dict[str, Any],
+    periodic_axes: tuple[int, ...],
+    with_background: bool,
+    n: int = 900,
+) -> None:
+    """Compares output and all gradients of three layers with those of one process."""
+    coordinates, values = raw_points(n)
+    values.requires_grad_()
+    background = torch.randn(2, 4, 16, dtype=torch.float64) if with_background else None
+    own_background = None if background is None else background.clone().requires_grad_()
+    if background is not None:
+        background.requires_grad_()
+    one = make_encoder(block, **options)
+    whole = FeaturePyramid.from_points(coordinates, values, SHAPE, 2, periodic_axes=periodic_axes)
+    expected = run_encoder(one, whole, background)
+    weights = torch.randn_like(expected.values)
+    (expected.values * weights).sum().backward()
+
+    layers = shard_attention(make_encoder(block, **options), group)
+    assert list(layers.state_dict()) == list(one.state_dict())
+    own_values = own_share(group, values.detach()).clone().requires_grad_()
+    own_coordinates = own_share(group, coordinates)
+    part = partition_space(own_coordinates, SHAPE, group)
+    cells, rows = part.scatter(own_coordinates, own_values)
+    pyramid = FeaturePyramid.from_points(cells, rows, SHAPE, 2, periodic_axes=periodic_axes)
+    everything = part.gather(run_encoder(layers, pyramid, own_background))
+    assert_close(everything.values, expected.values, 1e-12)
+    ((everything.values * weights).sum() / dist.get_world_size(group)).backward()
+    assert values.grad is not None
+    assert own_values.grad is not None
+    assert_close(own_values.grad, own_share(group, values.grad), 1e-12)
+    leaves = list(zip(layers.parameters(), one.parameters(), strict=True))
+    if own_background is not None and background is not None:
+        leaves.append((own_background, background))  # type: ignore[arg-type]
+    sum_gradients([own for own, _ in leaves], group)
+    for own, other in leaves:
+        assert own.grad is not None
+        assert other.grad is not None
+        assert_close(own.grad, other.grad, 1e-12 * max(1.0, float(other.grad.abs().max())))
+
+
+@pytest.mark.parametrize("n_ranks", [1, 2, 4])
+def test_an_encoder_is_that_of_one_process(n_ranks: int, cluster: Cluster) -> None:
+    cluster.run(n_ranks, encode, SparseNeighborhoodAttentionBlock, {}, (), False)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"relative_bias": True, "bias": True},
+        {"norm_first": False, "rope_freq_group_pattern": "closure", "embed_dim": 16},
+        {"rotary": False},
+    ],
+)
+def test_with_options_and_background(options: dict[str, Any], cluster: Cluster) -> None:
+    options = {**options, "rope_enforce_freq_groups_equal": False}
+    options.pop("embed_dim", None)
+    cluster.run(3, encode, SparseNeighborhoodAttentionBlock, options, (), True)
+
+
+def test_along_periodic_axes(cluster: Cluster) -> None:
+    cluster.run(3, encode, SparseNeighborhoodAttentionBlock, {}, (0, 1), True)
+
+
+def test_ranks_without_points(cluster: Cluster) -> None:
+    cluster.run(4, encode, SparseNeighborhoodAttentionBlock, {}, (), True, 2)
+
+
+def test_a_subclass_keeps_its_methods(cluster: Cluster) -> None:
+    cluster.run(2, encode, OwnBlock, {}, (), False)
+
+
+def decode(group: ProcessGroup) -> None:
+    """Object queries anywhere on any rank, on the points of all."""
+    coordinates, values = raw_points(700)
+    generator = torch.Generator().manual_seed(4)
+    positions = torch.rand(50, 2, generator=generator, dtype=torch.float64) * 60 - 5
+    query = torch.randn(50, 16, generator=generator, dtype=torch.float64)
+    offsets = torch.tensor([0, 20, 50])
+    torch.manual_seed(1)
+    block = SparseNeighborhoodAttentionBlock(16, 2).double()
+    whole = FeaturePyramid.from_points(coordinates, values, SHAPE, 2)
+    expected = block(query, positions, offsets, whole)
+
+    shard_attention(block, group)
+    chosen = own_share(group, torch.arange(50))
+    images = (chosen >= 20).long()
+    own_offsets = torch.nn.functional.pad(images.bincount(minlength=2).cumsum(0), (1, 0))
+    own_coordinates = own_share(group, coordinates)
+    part = partition_space(own_coordinates, SHAPE, group)
+    cells, values = part.scatter(own_coordinates, own_share(group, values))
+    pyramid = FeaturePyramid.from_points(cells, values, SHAPE, 2)
+    route = part.route_queries(QueryPlacement(positions[chosen], own_offsets), pyramid)
+    assert route.placement is not None
+    arguments = route.placement.arguments()
+    out = block(route.scatter(query[chosen]), **arguments, stacked_feature_maps=pyramid)
+    assert_close(route.gather(out), expected[chosen], 1e-12)
+    rows = torch.tensor([0]) if len(route.sorting) else torch.tensor([], dtype=torch.int64)
+    weights = block.attention_weights(
+        route.scatter(query[chosen]), **arguments, stacked_feature_maps=pyramid, queries=rows
+    )
+    filled = weights.offsets.diff() > 0
+    sums = torch.zeros(len(rows), 2, dtype=torch.float64)
+    sums.index_add_(0, torch.arange(len(rows)).repeat_interleave(weights.offsets.diff()),
+                    weights.weights)  # fmt: skip
+    assert_close(sums[filled], torch.ones_like(sums[filled]), 1e-12)
+
+
+def test_object_queries_attend_to_the_points_of_all_ranks(cluster: Cluster) -> None:
+    cluster.run(3, decode)
+
+
+def copies(group: ProcessGroup) -> None:
+    layer = EncoderLayer(SparseNeighborhoodAttentionBlock(16, 2), FeedForward(16))
+    encoder = shard_attention(Encoder([layer], 16).double(), group)
+    coordinates, values = raw_points(100)
+    boxes = [[[0, 0], [32, 72]], [[32, 0], [80, 72]]]
+    part = SpacePartition(boxes, group)
+    cells, rows = part.scatter(own_share(group, coordinates), own_share(group, values))
+    pyramid = FeaturePyramid.from_points(cells, rows, SHAPE, 2)
+    clone = copy.deepcopy(encoder)
+    assert torch.equal(clone(pyramid).values, encoder(pyramid).values)
+
+
+def test_copies_share_the_group(cluster: Cluster) -> None:
+    cluster.run(2, copies)
+
+
+def refusals(group: ProcessGroup) -> None:
+    with pytest.raises(ValueError, match="module"):
+        shard_attention(nn.Linear(2, 2), group)
+    block = shard_attention(SparseNeighborhoodAttentionBlock(16, 2), group)
+    with pytest.raises(ValueError, match="sharded"):
+        shard_attention(nn.ModuleList([block]), group)
+    coordinates, values = raw_points(100)
+    pyramid = FeaturePyramid.from_points(coordinates, values.float(), SHAPE, 2)
+    plain = SparseNeighborhoodAttentionBlock(16, 2).make_encoder_plan(pyramid)
+    with pytest.raises(ValueError, match="plan: expected a ShardedPlan"):
+        block.encode(pyramid, plain)
+    plan = block.make_encoder_plan(pyramid)
+    fewer = FeaturePyramid.from_points(coordinates[:50], values[:50].float(), SHAPE, 2)
+    with pytest.raises(ValueError, match="plan"):
+        block.encode(fewer, plan)
+
+
+def test_wrong_modules_and_plans_are_refused(cluster: Cluster) -> None:
+    cluster.run(1, refusals)
