@@ -227,14 +227,25 @@ def object_queries() -> ObjectQueries:
     return ObjectQueries(embeddings.requires_grad_(), boxes, levels, torch.tensor([0, 18, 30]))
 
 
+def make_dropping_deformable() -> nn.Module:
+    return SparseDeformableAttention(EMBED, 2, len(STRIDES), 3, dropout=0.3)
+
+
 def decode(
-    group: ProcessGroup, attention: Callable[[], nn.Module], n: int, checkpoint: bool
+    group: ProcessGroup,
+    attention: Callable[[], nn.Module],
+    n: int,
+    checkpoint: bool,
+    dropout: float = 0.0,
 ) -> None:
+    """Dropout is that of one process with the seed of the first rank."""
     whole, pyramid, values, own_values, _ = pyramids(group, n, axes=(1,))
-    one = prepared(make_decoder(attention=attention, checkpoint=checkpoint))
+    one = prepared(make_decoder(attention=attention, checkpoint=checkpoint, dropout=dropout))
     own = shard_attention(copy.deepcopy(one), group)
     queries, own_queries = object_queries(), object_queries()
+    torch.manual_seed(2)
     expected, _ = one(queries, whole)
+    torch.manual_seed(2 + dist.get_rank(group))
     found, _ = own(own_queries, pyramid)
     total, share = torch.zeros(()), torch.zeros(())
     for ours, theirs in zip(found, expected, strict=True):
@@ -255,6 +266,11 @@ def test_all_ranks_decode_what_one_process_does(
     attention: Callable[[], nn.Module], checkpoint: bool, cluster: Cluster
 ) -> None:
     cluster.run(3, decode, attention, 500, checkpoint)
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_decoding_with_dropout(checkpoint: bool, cluster: Cluster) -> None:
+    cluster.run(3, decode, make_dropping_deformable, 500, checkpoint, 0.2)
 
 
 def test_decoding_on_ranks_without_points(cluster: Cluster) -> None:

@@ -1,5 +1,6 @@
 """Deformable attention that samples the points of all ranks."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,16 +30,22 @@ class SharedMap:
         level_shapes: the spatial shape of each level.
         batch_size: number of images.
         periodic_axes: axes along which the map repeats.
+        query_ids: integer ``[N]``, what dropout counts each query as; None: its row.
     """
 
     level_shapes: LevelShapes
     batch_size: int
     periodic_axes: tuple[int, ...]
+    query_ids: Tensor | None = None
 
     @classmethod
     def of(cls, pyramid: FeaturePyramid) -> "SharedMap":
         """The map of a pyramid."""
         return cls(pyramid.level_shapes, pyramid.batch_size, pyramid.periodic_axes)
+
+    def count_queries_as(self, query_ids: Tensor) -> "SharedMap":
+        """The same plan, but dropout counts queries by these ids, integer ``[N]``."""
+        return dataclasses.replace(self, query_ids=query_ids)
 
 
 class ShardedDeformable(SparseDeformableAttention):
@@ -73,13 +80,14 @@ class ShardedDeformable(SparseDeformableAttention):
             placed = query_spatial_positions, query_batch_offsets
             _, _, points = check_placement(*placed, pyramid, check_contents)
             device = points.coordinates.device.type
-            return SharedMap.of(points), {**vars(SharedMap.of(points)), "device": device}
+            agreed = SharedMap.of(points)
+            return agreed, {**vars(agreed), "device": device}
 
         return agree(self._handle.group, "make_plan", check)
 
     def _check_plan(self, plan: Any, inputs: Inputs, check_contents: bool | None) -> None:
         own = SharedMap.of(inputs.pyramid)
-        if plan != own:
+        if dataclasses.replace(plan, query_ids=None) != own:
             refuse("plan", f"a plan for {own}", str(plan))
 
     def _known_points(

@@ -19,10 +19,11 @@ from ..detr.structures import ObjectQueries, Predictions, Targets, top_k_per_ima
 from ..placement import QueryPlacement
 from ..plan import NeighborhoodPlan
 from ..pyramid import FeaturePyramid
+from .deformable import SharedMap
 from .exchange import AllRows, Counts
 from .groups import GroupHandle, agree, exchange_counts, ranks_of
 from .partition import cell_order
-from .plan import plan_sharded
+from .plan import ShardedPlan, plan_sharded
 
 
 class ShardedStem(PointStem):
@@ -157,6 +158,8 @@ class ShardedDecoderLayer(DecoderLayer):
         )
         cross_attention: Any = self.cross_attention
         plan = cross_attention.make_plan(*own[:2], pyramid, own.levels)
+        if isinstance(plan, ShardedPlan | SharedMap):
+            plan = plan.count_queries_as(rows)  # they have the mask of one process
         return QueryShare(order, counts, rows, own, plan)
 
     def _attend(
@@ -167,13 +170,12 @@ class ShardedDecoderLayer(DecoderLayer):
         plan: QueryShare | None,
     ) -> Tensor:
         share = self.make_plan(queries, pyramid) if plan is None else plan
-        with _own_random_numbers(self.cross_attention, embeddings.device):
-            attended = self.cross_attention(
-                embeddings[share.rows],
-                **share.placement.arguments(),
-                stacked_feature_maps=pyramid,
-                plan=share.plan,
-            )
+        attended = self.cross_attention(
+            embeddings[share.rows],
+            **share.placement.arguments(),
+            stacked_feature_maps=pyramid,
+            plan=share.plan,
+        )
         everything: Tensor = AllRows.apply(attended, share.counts, self._handle.group)
         return everything[share.order.argsort()]
 
@@ -202,7 +204,8 @@ def nearest_ranks(positions: Tensor, pyramid: FeaturePyramid, group: ProcessGrou
 class ShardedDecoder(Decoder):
     """A decoder of which all ranks hold the object queries, made by `shard_attention`.
 
-    Its dropout is the same on all ranks.
+    Its dropout is the same on all ranks, if the cross-attention draws as many random numbers
+    whatever its number of queries, as with `RowDropout`.
     """
 
     _handle: GroupHandle
@@ -258,20 +261,6 @@ def _same_random_numbers(
         torch.set_rng_state(states[0])
         if on_gpu:
             torch.cuda.set_rng_state(states[1], device)
-        yield
-
-
-@contextmanager
-def _own_random_numbers(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Keeps ranks that draw different amounts in ``module`` on the same random numbers after it.
-    Does nothing for a module that drops nothing.
-    """
-    if not _drops(module):
-        yield
-        return
-    seed = int(torch.randint(2**62, ()))
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
         yield
 
 

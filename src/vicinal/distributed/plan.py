@@ -70,6 +70,15 @@ class ShardedPlan(NeighborhoodPlan):
         check_type("pyramid", pyramid, FeaturePyramid)
         return self._with_halo(pyramid, self.halo.extend(pyramid.values))
 
+    def count_queries_as(self, query_ids: Tensor) -> "ShardedPlan":
+        """The same plan, but dropout counts queries by these ids, integer ``[N]``, if it does not
+        count rows.
+        """
+        if self._tensors.query_ids is None:
+            return self
+        tensors = self._tensors._replace(query_ids=query_ids.int())
+        return dataclasses.replace(self, _tensors=tensors)
+
     def to(self, device: torch.device | str) -> "ShardedPlan":
         """Returns the same plan on another device."""
         moved = super().to(device)
