@@ -268,9 +268,29 @@ def test_all_ranks_decode_what_one_process_does(
     cluster.run(3, decode, attention, 500, checkpoint)
 
 
-@pytest.mark.parametrize("checkpoint", [False, True])
-def test_decoding_with_dropout(checkpoint: bool, cluster: Cluster) -> None:
-    cluster.run(3, decode, make_dropping_deformable, 500, checkpoint, 0.2)
+def make_dropping_block() -> nn.Module:
+    block: nn.Module = make_block(dropout=0.3)
+    return block
+
+
+@pytest.mark.parametrize("attention", [make_dropping_block, make_dropping_deformable])
+def test_decoding_with_dropout(attention: Callable[[], nn.Module], cluster: Cluster) -> None:
+    cluster.run(3, decode, attention, 500, True, 0.2)
+
+
+def encode_with_dropout(group: ProcessGroup) -> None:
+    whole, pyramid, _, _, part = pyramids(group, 400)
+    one = prepared(make_dropping_deformable())
+    own = shard_attention(copy.deepcopy(one), group)
+    torch.manual_seed(2)
+    expected = one.encode(whole)
+    torch.manual_seed(2)
+    found = part.gather(own.encode(pyramid))
+    assert_close(found.values, expected.values, 1e-12)
+
+
+def test_deformable_attention_of_points_with_dropout(cluster: Cluster) -> None:
+    cluster.run(3, encode_with_dropout)
 
 
 def test_decoding_on_ranks_without_points(cluster: Cluster) -> None:

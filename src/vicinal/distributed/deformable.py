@@ -12,9 +12,11 @@ from .._utils.checks import LevelShapes, check_type, refuse
 from .._utils.constants import constant
 from ..nn._base import Inputs
 from ..nn.deformable import Sampling, SparseDeformableAttention
-from ..placement import check_placement
+from ..placement import check_placement, query_images
 from ..pyramid import FeaturePyramid
+from ..windows import as_query_levels
 from .groups import GroupHandle, agree
+from .numbering import number_rows, order_of_queries
 from .plan import boxes_around, find_halo, with_points
 
 _FARTHEST = 2**40  # cells from the map, which are empty, as are those beyond
@@ -68,22 +70,27 @@ class ShardedDeformable(SparseDeformableAttention):
         check_contents: bool | None = None,
     ) -> SharedMap:
         """Makes the ``plan`` of `forward`: the ranks agree on the map. All of them call it
-        together.
+        together. With dropout, queries are numbered as by `ShardedPlan.with_row_numbers`.
 
         Raises:
             ValueError: an argument has the wrong shape, dtype or device on some rank, or maps
                 differ between ranks. All ranks raise it.
         """
 
-        def check() -> tuple[SharedMap, dict[str, Any]]:
+        def check() -> tuple[tuple[SharedMap, Tensor], dict[str, Any]]:
             check_type("pyramid", pyramid, FeaturePyramid)
             placed = query_spatial_positions, query_batch_offsets
-            _, _, points = check_placement(*placed, pyramid, check_contents)
-            device = points.coordinates.device.type
-            agreed = SharedMap.of(points)
-            return agreed, {**vars(agreed), "device": device}
+            positions, offsets, points = check_placement(*placed, pyramid, check_contents)
+            given = query_level_indices, positions, points.n_levels, check_contents
+            images = query_images(positions, offsets, points.batch_size).clamp(min=0)
+            order = order_of_queries(positions, images, as_query_levels(*given), points)
+            plan, device = SharedMap.of(points), points.coordinates.device.type
+            return (plan, order), {**vars(plan), "device": device}
 
-        return agree(self._handle.group, "make_plan", check)
+        plan, order = agree(self._handle.group, "make_plan", check)
+        if getattr(self.dropout, "p", 0) > 0:
+            return plan.count_queries_as(number_rows(order, self._handle.group)[0])
+        return plan
 
     def _check_plan(self, plan: Any, inputs: Inputs, check_contents: bool | None) -> None:
         own = SharedMap.of(inputs.pyramid)

@@ -22,7 +22,7 @@ from ..pyramid import FeaturePyramid
 from .deformable import SharedMap
 from .exchange import AllRows, Counts
 from .groups import GroupHandle, agree, exchange_counts, ranks_of
-from .partition import cell_order
+from .numbering import cell_order
 from .plan import ShardedPlan, plan_sharded
 
 
@@ -106,8 +106,9 @@ class ShardedSelection(QuerySelection):
         self, scores: Tensor, coordinates: Tensor, pyramid: FeaturePyramid
     ) -> tuple[Tensor, Tensor]:
         """The rows of the best points of each image, and the offsets of images in them."""
-        order = torch.argsort(cell_order(coordinates, pyramid), stable=True)
-        image = coordinates[order, 0]
+        images, cells, levels = coordinates[:, 0], coordinates[:, 1:-1], coordinates[:, -1]
+        order = torch.argsort(cell_order(cells, levels, images, pyramid), stable=True)
+        image = images[order]
         best, offsets = top_k_per_image(scores[order], image, pyramid.batch_size, self.n_queries)
         return order[best], offsets
 
