@@ -138,6 +138,32 @@ def sum_of_squares(group: ProcessGroup) -> None:
     assert torch.equal(second, x * torch.tensor([12, 6, 12]))
 
 
+def exchange_meanwhile(group: ProcessGroup, problem: Problem) -> None:
+    """An exchange with work in between has the bits of one at once, also of a second backward."""
+    scene = problem.scene()
+    plan = plan_of_share(scene, share_of(scene, owners_by_cell, group), group)
+    x = torch.randn(plan.n_own_points, 3, dtype=torch.float64)
+    weights = torch.randn(plan.n_points, 3, dtype=torch.float64)
+    at_once, in_parts = x.clone().requires_grad_(), x.clone().requires_grad_()
+    expected = plan.halo.extend(at_once)
+    exchanges = [plan.halo.start(in_parts) for _ in range(2)]  # several at a time
+    own = in_parts.sin()
+    both = [exchange.finish() for exchange in exchanges]
+    assert all(torch.equal(extended, expected) for extended in both)
+    ((expected * weights).sum() + 2 * at_once.sin().sum()).backward()
+    loss = (both[0] * weights).sum() + 0 * both[1].sum() + 2 * own.sum()
+    loss.backward(retain_graph=True)
+    assert torch.equal(grad_of(in_parts), grad_of(at_once))
+    in_parts.grad = None
+    loss.backward()
+    assert torch.equal(grad_of(in_parts), grad_of(at_once))
+
+
+@pytest.mark.parametrize("name", ["periodic", "few points", "no points"])
+def test_an_exchange_lets_other_work_pass(name: str, cluster: Cluster) -> None:
+    cluster.run(4, exchange_meanwhile, PROBLEMS[name])
+
+
 def plan_round_trip(group: ProcessGroup) -> None:
     scene = PROBLEMS["periodic"].scene()
     plan = plan_of_share(scene, share_of(scene, owners_by_cell, group), group)

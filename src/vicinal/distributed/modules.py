@@ -62,7 +62,10 @@ class ShardedBlock(SparseNeighborhoodAttentionBlock):
         self, inputs: Inputs, plan: NeighborhoodPlan
     ) -> tuple[Tensor, Tensor, Tensor, Background | None]:
         assert isinstance(plan, ShardedPlan)
-        return super()._project(inputs._replace(pyramid=plan.extend(inputs.pyramid)), plan)
+        exchange = plan.halo.start(inputs.pyramid.values)
+        q, positions = self._project_queries(inputs)  # while the halo is under way
+        known = plan._with_halo(inputs.pyramid, exchange.finish())
+        return q, *self._project_points(inputs._replace(pyramid=known), plan, q, positions)
 
 
 _SHARDED: dict[type[nn.Module], type[nn.Module]] = {
