@@ -1,5 +1,6 @@
 """Plans and attention of several ranks against one process."""
 
+import time
 from typing import Any
 
 import pytest
@@ -162,6 +163,26 @@ def exchange_meanwhile(group: ProcessGroup, problem: Problem) -> None:
 @pytest.mark.parametrize("name", ["periodic", "few points", "no points"])
 def test_an_exchange_lets_other_work_pass(name: str, cluster: Cluster) -> None:
     cluster.run(4, exchange_meanwhile, PROBLEMS[name])
+
+
+def start_before_others(group: ProcessGroup) -> tuple[float, float]:
+    """How long rank 0 takes to start an exchange, and to finish one that rank 1 starts late."""
+    halo = Halo(torch.tensor([0, 1]), (1, 1), (1, 1), group)
+    torch.distributed.barrier(group)
+    if torch.distributed.get_rank(group) == 1:
+        time.sleep(2)
+    times = [time.monotonic()]
+    exchange = halo.start(torch.ones(2))
+    times.append(time.monotonic())
+    exchange.finish()
+    times.append(time.monotonic())
+    return times[1] - times[0], times[2] - times[1]
+
+
+def test_to_start_an_exchange_does_not_wait_for_others(cluster: Cluster) -> None:
+    (started, finished), _ = cluster.run(2, start_before_others)
+    assert started < 1
+    assert finished > 0.5
 
 
 def plan_round_trip(group: ProcessGroup) -> None:

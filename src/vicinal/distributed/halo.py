@@ -50,7 +50,8 @@ class Halo:
         requires a gradient on all ranks or on none.
 
         Raises:
-            ValueError: ``x`` is not a dense tensor on the device of the halo.
+            ValueError: ``x`` is not a dense tensor on the device of the halo. Only this rank raises
+                it.
         """
         return self.start(x).finish()
 

@@ -81,6 +81,10 @@ def shard_attention(module: ModuleT, group: Group = None) -> ModuleT:
     its own queries and points, all ranks together and equally often, and gets the results of its
     own queries. Call it before DDP or FSDP2 wrap the module.
 
+    Plans are checked by all ranks together, calls of the modules are not: that would cost an
+    exchange per layer. So a rank that passes a wrong argument raises alone. If it stops, torch
+    raises a RuntimeError on the others, at the latest after the timeout of the group.
+
     Args:
         module: a module with `SparseNeighborhoodAttentionBlock` in it, such as an encoder, or one
             itself. Copies of it share the group.
