@@ -29,10 +29,11 @@ class RanksFailedError(Exception):
 class Cluster:
     """Processes that stay for many tests, since starting them takes seconds.
 
-    They belong to groups of 1 to `LARGEST` ranks on gloo. A rank computes with one thread.
+    They belong to groups of 1 to ``size`` ranks on gloo. A rank computes with one thread.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, size: int = LARGEST, timeout: timedelta = TIMEOUT) -> None:
+        self.size, self.timeout = size, timeout
         self.pipes: list[Connection] = []
         self.processes: list[SpawnProcess] = []
 
@@ -41,10 +42,12 @@ class Cluster:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         context = mp.get_context("spawn")
-        for rank in range(LARGEST):
+        for rank in range(self.size):
             own, other = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, port, other), daemon=True)
+            arguments = rank, self.size, self.timeout, port, other
+            process = context.Process(target=_serve, args=arguments, daemon=True)
             process.start()
+            other.close()
             self.pipes.append(own)
             self.processes.append(process)
 
@@ -60,7 +63,7 @@ class Cluster:
             self.start()
         for pipe in self.pipes[:n_ranks]:
             pipe.send((n_ranks, function, arguments))
-        answers = [pipe.recv() for pipe in self.pipes[:n_ranks]]
+        answers = [_receive(pipe) for pipe in self.pipes[:n_ranks]]
         errors = {rank: text for rank, (text, _) in enumerate(answers) if text is not None}
         if errors:
             self.stop()  # the ranks may be out of step
@@ -73,11 +76,19 @@ class Cluster:
         self.pipes, self.processes = [], []
 
 
-def _serve(rank: int, port: int, pipe: Connection) -> None:
+def _receive(pipe: Connection) -> tuple[str | None, Any]:
+    try:
+        answer: tuple[str | None, Any] = pipe.recv()
+    except EOFError:
+        return "died", None
+    return answer
+
+
+def _serve(rank: int, size: int, timeout: timedelta, port: int, pipe: Connection) -> None:
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=LARGEST, timeout=TIMEOUT)
-    groups = [dist.new_group(range(n + 1), timeout=TIMEOUT) for n in range(LARGEST)]
+    dist.init_process_group("gloo", rank=rank, world_size=size, timeout=timeout)
+    groups = [dist.new_group(range(n + 1), timeout=timeout) for n in range(size)]
     while True:
         n_ranks, function, arguments = pipe.recv()
         pipe.send(_answer(groups[n_ranks - 1], function, arguments))

@@ -1,5 +1,6 @@
 """Plans and attention of several ranks against one process."""
 
+import time
 from typing import Any
 
 import pytest
@@ -136,6 +137,52 @@ def sum_of_squares(group: ProcessGroup) -> None:
     assert torch.equal(first, x**2 * torch.tensor([6, 3, 6]))
     (second,) = torch.autograd.grad(first.sum(), x)
     assert torch.equal(second, x * torch.tensor([12, 6, 12]))
+
+
+def exchange_meanwhile(group: ProcessGroup, problem: Problem) -> None:
+    """An exchange with work in between has the bits of one at once, also of a second backward."""
+    scene = problem.scene()
+    plan = plan_of_share(scene, share_of(scene, owners_by_cell, group), group)
+    x = torch.randn(plan.n_own_points, 3, dtype=torch.float64)
+    weights = torch.randn(plan.n_points, 3, dtype=torch.float64)
+    at_once, in_parts = x.clone().requires_grad_(), x.clone().requires_grad_()
+    expected = plan.halo.extend(at_once)
+    exchanges = [plan.halo.start(in_parts) for _ in range(2)]  # several at a time
+    own = in_parts.sin()
+    both = [exchange.finish() for exchange in exchanges]
+    assert all(torch.equal(extended, expected) for extended in both)
+    ((expected * weights).sum() + 2 * at_once.sin().sum()).backward()
+    loss = (both[0] * weights).sum() + 0 * both[1].sum() + 2 * own.sum()
+    loss.backward(retain_graph=True)
+    assert torch.equal(grad_of(in_parts), grad_of(at_once))
+    in_parts.grad = None
+    loss.backward()
+    assert torch.equal(grad_of(in_parts), grad_of(at_once))
+
+
+@pytest.mark.parametrize("name", ["periodic", "few points", "no points"])
+def test_an_exchange_lets_other_work_pass(name: str, cluster: Cluster) -> None:
+    cluster.run(4, exchange_meanwhile, PROBLEMS[name])
+
+
+def start_before_others(group: ProcessGroup) -> tuple[float, float]:
+    """How long rank 0 takes to start an exchange, and to finish one that rank 1 starts late."""
+    halo = Halo(torch.tensor([0, 1]), (1, 1), (1, 1), group)
+    torch.distributed.barrier(group)
+    if torch.distributed.get_rank(group) == 1:
+        time.sleep(2)
+    times = [time.monotonic()]
+    exchange = halo.start(torch.ones(2))
+    times.append(time.monotonic())
+    exchange.finish()
+    times.append(time.monotonic())
+    return times[1] - times[0], times[2] - times[1]
+
+
+def test_to_start_an_exchange_does_not_wait_for_others(cluster: Cluster) -> None:
+    (started, finished), _ = cluster.run(2, start_before_others)
+    assert started < 1
+    assert finished > 0.5
 
 
 def plan_round_trip(group: ProcessGroup) -> None:

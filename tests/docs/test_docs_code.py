@@ -108,6 +108,7 @@ def test_a_public_name_has_an_example(name: str) -> None:
         "docs/recipes/detection.md",
         "docs/recipes/encoder.md",
         "docs/recipes/labels.md",
+        "docs/recipes/sharded-data.md",
         "docs/recipes/streaming.md",
         "docs/switching.md",
         "docs/windows.md",

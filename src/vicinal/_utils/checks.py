@@ -169,8 +169,10 @@ def as_list(argument: str, value: Any, expected: str) -> Any:
 
 def as_integer(value: Any) -> int | None:
     """``value`` as an int if it is an integer, NumPy integers included; None otherwise."""
+    if isinstance(value, bool | list | tuple):  # torch 2.10 cannot compile the index of a tuple
+        return None
     try:
-        return None if isinstance(value, bool) else operator.index(value)
+        return operator.index(value)
     except TypeError:
         return None
 

@@ -4,7 +4,7 @@ What the windows of its queries reach of the parts of others, the halo, comes fr
 gradients travel back the same way.
 """
 
-from .halo import Halo
+from .halo import Halo, HaloExchange
 from .modules import shard_attention, sum_gradients
 from .partition import SpacePartition, partition_space
 from .plan import ShardedPlan, plan_sharded
@@ -12,6 +12,7 @@ from .route import Route
 
 __all__ = [
     "Halo",
+    "HaloExchange",
     "Route",
     "ShardedPlan",
     "SpacePartition",

@@ -15,7 +15,7 @@ from ..nn.deformable import Sampling, SparseDeformableAttention
 from ..placement import check_placement, query_images
 from ..pyramid import FeaturePyramid
 from ..windows import as_query_levels
-from .groups import GroupHandle, agree
+from .groups import GroupHandle, agree, exchange_facts
 from .numbering import number_rows, order_of_queries
 from .plan import boxes_around, find_halo, with_points
 
@@ -84,8 +84,8 @@ class ShardedDeformable(SparseDeformableAttention):
             given = query_level_indices, positions, points.n_levels, check_contents
             images = query_images(positions, offsets, points.batch_size).clamp(min=0)
             order = order_of_queries(positions, images, as_query_levels(*given), points)
-            plan, device = SharedMap.of(points), points.coordinates.device.type
-            return (plan, order), {**vars(plan), "device": device}
+            plan = SharedMap.of(points)
+            return (plan, order), {**vars(plan), **exchange_facts("pyramid.values", points.values)}
 
         plan, order = agree(self._handle.group, "make_plan", check)
         if getattr(self.dropout, "p", 0) > 0:

@@ -21,7 +21,7 @@ from ..plan import NeighborhoodPlan
 from ..pyramid import FeaturePyramid
 from .deformable import SharedMap
 from .exchange import AllRows, Counts
-from .groups import GroupHandle, agree, exchange_counts, ranks_of
+from .groups import GroupHandle, agree, exchange_counts, exchange_facts, ranks_of
 from .numbering import cell_order
 from .plan import ShardedPlan, plan_sharded
 
@@ -75,7 +75,7 @@ class ShardedSelection(QuerySelection):
         def check() -> tuple[None, dict[str, Any]]:
             super(ShardedSelection, self)._check(pyramid)
             facts = {"level_shapes": pyramid.level_shapes, "batch_size": pyramid.batch_size}
-            return None, {**facts, "values": pyramid.values.dtype}
+            return None, {**facts, **exchange_facts("pyramid.values", pyramid.values)}
 
         agree(self._handle.group, "QuerySelection", check)
 

@@ -43,13 +43,8 @@ class AppendHalo(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, halo: Any) -> Tensor:
         """``[n, ...]`` to ``[n + R, ...]``."""
         ctx.halo = halo
-        n = x.shape[0]
-        out = x.new_empty(n + sum(halo.receive), *x.shape[1:])
-        out[:n] = x
-        sent = x.index_select(0, halo.rows)
-        sizes = list(halo.receive), list(halo.send)
-        dist.all_to_all_single(out[n:], sent, *sizes, group=halo.group)
-        return out
+        extended, _ = _append(x, halo)
+        return extended
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
@@ -67,17 +62,109 @@ class FoldHalo(torch.autograd.Function):
         """``[n + R, ...]`` to ``[n, ...]``."""
         ctx.halo = halo
         n = x.shape[0] - sum(halo.receive)
-        returned = send_rows(x[n:], halo.receive, halo.send, halo.group)
-        own = x[:n].clone()
-        # Rank by rank, each of whose rows are unique, so that sums have the same bits every time.
-        for rows, part in zip(halo.rows.split(halo.send), returned.split(halo.send), strict=True):
-            own.index_add_(0, rows, part)
-        return own
+        return _fold(x[:n], send_rows(x[n:], halo.receive, halo.send, halo.group), halo)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         """The gradient of ``x``."""
         return AppendHalo.apply(grads[0], ctx.halo), None
+
+
+class Flight:
+    """Rows that are under way: what waits for them, and the tensors that they need until then."""
+
+    def __init__(self) -> None:
+        self.work: Any = None
+        self.rows: Tensor | None = None
+
+    def land(self) -> Tensor | None:
+        """Waits for the rows. On a GPU only its current stream does."""
+        if self.work is not None:
+            self.work.wait()
+        rows, self.work, self.rows = self.rows, None, None
+        return rows
+
+
+class StartHalo(torch.autograd.Function):
+    """`AppendHalo` whose rows `FinishHalo` waits for. In between they are not there yet.
+
+    Autograd runs what was done last first: `FinishHalo` starts to send gradients, and this function
+    waits for them, when all has run that was done in between.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, halo: Any, flight: Flight) -> Tensor:
+        """``[n, ...]`` to ``[n + R, ...]``."""
+        ctx.halo, ctx.flight = halo, flight
+        extended, flight.rows = _append(x, halo, flight)
+        return extended
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        """The gradient of ``x``."""
+        (grad,), halo = grads, ctx.halo
+        returned = ctx.flight.land()
+        if returned is None:  # gradients of gradients: nothing was started
+            return FoldHalo.apply(grad, halo), None, None
+        return _fold(grad[: grad.shape[0] - sum(halo.receive)], returned, halo), None, None
+
+
+class FinishHalo(torch.autograd.Function):
+    """Waits for the rows that `StartHalo` asked for."""
+
+    @staticmethod
+    def forward(ctx: Any, extended: Tensor, halo: Any, flight: Flight) -> Tensor:
+        """``extended``, with the rows of the halo."""
+        ctx.halo, ctx.flight = halo, flight
+        flight.land()
+        ctx.mark_dirty(extended)
+        return extended
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        """The same gradient, of which the halo's rows begin to return to their owners."""
+        (grad,), halo, flight = grads, ctx.halo, ctx.flight
+        if not torch.is_grad_enabled():
+            rows = grad[grad.shape[0] - sum(halo.receive) :].contiguous()
+            flight.rows = rows.new_empty(sum(halo.send), *rows.shape[1:])
+            flight.work = dist.all_to_all_single(
+                flight.rows,
+                rows,
+                list(halo.send),
+                list(halo.receive),
+                group=halo.group,
+                async_op=True,
+            )
+        return grad, None, None
+
+
+def _append(x: Tensor, halo: Any, flight: Flight | None = None) -> tuple[Tensor, Tensor]:
+    """``x`` ``[n, ...]`` with the rows of a halo, and the rows that were sent. With a ``flight``
+    they are under way.
+    """
+    n = x.shape[0]
+    extended = x.new_empty(n + sum(halo.receive), *x.shape[1:])
+    sent = x.index_select(0, halo.rows)
+    sizes = list(halo.receive), list(halo.send)
+    if flight is None:
+        dist.all_to_all_single(extended[n:], sent, *sizes, group=halo.group)
+    else:
+        flight.work = dist.all_to_all_single(
+            extended[n:], sent, *sizes, group=halo.group, async_op=True
+        )
+    extended[:n] = x
+    return extended, sent
+
+
+def _fold(own: Tensor, returned: Tensor, halo: Any) -> Tensor:
+    """``own`` ``[n, ...]`` plus what other ranks returned of the rows that they were sent.
+
+    Rank by rank, each of whose rows are unique, so that sums have the same bits every time.
+    """
+    total = own.clone()
+    for rows, part in zip(halo.rows.split(halo.send), returned.split(halo.send), strict=True):
+        total.index_add_(0, rows, part)
+    return total
 
 
 class AllRows(torch.autograd.Function):

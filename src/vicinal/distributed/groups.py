@@ -5,6 +5,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -64,7 +65,8 @@ def agree(group: ProcessGroup, call: str, find: Callable[[], tuple[T, dict[str, 
     Raises:
         ValueError: ``find`` raised one on some rank, whose message all ranks raise, or the ranks
             are not in the same call with the same facts.
-        RuntimeError: ``find`` raised another error on some rank.
+        RuntimeError: ``find`` raised another error on some rank, or a rank stopped or did not call
+            this within the timeout of the group.
     """
     error: Exception | None = None
     facts: dict[str, str] = {}
@@ -75,7 +77,13 @@ def agree(group: ProcessGroup, call: str, find: Callable[[], tuple[T, dict[str, 
         error = raised
     own = None if error is None else (isinstance(error, ValueError), str(error)), call, facts
     reports: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(reports, own, group=group)
+    try:
+        dist.all_gather_object(reports, own, group=group)
+    except RuntimeError as lost:
+        raise RuntimeError(
+            f"{call}: a rank of {dist.get_process_group_ranks(group)} stopped, or did not call it "
+            f"within the timeout of the group: {lost}"
+        ) from (error or lost)
     for rank, (failure, _, _) in enumerate(reports):
         if failure is not None:
             kind = ValueError if failure[0] else RuntimeError
@@ -84,6 +92,18 @@ def agree(group: ProcessGroup, call: str, find: Callable[[], tuple[T, dict[str, 
     for name in facts:
         _check_equal(name, [facts[name] for _, _, facts in reports])
     return result
+
+
+def exchange_facts(name: str, x: Tensor) -> dict[str, Any]:
+    """What must be the same on all ranks of tensors of which they exchange rows, see `agree`.
+
+    A rank whose rows need no gradient would leave the others waiting in the backward pass.
+    """
+    return {
+        f"{name} rows": (tuple(x.shape[1:]), x.dtype),
+        f"{name} device": x.device.type,
+        f"{name} requires_grad": x.requires_grad and torch.is_grad_enabled(),
+    }
 
 
 def _check_equal(name: str, came: Sequence[str]) -> None:

@@ -1,7 +1,7 @@
 """Attention modules of which every rank has its own queries and points."""
 
 from collections.abc import Iterable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -32,7 +32,7 @@ from .detection import (
     ShardedSelection,
     ShardedStem,
 )
-from .groups import Group, GroupHandle, as_group
+from .groups import Group, GroupHandle, agree, as_group
 from .plan import ShardedPlan, plan_sharded
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -82,7 +82,10 @@ class ShardedBlock(SparseNeighborhoodAttentionBlock):
         self, inputs: Inputs, plan: NeighborhoodPlan
     ) -> tuple[Tensor, Tensor, Tensor, Background | None]:
         assert isinstance(plan, ShardedPlan)
-        return super()._project(inputs._replace(pyramid=plan.extend(inputs.pyramid)), plan)
+        exchange = plan.halo.start(inputs.pyramid.values)
+        q, positions = self._project_queries(inputs)  # while the halo is under way
+        known = plan._with_halo(inputs.pyramid, exchange.finish())
+        return q, *self._project_points(inputs._replace(pyramid=known), plan, q, positions)
 
 
 _SHARDED: dict[type[nn.Module], type[nn.Module]] = {
@@ -100,10 +103,14 @@ _SHARDED: dict[type[nn.Module], type[nn.Module]] = {
 def shard_attention(module: ModuleT, group: Group = None) -> ModuleT:
     """Makes all attention modules in ``module`` attend to the points of all ranks of a group.
 
-    It changes the modules in place, and only their methods: parameters, hooks and the keys of the
-    state dict stay. Each rank then calls them with its own queries and points, all ranks together
-    and equally often, and gets the results of its own queries. Call it before DDP or FSDP2 wrap the
-    module.
+    All ranks of the group call it together. It changes the modules in place, and only their
+    methods: parameters, hooks and the keys of the state dict stay. Each rank then calls them with
+    its own queries and points, all ranks together and equally often, and gets the results of its
+    own queries. Call it before DDP or FSDP2 wrap the module.
+
+    Plans are checked by all ranks together, calls of the modules are not: that would cost an
+    exchange per layer. So a rank that passes a wrong argument raises alone. If it stops, torch
+    raises a RuntimeError on the others, at the latest after the timeout of the group.
 
     The parts of a detector know more than attention, and it changes them too:
 
@@ -134,7 +141,8 @@ def shard_attention(module: ModuleT, group: Group = None) -> ModuleT:
         ``module``.
 
     Raises:
-        ValueError: there is no such module in it, or one is sharded already.
+        ValueError: there is no such module in it, one is sharded already, or those of the
+            ranks differ. All ranks raise it.
 
     Example:
         ```python
@@ -151,21 +159,36 @@ def shard_attention(module: ModuleT, group: Group = None) -> ModuleT:
         dist.destroy_process_group()
         ```
     """
-    check_type("module", module, nn.Module)
     handle = GroupHandle(as_group(group))
-    found = [
-        (part, base) for part in module.modules() for base in _SHARDED if isinstance(part, base)
-    ]
-    if not found:
-        names = ", ".join(base.__name__ for base in _SHARDED)
-        refuse("module", f"a module with {names} in it", describe(type(module).__name__))
-    for part, base in found:
-        if isinstance(part, _SHARDED[base]):
-            refuse("module", "attention that is not sharded yet", describe(type(part).__name__))
+    found = agree(handle.group, "shard_attention", lambda: _find_attention(module))
     for part, base in found:
         part.__class__ = _sharded_class(type(part), _SHARDED[base])
         vars(part)["_handle"] = handle
     return module
+
+
+def _find_attention(
+    module: nn.Module,
+) -> tuple[list[tuple[nn.Module, type[nn.Module]]], dict[str, Any]]:
+    """The attention modules in ``module``, each with the base that is sharded, and what must be the
+    same on all ranks.
+    """
+    check_type("module", module, nn.Module)
+    found, facts = [], {}
+    for name, part in module.named_modules():
+        for base, sharded in _SHARDED.items():
+            if not isinstance(part, base):
+                continue
+            if isinstance(part, sharded):
+                refuse("module", "attention that is not sharded yet", describe(type(part).__name__))
+            found.append((part, base))
+            shapes = {key: tuple(x.shape) for key, x in part.named_parameters()}
+            windows = getattr(part, "neighborhood_sizes", None)
+            facts[f"module {name}"] = type(part).__name__, windows, shapes
+    if not found:
+        names = ", ".join(base.__name__ for base in _SHARDED)
+        refuse("module", f"a module with {names} in it", describe(type(module).__name__))
+    return found, {"attention modules": list(facts), **facts}
 
 
 @cached

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,15 +21,24 @@ from .._utils.checks import (
 from .._utils.constants import constant
 from .._utils.ragged import batch_ids, offsets_from_ids
 from .._utils.strides import least_strides
-from ..placement import QueryPlacement
+from ..placement import QueryPlacement, check_placement
 from ..pyramid import FeaturePyramid
 from ..windows import full_shape
 from .bisection import bisect
 from .exchange import AllRows
-from .groups import Group, GroupHandle, agree, as_group, exchange_counts, ranks_of
+from .groups import Group, GroupHandle, agree, as_group, exchange_counts, exchange_facts, ranks_of
 from .numbering import order_of_points
 from .plan import with_points
 from .route import Route
+
+
+class _Queries(NamedTuple):
+    """Queries that travel: where they are, and to which rank."""
+
+    positions: Tensor
+    images: Tensor
+    owners: Tensor
+    batch_size: int
 
 
 class SpacePartition:
@@ -129,8 +138,8 @@ class SpacePartition:
             the coordinates, int64, and the other rows of the points that this rank owns.
 
         Raises:
-            ValueError: tensors differ in their number of rows or device, or a cell is in no box.
-                All ranks raise it.
+            ValueError: tensors differ in their number of rows or device, or between ranks in dtype,
+                width or ``requires_grad``, or a cell is in no box. All ranks raise it.
         """
         route = self.route(coordinates, *rows)
         return tuple(map(route.scatter, (torch.as_tensor(coordinates).long(), *rows)))
@@ -143,10 +152,11 @@ class SpacePartition:
         def find() -> tuple[Tensor, dict[str, Any]]:
             shape = ("n", self.boxes.shape[2] + 1)
             points = check_tensor("coordinates", coordinates, shape, kind="integer")
-            facts: dict[str, Any] = {"device": points.device.type, "rows": _kinds(rows)}
+            facts: dict[str, Any] = {"device": points.device.type, "number of rows": len(rows)}
             for index, x in enumerate(rows):
                 others = [f"size{axis}" for axis in range(1, getattr(x, "ndim", 1))]
                 check_tensor(f"rows[{index}]", x, (len(points), *others), device=points.device)
+                facts |= exchange_facts(f"rows[{index}]", x)
             return self.owners(points[:, 1:]), facts
 
         owners = agree(self.group, "SpacePartition.scatter", find)
@@ -164,7 +174,8 @@ class SpacePartition:
             pyramid: on whose map they lie; any rank's.
 
         Raises:
-            ValueError: the placement does not fit the pyramid. All ranks raise it.
+            ValueError: the placement does not fit the pyramid, or those of the ranks do not fit
+                each other. All ranks raise it.
 
         Example:
             ```python
@@ -188,26 +199,36 @@ class SpacePartition:
             ```
         """
 
-        def find() -> tuple[tuple[Tensor, Tensor], dict[str, Any]]:
+        def find() -> tuple[_Queries, dict[str, Any]]:
             check_type("placement", placement, QueryPlacement)
             check_type("pyramid", pyramid, FeaturePyramid)
-            check_offsets("placement.offsets", placement.offsets, len(placement.positions))
+            given, offsets, levels = placement
+            positions, offsets, points = check_placement(given, offsets, pyramid)
+            check_offsets("placement.offsets", offsets, len(positions))
             facts = {
-                "level_shapes": pyramid.level_shapes,
-                "batch_size": pyramid.batch_size,
-                "placement.levels": placement.levels is None,
+                "level_shapes": points.level_shapes,
+                "batch_size": points.batch_size,
+                "placement.levels": levels is None,
+                **exchange_facts("placement.positions", positions),
             }
-            images = batch_ids(placement.offsets, len(placement.positions))
-            return (images, self.owners(raw_cells(placement.positions, pyramid))), facts
+            if levels is not None:
+                shape, device = (len(positions),), positions.device
+                check_tensor("placement.levels", levels, shape, kind="integer", device=device)
+                facts |= exchange_facts("placement.levels", levels)
+            images = batch_ids(offsets, len(positions))
+            owners = self.owners(raw_cells(positions, points))
+            return _Queries(positions, images, owners, points.batch_size), facts
 
-        images, owners = agree(self.group, "SpacePartition.route_queries", find)
+        positions, images, owners, batch_size = agree(
+            self.group, "SpacePartition.route_queries", find
+        )
         route = self._route(owners)
         arrived = route.scatter(images)
         route = dataclasses.replace(route, sorting=torch.argsort(arrived, stable=True))
-        positions, levels = route.scatter(placement.positions), placement.levels
+        levels = placement.levels
         local = QueryPlacement(
-            positions,
-            offsets_from_ids(arrived[route.sorting], pyramid.batch_size),
+            route.scatter(positions),
+            offsets_from_ids(arrived[route.sorting], batch_size),
             None if levels is None else route.scatter(levels),
         )
         return dataclasses.replace(route, placement=local)
@@ -216,10 +237,12 @@ class SpacePartition:
         """Returns the points of all ranks on every rank, sorted by image, level and cell: the
         pyramid of one process, as `FeaturePyramid.from_points` orders it.
 
-        All ranks call it together. The gradient of a value is the sum of those of all ranks.
+        All ranks call it together, and all of them the backward pass, also one whose loss is zero.
+        The gradient of a value is the sum of those of all ranks.
 
         Raises:
-            ValueError: the pyramids of the ranks are on different maps. All ranks raise it.
+            ValueError: the pyramids of the ranks are on different maps, or their values differ in
+                width, dtype or ``requires_grad``. All ranks raise it.
         """
 
         def check() -> tuple[None, dict[str, Any]]:
@@ -227,7 +250,7 @@ class SpacePartition:
             facts = {
                 "level_shapes": pyramid.level_shapes,
                 "batch_size": pyramid.batch_size,
-                "values": (pyramid.embed_dim, pyramid.values.dtype),
+                **exchange_facts("pyramid.values", pyramid.values),
             }
             return None, facts
 
@@ -235,7 +258,7 @@ class SpacePartition:
         device = pyramid.coordinates.device
         n_ranks = ranks_of(self.group)[1]
         counts = tuple(exchange_counts([len(pyramid)] * n_ranks, self.group, device))
-        coordinates: Tensor = AllRows.apply(pyramid.coordinates, counts, self.group)
+        coordinates: Tensor = AllRows.apply(pyramid.coordinates.long(), counts, self.group)
         values: Tensor = AllRows.apply(pyramid.values, counts, self.group)
         everything = with_points(pyramid, coordinates, values)
         order = torch.argsort(order_of_points(everything), stable=True)
@@ -366,8 +389,3 @@ def _check_weights(weights: Any, blocks: Tensor) -> Tensor | None:
     if not (checked.isfinite() & (checked >= 0)).all():
         refuse("weights", "finite numbers of at least 0", "others")
     return checked
-
-
-def _kinds(rows: Sequence[Any]) -> list[str]:
-    """What must be the same on all ranks of tensors that travel: dtypes, and shapes of a row."""
-    return [f"{getattr(x, 'dtype', type(x))} {tuple(getattr(x, 'shape', ())[1:])}" for x in rows]

@@ -18,7 +18,7 @@ from ..pyramid import FeaturePyramid
 from ..window_shapes import Windows, WindowsLike, as_windows, check_windows_fit, windows_on_axes
 from ..windows import as_query_levels
 from .exchange import send_rows
-from .groups import Group, agree, as_group, exchange_counts, ranks_of
+from .groups import Group, agree, as_group, exchange_counts, exchange_facts, ranks_of
 from .halo import Halo
 from .numbering import number_rows, order_of_points, order_of_queries
 
@@ -187,7 +187,8 @@ def plan_sharded(
 
     Raises:
         ValueError: an argument is refused on some rank, as by `plan_neighborhoods`, or maps and
-            windows differ between ranks. All ranks raise it.
+            windows, or the width, dtype or ``requires_grad`` of the pyramid's values differ between
+            ranks. All ranks raise it.
 
     Example:
         ```python
@@ -221,7 +222,7 @@ def plan_sharded(
             "periodic_axes": points.periodic_axes,
             "strides": points.strides,
             "neighborhood_sizes": sizes,
-            "device": points.coordinates.device.type,
+            **exchange_facts("pyramid.values", points.values),
         }
         reach = find_reach(queries, points, windows)
         return _Checked(queries, points, sizes, reach), facts
@@ -292,8 +293,9 @@ def find_halo(reach: Tensor, pyramid: FeaturePyramid, group: ProcessGroup) -> tu
     send = tuple(map(len, rows))
     receive = tuple(exchange_counts(send, group, reach.device))
     halo = Halo(torch.cat(rows), send, receive, group)
-    received = send_rows(pyramid.coordinates[halo.rows], send, receive, group)
-    return halo, torch.cat((pyramid.coordinates, received))
+    coordinates = pyramid.coordinates.long()
+    received = send_rows(coordinates[halo.rows], send, receive, group)
+    return halo, torch.cat((coordinates, received))
 
 
 def _within(reach: Tensor, pyramid: FeaturePyramid) -> Tensor:

@@ -49,10 +49,10 @@ class Route:
 
     def scatter(self, x: Tensor) -> Tensor:
         """Returns the rows ``[m, ...]`` that this rank owns, of the rows ``x`` ``[n, ...]`` of all
-        ranks. Gradients travel back.
+        ranks. Gradients travel back: ``x`` requires one on all ranks or on none.
 
         Raises:
-            ValueError: ``x`` does not have a row for each of the n rows.
+            ValueError: ``x`` does not have a row for each of the n rows. Only this rank raises it.
         """
         x = self._check(x, len(self.order))
         moved: Tensor = MoveRows.apply(x[self.order], self.send, self.receive, self.group)
@@ -63,7 +63,7 @@ class Route:
         order: the inverse of `scatter`.
 
         Raises:
-            ValueError: ``x`` does not have a row for each of the m rows.
+            ValueError: ``x`` does not have a row for each of the m rows. Only this rank raises it.
         """
         x = self._check(x, len(self.sorting))[self.sorting.argsort()]
         moved: Tensor = MoveRows.apply(x, self.receive, self.send, self.group)

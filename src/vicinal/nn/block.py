@@ -305,18 +305,31 @@ class SparseNeighborhoodAttentionBlock(SparseAttention[NeighborhoodPlan]):
         self, inputs: Inputs, plan: NeighborhoodPlan
     ) -> tuple[Tensor, Tensor, Tensor, Background | None]:
         """Q ``[N, H, d]``, k and v ``[nnz, H, d]``, and the background of the attention."""
-        positions, pyramid = inputs.finite_positions(), inputs.pyramid
+        q, positions = self._project_queries(inputs)
+        return q, *self._project_points(inputs, plan, q, positions)
+
+    def _project_queries(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """Q ``[N, H, d]`` and the positions ``[N, P]`` that they are rotated by."""
+        positions = inputs.finite_positions()
         norm = self.norm if self.norm_first else None
         (q,) = self._heads(inputs.query, self.q_in_proj, 1, norm)
-        k, v = map(plan.append_copies, self._heads(pyramid.values, self.kv_proj, 2))
         if self.pos_encoding is not None:
             q = self.pos_encoding(q, _with_level(positions, inputs.level))
+        return q, positions
+
+    def _project_points(
+        self, inputs: Inputs, plan: NeighborhoodPlan, q: Tensor, positions: Tensor
+    ) -> tuple[Tensor, Tensor, Background | None]:
+        """K and v ``[nnz, H, d]``, and the background of the attention of q at ``positions``."""
+        pyramid = inputs.pyramid
+        k, v = map(plan.append_copies, self._heads(pyramid.values, self.kv_proj, 2))
+        if self.pos_encoding is not None:
             k = self.pos_encoding(k, key_coordinates(pyramid, plan, positions.dtype))
         background = None
         if inputs.background is not None:
             anchors = self._anchors(inputs, positions)
             background = self._background(inputs.background, q, anchors, plan, pyramid)
-        return q, k, v, background
+        return k, v, background
 
     def _heads(
         self, x: Tensor, linear: nn.Linear, parts: int, norm: nn.Module | None = None
