@@ -36,9 +36,9 @@ class ShardedBlock(SparseNeighborhoodAttentionBlock):
         check_contents: bool | None = None,
     ) -> ShardedPlan:
         """Makes the ``plan`` of `forward`: `plan_sharded` with the windows of this block. All ranks
-        call it together.
+        call it together. With dropout its rows are numbered, see `ShardedPlan.with_row_numbers`.
         """
-        return plan_sharded(
+        plan = plan_sharded(
             query_spatial_positions,
             query_batch_offsets,
             pyramid,
@@ -47,6 +47,8 @@ class ShardedBlock(SparseNeighborhoodAttentionBlock):
             group=self._handle.group,
             check_contents=check_contents,
         )
+        drops = self.attn_drop_rate > 0 or getattr(self.dropout, "p", 0) > 0
+        return plan.with_row_numbers(pyramid) if drops else plan
 
     def _check_plan(
         self, plan: NeighborhoodPlan, inputs: Inputs, check_contents: bool | None
@@ -71,6 +73,10 @@ class ShardedBlock(SparseNeighborhoodAttentionBlock):
 _SHARDED: dict[type[nn.Module], type[nn.Module]] = {
     SparseNeighborhoodAttentionBlock: ShardedBlock,
 }
+
+
+# What ranks send to each other depends on these.
+_SETTINGS = "neighborhood_sizes", "attn_drop_rate"
 
 
 def shard_attention(module: ModuleT, group: Group = None) -> ModuleT:
@@ -137,8 +143,9 @@ def _find_attention(
                 refuse("module", "attention that is not sharded yet", describe(type(part).__name__))
             found.append((part, base))
             shapes = {key: tuple(x.shape) for key, x in part.named_parameters()}
-            windows = getattr(part, "neighborhood_sizes", None)
-            facts[f"module {name}"] = type(part).__name__, windows, shapes
+            settings = {key: getattr(part, key, None) for key in _SETTINGS}
+            drop_rate = getattr(getattr(part, "dropout", None), "p", None)
+            facts[f"module {name}"] = type(part).__name__, settings, drop_rate, shapes
     if not found:
         names = ", ".join(base.__name__ for base in _SHARDED)
         refuse("module", f"a module with {names} in it", describe(type(module).__name__))

@@ -27,6 +27,7 @@ from ..windows import full_shape
 from .bisection import bisect
 from .exchange import AllRows
 from .groups import Group, GroupHandle, agree, as_group, exchange_counts, exchange_facts, ranks_of
+from .numbering import order_of_points
 from .plan import with_points
 from .route import Route
 
@@ -259,7 +260,8 @@ class SpacePartition:
         counts = tuple(exchange_counts([len(pyramid)] * n_ranks, self.group, device))
         coordinates: Tensor = AllRows.apply(pyramid.coordinates.long(), counts, self.group)
         values: Tensor = AllRows.apply(pyramid.values, counts, self.group)
-        order = torch.argsort(_cell_order(coordinates, pyramid), stable=True)
+        everything = with_points(pyramid, coordinates, values)
+        order = torch.argsort(order_of_points(everything), stable=True)
         return with_points(pyramid, coordinates[order], values[order])
 
     def _route(self, owners: Tensor) -> Route:
@@ -387,11 +389,3 @@ def _check_weights(weights: Any, blocks: Tensor) -> Tensor | None:
     if not (checked.isfinite() & (checked >= 0)).all():
         refuse("weights", "finite numbers of at least 0", "others")
     return checked
-
-
-def _cell_order(coordinates: Tensor, pyramid: FeaturePyramid) -> Tensor:
-    """int64 ``[n]``, numbers that sort points by image, level and cell."""
-    key = coordinates[:, 0] * pyramid.n_levels + coordinates[:, -1]
-    for axis, size in enumerate(full_shape(pyramid.level_shapes)):
-        key = key * size + coordinates[:, 1 + axis]
-    return key
