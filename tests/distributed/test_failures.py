@@ -102,6 +102,10 @@ def other_windows(part: SpacePartition, cells: Tensor, values: Tensor, is_odd: b
     shard_attention(make_block(neighborhood_sizes=(3, 3 + 2 * is_odd)), part.group)
 
 
+def other_dropout(part: SpacePartition, cells: Tensor, values: Tensor, is_odd: bool) -> None:
+    shard_attention(make_block(dropout=0.5 * is_odd, attention_dropout=0.0), part.group)
+
+
 def other_modules(part: SpacePartition, cells: Tensor, values: Tensor, is_odd: bool) -> None:
     layers = [make_block() for _ in range(1 + is_odd)]
     shard_attention(torch.nn.ModuleList(layers), part.group)
@@ -142,6 +146,7 @@ def refused(group: ProcessGroup, call: Call) -> str:
         (other_positions, "placement.positions"),
         (too_few_levels, "placement.levels"),
         (other_windows, "module"),
+        (other_dropout, "module"),
         (other_modules, "modules"),
         (no_attention, "module"),
     ],

@@ -100,6 +100,10 @@ _SHARDED: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
+# What ranks send to each other depends on these.
+_SETTINGS = "neighborhood_sizes", "attn_drop_rate"
+
+
 def shard_attention(module: ModuleT, group: Group = None) -> ModuleT:
     """Makes all attention modules in ``module`` attend to the points of all ranks of a group.
 
@@ -183,8 +187,9 @@ def _find_attention(
                 refuse("module", "attention that is not sharded yet", describe(type(part).__name__))
             found.append((part, base))
             shapes = {key: tuple(x.shape) for key, x in part.named_parameters()}
-            windows = getattr(part, "neighborhood_sizes", None)
-            facts[f"module {name}"] = type(part).__name__, windows, shapes
+            settings = {key: getattr(part, key, None) for key in _SETTINGS}
+            drop_rate = getattr(getattr(part, "dropout", None), "p", None)
+            facts[f"module {name}"] = type(part).__name__, settings, drop_rate, shapes
     if not found:
         names = ", ".join(base.__name__ for base in _SHARDED)
         refuse("module", f"a module with {names} in it", describe(type(module).__name__))
