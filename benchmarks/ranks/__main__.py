@@ -24,7 +24,7 @@ from benchmarks.ranks.settings import SETTINGS, RanksSettings
 from benchmarks.ranks.study import measure, measure_to
 from examples.digits.processes import process_group, spawn_processes
 
-NO_GPU = 2  # exit status
+NO_GPU, TOO_FEW = 2, 3  # exit statuses
 PLOTS = "benchmarks.ranks.plots"
 
 
@@ -40,7 +40,11 @@ def main() -> int:
         print("The study needs a GPU, and PyTorch finds none.", file=sys.stderr)
         return NO_GPU
     settings = _settings(arguments)
-    about = report.describe(settings, arguments.size) | {"load": os.getloadavg()}
+    if max(settings.ranks) < 2:
+        print("The study needs two processes or more; see --ranks.", file=sys.stderr)
+        return TOO_FEW
+    load = os.getloadavg() if hasattr(os, "getloadavg") else None
+    about = report.describe(settings, arguments.size) | {"load": load}
     found = {} if "ranks" in arguments.without else run_ranks(settings)
     if int(os.environ.get("RANK", 0)):
         return 0
@@ -59,8 +63,10 @@ def main() -> int:
 def run_ranks(settings: RanksSettings) -> dict[str, Figures]:
     """What the ranks measure: those of torchrun, or processes that start here."""
     if "WORLD_SIZE" in os.environ:
+        torch.set_num_threads(1)
         with process_group() as device:
             return measure(device, settings)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # no warning of earlier tensors freed
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "figures.json")
         spawn_processes(max(settings.ranks), measure_to, settings, file)

@@ -63,7 +63,7 @@ def parts_of(found: dict[str, Figures]) -> Parts | None:
     return Parts(
         [float(case["points"]) / float(case["parts"]) for case in cases],
         [float(case["halo_over_own"]) for case in cases],
-        [float(case["pairs_imbalance"]) for case in cases],
+        [float(case["imbalance_of_pairs"]) for case in cases],
     )
 
 

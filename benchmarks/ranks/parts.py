@@ -94,9 +94,9 @@ class CutScene:
             "points": len(self.pyramid),
             "parts": n_parts,
             "halo_over_own": float(halos.sum() / points.sum()),
-            "largest_halo": int(halos.max()),
-            "pairs_imbalance": float(pairs.max() * n_parts / pairs.sum()),
-            "points_imbalance": float(points.max() * n_parts / points.sum()),
+            "points_of_largest_halo": int(halos.max()),
+            "imbalance_of_pairs": float(pairs.max() * n_parts / pairs.sum()),
+            "imbalance_of_points": float(points.max() * n_parts / points.sum()),
             "kib_per_layer_of_a_part": float(2 * embed_dim * FLOAT32 * halos.max() / 2**10),
             "bisection_seconds": seconds,
         }

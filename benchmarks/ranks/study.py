@@ -1,9 +1,9 @@
 """Strong and weak scaling: ranks train an encoder on one scene, in turn with fewer ranks."""
 
 import contextlib
-import gc
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,6 +15,7 @@ from torch.distributed import ProcessGroup
 
 from benchmarks.measure import peak_memory
 from benchmarks.outcome import CaseSkipped, DisagreementError, Figures
+from benchmarks.ranks.memory import peak_of_tensors
 from benchmarks.ranks.meter import metered, synchronize
 from benchmarks.ranks.settings import RanksSettings
 from benchmarks.ranks.share import Share
@@ -23,6 +24,7 @@ from benchmarks.scenes import Scene, of_density
 Cases = dict[str, Figures]
 TOLERANCE = {"float64": 1e-12, "float32": 1e-4}  # of gradients, relative to one process
 ROUGH = 2e-2  # of other dtypes
+PEAKS = {"memory_over_one": "peak_bytes", "resident_over_one": "resident_peak_bytes"}
 
 
 class Report(NamedTuple):
@@ -36,7 +38,8 @@ class Report(NamedTuple):
     metered_seconds: float  # of the step that was watched
     row_bytes: int
     plan_bytes: int
-    peak_bytes: int | None
+    peak_bytes: int  # of tensors
+    resident_peak_bytes: int | None  # of the process, less what it had before the scene
     gradient: float  # the norm of that of a weight, the same on all ranks
 
 
@@ -68,6 +71,8 @@ def compare(
 ) -> Cases:
     """A case per number of ranks, whose steps alternate. On rank 0; nothing on the others."""
     rank = dist.get_rank()
+    if rank == 0:
+        print(f"{name} ...", file=sys.stderr, flush=True)
     shares = {
         n: Share(scene_of(n), settings, group if n > 1 else None, device, feed_forward=feed_forward)
         for n, group in groups.items()
@@ -102,13 +107,14 @@ def summarize(reports: list[Report], settings: RanksSettings) -> Figures:
         "points": sum(points),
         "step_seconds": statistics.median(rounds),
         "seconds": " ".join(f"{t:.3f}" for t in rounds),
-        "points_imbalance": max(points) * len(points) / sum(points),
-        "pairs_imbalance": max(pairs) * len(pairs) / sum(pairs),
+        "imbalance_of_points": max(points) * len(points) / sum(points),
+        "imbalance_of_pairs": max(pairs) * len(pairs) / sum(pairs),
         "gradient": reports[0].gradient,
+        "peak_bytes": max(r.peak_bytes for r in reports),
     }
-    peaks = [r.peak_bytes for r in reports if r.peak_bytes is not None]
-    if peaks:
-        figures["peak_bytes"] = max(peaks)
+    residents = [r.resident_peak_bytes for r in reports if r.resident_peak_bytes is not None]
+    if residents:
+        figures["resident_peak_bytes"] = max(residents)
     if len(reports) == 1:
         return figures
     collectives = [r.collective_seconds for r in reports]
@@ -140,8 +146,9 @@ def with_ratios(found: Cases, name: str, tolerance: float) -> Cases:
         pairs = zip(_numbers(one["seconds"]), _numbers(figures["seconds"]), strict=True)
         more = float(figures["points"]) / float(one["points"])
         figures["speedup"] = more * statistics.median(a / b for a, b in pairs)
-        if "peak_bytes" in figures and "peak_bytes" in one:
-            figures["memory_over_one"] = float(figures["peak_bytes"]) / float(one["peak_bytes"])
+        for ratio, peak in PEAKS.items():
+            if peak in figures:
+                figures[ratio] = float(figures[peak]) / float(one[peak])
         off = abs(float(figures["gradient"]) / float(one["gradient"]) - 1)
         if figures["points"] == one["points"] and not off <= tolerance:
             raise DisagreementError(
@@ -178,11 +185,14 @@ def _report(share: Share, seconds: list[float], device: torch.device) -> Report:
         synchronize(device)
         whole = time.perf_counter() - start
     gradient = share.gradient_norm()
-    peak = None
-    with contextlib.suppress(CaseSkipped):
-        gc.collect()
-        peak = share.input_bytes() + peak_memory(share.step, device).of_call
+    resident, inputs = None, share.input_bytes()
+    if device.type == "cuda":
+        peak = peak_memory(share.step, device).of_call
+    else:
+        peak = peak_of_tensors(share.step)
+        with contextlib.suppress(CaseSkipped):
+            resident = inputs + peak_memory(share.step, device).of_call
     return Report(
         points, pairs, halo, seconds, meter.seconds, whole, meter.row_bytes, meter.plan_bytes,
-        peak, gradient,
+        inputs + peak, resident, gradient,
     )  # fmt: skip

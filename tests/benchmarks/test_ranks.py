@@ -15,6 +15,7 @@ from torch.distributed import ProcessGroup
 from benchmarks.outcome import DisagreementError, Figures
 from benchmarks.ranks import __main__ as command
 from benchmarks.ranks import model
+from benchmarks.ranks.memory import peak_of_tensors
 from benchmarks.ranks.meter import metered
 from benchmarks.ranks.parts import CutScene, measure_parts, world_of_one
 from benchmarks.ranks.settings import SETTINGS
@@ -67,6 +68,7 @@ def test_ranks_give_figures(cluster: Cluster) -> None:
             assert 0 < float(figures["halo_over_own"]) < 1
             assert 0 < float(figures["collective_share"]) < 1
             assert float(figures["speedup"]) > 0
+            assert float(figures["memory_over_one"]) > 0
     assert found["strong/4"]["points"] == found["strong/1"]["points"]
     assert float(found["weak/4"]["points"]) > 3 * float(found["weak/1"]["points"])
 
@@ -106,8 +108,19 @@ def test_parts_give_figures() -> None:
     assert set(found) == {"parts/tracks/2", "parts/tracks/4"}
     for figures in found.values():
         assert 0 < float(figures["halo_over_own"]) < 1
-        assert 1 <= float(figures["pairs_imbalance"]) < 2
+        assert 1 <= float(figures["imbalance_of_pairs"]) < 2
     assert not dist.is_initialized()
+
+
+def test_the_peak_of_tensors_is_of_those_that_are_live() -> None:
+    def call() -> None:
+        for _ in range(3):
+            first = torch.zeros(1000, 256)
+            second = first + 1
+            del first, second
+
+    kept = torch.zeros(1000, 256)
+    assert peak_of_tensors(call) == pytest.approx(2 * kept.nbytes, rel=0.01)
 
 
 PARTS = model.Parts([45_000.0, 11_300.0, 1_410.0], [0.0224, 0.0581, 0.217], [1.05, 1.08, 1.25])
@@ -166,3 +179,8 @@ def test_a_study_is_saved_and_shown(
 def test_a_study_of_gpus_needs_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert run_command("--device", "cuda") == command.NO_GPU
+
+
+def test_a_study_of_ranks_needs_two(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command("--ranks", 1) == command.TOO_FEW
+    assert "--ranks" in capsys.readouterr().err
