@@ -250,7 +250,7 @@ def _rotate_and_attend(plan: NeighborhoodPlan, case: Case) -> None:
     tiles = plan._query_tiles(*find), plan._point_tiles(*find)
     columns = plan._tensors.point_columns
     windows = window_tables(plan._windows, plan.device, slots=bias is not None)
-    parts = PlanParts(tiles[0], windows, *slices[1:3], columns, columns[:0], tiles[1])
+    parts = PlanParts(tiles[0], windows, *slices[1:3], columns, point_tiles=tiles[1])
     arguments = (
         zeros(plan.n_queries), zeros(plan.n_points), zeros(plan.n_points), None, seed, background,
         bias, parts.tensors(), plan._tensors.slices_per_level(), 0.1, 0.2,

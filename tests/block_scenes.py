@@ -198,6 +198,7 @@ def own_calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         12, 2, 3, scene.sizes, dropout=0.3, backend="cpu"
     ).double()
     with OwnOps() as ops:
+        plan = scene.plan()
         out = block(
             torch.randn(12, 12, dtype=torch.float64),
             scene.positions.requires_grad_(),
@@ -205,6 +206,7 @@ def own_calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
             scene.pyramid.with_values(torch.randn(60, 12, dtype=torch.float64)),
             background_embedding=torch.randn(3, 3, 12, dtype=torch.float64),
             query_mask=torch.arange(12) % 3 == 1,
+            plan=plan.with_dropout_ids(torch.arange(12), torch.arange(60), 60),
         )
         out.sum().backward()
     calls: dict[str, tuple[Any, tuple[Any, ...]]] = ops.calls

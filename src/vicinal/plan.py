@@ -19,11 +19,13 @@ from ._index.copies import PointCopies
 from ._index.kernel_tables import KernelTables, kernel_tables
 from ._index.tiles import GroupedCells, find_tiles
 from ._plan.keyed_cells import KeyedCells, Queries
-from ._plan.search import find_plan
+from ._plan.search import find_plan, join_column_ids
 from ._plan.statistics import NeighborStatistics, count_neighbors, summarize
 from ._utils.checks import (
     LevelShapes,
+    as_integer,
     as_tensor,
+    check_ids,
     check_rows,
     refuse,
 )
@@ -184,12 +186,66 @@ class NeighborhoodPlan:
         points = torch.arange(self.n_points, device=keys.device)
         return self.append_copies(points)[keys]
 
+    def with_dropout_ids(
+        self, query_ids: Tensor, point_ids: Tensor, n_points: int
+    ) -> "NeighborhoodPlan":
+        """Returns the same plan, but dropout counts queries and points by these ids.
+
+        Whether dropout keeps a weight follows from a seed, the head, and what the query and the
+        point count as, by default their rows. A plan of some rows of a larger problem, whose ids
+        are their rows there, drops what the plan of the larger problem drops, given the same seed.
+        Copies beyond the seam of periodic axes count as the points that they are of. Both plans
+        share what else they hold.
+
+        Args:
+            query_ids: integer ``[N]``, what each query counts as, in ``[0, 2^31)``.
+            point_ids: integer ``[nnz]``, what each point counts as, in ``[0, n_points)``.
+            n_points: the number of points of the larger problem, below 2^31. Empty cells, which a
+                background fills, count as numbers from ``n_points`` on.
+
+        Raises:
+            ValueError: ids are not integer tensors of these shapes on the plan's device,
+                ``n_points`` is not an integer in ``[0, 2^31)``, or, on the CPU, an id is outside
+                its range.
+
+        Example:
+            ```python
+            import torch
+            from vicinal import FeaturePyramid, neighborhood_attention, plan_neighborhoods
+
+            coordinates = torch.tensor([[0, 2, 2, 0], [0, 3, 2, 0], [0, 3, 3, 0]])
+            pyramid = FeaturePyramid(torch.randn(3, 8), coordinates, [(8, 8)], batch_size=1)
+            positions, rows = pyramid.positions(), torch.arange(3)
+            q, k, v = torch.randn(3, 3, 2, 4)
+
+            def attend(queries: torch.Tensor) -> torch.Tensor:
+                offsets = torch.tensor([0, len(queries)])
+                plan = plan_neighborhoods(positions[queries], offsets, pyramid, [3])
+                plan = plan.with_dropout_ids(queries, rows, n_points=3)
+                torch.manual_seed(0)
+                return neighborhood_attention(q[queries], k, v, plan, dropout_p=0.5)
+
+            parts = torch.cat((attend(rows[:1]), attend(rows[1:])))
+            torch.testing.assert_close(parts, attend(rows))
+            ```
+        """
+        count = as_integer(n_points)
+        if count is None or not 0 <= count <= _INT32_MAX:
+            refuse("n_points", "an integer in [0, 2^31)", n_points)
+        queries = check_ids("query_ids", query_ids, self.n_queries, 2**31, self.device)
+        points = check_ids("point_ids", point_ids, self.n_points, count, self.device)
+        columns = torch.nn.functional.pad(points, (0, 1), value=count)
+        tensors = self._tensors._replace(
+            query_ids=queries.int(), column_ids=join_column_ids(columns, self.copies)
+        )
+        # The cache, which both share, holds nothing that depends on ids.
+        return dataclasses.replace(self, _tensors=tensors)
+
     def to(self, device: torch.device | str) -> "NeighborhoodPlan":
         """Returns the same plan on another device."""
         if torch.device(device) == self.device:
             return self
         tensors = self._tensors
-        copies = PointCopies(*(part.to(device) for part in self.copies))
         return dataclasses.replace(
             self,
             _tensors=tensors._replace(
@@ -198,9 +254,10 @@ class NeighborhoodPlan:
                 first_columns=tensors.first_columns.to(device),
                 point_columns=tensors.point_columns.to(device),
                 window_rows=tensors.window_rows.to(device),
-                copy_points=copies.points.int() if self.periodic_axes else None,
+                query_ids=_move(tensors.query_ids, device),
+                column_ids=_move(tensors.column_ids, device),
             ),
-            copies=copies,
+            copies=PointCopies(*(part.to(device) for part in self.copies)),
             _keyed_cells=self._keyed_cells.to(device),
             _created_in=execution_mode(torch.device(device)),
             _cache={},
@@ -437,6 +494,10 @@ def plan_neighborhoods(
             in_graph = plan._created_in == "graph"
             tensors_for(plan, backend, points_need_grad=needs_grad or in_graph)
     return plan
+
+
+def _move(x: Tensor | None, device: torch.device | str) -> Tensor | None:
+    return None if x is None else x.to(device)
 
 
 def tensors_for(plan: NeighborhoodPlan, backend: Backend, *, points_need_grad: bool) -> PlanTensors:

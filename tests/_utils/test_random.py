@@ -52,3 +52,11 @@ def test_uniform_numbers_are_the_high_bits_of_hashes() -> None:
     # In a hundred bins of a hundred numbers each, within five standard deviations.
     counts = torch.histc(numbers, 100, 0, 1)
     assert_close(counts, torch.full((100,), 100.0), 50)
+
+
+def test_the_dtype_of_counters_does_not_matter() -> None:
+    seed, rows = torch.tensor(2**40 + 3), torch.tensor([0, 5, -1, -(2**31), 2**31 - 1])
+    expected = hash_integers(seed, (rows, rows[:, None]))
+    assert expected.dtype == torch.int64
+    assert torch.equal(hash_integers(seed, (rows.int(), rows.int()[:, None])), expected)
+    assert torch.equal(hash_integers(seed, (rows % 2**32, rows[:, None])), expected)

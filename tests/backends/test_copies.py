@@ -53,7 +53,7 @@ def plan_of_copies(plan: NeighborhoodPlan) -> PlanTensors:
     tensors = tensors._replace(
         query_slices=slices._replace(order=order),
         point_columns=columns,
-        copy_points=COPIED.int(),
+        column_ids=torch.cat((torch.arange(n), COPIED, torch.tensor([n]))).int(),
     )
     return with_tiles(tensors, point_slices, plan._query_cells(), GroupedCells(groups, cells))
 
@@ -62,7 +62,7 @@ def attended(backend: str, inputs: Inputs, plan: PlanTensors, rate: float) -> li
     """The result and the gradients; those of copies are added to those of their points."""
     inputs = inputs.fresh()
     q, k, v, background, mask, _ = inputs
-    if plan.copy_points is not None:
+    if plan.column_ids is not None:
         k, v = (torch.cat((x, x[COPIED])) for x in (k, v))
     cells, seed = tuple(background or ()), torch.tensor(2**40 + 7)
     chosen = choose_backend(backend, torch.device("cpu"), q.dtype)

@@ -366,7 +366,11 @@ def survive_bad_plans(trials: int = 48) -> None:
             heads, background = (2, 4, 8)[trial // 3 % 3], trial % 2 == 0
             options: dict[str, Any] = {"background": background, "bias": trial % 5 < 3}
             inputs = make_inputs(plan, heads=heads, width=5, value_width=3, dtype=dtype, **options)
-            inputs.fresh().attend(plan, "cpu")[0].sum().backward()
+            if trial % 4 > 1:
+                queries, points = map(torch.arange, (plan.n_queries, plan.n_points))
+                plan = plan.with_dropout_ids(queries, points, plan.n_points)
+            rate = 0.2 * (trial % 4 > 0)
+            inputs.fresh().attend(plan, "cpu", dropout_p=rate)[0].sum().backward()
         assert len(ops.calls) == 3
         for name, (op, arguments) in ops.calls.items():
             # The rows of windows come from sizes alone, never from contents.

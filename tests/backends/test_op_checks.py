@@ -87,6 +87,8 @@ def triton_calls() -> dict[str, tuple[Any, list[Any]]]:
     moved = inputs.map(lambda x: x.to(device))
     moved = moved._replace(query_mask=torch.arange(12, device=device) % 3 == 1).fresh()
     with OwnOps("vicinal_triton") as ops:
+        ids = torch.arange(20, device=device)
+        plan = plan.with_dropout_ids(ids[:12], ids, 20)
         moved.attend(plan, "triton", dropout_p=0.1)[0].sum().backward()
         encoding = RotaryEncoding(4, 1, 2, backend="triton").to(device)
         x = torch.randn(12, 1, 4, device=device, requires_grad=True)

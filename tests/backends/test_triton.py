@@ -777,10 +777,12 @@ def test_forged_plans_stay_in_their_buffers(seed: int, checked: Checked | None) 
     plan = scene.plan().to(DEVICE)
     background = seed == 0  # its loops over garbage take long
     inputs = on_device(make_inputs(plan, heads=1, width=5, background=background, bias=True))
+    ids = torch.arange(45, device=DEVICE)
+    plan = plan.with_dropout_ids(ids[:19], ids, 45)
     with OwnOps("vicinal_triton") as forward:
-        inputs.attend(plan, "triton")
+        inputs.attend(plan, "triton", dropout_p=0.1)
     with OwnOps("vicinal_triton") as step:
-        out, _ = inputs.fresh().attend(plan, "triton")
+        out, _ = inputs.fresh().attend(plan, "triton", dropout_p=0.1)
         out.sum().backward()
     assert "find_lists" in forward.calls.keys() & step.calls.keys()  # of queries, then of points
     generator = torch.Generator().manual_seed(seed)

@@ -73,6 +73,7 @@ def encode(
         background.requires_grad_()
     one = make_encoder(block, **options)
     whole = FeaturePyramid.from_points(coordinates, values, SHAPE, 2, periodic_axes=periodic_axes)
+    torch.manual_seed(5)
     expected = run_encoder(one, whole, background)
     weights = torch.randn_like(expected.values)
     (expected.values * weights).sum().backward()
@@ -84,6 +85,7 @@ def encode(
     part = partition_space(own_coordinates, SHAPE, group)
     cells, rows = part.scatter(own_coordinates, own_values)
     pyramid = FeaturePyramid.from_points(cells, rows, SHAPE, 2, periodic_axes=periodic_axes)
+    torch.manual_seed(5)
     everything = part.gather(run_encoder(layers, pyramid, own_background))
     assert_close(everything.values, expected.values, 1e-12)
     ((everything.values * weights).sum() / dist.get_world_size(group)).backward()
@@ -117,6 +119,14 @@ def test_with_options_and_background(options: dict[str, Any], cluster: Cluster) 
     options = {**options, "rope_enforce_freq_groups_equal": False}
     options.pop("embed_dim", None)
     cluster.run(3, encode, SparseNeighborhoodAttentionBlock, options, (), True)
+
+
+@pytest.mark.parametrize("periodic_axes", [(), (0,)])
+def test_dropout_has_the_mask_of_one_process(
+    periodic_axes: tuple[int, ...], cluster: Cluster
+) -> None:
+    options = {"dropout": 0.3}
+    cluster.run(3, encode, SparseNeighborhoodAttentionBlock, options, periodic_axes, True)
 
 
 def test_along_periodic_axes(cluster: Cluster) -> None:

@@ -1,5 +1,6 @@
 """A hash table of the occupied cells around each location, so that no map is ever dense."""
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._utils.checks import LevelShapes, check_type, has_contents, refuse
+from .._utils.checks import LevelShapes, check_ids, check_type, has_contents, refuse
 from .._utils.constants import constant, trainable_tensors
 from .._utils.ragged import expand_ranges, starts_from_counts
 from ..pyramid import FeaturePyramid
@@ -38,6 +39,7 @@ class CellIndex:
         batch_size: number of images.
         level_shapes: the spatial shape of each level.
         periodic_axes: axes along which the map repeats.
+        query_ids: integer ``[N]``, what dropout counts each query as; None: its row.
 
     Example:
         ```python
@@ -66,6 +68,7 @@ class CellIndex:
     _largest: int  # number of entries in the largest bucket
     _keys: Tensor  # int64 [entries], bucket by bucket; the last ones match no key
     _corners: Tensor  # int32 [entries, 2 ** P], row-major; M where a cell is empty
+    query_ids: Tensor | None = None
 
     @property
     def n_points(self) -> int:
@@ -81,6 +84,43 @@ class CellIndex:
         """Returns the sum over each cell's points of ``values`` ``[nnz, E]``, ``[M, E]``."""
         cells = values.new_zeros(self.n_cells, values.shape[1])
         return cells.index_add(0, self.cell_of_point, values)
+
+    def with_dropout_ids(self, query_ids: Tensor) -> "CellIndex":
+        """Returns the same index for queries that dropout counts by these ids.
+
+        See `NeighborhoodPlan.with_dropout_ids`; there are no weights of points to drop here.
+
+        Args:
+            query_ids: integer ``[N]``, in ``[0, 2^31)``.
+
+        Raises:
+            ValueError: ``query_ids`` is not an integer tensor ``[N]`` on the index's device, or, on
+                the CPU, an id is outside its range. `SparseDeformableAttention.forward` raises it
+                if there is another number of queries.
+
+        Example:
+            ```python
+            import torch
+            from vicinal import FeaturePyramid, SparseDeformableAttention
+
+            points = torch.tensor([[0, 3, 4], [0, 5, 4], [0, 9, 9]])  # image, row, column
+            pyramid = FeaturePyramid.from_points(points, torch.ones(3, 8), (16, 16), 1)
+            attention = SparseDeformableAttention(8, n_heads=2, n_levels=4, dropout=0.5)
+            query, positions = torch.randn(3, 8), torch.rand(3, 2) * 16
+
+            def attend(rows: torch.Tensor) -> torch.Tensor:
+                call = query[rows], positions[rows], torch.tensor([0, len(rows)]), pyramid
+                plan = attention.make_plan(*call[1:]).with_dropout_ids(rows)
+                torch.manual_seed(0)
+                return attention(*call, plan=plan)
+
+            rows = torch.arange(3)
+            parts = torch.cat((attend(rows[:1]), attend(rows[1:])))
+            torch.testing.assert_close(parts, attend(rows))
+            ```
+        """
+        ids = check_ids("query_ids", query_ids, "N", 2**31, self.device)
+        return dataclasses.replace(self, query_ids=ids)
 
     def points_in(self, cells: Tensor) -> tuple[Tensor, Tensor]:
         """Lists the points in ``cells`` int64 ``[n]``, cell by cell: the index into ``cells`` and

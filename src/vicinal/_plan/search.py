@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .._index.cell_keys import CellKeys
 from .._index.copies import PointCopies, find_copies
@@ -40,6 +41,19 @@ def find_plan(
     if tables is not None and tables.fits(queries.positions.shape[0], n_keys):
         return _find_by_kernels(queries, pyramid, windows, backend, tables)
     return *_find_in_torch(queries, pyramid, windows, backend), {}
+
+
+def _column_ids(copies: PointCopies, pyramid: FeaturePyramid) -> Tensor | None:
+    """`PlanTensors.column_ids` of a plan in which points count as their rows."""
+    if not pyramid.periodic_axes:
+        return None
+    rows = torch.arange(pyramid.coordinates.shape[0] + 1, device=pyramid.coordinates.device)
+    return join_column_ids(rows, copies)
+
+
+def join_column_ids(ids: Tensor, copies: PointCopies) -> Tensor:
+    """`PlanTensors.column_ids` from ``ids`` of the points and, last, of the first empty cell."""
+    return torch.cat((ids[:-1], ids[copies.points], ids[-1:])).int()
 
 
 def _find_in_torch(
@@ -80,7 +94,7 @@ def _find_in_torch(
         point_columns=cells[order, -1].int(),
         windows=windows,
         window_rows=row_table(windows, device),
-        copy_points=copies.points.int() if pyramid.periodic_axes else None,
+        column_ids=_column_ids(copies, pyramid),
     )
     placed = queries.positions.detach().clone(), queries.levels
     return copies, tensors, KeyedCells(first_cells, query_keys, point_keys, coordinates, *placed)
@@ -120,7 +134,7 @@ def _find_by_kernels(
         point_columns=found.point_columns,
         windows=windows,
         window_rows=row_table(windows, positions.device),
-        copy_points=copies.points.int() if pyramid.periodic_axes else None,
+        column_ids=_column_ids(copies, pyramid),
     )
     cells = KeyedCells(
         found.query_cells.transpose(1, 2),

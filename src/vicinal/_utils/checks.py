@@ -296,9 +296,14 @@ def check_rows(argument: str, rows: Tensor | None, n: int, device: torch.device)
     """``rows`` as int64, all of the ``n`` rows for None; raises ValueError for other indices."""
     if rows is None:
         return torch.arange(n, device=device)
-    rows = check_tensor(argument, rows, ("n",), kind="integer", device=device)
+    return check_ids(argument, rows, "n", n, device)
+
+
+def check_ids(argument: str, rows: Tensor, n: int | str, stop: int, device: torch.device) -> Tensor:
+    """``rows`` ``[n]`` as int64; raises ValueError for other than ``n`` indices below ``stop``."""
+    rows = check_tensor(argument, rows, (n,), kind="integer", device=device)
     if reads_contents(None, device):
-        check_range(argument, rows, n)
+        check_range(argument, rows, stop)
     return rows.long()
 
 

@@ -38,7 +38,8 @@ def attend(
         weights, lse = softmax(logits, row, len(queries))
         if seed is not None:
             counted = dropout_columns(plan, column)
-            keep = keep_mask(seed, queries[row], counted, q.shape[1], dropout_p)
+            query = queries[row] if plan.query_ids is None else plan.query_ids[queries[row]]
+            keep = keep_mask(seed, query, counted, q.shape[1], dropout_p)
             weights = weights * keep / (1 - dropout_p)
         acc = values.new_zeros(len(queries), *values.shape[1:])
         return acc.index_add(0, row, weights[..., None] * values).to(q.dtype), lse
@@ -138,15 +139,14 @@ def softmax(logits: Tensor, row: Tensor, n_rows: int) -> tuple[Tensor, Tensor]:
 
 
 def dropout_columns(plan: PlanTensors, column: Tensor) -> Tensor:
-    """The columns ``[M]`` of `score_pairs` as `keep_mask` takes them: a copy is its point, and
-    empty cells are numbered after the points that are no copies.
+    """The columns ``[M]`` of `score_pairs` as `keep_mask` takes them, see
+    `PlanTensors.column_ids`.
     """
-    if plan.copy_points is None:
+    if plan.column_ids is None:
         return column
-    n_originals = plan.n_points() - len(plan.copy_points)
-    others = torch.arange(n_originals + plan.window_slots(), device=column.device)
-    points, cells = others[:n_originals], others[n_originals:]
-    return torch.cat((points, plan.copy_points.long(), cells))[column]
+    n_points = plan.n_points()
+    slot = (column - n_points).clamp(min=0)
+    return plan.column_ids[column.clamp(max=n_points)].long() + slot
 
 
 def keep_mask(seed: Tensor, query: Tensor, column: Tensor, n_heads: int, rate: float) -> Tensor:

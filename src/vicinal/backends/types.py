@@ -131,8 +131,12 @@ class PlanTensors(NamedTuple):
         windows: of each level.
         window_rows: int32 ``[R, 2]``, for each row of the windows its first cell, counted from the
             column of the window's first cell, and its width.
-        copy_points: int32 ``[C]``: the last C points are copies of these, beyond the seam of a
-            periodic axis. Dropout counts a copy as the point that it is of. None: no copies.
+        query_ids: int32 ``[N]``, what dropout counts each query as. None: its row. Where they are
+            given, ``column_ids`` are, too.
+        column_ids: int32 ``[nnz + 1]``, what dropout counts each point as and, last, the number
+            from which it counts the empty cells. A copy beyond the seam of a periodic axis, of
+            which there may be C among the points, counts as the point that it is of. None: rows,
+            and cells after all points.
         query_tiles: the points of tiles of queries, for back ends that have `Backend.find_runs`.
         point_tiles: the queries of tiles of points, likewise, where points need gradients.
     """
@@ -143,7 +147,8 @@ class PlanTensors(NamedTuple):
     point_columns: Tensor
     windows: Windows
     window_rows: Tensor
-    copy_points: Tensor | None = None
+    query_ids: Tensor | None = None
+    column_ids: Tensor | None = None
     query_tiles: Tiles | None = None
     point_tiles: Tiles | None = None
 
@@ -156,6 +161,10 @@ class PlanTensors(NamedTuple):
 
     def n_levels(self) -> int:
         return len(self.windows)
+
+    def dropout_ids(self) -> list[Tensor]:
+        """``query_ids`` and ``column_ids`` as ops take them: those that are not None."""
+        return [ids for ids in (self.query_ids, self.column_ids) if ids is not None]
 
     def slices_per_level(self) -> list[int]:
         """The number of rows of a window of each level."""

@@ -36,9 +36,9 @@ class ShardedBlock(SparseNeighborhoodAttentionBlock):
         check_contents: bool | None = None,
     ) -> ShardedPlan:
         """Makes the ``plan`` of `forward`: `plan_sharded` with the windows of this block. All ranks
-        call it together.
+        call it together. With dropout its rows are numbered, see `ShardedPlan.with_row_numbers`.
         """
-        return plan_sharded(
+        plan = plan_sharded(
             query_spatial_positions,
             query_batch_offsets,
             pyramid,
@@ -47,6 +47,8 @@ class ShardedBlock(SparseNeighborhoodAttentionBlock):
             group=self._handle.group,
             check_contents=check_contents,
         )
+        drops = self.attn_drop_rate > 0 or getattr(self.dropout, "p", 0) > 0
+        return plan.with_row_numbers(pyramid) if drops else plan
 
     def _check_plan(
         self, plan: NeighborhoodPlan, inputs: Inputs, check_contents: bool | None

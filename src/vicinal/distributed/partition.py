@@ -27,6 +27,7 @@ from ..windows import full_shape
 from .bisection import bisect
 from .exchange import AllRows
 from .groups import Group, GroupHandle, agree, as_group, exchange_counts, ranks_of
+from .numbering import order_of_points
 from .plan import with_points
 from .route import Route
 
@@ -236,7 +237,8 @@ class SpacePartition:
         counts = tuple(exchange_counts([len(pyramid)] * n_ranks, self.group, device))
         coordinates: Tensor = AllRows.apply(pyramid.coordinates, counts, self.group)
         values: Tensor = AllRows.apply(pyramid.values, counts, self.group)
-        order = torch.argsort(_cell_order(coordinates, pyramid), stable=True)
+        everything = with_points(pyramid, coordinates, values)
+        order = torch.argsort(order_of_points(everything), stable=True)
         return with_points(pyramid, coordinates[order], values[order])
 
     def _route(self, owners: Tensor) -> Route:
@@ -369,11 +371,3 @@ def _check_weights(weights: Any, blocks: Tensor) -> Tensor | None:
 def _kinds(rows: Sequence[Any]) -> list[str]:
     """What must be the same on all ranks of tensors that travel: dtypes, and shapes of a row."""
     return [f"{getattr(x, 'dtype', type(x))} {tuple(getattr(x, 'shape', ())[1:])}" for x in rows]
-
-
-def _cell_order(coordinates: Tensor, pyramid: FeaturePyramid) -> Tensor:
-    """int64 ``[n]``, numbers that sort points by image, level and cell."""
-    key = coordinates[:, 0] * pyramid.n_levels + coordinates[:, -1]
-    for axis, size in enumerate(full_shape(pyramid.level_shapes)):
-        key = key * size + coordinates[:, 1 + axis]
-    return key

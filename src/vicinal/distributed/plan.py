@@ -20,6 +20,7 @@ from ..windows import as_query_levels
 from .exchange import send_rows
 from .groups import Group, agree, as_group, exchange_counts, ranks_of
 from .halo import Halo
+from .numbering import number_rows, order_of_points, order_of_queries
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -33,6 +34,7 @@ class ShardedPlan(NeighborhoodPlan):
     Attributes:
         halo: which own points other ranks see, and how many of theirs this one does.
         coordinates: int64 ``[n + R, P + 2]``, image, cell and level of own and received points.
+        query_levels: integer ``[N]``, the level of each query, or None, as given.
 
     Example:
         ```python
@@ -53,6 +55,7 @@ class ShardedPlan(NeighborhoodPlan):
 
     halo: Halo = field(kw_only=True)
     coordinates: Tensor = field(kw_only=True)
+    query_levels: Tensor | None = field(kw_only=True)
 
     @property
     def n_own_points(self) -> int:
@@ -70,12 +73,42 @@ class ShardedPlan(NeighborhoodPlan):
         check_type("pyramid", pyramid, FeaturePyramid)
         return self._with_halo(pyramid, self.halo.extend(pyramid.values))
 
+    def with_row_numbers(self, pyramid: FeaturePyramid) -> "ShardedPlan":
+        """Returns the same plan, but dropout counts queries and points as one process does.
+
+        All ranks of the group call it together. Points are numbered as `FeaturePyramid.from_points`
+        orders them, and queries by image, level and cell, as they are where every point is a query.
+        So given the same seed on all ranks, they drop what one process drops. Queries in one cell
+        are numbered in the order of ranks.
+
+        Args:
+            pyramid: the own points, for which the plan was made.
+
+        Raises:
+            ValueError: ``pyramid`` does not have the points that the plan was made for, or there
+                are 2^31 points or queries.
+        """
+        check_type("pyramid", pyramid, FeaturePyramid)
+        cells, group = self._keyed_cells, self.halo.group
+        points, n_points = number_rows(order_of_points(pyramid), group)
+        images = self.query_batch.long().clamp(min=0)
+        order = order_of_queries(cells.positions, images, self.query_levels, pyramid)
+        queries, _ = number_rows(order, group)
+        numbered = self.with_dropout_ids(queries, self.halo.extend(points), n_points)
+        assert isinstance(numbered, ShardedPlan)
+        return numbered
+
     def to(self, device: torch.device | str) -> "ShardedPlan":
         """Returns the same plan on another device."""
         moved = super().to(device)
         assert isinstance(moved, ShardedPlan)
+        levels = self.query_levels
         return dataclasses.replace(
-            moved, halo=self.halo.to(device), coordinates=self.coordinates.to(device), _cache={}
+            moved,
+            halo=self.halo.to(device),
+            coordinates=self.coordinates.to(device),
+            query_levels=None if levels is None else levels.to(device),
+            _cache={},
         )
 
     def _with_halo(self, pyramid: FeaturePyramid, values: Tensor | None = None) -> FeaturePyramid:
@@ -194,7 +227,7 @@ def plan_sharded(
         return plan_neighborhoods(*own, check_contents=False), {}
 
     local = agree(ranks, "plan_sharded", plan)
-    return ShardedPlan(**vars(local), halo=halo, coordinates=coordinates)
+    return ShardedPlan(**vars(local), halo=halo, coordinates=coordinates, query_levels=levels)
 
 
 def find_reach(queries: Queries, pyramid: FeaturePyramid, windows: Windows) -> Tensor:

@@ -38,8 +38,9 @@ from ._base import Inputs, SparseAttention, check_sizes
 from ._earlier_keys import rename_earlier_keys
 from .initialized import reset_children
 from .plan_checks import check_plan
-from .projections import add_projected, is_inactive_dropout, project
+from .projections import add_projected, call_dropout, is_inactive_dropout, project
 from .rotary import RotaryEncoding, as_axis_scales, as_freq_group_pattern, check_equal_groups
+from .row_dropout import RowDropout
 
 
 class SparseNeighborhoodAttentionBlock(SparseAttention[NeighborhoodPlan]):
@@ -206,7 +207,7 @@ class SparseNeighborhoodAttentionBlock(SparseAttention[NeighborhoodPlan]):
             )
         self.kv_proj = nn.Linear(point_dim, 2 * embed_dim, bias=bias, **kind)
         self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias, **kind)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = RowDropout(dropout)
         table = self._new_bias(**kind) if relative_bias else None
         self.register_parameter("relative_bias", table)
         self.register_load_state_dict_pre_hook(rename_earlier_keys)
@@ -262,8 +263,7 @@ class SparseNeighborhoodAttentionBlock(SparseAttention[NeighborhoodPlan]):
         if is_inactive_dropout(self.dropout):
             return add_projected(backend, query, attended, self.out_proj)
         (projected,) = project(backend, attended, self.out_proj)
-        out: Tensor = query + self.dropout(projected)
-        return out
+        return query + call_dropout(self.dropout, projected, plan._tensors.query_ids)
 
     def _weights(
         self, inputs: Inputs, plan: NeighborhoodPlan, queries: Tensor | None

@@ -17,7 +17,8 @@ from ..pyramid import FeaturePyramid
 from ..windows import level_scales
 from ._base import Inputs, SparseAttention, check_sizes
 from .initialized import BiasedLinear, XavierLinear, reset_children
-from .projections import call_norm
+from .projections import call_dropout, call_norm
+from .row_dropout import RowDropout
 
 
 class _Sampling(NamedTuple):
@@ -119,7 +120,7 @@ class SparseDeformableAttention(SparseAttention[CellIndex]):
         self.weight_proj = BiasedLinear(embed_dim, n_locations, zero_weights=True, **kind)
         self.value_proj = XavierLinear(embed_dim, embed_dim, bias=bias, **kind)
         self.out_proj = XavierLinear(embed_dim, embed_dim, bias=bias, **kind)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = RowDropout(dropout)
 
     def reset_parameters(self) -> None:
         """Sets Deformable DETR's initial values.
@@ -156,8 +157,7 @@ class SparseDeformableAttention(SparseAttention[CellIndex]):
         images, _, locations, weights = self._sampling(inputs)
         attended = sample(table, plan, images, locations, weights.to(table.dtype))
         projected = self.out_proj(attended.flatten(1).to(self._reference.dtype))
-        out: Tensor = query + self.dropout(projected)
-        return out
+        return query + call_dropout(self.dropout, projected, plan.query_ids)
 
     def _weights(
         self, inputs: Inputs, plan: CellIndex, queries: Tensor | None

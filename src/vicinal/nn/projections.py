@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..attention import autocasts
 from ..backends.layer_norm import layer_norm
 from ..backends.types import Backend
+from .row_dropout import RowDropout
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _has_any_global_hook: Callable[[], bool] | None
@@ -66,9 +67,21 @@ def call_norm(norm: nn.Module, x: Tensor) -> Tensor:
 def is_inactive_dropout(dropout: nn.Module) -> bool:
     """Whether calling the module would return its input and do nothing else."""
     inactive = type(dropout) is nn.Identity
-    if type(dropout) is nn.Dropout:
+    if isinstance(dropout, nn.Dropout) and type(dropout) in (nn.Dropout, RowDropout):
         inactive = dropout.p == 0 or not dropout.training
     return inactive and "forward" not in vars(dropout) and not _has_hooks(dropout)
+
+
+def call_dropout(dropout: nn.Module, x: Tensor, row_ids: Tensor | None) -> Tensor:
+    """``dropout(x)`` for ``x`` ``[n, E]``; a `RowDropout` gets ids of the rows, if there are any.
+
+    Modules that users put in its place take one argument.
+    """
+    if row_ids is not None and isinstance(dropout, RowDropout):
+        dropped: Tensor = dropout(x, row_ids)
+    else:
+        dropped = dropout(x)
+    return dropped
 
 
 def _parts(parameter: Tensor | None, parts: int) -> list[Tensor]:

@@ -24,9 +24,7 @@ def attend(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See `backends.reference.attend`."""
     tensors = [*plan.query_slices, plan.query_batch, plan.first_columns, plan.point_columns]
-    tensors.append(plan.window_rows)
-    if plan.copy_points is not None:
-        tensors.append(plan.copy_points)
+    tensors += [plan.window_rows, *plan.dropout_ids()]
     return _OPS.attend(
         q, k, v, tensors, plan.slices_per_level(), background, bias, query_mask, seed, scale,
         dropout_p,

@@ -33,11 +33,11 @@ def attend(
     """See `backends.reference.attend`."""
     assert plan.query_tiles is not None
     _, starts, stops, _ = plan.query_slices
-    copies = plan.point_columns[:0] if plan.copy_points is None else plan.copy_points
     windows = window_tables(plan.windows, q.device, slots=bias is not None)
     parts = PlanParts(
-        plan.query_tiles, windows, starts, stops, plan.point_columns, copies, plan.point_tiles
-    )
+        plan.query_tiles, windows, starts, stops, plan.point_columns, plan.dropout_ids(),
+        plan.point_tiles,
+    )  # fmt: skip
     return _OPS.attend(
         q, k, v, parts.tensors(), plan.slices_per_level(), background, bias, query_mask, seed,
         scale, dropout_p,

@@ -25,10 +25,10 @@ from .parts import (
     all_finite,
     dot,
     dropout_factors,
+    dropout_ids,
     finite_flag,
     load_points,
     load_rows,
-    point_columns,
     softmax_step,
     store_rows,
 )
@@ -85,8 +85,9 @@ def attend_block(walk, dropout, bias, q, k, v, flag, row, item, pair_mask, head,
         logits, scale, row_max, row_sum
     )  # [ROWS, BLOCK], then [ROWS] each
     if HAS_DROPOUT:
-        column = point_columns(dropout, item, walk.n_items)  # [BLOCK]
-        weights *= dropout_factors(dropout, head, row[:, None], column[None, :])
+        query = dropout_ids(dropout.query_ids, row, walk.n_rows)  # [ROWS]
+        column = dropout_ids(dropout.column_ids, item, walk.n_items)  # [BLOCK]
+        weights *= dropout_factors(dropout, head, query[:, None], column[None, :])
     return row_max, row_sum, acc * rescale[:, None] + dot(weights.to(v.dtype), v, PRECISION)
 
 

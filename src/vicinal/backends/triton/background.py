@@ -17,8 +17,10 @@ from .bias import (
 )
 from .parts import (
     LOG2_E,
+    cell_columns,
     dot,
     dropout_factors,
+    dropout_ids,
     finite_or_zero,
     load_rows,
     load_stats,
@@ -167,8 +169,9 @@ def attend_cells(
                 tl.where(empty, logits, -float("inf")), 1.0, row_max, row_sum
             )  # [ROWS, CELLS], then [ROWS] each
             if HAS_DROPOUT:
-                column = walk.n_items - dropout.n_copies + slot  # [CELLS]
-                weights *= dropout_factors(dropout, head, row[:, None], column[None, :])
+                query = dropout_ids(dropout.query_ids, row, walk.n_rows)  # [ROWS]
+                column = cell_columns(dropout, slot, walk.n_items)  # [CELLS]
+                weights *= dropout_factors(dropout, head, query[:, None], column[None, :])
             acc *= rescale[:, None]
             weight_sum = weight_sum * rescale + tl.sum(weights, 1)
     v = load_cell_values(
@@ -221,9 +224,10 @@ def cell_logit_gradients(
     grad_weights = grad_weight[:, None]  # [ROWS, 1], [ROWS, CELLS] with dropout
     dropped_weights = weights  # [ROWS, CELLS]
     if HAS_DROPOUT:
-        column = walk.n_items - dropout.n_copies + slot  # [CELLS]
+        query = dropout_ids(dropout.query_ids, row, walk.n_rows)  # [ROWS]
+        column = cell_columns(dropout, slot, walk.n_items)  # [CELLS]
         dropout_factor = dropout_factors(
-            dropout, head, row[:, None], column[None, :]
+            dropout, head, query[:, None], column[None, :]
         )  # [ROWS, CELLS]
         grad_weights = grad_weights * dropout_factor
         dropped_weights = weights * dropout_factor

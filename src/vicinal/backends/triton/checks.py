@@ -13,7 +13,7 @@ from ..types import LIST_BLOCK, Tiles, WindowTables
 _N_TILES = len(Tiles._fields)
 _RUNS = Tiles._fields[: Tiles._fields.index("lists")]
 _N_WINDOWS = len(WindowTables._fields)
-_N_OTHERS = 4  # starts, stops, point_columns, copies
+_N_OTHERS = 3  # starts, stops, point_columns
 _MOST_FITTING = 1024
 _fitting: set[Hashable] = set()  # what `check_plan` found to fit
 
@@ -26,9 +26,20 @@ class PlanParts(NamedTuple):
     starts: Tensor
     stops: Tensor
     point_columns: Tensor
-    copies: Tensor
+    dropout_ids: Sequence[Tensor] = ()
+    """See `PlanTensors.dropout_ids`."""
     point_tiles: Tiles | None = None
     """For backward passes that need gradients of points."""
+
+    @property
+    def query_ids(self) -> Tensor | None:
+        """See `PlanTensors`."""
+        return self.dropout_ids[0] if len(self.dropout_ids) > 1 else None
+
+    @property
+    def column_ids(self) -> Tensor | None:
+        """See `PlanTensors`."""
+        return self.dropout_ids[-1] if self.dropout_ids else None
 
     def tensors(self) -> list[Tensor]:
         """The list."""
@@ -45,9 +56,11 @@ def plan_parts(plan: Sequence[Tensor]) -> PlanParts:
     """The parts of which `PlanParts.tensors` made the list ``plan``."""
     tiles, rest = Tiles(*plan[:_N_TILES]), plan[_N_TILES:]
     windows, rest = WindowTables(*rest[:_N_WINDOWS]), rest[_N_WINDOWS:]
-    starts, stops, point_columns, copies, *rest = rest
+    starts, stops, point_columns, *rest = rest
+    n_ids = len(rest) % _N_TILES
+    ids, rest = rest[:n_ids], rest[n_ids:]
     point_tiles = Tiles(*rest) if rest else None
-    return PlanParts(tiles, windows, starts, stops, point_columns, copies, point_tiles)
+    return PlanParts(tiles, windows, starts, stops, point_columns, ids, point_tiles)
 
 
 def check_plan(plan: Sequence[Tensor], slices: Sequence[int], q: Tensor, k: Tensor) -> None:
@@ -68,21 +81,24 @@ def check_plan(plan: Sequence[Tensor], slices: Sequence[int], q: Tensor, k: Tens
 
 def _check_plan(plan: Sequence[Tensor], slices: Sequence[int], q: Tensor, k: Tensor) -> None:
     n_without = _N_TILES + _N_WINDOWS + _N_OTHERS
-    check_number("plan", plan, n_without, n_without + _N_TILES)
+    numbers = [n_without + n_ids + n for n in (0, _N_TILES) for n_ids in range(3)]
+    check_number("plan", plan, *numbers)
     parts = plan_parts(plan)
     dim = _check_windows("plan.windows", parts.windows, slices, q.device)
     queries, points, n_levels, n_slices = len(q), len(k), len(slices), sum(slices)
     sides = (queries, n_levels), (points, 1)
     _check_tiles("plan.query_tiles", parts.query_tiles, *sides, n_slices, dim, q)
-    check_dims("plan.copies", parts.copies, 1)
     shapes = {
         "starts": (queries, n_slices),
         "stops": (queries, n_slices),
         "point_columns": (points,),
-        "copies": (min(len(parts.copies), points),),
+        "query_ids": (queries,),
+        "column_ids": (points + 1,),
     }
     for name, shape in shapes.items():
-        check_dense(f"plan.{name}", getattr(parts, name), shape, torch.int32, q.device)
+        x = getattr(parts, name)
+        if x is not None:
+            check_dense(f"plan.{name}", x, shape, torch.int32, q.device)
     if parts.point_tiles is not None:
         _check_tiles("plan.point_tiles", parts.point_tiles, *sides[::-1], max(slices), dim, q)
 

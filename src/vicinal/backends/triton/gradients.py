@@ -20,12 +20,12 @@ from .parts import (
     block_and_head,
     dot,
     dropout_factors,
+    dropout_ids,
     finite_flag,
     load_all_rows,
     load_points,
     load_rows,
     load_stats,
-    point_columns,
     stats_ptrs,
     store_rows,
     store_stats,
@@ -104,8 +104,9 @@ def logit_gradients(walk, dropout, bias, q, k, v, grad_out, row, item, pair_mask
     weights = tl.where(pair_mask, weights, 0.0)
     grad_weights = dot(grad_out, tl.trans(v), PRECISION)  # [ROWS, BLOCK]
     if HAS_DROPOUT:
-        column = point_columns(dropout, item, walk.n_items)  # [BLOCK]
-        grad_weights *= dropout_factors(dropout, head, row[:, None], column[None, :])
+        query = dropout_ids(dropout.query_ids, row, walk.n_rows)  # [ROWS]
+        column = dropout_ids(dropout.column_ids, item, walk.n_items)  # [BLOCK]
+        grad_weights *= dropout_factors(dropout, head, query[:, None], column[None, :])
     grad_logits = weights * (grad_weights - delta[:, None])  # [ROWS, BLOCK]
     if CAREFUL:  # zero times a number that is not finite
         grad_logits = tl.where(pair_mask, grad_logits, 0.0)
@@ -304,9 +305,10 @@ def point_gradients_block(walk, dropout, bias, k, v, q_rows, grad_out_rows, stat
     grad_weights = dot(v, tl.trans(grad_out), PRECISION)  # [ROWS, BLOCK]
     dropped_weights = weights  # [ROWS, BLOCK]
     if HAS_DROPOUT:
-        column = point_columns(dropout, row, walk.n_rows)  # [ROWS]
+        column = dropout_ids(dropout.column_ids, row, walk.n_rows)  # [ROWS]
+        query_id = dropout_ids(dropout.query_ids, query, walk.n_items)  # [BLOCK]
         dropout_factor = dropout_factors(
-            dropout, head, query[None, :], column[:, None]
+            dropout, head, query_id[None, :], column[:, None]
         )  # [ROWS, BLOCK]
         dropped_weights = weights * dropout_factor
         grad_weights *= dropout_factor

@@ -158,7 +158,7 @@ class AttentionArguments:
         slices: the number of rows of each level's windows.
         background: the op's ``background``: query, key and value, or nothing.
         heads: q, k and v as `Rows`.
-        copies: int32 ``[C]``, see `PlanTensors.copy_points`.
+        query_ids, column_ids: see `PlanTensors`.
         tables: the `WindowTables`.
         constants: sizes that kernels are compiled for.
         query_tiles: the `Tiles` of queries.
@@ -174,7 +174,8 @@ class AttentionArguments:
     ) -> None:  # fmt: skip
         """``plain``: without dropout and bias; the other arguments are those of the ops."""
         parts = plan_parts(plan)
-        tiles, self.tables, self.copies = parts.query_tiles, parts.windows, parts.copies
+        tiles, self.tables = parts.query_tiles, parts.windows
+        self.query_ids, self.column_ids = parts.query_ids, parts.column_ids
         self._windows = window_arguments(self.tables, slices)
         self.query_tiles, self.slices, self.background = tiles, slices, background
         self.n_levels, self.n_heads = len(slices), k.shape[1]

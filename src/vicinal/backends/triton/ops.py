@@ -60,7 +60,7 @@ def attend(
     with on_device_of(q):
         launch(
             attention_kernels.attend, args.query_grid.n_programs, *args.query_walk, args.cells,
-            _dropout(seed, dropout_p, args.copies), _bias(bias, args), *args.heads, heads(out), lse,
+            _dropout(seed, dropout_p, args), _bias(bias, args), *args.heads, heads(out), lse,
             scale, **args.constants, HAS_DROPOUT=seed is not None, HAS_BIAS=bias is not None,
             HAS_BACKGROUND=bool(background), **args.query_grid.constants(), CELLS=_CELLS,
             LIST_BLOCK=LIST_BLOCK,
@@ -83,7 +83,7 @@ def attend_backward(
     with on_device_of(q):
         backward = _Backward(
             args, heads(grad_out), lse.new_empty(args.n_heads, len(lse), 2),
-            _dropout(seed, dropout_p, args.copies), _bias(bias, args), scale,
+            _dropout(seed, dropout_p, args), _bias(bias, args), scale,
         )  # fmt: skip
         grad_lse_rows, cell_gradients = heads(grad_lse.unsqueeze(2)), None
         if grad_background:
@@ -283,10 +283,10 @@ def find_lists(
     return lists, items, members
 
 
-def _dropout(seed: Tensor | None, rate: float, copies: Tensor) -> Dropout | None:
+def _dropout(seed: Tensor | None, rate: float, args: AttentionArguments) -> Dropout | None:
     if seed is None:
         return None
-    return Dropout(seed, int(rate * 2**32), 1 / (1 - rate), copies, len(copies))
+    return Dropout(seed, int(rate * 2**32), 1 / (1 - rate), args.query_ids, args.column_ids)
 
 
 def _bias(bias: Tensor | None, args: AttentionArguments) -> Bias | None:

@@ -26,8 +26,8 @@ class Dropout(NamedTuple):
     seed: Any  # int64 scalar tensor
     threshold: int  # rate * 2^32
     factor: float  # 1 / (1 - rate)
-    copy_points: Any  # int32 [C], the point that each of the last C points is a copy of
-    n_copies: int  # C
+    query_ids: Any  # int32 [N], see `PlanTensors`; None: rows
+    column_ids: Any  # int32 [nnz + 1], likewise
 
 
 @triton.jit
@@ -213,11 +213,25 @@ def _mix_bits(x):
 
 
 @triton.jit
-def point_columns(dropout, point, n_points):
-    """The columns of points ``[n]`` for `dropout_factors`: a copy has that of its point."""
-    copy = point - (n_points - dropout.n_copies)  # [n]
-    column = tl.load(dropout.copy_points + copy, mask=copy >= 0, other=0)  # [n]
-    return tl.where(copy >= 0, column, point)
+def dropout_ids(ids_ptr, row, n_rows):
+    """What `dropout_factors` counts rows ``[n]`` as, of which there are ``n_rows``.
+
+    Args:
+        ids_ptr: a field of the `Dropout`, or None.
+    """
+    if ids_ptr is None:
+        return row
+    else:
+        return tl.load(ids_ptr + row, mask=(row >= 0) & (row < n_rows), other=0)
+
+
+@triton.jit
+def cell_columns(dropout, slot, n_points):
+    """The columns of empty cells ``[n]`` for `dropout_factors`."""
+    if dropout.column_ids is None:
+        return n_points + slot
+    else:
+        return tl.load(dropout.column_ids + n_points) + slot
 
 
 @triton.jit
@@ -230,9 +244,8 @@ def dropout_factors(dropout, head, query, column):
     Args:
         dropout: the `Dropout`.
         head: the head's index.
-        query, column: ``[m, 1]`` and ``[1, n]``, or ``[1, n]`` and ``[m, 1]``. The column of a
-            point is its index, see `point_columns`; that of an empty cell, the number of points
-            that are no copies plus the cell's slot.
+        query, column: ``[m, 1]`` and ``[1, n]``, or ``[1, n]`` and ``[m, 1]``, as `dropout_ids`
+            and `cell_columns` return them.
 
     Returns:
         float32 ``[m, n]``.

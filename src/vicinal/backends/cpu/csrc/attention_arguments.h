@@ -18,9 +18,8 @@ namespace vicinal {
 // Indices of the tensors in the ops' argument `plan`.
 enum PlanTensor {
   kTraversal, kStarts, kStops, kOrder, kQueryBatch, kFirstColumns, kPointColumns, kWindowRows,
-  kCopyPoints,  // where there are copies
 };
-constexpr size_t kPlanTensors = 8;
+constexpr size_t kPlanTensors = 8;  // then column_ids, if any, or query_ids and column_ids
 
 inline NeighborSlices slices_of(const Tensors& plan, int64_t n_queries, int64_t n_points) {
   const int64_t n_slices = plan[kStarts].size(1);
@@ -85,9 +84,9 @@ class AttentionArguments {
  private:
   // Checks that the plan has one slice per row of the windows.
   void check_plan() {
-    STD_TORCH_CHECK(plan_.size() == kPlanTensors || plan_.size() == kPlanTensors + 1,
-                    "vicinal: plan must have ", kPlanTensors, " tensors, and one more with copies",
-                    ", got ", plan_.size());
+    STD_TORCH_CHECK(plan_.size() >= kPlanTensors && plan_.size() <= kPlanTensors + 2,
+                    "vicinal: plan must have ", kPlanTensors, " tensors, and up to two more with ",
+                    "ids for dropout, got ", plan_.size());
     check_dims("plan.starts", plan_[kStarts], 2);
     const int64_t n = q.size(0), points = k.size(0), n_rows = plan_[kStarts].size(1);
     check_window_rows(window_rows_, n_rows);
@@ -105,6 +104,11 @@ class AttentionArguments {
     w.first_columns = int32_data("plan.first_columns", plan_[kFirstColumns], {n, w.n_levels});
     w.point_columns = int32_data("plan.point_columns", plan_[kPointColumns], {points});
     params.background.query_batch = int32_data("plan.query_batch", plan_[kQueryBatch], {n});
+    DropoutParams& d = params.dropout;
+    if (plan_.size() > kPlanTensors)
+      d.column_ids = int32_data("plan.column_ids", plan_[plan_.size() - 1], {points + 1});
+    if (plan_.size() > kPlanTensors + 1)
+      d.query_ids = int32_data("plan.query_ids", plan_[kPlanTensors], {n});
   }
 
   // Checks that 32-bit numbers count the cells of the windows, from 1 on.
@@ -127,17 +131,6 @@ class AttentionArguments {
     params.dropout.key = baseline::hash32(baseline::hash32(uint32_t(bits)) ^ uint32_t(bits >> 32));
     params.dropout.threshold = uint32_t(dropout_p * 4294967296.0);
     params.dropout.keep_scale = 1 / (1 - dropout_p);
-    params.dropout.n_originals = k.size(0);
-    if (plan_.size() > kPlanTensors) set_copies(plan_[kCopyPoints]);
-  }
-
-  void set_copies(const Tensor& copy_points) {
-    check_dims("plan.copy_points", copy_points, 1);
-    const int64_t n_copies = copy_points.size(0);
-    params.dropout.copy_points = int32_data("plan.copy_points", copy_points, {n_copies});
-    params.dropout.n_originals -= n_copies;
-    STD_TORCH_CHECK(params.dropout.n_originals >= 0, "vicinal: plan.copy_points must be at most ",
-                    k.size(0), " points, got ", n_copies);
   }
 
   void set_background(const Tensors& tensors) {

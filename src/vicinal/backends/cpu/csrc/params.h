@@ -48,12 +48,13 @@ struct DropoutParams {
   bool active = false;
   uint32_t key = 0, threshold = 0;  // drop where hash(key, head, query, column) < threshold
   double keep_scale = 1;            // 1 / (1 - dropout_p)
-  int64_t n_originals = 0;          // points that are no copies
-  const int32_t* copy_points = nullptr;  // [nnz - n_originals], the point that each copy is of
+  const int32_t* query_ids = nullptr;   // [N], what each query is counted as; null: its row
+  const int32_t* column_ids = nullptr;  // [nnz + 1], likewise of each point, then of the first cell
 
-  // The column of a point: a copy has that of its point.
+  uint32_t query_id(int64_t query) const { return query_ids ? query_ids[query] : query; }
+  // Of a point, any for the -1 of padding. Empty cells are numbered from that of nnz on.
   uint32_t column_of(int64_t point) const {
-    return point < n_originals ? point : copy_points[point - n_originals];
+    return column_ids && point >= 0 ? column_ids[point] : point;
   }
 };
 

@@ -257,7 +257,8 @@ class AttentionKernel {
     };
   }
   auto cell_column(const KeyBlock& block) const {
-    return [this, &block](int64_t key) { return p_.dropout.n_originals + block.slots[key] - 1; };
+    const uint32_t first_cell = p_.dropout.column_of(p_.slices.n_points);
+    return [first_cell, &block](int64_t key) { return first_cell + block.slots[key] - 1; };
   }
 
   void compute_logits(QueryState<L>& x, const KeyBlock& block, const PackedRows<L>& keys) {

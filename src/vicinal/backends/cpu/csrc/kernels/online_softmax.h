@@ -86,19 +86,19 @@ class OnlineSoftmax {
       logits[b] = key_mask<L>(n_valid - b * L::kLanesPerHead) ? logits[b] : lowest();
   }
 
-  // The hash of (head, query), which dropout_factor combines with the column.
+  // The hash of (head, id of the query), which dropout_factor combines with the column.
   void set_dropout_key(int64_t query, int64_t head) {
     if (!dropout_.active) return;
-    W heads;
+    W heads{};
     for (int lane = 0; lane < L::kLanes; ++lane) heads[lane] = uint32_t(head + lane % L::kHeads);
-    dropout_key_ = hash32(hash32(dropout_.key ^ heads) ^ uint32_t(query));
+    dropout_key_ = hash32(hash32(dropout_.key ^ heads) ^ dropout_.query_id(query));
   }
 
   // Zero for dropped probabilities, 1 / (1 - dropout_p) for others. Stateless: the backward pass
   // recomputes it.
   template <typename ColumnOf>
   V dropout_factor(int64_t b, const ColumnOf& column_of) const {
-    W columns;
+    W columns{};
     for (int lane = 0; lane < L::kLanes; ++lane)
       columns[lane] = uint32_t(column_of(b * L::kLanesPerHead + lane / L::kHeads));
     const auto keep = hash32(dropout_key_ ^ columns) >= dropout_.threshold;
