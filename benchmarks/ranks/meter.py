@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-COLLECTIVES = ("all_gather", "all_gather_object", "all_reduce", "all_to_all_single")
+COLLECTIVES = ("all_gather", "all_gather_object", "all_reduce", "all_to_all_single", "broadcast")
 
 
 class Meter:
