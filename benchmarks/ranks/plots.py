@@ -56,6 +56,7 @@ def _measured(outcomes: Outcomes, goals: Sequence[Goal]) -> Figure:
         if goal.figure == "halo_over_own":
             halos.plot(float(goal.case.split("/")[-1]), goal.bar, "v", color=INK, label="bar")
     _ticks(halos, [2**i for i in range(1, 10)])
+    halos.set_yticks([0.01, 0.02, 0.05, 0.1, 0.2])
     halos.yaxis.set_minor_formatter(NullFormatter())
     halos.set(xlabel="parts", ylabel="halo over own points")
     finish(figure, columns=3)
