@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,11 @@ def spills_allowed(dtype: str, width: int, usage: dict[str, Any]) -> int:
         return 128
     if dtype != "torch.float32":
         return 48  # in float16, with background and dropout
-    return 64 if width <= 128 else 640
+    if width <= 128:
+        return 64
+    # What Triton 3.6 makes for compute capability 8.0.
+    is_old = metadata.version("triton").startswith("3.6.")
+    return 1280 if is_old and usage["kernel"] == "query_gradients" else 640
 
 
 def test_one_variant_for_all_numbers_of_queries_and_points(tmp_path: Path) -> None:

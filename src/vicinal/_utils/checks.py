@@ -169,7 +169,8 @@ def as_list(argument: str, value: Any, expected: str) -> Any:
 
 def as_integer(value: Any) -> int | None:
     """``value`` as an int if it is an integer, NumPy integers included; None otherwise."""
-    if isinstance(value, bool | list | tuple):  # torch 2.10 cannot compile the index of a tuple
+    # Asked for first, since compilers before torch 2.11 do not take the TypeError of its call.
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
         return None
     try:
         return operator.index(value)
