@@ -169,8 +169,11 @@ def as_list(argument: str, value: Any, expected: str) -> Any:
 
 def as_integer(value: Any) -> int | None:
     """``value`` as an int if it is an integer, NumPy integers included; None otherwise."""
-    # Asked for first, since compilers before torch 2.11 do not take the TypeError of its call.
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
+    if isinstance(value, bool):
+        return None
+    # Asked for first, since compilers before torch 2.11 do not take the TypeError of its call, and
+    # not of an int, since there sizes that vary have no attributes.
+    if not isinstance(value, int) and not hasattr(value, "__index__"):
         return None
     try:
         return operator.index(value)
