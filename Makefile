@@ -13,6 +13,7 @@ help:
 	@echo "make docs-serve  shows it at http://localhost:8000 and follows changes"
 	@echo "make bench  runs all CPU measurements: floors, baselines, scaling; figures in benchmarks/results/"
 	@echo "            a quick check that it runs: make bench SIZE=quick"
+	@echo "python -m benchmarks.ranks   measures 1, 2 and 4 processes that share a scene"
 	@echo "make test-torch VERSION=2.14.1   runs them on another torch, in .venv-torch-2.14.1"
 	@echo "make gpu-first  tests and measures on a GPU in eight minutes, the most important first;"
 	@echo "            without .venv: PYTHON needs torch with its Triton, pytest and hypothesis"

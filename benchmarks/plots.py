@@ -31,7 +31,7 @@ def draw(outcomes: Outcomes, stem: Path, goals: Sequence[Goal]) -> Iterator[Path
             yield path
 
 
-def _found(outcomes: Outcomes, prefix: str) -> dict[str, Outcome]:
+def found_in(outcomes: Outcomes, prefix: str) -> dict[str, Outcome]:
     """Those that have figures, by what follows ``prefix`` in their names."""
     names = [name for name in outcomes if name.startswith(prefix) and outcomes[name].figures]
     return {name.removeprefix(prefix): outcomes[name] for name in names}
@@ -40,7 +40,7 @@ def _found(outcomes: Outcomes, prefix: str) -> dict[str, Outcome]:
 def _scaling(outcomes: Outcomes) -> Figure | None:
     """Time and memory over the number of points, with the baselines that compute a whole block."""
     outcome = outcomes.get("scaling/time", Outcome())
-    memories = _found(outcomes, "scaling/memory/").values()
+    memories = found_in(outcomes, "scaling/memory/").values()
     if not outcome.figures or not memories:
         return None
     figure = Figure(figsize=(9, 4), layout="constrained")
@@ -60,19 +60,19 @@ def _scaling(outcomes: Outcomes) -> Figure | None:
         for baseline, marker in (("gathering", "s"), ("pairs-block", "D")):
             label = f"{BASELINES[baseline][0]}, training step"
             style: dict[str, Any] = {"color": FAINT, "mec": INK, "label": label}
-            for found in _found(outcomes, f"baselines/{baseline}/").values():
+            for found in found_in(outcomes, f"baselines/{baseline}/").values():
                 axes.plot(found.number("points"), found.number(name) / unit, marker, **style)
         axes.set(xscale="log", yscale="log", xlabel="points, each a query", ylabel=label)
         axes.set_xticks(points, [f"{n:,.0f}" for n in points])
         axes.xaxis.set_minor_formatter(NullFormatter())
-    _finish(figure, columns=3)
+    finish(figure, columns=3)
     figure.suptitle("One block, planning included: tracks in 2-D, growing at one density", size=11)
     return figure
 
 
 def _baselines(outcomes: Outcomes) -> Figure | None:
     """Time of each baseline over the library's, a bar each, as they were run."""
-    found = list(_found(outcomes, "baselines/").items())[::-1]
+    found = list(found_in(outcomes, "baselines/").items())[::-1]
     if not found:
         return None
     labels = []
@@ -94,13 +94,13 @@ def _baselines(outcomes: Outcomes) -> Figure | None:
     axes.set(xscale="log")
     axes.set(xlim=(min(1, axes.get_xlim()[0]), 5 * axes.get_xlim()[1]))
     axes.axvline(1, color=INK, linewidth=1)
-    _finish(figure, columns=2, grid="x")
+    finish(figure, columns=2, grid="x")
     return figure
 
 
 def _floor(outcomes: Outcomes, goals: Sequence[Goal]) -> Figure | None:
     """The block over its GEMM floor, stage by stage."""
-    scenes = _found(outcomes, "stages/")
+    scenes = found_in(outcomes, "stages/")
     if not scenes:
         return None
     rows = [(scene, kind) for kind in ("step", "forward") for scene in reversed(scenes)]
@@ -122,7 +122,7 @@ def _floor(outcomes: Outcomes, goals: Sequence[Goal]) -> Figure | None:
                 axes.plot(goal.aim, row + 0.38, "v", color="white", mec=INK, ms=6, label="aim")
     axes.axvline(1, color=FAINT, linewidth=1.5, linestyle="--", label="GEMM floor")
     axes.set(xlim=(0, None))
-    _finish(figure, columns=5, grid="x")
+    finish(figure, columns=5, grid="x")
     return figure
 
 
@@ -135,7 +135,7 @@ def _rows(labels: Sequence[str], height: float, xlabel: str) -> tuple[Figure, Ax
     return figure, axes
 
 
-def _finish(figure: Figure, columns: int, grid: Any = "both") -> None:
+def finish(figure: Figure, columns: int, grid: Any = "both") -> None:
     """The same look for all axes, and one legend below them, with each label once."""
     unique: dict[str, Any] = {}
     for axes in figure.axes:

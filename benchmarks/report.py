@@ -1,14 +1,14 @@
 """What a study leaves behind: JSON, tables for the terminal, and plots."""
 
 import dataclasses
+import importlib
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from benchmarks import machine
-from benchmarks.cases import Settings
 from benchmarks.goals import Goal, outcome_of
 from benchmarks.outcome import Figures, Outcome
 
@@ -16,7 +16,15 @@ Outcomes = Mapping[str, Outcome]
 RESULTS = Path(__file__).parent / "results"
 
 
-def describe(settings: Settings, size: str) -> dict[str, Any]:
+class Sizes(Protocol):
+    """The settings of a study, a named tuple."""
+
+    @property
+    def device(self) -> str: ...
+    def _asdict(self) -> dict[str, Any]: ...
+
+
+def describe(settings: Sizes, size: str) -> dict[str, Any]:
     """What is measured, and where, as of now."""
     return {
         "machine": machine.describe_machine(),
@@ -53,8 +61,10 @@ def earlier(about: Mapping[str, Any], file: Path) -> dict[str, Outcome]:
     return load(file) if same else {}
 
 
-def show(outcomes: Outcomes, stem: Path, goals: Sequence[Goal]) -> None:
-    """Prints all tables, and draws plots as ``stem`` and their subjects."""
+def show(
+    outcomes: Outcomes, stem: Path, goals: Sequence[Goal], plots: str = "benchmarks.plots"
+) -> None:
+    """Prints all tables, and the module ``plots`` draws plots as ``stem`` and their subjects."""
     parts = {"Goals": goals_table(outcomes, goals)}
     groups: dict[str, dict[str, Outcome]] = {}
     for name, outcome in outcomes.items():
@@ -63,10 +73,11 @@ def show(outcomes: Outcomes, stem: Path, goals: Sequence[Goal]) -> None:
     parts |= {name: figures_table(group) for name, group in groups.items()}
     print("\n\n".join(f"{title}\n{body}" for title, body in parts.items()))
     try:
-        from benchmarks.plots import draw
+        draw = importlib.import_module(plots).draw
     except ImportError as missing:
         print(f"No plots: {missing}")
         return
+    stem.parent.mkdir(parents=True, exist_ok=True)
     for plot in draw(outcomes, stem, goals):
         print(f"Plot: {plot}")
 

@@ -102,6 +102,7 @@ def test_a_public_name_has_an_example(name: str) -> None:
         "README.md",
         "docs/concepts.md",
         "docs/detection.md",
+        "docs/distributed.md",
         "docs/recipes/classify.md",
         "docs/recipes/cross-attention.md",
         "docs/recipes/cuda-graphs.md",

@@ -89,6 +89,11 @@ def test_pictures_of_windows_are_what_their_script_draws(name: str) -> None:
     assert script.draw(name) == (DOCS / name).read_text(encoding="utf-8")
 
 
+def test_the_picture_of_parts_is_what_its_script_draws() -> None:
+    script = importlib.import_module("docs.draw_distributed")
+    assert script.draw() == (DOCS / "distributed.svg").read_text(encoding="utf-8")
+
+
 def test_the_page_on_windows_names_the_suggested_ones() -> None:
     text = (DOCS / "windows.md").read_text(encoding="utf-8")
     scenes = importlib.import_module("benchmarks.scenes")

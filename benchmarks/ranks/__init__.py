@@ -1,0 +1,1 @@
+"""The scaling study of several processes: ``python -m benchmarks.ranks``."""
