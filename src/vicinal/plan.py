@@ -132,6 +132,13 @@ class NeighborhoodPlan:
         return self._tensors.query_batch
 
     @property
+    def query_ids(self) -> Tensor | None:
+        """int32 ``[N]``, what dropout counts each query as, see `with_dropout_ids`; None: its
+        row.
+        """
+        return self._tensors.query_ids
+
+    @property
     def device(self) -> torch.device:
         """The device of all its tensors."""
         return self.query_batch.device

@@ -11,7 +11,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import init_device_mesh
 
 from vicinal import FeaturePyramid, QueryPlacement
-from vicinal.distributed import SpacePartition, partition_space
+from vicinal.distributed import SpacePartition, partition_space, plan_sharded
 
 SHAPE = (70, 50)
 
@@ -116,6 +116,63 @@ def test_pooling_of_parts_has_the_bits_of_one_process(
     periodic_axes: tuple[int, ...], cluster: Cluster
 ) -> None:
     cluster.run(3, pooled, periodic_axes)
+
+
+def divided(group: ProcessGroup) -> str:
+    coordinates, values = raw_points()
+    part = partition_space(share(group, coordinates)[0], SHAPE, group, align=3)
+    cells, rows = part.scatter(*share(group, coordinates, values))
+    pyramid = FeaturePyramid.from_points(cells, rows, SHAPE, 2)
+    positions, offsets = pyramid.positions(), pyramid.batch_offsets()
+    with pytest.raises(ValueError, match="strides") as caught:
+        plan_sharded(positions, offsets, pyramid, (3, 5, 7, 9), group=group)
+    return str(caught.value)
+
+
+def test_cuts_through_cells_are_refused_by_all(cluster: Cluster) -> None:
+    messages = cluster.run(3, divided)
+    assert len(set(messages)) == 1
+
+
+def other_dtypes(group: ProcessGroup, dtype: torch.dtype) -> None:
+    coordinates, _ = share(group, *raw_points(20))
+    part = partition_space(coordinates, SHAPE, group)
+    rows = torch.arange(len(coordinates))
+    for size in ((), (3,), (2, 2)):
+
+        def wide(x: Tensor, size: tuple[int, ...] = size) -> Tensor:
+            return x.to(dtype).view(-1, *(1 for _ in size)).expand(-1, *size)
+
+        route = part.route(coordinates, wide(rows))
+        moved = route.scatter(wide(rows))
+        assert torch.equal(moved, wide(route.scatter(rows)))
+        assert torch.equal(route.gather(moved), wide(rows))
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.int16, torch.bool, torch.uint8, torch.complex64, torch.float16]
+)
+def test_rows_of_any_dtype_travel(dtype: torch.dtype, cluster: Cluster) -> None:
+    cluster.run(3, other_dtypes, dtype)
+
+
+def gathered_twice(group: ProcessGroup) -> None:
+    """Derivatives of the sum over ranks of a loss that each computes of all points."""
+    cells, _ = share(group, *raw_points(40))
+    part = partition_space(cells, SHAPE, group)
+    (cells,) = part.scatter(cells)
+    pyramid = FeaturePyramid.from_points(cells, torch.ones(len(cells), 3), SHAPE, 2, strides=1)
+    values = torch.rand(len(pyramid), 3, dtype=torch.float64, requires_grad=True)
+    everything = part.gather(pyramid.with_values(values))
+    n_ranks = dist.get_world_size(group)
+    (first,) = torch.autograd.grad((everything.values**3).sum(), values, create_graph=True)
+    torch.testing.assert_close(first.detach(), 3 * n_ranks * values.detach() ** 2)
+    (second,) = torch.autograd.grad(first.sum(), values)
+    torch.testing.assert_close(second, 6 * n_ranks * values.detach())
+
+
+def test_gathering_is_twice_differentiable(cluster: Cluster) -> None:
+    cluster.run(2, gathered_twice)
 
 
 def routed(group: ProcessGroup) -> None:

@@ -15,6 +15,7 @@ from torch.distributed import ProcessGroup
 from vicinal import (
     FeaturePyramid,
     QueryPlacement,
+    SparseDeformableAttention,
     SparseNeighborhoodAttentionBlock,
 )
 from vicinal.detr import Encoder, EncoderLayer, FeedForward
@@ -126,6 +127,44 @@ def test_dropout_has_the_mask_of_one_process(
     cluster.run(3, encode, SparseNeighborhoodAttentionBlock, options, periodic_axes, True)
 
 
+def encode_with_feed_forward(
+    group: ProcessGroup, attention: type[nn.Module], dropout: float, feed_forward_dropout: float
+) -> None:
+    """Compares a whole encoder in training with that of one process, with the same seed."""
+
+    def make() -> Encoder:
+        torch.manual_seed(1)
+        layers = [
+            EncoderLayer(
+                attention(16, 2, dropout=dropout), FeedForward(16, None, feed_forward_dropout)
+            )
+            for _ in range(2)
+        ]
+        return Encoder(layers, 16).double()
+
+    coordinates, values = raw_points(500)
+    one, sharded = make(), shard_attention(make(), group)
+    whole = FeaturePyramid.from_points(coordinates, values, SHAPE, 2)
+    torch.manual_seed(5)
+    expected = one(whole)
+    part = partition_space(own_share(group, coordinates), SHAPE, group)
+    cells, rows = part.scatter(own_share(group, coordinates), own_share(group, values))
+    torch.manual_seed(5)
+    own = sharded(FeaturePyramid.from_points(cells, rows, SHAPE, 2))
+    everything = part.gather(own)
+    assert_close(everything.values, expected.values, 1e-12)
+    one.eval()
+    assert (one(whole).values - expected.values).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("rates", [(0.2, 0.3), (0.0, 0.3)])
+@pytest.mark.parametrize("attention", [SparseNeighborhoodAttentionBlock, SparseDeformableAttention])
+def test_an_encoder_drops_what_one_process_drops(
+    attention: type[nn.Module], rates: tuple[float, float], cluster: Cluster
+) -> None:
+    cluster.run(3, encode_with_feed_forward, attention, *rates)
+
+
 def test_along_periodic_axes(cluster: Cluster) -> None:
     cluster.run(3, encode, SparseNeighborhoodAttentionBlock, {}, (0, 1), True)
 
@@ -209,6 +248,29 @@ def refusals(group: ProcessGroup) -> None:
     fewer = FeaturePyramid.from_points(coordinates[:50], values[:50].float(), SHAPE, 2)
     with pytest.raises(ValueError, match="plan"):
         block.encode(fewer, plan)
+
+
+def sums(group: ProcessGroup) -> None:
+    rank = dist.get_rank(group)
+    leaves = [torch.ones(2, requires_grad=True), torch.ones(3, 2, requires_grad=True)]
+    frozen, wide = torch.ones(5), torch.ones(1, dtype=torch.float64, requires_grad=True)
+    (leaves[0] * (rank + 1)).sum().backward()
+    if rank:  # the other rank has no gradient
+        (leaves[1] * 3 + wide).sum().backward()
+    sum_gradients([frozen, *leaves, wide], group)
+    assert [x.grad.unique().tolist() for x in leaves if x.grad is not None] == [[3.0], [3.0]]
+    assert wide.grad is not None
+    assert wide.grad.tolist() == [6.0]
+    assert frozen.grad is None
+    for wrong in (leaves[0], None, ["weight"]):
+        with pytest.raises(ValueError, match="parameters"):
+            sum_gradients(wrong, group)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="parameters"):
+        sum_gradients(leaves[rank:], group)
+
+
+def test_gradients_of_ranks_are_summed(cluster: Cluster) -> None:
+    cluster.run(2, sums)
 
 
 def test_wrong_modules_and_plans_are_refused(cluster: Cluster) -> None:

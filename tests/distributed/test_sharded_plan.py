@@ -249,3 +249,40 @@ def test_ranks_in_different_calls_are_told(cluster: Cluster) -> None:
     with pytest.raises(RanksFailedError, match="SpacePartition") as caught:
         cluster.run(2, call_two)
     assert set(caught.value.errors) == {0, 1}
+
+
+def halos_of_seams(group: ProcessGroup) -> None:
+    """A small ring, on which each rank sees the points of the other across both seams."""
+    scene = Problem(((8, 8), (4, 4)), (5, 3), (30,), 60, (0, 1)).scene()
+    halo = plan_of_share(scene, share_of(scene, owners_by_slab, group), group).halo
+    for rows in halo.rows.split(halo.send):
+        assert len(rows.unique()) == len(rows)
+
+
+def test_a_point_is_sent_once_per_rank(cluster: Cluster) -> None:
+    cluster.run(3, halos_of_seams)
+
+
+def wrong_halos(group: ProcessGroup) -> None:
+    rows = torch.tensor([0, 1])
+    for name, arguments in {
+        "rows": (rows.float(), (2, 0), (0, 0), group),
+        "send": (rows, (1, 0), (0, 0), group),
+        "receive": (rows, (2, 0), (0,), group),
+    }.items():
+        with pytest.raises(ValueError, match=f"^{name}: "):
+            Halo(*arguments)
+    scene = PROBLEMS["2-D, an empty image, coarse first"].scene()
+    share = share_of(scene, owners_by_slab, group)
+    plan = plan_of_share(scene, share, group)
+    other = FeaturePyramid(
+        share.pyramid.values[1:], share.pyramid.coordinates[1:], share.pyramid.level_shapes, 3
+    )
+    with pytest.raises(ValueError, match="pyramid"):
+        plan.extend(other)
+    with pytest.raises(ValueError, match="pyramid"):
+        plan.with_row_numbers(other if torch.distributed.get_rank(group) else share.pyramid)
+
+
+def test_wrong_halos_and_other_points_are_refused(cluster: Cluster) -> None:
+    cluster.run(2, wrong_halos)

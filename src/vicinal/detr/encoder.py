@@ -12,7 +12,7 @@ from ..nn._base import check_points_are_queries
 from ..nn.projections import call_norm
 from ..placement import QueryPlacement
 from ..pyramid import FeaturePyramid
-from .layers import as_layers, run_layer
+from .layers import FeedForward, as_layers, run_layer
 
 
 class EncoderLayer(nn.Module):
@@ -80,6 +80,9 @@ class EncoderLayer(nn.Module):
         attended = self.attention(
             values, positions, offsets, points, query_level_indices=pyramid.levels, plan=plan
         )
+        ids = getattr(plan, "query_ids", None)
+        if ids is not None and isinstance(self.feed_forward, FeedForward):
+            return self.feed_forward(attended, ids)  # type: ignore[no-any-return]
         out: Tensor = self.feed_forward(attended)
         return out
 

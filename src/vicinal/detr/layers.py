@@ -20,8 +20,9 @@ from .._utils.checks import (
 from .._utils.ragged import batch_ids, rank_in_image
 from ..nn._base import check_sizes
 from ..nn.initialized import BiasedLinear, reset_children
-from ..nn.projections import call_norm
+from ..nn.projections import call_dropout, call_norm
 from ..nn.rotary import RotaryEncoding
+from ..nn.row_dropout import RowDropout
 from ..windows import coordinate_dtype
 from .boxes import apply_deltas
 from .structures import ObjectQueries, check_object_queries
@@ -70,19 +71,21 @@ class FeedForward(nn.Module):
         embed_dim, hidden_dim = int(embed_dim), int(hidden_dim)
         self.embed_dim, self.norm_first = embed_dim, norm_first
         self.norm = nn.LayerNorm(embed_dim)
-        self.layers = nn.Sequential(
+        self.layers = _RowLayers(
             nn.Linear(embed_dim, hidden_dim),
             nn.GELU(),
-            nn.Dropout(dropout),
+            RowDropout(dropout),
             nn.Linear(hidden_dim, embed_dim),
-            nn.Dropout(dropout),
+            RowDropout(dropout),
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, row_ids: Tensor | None = None) -> Tensor:
         """Applies the layer to every row.
 
         Args:
             x: floating ``[n, E]``.
+            row_ids: integer ``[n]``, what dropout counts each row as, see `RowDropout`. None
+                (default): its number.
 
         Returns:
             ``[n, E]``.
@@ -92,8 +95,17 @@ class FeedForward(nn.Module):
         """
         x = check_tensor("x", x, ("n", self.embed_dim), kind="floating")
         if self.norm_first:
-            return x + self.layers(call_norm(self.norm, x))  # type: ignore[no-any-return]
-        return call_norm(self.norm, x + self.layers(x))
+            return x + self.layers(call_norm(self.norm, x), row_ids)  # type: ignore[no-any-return]
+        return call_norm(self.norm, x + self.layers(x, row_ids))
+
+
+class _RowLayers(nn.Sequential):
+    """Layers one after another, of which those that drop elements get the ids of rows."""
+
+    def forward(self, x: Tensor, row_ids: Tensor | None = None) -> Tensor:
+        for layer in self:
+            x = call_dropout(layer, x, row_ids)
+        return x
 
 
 class DetectionHead(nn.Module):

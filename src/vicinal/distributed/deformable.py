@@ -88,7 +88,7 @@ class ShardedDeformable(SparseDeformableAttention):
             return (plan, order), {**vars(plan), **exchange_facts("pyramid.values", points.values)}
 
         plan, order = agree(self._handle.group, "make_plan", check)
-        if getattr(self.dropout, "p", 0) > 0:
+        if self._handle.drops:
             return plan.count_queries_as(number_rows(order, self._handle.group)[0])
         return plan
 

@@ -8,6 +8,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 Counts = tuple[int, ...]  # of rows, one per rank
+# The dtypes that all back ends send; others travel as bytes.
+_SENT = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32, torch.int64}
 
 
 def send_rows(rows: Tensor, send: Counts, receive: Counts, group: ProcessGroup) -> Tensor:
@@ -15,8 +17,16 @@ def send_rows(rows: Tensor, send: Counts, receive: Counts, group: ProcessGroup) 
     ``[sum(send), ...]`` that go out. Without gradients.
     """
     received = rows.new_empty(sum(receive), *rows.shape[1:])
-    dist.all_to_all_single(received, rows.contiguous(), list(receive), list(send), group=group)
+    buffers = received, rows.contiguous()
+    if rows.dtype not in _SENT:
+        buffers = _as_bytes(received), _as_bytes(buffers[1])
+    dist.all_to_all_single(*buffers, list(receive), list(send), group=group)
     return received
+
+
+def _as_bytes(rows: Tensor) -> Tensor:
+    """``rows`` ``[n, ...]`` as uint8 ``[n, bytes]``, a view."""
+    return rows.view(len(rows), -1, 1).view(torch.uint8).flatten(1)
 
 
 class MoveRows(torch.autograd.Function):
@@ -186,7 +196,22 @@ class AllRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         """The gradient of ``rows``."""
-        total = grads[0].clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=ctx.group)
-        own = total.split(ctx.counts)[dist.get_rank(ctx.group)]
-        return own.clone(), None, None
+        return SumRows.apply(grads[0], ctx.counts, ctx.group), None, None
+
+
+class SumRows(torch.autograd.Function):
+    """The own rows of the sum over ranks: the adjoint of `AllRows`."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, counts: Counts, group: ProcessGroup) -> Tensor:
+        """``[sum(counts), ...]`` to ``[counts[rank], ...]``."""
+        ctx.counts, ctx.group = counts, group
+        total = rows.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=group)
+        own: Tensor = total.split(counts)[dist.get_rank(group)]
+        return own.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        """The gradient of ``rows``."""
+        return AllRows.apply(grads[0], ctx.counts, ctx.group), None, None

@@ -19,10 +19,15 @@ T = TypeVar("T")
 
 
 class GroupHandle:
-    """Holds a process group. Copies of it, also deep ones, hold the same group."""
+    """Holds a process group. Copies of it, also deep ones, hold the same group.
 
-    def __init__(self, group: ProcessGroup) -> None:
-        self.group = group
+    Attributes:
+        group: the ranks.
+        drops: whether something drops rows by their numbers, so that plans have to number them.
+    """
+
+    def __init__(self, group: ProcessGroup, drops: bool = False) -> None:
+        self.group, self.drops = group, drops
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "GroupHandle":
         return self

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from .._utils.checks import as_tensor, refuse
+from .._utils.checks import as_integers, as_tensor, check_tensor, refuse
 from .exchange import AppendHalo, Counts, FinishHalo, Flight, StartHalo
+from .groups import as_group, ranks_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +42,16 @@ class Halo:
     send: Counts
     receive: Counts
     group: ProcessGroup
+
+    def __post_init__(self) -> None:
+        check_tensor("rows", self.rows, ("S",), kind="integer")
+        n_ranks = ranks_of(as_group(self.group))[1]
+        for name, counts in (("send", self.send), ("receive", self.receive)):
+            numbers = as_integers(counts)
+            if numbers is None or len(numbers) != n_ranks or min(numbers) < 0:
+                refuse(name, f"a number of rows for each of {n_ranks} ranks", counts)
+        if sum(self.send) != len(self.rows):
+            refuse("send", f"{len(self.rows)} rows in all, as in rows", self.send)
 
     def extend(self, x: Tensor) -> Tensor:
         """Returns ``x`` ``[n, ...]`` with the rows of other ranks appended, ``[n + R, ...]``.

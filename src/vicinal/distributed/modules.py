@@ -65,8 +65,7 @@ class ShardedBlock(SparseNeighborhoodAttentionBlock):
             group=self._handle.group,
             check_contents=check_contents,
         )
-        drops = self.attn_drop_rate > 0 or getattr(self.dropout, "p", 0) > 0
-        return plan.with_row_numbers(pyramid) if drops else plan
+        return plan.with_row_numbers(pyramid) if self._handle.drops else plan
 
     def _check_plan(
         self, plan: NeighborhoodPlan, inputs: Inputs, check_contents: bool | None
@@ -163,8 +162,9 @@ def shard_attention(module: ModuleT, group: Group = None) -> ModuleT:
         dist.destroy_process_group()
         ```
     """
-    handle = GroupHandle(as_group(group))
-    found = agree(handle.group, "shard_attention", lambda: _find_attention(module))
+    ranks = as_group(group)
+    found = agree(ranks, "shard_attention", lambda: _find_attention(module))
+    handle = GroupHandle(ranks, _has_dropout(module))
     for part, base in found:
         part.__class__ = _sharded_class(type(part), _SHARDED[base])
         vars(part)["_handle"] = handle
@@ -193,7 +193,15 @@ def _find_attention(
     if not found:
         names = ", ".join(base.__name__ for base in _SHARDED)
         refuse("module", f"a module with {names} in it", describe(type(module).__name__))
-    return found, {"attention modules": list(facts), **facts}
+    return found, {"attention modules": list(facts), "dropout": _has_dropout(module), **facts}
+
+
+def _has_dropout(module: nn.Module) -> bool:
+    """Whether some part of ``module`` has dropout in training."""
+    return any(
+        (isinstance(part, nn.Dropout) and part.p > 0) or getattr(part, "attn_drop_rate", 0) > 0
+        for part in module.modules()
+    )
 
 
 @cached
@@ -212,8 +220,13 @@ def sum_gradients(parameters: Iterable[Tensor], group: Group = None) -> None:
     FSDP2 average over ranks in its place; see the pitfalls in the documentation.
 
     Args:
-        parameters: the same on all ranks. Where a rank has no gradient, it counts as zero.
+        parameters: those of a module, or other tensors, the same on all ranks. Where a rank has no
+            gradient, it counts as zero. Those that require none are left out.
         group: as for `shard_attention`.
+
+    Raises:
+        ValueError: ``parameters`` is a tensor, or holds something else, or they differ between
+            ranks. All ranks raise it.
 
     Example:
         ```python
@@ -229,9 +242,28 @@ def sum_gradients(parameters: Iterable[Tensor], group: Group = None) -> None:
         ```
     """
     ranks = as_group(group)
-    for parameter in parameters:
-        if not parameter.requires_grad:
-            continue
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        dist.all_reduce(parameter.grad, group=ranks)
+    for leaves in agree(ranks, "sum_gradients", lambda: _leaves_by_kind(parameters)):
+        for leaf in leaves:
+            if leaf.grad is None:
+                leaf.grad = torch.zeros_like(leaf)
+        grads = [leaf.grad for leaf in leaves if leaf.grad is not None]
+        joined = torch.cat([grad.flatten() for grad in grads])
+        dist.all_reduce(joined, group=ranks)
+        parts = joined.split([grad.numel() for grad in grads])
+        for grad, part in zip(grads, parts, strict=True):
+            grad.copy_(part.view_as(grad))
+
+
+def _leaves_by_kind(parameters: Any) -> tuple[list[list[Tensor]], dict[str, Any]]:
+    """The tensors that require gradients, those of a dtype and device together, and what must be
+    the same on all ranks.
+    """
+    leaves: list[Any] = list(parameters) if isinstance(parameters, Iterable) else [None]
+    if isinstance(parameters, Tensor) or not all(isinstance(leaf, Tensor) for leaf in leaves):
+        refuse("parameters", "an iterable of tensors, such as module.parameters()", parameters)
+    kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for leaf in leaves:
+        if leaf.requires_grad:
+            kinds.setdefault((leaf.dtype, leaf.device), []).append(leaf)
+    shapes = [(leaf.dtype, tuple(leaf.shape)) for leaves in kinds.values() for leaf in leaves]
+    return list(kinds.values()), {"parameters": shapes}

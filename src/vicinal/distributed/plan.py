@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from .._plan.keyed_cells import Queries, query_cells
-from .._utils.checks import check_type
+from .._utils.checks import check_type, refuse
 from .._utils.constants import constant
 from ..placement import check_placement
 from ..plan import NeighborhoodPlan, plan_neighborhoods
@@ -68,9 +68,10 @@ class ShardedPlan(NeighborhoodPlan):
         All ranks of the group call it together. Gradients reach the values of all ranks.
 
         Raises:
-            ValueError: ``pyramid`` does not have the points that the plan was made for.
+            ValueError: ``pyramid`` does not have as many points as the plan was made for. Only this
+                rank raises it.
         """
-        check_type("pyramid", pyramid, FeaturePyramid)
+        self._check_points(pyramid)
         return self._with_halo(pyramid, self.halo.extend(pyramid.values))
 
     def with_row_numbers(self, pyramid: FeaturePyramid) -> "ShardedPlan":
@@ -85,11 +86,16 @@ class ShardedPlan(NeighborhoodPlan):
             pyramid: the own points, for which the plan was made.
 
         Raises:
-            ValueError: ``pyramid`` does not have the points that the plan was made for, or there
-                are 2^31 points or queries.
+            ValueError: ``pyramid`` does not have as many points as the plan was made for, on some
+                rank, or there are 2^31 points or queries. All ranks raise it.
         """
-        check_type("pyramid", pyramid, FeaturePyramid)
         cells, group = self._keyed_cells, self.halo.group
+
+        def check() -> tuple[None, dict[str, Any]]:
+            self._check_points(pyramid)
+            return None, {}
+
+        agree(group, "with_row_numbers", check)
         points, n_points = number_rows(order_of_points(pyramid), group)
         images = self.query_batch.long().clamp(min=0)
         order = order_of_queries(cells.positions, images, self.query_levels, pyramid)
@@ -119,6 +125,12 @@ class ShardedPlan(NeighborhoodPlan):
             query_levels=None if levels is None else levels.to(device),
             _cache={},
         )
+
+    def _check_points(self, pyramid: FeaturePyramid) -> None:
+        check_type("pyramid", pyramid, FeaturePyramid)
+        if len(pyramid) != self.n_own_points:
+            expected = f"the {self.n_own_points} points that the plan was made for"
+            refuse("pyramid", expected, f"{len(pyramid)} points")
 
     def _with_halo(self, pyramid: FeaturePyramid, values: Tensor | None = None) -> FeaturePyramid:
         """``pyramid`` with the received points and ``values`` ``[n + R, E]``, see `with_points`."""
@@ -233,11 +245,27 @@ def plan_sharded(
     positions, offsets, levels = checked.queries
 
     def plan() -> tuple[NeighborhoodPlan, dict[str, Any]]:
+        _check_divided_cells(extended, len(checked.pyramid))
         own = positions, offsets, extended, checked.sizes, levels
         return plan_neighborhoods(*own, check_contents=False), {}
 
     local = agree(ranks, "plan_sharded", plan)
     return ShardedPlan(**vars(local), halo=halo, coordinates=coordinates, query_levels=levels)
+
+
+def _check_divided_cells(extended: FeaturePyramid, n_own: int) -> None:
+    """Raises ValueError if a rank received points in cells of own ones, in a pyramid that was
+    pooled: then each rank pooled a part of the cell.
+    """
+    if extended.strides is None:
+        return
+    order = order_of_points(extended)
+    divided = torch.isin(order[n_own:], order[:n_own])
+    if divided.any():
+        row = n_own + int(divided.nonzero()[0])
+        cell, level = extended.cells[row].tolist(), int(extended.levels[row])
+        expected = f"cells of one rank each (cuts at multiples of the strides {extended.strides})"
+        refuse("pyramid", expected, f"cell {cell} at level {level} on two ranks")
 
 
 def find_reach(queries: Queries, pyramid: FeaturePyramid, windows: Windows) -> Tensor:
@@ -284,10 +312,12 @@ def find_halo(reach: Tensor, pyramid: FeaturePyramid, group: ProcessGroup) -> tu
     reaches = [torch.empty_like(reach) for _ in range(n_ranks)]
     dist.all_gather(reaches, reach.contiguous(), group=group)
     placed = ~pyramid.misplaced()
+    meets = _boxes_meet(torch.stack(reaches), pyramid, placed)
+    none = placed.new_zeros(0, dtype=torch.int64)
     rows = [
-        placed.new_zeros(0, dtype=torch.int64)
-        if rank == own
-        else (placed & _within(boxes, pyramid)).nonzero().flatten()
+        (placed & _within(boxes, pyramid)).nonzero().flatten()
+        if rank != own and meets[rank]
+        else none
         for rank, boxes in enumerate(reaches)
     ]
     send = tuple(map(len, rows))
@@ -296,6 +326,21 @@ def find_halo(reach: Tensor, pyramid: FeaturePyramid, group: ProcessGroup) -> tu
     coordinates = pyramid.coordinates.long()
     received = send_rows(coordinates[halo.rows], send, receive, group)
     return halo, torch.cat((coordinates, received))
+
+
+def _boxes_meet(reaches: Tensor, pyramid: FeaturePyramid, placed: Tensor) -> list[bool]:
+    """Which of the boxes ``[ranks, 2, L, B, P]`` may hold own points: so most ranks of many need
+    not be compared with every point. All may along periodic axes.
+    """
+    levels = torch.arange(pyramid.n_levels, device=placed.device)[:, None]
+    of_level = (placed & (pyramid.levels == levels))[..., None]  # [L, nnz, 1]
+    low, high = (torch.where(of_level, pyramid.cells, beyond) for beyond in (2**60, -(2**60)))
+    image = pyramid.batch.masked_fill(~placed, -1)
+    low, high = boxes_around(image, low, high, pyramid.batch_size)
+    meets = (reaches[:, 0] <= high) & (low <= reaches[:, 1])
+    meets[..., list(pyramid.periodic_axes)] = True
+    found: list[bool] = meets.all(-1).flatten(1).any(1).tolist()
+    return found
 
 
 def _within(reach: Tensor, pyramid: FeaturePyramid) -> Tensor:
