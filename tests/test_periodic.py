@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from problems import assert_close, make_inputs
+from problems import Scene, assert_close, make_inputs, plan_by_triton
 from torch import Tensor
 
 from vicinal import (
@@ -183,3 +183,22 @@ def test_copies_are_appended_to_a_row_per_point_alone(axes: tuple[int, ...]) -> 
     for wrong in (values[1:], torch.cat((values, values)), values[0, 0], values.to("meta"), None):
         with pytest.raises(ValueError, match="values: expected"):
             plan.append_copies(wrong)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize("size", [31, 32, 33])
+def test_a_query_that_is_nowhere_sees_no_copy(size: int, value: str) -> None:
+    points = torch.nn.functional.pad(torch.arange(size)[:, None], (1, 1))
+    pyramid = FeaturePyramid(torch.ones(size, 1), points, ((size,),), 1, periodic_axes=(0,))
+    positions = torch.tensor([[float(value)], [0.5]])
+    scene = Scene(positions, torch.tensor([0, 2]), pyramid, (3,))
+    plans = [
+        scene.plan(check_contents=False),
+        plan_by_triton(scene, torch.device("cpu"), check_contents=False),
+    ]
+    for plan in plans:
+        assert sorted(plan.pairs().tolist()) == [[1, 0], [1, 1], [1, size - 1]]
+        assert plan.counts().tolist() == [0, 3]
+        _, starts, stops, order = plan._point_slices()
+        edges = zip(starts.flatten().tolist(), stops.flatten().tolist(), strict=True)
+        assert all(0 not in order[start:stop].tolist() for start, stop in edges)

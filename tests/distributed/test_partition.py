@@ -11,7 +11,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import init_device_mesh
 
 from vicinal import FeaturePyramid, QueryPlacement
-from vicinal.distributed import SpacePartition, partition_space, plan_sharded
+from vicinal.distributed import Halo, SpacePartition, partition_space, plan_sharded
 
 SHAPE = (70, 50)
 
@@ -147,10 +147,15 @@ def other_dtypes(group: ProcessGroup, dtype: torch.dtype) -> None:
         moved = route.scatter(wide(rows))
         assert torch.equal(moved, wide(route.scatter(rows)))
         assert torch.equal(route.gather(moved), wide(rows))
+    # Along with a rank that has none.
+    few = coordinates[: dist.get_rank(group)]
+    assert sum(part.scatter(few, few[:, 0].to(dtype))[1].shape) <= 3
+    halo = Halo(torch.arange(0), (0, 0, 0), (0, 0, 0), group)
+    assert halo.extend(coordinates[:, 0].to(dtype)).shape == coordinates.shape[:1]
 
 
 @pytest.mark.parametrize(
-    "dtype", [torch.int16, torch.bool, torch.uint8, torch.complex64, torch.float16]
+    "dtype", [torch.int16, torch.int8, torch.bool, torch.uint8, torch.complex64, torch.float16]
 )
 def test_rows_of_any_dtype_travel(dtype: torch.dtype, cluster: Cluster) -> None:
     cluster.run(3, other_dtypes, dtype)
@@ -181,7 +186,7 @@ def routed(group: ProcessGroup) -> None:
     counts = [7, 0, 5] if rank else [0, 0, 0]  # rank 0 has no queries
     positions = torch.rand(sum(counts), 2, generator=generator) * 40 - 4  # some beyond the map
     offsets = torch.tensor([0, *counts]).cumsum(0)
-    levels = torch.randint(0, 2, (sum(counts),), generator=generator)
+    levels = torch.randint(0, 2, (sum(counts),), generator=generator).short()
     coordinates, values = raw_points()
     pyramid = FeaturePyramid.from_points(coordinates, values, SHAPE, 3, strides=(2, 4))
     part = partition_space(share(group, coordinates)[0], SHAPE, group)
@@ -228,6 +233,8 @@ def _call_wrongly(group: ProcessGroup, what: str, coordinates: Tensor, values: T
         options["weights"] = torch.ones(len(coordinates))
     elif what == "align":
         options["align"] = 0
+    elif what == "meta":
+        coordinates = coordinates.to("meta")
     shape = (70, 60) if what == "spatial_shape" else SHAPE
     part = partition_space(coordinates, shape, group, **options)
     if what == "dtype":
@@ -241,6 +248,7 @@ def _call_wrongly(group: ProcessGroup, what: str, coordinates: Tensor, values: T
         ("outside", "coordinates"),
         ("weights", "weights"),
         ("align", "align"),
+        ("meta", "coordinates"),
         ("spatial_shape", "spatial_shape"),
         ("dtype", "rows"),
         ("rows", "rows"),
@@ -265,6 +273,44 @@ def wrong_weight(group: ProcessGroup, value: float) -> None:
         partition_space(coordinates, SHAPE, group, weights=weights)
 
 
+def from_numpy(group: ProcessGroup) -> None:
+    coordinates, values = share(group, *raw_points(50))
+    arrays: list[Any] = [coordinates.numpy(), values.numpy()]
+    part = partition_space(arrays[0], SHAPE, group)
+    of_arrays = part.scatter(*arrays)
+    for own, expected in zip(of_arrays, part.scatter(coordinates, values), strict=True):
+        assert torch.equal(own, expected)
+
+
+def test_arrays_travel(cluster: Cluster) -> None:
+    cluster.run(2, from_numpy)
+
+
+@pytest.mark.parametrize("shape", [(2**70, 24), (2**40, 24)])
+def test_grids_of_too_many_blocks_are_refused(shape: tuple[int, ...], cluster: Cluster) -> None:
+    cluster.run(2, too_large, shape)
+
+
+def too_large(group: ProcessGroup, shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="spatial_shape"):
+        partition_space(torch.zeros(3, 3, dtype=torch.int64), shape, group)
+
+
+def different_maps(group: ProcessGroup) -> None:
+    cells = torch.tensor([[0, 8, 3, 0]])
+    other: dict[str, Any] = {"strides": (2,)} if dist.get_rank(group) else {"periodic_axes": (0,)}
+    pyramid = FeaturePyramid(torch.ones(1, 1), cells, ((16, 12),), 1, **other)
+    part = SpacePartition([[[0, 0], [16, 24]], [[16, 0], [32, 24]]], group)
+    placement = QueryPlacement(torch.tensor([[9.0, 3.0]]), torch.tensor([0, 1]))
+    for call in (lambda: part.gather(pyramid), lambda: part.route_queries(placement, pyramid)):
+        with pytest.raises(ValueError, match="periodic_axes"):
+            call()
+
+
+def test_pyramids_on_different_maps_are_refused(cluster: Cluster) -> None:
+    cluster.run(2, different_maps)
+
+
 def wrong_boxes(group: ProcessGroup, boxes: Any) -> str:
     with pytest.raises(ValueError, match="boxes: expected") as caught:
         SpacePartition(boxes, group).owners(torch.tensor([[9, 9]]))
@@ -280,6 +326,9 @@ def wrong_boxes(group: ProcessGroup, boxes: Any) -> str:
         [[[0, 0], [4, 10]], [[5, 10], [10, 11]]],
         [[0, 1], [1, 2]],
         "two",
+        None,
+        {},
+        torch.zeros(2, 2, 0, dtype=torch.int64),
     ],
 )
 def test_boxes_that_are_no_partition_are_refused(boxes: Any, cluster: Cluster) -> None:

@@ -229,6 +229,28 @@ def copies(group: ProcessGroup) -> None:
     assert torch.equal(clone(pyramid).values, encoder(pyramid).values)
 
 
+def other_groups(group: ProcessGroup) -> None:
+    rank = dist.get_rank(group)
+    alone = dist.new_group([rank], use_local_synchronization=True)
+    blocks = [
+        shard_attention(SparseNeighborhoodAttentionBlock(16, 2), ranks) for ranks in (group, alone)
+    ]
+    coordinates, values = (own_share(group, x) for x in raw_points(100))
+    pyramid = FeaturePyramid.from_points(coordinates, values.float(), SHAPE, 2, strides=8)
+    pyramid = FeaturePyramid(pyramid.values, pyramid.coordinates, pyramid.level_shapes * 4, 2)
+    plan = blocks[1].make_encoder_plan(pyramid)
+    with pytest.raises(ValueError, match="plan: expected a plan of the ranks"):
+        blocks[0].encode(pyramid, plan)
+    assert copy.deepcopy(plan).counts().equal(plan.counts())
+    frozen = SparseNeighborhoodAttentionBlock(16, 2).requires_grad_(rank == 0)
+    with pytest.raises(ValueError, match="module"):
+        shard_attention(frozen, group)
+
+
+def test_plans_of_other_ranks_and_unlike_modules_are_refused(cluster: Cluster) -> None:
+    cluster.run(2, other_groups)
+
+
 def test_copies_share_the_group(cluster: Cluster) -> None:
     cluster.run(2, copies)
 

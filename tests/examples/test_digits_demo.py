@@ -206,9 +206,11 @@ def test_started_processes_get_the_options_and_give_the_status(
     tmp_path: Path, last: str, status: int
 ) -> None:
     (tmp_path / "ranks_of_test.py").write_text(
-        "import os, pathlib, sys\n"
+        "import os, pathlib, sys, time\n"
         "rank = os.environ['RANK']\n"
         "pathlib.Path(sys.argv[1], rank).write_text(os.environ['WORLD_SIZE'])\n"
+        # The first process to fail ends the other.
+        "while not pathlib.Path(sys.argv[1], '0').exists(): time.sleep(0.05)\n"
         "sys.exit(int(sys.argv[2]) if rank == '1' else 0)\n"
     )
     code = (

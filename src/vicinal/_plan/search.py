@@ -69,6 +69,8 @@ def _find_in_torch(
     first_cells = keys.first_cells(anchors)
     levels = torch.arange(pyramid.n_levels, device=device)[:, None]
     query_keys = keys.of(first_cells, levels, image.clamp(min=0))
+    # Beyond a periodic axis are copies, which a query that is nowhere must not meet.
+    query_keys.masked_fill_(image < 0, keys.layout.key_of_none)
 
     misplaced = pyramid.misplaced()
     coordinates = pyramid.coordinates.long().masked_fill(misplaced[:, None], 0)

@@ -21,7 +21,7 @@ from ..plan import NeighborhoodPlan
 from ..pyramid import FeaturePyramid
 from .deformable import SharedMap
 from .exchange import AllRows, Counts
-from .groups import GroupHandle, agree, exchange_counts, exchange_facts, ranks_of
+from .groups import GroupHandle, agree, exchange_counts, exchange_facts, map_facts, ranks_of
 from .numbering import cell_order
 from .plan import ShardedPlan, plan_sharded
 
@@ -74,8 +74,7 @@ class ShardedSelection(QuerySelection):
     def _check(self, pyramid: FeaturePyramid) -> None:
         def check() -> tuple[None, dict[str, Any]]:
             super(ShardedSelection, self)._check(pyramid)
-            facts = {"level_shapes": pyramid.level_shapes, "batch_size": pyramid.batch_size}
-            return None, {**facts, **exchange_facts("pyramid.values", pyramid.values)}
+            return None, {**map_facts(pyramid), **exchange_facts("pyramid.values", pyramid.values)}
 
         agree(self._handle.group, "QuerySelection", check)
 

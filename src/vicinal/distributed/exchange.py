@@ -1,5 +1,6 @@
 """Rows of tensors sent between ranks, with gradients that travel back."""
 
+import math
 from typing import Any
 
 import torch
@@ -17,16 +18,31 @@ def send_rows(rows: Tensor, send: Counts, receive: Counts, group: ProcessGroup) 
     ``[sum(send), ...]`` that go out. Without gradients.
     """
     received = rows.new_empty(sum(receive), *rows.shape[1:])
-    buffers = received, rows.contiguous()
-    if rows.dtype not in _SENT:
-        buffers = _as_bytes(received), _as_bytes(buffers[1])
-    dist.all_to_all_single(*buffers, list(receive), list(send), group=group)
+    exchange(received, rows.contiguous(), send, receive, group)
     return received
+
+
+def exchange(
+    received: Tensor,
+    rows: Tensor,
+    send: Counts,
+    receive: Counts,
+    group: ProcessGroup,
+    *,
+    async_op: bool = False,
+) -> Any:
+    """Fills ``received`` with the rows that come in for ``rows``, both contiguous. Returns what
+    waits for it, if ``async_op``.
+    """
+    if rows.dtype not in _SENT:
+        received, rows = _as_bytes(received), _as_bytes(rows)
+    sizes = list(receive), list(send)
+    return dist.all_to_all_single(received, rows, *sizes, group=group, async_op=async_op)
 
 
 def _as_bytes(rows: Tensor) -> Tensor:
     """``rows`` ``[n, ...]`` as uint8 ``[n, bytes]``, a view."""
-    return rows.view(len(rows), -1, 1).view(torch.uint8).flatten(1)
+    return rows.view(len(rows), math.prod(rows.shape[1:]), 1).view(torch.uint8).flatten(1)
 
 
 class MoveRows(torch.autograd.Function):
@@ -137,14 +153,8 @@ class FinishHalo(torch.autograd.Function):
         if not torch.is_grad_enabled():
             rows = grad[grad.shape[0] - sum(halo.receive) :].contiguous()
             flight.rows = rows.new_empty(sum(halo.send), *rows.shape[1:])
-            flight.work = dist.all_to_all_single(
-                flight.rows,
-                rows,
-                list(halo.send),
-                list(halo.receive),
-                group=halo.group,
-                async_op=True,
-            )
+            counts = halo.receive, halo.send
+            flight.work = exchange(flight.rows, rows, *counts, halo.group, async_op=True)
         return grad, None, None
 
 
@@ -155,13 +165,10 @@ def _append(x: Tensor, halo: Any, flight: Flight | None = None) -> tuple[Tensor,
     n = x.shape[0]
     extended = x.new_empty(n + sum(halo.receive), *x.shape[1:])
     sent = x.index_select(0, halo.rows)
-    sizes = list(halo.receive), list(halo.send)
-    if flight is None:
-        dist.all_to_all_single(extended[n:], sent, *sizes, group=halo.group)
-    else:
-        flight.work = dist.all_to_all_single(
-            extended[n:], sent, *sizes, group=halo.group, async_op=True
-        )
+    counts = halo.send, halo.receive
+    work = exchange(extended[n:], sent, *counts, halo.group, async_op=flight is not None)
+    if flight is not None:
+        flight.work = work
     extended[:n] = x
     return extended, sent
 

@@ -1,5 +1,7 @@
 """Process groups, and agreement of their ranks: an error on one rank is raised on all."""
 
+import copy
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -10,6 +12,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from .._utils.checks import describe, refuse
+from ..pyramid import FeaturePyramid
 
 Group = ProcessGroup | DeviceMesh | None
 """The ranks that share a scene: a process group, a device mesh of one dimension such as
@@ -31,6 +34,19 @@ class GroupHandle:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "GroupHandle":
         return self
+
+
+class SharesGroup:
+    """A dataclass with a field ``group``, which its copies share. It cannot be pickled."""
+
+    group: ProcessGroup
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        memo[id(self.group)] = self.group
+        fields = dataclasses.fields(self)  # type: ignore[arg-type]
+        return type(self)(
+            **{entry.name: copy.deepcopy(getattr(self, entry.name), memo) for entry in fields}
+        )
 
 
 def as_group(group: Any) -> ProcessGroup:
@@ -97,6 +113,12 @@ def agree(group: ProcessGroup, call: str, find: Callable[[], tuple[T, dict[str, 
     for name in facts:
         _check_equal(name, [facts[name] for _, _, facts in reports])
     return result
+
+
+def map_facts(pyramid: FeaturePyramid) -> dict[str, Any]:
+    """What must be the same on all ranks of pyramids on one map."""
+    names = "level_shapes", "batch_size", "periodic_axes", "strides"
+    return {name: getattr(pyramid, name) for name in names}
 
 
 def exchange_facts(name: str, x: Tensor) -> dict[str, Any]:

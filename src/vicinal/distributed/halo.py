@@ -8,11 +8,11 @@ from torch.distributed import ProcessGroup
 
 from .._utils.checks import as_integers, as_tensor, check_tensor, refuse
 from .exchange import AppendHalo, Counts, FinishHalo, Flight, StartHalo
-from .groups import as_group, ranks_of
+from .groups import SharesGroup, as_group, ranks_of
 
 
 @dataclass(frozen=True, eq=False)
-class Halo:
+class Halo(SharesGroup):
     """Which rows of a tensor per point other ranks see, and how many rows come from them.
 
     `plan_sharded` finds it. A row is sent once per rank, however many of its queries see it.

@@ -71,6 +71,9 @@ class ShardedBlock(SparseNeighborhoodAttentionBlock):
         self, plan: NeighborhoodPlan, inputs: Inputs, check_contents: bool | None
     ) -> None:
         assert isinstance(plan, ShardedPlan)
+        own, planned = map(dist.get_process_group_ranks, (self._handle.group, plan.halo.group))
+        if own != planned:
+            refuse("plan", f"a plan of the ranks {own}", f"one of {planned}")
         if len(inputs.pyramid) != plan.n_own_points:
             expected = f"a plan for {len(inputs.pyramid)} own points"
             refuse("plan", expected, f"one for {plan.n_own_points}")
@@ -178,7 +181,8 @@ def _find_attention(
     same on all ranks.
     """
     check_type("module", module, nn.Module)
-    found, facts = [], {}
+    found: list[tuple[nn.Module, type[nn.Module]]] = []
+    facts: dict[str, Any] = {}
     for name, part in module.named_modules():
         for base, sharded in _SHARDED.items():
             if not isinstance(part, base):
@@ -186,14 +190,21 @@ def _find_attention(
             if isinstance(part, sharded):
                 refuse("module", "attention that is not sharded yet", describe(type(part).__name__))
             found.append((part, base))
-            shapes = {key: tuple(x.shape) for key, x in part.named_parameters()}
+            shapes = {
+                key: (tuple(x.shape), x.dtype, x.requires_grad)
+                for key, x in part.named_parameters()
+            }
             settings = {key: getattr(part, key, None) for key in _SETTINGS}
             drop_rate = getattr(getattr(part, "dropout", None), "p", None)
             facts[f"module {name}"] = type(part).__name__, settings, drop_rate, shapes
     if not found:
         names = ", ".join(base.__name__ for base in _SHARDED)
         refuse("module", f"a module with {names} in it", describe(type(module).__name__))
-    return found, {"attention modules": list(facts), "dropout": _has_dropout(module), **facts}
+    return found, {
+        "attention modules": list(facts),
+        "module dropout": _has_dropout(module),
+        **facts,
+    }
 
 
 def _has_dropout(module: nn.Module) -> bool:

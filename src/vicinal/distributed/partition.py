@@ -13,12 +13,14 @@ from .._utils.checks import (
     as_integers,
     as_list,
     as_spatial_shape,
+    as_tensor,
     check_offsets,
     check_tensor,
     check_type,
+    has_contents,
     refuse,
 )
-from .._utils.constants import constant
+from .._utils.constants import constant, widest_dtype
 from .._utils.ragged import batch_ids, offsets_from_ids
 from .._utils.strides import least_strides
 from ..placement import QueryPlacement, check_placement
@@ -26,16 +28,28 @@ from ..pyramid import FeaturePyramid
 from ..windows import full_shape
 from .bisection import bisect
 from .exchange import AllRows
-from .groups import Group, GroupHandle, agree, as_group, exchange_counts, exchange_facts, ranks_of
+from .groups import (
+    Group,
+    GroupHandle,
+    agree,
+    as_group,
+    exchange_counts,
+    exchange_facts,
+    map_facts,
+    ranks_of,
+)
 from .numbering import order_of_points
 from .plan import with_points
 from .route import Route
+
+_MOST_BLOCKS = 2**28  # layers of which the weight is counted, along all axes
 
 
 class _Queries(NamedTuple):
     """Queries that travel: where they are, and to which rank."""
 
     positions: Tensor
+    levels: Tensor | None
     images: Tensor
     owners: Tensor
     batch_size: int
@@ -142,7 +156,7 @@ class SpacePartition:
                 width or ``requires_grad``, or a cell is in no box. All ranks raise it.
         """
         route = self.route(coordinates, *rows)
-        return tuple(map(route.scatter, (torch.as_tensor(coordinates).long(), *rows)))
+        return tuple(map(route.scatter, (as_tensor("coordinates", coordinates).long(), *rows)))
 
     def route(self, coordinates: Tensor, *rows: Tensor) -> Route:
         """Returns the way of every point to the rank that owns its cell; arguments and errors are
@@ -152,11 +166,13 @@ class SpacePartition:
         def find() -> tuple[Tensor, dict[str, Any]]:
             shape = ("n", self.boxes.shape[2] + 1)
             points = check_tensor("coordinates", coordinates, shape, kind="integer")
+            _check_contents("coordinates", points)
             facts: dict[str, Any] = {"device": points.device.type, "number of rows": len(rows)}
             for index, x in enumerate(rows):
                 others = [f"size{axis}" for axis in range(1, getattr(x, "ndim", 1))]
-                check_tensor(f"rows[{index}]", x, (len(points), *others), device=points.device)
-                facts |= exchange_facts(f"rows[{index}]", x)
+                name, device = f"rows[{index}]", points.device
+                checked = check_tensor(name, x, (len(points), *others), device=device)
+                facts |= exchange_facts(name, checked)
             return self.owners(points[:, 1:]), facts
 
         owners = agree(self.group, "SpacePartition.scatter", find)
@@ -206,26 +222,23 @@ class SpacePartition:
             positions, offsets, points = check_placement(given, offsets, pyramid)
             check_offsets("placement.offsets", offsets, len(positions))
             facts = {
-                "level_shapes": points.level_shapes,
-                "batch_size": points.batch_size,
+                **map_facts(points),
                 "placement.levels": levels is None,
                 **exchange_facts("placement.positions", positions),
             }
             if levels is not None:
-                shape, device = (len(positions),), positions.device
-                check_tensor("placement.levels", levels, shape, kind="integer", device=device)
-                facts |= exchange_facts("placement.levels", levels)
+                kind: dict[str, Any] = {"kind": "integer", "device": positions.device}
+                levels = check_tensor("placement.levels", levels, (len(positions),), **kind).long()
             images = batch_ids(offsets, len(positions))
             owners = self.owners(raw_cells(positions, points))
-            return _Queries(positions, images, owners, points.batch_size), facts
+            return _Queries(positions, levels, images, owners, points.batch_size), facts
 
-        positions, images, owners, batch_size = agree(
+        positions, levels, images, owners, batch_size = agree(
             self.group, "SpacePartition.route_queries", find
         )
         route = self._route(owners)
         arrived = route.scatter(images)
         route = dataclasses.replace(route, sorting=torch.argsort(arrived, stable=True))
-        levels = placement.levels
         local = QueryPlacement(
             route.scatter(positions),
             offsets_from_ids(arrived[route.sorting], batch_size),
@@ -247,12 +260,9 @@ class SpacePartition:
 
         def check() -> tuple[None, dict[str, Any]]:
             check_type("pyramid", pyramid, FeaturePyramid)
-            facts = {
-                "level_shapes": pyramid.level_shapes,
-                "batch_size": pyramid.batch_size,
-                **exchange_facts("pyramid.values", pyramid.values),
-            }
-            return None, facts
+            _check_contents("pyramid.coordinates", pyramid.coordinates)
+            facts = exchange_facts("pyramid.values", pyramid.values)
+            return None, {**map_facts(pyramid), **facts}
 
         agree(self.group, "SpacePartition.gather", check)
         device = pyramid.coordinates.device
@@ -321,7 +331,12 @@ def partition_space(
     def check() -> tuple[tuple[Tensor, Tensor | None, list[int], Tensor], dict[str, Any]]:
         shape = as_spatial_shape(spatial_shape)
         steps = _check_align(align, len(shape))
+        sizes = [-(-size // step) for size, step in zip(shape, steps, strict=True)]
+        if sum(sizes) > _MOST_BLOCKS:
+            expected = f"at most {_MOST_BLOCKS} blocks of {list(steps)} cells along its axes"
+            refuse("spatial_shape", f"{expected} (a larger align makes fewer)", shape)
         points = check_tensor("coordinates", coordinates, ("n", len(shape) + 1), kind="integer")
+        _check_contents("coordinates", points)
         outside = ((points[:, 1:] < 0) | (points[:, 1:] >= constant(shape, points.device))).any(1)
         if outside.any():
             row = int(outside.nonzero()[0])
@@ -334,7 +349,6 @@ def partition_space(
             "device": points.device.type,
         }
         blocks = points[:, 1:].long() // constant(steps, points.device)
-        sizes = [-(-size // step) for size, step in zip(shape, steps, strict=True)]
         return (blocks, _check_weights(weights, blocks), sizes, torch.tensor([steps, shape])), facts
 
     blocks, weights, sizes, grid = agree(ranks, "partition_space", check)
@@ -358,10 +372,12 @@ def raw_cells(positions: Tensor, pyramid: FeaturePyramid) -> Tensor:
 
 def _check_boxes(boxes: Any, n_ranks: int) -> Tensor:
     """``boxes`` as int64 ``[n_ranks, 2, P]`` on the CPU."""
-    expected = f"integers [{n_ranks}, 2, P], a box per rank,"
+    expected = f"a box per rank, integers [{n_ranks}, 2, P] with P at least 1"
     try:
         checked = torch.as_tensor(as_list("boxes", boxes, expected))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError):
+        refuse("boxes", expected, boxes)
+    if not checked.numel():
         refuse("boxes", expected, boxes)
     checked = check_tensor("boxes", checked, (n_ranks, 2, "P"), kind="integer").long()
     filled = checked[(checked[:, 1] > checked[:, 0]).all(1)]
@@ -377,15 +393,21 @@ def _check_boxes(boxes: Any, n_ranks: int) -> Tensor:
 def _check_align(align: Any, dim: int) -> tuple[int, ...]:
     one = as_integer(align)
     steps = as_integers(as_list("align", align, "integers")) if one is None else (one,) * dim
-    if steps is None or len(steps) != dim or min(steps) < 1:
+    if steps is None or len(steps) != dim or min(steps) < 1 or max(steps) >= 2**62:
         refuse("align", f"an integer of at least 1, or one for each of {dim} axes", align)
     return steps
+
+
+def _check_contents(argument: str, value: Tensor) -> None:
+    if not has_contents(value):
+        refuse(argument, "a tensor with contents", value)
 
 
 def _check_weights(weights: Any, blocks: Tensor) -> Tensor | None:
     if weights is None:
         return None
     checked = check_tensor("weights", weights, (len(blocks),), kind="number", device=blocks.device)
+    checked = checked.to(widest_dtype(checked.device))
     if not (checked.isfinite() & (checked >= 0)).all():
         refuse("weights", "finite numbers of at least 0", "others")
     return checked

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from .._plan.keyed_cells import Queries, query_cells
-from .._utils.checks import check_type, refuse
+from .._utils.checks import check_type, reads_contents, refuse
 from .._utils.constants import constant
 from ..placement import check_placement
 from ..plan import NeighborhoodPlan, plan_neighborhoods
@@ -18,7 +18,7 @@ from ..pyramid import FeaturePyramid
 from ..window_shapes import Windows, WindowsLike, as_windows, check_windows_fit, windows_on_axes
 from ..windows import as_query_levels
 from .exchange import send_rows
-from .groups import Group, agree, as_group, exchange_counts, exchange_facts, ranks_of
+from .groups import Group, agree, as_group, exchange_counts, exchange_facts, map_facts, ranks_of
 from .halo import Halo
 from .numbering import number_rows, order_of_points, order_of_queries
 
@@ -128,9 +128,13 @@ class ShardedPlan(NeighborhoodPlan):
 
     def _check_points(self, pyramid: FeaturePyramid) -> None:
         check_type("pyramid", pyramid, FeaturePyramid)
-        if len(pyramid) != self.n_own_points:
-            expected = f"the {self.n_own_points} points that the plan was made for"
-            refuse("pyramid", expected, f"{len(pyramid)} points")
+        expected = f"the {self.n_own_points} points that the plan was made for"
+        if len(pyramid) != self.n_own_points or pyramid.level_shapes != self.level_shapes:
+            refuse("pyramid", expected, f"{len(pyramid)} points on {pyramid.level_shapes}")
+        if reads_contents(None, self.device):
+            planned = self.coordinates[: self.n_own_points]
+            if not torch.equal(pyramid.coordinates, planned):
+                refuse("pyramid", expected, "others")
 
     def _with_halo(self, pyramid: FeaturePyramid, values: Tensor | None = None) -> FeaturePyramid:
         """``pyramid`` with the received points and ``values`` ``[n + R, E]``, see `with_points`."""
@@ -229,10 +233,7 @@ def plan_sharded(
         levels = as_query_levels(query_level_indices, positions, points.n_levels, check_contents)
         queries = Queries(positions, offsets, levels)
         facts = {
-            "level_shapes": points.level_shapes,
-            "batch_size": points.batch_size,
-            "periodic_axes": points.periodic_axes,
-            "strides": points.strides,
+            **map_facts(points),
             "neighborhood_sizes": sizes,
             **exchange_facts("pyramid.values", points.values),
         }

@@ -9,10 +9,11 @@ from torch.distributed import ProcessGroup
 from .._utils.checks import as_tensor, refuse
 from ..placement import QueryPlacement
 from .exchange import Counts, MoveRows
+from .groups import SharesGroup
 
 
 @dataclass(frozen=True, eq=False)
-class Route:
+class Route(SharesGroup):
     """Where the rows of this rank go, and in which order those of others arrive.
 
     `SpacePartition.route` makes one. All ranks of the group call its methods together.
