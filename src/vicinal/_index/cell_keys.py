@@ -92,11 +92,6 @@ class KeyLayout:
         ]
 
     @property
-    def key_of_none(self) -> int:
-        """A key so low that neither it nor the keys of any row of its windows are used."""
-        return -(2**31) if self.key_dtype == torch.int32 else -(2**62)
-
-    @property
     def key_dtype(self) -> torch.dtype:
         """int32 where that holds all keys and, after them, all keys along the curve."""
         curve = self.n_groups << (self.curve_bits * self.dim)

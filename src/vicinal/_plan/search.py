@@ -56,6 +56,18 @@ def join_column_ids(ids: Tensor, copies: PointCopies) -> Tensor:
     return torch.cat((ids[:-1], ids[copies.points], ids[-1:])).int()
 
 
+def _without_invalid(
+    starts: Tensor, stops: Tensor, image: Tensor, pyramid: FeaturePyramid
+) -> Tensor:
+    """``stops`` ``[N, R]`` such that invalid queries, of ``image`` -1, have no neighbors.
+
+    Their windows lie beyond the map, where there are points only along periodic axes: copies.
+    """
+    if not pyramid.periodic_axes:
+        return stops
+    return torch.where(image[:, None] < 0, starts, stops)
+
+
 def _find_in_torch(
     queries: Queries,
     pyramid: FeaturePyramid,
@@ -69,8 +81,6 @@ def _find_in_torch(
     first_cells = keys.first_cells(anchors)
     levels = torch.arange(pyramid.n_levels, device=device)[:, None]
     query_keys = keys.of(first_cells, levels, image.clamp(min=0))
-    # Beyond a periodic axis are copies, which a query that is nowhere must not meet.
-    query_keys.masked_fill_(image < 0, keys.layout.key_of_none)
 
     misplaced = pyramid.misplaced()
     coordinates = pyramid.coordinates.long().masked_fill(misplaced[:, None], 0)
@@ -89,6 +99,7 @@ def _find_in_torch(
     curve = keys.along_curve(torch.minimum(anchors[finest], shape), image)
     traversal = torch.argsort(curve, stable=True).int()
     starts, stops = backend.find_slices(sorted_points, query_keys, traversal, *keys.window_rows())
+    stops = _without_invalid(starts, stops, image, pyramid)
     tensors = PlanTensors(
         query_slices=NeighborSlices(traversal, starts, stops, order.int()),
         query_batch=image.int(),
@@ -129,8 +140,9 @@ def _find_by_kernels(
         wrapped, offsets, coordinates, *copies, levels, slots, tables.numbers,
         tables.layout.key_dtype, dtype,
     )  # fmt: skip
+    stops = _without_invalid(found.starts, found.stops, found.query_batch, pyramid)
     tensors = PlanTensors(
-        query_slices=NeighborSlices(found.traversal, found.starts, found.stops, found.order),
+        query_slices=NeighborSlices(found.traversal, found.starts, stops, found.order),
         query_batch=found.query_batch,
         first_columns=found.first_columns,
         point_columns=found.point_columns,

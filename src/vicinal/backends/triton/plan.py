@@ -134,8 +134,6 @@ def place_queries(positions_ptr, offsets_ptr, table_ptr, images_ptr, groups_ptr,
             if level == FINEST:
                 center = tl.minimum(center, size)
                 curve |= spread_bits(center, n_bits, DIM - 1 - axis, DIM, key_dtype)
-        none = tl.full(key.shape, -(2**31) if key_dtype == tl.int32 else -(2**62), key_dtype)
-        key = tl.where(active, key, none)  # `KeyLayout.key_of_none`
         tl.store(query_keys_ptr + level * n_queries.to(tl.int64) + query, key, mask=valid)
         if level == FINEST:
             curve += ((image + 1).to(key_dtype) << (n_bits * DIM)) + n_keys.to(key_dtype)
