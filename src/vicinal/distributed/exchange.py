@@ -103,7 +103,7 @@ class Flight:
         self.work: Any = None
         self.rows: Tensor | None = None
 
-    def land(self) -> Tensor | None:
+    def wait(self) -> Tensor | None:
         """Waits for the rows. On a GPU only its current stream does."""
         if self.work is not None:
             self.work.wait()
@@ -129,7 +129,7 @@ class StartHalo(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         """The gradient of ``x``."""
         (grad,), halo = grads, ctx.halo
-        returned = ctx.flight.land()
+        returned = ctx.flight.wait()
         if returned is None:  # gradients of gradients: nothing was started
             return FoldHalo.apply(grad, halo), None, None
         return _fold(grad[: grad.shape[0] - sum(halo.receive)], returned, halo), None, None
@@ -142,7 +142,7 @@ class FinishHalo(torch.autograd.Function):
     def forward(ctx: Any, extended: Tensor, halo: Any, flight: Flight) -> Tensor:
         """``extended``, with the rows of the halo."""
         ctx.halo, ctx.flight = halo, flight
-        flight.land()
+        flight.wait()
         ctx.mark_dirty(extended)
         return extended
 
