@@ -141,7 +141,7 @@ def window_centers(
     """``[L, N, P]``: the cell, as floats, that contains each of ``positions`` ``[N, P]``."""
     dtype = dtype_of_centers(positions, level_shapes)
     positions = wrap_positions(positions.detach().to(dtype), level_shapes, periodic_axes)
-    centers = torch.floor(positions * level_scales(level_shapes, positions)[:, None])
+    centers = (positions * level_scales(level_shapes, positions)[:, None]).floor_()
     if not periodic_axes:
         return centers
     # The product of a position below F and a scale may be rounded to S[l].
@@ -167,7 +167,7 @@ def window_anchors(
     """
     centers = window_centers(positions, level_shapes, periodic_axes)
     # Clamped, since the conversion of very large numbers to integers would overflow.
-    anchors = centers.nan_to_num(nan=-math.inf).clamp(-(2.0**62), 2.0**62).long()
+    anchors = centers.nan_to_num_(nan=-math.inf).clamp_(-(2.0**62), 2.0**62).long()
     axes = causal_axes(windows)
     if not axes:
         return anchors

@@ -460,3 +460,9 @@ def test_comparison_of_commits() -> None:
     ratios = compare.ratios(before, after)
     assert "0.600" in ratios
     assert "0.500 to 2.000" in ratios
+
+
+def test_commits_without_window_shapes_can_be_compared() -> None:
+    code = "import vicinal; del vicinal.Window; import benchmarks.cases; print({})"
+    finished = run_python(code)
+    assert finished.problem is None, finished.problem

@@ -78,6 +78,11 @@ class KeyLayout:
         self.strides = [
             [math.prod(shape[axis + 1 :]) for axis in range(self.dim)] for shape in padded
         ]
+        # The key of cell 0 of image 0.
+        self.origins = [
+            base + sum(map(operator.mul, pads, strides))
+            for base, pads, strides in zip(self.bases, self.pads, self.strides, strict=True)
+        ]
         self.rows = list(map(_keys_of_rows, windows, self.strides))
         self.longest = max(map(max, padded))
 
@@ -130,7 +135,7 @@ class CellKeys:
         self._pad = self._tensor(self.layout.pads)
         self._length = self._tensor(self.layout.lengths)
         self._volume = self._tensor(self.layout.volumes)
-        self._base = self._tensor(self.layout.bases)
+        self._origin = self._tensor(self.layout.origins)
         self._stride = self._tensor(self.layout.strides)
         self._first = self._tensor([window.first_steps() for window in self.layout.windows])
         axes, natural = self.layout.axes, tuple(range(self.layout.dim))
@@ -179,8 +184,10 @@ class CellKeys:
         """Keys of ``cells`` ``[..., P]``, in key coordinates, at ``levels`` in ``images``,
         broadcast to ``[...]``.
         """
-        within = ((cells + self._pad[levels]) * self._stride[levels]).sum(-1)
-        return self._base[levels] + images * self._volume[levels] + within
+        keys = torch.addcmul(self._origin[levels], images, self._volume[levels])
+        for axis, strides in enumerate(self._stride.unbind(1)):  # faster than a sum over axes
+            keys = torch.addcmul(keys, cells[..., axis], strides[levels])
+        return keys
 
     def window_rows(self) -> tuple[Tensor, Tensor, Tensor]:
         """The R rows of a query's windows, ``[R]`` each: the level, what to add to the key of that
