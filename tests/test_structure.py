@@ -32,6 +32,7 @@ LAYERS = [  # each may import those before it
     ("nn",),
     ("detr",),
     ("distributed",),
+    ("interop",),
     ("visualize",),
 ]
 # What reads private names of torch, and works without them.
@@ -66,7 +67,7 @@ def test_importing_is_light() -> None:
     code = f"""
 import sys, torch
 before = set(sys.modules)
-import vicinal, vicinal.detr, vicinal.distributed, vicinal.visualize
+import vicinal, vicinal.detr, vicinal.distributed, vicinal.interop, vicinal.visualize
 print([name for name in {heavy} if name in sys.modules and name not in before])
 """
     assert run_python(code).strip() == "[]"

@@ -14,7 +14,9 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-MODULES = ("vicinal", "vicinal.nn", "vicinal.detr", "vicinal.distributed", "vicinal.visualize")
+MODULES = tuple(
+    f"vicinal{name}" for name in ("", ".nn", ".detr", ".distributed", ".interop", ".visualize")
+)
 
 
 def code_blocks(text: str) -> list[str]:

@@ -48,7 +48,7 @@ def test_all_pages_are_in_the_navigation() -> None:
 def test_the_reference_covers_all_public_names() -> None:
     pages = "".join(page.read_text(encoding="utf-8") for page in (DOCS / "api").glob("*.md"))
     entries = set(re.findall(r"^::: (\S+)$", pages, re.MULTILINE))
-    modules = "nn", "detr", "distributed", "visualize"
+    modules = "nn", "detr", "distributed", "interop", "visualize"
     whole = {f"vicinal.{name}" for name in modules}  # all that `__all__` lists
     assert whole <= entries
     vicinal, nn = map(importlib.import_module, ("vicinal", "vicinal.nn"))
@@ -98,7 +98,7 @@ def test_the_page_on_windows_names_the_suggested_ones() -> None:
     text = (DOCS / "windows.md").read_text(encoding="utf-8")
     scenes = importlib.import_module("benchmarks.scenes")
     assert f"`{list(scenes.WINDOWS_LIDAR)}`" in text
-    assert all(f"`{window.size}`" in text for window in scenes.WINDOWS_EVENTS)
+    assert all(f"`{window.size}`" in text for window in scenes.windows_of_events())
 
 
 def test_code_spans_of_public_names_become_links(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,14 @@
+"""Conversions from and to the containers of other libraries.
+
+Every function is for one container, and imports the container's library when it is called. Two
+kinds of containers come in. Those of cells have a grid of their own. Those of raw points, in meters
+or microseconds, are voxelized, so their functions take ``cell_size`` and ``bounds``. All take the
+``strides`` of the levels and how points that share a cell are pooled.
+"""
+
+from .torch_sparse import from_torch_coo, to_torch_coo
+
+__all__ = [
+    "from_torch_coo",
+    "to_torch_coo",
+]
