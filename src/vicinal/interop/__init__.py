@@ -6,9 +6,20 @@ or microseconds, are voxelized, so their functions take ``cell_size`` and ``boun
 ``strides`` of the levels and how points that share a cell are pooled.
 """
 
-from .torch_sparse import from_torch_coo, to_torch_coo
+from .torch_sparse import (
+    from_torch_coo,
+    from_torch_csr,
+    from_torch_nested,
+    to_torch_coo,
+    to_torch_csr,
+    to_torch_nested,
+)
 
 __all__ = [
     "from_torch_coo",
+    "from_torch_csr",
+    "from_torch_nested",
     "to_torch_coo",
+    "to_torch_csr",
+    "to_torch_nested",
 ]
