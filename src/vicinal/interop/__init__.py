@@ -6,6 +6,8 @@ or microseconds, are voxelized, so their functions take ``cell_size`` and ``boun
 ``strides`` of the levels and how points that share a cell are pooled.
 """
 
+from .pydata_sparse import from_pydata_sparse, to_pydata_sparse
+from .scipy_sparse import from_scipy, to_scipy
 from .torch_sparse import (
     from_torch_coo,
     from_torch_csr,
@@ -16,9 +18,13 @@ from .torch_sparse import (
 )
 
 __all__ = [
+    "from_pydata_sparse",
+    "from_scipy",
     "from_torch_coo",
     "from_torch_csr",
     "from_torch_nested",
+    "to_pydata_sparse",
+    "to_scipy",
     "to_torch_coo",
     "to_torch_csr",
     "to_torch_nested",

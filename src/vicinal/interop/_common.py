@@ -166,7 +166,7 @@ def read_columns(argument: str, table: Any, names: str | Sequence[str]) -> list[
         if not isinstance(column, Tensor):
             column = numpy.asarray(column)
         column = as_tensor(f"column {name!r}", column)
-        if column.dtype == torch.bool:
+        if isinstance(column, Tensor) and column.dtype == torch.bool:
             column = column.to(torch.uint8)
         size = len(columns[0]) if columns else "n"
         columns.append(check_tensor(f"column {name!r}", column, (size,), kind="number"))
@@ -235,6 +235,13 @@ def pyramid_of_points(
     return voxels.pyramid(features, strides=strides, pooling=pooling)
 
 
+def stored_values(argument: str, data: Any) -> Tensor:
+    """The numbers ``[n]`` that a sparse array stores; booleans as 0 and 1, int64."""
+    values = as_tensor(argument, data)
+    is_mask = isinstance(values, Tensor) and values.dtype == torch.bool
+    return check_tensor(argument, values.long() if is_mask else values, ("n",), kind="number")
+
+
 def rows_of_entries(
     cells: Tensor, channels: Tensor | None, values: Tensor, width: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -271,8 +278,6 @@ def pyramid_of_entries(
     Those of one cell are added first. `FeaturePyramid.values_of_points` has a row for each of them,
     in their order.
     """
-    if values.dtype == torch.bool:
-        values = values.long()
     distinct, rows, inverse = rows_of_entries(cells, None, values, 1)
     pyramid = pyramid_of_cells(
         distinct,
