@@ -14,11 +14,8 @@ from vicinal.interop import (
     to_torch_nested,
 )
 
-# Both are of torch.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state:UserWarning"),
-    pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in:UserWarning"),
-]
+# Strided ones.
+pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is:UserWarning")
 
 
 def coo(size: tuple[int, ...] = (2, 9, 7, 3), n: int = 40) -> Tensor:
@@ -172,7 +169,7 @@ def test_batched_csr_tensors_with_a_dense_dimension() -> None:
 
 def test_points_that_share_a_cell_are_added_in_csr() -> None:
     cells = torch.tensor([[0, 1, 1, 0], [0, 1, 1, 0]])
-    pyramid = FeaturePyramid(torch.tensor([[1.0], [2.0]]), cells, [(3, 3)], 2)
+    pyramid = FeaturePyramid(torch.tensor([[1.0], [2.0]]), cells, ((3, 3),), 2)
     first, second = to_torch_csr(pyramid)
     assert first.values().tolist() == [3.0]
     assert not second.values().numel()
@@ -257,4 +254,4 @@ def test_nested_tensors_that_do_not_match_are_refused() -> None:
 
 def test_values_per_point_need_raw_points() -> None:
     with pytest.raises(ValueError, match="point_rows"):
-        to_torch_nested(FeaturePyramid(torch.ones(1, 1), torch.zeros(1, 3).long(), [(2,)], 1))
+        to_torch_nested(FeaturePyramid(torch.ones(1, 1), torch.zeros(1, 3).long(), ((2,),), 1))

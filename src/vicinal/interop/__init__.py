@@ -6,6 +6,16 @@ or microseconds, are voxelized, so their functions take ``cell_size`` and ``boun
 ``strides`` of the levels and how points that share a cell are pooled.
 """
 
+from .clouds import (
+    from_las,
+    from_numpy_cloud,
+    from_open3d,
+    to_las,
+    to_numpy_cloud,
+    to_open3d,
+)
+from .events import from_events
+from .hits import from_awkward, from_hdf5, from_zarr, to_awkward
 from .pydata_sparse import from_pydata_sparse, to_pydata_sparse
 from .scipy_sparse import from_scipy, to_scipy
 from .torch_sparse import (
@@ -18,11 +28,22 @@ from .torch_sparse import (
 )
 
 __all__ = [
+    "from_awkward",
+    "from_events",
+    "from_hdf5",
+    "from_las",
+    "from_numpy_cloud",
+    "from_open3d",
     "from_pydata_sparse",
     "from_scipy",
     "from_torch_coo",
     "from_torch_csr",
     "from_torch_nested",
+    "from_zarr",
+    "to_awkward",
+    "to_las",
+    "to_numpy_cloud",
+    "to_open3d",
     "to_pydata_sparse",
     "to_scipy",
     "to_torch_coo",

@@ -114,6 +114,11 @@ def import_library(name: str, package: str | None = None) -> ModuleType:
         ) from error
 
 
+def as_names(names: str | Sequence[str]) -> list[str]:
+    """A list of names; one name is a list of one."""
+    return [names] if isinstance(names, str) else list(names)
+
+
 def as_images(argument: str, value: Any) -> list[Any]:
     """The images of a batch: a list or tuple has one each, anything else is the only one."""
     if not isinstance(value, list | tuple):
@@ -158,18 +163,19 @@ def read_columns(argument: str, table: Any, names: str | Sequence[str]) -> list[
     """
     numpy = import_library("numpy")
     columns: list[Tensor] = []
-    for name in [names] if isinstance(names, str) else names:
+    for name in as_names(names):
         try:
             column = table[name]
         except (LookupError, ValueError, TypeError, AttributeError):
             refuse(argument, f"the name of a column of the {type(table).__name__}", name)
         if not isinstance(column, Tensor):
             column = numpy.asarray(column)
-        column = as_tensor(f"column {name!r}", column)
+        label = f"{argument} {name!r}"
+        column = as_tensor(label, column)
         if isinstance(column, Tensor) and column.dtype == torch.bool:
             column = column.to(torch.uint8)
         size = len(columns[0]) if columns else "n"
-        columns.append(check_tensor(f"column {name!r}", column, (size,), kind="number"))
+        columns.append(check_tensor(label, column, (size,), kind="number"))
     return columns
 
 

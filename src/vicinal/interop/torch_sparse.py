@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -320,7 +321,8 @@ def _rows_of_nested(argument: str, nested: Tensor) -> tuple[Tensor, Tensor]:
         came = "a nested tensor" if getattr(nested, "is_nested", False) else nested
         refuse(argument, "a nested tensor [B, n_b, columns]", came)
     if nested.layout == torch.jagged and nested.is_contiguous():
-        return nested.values(), nested.offsets()
+        jagged: Any = nested  # of a class without a public name, which has offsets
+        return jagged.values(), jagged.offsets()
     return cat_images(argument, nested.unbind())
 
 
