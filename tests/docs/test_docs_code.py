@@ -78,7 +78,7 @@ def run(code: str, name: str, namespace: dict[str, Any]) -> str | None:
     try:
         exec(compile(code, name, "exec"), namespace)
     except ImportError as error:
-        missing = getattr(error.__cause__ or error, "name", None)
+        missing: str | None = getattr(error.__cause__ or error, "name", None)
         if missing not in OPTIONAL:
             raise
         return missing
