@@ -66,6 +66,12 @@ def test_entries_of_one_cell_are_added_before_they_are_pooled() -> None:
     assert pyramid.values_of_points(1).tolist() == [[6]] * 3
 
 
+def test_sums_of_small_integers_do_not_wrap() -> None:
+    entries = (np.array([100, 100], np.int8), (np.zeros(2, int), np.zeros(2, int)))
+    pyramid = from_scipy(sparse.coo_array(entries, shape=(1, 1)), strides=1, pooling="max")
+    assert pyramid.values.tolist() == [[200]]
+
+
 def test_stored_zeros_are_points() -> None:
     entries = (np.array([0.0]), (np.array([1]), np.array([1])))
     pyramid = from_scipy(sparse.coo_array(entries, shape=(2, 2)), strides=1)

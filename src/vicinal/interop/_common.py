@@ -13,6 +13,7 @@ from .._pyramid.raw_points import images_of_points
 from .._utils.checks import as_integer, as_spatial_shape, as_tensor, check_tensor, refuse
 from .._utils.ragged import offsets_from_counts
 from .._utils.types import BoundsLike, StridesLike
+from ..pooling import check_pooling, pool_points
 from ..pyramid import FeaturePyramid
 from ..voxels import voxelize
 
@@ -249,7 +250,11 @@ def stored_values(argument: str, data: Any) -> Tensor:
 
 
 def rows_of_entries(
-    cells: Tensor, channels: Tensor | None, values: Tensor, width: int
+    cells: Tensor,
+    channels: Tensor | None,
+    values: Tensor,
+    spatial_shape: Sequence[int],
+    width: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The entries of every cell as one row; those of one cell and channel are added.
 
@@ -257,16 +262,19 @@ def rows_of_entries(
         cells: int64 ``[n, P + 1]``, image and cell of each entry.
         channels: int64 ``[n]``, the channel of each entry; None: all have the only one.
         values: ``[n]``.
+        spatial_shape: number of cells along each axis.
         width: the number of channels E.
 
     Returns:
         cells ``[m, P + 1]``, sorted; their rows ``[m, E]``, zero where a cell has no entry; and the
-        row of each entry, int64 ``[n]``.
+        row of each entry, int64 ``[n]``. Without channels, sums of integers are int64.
     """
-    distinct, inverse = cells.unique(dim=0, return_inverse=True)
-    channels = torch.zeros_like(inverse) if channels is None else channels
+    finest, add = (1,) * len(spatial_shape), check_pooling("sum")
+    sums, distinct, row = pool_points(values[:, None], cells, finest, spatial_shape, add)
+    if channels is None:
+        return distinct, sums, row
     rows = values.new_zeros(len(distinct), width)
-    return distinct, rows.index_put((inverse, channels), values, accumulate=True), inverse
+    return distinct, rows.index_put((row, channels), values, accumulate=True), row
 
 
 def pyramid_of_entries(
@@ -284,7 +292,7 @@ def pyramid_of_entries(
     Those of one cell are added first. `FeaturePyramid.values_of_points` has a row for each of them,
     in their order.
     """
-    distinct, rows, inverse = rows_of_entries(cells, None, values, 1)
+    distinct, rows, inverse = rows_of_entries(cells, None, values, spatial_shape)
     pyramid = pyramid_of_cells(
         distinct,
         rows,

@@ -307,7 +307,8 @@ def _pyramid_of_table(
     if offsets is not None:
         options["offsets"] = read_columns("offsets", table, offsets)[0]
     if event is not None:
-        ids = check_tensor("event", read_columns("event", table, event)[0], (len(points),))
+        column = read_columns("event", table, event)[0]
+        ids = check_tensor("event", column, (len(points),), kind="integer")
         numbers, options["batch"] = ids.unique(return_inverse=True)
         options["batch_size"] = len(numbers)
     return pyramid_of_points(points, values, **options)

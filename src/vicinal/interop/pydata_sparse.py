@@ -57,12 +57,13 @@ def from_pydata_sparse(
     coo = array.asformat("coo")
     indices = as_tensor("array", coo.coords).t().long()
     values = stored_values("array", coo.data)
-    cells, rows, _ = rows_of_entries(indices[:, :-1], indices[:, -1], values, coo.shape[-1])
+    batch_size, *shape, width = coo.shape
+    cells, rows, _ = rows_of_entries(indices[:, :-1], indices[:, -1], values, shape, width)
     return pyramid_of_cells(
         cells,
         rows,
-        coo.shape[1:-1],
-        coo.shape[0],
+        shape,
+        batch_size,
         strides=strides,
         pooling=pooling,
         periodic_axes=periodic_axes,

@@ -71,7 +71,8 @@ def from_torch_coo(
     coo = coalesce(tensor)
     cells, values = coo.indices().t(), coo.values()
     if not coo.dense_dim():
-        cells, values, _ = rows_of_entries(cells[:, :-1], cells[:, -1], values, coo.shape[-1])
+        shape, width = coo.shape[1:-1], coo.shape[-1]
+        cells, values, _ = rows_of_entries(cells[:, :-1], cells[:, -1], values, shape, width)
     return pyramid_of_cells(
         cells,
         values,
