@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+# Packages of containers without which an example is skipped.
+OPTIONAL = ("torch_geometric",)
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MODULES = tuple(
@@ -71,6 +73,16 @@ CODE_OF_DOCSTRINGS = {
 }
 
 
+def run(code: str, name: str, namespace: dict[str, Any]) -> None:
+    try:
+        exec(compile(code, name, "exec"), namespace)
+    except ImportError as error:
+        missing = getattr(error.__cause__ or error, "name", None)
+        if missing not in OPTIONAL:
+            raise
+        pytest.skip(f"needs {missing}")
+
+
 @pytest.fixture(autouse=True)
 def _fresh_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -82,12 +94,12 @@ def _fresh_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_code_of_a_page_runs_block_after_block(page: str) -> None:
     namespace: dict[str, Any] = {"__name__": "page"}
     for index, code in enumerate(CODE_OF_PAGES[page]):
-        exec(compile(code, f"{page}, block {index}", "exec"), namespace)
+        run(code, f"{page}, block {index}", namespace)
 
 
 @pytest.mark.parametrize("example", CODE_OF_DOCSTRINGS)
 def test_code_of_a_docstring_runs_by_itself(example: str) -> None:
-    exec(compile(CODE_OF_DOCSTRINGS[example], example, "exec"), {"__name__": "example"})
+    run(CODE_OF_DOCSTRINGS[example], example, {"__name__": "example"})
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -106,6 +118,7 @@ def test_a_public_name_has_an_example(name: str) -> None:
         "docs/detection.md",
         "docs/distributed.md",
         "docs/recipes/classify.md",
+        "docs/recipes/containers-networks.md",
         "docs/recipes/cross-attention.md",
         "docs/recipes/cuda-graphs.md",
         "docs/recipes/detection.md",
