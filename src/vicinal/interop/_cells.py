@@ -187,8 +187,8 @@ def strided_cells_of_level(pyramid: Any, level: int) -> StridedCells:
     """The points of one level in cells that are counted from raw coordinate 0 on.
 
     Where origin or cell size of the pyramid are not known, raw coordinates are in raw cells from
-    the map's corner. The stride is the size of the level's cells: in raw units where the cell size of
-    the pyramid is whole, as that of a container is; otherwise, such as in meters, in raw cells.
+    the map's corner. The stride is the size of the level's cells: in raw units where the pyramid's
+    cell size is whole, as that of a container is; otherwise, such as in meters, in raw cells.
 
     Raises:
         ValueError: ``pyramid`` is no pyramid or does not know its strides, there is no such level,
@@ -198,7 +198,7 @@ def strided_cells_of_level(pyramid: Any, level: int) -> StridedCells:
     sizes = raw_sizes(pyramid, level)
     shift = whole_cells(pyramid.origin or [0.0] * len(sizes), sizes)
     if shift is None:
-        expected = f"an origin that is a multiple of {list(sizes)}, the size of the level's cells"
+        expected = f"an origin that is a multiple of the level's cells, {list(sizes)}, or None"
         refuse("pyramid", expected, f"the origin {list(pyramid.origin)}")
     whole = all(float(size).is_integer() for size in pyramid.cell_size or ())
     stride = tuple(map(int, sizes)) if whole else pyramid.strides[level]
@@ -234,9 +234,17 @@ def whole_cells(distances: Sequence[float], sizes: Sequence[float]) -> list[int]
     return [round(number) for number in cells]
 
 
-def centers_of_points(pyramid: FeaturePyramid, level: int, points: LevelPoints) -> Tensor:
-    """float64 ``[m, P]``: the centers of the cells of points of one level, in raw units."""
+def centers_of_points(
+    pyramid: FeaturePyramid, level: int, points: LevelPoints, dtype: torch.dtype
+) -> Tensor:
+    """``[m, P]``: the centers of the cells of points of one level, in raw units.
+
+    Raises:
+        ValueError: ``dtype`` is not floating.
+    """
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        refuse("dtype", "a floating dtype", dtype)
     cells = points.coordinates[:, 1:]
     levels = torch.full_like(cells[:, 0], level)
     centers = centers_of_cells(cells, levels, pyramid.level_shapes, torch.float64)
-    return pyramid.raw_from_positions(centers)
+    return pyramid.raw_from_positions(centers).to(dtype)

@@ -88,7 +88,7 @@ def to_pyg(pyramid: FeaturePyramid, level: int = 0, *, dtype: torch.dtype = torc
         reach the pyramid's values.
 
     Raises:
-        ValueError: there is no such level.
+        ValueError: there is no such level, or ``dtype`` is not floating.
         ImportError: torch_geometric is not installed.
 
     Example:
@@ -108,7 +108,7 @@ def to_pyg(pyramid: FeaturePyramid, level: int = 0, *, dtype: torch.dtype = torc
     images = points.coordinates[:, 0]
     return import_library("torch_geometric.data", "torch_geometric").Batch(
         x=points.values,
-        pos=centers_of_points(pyramid, level, points).to(dtype),
+        pos=centers_of_points(pyramid, level, points, dtype),
         batch=images,
         ptr=offsets_from_ids(images, points.batch_size),
     )

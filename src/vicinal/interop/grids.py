@@ -361,7 +361,7 @@ def to_warpconvnet_points(
         pyramid's values.
 
     Raises:
-        ValueError: there is no such level.
+        ValueError: there is no such level, or ``dtype`` is not floating.
         ImportError: WarpConvNet is not installed.
 
     Example:
@@ -378,7 +378,7 @@ def to_warpconvnet_points(
     """
     points = distinct_points_of_level(pyramid, level)
     return import_library("warpconvnet.geometry.types.points", "warpconvnet").Points(
-        centers_of_points(pyramid, level, points).to(dtype),
+        centers_of_points(pyramid, level, points, dtype),
         points.values,
         offsets=offsets_from_ids(points.coordinates[:, 0], points.batch_size).cpu(),
     )

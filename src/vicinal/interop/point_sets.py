@@ -152,7 +152,8 @@ def to_pointcept(
         cell are added. Gradients reach the pyramid's values.
 
     Raises:
-        ValueError: there is no such level, or the pyramid does not know its strides.
+        ValueError: there is no such level, the pyramid does not know its strides, or ``dtype`` is
+            not floating.
 
     Example:
         ```python
@@ -172,7 +173,7 @@ def to_pointcept(
     sizes = raw_sizes(pyramid, level)
     images = points.coordinates[:, 0]
     point = {
-        "coord": centers_of_points(pyramid, level, points).to(dtype),
+        "coord": centers_of_points(pyramid, level, points, dtype),
         "grid_coord": as_int32(points.coordinates[:, 1:]),
         "feat": points.values,
         "offset": offsets_from_ids(images, points.batch_size)[1:],

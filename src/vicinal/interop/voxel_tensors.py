@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from .._utils.checks import check_tensor, refuse
+from .._utils.checks import check_tensor, check_type, refuse
 from .._utils.types import BoundsLike, StridesLike
 from ..pyramid import FeaturePyramid
 from ._cells import (
@@ -129,10 +129,11 @@ def to_torchsparse(pyramid: FeaturePyramid, level: int = 0) -> Any:
         assert tensor.stride == (2, 2, 2)
         ```
     """
-    library = import_library("torchsparse")
     cells = strided_cells_of_level(pyramid, level)
     _check_three_dimensions(pyramid)
-    tensor = library.SparseTensor(cells.values, cells.coordinates, cells.stride)
+    tensor = import_library("torchsparse").SparseTensor(
+        cells.values, cells.coordinates, cells.stride
+    )
     if not _is_image_first(tensor):
         multiples = cells.coordinates[:, 1:] * cells.coordinates.new_tensor(cells.stride)
         tensor.coords = torch.cat((multiples, cells.coordinates[:, :1]), 1)
@@ -199,6 +200,8 @@ def from_trellis(
     feats = check_tensor("tensor.feats", feats, ("n", "E"), kind="number")
     shape = (len(feats), 4)
     coords = check_tensor("tensor.coords", coords, shape, kind="integer", device=feats.device)
+    if not isinstance(sizes, Sequence) or not sizes:
+        refuse("tensor.shape", "sizes that begin with the number of images", sizes)
     return pyramid_of_strided_cells(
         "tensor.coords",
         coords[:, 1:],
@@ -247,6 +250,7 @@ def to_trellis(
         assert tensor.shape == (3, 8)
         ```
     """
+    check_type("library", library, str)
     cells = strided_cells_of_level(pyramid, level)
     _check_three_dimensions(pyramid)
     if not len(cells.values):
