@@ -35,6 +35,7 @@ def test_batches_keep_empty_graphs() -> None:
     assert torch.equal(back.ptr, data.ptr)
     assert torch.equal(back.batch, data.batch)
     assert isinstance(back, pyg.Batch)
+    assert [graph.num_nodes for graph in back.to_data_list()] == [3, 0, 4, 0]
     assert from_pyg(back, cell_size=1e-6).batch_size == 4
 
 
@@ -105,6 +106,8 @@ def test_other_arguments_are_refused() -> None:
         from_pyg(batch(3), cell_size=0)
     with pytest.raises(ValueError, match="pyramid"):
         to_pyg(batch(3))
+    with pytest.raises(ValueError, match="image"):
+        to_pyg(FeaturePyramid(torch.ones(0, 2), torch.zeros(0, 4).long(), ((4, 4),), 0))
     pyramid = FeaturePyramid.from_points(torch.tensor([[0, 1, 2]]), torch.ones(1, 2), (4, 4), 1)
     with pytest.raises(ValueError, match="dtype"):
         to_pyg(pyramid, dtype=torch.int32)

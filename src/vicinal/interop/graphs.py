@@ -5,8 +5,7 @@ from typing import Any
 
 import torch
 
-from .._utils.checks import check_tensor
-from .._utils.ragged import offsets_from_ids
+from .._utils.checks import check_tensor, refuse
 from .._utils.types import BoundsLike, StridesLike
 from ..pyramid import FeaturePyramid
 from ..voxels import voxelize
@@ -88,7 +87,7 @@ def to_pyg(pyramid: FeaturePyramid, level: int = 0, *, dtype: torch.dtype = torc
         reach the pyramid's values.
 
     Raises:
-        ValueError: there is no such level, or ``dtype`` is not floating.
+        ValueError: there is no such level, the pyramid has no images, or ``dtype`` is not floating.
         ImportError: torch_geometric is not installed.
 
     Example:
@@ -105,10 +104,10 @@ def to_pyg(pyramid: FeaturePyramid, level: int = 0, *, dtype: torch.dtype = torc
         ```
     """
     points = distinct_points_of_level(pyramid, level)
-    images = points.coordinates[:, 0]
-    return import_library("torch_geometric.data", "torch_geometric").Batch(
-        x=points.values,
-        pos=centers_of_points(pyramid, level, points, dtype),
-        batch=images,
-        ptr=offsets_from_ids(images, points.batch_size),
-    )
+    if not points.batch_size:
+        refuse("pyramid", "a pyramid with at least one image", pyramid)
+    positions = centers_of_points(pyramid, level, points, dtype)
+    counts = torch.bincount(points.coordinates[:, 0], minlength=points.batch_size).tolist()
+    library = import_library("torch_geometric.data", "torch_geometric")
+    images = zip(points.values.split(counts), positions.split(counts), strict=True)
+    return library.Batch.from_data_list([library.Data(x=x, pos=pos) for x, pos in images])
