@@ -11,6 +11,7 @@ from .._utils.checks import (
     as_integer,
     as_integers,
     as_list,
+    check_finite,
     check_offsets,
     check_range,
     check_tensor,
@@ -132,6 +133,32 @@ def pyramid_of_strided_cells(
         bounds=_filled_bounds(bounds, raw, multiples, least_highs, periodic_axes),
         periodic_axes=periodic_axes,
         batch_size=n_images,
+    )
+    return voxels.pyramid(values, strides=strides, pooling=pooling)
+
+
+def pyramid_of_raw_points(
+    argument: str,
+    positions: Tensor,
+    images: Tensor | None,
+    values: Tensor,
+    *,
+    batch_size: int | None,
+    cell_size: float | Sequence[float],
+    bounds: BoundsLike | None,
+    strides: StridesLike,
+    pooling: str,
+    periodic_axes: Sequence[int],
+) -> FeaturePyramid:
+    """A pyramid of ``positions`` ``[n, P]``, called ``argument`` in messages; see `voxelize`."""
+    check_finite(argument, positions)
+    voxels = voxelize(
+        positions,
+        images,
+        cell_size=cell_size,
+        bounds=bounds,
+        periodic_axes=periodic_axes,
+        batch_size=batch_size,
     )
     return voxels.pyramid(values, strides=strides, pooling=pooling)
 

@@ -8,8 +8,13 @@ import torch
 from .._utils.checks import check_tensor, refuse
 from .._utils.types import BoundsLike, StridesLike
 from ..pyramid import FeaturePyramid
-from ..voxels import voxelize
-from ._cells import attributes, centers_of_points, distinct_points_of_level, images_of_offsets
+from ._cells import (
+    attributes,
+    centers_of_points,
+    distinct_points_of_level,
+    images_of_offsets,
+    pyramid_of_raw_points,
+)
 from ._common import import_library
 
 
@@ -63,14 +68,18 @@ def from_pyg(
     offsets, images = getattr(data, "ptr", None), getattr(data, "batch", None)
     if offsets is not None:
         images = images_of_offsets("data.ptr", offsets, n, device)
-    return voxelize(
+    return pyramid_of_raw_points(
+        "data.pos",
         positions,
         images,
+        features,
+        batch_size=None if offsets is None else len(offsets) - 1,
         cell_size=cell_size,
         bounds=bounds,
+        strides=strides,
+        pooling=pooling,
         periodic_axes=periodic_axes,
-        batch_size=None if offsets is None else len(offsets) - 1,
-    ).pyramid(features, strides=strides, pooling=pooling)
+    )
 
 
 def to_pyg(pyramid: FeaturePyramid, level: int = 0, *, dtype: torch.dtype = torch.float32) -> Any:

@@ -11,7 +11,6 @@ from .._utils.checks import as_numbers, check_tensor, refuse
 from .._utils.ragged import offsets_from_ids
 from .._utils.types import BoundsLike, StridesLike
 from ..pyramid import FeaturePyramid
-from ..voxels import voxelize
 from ._cells import (
     as_int32,
     as_stride,
@@ -19,6 +18,7 @@ from ._cells import (
     centers_of_points,
     distinct_points_of_level,
     images_of_offsets,
+    pyramid_of_raw_points,
     pyramid_of_strided_cells,
     raw_sizes,
     strided_cells_of_level,
@@ -336,14 +336,18 @@ def from_warpconvnet_points(
         "points.coordinate_tensor", positions, (n, "P"), kind="number", device=device
     )
     images = images_of_offsets("points.offsets", offsets, n, device)
-    return voxelize(
+    return pyramid_of_raw_points(
+        "points.coordinate_tensor",
         positions,
         images,
+        features,
+        batch_size=len(offsets) - 1,
         cell_size=cell_size,
         bounds=bounds,
+        strides=strides,
+        pooling=pooling,
         periodic_axes=periodic_axes,
-        batch_size=len(offsets) - 1,
-    ).pyramid(features, strides=strides, pooling=pooling)
+    )
 
 
 def to_warpconvnet_points(

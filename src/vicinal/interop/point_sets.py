@@ -10,12 +10,12 @@ from .._utils.checks import as_numbers, check_tensor, refuse
 from .._utils.ragged import offsets_from_ids
 from .._utils.types import BoundsLike, StridesLike
 from ..pyramid import FeaturePyramid
-from ..voxels import voxelize
 from ._cells import (
     as_int32,
     centers_of_points,
     distinct_points_of_level,
     images_of_offsets,
+    pyramid_of_raw_points,
     pyramid_of_strided_cells,
     raw_sizes,
 )
@@ -97,14 +97,18 @@ def from_pointcept(
             pooling=pooling,
             periodic_axes=periodic_axes,
         )
-    return voxelize(
+    return pyramid_of_raw_points(
+        name,
         places,
         images,
+        features,
+        batch_size=batch_size,
         cell_size=_grid_size(point) if cell_size is None else cell_size,
         bounds=bounds,
+        strides=strides,
+        pooling=pooling,
         periodic_axes=periodic_axes,
-        batch_size=batch_size,
-    ).pyramid(features, strides=strides, pooling=pooling)
+    )
 
 
 def _images(point: Mapping[str, Any], features: Tensor) -> tuple[Tensor, int | None]:
