@@ -1,4 +1,4 @@
-.PHONY: help demo test test-torch lint docs docs-serve gpu-test gpu-sanitize gpu-bench gpu-first bench bench-compare clean
+.PHONY: help demo test test-torch soak lint docs docs-serve gpu-test gpu-sanitize gpu-bench gpu-first bench bench-compare clean
 .DEFAULT_GOAL := help
 PYTHON ?= python3
 BIN := .venv/bin
@@ -8,6 +8,8 @@ help:
 	@echo "python -m examples.classify_points   classifies handwritten digits as point sets"
 	@echo "python -m examples.stream_events   encodes a stream of events slice by slice"
 	@echo "make test   runs the tests"
+	@echo "make soak   runs the C++ kernel under sanitizers, and again and again, for half an hour;"
+	@echo "            a quick part of it: make soak SIZE=quick"
 	@echo "make lint   runs ruff and mypy"
 	@echo "make docs   builds the documentation site, strictly, in out/site"
 	@echo "make docs-serve  shows it at http://localhost:8000 and follows changes"
@@ -57,6 +59,9 @@ test-torch:
 	.venv-torch-$*/bin/python -m pip install --quiet --disable-pip-version-check \
 		-c .venv-torch-$*/constraints.txt torch 'setuptools>=77' wheel
 	touch $@
+
+soak: .venv/ready
+	PYTHONPATH=tests $(BIN)/python -m tests.soak --size $(SIZE)
 
 lint: .venv/ready
 	$(BIN)/ruff check .
