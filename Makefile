@@ -23,7 +23,8 @@ help:
 	@echo "make gpu-sanitize   runs the Triton kernels under NVIDIA's Compute Sanitizer, in 20 minutes"
 	@echo "make gpu-bench  runs GPU measurements for five minutes, figures in benchmarks/results/; again"
 	@echo "            goes on with what is left; for some cases: CASES=\"attention plan compute\""
-	@echo "make bench-compare A=commit B=commit   times two commits alternately"
+	@echo "make bench-compare   times this commit and the last release alternately, and warns of what is"
+	@echo "            slower; of others: A=commit B=commit"
 	@echo "make clean  removes the environment and everything built"
 	@echo "All of them first create .venv, with the versions pinned in constraints.txt."
 
@@ -103,7 +104,10 @@ SIZE ?= full
 bench: .venv/bench-ready
 	$(BIN)/python -m benchmarks --device cpu --size $(SIZE)
 
+A ?= $(shell git describe --tags --abbrev=0 --match 'v*' 2>/dev/null)
+B ?= HEAD
 bench-compare: .venv/ready
+	@test -n "$(A)" || { echo "no release to compare with: give A=commit" >&2; exit 2; }
 	$(BIN)/python -m benchmarks.compare $(A) $(B) --size $(SIZE)
 
 # torch comes first: building the kernel needs its headers, and any other package that asks for

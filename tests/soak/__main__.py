@@ -1,8 +1,8 @@
 """Long checks of the C++ kernel: ``python -m tests.soak``, or ``make soak``. They need GCC.
 
 The kernel under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer; equal bits in
-many runs; many calls of varying sizes without growth. ``--size quick`` is a part of it for CI, about
-a minute: few problems, and the sanitizers see the baseline instruction set alone.
+many runs; many calls of varying sizes without growth. ``--size quick`` is a part of it for CI:
+few problems, and the sanitizers see the baseline instruction set alone. It takes about a minute.
 """
 
 import argparse
