@@ -13,7 +13,7 @@ import pytest
 import torch
 
 # Packages that are too large to install everywhere; code that needs them is skipped without them.
-OPTIONAL = ("open3d", "sparse")
+OPTIONAL = ("open3d", "sparse", "torch_geometric")
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MODULES = tuple(
@@ -125,6 +125,7 @@ def test_a_public_name_has_an_example(name: str) -> None:
         "docs/distributed.md",
         "docs/recipes/classify.md",
         "docs/recipes/containers-arrays.md",
+        "docs/recipes/containers-networks.md",
         "docs/recipes/cross-attention.md",
         "docs/recipes/cuda-graphs.md",
         "docs/recipes/detection.md",
