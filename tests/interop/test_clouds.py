@@ -1,11 +1,10 @@
 """Point clouds of NumPy, Open3D and LAS files, as pyramids and back."""
 
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
+import open3d
 import pytest
 import torch
 
@@ -98,41 +97,19 @@ def test_other_clouds_are_refused() -> None:
         to_numpy_cloud(rows(3))
 
 
-class StandInCloud:
-    """What is used of ``open3d.geometry.PointCloud``: vectors of float64 rows, empty at first."""
-
-    def __init__(self) -> None:
-        self.points, self.colors, self.normals = np.empty((3, 0, 3))
-
-
-@pytest.fixture(params=["stand-in", "open3d"])
-def open3d(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Open3D, and a stand-in with its documented attributes, since it is too large to install
-    everywhere.
-    """
-    if request.param == "open3d":
-        return pytest.importorskip("open3d")
-    module: Any = ModuleType("open3d")
-    module.geometry, module.utility = ModuleType("geometry"), ModuleType("utility")
-    module.geometry.PointCloud = StandInCloud
-    module.utility.Vector3dVector = lambda rows: np.array(rows, np.float64).reshape(-1, 3)
-    monkeypatch.setitem(sys.modules, "open3d", module)
-    return module
-
-
-def cloud_of_open3d(open3d: Any, **vectors: Any) -> Any:
+def cloud_of_open3d(**vectors: Any) -> Any:
     cloud = open3d.geometry.PointCloud()
     for name, values in vectors.items():
         setattr(cloud, name, open3d.utility.Vector3dVector(values))
     return cloud
 
 
-def test_clouds_of_open3d(open3d: Any) -> None:
+def test_clouds_of_open3d() -> None:
     points, colors, normals = [rows(20), rows(30)], [rows(20), rows(30)], [rows(20), rows(30)]
     clouds = [
-        cloud_of_open3d(open3d, points=points[0], colors=colors[0], normals=normals[0]),
-        cloud_of_open3d(open3d),
-        cloud_of_open3d(open3d, points=points[1], colors=colors[1], normals=normals[1]),
+        cloud_of_open3d(points=points[0], colors=colors[0], normals=normals[0]),
+        cloud_of_open3d(),
+        cloud_of_open3d(points=points[1], colors=colors[1], normals=normals[1]),
     ]
     pyramid = from_open3d(clouds, ("normals", "colors"), cell_size=1e-4)
     assert pyramid.batch_size == 3
@@ -147,18 +124,16 @@ def test_clouds_of_open3d(open3d: Any) -> None:
     assert len(first.points) == 20
 
 
-def test_points_of_open3d_are_counted(open3d: Any) -> None:
-    pyramid = from_open3d(
-        cloud_of_open3d(open3d, points=rows(20)), cell_size=1, strides=1, pooling="sum"
-    )
+def test_points_of_open3d_are_counted() -> None:
+    pyramid = from_open3d(cloud_of_open3d(points=rows(20)), cell_size=1, strides=1, pooling="sum")
     assert pyramid.values.tolist() == [[20]]
     [cloud] = to_open3d(pyramid)
     assert len(cloud.points) == 1
     assert not len(cloud.colors)
 
 
-def test_other_clouds_of_open3d_are_refused(open3d: Any) -> None:
-    cloud = cloud_of_open3d(open3d, points=rows(20))
+def test_other_clouds_of_open3d_are_refused() -> None:
+    cloud = cloud_of_open3d(points=rows(20))
     with pytest.raises(ValueError, match=r"clouds.*colors"):
         from_open3d(cloud, "colors", cell_size=1)
     with pytest.raises(ValueError, match="features"):

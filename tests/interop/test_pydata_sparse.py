@@ -4,12 +4,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import sparse
 import torch
 
 from vicinal import FeaturePyramid
 from vicinal.interop import from_pydata_sparse, from_torch_coo, to_pydata_sparse
-
-sparse = pytest.importorskip("sparse")
 
 
 def dense(shape: tuple[int, ...] = (2, 9, 7, 3), n: int = 60) -> Any:

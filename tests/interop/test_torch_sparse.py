@@ -255,3 +255,12 @@ def test_nested_tensors_that_do_not_match_are_refused() -> None:
 def test_values_per_point_need_raw_points() -> None:
     with pytest.raises(ValueError, match="point_rows"):
         to_torch_nested(FeaturePyramid(torch.ones(1, 1), torch.zeros(1, 3).long(), ((2,),), 1))
+
+
+def test_values_of_points_without_an_image_are_left_out() -> None:
+    cells = torch.tensor([[0, 1, 0], [2, 1, 0]])
+    rows = torch.tensor([[1], [-1], [0], [1]])
+    values = torch.tensor([[1.0], [2.0]])
+    pyramid = FeaturePyramid(values, cells, ((3,),), 3, point_rows=rows)
+    images = [image.flatten().tolist() for image in to_torch_nested(pyramid).unbind()]
+    assert images == [[1.0], [], [2.0, 2.0]]

@@ -64,7 +64,8 @@ def from_numpy_cloud(
         import numpy as np
         from vicinal.interop import from_numpy_cloud, to_numpy_cloud
 
-        clouds = [np.random.rand(n, 3) for n in (50, 80)]  # meters
+        rng = np.random.default_rng(0)
+        clouds = [rng.random((n, 3)) for n in (50, 80)]  # meters
         pyramid = from_numpy_cloud(clouds, cell_size=0.1, pooling="sum", strides=(1, 2))
         assert pyramid.batch_size == 2
         centers, counts = to_numpy_cloud(pyramid, level=1)[0]
@@ -177,7 +178,8 @@ def from_open3d(
         from vicinal.interop import from_open3d, to_open3d
 
         cloud = open3d.geometry.PointCloud()
-        cloud.points = open3d.utility.Vector3dVector(np.random.rand(500, 3))
+        points = np.random.default_rng(0).random((500, 3))
+        cloud.points = open3d.utility.Vector3dVector(points)
         cloud.paint_uniform_color([1, 0, 0])
         pyramid = from_open3d(cloud, "colors", cell_size=0.05)
         assert pyramid.values_of_points(level=0).tolist() == [[1, 0, 0]] * 500
@@ -318,7 +320,7 @@ def from_las(
         from vicinal.interop import from_las, to_las
 
         las = laspy.create(point_format=3)
-        las.x, las.y, las.z = np.random.rand(3, 500) + [[500_000], [4_000_000], [120]]
+        las.xyz = np.random.default_rng(0).random((500, 3)) + [500_000, 4_000_000, 120]
         las.intensity = np.arange(500)
         pyramid = from_las(las, ("intensity", "red"), cell_size=0.1)
         assert pyramid.embed_dim == 2
@@ -382,7 +384,7 @@ def to_las(
         from vicinal.interop import from_las, to_las
 
         las = laspy.create()
-        las.x, las.y, las.z = np.random.rand(3, 500)
+        las.xyz = np.random.default_rng(0).random((500, 3))
         pyramid = from_las(las, cell_size=0.1)
         scores = pyramid.with_values(torch.rand(len(pyramid), 1))
         to_las(scores, like=las, names=["score"]).write("scores.las")

@@ -196,9 +196,10 @@ def from_hdf5(
         import numpy as np
         from vicinal.interop import from_hdf5
 
+        rng = np.random.default_rng(0)
         with h5py.File("hits.h5", "w") as file:
             for name in ("x", "y", "z", "energy"):
-                file[f"hits/{name}"] = np.random.rand(100)
+                file[f"hits/{name}"] = rng.random(100)
             file["hits/event"] = np.repeat([7, 3], 50)
         with h5py.File("hits.h5") as file:
             pyramid = from_hdf5(file["hits"], features="energy", event="event", cell_size=0.1)
@@ -267,9 +268,9 @@ def from_zarr(
         import zarr
         from vicinal.interop import from_zarr
 
-        group = zarr.open_group("hits.zarr", mode="w")
+        rng, group = np.random.default_rng(0), zarr.open_group("hits.zarr", mode="w")
         for name in ("x", "y", "z"):
-            group[name] = np.random.rand(100)
+            group[name] = rng.random(100)
         group["starts"] = np.array([0, 40, 40, 100])
         pyramid = from_zarr(group, offsets="starts", cell_size=0.1, pooling="sum")
         assert pyramid.batch_size == 3
