@@ -93,6 +93,8 @@ def test_other_clouds_are_refused() -> None:
         from_numpy_cloud([rows(3), rows(3)], [rows(3)], cell_size=1)
     with pytest.raises(ValueError, match="features"):
         from_numpy_cloud(rows(3), rows(4), cell_size=1)
+    with pytest.raises(ValueError, match=r"features\[1\]"):
+        from_numpy_cloud([rows(3), rows(3)], [rows(3), rows(4)], cell_size=1)
     with pytest.raises(ValueError, match="pyramid"):
         to_numpy_cloud(rows(3))
 

@@ -160,7 +160,9 @@ def test_other_columns_are_refused(table: tuple[Any, Callable[..., Any]]) -> Non
     for arguments in (
         {"fields": ("x", "time")},
         {"fields": ()},
+        {"fields": 3},
         {"features": "charge"},
+        {"features": ("e", 3)},
         {"event": "run"},
         {"offsets": "run"},
     ):

@@ -1,5 +1,7 @@
 """Sparse tensors of PyTorch, as pyramids and back."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -65,6 +67,8 @@ def test_gradients_reach_the_map() -> None:
         coo().to_dense(),
         coo().to_dense().to_sparse(2),
         torch.eye(3).to_sparse(),
+        torch.ones(1, 2, 3, dtype=torch.bool).to_sparse(),
+        torch.ones(1, 2, 3, dtype=torch.complex64).to_sparse(2),
         [1, 2],
     ],
 )
@@ -181,6 +185,11 @@ def test_other_matrices_are_refused(matrix: Tensor) -> None:
         from_torch_csr(matrix)
 
 
+def test_the_matrix_of_a_batch_that_is_refused_is_named() -> None:
+    with pytest.raises(ValueError, match=r"matrices\[1\]"):
+        from_torch_csr([csr(), torch.eye(3)])
+
+
 def test_csr_matrices_of_two_dtypes_are_refused() -> None:
     with pytest.raises(ValueError, match=r"matrices\[1\].*float64"):
         from_torch_csr([csr(), csr().float()])
@@ -250,6 +259,14 @@ def test_nested_tensors_that_do_not_match_are_refused() -> None:
         from_torch_nested(points, torch.rand(80, 3), cell_size=1)
     with pytest.raises(ValueError, match="points"):
         from_torch_nested(torch.rand(80, 2), cell_size=1)
+    with pytest.raises(ValueError, match="points"):
+        from_torch_nested(torch.nested.nested_tensor([torch.rand(3)] * 2), cell_size=1)
+
+
+@pytest.mark.parametrize("pyramid", [None, torch.ones(2, 3)])
+def test_only_pyramids_have_values_of_points(pyramid: Any) -> None:
+    with pytest.raises(ValueError, match="pyramid"):
+        to_torch_nested(pyramid)
 
 
 def test_values_per_point_need_raw_points() -> None:

@@ -115,18 +115,23 @@ def import_library(name: str, package: str | None = None) -> ModuleType:
         ) from error
 
 
-def as_names(names: str | Sequence[str]) -> list[str]:
+def as_names(argument: str, names: str | Sequence[str]) -> list[str]:
     """A list of names; one name is a list of one."""
-    return [names] if isinstance(names, str) else list(names)
+    given = [names] if isinstance(names, str) else names
+    if not isinstance(given, Sequence) or not all(isinstance(name, str) for name in given):
+        refuse(argument, "a name, or a sequence of names", names)
+    return list(given)
 
 
-def as_images(argument: str, value: Any) -> list[Any]:
-    """The images of a batch: a list or tuple has one each, anything else is the only one."""
+def as_images(argument: str, value: Any) -> dict[str, Any]:
+    """The images of a batch, by what they are called in messages: a list or tuple has one each,
+    anything else is the only one.
+    """
     if not isinstance(value, list | tuple):
-        return [value]
+        return {argument: value}
     if not value:
         refuse(argument, "at least one image", value)
-    return list(value)
+    return {f"{argument}[{index}]": image for index, image in enumerate(value)}
 
 
 def cat_images(argument: str, images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -164,7 +169,7 @@ def read_columns(argument: str, table: Any, names: str | Sequence[str]) -> list[
     """
     numpy = import_library("numpy")
     columns: list[Tensor] = []
-    for name in as_names(names):
+    for name in as_names(argument, names):
         try:
             column = table[name]
         except (LookupError, ValueError, TypeError, AttributeError):
@@ -329,7 +334,8 @@ def values_by_image(pyramid: Any, level: int) -> tuple[Tensor, Tensor]:
         ValueError: ``pyramid`` is no pyramid, it has no such level, or it does not know the rows of
             raw points.
     """
-    values = pyramid.values_of_points(check_level(pyramid, level))
+    index = check_level(pyramid, level)
+    values = pyramid.values_of_points(index)
     images = images_of_points(pyramid, pyramid.point_rows)
     return rows_by_image(values, images, pyramid.batch_size)
 

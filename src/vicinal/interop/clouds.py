@@ -73,8 +73,8 @@ def from_numpy_cloud(
         ```
     """
     clouds = [
-        check_tensor("points", cloud, ("n", "P"), kind="number")
-        for cloud in as_images("points", points)
+        check_tensor(label, cloud, ("n", "P"), kind="number")
+        for label, cloud in as_images("points", points).items()
     ]
     rows = None
     if features is not None:
@@ -82,8 +82,8 @@ def from_numpy_cloud(
         if len(given) != len(clouds):
             refuse("features", f"{len(clouds)} images, as of the points", f"{len(given)} images")
         rows = [
-            check_tensor("features", values, (len(cloud), "E"), kind="number", device=cloud.device)
-            for values, cloud in zip(given, clouds, strict=True)
+            check_tensor(label, values, (len(cloud), "E"), kind="number", device=cloud.device)
+            for (label, values), cloud in zip(given.items(), clouds, strict=True)
         ]
     return _pyramid_of_clouds(
         clouds,
@@ -189,10 +189,10 @@ def from_open3d(
     """
     names = _names_of_open3d(features)
     given = as_images("clouds", clouds)
-    points = [_vectors_of_open3d(f"clouds[{i}]", cloud, "points") for i, cloud in enumerate(given)]
+    points = [_vectors_of_open3d(label, cloud, "points") for label, cloud in given.items()]
     rows = [
-        torch.cat([_vectors_of_open3d(f"clouds[{i}]", cloud, name) for name in names], 1)
-        for i, cloud in enumerate(given)
+        torch.cat([_vectors_of_open3d(label, cloud, name) for name in names], 1)
+        for label, cloud in given.items()
         if names
     ]
     return _pyramid_of_clouds(
@@ -207,7 +207,7 @@ def from_open3d(
 
 
 def _names_of_open3d(features: str | Sequence[str]) -> list[str]:
-    names = as_names(features)
+    names = as_names("features", features)
     for name in names:
         if name not in ("colors", "normals", "points"):
             refuse("features", "some of 'colors', 'normals' and 'points'", name)
@@ -329,10 +329,12 @@ def from_las(
         ```
     """
     given = as_images("clouds", clouds)
-    for index, cloud in enumerate(given):
-        _check_las(f"clouds[{index}]", cloud)
-    points = [check_tensor("clouds", cloud.xyz, ("n", 3), kind="floating") for cloud in given]
-    rows = [stack_features(read_columns("features", cloud, features)) for cloud in given]
+    for label, cloud in given.items():
+        _check_las(label, cloud)
+    points = [
+        check_tensor(label, cloud.xyz, ("n", 3), kind="floating") for label, cloud in given.items()
+    ]
+    rows = [stack_features(read_columns("features", cloud, features)) for cloud in given.values()]
     return _pyramid_of_clouds(
         points,
         [values for values in rows if values is not None] or None,
@@ -392,14 +394,18 @@ def to_las(
         ```
     """
     values, counts = values_by_image(pyramid, level)
-    clouds, lengths = as_images("like", like), counts.tolist()
-    for index, cloud in enumerate(clouds):
-        _check_las(f"like[{index}]", cloud)
+    for label, cloud in as_images("like", like).items():
+        _check_las(label, cloud)
+    clouds, lengths = list(as_images("like", like).values()), counts.tolist()
     given = [len(cloud.points) for cloud in clouds]
     if given != lengths:
         refuse("like", f"LAS data of {lengths} points, as of the pyramid", f"{given}")
     width = values.shape[1]
-    labels = [f"value_{channel}" for channel in range(width)] if names is None else as_names(names)
+    labels = (
+        [f"value_{channel}" for channel in range(width)]
+        if names is None
+        else as_names("names", names)
+    )
     taken = {name for cloud in clouds for name in cloud.point_format.dimension_names}
     if len(set(labels)) != width or len(labels) != width or taken & set(labels):
         refuse("names", f"{width} names that the LAS data does not have yet", labels)

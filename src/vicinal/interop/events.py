@@ -9,7 +9,14 @@ from torch import Tensor
 from .._utils.checks import as_integer, as_list, check_tensor, is_real, refuse
 from .._utils.types import BoundsLike, StridesLike
 from ..pyramid import FeaturePyramid
-from ._common import as_images, cat_images, pyramid_of_points, read_columns, stack_positions
+from ._common import (
+    as_images,
+    as_names,
+    cat_images,
+    pyramid_of_points,
+    read_columns,
+    stack_positions,
+)
 
 
 def from_events(
@@ -68,13 +75,15 @@ def from_events(
         assert pyramid.values[0].tolist() == [2, 1]  # off, on
         ```
     """
-    if isinstance(fields, str) or len(fields) != 3:
+    if len(as_names("fields", fields)) != 3:
         refuse("fields", "the names of row, column and time", fields)
-    tables = as_images("events", events)
+    tables = as_images("events", events).values()
     points = [stack_positions("fields", read_columns("fields", table, fields)) for table in tables]
     rows, offsets = cat_images("events", points)
     features = None
     if polarity is not None:
+        if not isinstance(polarity, str):
+            refuse("polarity", "a name, or None", polarity)
         signs = [read_columns("polarity", table, polarity)[0] for table in tables]
         features = _off_and_on(torch.cat(signs), len(rows))
     cell_sizes: Any = (1, 1, cell_size) if is_real(cell_size) else cell_size

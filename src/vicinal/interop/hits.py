@@ -72,7 +72,7 @@ def from_awkward(
         assert to_awkward(pyramid).tolist() == [[[4], [4]], [], [[1]]]
         ```
     """
-    names, others = as_names(fields), as_names(features)
+    names, others = as_names("fields", fields), as_names("features", features)
     if not names:
         refuse("fields", "at least one name", fields)
     counts: Tensor | None = None

@@ -62,7 +62,7 @@ def from_scipy(
         ```
     """
     given = as_images("arrays", arrays)
-    images = [_entries(f"arrays[{index}]", array) for index, array in enumerate(given)]
+    images = [_entries(label, array) for label, array in given.items()]
     shapes = [array.shape for array, _, _ in images]
     if len({len(shape) for shape in shapes}) > 1:
         refuse("arrays", "the same number of dimensions in all images", f"the shapes {shapes}")

@@ -65,9 +65,9 @@ def from_torch_coo(
         ```
     """
     is_coo = isinstance(tensor, Tensor) and tensor.layout == torch.sparse_coo
-    if not is_coo or tensor.dim() < 3 or tensor.dense_dim() > 1:
+    if not is_coo or tensor.dim() < 3 or tensor.dense_dim() > 1 or not _is_real(tensor):
         expected = "a sparse COO tensor [B, *spatial_shape, E] with at most one dense dimension"
-        refuse("tensor", expected, tensor)
+        refuse("tensor", f"{expected}, floating or integer", tensor)
     coo = coalesce(tensor)
     cells, values = coo.indices().t(), coo.values()
     if not coo.dense_dim():
@@ -82,6 +82,10 @@ def from_torch_coo(
         pooling=pooling,
         periodic_axes=periodic_axes,
     )
+
+
+def _is_real(tensor: Tensor) -> bool:
+    return not tensor.is_complex() and tensor.dtype != torch.bool
 
 
 def to_torch_coo(
@@ -161,16 +165,18 @@ def from_torch_csr(
         assert torch.equal(coarse.to_dense(), 2 * torch.eye(3))
         ```
     """
-    images = as_images("matrices", matrices)
-    entries = [_entries_of_csr(matrix) for matrix in images]
+    given = as_images("matrices", matrices)
+    entries = [_entries_of_csr(label, matrix) for label, matrix in given.items()]
     values, offsets = cat_images("matrices", [values for _, values in entries])
-    n_images = torch.tensor([math.prod(matrix.crow_indices().shape[:-1]) for matrix in images])
+    n_images = torch.tensor(
+        [math.prod(matrix.crow_indices().shape[:-1]) for matrix in given.values()]
+    )
     first_images = offsets_from_counts(n_images).tolist()
     cells = torch.cat([cells for cells, _ in entries])
     cells[:, 0] += torch.repeat_interleave(
         torch.tensor(first_images[:-1], device=cells.device), offsets.diff(), output_size=len(cells)
     )
-    sizes = [matrix.shape[matrix.crow_indices().dim() - 1 :][:2] for matrix in images]
+    sizes = [matrix.shape[matrix.crow_indices().dim() - 1 :][:2] for matrix in given.values()]
     return pyramid_of_cells(
         cells,
         values,
@@ -182,12 +188,13 @@ def from_torch_csr(
     )
 
 
-def _entries_of_csr(matrix: Tensor) -> tuple[Tensor, Tensor]:
+def _entries_of_csr(argument: str, matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Image, row and column ``[n, 3]`` of what is stored, and its values ``[n, E]``."""
     is_csr = isinstance(matrix, Tensor) and matrix.layout == torch.sparse_csr
-    if not is_csr or matrix.dense_dim() > 1 or matrix.dim() - matrix.dense_dim() > 3:
+    is_csr = is_csr and matrix.dense_dim() <= 1 and matrix.dim() - matrix.dense_dim() <= 3
+    if not is_csr or not _is_real(matrix):
         expected = "a sparse CSR tensor [rows, columns], [B, rows, columns], or one of these with E"
-        refuse("matrices", expected, matrix)
+        refuse(argument, f"{expected}, floating or integer", matrix)
     columns, per_row = matrix.col_indices().flatten(), matrix.crow_indices().diff(dim=-1)
     rows = torch.arange(per_row.numel(), device=columns.device)
     rows = torch.repeat_interleave(rows, per_row.flatten(), output_size=len(columns))
@@ -319,7 +326,8 @@ def from_torch_nested(
 def _rows_of_nested(argument: str, nested: Tensor) -> tuple[Tensor, Tensor]:
     """The rows ``[n, C]`` of all images of a nested tensor ``[B, n_b, C]``, and their offsets."""
     if not isinstance(nested, Tensor) or not nested.is_nested or nested.dim() != 3:
-        came = "a nested tensor" if getattr(nested, "is_nested", False) else nested
+        is_nested = isinstance(nested, Tensor) and nested.is_nested
+        came = f"one of {nested.dim()} dimensions" if is_nested else nested
         refuse(argument, "a nested tensor [B, n_b, columns]", came)
     if nested.layout == torch.jagged and nested.is_contiguous():
         jagged: Any = nested  # of a class without a public name, which has offsets
