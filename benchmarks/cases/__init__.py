@@ -68,7 +68,7 @@ SETTINGS = {
         ),
         # Kernels may be interpreted, which takes a second for a dozen points.
         "quick": Settings(
-            "cuda", "triton", "float32", (1, 12), (), (1, 12), 1, million=(1, 12),
+            "cuda", "triton", "float32", (1, 6), (), (1, 6), 1, million=(1, 6),
             tiles=(32,), blocks=(16, 32), warps=(1,), embed_dim=16, n_heads=1,
         ),
     },

@@ -64,11 +64,10 @@ def pretend_times(monkeypatch: pytest.MonkeyPatch, time_calls: Any) -> None:
 
 
 @interpreted
+@pytest.mark.usefixtures("runs_by_reference")
 @pytest.mark.filterwarnings("ignore")  # of NumPy, which interprets the kernels, and of compilers
 @pytest.mark.parametrize("name", [*all_cases(DRY)])
 def test_case_of_a_gpu_gives_figures(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vicinal.backends import reference, triton
-
     if "edges" in name:
         pytest.importorskip("torch_geometric")
     pretend_times(monkeypatch, once)
@@ -76,7 +75,6 @@ def test_case_of_a_gpu_gives_figures(name: str, monkeypatch: pytest.MonkeyPatch)
     for module in (block, comparison):
         monkeypatch.setattr(module, "peak_memory", lambda call, device: (call(), peak)[1])
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    monkeypatch.setattr(triton, "find_runs", reference.find_runs)  # no interpreter sorts
     figures = all_cases(DRY)[name]()
     for figure, value in figures.items():
         if figure == "no_step":
@@ -88,14 +86,13 @@ def test_case_of_a_gpu_gives_figures(name: str, monkeypatch: pytest.MonkeyPatch)
 
 
 @interpreted
+@pytest.mark.usefixtures("runs_by_reference")
 @pytest.mark.filterwarnings("ignore")
 def test_sweep_tries_all_settings_and_reports_failures(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vicinal.backends import reference, triton
     from vicinal.backends.triton import launch as launching
     from vicinal.backends.triton import ops
 
     pretend_times(monkeypatch, once)
-    monkeypatch.setattr(triton, "find_runs", reference.find_runs)
     launched, launch, chosen = [], launching.launch, launching._constants
 
     def record_launch(kernel: Any, n_programs: int, *arguments: Any, **options: Any) -> None:
