@@ -19,7 +19,7 @@ from ._utils.collation import batched_by_cat
 from ._utils.ragged import offsets_from_ids
 from ._utils.raw_grid import RawGrid, keep_cells
 from ._utils.strides import least_strides
-from ._utils.types import StridesLike
+from ._utils.types import Pooling, StridesLike
 from .windows import centers_of_cells, full_shape, position_dtype
 
 
@@ -477,7 +477,7 @@ class FeaturePyramid(PyramidData):
         batch_size: int,
         *,
         strides: StridesLike = (1, 2, 4, 8),
-        pooling: str = "mean",
+        pooling: Pooling = "mean",
         periodic_axes: Sequence[int] = (),
         origin: Sequence[float] | None = None,
         cell_size: Sequence[float] | None = None,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._utils.checks import as_integer, as_spatial_shape, refuse
-from .._utils.types import StridesLike
+from .._utils.types import Pooling, StridesLike
 from ..pyramid import FeaturePyramid
 
 
@@ -36,7 +36,7 @@ def pyramid_of_cells(
     batch_size: int,
     *,
     strides: StridesLike,
-    pooling: str,
+    pooling: Pooling,
     periodic_axes: Sequence[int],
 ) -> FeaturePyramid:
     """A pyramid of points ``[n, P + 1]`` (image, cell) on a grid that the container has.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .._pyramid.coo import check_coo, coalesce
-from .._utils.types import StridesLike
+from .._utils.types import Pooling, StridesLike
 from ..pyramid import FeaturePyramid
 from ._common import points_of_level, pyramid_of_cells
 
@@ -15,7 +15,7 @@ def from_torch_coo(
     tensor: Tensor,
     *,
     strides: StridesLike = (1, 2, 4, 8),
-    pooling: str = "mean",
+    pooling: Pooling = "mean",
     periodic_axes: Sequence[int] = (),
 ) -> FeaturePyramid:
     """Makes a pyramid from a sparse COO tensor of one grid.

@@ -1,7 +1,6 @@
 """The CPU back end: C++ on PyTorch's stable ABI (`csrc/ops.cpp`)."""
 
 import functools
-import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,15 +50,6 @@ def unsupported_reason(device: torch.device, dtype: torch.dtype | None) -> str |
     if _LOAD_ERROR is not None and not torch.compiler.is_compiling():
         _warn_once()
     return _LOAD_ERROR
-
-
-def register_flop_formulas() -> None:
-    """Registers the projections with `torch.utils.flop_counter`, if that is imported.
-
-    Importing it takes as long as all of vicinal, and only users of `FlopCounterMode` need it.
-    """
-    if "torch.utils.flop_counter" in sys.modules:
-        from . import flop_formulas  # noqa: F401
 
 
 def _load() -> str | None:
