@@ -114,8 +114,9 @@ class FeaturePyramid(PyramidData):
         Raises:
             ValueError: ``values`` does not have a row per point, on the points' device.
         """
-        device = self.coordinates.device
-        values = check_tensor("values", values, (len(self), "E"), kind="number", device=device)
+        # Not len: torch.export would take the number of points for a constant.
+        shape, device = (self.values.shape[0], "E"), self.coordinates.device
+        values = check_tensor("values", values, shape, kind="number", device=device)
         return dataclasses.replace(self, values=values, check_contents=False)
 
     def to(

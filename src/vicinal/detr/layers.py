@@ -170,7 +170,7 @@ class DetectionHead(Module):
             ValueError: shapes, dtypes or devices do not match.
         """
         embeddings = check_tensor("embeddings", embeddings, ("n", self.embed_dim), kind="floating")
-        shape = (len(embeddings), 2 * self.position_dim)
+        shape = (embeddings.shape[0], 2 * self.position_dim)
         boxes = check_tensor("boxes", boxes, shape, kind="floating", device=embeddings.device)
         logits: Tensor = self.classes(embeddings)
         return logits, apply_deltas(boxes, self.box(embeddings))
@@ -278,8 +278,8 @@ class QuerySelfAttention(Module):
         """``[N, H, d]``, computed on tensors that are padded to ``[B, H, max count, d]``."""
         offsets = queries.offsets.long()
         counts = offsets.diff()
-        max_count = self._largest_count(counts, len(q))
-        image = batch_ids(offsets, len(q))
+        max_count = self._largest_count(counts, q.shape[0])
+        image = batch_ids(offsets, q.shape[0])
         column = rank_in_image(image, offsets)
         groups = torch.zeros_like(image) if queries.groups is None else queries.groups.long()
         surplus = None
