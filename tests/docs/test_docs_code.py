@@ -13,7 +13,16 @@ import pytest
 import torch
 
 # Packages that are too large to install everywhere; code that needs them is skipped without them.
-OPTIONAL = ("torch_geometric",)
+OPTIONAL = (
+    "accelerate",
+    "huggingface_hub",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "peft",
+    "pytorch_lightning",
+    "torch_geometric",
+)
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MODULES = tuple(
@@ -129,6 +138,7 @@ def test_a_public_name_has_an_example(name: str) -> None:
         "docs/recipes/cuda-graphs.md",
         "docs/recipes/detection.md",
         "docs/recipes/encoder.md",
+        "docs/recipes/frameworks.md",
         "docs/recipes/labels.md",
         "docs/recipes/sharded-data.md",
         "docs/recipes/streaming.md",
