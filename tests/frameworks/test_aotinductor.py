@@ -22,6 +22,7 @@ assert "vicinal" not in sys.modules
 
 RUN = """
 import sys, torch
+import torch._inductor.codecache  # torch 2.10 needs it and does not import it
 torch.ops.load_library({kernel!r})
 encode = torch._inductor.aoti_load_package({package!r})
 for inputs, expected in torch.load({cases!r}):
