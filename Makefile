@@ -48,7 +48,7 @@ test-torch:
 		bdist_wheel --dist-dir $(TORCH_ENVIRONMENT)/wheel
 	$(TORCH_PYTHON) -m pip uninstall --quiet --yes vicinal
 	$(TORCH_PYTHON) -m pip install --quiet --disable-pip-version-check \
-		-c $(TORCH_ENVIRONMENT)/constraints.txt "$$(echo $(TORCH_ENVIRONMENT)/wheel/*.whl)[demo,dev,interop]"
+		-c $(TORCH_ENVIRONMENT)/constraints.txt "$$(echo $(TORCH_ENVIRONMENT)/wheel/*.whl)[demo,dev,frameworks,interop]"
 	$(TORCH_PYTHON) -m pytest $(TESTS)
 
 # Triton 3.6 interprets kernels with NumPy before 2.4; torch 2.11 and 2.12 need setuptools before 82.
@@ -117,7 +117,7 @@ bench-compare: .venv/ready
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch setuptools
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
-		--no-build-isolation --editable ".[demo,dev,interop]"
+		--no-build-isolation --editable ".[demo,dev,frameworks,interop]"
 	touch $@
 
 # natten is built here, against the installed torch; with a visible GPU it would compile its CUDA

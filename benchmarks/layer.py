@@ -13,6 +13,7 @@ import vicinal
 from benchmarks.measure import Call, Timings, Work, time_calls
 from benchmarks.outcome import Figures
 from benchmarks.scenes import Scene
+from vicinal._utils.types import BackendName
 
 CPU = torch.device("cpu")
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -31,7 +32,7 @@ class Layer:
     heads: int = 8
     dtype: torch.dtype = torch.float32
     device: torch.device = CPU
-    backend: str | None = None
+    backend: BackendName | None = None
     relative_bias: bool = False
 
     def __post_init__(self) -> None:

@@ -8,6 +8,7 @@ from problems import OwnOps, Scene, assert_close, make_scene, rotate_by_hand, sc
 from torch import Tensor, nn
 
 from vicinal import FeaturePyramid, SparseNeighborhoodAttentionBlock
+from vicinal._utils.types import BackendName
 
 EMBED, HEADS = 12, 2
 
@@ -15,7 +16,7 @@ EMBED, HEADS = 12, 2
 EXACT = 1e-10
 
 
-def make_block(scene: Scene, backend: str | None = "cpu", **options: Any) -> Any:
+def make_block(scene: Scene, backend: BackendName | None = "cpu", **options: Any) -> Any:
     """A float64 block for the scene, with random parameters of the layer norm."""
     pyramid = scene.pyramid
     block = SparseNeighborhoodAttentionBlock(

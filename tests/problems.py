@@ -35,6 +35,7 @@ from vicinal import (
     neighborhood_attention,
     plan_neighborhoods,
 )
+from vicinal._utils.types import BackendName
 
 Cell = tuple[int, ...]
 Shapes = tuple[Cell, ...]
@@ -258,7 +259,7 @@ class Inputs(NamedTuple):
     def attend(
         self,
         plan: NeighborhoodPlan,
-        backend: str,
+        backend: BackendName,
         *,
         scale: float | None = None,
         dropout_p: float = 0.0,
@@ -334,7 +335,7 @@ def differentiate(inputs: Inputs, attend: Callable[[Inputs], tuple[Tensor, Tenso
 
 
 def answer(
-    inputs: Inputs, plan: NeighborhoodPlan, backend: str = "cpu", *, dropout_p: float = 0.0
+    inputs: Inputs, plan: NeighborhoodPlan, backend: BackendName = "cpu", *, dropout_p: float = 0.0
 ) -> Answer:
     """`differentiate` of the op, always with the same seed."""
 

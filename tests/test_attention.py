@@ -26,6 +26,7 @@ from problems import (
 from torch import Tensor
 
 from vicinal import FeaturePyramid, neighborhood_attention, plan_neighborhoods
+from vicinal._utils.types import BackendName
 
 EXACT = 1e-11
 
@@ -44,7 +45,7 @@ EXACT = 1e-11
 )
 @settings(max_examples=40)
 def test_output_and_gradients_match_the_oracle(
-    backend: str,
+    backend: BackendName,
     scene: Scene,
     heads: int,
     width: int,
@@ -81,7 +82,7 @@ def test_head_dims(width: int, value_width: int, background: bool) -> None:
         assert_close(left.double(), right, 3e-5, f"gradient {index}")
 
 
-def test_default_scale_is_one_over_sqrt_of_head_dim(backend: str) -> None:
+def test_default_scale_is_one_over_sqrt_of_head_dim(backend: BackendName) -> None:
     plan = scene_2d().plan()
     inputs = make_inputs(plan, width=6)
     default = inputs.attend(plan, backend)[0]
@@ -111,7 +112,7 @@ def test_backends_agree_on_random_problems(
     assert_same_answers(first, answer(inputs, plan, "reference", dropout_p=dropout_p), EXACT)
 
 
-def test_extreme_logits(backend: str) -> None:
+def test_extreme_logits(backend: BackendName) -> None:
     # Logits beyond the range of exp, of both signs, and of very different size per head.
     scene = scene_2d(n_queries=30)
     plan = scene.plan()
@@ -126,7 +127,7 @@ def test_extreme_logits(backend: str) -> None:
         assert_close(left / 300, right / 300, 1e-9)
 
 
-def test_hundreds_of_neighbors(backend: str) -> None:
+def test_hundreds_of_neighbors(backend: BackendName) -> None:
     # More neighbors than any kernel processes in one block.
     scene = full_window_scene(5, 700)
     plan = scene.plan()
@@ -135,7 +136,7 @@ def test_hundreds_of_neighbors(backend: str) -> None:
     assert_same_answers(answer(inputs, plan, backend), expected, EXACT)
 
 
-def test_images_do_not_attend_to_each_other(backend: str) -> None:
+def test_images_do_not_attend_to_each_other(backend: BackendName) -> None:
     scene = make_scene(((5, 5),), (17,), (6, 0, 6), 60)
     plan = scene.plan()
     inputs = make_inputs(plan)
@@ -147,7 +148,7 @@ def test_images_do_not_attend_to_each_other(backend: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
-def test_dtypes(dtype: torch.dtype, backend: str) -> None:
+def test_dtypes(dtype: torch.dtype, backend: BackendName) -> None:
     scene = scene_2d()
     plan = scene.plan()
     inputs = make_inputs(plan, background=True, dtype=dtype)
@@ -160,7 +161,7 @@ def test_dtypes(dtype: torch.dtype, backend: str) -> None:
     assert_close(out.double(), expected, 4 * torch.finfo(dtype).eps)
 
 
-def test_output_is_the_same_without_return_lse(backend: str) -> None:
+def test_output_is_the_same_without_return_lse(backend: BackendName) -> None:
     plan = scene_2d().plan()
     inputs = make_inputs(plan)
     out = neighborhood_attention(*inputs[:3], plan, backend=backend)
@@ -168,7 +169,9 @@ def test_output_is_the_same_without_return_lse(backend: str) -> None:
 
 
 @pytest.mark.parametrize("of_out", [False, True])
-def test_gradients_of_one_result_add_nothing_for_the_other(of_out: bool, backend: str) -> None:
+def test_gradients_of_one_result_add_nothing_for_the_other(
+    of_out: bool, backend: BackendName
+) -> None:
     plan = scene_2d().plan()
     inputs = make_inputs(plan, background=True)
     leaves = [x.detach().requires_grad_() for x in inputs[:3]]
@@ -192,7 +195,7 @@ def test_default_backend_is_cpu() -> None:
     )
 
 
-def test_lse_combines_attention_over_two_sets_of_points(backend: str) -> None:
+def test_lse_combines_attention_over_two_sets_of_points(backend: BackendName) -> None:
     # Attention over two sets of points is the mean of both, weighted by exp(lse).
     scene = full_window_scene(6, 40)
     inputs = make_inputs(scene.plan())
@@ -214,7 +217,7 @@ def test_lse_combines_attention_over_two_sets_of_points(backend: str) -> None:
 
 
 @pytest.mark.parametrize("background", [False, True])
-def test_masked_queries_output_zero(background: bool, backend: str) -> None:
+def test_masked_queries_output_zero(background: bool, backend: BackendName) -> None:
     plan = crowded_scene().plan()
     inputs = make_inputs(plan, background=background, mask=True)
     mask = inputs.query_mask
@@ -232,7 +235,7 @@ def test_masked_queries_output_zero(background: bool, backend: str) -> None:
 
 
 @pytest.mark.parametrize("background", [False, True])
-def test_all_queries_masked(background: bool, backend: str) -> None:
+def test_all_queries_masked(background: bool, backend: BackendName) -> None:
     plan = scene_2d().plan()
     inputs = make_inputs(plan, background=background)
     inputs = inputs._replace(query_mask=torch.ones(plan.n_queries, dtype=torch.bool))
@@ -241,7 +244,7 @@ def test_all_queries_masked(background: bool, backend: str) -> None:
     assert not any(grad.any() for grad in result.grads)
 
 
-def test_nan_gradient_of_a_masked_query_does_not_spread(backend: str) -> None:
+def test_nan_gradient_of_a_masked_query_does_not_spread(backend: BackendName) -> None:
     plan = crowded_scene().plan()
     inputs = make_inputs(plan, background=True, mask=True).fresh()
     assert inputs.query_mask is not None
@@ -252,7 +255,7 @@ def test_nan_gradient_of_a_masked_query_does_not_spread(backend: str) -> None:
         assert grad.isfinite().all()
 
 
-def test_nan_in_a_masked_query_has_no_effect(backend: str) -> None:
+def test_nan_in_a_masked_query_has_no_effect(backend: BackendName) -> None:
     plan = crowded_scene().plan()
     inputs = make_inputs(plan, background=True, mask=True)
     assert inputs.query_mask is not None
@@ -292,7 +295,7 @@ LAYOUTS = ["fused projection", "heads first", "channels first", "every other row
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("width", [1, 6])
-def test_noncontiguous_inputs(layout: str, width: int, backend: str) -> None:
+def test_noncontiguous_inputs(layout: str, width: int, backend: BackendName) -> None:
     plan = crowded_scene(50, 80).plan()
     inputs = make_inputs(plan, heads=3, width=width, value_width=width)
 
@@ -304,7 +307,7 @@ def test_noncontiguous_inputs(layout: str, width: int, backend: str) -> None:
     assert_same_answers(differentiate(inputs, attend), answer(inputs, plan, backend), 1e-13)
 
 
-def test_expanded_inputs_and_gradients(backend: str) -> None:
+def test_expanded_inputs_and_gradients(backend: BackendName) -> None:
     # `expand` gives strides of zero, and `sum` has an expanded gradient.
     scene = full_window_scene(9, 20)
     plan = scene.plan()
@@ -323,7 +326,7 @@ def test_expanded_inputs_and_gradients(backend: str) -> None:
         assert_close(left, right, EXACT)
 
 
-def test_noncontiguous_mask(backend: str) -> None:
+def test_noncontiguous_mask(backend: BackendName) -> None:
     plan = scene_2d().plan()
     inputs = make_inputs(plan, mask=True)
     assert inputs.query_mask is not None
@@ -335,7 +338,7 @@ def test_noncontiguous_mask(backend: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_casts_inputs(dtype: torch.dtype, backend: str) -> None:
+def test_autocast_casts_inputs(dtype: torch.dtype, backend: BackendName) -> None:
     plan = scene_2d().plan()
     inputs = make_inputs(plan, background=True, dtype=torch.float32)
     with torch.autocast("cpu", dtype=dtype):
@@ -344,7 +347,7 @@ def test_autocast_casts_inputs(dtype: torch.dtype, backend: str) -> None:
     assert torch.equal(out, inputs.map(lambda x: x.to(dtype)).attend(plan, backend)[0])
 
 
-def test_autocast_does_not_cast_float64(backend: str) -> None:
+def test_autocast_does_not_cast_float64(backend: BackendName) -> None:
     plan = scene_2d().plan()
     inputs = make_inputs(plan)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -356,7 +359,7 @@ def test_autocast_does_not_cast_float64(backend: str) -> None:
 
 
 @pytest.mark.parametrize("center", [2**31, 2**32])
-def test_columns_beyond_32_bits(center: int, backend: str) -> None:
+def test_columns_beyond_32_bits(center: int, backend: BackendName) -> None:
     # Empty cells of a window are found from the last coordinates of points and centers.
     columns = torch.tensor([center - 3, center - 1, center, center + 2])
     zeros = torch.zeros_like(columns)

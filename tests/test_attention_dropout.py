@@ -8,9 +8,12 @@ from problems import assert_close, crowded_scene, full_window_scene, make_inputs
 from torch import Tensor
 
 from vicinal import NeighborhoodPlan
+from vicinal._utils.types import BackendName
 
 
-def kept_weights(plan: NeighborhoodPlan, backend: str, rate: float, seed: int = 0) -> Tensor:
+def kept_weights(
+    plan: NeighborhoodPlan, backend: BackendName, rate: float, seed: int = 0
+) -> Tensor:
     """Weights ``[N, H, nnz]`` after dropout, read from the output for one-hot values."""
     inputs = make_inputs(plan)
     units = torch.eye(plan.n_points, dtype=torch.float64)[:, None].expand(-1, 2, -1)
@@ -19,7 +22,9 @@ def kept_weights(plan: NeighborhoodPlan, backend: str, rate: float, seed: int = 
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.85])
-def test_dropout_drops_weights_at_its_rate_and_scales_the_others(rate: float, backend: str) -> None:
+def test_dropout_drops_weights_at_its_rate_and_scales_the_others(
+    rate: float, backend: BackendName
+) -> None:
     plan = full_window_scene(200, 60).plan()
     full, dropped = kept_weights(plan, backend, 0.0), kept_weights(plan, backend, rate)
     kept = dropped != 0
@@ -37,7 +42,7 @@ def test_dropout_drops_weights_at_its_rate_and_scales_the_others(rate: float, ba
 
 
 def test_dropout_is_unbiased() -> None:
-    backend = "cpu"  # the reference back end drops the same weights
+    backend: BackendName = "cpu"  # the reference back end drops the same weights
     plan = scene_2d(n_queries=20).plan()
     inputs = make_inputs(plan, background=True, mask=True)
     full = inputs.attend(plan, backend)[0]
@@ -51,7 +56,7 @@ def test_dropout_is_unbiased() -> None:
     assert (off[varies] / error[varies]).pow(2).mean().sqrt() < 1.3
 
 
-def test_dropout_follows_the_seed(backend: str) -> None:
+def test_dropout_follows_the_seed(backend: BackendName) -> None:
     plan = scene_2d(n_queries=20).plan()
     first, again, other = (kept_weights(plan, backend, 0.5, seed) for seed in (1, 1, 2))
     assert torch.equal(first, again)
@@ -69,13 +74,13 @@ def test_backends_drop_the_same_weights() -> None:
 
 
 @pytest.mark.parametrize("rate", [1e-12, 0.999999])
-def test_extreme_dropout_rates(rate: float, backend: str) -> None:
+def test_extreme_dropout_rates(rate: float, backend: BackendName) -> None:
     plan = full_window_scene(50, 40).plan()
     kept = kept_weights(plan, backend, rate) != 0
     assert bool(kept.all()) if rate < 0.5 else int(kept.sum()) < 5
 
 
-def test_random_state_is_unchanged_without_dropout(backend: str) -> None:
+def test_random_state_is_unchanged_without_dropout(backend: BackendName) -> None:
     plan = scene_2d().plan()
     state = torch.get_rng_state()
     make_inputs(plan).attend(plan, backend)

@@ -21,6 +21,7 @@ from problems import (
 from torch import Tensor
 
 from vicinal import NeighborhoodPlan
+from vicinal._utils.types import BackendName
 
 EXACT = 1e-11
 
@@ -35,7 +36,7 @@ def tiny_plan() -> NeighborhoodPlan:
 
 @pytest.mark.parametrize("background", [False, True])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.5])
-def test_gradcheck(background: bool, dropout_p: float, backend: str) -> None:
+def test_gradcheck(background: bool, dropout_p: float, backend: BackendName) -> None:
     plan = tiny_plan()
     inputs = make_inputs(plan, width=2, value_width=1, background=background, mask=True).fresh()
 
@@ -49,7 +50,7 @@ def test_gradcheck(background: bool, dropout_p: float, backend: str) -> None:
 
 
 @pytest.mark.parametrize("needed", range(6))
-def test_gradient_of_a_single_input(needed: int, backend: str) -> None:
+def test_gradient_of_a_single_input(needed: int, backend: BackendName) -> None:
     plan = tiny_plan()
     inputs = make_inputs(plan, background=True)
     expected = answer(inputs, plan, "reference").grads[needed]
@@ -59,7 +60,9 @@ def test_gradient_of_a_single_input(needed: int, backend: str) -> None:
     assert_close(actual, expected, EXACT)
 
 
-def differentiate_one(inputs: Inputs, plan: NeighborhoodPlan, backend: str, leaf: Tensor) -> Tensor:
+def differentiate_one(
+    inputs: Inputs, plan: NeighborhoodPlan, backend: BackendName, leaf: Tensor
+) -> Tensor:
     """The gradient of ``leaf`` under the cotangents of `differentiate`."""
     generator = torch.Generator().manual_seed(11)
     out, lse = inputs.attend(plan, backend)
@@ -70,7 +73,7 @@ def differentiate_one(inputs: Inputs, plan: NeighborhoodPlan, backend: str, leaf
 
 
 @pytest.mark.parametrize("which", ["out", "lse"])
-def test_gradients_of_a_single_output(which: str, backend: str) -> None:
+def test_gradients_of_a_single_output(which: str, backend: BackendName) -> None:
     scene = full_window_scene(9, 20)
     plan = scene.plan()
     index = ["out", "lse"].index(which)
@@ -89,7 +92,7 @@ def test_gradients_of_a_single_output(which: str, backend: str) -> None:
         assert_close(left, right, EXACT)
 
 
-def test_plan_and_inputs_are_not_modified(backend: str) -> None:
+def test_plan_and_inputs_are_not_modified(backend: BackendName) -> None:
     plan = scene_2d().plan()
     inputs = make_inputs(plan, background=True, mask=True).fresh()
     copies = [leaf.detach().clone() for leaf in inputs.leaves()]
@@ -107,7 +110,7 @@ def test_plan_and_inputs_are_not_modified(backend: str) -> None:
 @pytest.mark.parametrize("background", [False, True])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 def test_results_are_bitwise_equal_for_any_number_of_threads(
-    background: bool, dropout_p: float, backend: str
+    background: bool, dropout_p: float, backend: BackendName
 ) -> None:
     # Thousands of queries make many chunks of work; float32 shows any change of summation order.
     plan = (wide_scene() if backend == "cpu" else crowded_scene()).plan()
@@ -148,7 +151,9 @@ def test_plan_is_equal_for_any_number_of_threads() -> None:
 
 @pytest.mark.usefixtures("uninitialized_is_nan")
 @pytest.mark.parametrize("background", [False, True])
-def test_uninitialized_memory_is_not_read_or_returned(background: bool, backend: str) -> None:
+def test_uninitialized_memory_is_not_read_or_returned(
+    background: bool, backend: BackendName
+) -> None:
     scene = scene_2d(n_queries=40, n_points=50)
     scene.positions[5] = 1e9
     plan = scene.plan()

@@ -7,6 +7,8 @@ import torch
 from problems import answer, assert_close, full_window_scene, make_inputs, oracle, scene_2d
 from torch import Tensor
 
+from vicinal._utils.types import BackendName
+
 
 def nonfinite(x: Tensor) -> set[int]:
     """Rows of ``x`` with a NaN or an infinity."""
@@ -17,7 +19,7 @@ def nonfinite(x: Tensor) -> set[int]:
 @pytest.mark.parametrize("name", ["k", "v"])
 @pytest.mark.parametrize("point", [0, 18])  # padding reads point 0
 def test_nonfinite_points_reach_only_queries_that_attend_to_them(
-    point: int, name: str, bad: float, backend: str
+    point: int, name: str, bad: float, backend: BackendName
 ) -> None:
     scene = scene_2d(n_queries=60, n_points=60, seed=4)
     plan, pairs = scene.plan(), scene.pairs()
@@ -44,7 +46,7 @@ def test_nonfinite_points_reach_only_queries_that_attend_to_them(
         assert_close(result.grads[index][apart], clean.grads[index][apart], 1e-13, index)
 
 
-def test_nan_query_does_not_affect_other_queries(backend: str) -> None:
+def test_nan_query_does_not_affect_other_queries(backend: BackendName) -> None:
     scene = scene_2d(n_queries=60, n_points=60)
     plan, pairs = scene.plan(), scene.pairs()
     inputs = make_inputs(plan, width=3)
@@ -61,7 +63,7 @@ def test_nan_query_does_not_affect_other_queries(backend: str) -> None:
         assert_close(result.grads[index][apart], clean.grads[index][apart], 1e-13, index)
 
 
-def test_nan_gradient_reaches_only_points_its_query_attends_to(backend: str) -> None:
+def test_nan_gradient_reaches_only_points_its_query_attends_to(backend: BackendName) -> None:
     scene = scene_2d(n_queries=60, n_points=60)
     plan, pairs = scene.plan(), scene.pairs()
     inputs = make_inputs(plan, width=3).fresh()
@@ -76,7 +78,7 @@ def test_nan_gradient_reaches_only_points_its_query_attends_to(backend: str) -> 
 
 @pytest.mark.parametrize("part", ["query", "key", "value"])
 def test_nan_in_the_background_reaches_only_queries_with_that_empty_cell(
-    part: str, backend: str
+    part: str, backend: BackendName
 ) -> None:
     scene = scene_2d(n_queries=60, n_points=60)
     plan = scene.plan()
@@ -94,7 +96,7 @@ def test_nan_in_the_background_reaches_only_queries_with_that_empty_cell(
     assert_close(result[rest], inputs.attend(plan, backend)[0][rest], 1e-13)
 
 
-def test_masked_queries_stay_zero_among_nan_points(backend: str) -> None:
+def test_masked_queries_stay_zero_among_nan_points(backend: BackendName) -> None:
     plan = full_window_scene(20, 15).plan()
     inputs = make_inputs(plan, mask=True)
     assert inputs.query_mask is not None

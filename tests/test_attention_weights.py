@@ -5,11 +5,12 @@ import torch
 from problems import assert_close, full_window_scene, make_inputs, scene_2d
 
 from vicinal import neighborhood_attention_weights
+from vicinal._utils.types import BackendName
 
 
 @pytest.mark.parametrize("background", [False, True])
 @pytest.mark.parametrize("mask", [False, True])
-def test_weights_match_pairs_and_output(background: bool, mask: bool, backend: str) -> None:
+def test_weights_match_pairs_and_output(background: bool, mask: bool, backend: BackendName) -> None:
     scene = scene_2d(n_queries=24)
     plan = scene.plan()
     inputs = make_inputs(plan, background=background, mask=mask)

@@ -14,6 +14,7 @@ from detr_scenes import stir
 from torch import Tensor
 
 from vicinal import FeaturePyramid, SparseNeighborhoodAttentionBlock, Window
+from vicinal._utils.types import BackendName, Pooling
 from vicinal.detr import Encoder, EncoderLayer, FeedForward, PointStem
 
 CHANNELS, EMBED, HEADS, LAYERS, IMAGES = 2, 8, 2, 3, 2
@@ -275,7 +276,7 @@ def odd(size: Any) -> Any:
 
 @each_case
 @pytest.mark.parametrize("pooling", ["mean", "sum", "max"])
-def test_pooled_values(case: Case, pooling: str) -> None:
+def test_pooled_values(case: Case, pooling: Pooling) -> None:
     def pool(points: Points) -> FeaturePyramid:
         return FeaturePyramid.from_points(
             points.coordinates,
@@ -298,14 +299,14 @@ def test_the_stem(case: Case) -> None:
 
 @each_case
 @torch.no_grad()
-def test_stem_and_encoder(case: Case, backend: str) -> None:
+def test_stem_and_encoder(case: Case, backend: BackendName) -> None:
     stem, encoder = stem_of(case, make_stem(case)), make_encoder(case, backend=backend)
     check(case, lambda points: encoder(stem(points)))
 
 
 @each_case
 @torch.no_grad()
-def test_stem_and_encoder_in_float32(case: Case, backend: str) -> None:
+def test_stem_and_encoder_in_float32(case: Case, backend: BackendName) -> None:
     stem, encoder = make_stem(case).float(), make_encoder(case, backend=backend).float()
     embed = stem_of(case, stem)
     check(case, lambda points: encoder(embed(points)), torch.float32)
@@ -313,7 +314,7 @@ def test_stem_and_encoder_in_float32(case: Case, backend: str) -> None:
 
 @each_case
 @torch.no_grad()
-def test_blocks_with_a_background_and_a_learned_bias(case: Case, backend: str) -> None:
+def test_blocks_with_a_background_and_a_learned_bias(case: Case, backend: BackendName) -> None:
     stem = stem_of(case, make_stem(case))
     options: dict[str, Any] = {"backend": backend, "bias": True, "relative_bias": True}
     blocks = [make_block(case, **options) for _ in range(LAYERS)]
@@ -330,7 +331,7 @@ def test_blocks_with_a_background_and_a_learned_bias(case: Case, backend: str) -
 
 
 @each_case
-def test_no_gradient_reaches_the_future(case: Case, backend: str) -> None:
+def test_no_gradient_reaches_the_future(case: Case, backend: BackendName) -> None:
     stem, encoder = stem_of(case, make_stem(case)), make_encoder(case, backend=backend)
     points = Points.random(case, 90, 0)
     points.values.requires_grad_()
@@ -387,7 +388,7 @@ def test_windows_of_other_query_levels_see_the_future(case: Case) -> None:
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.periodic])
 @torch.no_grad()
-def test_windows_reach_to_the_end_of_the_own_cell(name: str, backend: str) -> None:
+def test_windows_reach_to_the_end_of_the_own_cell(name: str, backend: BackendName) -> None:
     """A query attends to the cells of all levels that end with its own cell."""
     case = CASES[name]
     sizes = tuple(9 if axis == case.time else 17 for axis in range(case.dim))

@@ -19,6 +19,7 @@ from vicinal import (
     neighborhood_attention,
     plan_neighborhoods,
 )
+from vicinal._utils.types import BackendName
 from vicinal.backends import choose_backend
 from vicinal.backends.types import TILE
 from vicinal.plan import tensors_for
@@ -49,7 +50,7 @@ def make_pyramid(n_points: int, dtype: torch.dtype = torch.float64) -> FeaturePy
     )
 
 
-def make_plan(pyramid: FeaturePyramid, backend: str) -> NeighborhoodPlan:
+def make_plan(pyramid: FeaturePyramid, backend: BackendName) -> NeighborhoodPlan:
     """As `plan_neighborhoods` makes it on the back end's own device."""
     plan = plan_neighborhoods(pyramid.positions(), pyramid.batch_offsets(), pyramid, SIZES)
     tensors_for(plan, choose_backend(backend, plan.device), points_need_grad=True)
@@ -57,7 +58,7 @@ def make_plan(pyramid: FeaturePyramid, backend: str) -> NeighborhoodPlan:
 
 
 def assert_one_graph(
-    backend: str,
+    backend: BackendName,
     compute: Callable[..., Tensor],
     make_arguments: Callable[[FeaturePyramid], tuple[Any, ...]],
 ) -> None:
@@ -85,7 +86,7 @@ def assert_one_graph(
 
 
 @pytest.mark.parametrize("backend", BACK_ENDS)
-def test_the_op(backend: str) -> None:
+def test_the_op(backend: BackendName) -> None:
     def arguments(pyramid: FeaturePyramid) -> tuple[Any, ...]:
         heads = HEADS[backend]
         return pyramid.values.unflatten(1, (heads, -1)).contiguous(), make_plan(pyramid, backend)
@@ -98,7 +99,7 @@ def test_the_op(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACK_ENDS)
 @pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # torch's own
-def test_inductor_takes_the_op(backend: str) -> None:
+def test_inductor_takes_the_op(backend: BackendName) -> None:
     """Without gradients: compiling them takes longer than all other tests of this file."""
     dtype, counts = BACK_ENDS[backend]
     torch.compiler.reset()
@@ -116,7 +117,7 @@ def test_inductor_takes_the_op(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACK_ENDS)
 @pytest.mark.parametrize("planned", [True, False])
-def test_the_block(planned: bool, backend: str) -> None:
+def test_the_block(planned: bool, backend: BackendName) -> None:
     dtype = BACK_ENDS[backend][0]
     heads = HEADS[backend]
     block = SparseNeighborhoodAttentionBlock(EMBED, heads, 3, SIZES, backend=backend).to(dtype)
@@ -212,7 +213,7 @@ def test_a_block_on_a_pyramid_from_coo(coalesced: bool) -> None:
 class OnPoints(nn.Module):
     """A block whose points are its queries, as tensors alone."""
 
-    def __init__(self, backend: str) -> None:
+    def __init__(self, backend: BackendName) -> None:
         super().__init__()
         heads = HEADS[backend]
         self.block = SparseNeighborhoodAttentionBlock(EMBED, heads, 3, SIZES, backend=backend)
@@ -227,7 +228,7 @@ class OnPoints(nn.Module):
 class AttendOn(nn.Module):
     """The op among points that are queries too, as tensors alone."""
 
-    def __init__(self, backend: str) -> None:
+    def __init__(self, backend: BackendName) -> None:
         super().__init__()
         self.backend = backend
 
@@ -242,7 +243,7 @@ class AttendOn(nn.Module):
 @pytest.mark.parametrize("module", [AttendOn, OnPoints])
 @pytest.mark.parametrize("backend", BACK_ENDS)
 def test_exports_take_any_number_of_points(
-    backend: str, module: Callable[[str], nn.Module]
+    backend: BackendName, module: Callable[[str], nn.Module]
 ) -> None:
     dtype, (few, *_, many) = BACK_ENDS[backend]
     # One tile is another graph: torch's check of strides depends on it.

@@ -13,6 +13,7 @@ from torch import Tensor
 from vicinal import Background, FeaturePyramid, NeighborhoodPlan, neighborhood_attention
 from vicinal import plan_neighborhoods as make_plan
 from vicinal._utils.random import hash_integers
+from vicinal._utils.types import BackendName
 
 # The interpreter computes with NumPy, which warns about values that kernels mask.
 pytestmark = [
@@ -51,7 +52,7 @@ class Problem(NamedTuple):
         return plan.with_dropout_ids(queries, points.int(), len(self.pyramid))
 
     def attend(
-        self, plan: NeighborhoodPlan, queries: Tensor, points: Tensor, backend: str
+        self, plan: NeighborhoodPlan, queries: Tensor, points: Tensor, backend: BackendName
     ) -> list[Tensor]:
         """Output, log-sum-exp and the gradients of all leaves, always with the same seed."""
         q, k, v, *cells = leaves = [x.clone().requires_grad_() for x in self.leaves]
@@ -70,7 +71,7 @@ class Problem(NamedTuple):
         return torch.arange(len(self.positions)), torch.arange(len(self.pyramid))
 
 
-def make_problem(axes: tuple[int, ...], background: bool, backend: str) -> Problem:
+def make_problem(axes: tuple[int, ...], background: bool, backend: BackendName) -> Problem:
     torch.manual_seed(0)
     dtype = torch.float32 if backend == "triton" else torch.float64
     cells = torch.stack([torch.randint(0, size, (40,)) for size in SHAPE], 1)
@@ -95,7 +96,9 @@ def close(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("background", [False, True])
 @pytest.mark.parametrize("axes", [(), (1,), (0, 1)])
-def test_permuted_rows_with_ids(axes: tuple[int, ...], background: bool, backend: str) -> None:
+def test_permuted_rows_with_ids(
+    axes: tuple[int, ...], background: bool, backend: BackendName
+) -> None:
     problem = make_problem(axes, background, backend)
     queries, points = problem.rows()
     out, lse, *grads = problem.attend(problem.plan(queries, points), queries, points, backend)
@@ -112,7 +115,7 @@ def test_permuted_rows_with_ids(axes: tuple[int, ...], background: bool, backend
 @pytest.mark.parametrize("background", [False, True])
 @pytest.mark.parametrize("axes", [(), (1,)])
 def test_parts_with_ids_give_the_whole(
-    axes: tuple[int, ...], background: bool, backend: str
+    axes: tuple[int, ...], background: bool, backend: BackendName
 ) -> None:
     problem = make_problem(axes, background, backend)
     queries, points = problem.rows()
@@ -133,7 +136,9 @@ def test_parts_with_ids_give_the_whole(
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("with_ids", [False, True])
 @pytest.mark.parametrize("axes", [(), (1,)])
-def test_the_hash_of_ids_decides(axes: tuple[int, ...], with_ids: bool, backend: str) -> None:
+def test_the_hash_of_ids_decides(
+    axes: tuple[int, ...], with_ids: bool, backend: BackendName
+) -> None:
     """Also where a point is a copy beyond the seam, which has no id of its own."""
     problem = make_problem(axes, False, backend)
     queries, points = problem.rows()
@@ -161,7 +166,7 @@ def test_copies_of_a_plan_keep_the_ids(axes: tuple[int, ...]) -> None:
     problem = make_problem(axes, True, "cpu")
     queries, points = problem.rows()
     plan = problem.part(queries.flip(0)[9:], points.flip(0))
-    arguments = queries[:13], points, "cpu"
+    arguments: tuple[Tensor, Tensor, BackendName] = queries[:13], points, "cpu"
     copied = pickle.loads(pickle.dumps(plan))
     for actual, expected in zip(
         problem.attend(copied, *arguments), problem.attend(plan, *arguments), strict=True

@@ -1,19 +1,22 @@
 """The block against the golden cases: output and every gradient, float64, within 1e-11."""
 
+from typing import Any
+
 import golden_cases
 import pytest
 
 from vicinal import SparseNeighborhoodAttentionBlock
+from vicinal._utils.types import BackendName
 
 TOLERANCE = 1e-11
 
 
 @pytest.mark.parametrize("name", golden_cases.NAMES)
-def test_golden_case(name: str, backend: str) -> None:
+def test_golden_case(name: str, backend: BackendName) -> None:
     case = golden_cases.load(name)
     block = SparseNeighborhoodAttentionBlock(**case.config, backend=backend).double()
     block.load_state_dict(case.state_dict, strict=True)
-    arguments = case.arguments()
+    arguments: dict[str, Any] = case.arguments()
     out = block(**arguments)
     (out * case.cotangent).sum().backward()
 

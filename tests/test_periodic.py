@@ -16,6 +16,7 @@ from vicinal import (
     neighborhood_attention_weights,
     plan_neighborhoods,
 )
+from vicinal._utils.types import BackendName
 from vicinal.backends import choose_backend
 
 SHAPE, STRIDES, SIZES = (12, 9), ((1, 1), (2, 3)), [5, 3]
@@ -95,7 +96,7 @@ def test_neighborhoods_are_wrapped_and_never_outside(axes: tuple[int, ...]) -> N
 @pytest.mark.parametrize("axes", [(0,), (0, 1)])
 @pytest.mark.parametrize("background", [False, True])
 def test_attention_across_the_seam_equals_that_of_a_rotated_map(
-    background: bool, axes: tuple[int, ...], backend: str
+    background: bool, axes: tuple[int, ...], backend: BackendName
 ) -> None:
     positions, pyramid, _ = random_plan(axes)
     shift = torch.tensor([6, 6 if 1 in axes else 0])

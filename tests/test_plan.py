@@ -24,6 +24,7 @@ from problems import (
 from torch import Tensor
 
 from vicinal import FeaturePyramid, NeighborhoodPlan, Window, plan_neighborhoods
+from vicinal._utils.types import BackendName
 from vicinal.backends.reference import list_pairs, slot_levels
 from vicinal.backends.types import NeighborSlices
 
@@ -307,7 +308,7 @@ def test_positions_get_no_gradient_from_the_plan() -> None:
 
 
 def attend_unchecked(
-    scene: Scene, backend: str, *, background: bool = False
+    scene: Scene, backend: BackendName, *, background: bool = False
 ) -> tuple[Tensor, Inputs]:
     """The attention over a plan of unchecked contents, forward and backward without a crash."""
     plan = scene.plan(check_contents=False)
@@ -318,7 +319,7 @@ def attend_unchecked(
     return out.detach(), inputs
 
 
-def assert_excluded(bad: list[int], scene: Scene, good: Scene, backend: str) -> None:
+def assert_excluded(bad: list[int], scene: Scene, good: Scene, backend: BackendName) -> None:
     """Queries ``bad`` of ``scene`` get zero, all others what they get in ``good``."""
     (out, inputs), (expected, _) = attend_unchecked(scene, backend), attend_unchecked(good, backend)
     rest = [query for query in range(len(out)) if query not in bad]
@@ -331,7 +332,7 @@ def assert_excluded(bad: list[int], scene: Scene, good: Scene, backend: str) -> 
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_positions_that_are_not_finite(value: float, backend: str) -> None:
+def test_positions_that_are_not_finite(value: float, backend: BackendName) -> None:
     good = scene_2d(n_queries=16)
     positions = good.positions.clone()
     positions[2], positions[9, 1] = value, value
@@ -343,7 +344,7 @@ def test_positions_that_are_not_finite(value: float, backend: str) -> None:
     ("offsets", "excluded"),
     [([0, 10, 10, 15], [15, 16, 17, 18, 19]), ([0, 0, 0, 0], list(range(20)))],
 )
-def test_queries_of_no_image(offsets: list[int], excluded: list[int], backend: str) -> None:
+def test_queries_of_no_image(offsets: list[int], excluded: list[int], backend: BackendName) -> None:
     good = make_scene(((5, 5),), (17,), (10, 0, 10), 30)
     bad = dataclasses.replace(good, offsets=torch.tensor(offsets))
     if excluded == list(range(20)):
@@ -357,7 +358,7 @@ def test_queries_of_no_image(offsets: list[int], excluded: list[int], backend: s
     [[0, 15, 5, 20], [20, 10, 10, 0], [-5, 10, 12, 20], [0, 10, 10, 99], [-9, -5, -3, -1],
      [2**62, -(2**62), 0, 2**63 - 1]],
 )  # fmt: skip
-def test_offsets_that_do_not_rise(offsets: list[int], backend: str) -> None:
+def test_offsets_that_do_not_rise(offsets: list[int], backend: BackendName) -> None:
     good = make_scene(((5, 5),), (17,), (10, 0, 10), 30)
     bad = dataclasses.replace(good, offsets=torch.tensor(offsets))
     out, _ = attend_unchecked(bad, backend)
@@ -374,7 +375,7 @@ def test_offsets_that_do_not_rise(offsets: list[int], backend: str) -> None:
     [[-1, 2, 2, 0], [3, 2, 2, 0], [0, -1, 2, 0], [0, 2, 9, 2], [0, 6, 1, 0], [0, 2, 2, -1],
      [0, 2, 2, 3], [2**40, 2, 2, 0], [0, 2**62, 2, 0], [0, 2, -(2**63), 0], [0, 2, 2, 2**62]],
 )  # fmt: skip
-def test_points_outside_their_level_or_batch(row: list[int], backend: str) -> None:
+def test_points_outside_their_level_or_batch(row: list[int], backend: BackendName) -> None:
     good = scene_2d(n_queries=20)
     coordinates = good.pyramid.coordinates.clone()
     victims = [4, 5, 40]
@@ -397,7 +398,7 @@ def test_points_outside_their_level_or_batch(row: list[int], backend: str) -> No
 
 
 @pytest.mark.parametrize("background", [False, True])
-def test_no_image_for_any_query(background: bool, backend: str) -> None:
+def test_no_image_for_any_query(background: bool, backend: BackendName) -> None:
     empty = Scene(
         torch.rand(5, 1),
         torch.tensor([0]),
@@ -408,14 +409,14 @@ def test_no_image_for_any_query(background: bool, backend: str) -> None:
     assert not out.any()
 
 
-def test_queries_before_the_first_offset_are_excluded(backend: str) -> None:
+def test_queries_before_the_first_offset_are_excluded(backend: BackendName) -> None:
     good = make_scene(((5, 5),), (17,), (10, 0, 10), 30)
     bad = dataclasses.replace(good, offsets=torch.tensor([3, 10, 10, 20]))
     assert_excluded([0, 1, 2], bad, good, backend)
 
 
 @pytest.mark.parametrize("flaw", ["nan", "excluded"])
-def test_invalid_queries_do_not_attend_to_the_background(flaw: str, backend: str) -> None:
+def test_invalid_queries_do_not_attend_to_the_background(flaw: str, backend: BackendName) -> None:
     good = scene_2d(n_queries=16)
     bad = dataclasses.replace(good, positions=good.positions.clone(), offsets=good.offsets.clone())
     if flaw == "nan":

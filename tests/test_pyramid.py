@@ -14,6 +14,7 @@ from problems import Scene, assert_close, make_scene, scene_2d, scenes, sparse_c
 from torch import Tensor
 
 from vicinal import FeaturePyramid, get_multilevel_neighborhoods
+from vicinal._utils.types import Pooling
 
 SHAPES = ((6, 4), (5, 5), (9, 8))  # full shape 9 x 8
 
@@ -229,7 +230,7 @@ def clouds(draw: st.DrawFn) -> tuple[Tensor, tuple[int, ...], int, list[int]]:
 
 
 def pool_by_hand(
-    coordinates: Tensor, values: Tensor, strides: list[int], pooling: str
+    coordinates: Tensor, values: Tensor, strides: list[int], pooling: Pooling
 ) -> dict[tuple[int, ...], Tensor]:
     """(image, *cell, level) -> pooled values, differentiable."""
     cells: dict[tuple[int, ...], list[Tensor]] = defaultdict(list)
@@ -244,7 +245,7 @@ def pool_by_hand(
 
 @pytest.mark.parametrize("pooling", ["mean", "max"])
 @given(cloud=clouds())
-def test_pooling(pooling: str, cloud: tuple[Tensor, tuple[int, ...], int, list[int]]) -> None:
+def test_pooling(pooling: Pooling, cloud: tuple[Tensor, tuple[int, ...], int, list[int]]) -> None:
     coordinates, shape, batch_size, strides = cloud
     torch.manual_seed(0)
     values = torch.randn(len(coordinates), 2, dtype=torch.float64, requires_grad=True)
@@ -505,7 +506,7 @@ def test_counts_do_not_overflow(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("pooling", ["sum", "mean"])
-def test_half_precisions_are_pooled_in_float32(dtype: torch.dtype, pooling: str) -> None:
+def test_half_precisions_are_pooled_in_float32(dtype: torch.dtype, pooling: Pooling) -> None:
     points, values = torch.zeros(6_000, 3, dtype=torch.int64), torch.rand(6_000, 2)
     made = {
         kind: FeaturePyramid.from_points(

@@ -14,13 +14,14 @@ from random_problems.problem import Problem, draw_problem
 from random_problems.windows import LevelWindow
 
 import vicinal
+from vicinal._utils.types import BackendName
 
 Wrap = Callable[..., Any]
 Kind = Callable[[LevelWindow], bool]
 
 
 @pytest.mark.parametrize("first", range(0, 24, 8))
-def test_random_problems(first: int, backend: str) -> None:
+def test_random_problems(first: int, backend: BackendName) -> None:
     for seed in range(first, first + 8):
         assert run_problem(seed, backend, gradients=seed % 2 == 0) <= 1e-11
 
@@ -124,7 +125,7 @@ PERIODIC = find_seed(lambda p: bool(p.periodic_axes) and is_crowded(p))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_problem_of_every_kind(kind: str, backend: str) -> None:
+def test_a_problem_of_every_kind(kind: str, backend: BackendName) -> None:
     assert run_problem(seed_of(kind), backend, gradients=True) <= 1e-11
 
 

@@ -21,6 +21,7 @@ from vicinal import (
     get_multilevel_neighborhoods,
     plan_neighborhoods,
 )
+from vicinal._utils.types import BackendName
 from vicinal.detr import PointStem
 
 Cell = tuple[int, ...]
@@ -201,7 +202,7 @@ def test_causal_axes_in_every_form() -> None:
         (Window(2, causal=True), Window((2, 2, 2), causal=(True, True, True))),
         (Window(3, causal=(True, False, False)), Window((3, 3, 3), 1, (True, False, False))),
         (Window(5, shape="ball"), Window((5, 5, 5), (1, 1, 1), False, "ball")),
-        (Window(5, shape="ball"), Window(5, shape=np.str_("ball"))),
+        (Window(5, shape="ball"), Window(5, shape=np.str_("ball"))),  # type: ignore[arg-type]
         ((3, 5, 1), Window((3, 5, 1), (1, 1, 1), (False, False, False))),
         (0, Window(0, 2, True, "ball")),
     ],
@@ -403,7 +404,7 @@ def test_gradients_of_the_bias() -> None:
     plan = plan_neighborhoods(positions, torch.tensor([0, 3]), pyramid, windows)
     inputs = make_inputs(plan, heads=1, width=2, background=True, bias=True)
 
-    def attend(backend: str) -> Any:
+    def attend(backend: BackendName) -> Any:
         return lambda *leaves: inputs.with_leaves(leaves).attend(plan, backend)[0]
 
     for backend in ("reference", "cpu"):

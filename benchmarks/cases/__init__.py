@@ -14,6 +14,7 @@ from benchmarks.cases import block, tuning, windows
 from benchmarks.layer import Layer
 from benchmarks.outcome import RETAINED, Figures
 from benchmarks.scenes import handwriting, of_density, particle_tracks, tracks_in_volume
+from vicinal._utils.types import BackendName
 
 Tracks = tuple[int, int]
 """Their number, and the cells a side of their image."""
@@ -21,7 +22,7 @@ Tracks = tuple[int, int]
 
 class Settings(NamedTuple):
     device: str  # where cases run: cpu or cuda
-    backend: str | None
+    backend: BackendName | None
     dtype: str
     tracks: Tracks  # the main scene
     fewer_tracks: tuple[int, ...]  # on the same image, in turn, where a baseline lacks memory

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ._utils.checks import check_dropout, check_tensor, check_type, refuse
 from ._utils.ragged import offsets_from_counts
+from ._utils.types import BackendName
 from .backends import choose_backend, reference
 from .backends.types import slot_order
 from .plan import NeighborhoodPlan, tensors_for
@@ -87,7 +88,7 @@ def neighborhood_attention(
     bias: Tensor | None = None,
     query_mask: Tensor | None = None,
     return_lse: Literal[False] = False,
-    backend: str | None = None,
+    backend: BackendName | None = None,
 ) -> Tensor: ...
 @overload
 def neighborhood_attention(
@@ -102,7 +103,7 @@ def neighborhood_attention(
     bias: Tensor | None = None,
     query_mask: Tensor | None = None,
     return_lse: Literal[True],
-    backend: str | None = None,
+    backend: BackendName | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 def neighborhood_attention(
     q: Tensor,
@@ -116,7 +117,7 @@ def neighborhood_attention(
     bias: Tensor | None = None,
     query_mask: Tensor | None = None,
     return_lse: bool = False,
-    backend: str | None = None,
+    backend: BackendName | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attends from every query to all points in its neighborhood and to nothing else.
 

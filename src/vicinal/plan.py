@@ -30,6 +30,7 @@ from ._utils.checks import (
     refuse,
 )
 from ._utils.constants import execution_mode, trainable_tensors
+from ._utils.profiling import stage
 from .backends import choose_backend
 from .backends.reference import list_pairs, search_slices
 from .backends.types import (
@@ -493,7 +494,7 @@ def plan_neighborhoods(
         refuse("query_spatial_positions", expected, positions)
     backend = choose_backend(None, positions.device)
     needs_grad = torch.is_grad_enabled()
-    with trainable_tensors():
+    with stage("plan_neighborhoods"), trainable_tensors():
         queries = Queries(positions, offsets, levels if causal_axes(windows) else None)
         plan = _plan(queries, pyramid, sizes, windows, backend)
         if plan._fits_int32:  # else another back end may still take the plan

@@ -7,12 +7,13 @@ from torch import Tensor
 
 from ._utils.checks import refuse
 from ._utils.constants import constant
+from ._utils.types import Pooling
 from .windows import coordinate_dtype
 
 Pool = Callable[[Tensor, Tensor, int], Tensor]
 
 
-def check_pooling(pooling: str) -> Pool:
+def check_pooling(pooling: Pooling) -> Pool:
     """The function of that name; raises ValueError for an unknown one."""
     if not isinstance(pooling, str) or pooling not in _POOLING:
         refuse("pooling", f"one of {list(_POOLING)}", pooling)

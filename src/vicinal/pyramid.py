@@ -19,7 +19,7 @@ from ._utils.collation import batched_by_cat
 from ._utils.ragged import offsets_from_ids
 from ._utils.raw_grid import RawGrid, keep_cells
 from ._utils.strides import least_strides
-from ._utils.types import StridesLike
+from ._utils.types import Pooling, StridesLike
 from .windows import centers_of_cells, full_shape, position_dtype
 
 
@@ -114,8 +114,9 @@ class FeaturePyramid(PyramidData):
         Raises:
             ValueError: ``values`` does not have a row per point, on the points' device.
         """
-        device = self.coordinates.device
-        values = check_tensor("values", values, (len(self), "E"), kind="number", device=device)
+        # Not len: torch.export would take the number of points for a constant.
+        shape, device = (self.values.shape[0], "E"), self.coordinates.device
+        values = check_tensor("values", values, shape, kind="number", device=device)
         return dataclasses.replace(self, values=values, check_contents=False)
 
     def to(
@@ -477,7 +478,7 @@ class FeaturePyramid(PyramidData):
         batch_size: int,
         *,
         strides: StridesLike = (1, 2, 4, 8),
-        pooling: str = "mean",
+        pooling: Pooling = "mean",
         periodic_axes: Sequence[int] = (),
         origin: Sequence[float] | None = None,
         cell_size: Sequence[float] | None = None,

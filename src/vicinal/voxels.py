@@ -25,7 +25,7 @@ from ._utils.checks import (
 from ._utils.collation import batched_by_cat
 from ._utils.ragged import batch_ids
 from ._utils.raw_grid import at_or_above, cells_from, lower_bound, wrap_far
-from ._utils.types import BoundsLike, StridesLike
+from ._utils.types import BoundsLike, Pooling, StridesLike
 from .pyramid import FeaturePyramid
 from .windows import as_periodic_axes
 
@@ -111,7 +111,7 @@ class Voxels(NamedTuple):
         )
 
     def pyramid(
-        self, features: Tensor, *, strides: StridesLike = (1, 2, 4, 8), pooling: str = "mean"
+        self, features: Tensor, *, strides: StridesLike = (1, 2, 4, 8), pooling: Pooling = "mean"
     ) -> FeaturePyramid:
         """Pools the features of the points into a pyramid.
 

@@ -4,7 +4,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from torch import Tensor
 
@@ -58,7 +58,7 @@ class Window:
     size: int | tuple[int, ...]
     dilation: int | tuple[int, ...] = 1
     causal: bool | tuple[bool, ...] = False
-    shape: str = "box"
+    shape: Literal["box", "ball"] = "box"
 
     def __post_init__(self) -> None:
         counts = "an integer, or one per axis,"

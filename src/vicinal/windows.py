@@ -244,7 +244,7 @@ def cell_positions(
     """
     shapes = as_level_shapes(level_spatial_shapes)
     cells = check_tensor("cells", cells, ("n", len(shapes[0])), kind="integer")
-    levels = check_tensor("levels", levels, (len(cells),), kind="integer", device=cells.device)
+    levels = check_tensor("levels", levels, (cells.shape[0],), kind="integer", device=cells.device)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         refuse("dtype", "a floating dtype", dtype)
     if reads_contents(None, cells.device):

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from vicinal import NeighborhoodPlan
 from vicinal._index.tiles import GroupedCells, find_tiles
+from vicinal._utils.types import BackendName
 from vicinal.backends import choose_backend, reference
 from vicinal.backends.types import NeighborSlices, PlanTensors
 
@@ -58,7 +59,7 @@ def plan_of_copies(plan: NeighborhoodPlan) -> PlanTensors:
     return with_tiles(tensors, point_slices, plan._query_cells(), GroupedCells(groups, cells))
 
 
-def attended(backend: str, inputs: Inputs, plan: PlanTensors, rate: float) -> list[Tensor]:
+def attended(backend: BackendName, inputs: Inputs, plan: PlanTensors, rate: float) -> list[Tensor]:
     """The result and the gradients; those of copies are added to those of their points."""
     inputs = inputs.fresh()
     q, k, v, background, mask, _ = inputs
@@ -73,7 +74,7 @@ def attended(backend: str, inputs: Inputs, plan: PlanTensors, rate: float) -> li
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is off where there is a GPU")
 @pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
 @pytest.mark.parametrize("background", [False, True])
-def test_dropout_counts_a_copy_as_its_point(backend: str, background: bool) -> None:
+def test_dropout_counts_a_copy_as_its_point(backend: BackendName, background: bool) -> None:
     plan = make_scene(((6, 4), (5, 5)), (3, 5), (9, 0, 7), 40).plan()
     dtype = torch.float32 if backend == "triton" else torch.float64
     inputs = make_inputs(plan, heads=1, background=background, mask=True, dtype=dtype)

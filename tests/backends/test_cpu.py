@@ -42,6 +42,7 @@ from vicinal import (
     NeighborhoodPlan,
     RotaryEncoding,
 )
+from vicinal._utils.types import BackendName
 from vicinal.backends import reference
 
 # -------------------------------------------------------------------------------- precision
@@ -234,7 +235,9 @@ def test_allocations_are_those_of_the_results(background: bool) -> None:
 
 
 @pytest.mark.parametrize("background", [False, True])
-def test_nothing_of_the_pairs_is_kept_for_the_backward_pass(background: bool, backend: str) -> None:
+def test_nothing_of_the_pairs_is_kept_for_the_backward_pass(
+    background: bool, backend: BackendName
+) -> None:
     plan = crowded_scene(600, 600).plan()
     inputs = make_inputs(plan, width=32, background=background, dtype=torch.float32).fresh()
     pairs = len(plan.pairs()) * inputs.k[0].nbytes
@@ -453,7 +456,7 @@ FAR = 2**29 + 9
 
 
 @pytest.mark.parametrize("far", ["rows", "heads"])
-def test_addresses_beyond_2_to_the_31(far: str, backend: str) -> None:
+def test_addresses_beyond_2_to_the_31(far: str, backend: BackendName) -> None:
     scene = Scene(
         torch.full((5, 1), 2.0),
         torch.tensor([0, 5]),

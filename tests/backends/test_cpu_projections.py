@@ -12,7 +12,8 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from torch.utils.flop_counter import FlopCounterMode
 
-from vicinal.backends import choose_backend, chunks, cpu, prepare_backends, reference
+from vicinal._utils.types import BackendName
+from vicinal.backends import choose_backend, chunks, cpu, reference
 from vicinal.backends.cpu import projection_ops
 
 WIDTH, EPS = 6, 1e-3
@@ -197,7 +198,6 @@ def test_opcheck() -> None:
 @pytest.mark.parametrize("parts", [1, 2])
 def test_flops_are_counted(parts: int) -> None:
     inputs = make_inputs(parts=parts, norm=True)
-    prepare_backends()  # as every module does
     with FlopCounterMode(display=False) as counter:
         outs = projection_ops.project(*inputs)
         product = 2 * 13 * WIDTH * (WIDTH - 2) * parts
@@ -230,7 +230,7 @@ def test_chunks_do_not_depend_on_the_number_of_threads(
 @pytest.mark.parametrize("rows", [40, 700])  # below and above the rows of a chunk
 @pytest.mark.parametrize("name", ["cpu", "reference"])
 def test_gradients_do_not_depend_on_the_number_of_threads(
-    dtype: torch.dtype, rows: int, name: str, monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype, rows: int, name: BackendName, monkeypatch: pytest.MonkeyPatch,
     restored_threads: None,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(chunks, "chunk_rows", lambda x: 300)

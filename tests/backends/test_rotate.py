@@ -9,6 +9,7 @@ import torch
 from problems import assert_close
 from torch import Tensor
 
+from vicinal._utils.types import BackendName
 from vicinal.backends import choose_backend
 
 # The interpreter computes with NumPy, which warns about numbers that are not finite.
@@ -18,12 +19,12 @@ HEADS, PAIRS = 2, 5
 BACKENDS = ["reference", "cpu", "triton"]  # the last one interpreted, where there is no GPU
 
 
-def device_of(backend: str) -> torch.device:
+def device_of(backend: BackendName) -> torch.device:
     return torch.device("cuda" if backend == "triton" and torch.cuda.is_available() else "cpu")
 
 
 def rotated_with_gradients(
-    backend: str, x: Tensor, coordinates: Tensor, frequencies: Tensor
+    backend: BackendName, x: Tensor, coordinates: Tensor, frequencies: Tensor
 ) -> list[Tensor]:
     """The rotation and the gradients of x, coordinates and frequencies, on the CPU."""
     device = device_of(backend)
@@ -61,7 +62,9 @@ def problem(far: float, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tens
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("exponent", [10, 20, 25, 30])
-def test_float32_is_as_exact_far_away_as_near_the_origin(backend: str, exponent: int) -> None:
+def test_float32_is_as_exact_far_away_as_near_the_origin(
+    backend: BackendName, exponent: int
+) -> None:
     x, coordinates, frequencies = problem(2.0**exponent, torch.float32)
     out, grad_x, *_ = rotated_with_gradients(backend, x, coordinates, frequencies)
     assert out.dtype == torch.float32
@@ -73,7 +76,7 @@ def test_float32_is_as_exact_far_away_as_near_the_origin(backend: str, exponent:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precisions_round_the_result_alone(backend: str, dtype: torch.dtype) -> None:
+def test_half_precisions_round_the_result_alone(backend: BackendName, dtype: torch.dtype) -> None:
     x, coordinates, frequencies = problem(2.0**30, dtype)
     out, grad_x, *_ = rotated_with_gradients(backend, x, coordinates, frequencies)
     assert out.dtype == grad_x.dtype == dtype
@@ -83,7 +86,7 @@ def test_half_precisions_round_the_result_alone(backend: str, dtype: torch.dtype
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("coordinate_dtype", [torch.float32, torch.float64])
-def test_float64_far_away(backend: str, coordinate_dtype: torch.dtype) -> None:
+def test_float64_far_away(backend: BackendName, coordinate_dtype: torch.dtype) -> None:
     x, coordinates, _ = problem(2.0**30, torch.float64)
     coordinates = coordinates.to(coordinate_dtype)
     frequencies = torch.rand(3, 1, PAIRS, dtype=torch.float64) * 2 - 1  # products are rounded
@@ -106,7 +109,7 @@ def test_a_float64_rotation_by_float32_coordinates_is_the_same_on_every_back_end
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_gradients_of_coordinates_and_frequencies(backend: str) -> None:
+def test_gradients_of_coordinates_and_frequencies(backend: BackendName) -> None:
     """Those of coordinates are exact far away; those of frequencies to the largest product."""
     x, coordinates, frequencies = problem(2.0**30, torch.float32)
     *_, grad_coordinates, grad_frequencies = rotated_with_gradients(
@@ -121,7 +124,7 @@ def test_gradients_of_coordinates_and_frequencies(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_row_does_not_depend_on_the_others(backend: str) -> None:
+def test_a_row_does_not_depend_on_the_others(backend: BackendName) -> None:
     x, coordinates, frequencies = problem(2.0**20, torch.float32)
     whole = rotated_with_gradients(backend, x, coordinates, frequencies)[0]
     coordinates[1::2] *= 512

@@ -1,7 +1,7 @@
 """Transforms of torch and its deterministic mode: right or refused, never silently wrong."""
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import block_scenes
 import deformable_scenes
@@ -11,6 +11,7 @@ from problems import assert_close, make_inputs, scene_2d
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from vicinal._utils.types import BackendName
 from vicinal.backends import choose_backend
 from vicinal.backends.cpu import projection_ops
 
@@ -94,17 +95,17 @@ def test_a_tangent_in_a_list_is_refused_by_the_raw_op() -> None:
         op(x, [forward_ad.make_dual(weight, weight.cos())], *rest)
 
 
-def attend_all(name: str, *leaves: Tensor) -> Tensor:
+def attend_all(name: BackendName, *leaves: Tensor) -> Tensor:
     """The values and finite logarithms of the attention ``[N, H, d + 1]``."""
     out, lse = FULL.with_leaves(leaves).attend(PLAN, name)
     return torch.cat((out, lse.nan_to_num(neginf=0)[..., None]), -1)
 
 
-def rotate_all(name: str, *leaves: Tensor) -> Tensor:
+def rotate_all(name: BackendName, *leaves: Tensor) -> Tensor:
     return choose_backend(name, torch.device("cpu")).rotate(*leaves)
 
 
-def project_all(name: str, *leaves: Tensor) -> Tensor:
+def project_all(name: BackendName, *leaves: Tensor) -> Tensor:
     x, left, right, *rest = leaves
     backend = projection_ops if name == "cpu" else choose_backend(name, torch.device("cpu"))
     outs = backend.project(x, [left, right], rest[:2], rest[2:4], 1e-3, None)
@@ -119,7 +120,9 @@ OPS: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = {
 
 
 @pytest.fixture(params=OPS)
-def function(request: pytest.FixtureRequest, backend: str) -> tuple[Any, tuple[Tensor, ...]]:
+def function(
+    request: pytest.FixtureRequest, backend: BackendName
+) -> tuple[Any, tuple[Tensor, ...]]:
     """An op by a back end, and its differentiable arguments."""
     op, leaves = OPS[request.param]
     return lambda *args: op(backend, *args), leaves
@@ -179,10 +182,10 @@ def test_vmap_of_the_ops(function: tuple[Any, tuple[Tensor, ...]]) -> None:
 def test_second_order_transforms_are_refused_or_right(name: str) -> None:
     op, (first, *rest) = OPS[name]
 
-    def loss(backend: str, x: Tensor) -> Tensor:
+    def loss(backend: BackendName, x: Tensor) -> Tensor:
         return op(backend, x, *rest).sin().sum()
 
-    def twice(backend: str) -> Tensor:
+    def twice(backend: BackendName) -> Tensor:
         inner = torch.func.grad(lambda x: loss(backend, x))
         outer: Tensor = torch.func.grad(lambda x: inner(x).square().sum())(first)
         return outer
@@ -281,7 +284,7 @@ def test_deterministic_algorithms(dropout: float, background: bool, kind: str) -
         made: Any = deformable_scenes.make_module(scene, dropout=dropout)
         arguments: Any = deformable_scenes.make_arguments(scene, background=background)
     else:
-        made = block_scenes.make_block(scene_2d(), kind, dropout=dropout)
+        made = block_scenes.make_block(scene_2d(), cast(BackendName, kind), dropout=dropout)
         arguments = block_scenes.make_arguments(scene_2d(), background=background)
 
     def step() -> list[Tensor]:

@@ -40,6 +40,7 @@ from vicinal import (
     neighborhood_attention,
     plan_neighborhoods,
 )
+from vicinal._utils.types import BackendName
 from vicinal.backends import choose_backend, reference
 from vicinal.backends import triton as back_end
 from vicinal.backends.types import LIST_BLOCK, POINT_TILE, TILE, Tiles
@@ -131,7 +132,7 @@ def test_golden_case(name: str) -> None:
     case = golden_cases.load(name)
     block = SparseNeighborhoodAttentionBlock(**case.config, backend="triton").to(DEVICE)
     block.load_state_dict(case.state_dict, strict=True)
-    arguments = case.arguments()
+    arguments: dict[str, Any] = case.arguments()
     for key, value in arguments.items():
         if value.is_floating_point() and key != "query_spatial_positions":
             arguments[key] = value.detach().float().to(DEVICE).requires_grad_()
@@ -217,7 +218,7 @@ def test_scales_that_are_not_positive(scale: float) -> None:
     plan = full_window_scene(20, 30).plan()
     inputs = make_inputs(plan, background=True, heads=2)
 
-    def attend(inputs: Inputs, name: str) -> Answer:
+    def attend(inputs: Inputs, name: BackendName) -> Answer:
         leaves = inputs.fresh()
         out, lse = leaves.attend(plan.to(DEVICE), name, scale=scale)
         (out.square().sum() + lse.sin().sum()).backward()
@@ -431,7 +432,7 @@ def test_the_same_bits_twice(uninitialized_is_nan: None) -> None:
 
 
 @pytest.mark.parametrize("name", ["cpu", "triton"])
-def test_gradients_do_not_depend_on_which_are_needed(name: str) -> None:
+def test_gradients_do_not_depend_on_which_are_needed(name: BackendName) -> None:
     """Neither on which inputs are frozen, nor on which gradients are requested."""
     device = torch.device("cpu") if name == "cpu" else DEVICE
     plan = make_scene(((6, 4), (5, 5)), (3, 3), (7, 11), 30).plan().to(device)
@@ -872,10 +873,11 @@ def test_options_of_the_block(options: dict[str, Any]) -> None:
     width = options.get("point_dim", 12)
     drawn = [torch.randn(*shape) for shape in ((12, 12), (60, width), (3, 3, width))]
     answers = []
-    for name, dtype, device in (
+    cases: tuple[tuple[BackendName, torch.dtype, torch.device], ...] = (
         ("reference", torch.float64, torch.device("cpu")),
         ("triton", torch.float32, DEVICE),
-    ):
+    )
+    for name, dtype, device in cases:
         torch.manual_seed(0)
         block = SparseNeighborhoodAttentionBlock(12, 2, 3, scene.sizes, backend=name, **options).to(
             device, dtype

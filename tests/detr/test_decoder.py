@@ -169,7 +169,7 @@ def test_few_or_no_queries_and_points(
     for ours, theirs in zip(predictions, by_hand(decoder, queries, pyramid), strict=True):
         assert_close(ours.logits, theirs.logits, 1e-9)
         assert_close(ours.boxes, theirs.boxes, 1e-9)
-    sum(p.logits.sum() + p.boxes.sum() for p in predictions).backward()
+    torch.stack([p.logits.sum() + p.boxes.sum() for p in predictions]).sum().backward()
     assert all(grad is not None and grad.isfinite().all() for grad in gradients(decoder).values())
     assert len(given) == 2
 
@@ -238,11 +238,11 @@ def test_invalid_arguments_are_refused_by_name() -> None:
         Decoder([], EMBED, CLASSES)
     decoder, queries = make_decoder().double(), make_queries((2, 1))
     with refused("queries"):
-        decoder(queries.embeddings, make_pyramid((5, 5)))
+        decoder(queries.embeddings, make_pyramid((5, 5)))  # type: ignore[arg-type]
     with refused("queries.boxes"):
         decoder(queries._replace(boxes=-queries.boxes), make_pyramid((5, 5)))
     with refused("pyramid"):
-        decoder(queries, make_pyramid((5, 5)).values)
+        decoder(queries, make_pyramid((5, 5)).values)  # type: ignore[arg-type]
     with refused("query_level_indices"):
         decoder(queries._replace(levels=queries.levels + 2), make_pyramid((5, 5)))
 

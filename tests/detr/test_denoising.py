@@ -204,10 +204,12 @@ def test_denoising_queries_match_their_objects_and_do_not_affect_others(
         assert_close(ours.logits, theirs.logits, 1e-9)
         assert_close(ours.boxes, theirs.boxes, 1e-9)
 
+    assert output.denoising is not None
     layers, matches = output.denoising
     assert torch.equal(matches.prediction, torch.arange(2 * sum(OBJECTS)))
     assert torch.equal(matches.target.bincount(), torch.full((sum(OBJECTS),), 2))
     given = output.queries[0]
+    assert given.groups is not None
     noisy = given.boxes[given.groups > 0]
     near = targets.boxes[matches.target]
     size = near[:, position_dim:].repeat(1, 2)
@@ -241,6 +243,7 @@ def test_denoising_losses_are_those_of_layers() -> None:
     output = detector(pyramid, targets)
     losses = SetCriterion()(output, targets)
     without = SetCriterion()(output._replace(denoising=None), targets)
+    assert output.denoising is not None
     layers, matches = output.denoising
     for index, predictions in enumerate(layers):
         part = DetectionLoss()(predictions, targets, matches, 3 * sum(OBJECTS))
@@ -275,4 +278,4 @@ def test_invalid_denoising_arguments_are_refused_by_name() -> None:
         "targets": [1, 2],
     }.items():
         with refused(argument):
-            detector(make_pyramid((4, 4)), targets)
+            detector(make_pyramid((4, 4)), targets)  # type: ignore[arg-type]

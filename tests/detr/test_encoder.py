@@ -180,7 +180,7 @@ def test_invalid_arguments_are_refused_by_name() -> None:
         Encoder([], EMBED)
     encoder = make_encoder().double()
     with refused("pyramid"):
-        encoder(torch.zeros(3, EMBED))
+        encoder(torch.zeros(3, EMBED))  # type: ignore[arg-type]
     with refused("pyramid.values"):
         encoder(make_pyramid((5,), embed_dim=EMBED + 2))
 

@@ -345,6 +345,6 @@ def test_invalid_targets_and_outputs_are_refused_by_name() -> None:
         "targets.boxes": targets._replace(boxes=-targets.boxes),
     }.items():
         with refused(argument):
-            loss(output, wrong)
+            loss(output, wrong)  # type: ignore[arg-type]
     with refused("output"):
-        loss(output.layers, targets)
+        loss(output.layers, targets)  # type: ignore[arg-type]

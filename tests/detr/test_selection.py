@@ -128,7 +128,7 @@ def test_no_points_give_no_queries(counts: tuple[int, ...]) -> None:
     assert found.queries.embeddings.shape == (0, EMBED)
     assert found.queries.offsets.tolist() == [0] * (len(counts) + 1)
     losses = found.queries.embeddings, found.candidates.logits, found.candidates.boxes
-    sum(x.sum() for x in losses).backward()
+    torch.stack([x.sum() for x in losses]).sum().backward()
     assert all(p.grad is not None for p in selection.parameters())
 
 
@@ -176,7 +176,7 @@ def test_invalid_pyramids_are_refused_by_name() -> None:
         selection(pyramid)
     selection = make_selection()
     with refused("pyramid"):
-        selection(pyramid.values)
+        selection(pyramid.values)  # type: ignore[arg-type]
     with refused("pyramid"):
         selection(make_pyramid((5,), 3))
     with refused("pyramid.values"):

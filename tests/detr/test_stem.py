@@ -251,9 +251,8 @@ def test_windows_pass_the_seam_of_periodic_axes(periodic: tuple[int, ...]) -> No
 def test_the_pyramid_keeps_where_raw_points_are() -> None:
     stem = make_stem(2, strides=((2, 1), (4, 3)))
     coordinates, values = random_points((11, 13), 3, 60)
-    pyramid = stem(
-        coordinates, values, (11, 13), 3, origin=(-2, 5), cell_size=0.5, keep_point_rows=True
-    )
+    raw: Any = {"origin": (-2, 5), "cell_size": 0.5}  # one number for all axes
+    pyramid = stem(coordinates, values, (11, 13), 3, **raw, keep_point_rows=True)
     assert (pyramid.origin, pyramid.cell_size) == ((-2.0, 5.0), (0.5, 0.5))
     rows = pyramid.point_rows
     assert rows is not None
@@ -273,7 +272,8 @@ def test_arrays_and_integers_of_numpy_are_taken() -> None:
     coordinates, values = random_points((11, 13), 3, 60)
     expected = same(coordinates, values, (11, 13), 3)
     for shape in (np.array([11, 13]), torch.Size([11, 13]), torch.tensor([11, 13])):
-        pyramid = stem(coordinates.numpy(), values.numpy(), shape, np.int32(3))
+        arguments: Any = coordinates.numpy(), values.numpy(), shape, np.int32(3)
+        pyramid = stem(*arguments)
         assert torch.equal(pyramid.values, expected.values)
         assert pyramid.level_shapes == expected.level_shapes
 

@@ -22,11 +22,12 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from vicinal import FeaturePyramid, neighborhood_attention
+from vicinal._utils.types import BackendName
 from vicinal.distributed import Halo, ShardedPlan, plan_sharded
 
 
 def attend(
-    group: ProcessGroup, problem: Problem, owners: Owners, dtype: torch.dtype, backend: str
+    group: ProcessGroup, problem: Problem, owners: Owners, dtype: torch.dtype, backend: BackendName
 ) -> None:
     """Compares output, log-sum-exp and gradients of a rank with those of one process."""
     scene = problem.scene()

@@ -13,7 +13,16 @@ import pytest
 import torch
 
 # Packages that are too large to install everywhere; code that needs them is skipped without them.
-OPTIONAL = ("torch_geometric",)
+OPTIONAL = (
+    "accelerate",
+    "huggingface_hub",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "peft",
+    "pytorch_lightning",
+    "torch_geometric",
+)
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MODULES = tuple(
@@ -92,6 +101,10 @@ def _fresh_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
 
 
+# Of Lightning and of the exporter of ONNX.
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*many workers:UserWarning", "ignore:.*axis name:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*logging interval:UserWarning")
 @pytest.mark.parametrize("page", CODE_OF_PAGES)
 def test_code_of_a_page_runs_block_after_block(page: str) -> None:
     namespace: dict[str, Any] = {"__name__": "page"}
@@ -130,6 +143,7 @@ def test_a_public_name_has_an_example(name: str) -> None:
         "docs/recipes/cuda-graphs.md",
         "docs/recipes/detection.md",
         "docs/recipes/encoder.md",
+        "docs/recipes/frameworks.md",
         "docs/recipes/labels.md",
         "docs/recipes/sharded-data.md",
         "docs/recipes/streaming.md",

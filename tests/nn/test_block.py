@@ -31,6 +31,7 @@ from problems import (
 from torch import Tensor
 
 from vicinal import FeaturePyramid, SparseNeighborhoodAttentionBlock
+from vicinal._utils.types import BackendName
 
 # -------------------------------------------------------------------------------- the specification
 
@@ -47,7 +48,7 @@ from vicinal import FeaturePyramid, SparseNeighborhoodAttentionBlock
 )
 @settings(max_examples=25)
 def test_output_and_gradients_match_the_specification(
-    backend: str,
+    backend: BackendName,
     scene: Scene,
     background: bool,
     levels: bool,
@@ -86,7 +87,7 @@ EDGE_CASES = {
 
 @pytest.mark.parametrize("name", EDGE_CASES)
 @pytest.mark.parametrize("background", [False, True])
-def test_edge_case_scenes(name: str, background: bool, backend: str) -> None:
+def test_edge_case_scenes(name: str, background: bool, backend: BackendName) -> None:
     scene = EDGE_CASES[name]
     arguments = make_arguments(scene, background=background)
     assert_matches_specification(make_block(scene, backend, bias=True), scene, arguments)
@@ -107,7 +108,7 @@ def without_level(scene: Scene, level: int) -> Scene:
 
 @pytest.mark.parametrize("background", [False, True])
 @pytest.mark.parametrize("level", [0, 2])
-def test_a_level_without_points(level: int, background: bool, backend: str) -> None:
+def test_a_level_without_points(level: int, background: bool, backend: BackendName) -> None:
     scene = without_level(scene_2d(n_queries=20), level)
     assert (scene.pyramid.levels.bincount(minlength=3) == 0).tolist() == [
         index == level for index in range(3)
@@ -118,7 +119,7 @@ def test_a_level_without_points(level: int, background: bool, backend: str) -> N
 
 
 @pytest.mark.parametrize("far", [-50.0, 1e4, 1e9])
-def test_queries_far_outside_the_map_keep_their_residual(far: float, backend: str) -> None:
+def test_queries_far_outside_the_map_keep_their_residual(far: float, backend: BackendName) -> None:
     scene = scene_2d(n_queries=20)
     scene.positions[4] = far
     scene.positions[11, 1] = -far
@@ -128,7 +129,7 @@ def test_queries_far_outside_the_map_keep_their_residual(far: float, backend: st
     assert torch.equal(out[[4, 11]], arguments.query[[4, 11]])
 
 
-def test_queries_at_1e30_keep_their_residual(backend: str) -> None:
+def test_queries_at_1e30_keep_their_residual(backend: BackendName) -> None:
     scene = scene_2d(n_queries=20)
     scene.positions[4], scene.positions[11, 1] = 1e30, -1e30
     arguments = make_arguments(scene)
@@ -138,7 +139,7 @@ def test_queries_at_1e30_keep_their_residual(backend: str) -> None:
     assert all(leaf.grad is not None and leaf.grad.isfinite().all() for leaf in arguments.leaves())
 
 
-def test_empty_map_gives_query_plus_output_bias(backend: str) -> None:
+def test_empty_map_gives_query_plus_output_bias(backend: BackendName) -> None:
     scene = make_scene(((6, 4),), (3,), (5,), 0)
     arguments = make_arguments(scene)
     block = make_block(scene, backend, bias=True)
@@ -147,7 +148,7 @@ def test_empty_map_gives_query_plus_output_bias(backend: str) -> None:
     assert (block.out_proj.bias != 0).all()
 
 
-def test_explicit_zeros_of_a_sparse_map_are_points(backend: str) -> None:
+def test_explicit_zeros_of_a_sparse_map_are_points(backend: BackendName) -> None:
     scene = full_window_scene(4, 3)
     block = make_block(scene, backend, bias=True)
     arguments = make_arguments(scene)
@@ -167,7 +168,7 @@ def test_explicit_zeros_of_a_sparse_map_are_points(backend: str) -> None:
 
 @pytest.mark.parametrize("background", [False, True])
 @pytest.mark.parametrize("norm_first", [False, True])
-def test_all_queries_masked(norm_first: bool, background: bool, backend: str) -> None:
+def test_all_queries_masked(norm_first: bool, background: bool, backend: BackendName) -> None:
     scene = scene_2d()
     block = make_block(scene, backend, norm_first=norm_first, bias=True)
     arguments = make_arguments(scene, background=background)
@@ -184,7 +185,7 @@ def test_all_queries_masked(norm_first: bool, background: bool, backend: str) ->
     assert {name for name, grad in grads.items() if not grad.any()} == without_gradient
 
 
-def test_all_false_mask_equals_no_mask(backend: str) -> None:
+def test_all_false_mask_equals_no_mask(backend: BackendName) -> None:
     scene = scene_2d()
     block = make_block(scene, backend)
     arguments = make_arguments(scene)
@@ -199,7 +200,7 @@ def test_all_false_mask_equals_no_mask(backend: str) -> None:
     ("shapes", "finest"), [(((6, 4), (9, 8)), 1), (((9, 8), (6, 4)), 0), (((20, 1), (5, 5)), 1)]
 )
 def test_default_query_level_is_the_one_with_the_most_cells(
-    shapes: tuple[tuple[int, int], ...], finest: int, backend: str
+    shapes: tuple[tuple[int, int], ...], finest: int, backend: BackendName
 ) -> None:
     scene = make_scene(shapes, (5, 5), (9,), 40)
     block = make_block(scene, backend)
@@ -231,7 +232,7 @@ def test_constructor_defaults() -> None:
 
 
 @pytest.mark.parametrize("background", [False, True])
-def test_pyramid_and_sparse_map_give_equal_results(background: bool, backend: str) -> None:
+def test_pyramid_and_sparse_map_give_equal_results(background: bool, backend: BackendName) -> None:
     scene = distinct_scene()
     block = make_block(scene, backend)
     arguments = make_arguments(scene, background=background)
@@ -250,7 +251,7 @@ def test_pyramid_and_sparse_map_give_equal_results(background: bool, backend: st
     assert_close(grad.coalesce().values(), pyramid_grad[order], 1e-13)
 
 
-def test_uncoalesced_map_is_summed(backend: str) -> None:
+def test_uncoalesced_map_is_summed(backend: BackendName) -> None:
     scene = distinct_scene()
     block = make_block(scene, backend)
     call, coo, _ = coo_arguments(make_arguments(scene))
@@ -266,7 +267,9 @@ def test_uncoalesced_map_is_summed(backend: str) -> None:
 
 
 @pytest.mark.parametrize("background", [False, True])
-def test_given_plan_equals_the_plan_built_by_the_block(background: bool, backend: str) -> None:
+def test_given_plan_equals_the_plan_built_by_the_block(
+    background: bool, backend: BackendName
+) -> None:
     scene = scene_2d(n_queries=20)
     arguments = make_arguments(scene, background=background, mask=True)
     plan = scene.plan()
@@ -327,7 +330,7 @@ def test_make_plan_uses_the_windows_of_the_block() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.uint8])
-def test_integer_arguments_of_any_dtype(dtype: torch.dtype, backend: str) -> None:
+def test_integer_arguments_of_any_dtype(dtype: torch.dtype, backend: BackendName) -> None:
     scene = distinct_scene()
     block = make_block(scene, backend)
     call, _, _ = coo_arguments(make_arguments(scene, levels=True))
@@ -338,7 +341,7 @@ def test_integer_arguments_of_any_dtype(dtype: torch.dtype, backend: str) -> Non
     assert torch.equal(block(**call | narrow), block(**call))
 
 
-def test_level_shapes_as_lists(backend: str) -> None:
+def test_level_shapes_as_lists(backend: BackendName) -> None:
     scene = distinct_scene()
     block = make_block(scene, backend)
     call, _, _ = coo_arguments(make_arguments(scene))
@@ -349,7 +352,7 @@ def test_level_shapes_as_lists(backend: str) -> None:
     assert torch.equal(block(**both), block(**arguments._asdict()))
 
 
-def test_permuting_queries_permutes_the_output(backend: str) -> None:
+def test_permuting_queries_permutes_the_output(backend: BackendName) -> None:
     # The permutation keeps queries within their image.
     scene = scene_2d(n_queries=40)
     block = make_block(scene, backend)
@@ -365,7 +368,7 @@ def test_permuting_queries_permutes_the_output(backend: str) -> None:
     assert_close(block(**arguments._asdict() | moved), out[order], 1e-12)
 
 
-def test_permuting_points_keeps_the_output(backend: str) -> None:
+def test_permuting_points_keeps_the_output(backend: BackendName) -> None:
     scene = scene_2d(n_queries=40)
     block = make_block(scene, backend)
     arguments = make_arguments(scene, background=True)

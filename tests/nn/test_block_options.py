@@ -28,6 +28,7 @@ from problems import Scene, assert_close, plan_by_triton, scene_2d, scenes
 from torch import Tensor, nn
 
 from vicinal import FeaturePyramid, SparseNeighborhoodAttentionBlock, export_state_dict
+from vicinal._utils.types import BackendName
 
 SCALES = (0.3, 4.0, 1.5)
 WIDTH = 5
@@ -62,7 +63,7 @@ def arguments_for(block: Any, scene: Scene, **options: Any) -> Arguments:
 )
 @settings(max_examples=25)
 def test_output_and_gradients_match_the_specification(
-    backend: str,
+    backend: BackendName,
     scene: Scene,
     background: bool,
     levels: bool,
@@ -90,7 +91,7 @@ def test_output_and_gradients_match_the_specification(
 
 @EACH_OPTION
 @pytest.mark.parametrize("background", [False, True])
-def test_gradcheck(name: str, background: bool, backend: str) -> None:
+def test_gradcheck(name: str, background: bool, backend: BackendName) -> None:
     scene = scene_2d(n_queries=4, n_points=25)
     block = make_block(scene, backend, **OPTIONS[name])
     arguments = arguments_for(block, scene, background=background, levels=True)
@@ -138,7 +139,9 @@ def test_attention_weights_times_values_give_the_output(name: str, background: b
     assert_close(by_weights(block, arguments), block(**arguments._asdict()), EXACT)
 
 
-def test_points_of_another_width_equal_points_that_are_projected_first(backend: str) -> None:
+def test_points_of_another_width_equal_points_that_are_projected_first(
+    backend: BackendName,
+) -> None:
     scene = scene_2d(n_queries=20)
     block = make_block(scene, backend, point_dim=WIDTH, bias=True)
     plain = make_block(scene, backend, bias=True)
@@ -157,7 +160,7 @@ def test_points_of_another_width_equal_points_that_are_projected_first(backend: 
 
 
 @pytest.mark.parametrize("background", [False, True])
-def test_no_rotation_equals_frequencies_of_zero(background: bool, backend: str) -> None:
+def test_no_rotation_equals_frequencies_of_zero(background: bool, backend: BackendName) -> None:
     scene = scene_2d(n_queries=20)
     block, plain = make_block(scene, backend, rotary=False), make_block(scene, backend)
     plain.load_state_dict(block.state_dict(), strict=False)
@@ -175,7 +178,7 @@ def test_no_rotation_equals_frequencies_of_zero(background: bool, backend: str) 
     )
 
 
-def test_scales_of_one_change_nothing(backend: str) -> None:
+def test_scales_of_one_change_nothing(backend: BackendName) -> None:
     scene = scene_2d(n_queries=20)
     block = make_block(scene, backend, rope_axis_scales=[1, 1])
     plain = make_block(scene, backend)
@@ -186,7 +189,7 @@ def test_scales_of_one_change_nothing(backend: str) -> None:
 
 @EACH_OPTION
 @pytest.mark.parametrize("background", [False, True])
-def test_a_map_that_repeats_has_no_seam(name: str, background: bool, backend: str) -> None:
+def test_a_map_that_repeats_has_no_seam(name: str, background: bool, backend: BackendName) -> None:
     """The map moved along its periodic axis gives the same result."""
     options = {"rope_spatial_base_theta": 20.0} | OPTIONS[name]
     block: Any = SparseNeighborhoodAttentionBlock(
@@ -226,7 +229,7 @@ def test_layers_that_share_a_plan_have_their_own_scales() -> None:
 
 
 @EACH_OPTION
-def test_pyramid_and_sparse_map_give_equal_results(name: str, backend: str) -> None:
+def test_pyramid_and_sparse_map_give_equal_results(name: str, backend: BackendName) -> None:
     scene = distinct_scene()
     block = make_block(scene, backend, **OPTIONS[name])
     arguments = arguments_for(block, scene, background=True)
@@ -241,7 +244,7 @@ def test_pyramid_and_sparse_map_give_equal_results(name: str, backend: str) -> N
 
 @EACH_OPTION
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_low_precision_modules(name: str, dtype: torch.dtype, backend: str) -> None:
+def test_low_precision_modules(name: str, dtype: torch.dtype, backend: BackendName) -> None:
     scene = scene_2d(n_queries=40)
     block = make_block(scene, backend, norm_first=False, **OPTIONS[name])
     wide = arguments_for(block, scene, background=True)
@@ -255,7 +258,7 @@ def test_low_precision_modules(name: str, dtype: torch.dtype, backend: str) -> N
 
 
 @EACH_OPTION
-def test_autocast(name: str, backend: str) -> None:
+def test_autocast(name: str, backend: BackendName) -> None:
     scene = scene_2d(n_queries=40)
     block = make_block(scene, backend, **OPTIONS[name]).float()
     arguments = arguments_for(block, scene, background=True).to(torch.float32)._asdict()

@@ -12,6 +12,7 @@ from problems import Shapes, assert_close, make_scene, sparse_coo
 from torch import Tensor
 
 from vicinal import FeaturePyramid, NeighborhoodPlan, SparseNeighborhoodAttentionBlock
+from vicinal._utils.types import BackendName
 
 # -------------------------------------------------------------------------------------- constructor
 
@@ -326,7 +327,7 @@ def contents_unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def assert_excluded(
-    bad_call: dict[str, Any], good_call: dict[str, Any], queries: list[int], backend: str
+    bad_call: dict[str, Any], good_call: dict[str, Any], queries: list[int], backend: BackendName
 ) -> None:
     """In ``bad_call``, ``queries`` keep their residual; the rest is as in ``good_call``."""
     block = make_block(SCENE, backend)
@@ -361,7 +362,7 @@ def unmasked_call(background: bool) -> dict[str, Any]:
 @pytest.mark.parametrize("background", [False, True])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_queries_with_nonfinite_positions_are_excluded(
-    value: float, background: bool, backend: str
+    value: float, background: bool, backend: BackendName
 ) -> None:
     call = unmasked_call(background)
     positions = call["query_spatial_positions"].clone()
@@ -372,7 +373,7 @@ def test_queries_with_nonfinite_positions_are_excluded(
 
 @pytest.mark.usefixtures("contents_unchecked")
 @pytest.mark.parametrize("background", [False, True])
-def test_queries_outside_all_offsets_are_excluded(background: bool, backend: str) -> None:
+def test_queries_outside_all_offsets_are_excluded(background: bool, backend: BackendName) -> None:
     call = unmasked_call(background)
     bad = call | {"query_batch_offsets": torch.tensor([1, 6, 6, 12])}
     assert_excluded(bad, call, [0, 12, 13], backend)
@@ -380,7 +381,7 @@ def test_queries_outside_all_offsets_are_excluded(background: bool, backend: str
 
 @pytest.mark.usefixtures("contents_unchecked")
 @pytest.mark.parametrize("background", [False, True])
-def test_points_outside_their_level_are_excluded(background: bool, backend: str) -> None:
+def test_points_outside_their_level_are_excluded(background: bool, backend: BackendName) -> None:
     call = unmasked_call(background)
     bad = call | {"stacked_feature_maps": with_point([0, 6, 2, 0]).requires_grad_()}
     block = make_block(SCENE, backend)
@@ -398,7 +399,7 @@ def test_points_outside_their_level_are_excluded(background: bool, backend: str)
 @pytest.mark.parametrize("background", [False, True])
 @pytest.mark.parametrize("level", [-1, 3, 2**62])
 def test_queries_with_invalid_levels_are_excluded(
-    level: int, background: bool, backend: str
+    level: int, background: bool, backend: BackendName
 ) -> None:
     call = unmasked_call(background)
     levels = call["query_level_indices"].clone()

@@ -15,12 +15,13 @@ from problems import Scene, assert_close, full_window_scene, scene_2d
 from torch import Tensor, nn
 
 from vicinal import FeaturePyramid, SparseNeighborhoodAttentionBlock
+from vicinal._utils.types import BackendName
 from vicinal.backends import chunks
 
 # ------------------------------------------------------------------------------------------ dropout
 
 
-def test_dropout_is_active_in_training_only(backend: str) -> None:
+def test_dropout_is_active_in_training_only(backend: BackendName) -> None:
     scene = scene_2d(n_queries=200, n_points=200)
     arguments = make_arguments(scene, background=True)._asdict()
     block = make_block(scene, backend, dropout=0.4)
@@ -49,7 +50,7 @@ def test_dropout_is_active_in_training_only(backend: str) -> None:
     assert torch.equal(torch.get_rng_state(), state), "evaluation draws no random numbers"
 
 
-def test_output_dropout_follows_the_mode_of_its_module(backend: str) -> None:
+def test_output_dropout_follows_the_mode_of_its_module(backend: BackendName) -> None:
     scene = scene_2d()
     block = make_block(scene, backend, dropout=0.4).eval()
     arguments = make_arguments(scene)._asdict()
@@ -98,7 +99,7 @@ def test_dropout_is_the_same_on_both_backends() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("background", [False, True])
-def test_low_precision_modules(dtype: torch.dtype, background: bool, backend: str) -> None:
+def test_low_precision_modules(dtype: torch.dtype, background: bool, backend: BackendName) -> None:
     scene = scene_2d(n_queries=40)
     block = make_block(scene, backend, norm_first=False)
     wide = make_arguments(scene, background=background)
@@ -114,7 +115,7 @@ def test_low_precision_modules(dtype: torch.dtype, background: bool, backend: st
 
 
 @pytest.mark.parametrize("background", [False, True])
-def test_float64_positions_with_a_float32_module(background: bool, backend: str) -> None:
+def test_float64_positions_with_a_float32_module(background: bool, backend: BackendName) -> None:
     scene = scene_2d(n_queries=20)
     block = make_block(scene, backend).float()
     arguments = make_arguments(scene, background=background).to(torch.float32)
@@ -135,7 +136,7 @@ def far_scene() -> Scene:
 
 
 @pytest.mark.parametrize("background", [False, True])
-def test_autocast_keeps_positions_exact(background: bool, backend: str) -> None:
+def test_autocast_keeps_positions_exact(background: bool, backend: BackendName) -> None:
     scene = far_scene()
     block = make_block(scene, backend).float()
     arguments = make_arguments(scene, background=background).to(torch.float32)._asdict()
@@ -154,7 +155,7 @@ def test_autocast_keeps_positions_exact(background: bool, backend: str) -> None:
     assert confused > 5 * error, "rounding positions gives a larger error"
 
 
-def test_bfloat16_positions_are_computed_in_float32(backend: str) -> None:
+def test_bfloat16_positions_are_computed_in_float32(backend: BackendName) -> None:
     scene = scene_2d(n_queries=20)
     block = make_block(scene, backend)
     arguments = make_arguments(scene)._asdict()
@@ -185,7 +186,7 @@ def test_state_dict_names_and_shapes() -> None:
             assert set(block.state_dict()) == set(dict(block.named_parameters()))
 
 
-def test_kv_proj_holds_keys_before_values(backend: str) -> None:
+def test_kv_proj_holds_keys_before_values(backend: BackendName) -> None:
     # With zero keys all weights are equal, so the output is the projected mean of the values.
     scene = full_window_scene(3, 4)
     block = make_block(scene, backend)
@@ -302,7 +303,7 @@ def test_works_under_functional_call() -> None:
     assert torch.equal(called, other(**arguments))
 
 
-def test_arguments_are_not_modified(backend: str) -> None:
+def test_arguments_are_not_modified(backend: BackendName) -> None:
     scene = scene_2d()
     arguments = make_arguments(scene, background=True, levels=True, mask=True)
     tensors = [x for x in arguments if isinstance(x, Tensor)] + [

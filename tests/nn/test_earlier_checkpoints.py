@@ -19,6 +19,7 @@ from vicinal import (
     SparseNeighborhoodAttentionBlock,
     export_state_dict,
 )
+from vicinal._utils.types import BackendName
 
 
 def golden_block(name: str) -> tuple[SparseNeighborhoodAttentionBlock, golden_cases.GoldenCase]:
@@ -209,7 +210,7 @@ def test_rates_of_attention_dropout_are_checked(rate: Any) -> None:
         SparseNeighborhoodAttentionBlock(8, 2, attention_dropout=rate)
 
 
-def test_attention_dropout_without_dropout_of_the_output(backend: str) -> None:
+def test_attention_dropout_without_dropout_of_the_output(backend: BackendName) -> None:
     scene = scene_2d(n_queries=200, n_points=200)
     arguments = make_arguments(scene)._asdict()
     block = make_block(scene, backend, attention_dropout=0.5)
@@ -220,7 +221,7 @@ def test_attention_dropout_without_dropout_of_the_output(backend: str) -> None:
     assert (dropped == 0).double().mean() < 0.1
 
 
-def test_no_attention_dropout_as_in_the_earlier_implementation(backend: str) -> None:
+def test_no_attention_dropout_as_in_the_earlier_implementation(backend: BackendName) -> None:
     scene = scene_2d(n_queries=200, n_points=200)
     arguments = make_arguments(scene)._asdict()
     block = make_block(scene, backend, dropout=0.5, attention_dropout=0.0)

@@ -16,11 +16,12 @@ from vicinal import (
     SparseDeformableAttention,
     SparseNeighborhoodAttentionBlock,
 )
+from vicinal._utils.types import BackendName
 
 KINDS = pytest.mark.parametrize("kind", ["block", "deformable"])
 
 
-def make_module(kind: str, backend: str = "cpu") -> Any:
+def make_module(kind: str, backend: BackendName = "cpu") -> Any:
     if kind == "block":
         return make_block(scene_2d(), backend)
     return deformable_scenes.make_module(deformable_scenes.SCENES[2])
@@ -45,7 +46,7 @@ def points_for(module: Any, n: int = 50) -> FeaturePyramid:
 @pytest.mark.parametrize("background", [False, True])
 @pytest.mark.parametrize("planned", [False, True])
 def test_encode_lets_every_point_attend(
-    kind: str, background: bool, planned: bool, backend: str
+    kind: str, background: bool, planned: bool, backend: BackendName
 ) -> None:
     module = make_module(kind, backend)
     pyramid = points_for(module)
@@ -114,7 +115,7 @@ def test_encode_names_the_pyramid_that_does_not_fit(kind: str, change: Any) -> N
 
 @KINDS
 @pytest.mark.parametrize("change", ["permuted", "moved", "other images"])
-def test_plan_for_other_points_raises(kind: str, change: str, backend: str) -> None:
+def test_plan_for_other_points_raises(kind: str, change: str, backend: BackendName) -> None:
     module = make_module(kind, backend)
     pyramid = points_for(module)
     plan = module.make_encoder_plan(pyramid)
@@ -140,7 +141,7 @@ def test_plan_of_a_pyramid_is_not_that_of_its_map() -> None:
         block(**call, plan=plan)
 
 
-def test_plan_for_other_query_cells_raises(backend: str) -> None:
+def test_plan_for_other_query_cells_raises(backend: BackendName) -> None:
     scene = scene_2d()
     block = make_block(scene, backend)
     arguments = make_arguments(scene)._asdict()
@@ -152,7 +153,7 @@ def test_plan_for_other_query_cells_raises(backend: str) -> None:
     assert block(**unchecked, plan=plan).isfinite().all()
 
 
-def test_queries_may_move_within_their_cells(backend: str) -> None:
+def test_queries_may_move_within_their_cells(backend: BackendName) -> None:
     scene = scene_2d()
     block = make_block(scene, backend)
     arguments = make_arguments(scene)._asdict()
@@ -162,7 +163,7 @@ def test_queries_may_move_within_their_cells(backend: str) -> None:
 
 
 @KINDS
-def test_plan_made_in_inference_mode_can_be_trained_with(kind: str, backend: str) -> None:
+def test_plan_made_in_inference_mode_can_be_trained_with(kind: str, backend: BackendName) -> None:
     module = make_module(kind, backend)
     pyramid = points_for(module)
     with torch.inference_mode():
@@ -179,7 +180,7 @@ def test_plan_made_in_inference_mode_can_be_trained_with(kind: str, backend: str
 
 
 @KINDS
-def test_images_that_are_missing_at_the_end_hold_nothing(kind: str, backend: str) -> None:
+def test_images_that_are_missing_at_the_end_hold_nothing(kind: str, backend: BackendName) -> None:
     module = make_module(kind, backend)
     pyramid = points_for(module)  # the last of four images is empty
     query = torch.randn(6, module.embed_dim, dtype=torch.float64)
@@ -295,7 +296,7 @@ def unwound_loop(block: Any, query: Tensor, positions: Tensor, pyramid: FeatureP
 @KINDS
 @pytest.mark.parametrize("background", [False, True])
 def test_results_do_not_depend_on_where_the_seam_is(
-    kind: str, background: bool, backend: str
+    kind: str, background: bool, backend: BackendName
 ) -> None:
     if kind == "block":
         module: Any = SparseNeighborhoodAttentionBlock(EMBED, 2, 2, (3, 5), backend=backend)
@@ -342,7 +343,7 @@ def test_periodic_axes_of_a_sparse_map() -> None:
         module(query, positions, offsets, of_map, periodic_axes=(0,))
 
 
-def test_weights_list_points_and_never_copies(backend: str) -> None:
+def test_weights_list_points_and_never_copies(backend: BackendName) -> None:
     module: Any = SparseNeighborhoodAttentionBlock(EMBED, 2, 2, (3, 5), backend=backend).double()
     pyramid, positions = seam_scene(6)
     query = torch.randn(20, EMBED, dtype=torch.float64)

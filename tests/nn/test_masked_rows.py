@@ -10,10 +10,14 @@ from block_scenes import make_arguments, make_block
 from problems import scene_2d
 from torch import Tensor, nn
 
+from vicinal._utils.types import BackendName
+
 MASKED = [1, 4, 7]
 
 
-def modules_and_calls(kind: str, backend: str, **options: Any) -> tuple[Any, dict[str, Any]]:
+def modules_and_calls(
+    kind: str, backend: BackendName, **options: Any
+) -> tuple[Any, dict[str, Any]]:
     """A module and its arguments; the queries `MASKED` are masked."""
     background = options.pop("background")
     if kind == "block":
@@ -41,7 +45,13 @@ def parameter_gradients(module: nn.Module, out: Tensor, weights: Tensor) -> dict
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("loss", ["finite", "nan"])
 def test_nonfinite_masked_rows_add_nothing_to_parameter_gradients(
-    kind: str, norm_first: bool, bias: bool, background: bool, bad: float, loss: str, backend: str
+    kind: str,
+    norm_first: bool,
+    bias: bool,
+    background: bool,
+    bad: float,
+    loss: str,
+    backend: BackendName,
 ) -> None:
     options = {"norm_first": norm_first, "bias": bias, "background": background}
     module, call = modules_and_calls(kind, backend, **options)
@@ -71,7 +81,7 @@ def test_nonfinite_masked_rows_add_nothing_to_parameter_gradients(
 
 
 @pytest.mark.parametrize("kind", ["block", "deformable"])
-def test_finite_masked_rows_reach_the_output_bias(kind: str, backend: str) -> None:
+def test_finite_masked_rows_reach_the_output_bias(kind: str, backend: BackendName) -> None:
     module, call = modules_and_calls(kind, backend, bias=True, background=False)
     weights = torch.zeros(*call["query"].shape, dtype=torch.float64)
     weights[MASKED] = 1

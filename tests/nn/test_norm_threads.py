@@ -13,6 +13,7 @@ from vicinal import (
     SparseDeformableAttention,
     SparseNeighborhoodAttentionBlock,
 )
+from vicinal._utils.types import BackendName
 from vicinal.detr import (
     Decoder,
     DecoderLayer,
@@ -39,7 +40,7 @@ def make_pyramid() -> FeaturePyramid:
     return FeaturePyramid.from_points(*make_points(), (48, 48), 3, strides=(1, 2))
 
 
-def block(norm_first: bool, backend: str = "cpu") -> Any:
+def block(norm_first: bool, backend: BackendName = "cpu") -> Any:
     return SparseNeighborhoodAttentionBlock(
         EMBED, HEADS, 2, (3, 5), norm_first=norm_first, bias=True, backend=backend
     )

@@ -6,6 +6,7 @@ from block_scenes import EMBED, EXACT, gradients, make_arguments, make_block
 from problems import assert_close, scene_2d
 from torch import Tensor, nn
 
+from vicinal._utils.types import BackendName
 from vicinal.nn import projections
 
 
@@ -29,7 +30,7 @@ def test_hooks_of_projections_are_called(name: str, register: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["kv_proj", "out_proj"])
-def test_modules_that_replace_projections_are_called(name: str, backend: str) -> None:
+def test_modules_that_replace_projections_are_called(name: str, backend: BackendName) -> None:
     scene = scene_2d()
     block = make_block(scene, backend)
     arguments = make_arguments(scene)._asdict()
@@ -48,7 +49,7 @@ def test_modules_that_replace_projections_are_called(name: str, backend: str) ->
     assert (block(**arguments) - before).abs().max() > 0.1
 
 
-def test_layer_norm_without_bias(backend: str) -> None:
+def test_layer_norm_without_bias(backend: BackendName) -> None:
     scene = scene_2d()
     block = make_block(scene, backend)
     arguments = make_arguments(scene)._asdict()
@@ -61,7 +62,7 @@ def test_layer_norm_without_bias(backend: str) -> None:
     assert_close(block(**arguments), expected, 1e-13)
 
 
-def test_global_module_hooks_are_called(backend: str) -> None:
+def test_global_module_hooks_are_called(backend: BackendName) -> None:
     scene = scene_2d()
     block = make_block(scene, backend)
     called: set[nn.Module] = set()
@@ -88,7 +89,7 @@ def record_calls(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
 
 @pytest.mark.parametrize("norm_first", [True, False])
 def test_modules_are_called_where_torch_does_not_report_hooks(
-    norm_first: bool, backend: str, monkeypatch: pytest.MonkeyPatch
+    norm_first: bool, backend: BackendName, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The result is the same as that of the back end's projections."""
     scene = scene_2d()
@@ -107,7 +108,7 @@ def test_modules_are_called_where_torch_does_not_report_hooks(
         assert_close(left, right, EXACT)
 
 
-def test_a_subclass_of_linear_is_called(backend: str) -> None:
+def test_a_subclass_of_linear_is_called(backend: BackendName) -> None:
     class Negated(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
             return -super().forward(x)
@@ -124,7 +125,7 @@ def test_a_subclass_of_linear_is_called(backend: str) -> None:
     assert (before - query).abs().max() > 0.1
 
 
-def test_autocast_applies_to_projections(backend: str) -> None:
+def test_autocast_applies_to_projections(backend: BackendName) -> None:
     """Under autocast, modules are called, so that they round as autocast prescribes."""
     scene = scene_2d()
     block = make_block(scene, backend).float()

@@ -9,8 +9,10 @@ from block_scenes import EXACT, make_arguments, make_block
 from problems import assert_close, scene_2d
 from torch import Tensor, nn
 
+from vicinal._utils.types import BackendName
 
-def module_and_call(kind: str, backend: str, **options: Any) -> tuple[Any, dict[str, Any]]:
+
+def module_and_call(kind: str, backend: BackendName, **options: Any) -> tuple[Any, dict[str, Any]]:
     if kind == "block":
         scene = scene_2d()
         return make_block(scene, backend, **options), make_arguments(scene)._asdict()
@@ -25,7 +27,9 @@ NORM_FIRST = pytest.mark.parametrize("norm_first", [False, True])
 
 @KINDS
 @NORM_FIRST
-def test_norm_may_be_replaced_by_the_identity(kind: str, norm_first: bool, backend: str) -> None:
+def test_norm_may_be_replaced_by_the_identity(
+    kind: str, norm_first: bool, backend: BackendName
+) -> None:
     module, call = module_and_call(kind, backend, norm_first=norm_first)
     reference, _ = module_and_call(kind, backend, norm_first=True)
     reference.load_state_dict(module.state_dict())
@@ -45,7 +49,7 @@ def test_norm_may_be_replaced_by_the_identity(kind: str, norm_first: bool, backe
 @pytest.mark.parametrize(
     "make_norm", [lambda width: nn.LayerNorm(width, elementwise_affine=False), nn.RMSNorm]
 )
-def test_other_norms(kind: str, norm_first: bool, make_norm: Any, backend: str) -> None:
+def test_other_norms(kind: str, norm_first: bool, make_norm: Any, backend: BackendName) -> None:
     module, call = module_and_call(kind, backend, norm_first=norm_first)
     norm = make_norm(call["query"].shape[1]).double()
     module.norm = norm
@@ -61,7 +65,7 @@ def test_other_norms(kind: str, norm_first: bool, make_norm: Any, backend: str) 
 
 @KINDS
 @NORM_FIRST
-def test_norm_in_float32_beside_bfloat16(kind: str, norm_first: bool, backend: str) -> None:
+def test_norm_in_float32_beside_bfloat16(kind: str, norm_first: bool, backend: BackendName) -> None:
     module, call = module_and_call(kind, backend, norm_first=norm_first)
     exact = module(**call)
     module.bfloat16().norm.float()
@@ -87,7 +91,7 @@ class Halved(nn.Module):
 
 @KINDS
 @pytest.mark.parametrize("training", [False, True])
-def test_dropout_may_be_replaced(kind: str, training: bool, backend: str) -> None:
+def test_dropout_may_be_replaced(kind: str, training: bool, backend: BackendName) -> None:
     module, call = module_and_call(kind, backend)
     module.train(training)
     expected = module(**call)
@@ -101,7 +105,9 @@ def test_dropout_may_be_replaced(kind: str, training: bool, backend: str) -> Non
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("rate", [0.0, 0.5])
 @pytest.mark.parametrize("part", ["dropout", "norm", "out_proj"])
-def test_hooks_are_called(kind: str, training: bool, rate: float, part: str, backend: str) -> None:
+def test_hooks_are_called(
+    kind: str, training: bool, rate: float, part: str, backend: BackendName
+) -> None:
     module, call = module_and_call(kind, backend, dropout=rate)
     module.train(training)
     shapes = []

@@ -10,6 +10,7 @@ from problems import assert_close, rotate_by_hand
 from torch import Tensor
 
 from vicinal import RotaryEncoding
+from vicinal._utils.types import BackendName
 
 PATTERNS = ["single", "partition", "closure"]
 
@@ -29,7 +30,7 @@ def inputs(rotary: RotaryEncoding, n: int = 20) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("position_dim", [1, 2, 3])
 @pytest.mark.parametrize("n_rows", [0, 1, 70])
 def test_against_complex_numbers(
-    pattern: str, share_heads: bool, position_dim: int, n_rows: int, backend: str
+    pattern: str, share_heads: bool, position_dim: int, n_rows: int, backend: BackendName
 ) -> None:
     rotary = encoding(
         position_dim=position_dim,
@@ -50,7 +51,7 @@ def test_against_complex_numbers(
 
 @pytest.mark.parametrize("head_dim", [2, 4, 6, 8, 10, 14, 32, 34, 64, 130])
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_unequal_groups(head_dim: int, pattern: str, backend: str) -> None:
+def test_unequal_groups(head_dim: int, pattern: str, backend: BackendName) -> None:
     rotary = encoding(
         head_dim,
         freq_group_pattern=pattern,
@@ -83,7 +84,7 @@ def test_a_rotation_by_hand() -> None:
     assert_close(rotated, expected, 1e-15)
 
 
-def test_products_depend_on_differences_alone(backend: str) -> None:
+def test_products_depend_on_differences_alone(backend: BackendName) -> None:
     rotary = encoding(backend=backend)
     (q, at_q), (k, at_k) = inputs(rotary), inputs(rotary)
     shift = torch.tensor([3.5, -20.0, 1.0], dtype=torch.float64)
@@ -94,7 +95,7 @@ def test_products_depend_on_differences_alone(backend: str) -> None:
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("share_heads", [False, True])
-def test_gradcheck(pattern: str, share_heads: bool, backend: str) -> None:
+def test_gradcheck(pattern: str, share_heads: bool, backend: BackendName) -> None:
     rotary = encoding(
         6,
         2,
@@ -141,7 +142,7 @@ def test_the_same_bits_for_any_number_of_threads() -> None:
 
 
 @pytest.mark.usefixtures("uninitialized_is_nan")
-def test_uninitialized_memory_is_not_read_or_returned(backend: str) -> None:
+def test_uninitialized_memory_is_not_read_or_returned(backend: BackendName) -> None:
     rotary = encoding(10, backend=backend)
     x, coordinates = inputs(rotary)
     rotated = rotary(x, coordinates)
@@ -154,7 +155,7 @@ def test_uninitialized_memory_is_not_read_or_returned(backend: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_neighboring_cells_far_from_the_origin(dtype: torch.dtype, backend: str) -> None:
+def test_neighboring_cells_far_from_the_origin(dtype: torch.dtype, backend: BackendName) -> None:
     # bfloat16 cannot tell cell 300 from 301, nor float16 cell 3000 from 3001.
     rotary = encoding(backend=backend)
     cells = torch.tensor([[300.5, 3000.5, 1], [301.5, 3001.5, 2]], dtype=torch.float32)
@@ -170,7 +171,7 @@ def test_neighboring_cells_far_from_the_origin(dtype: torch.dtype, backend: str)
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_coordinates_are_computed_with_in_float32(
-    dtype: torch.dtype, backend: str
+    dtype: torch.dtype, backend: BackendName
 ) -> None:
     rotary = encoding(backend=backend).float()
     coordinates = (torch.rand(20, 3) * 100).to(dtype)
@@ -178,7 +179,7 @@ def test_half_precision_coordinates_are_computed_with_in_float32(
     assert torch.equal(rotary(x, coordinates), rotary(x, coordinates.float()))
 
 
-def test_autocast_changes_nothing(backend: str) -> None:
+def test_autocast_changes_nothing(backend: BackendName) -> None:
     rotary = encoding(backend=backend).float()
     coordinates, x = torch.rand(20, 3) * 1000, torch.randn(20, 3, 12)
     expected = rotary(x, coordinates)
@@ -188,7 +189,7 @@ def test_autocast_changes_nothing(backend: str) -> None:
 
 @pytest.mark.parametrize("far", [1e3, 1e5, 1e7])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_large_angles(far: float, dtype: torch.dtype, backend: str) -> None:
+def test_large_angles(far: float, dtype: torch.dtype, backend: BackendName) -> None:
     rotary = encoding(32, backend=backend).to(dtype)
     x = torch.randn(50, 3, 32, dtype=dtype)
     coordinates = (torch.rand(50, 3, dtype=dtype) * 2 - 1) * far
@@ -201,7 +202,9 @@ def test_large_angles(far: float, dtype: torch.dtype, backend: str) -> None:
 
 @pytest.mark.parametrize("far", [1e12, 1e30, 3e38])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_very_large_angles_keep_lengths(far: float, dtype: torch.dtype, backend: str) -> None:
+def test_very_large_angles_keep_lengths(
+    far: float, dtype: torch.dtype, backend: BackendName
+) -> None:
     rotary = encoding(backend=backend).to(dtype)
     with torch.no_grad():
         rotary.freqs[0].clamp_(-0.3, 0.3)
@@ -220,7 +223,7 @@ SCALES = (0.3, 4.0, 1.5)
 @pytest.mark.parametrize("share_heads", [False, True])
 @pytest.mark.parametrize("dim", [1, 2, 3])
 def test_axis_scales_multiply_the_coordinates_of_space(
-    dim: int, share_heads: bool, pattern: str, backend: str
+    dim: int, share_heads: bool, pattern: str, backend: BackendName
 ) -> None:
     options: dict[str, Any] = {"freq_group_pattern": pattern, "share_heads": share_heads}
     rotary = encoding(12, 3, dim, axis_scales=SCALES[:dim], backend=backend, **options)
@@ -241,7 +244,9 @@ def test_axis_scales_multiply_the_coordinates_of_space(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_axis_scales_are_exact_far_from_the_origin(dtype: torch.dtype, backend: str) -> None:
+def test_axis_scales_are_exact_far_from_the_origin(
+    dtype: torch.dtype, backend: BackendName
+) -> None:
     rotary = encoding(8, 2, 1, axis_scales=[1 / 3], backend=backend).to(dtype)
     coordinates = torch.tensor([[2.0**30 + 0.5, 0], [2.0**29 + 1.5, 1]], dtype=torch.float64)
     x = torch.randn(2, 2, 8).to(dtype)
@@ -312,7 +317,8 @@ def test_reset_parameters_draws_new_values(pattern: str) -> None:
 
 def test_numpy_arrays_are_taken() -> None:
     rotary, x, coordinates = RotaryEncoding(8, 2, 2), torch.randn(5, 2, 8), torch.rand(5, 3)
-    assert torch.equal(rotary(x.numpy(), coordinates.numpy()), rotary(x, coordinates))
+    arrays: Any = x.numpy(), coordinates.numpy()
+    assert torch.equal(rotary(*arrays), rotary(x, coordinates))
 
 
 def test_repr() -> None:

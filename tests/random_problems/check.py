@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import vicinal
+from vicinal._utils.types import BackendName, Pooling
 
 from . import loops, maps
 from .problem import MOST_SLOTS, Problem, draw_problem
@@ -21,7 +22,7 @@ TOLERANCES: dict[str, tuple[Any, float]] = {  # type of numbers, largest absolut
     "cpu": (np.float64, 1e-11),
     "triton": (np.float32, 2e-5),
 }
-POOLINGS: dict[str, Callable[..., Tensor]] = {
+POOLINGS: dict[Pooling, Callable[..., Tensor]] = {
     "mean": torch.mean,
     "sum": torch.sum,
     "max": torch.amax,
@@ -35,7 +36,7 @@ class MismatchError(Exception):
 class Checker:
     """Checks one problem on one back end, and records the largest difference."""
 
-    def __init__(self, problem: Problem, backend: str, *, gradients: bool) -> None:
+    def __init__(self, problem: Problem, backend: BackendName, *, gradients: bool) -> None:
         self.problem, self.backend, self.gradients = problem, backend, gradients
         self.dtype = torch.float64 if problem.real is np.float64 else torch.float32
         self.tolerance = TOLERANCES[backend][1]
@@ -386,7 +387,7 @@ def sum_zeros(inputs: Mapping[str, Tensor]) -> Tensor:
     return torch.stack([0 * x.sum() for x in inputs.values()]).sum()
 
 
-def run_problem(seed: int, backend: str, *, gradients: bool) -> float:
+def run_problem(seed: int, backend: BackendName, *, gradients: bool) -> float:
     """The largest difference in the problem of a seed; raises MismatchError if it is too large."""
     problem = draw_problem(seed, TOLERANCES[backend][0])
     return Checker(problem, backend, gradients=gradients).run()

@@ -6,7 +6,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import vicinal
 
@@ -35,7 +35,7 @@ class LevelWindow(NamedTuple):
     def as_argument(self, *, short: bool) -> Any:
         """An entry of ``neighborhood_sizes``: a number or a tuple where ``short`` and possible."""
         size, dilation, causal = map(one_if_equal, self[:3])
-        shape = "ball" if self.is_ball else "box"
+        shape: Literal["box", "ball"] = "ball" if self.is_ball else "box"
         if short and (dilation, causal, shape) == (1, False, "box"):
             return size
         if short:

@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -94,7 +94,7 @@ def cases(draw: st.DrawFn) -> Case:
             dilation.append(draw(st.integers(1, 3)))
             if axis in periodic and dilation[-1] * (size[-1] - 1) >= shape[axis]:
                 size[-1], dilation[-1] = 1, 1
-        kind = draw(st.sampled_from(("box", "ball")))
+        kind: Literal["box", "ball"] = draw(st.sampled_from(("box", "ball")))
         sizes.append(Window(tuple(size), tuple(dilation), tuple(causal), kind))
     if len(sizes) > 1 and draw(st.booleans()):
         sizes[-1] = 0

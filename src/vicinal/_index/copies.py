@@ -49,9 +49,12 @@ def find_copies(
     """
     dim, device = pyramid.position_dim, coordinates.device
     levels, cells = coordinates[:, -1], coordinates[:, 1:-1]
+    if not pyramid.periodic_axes:
+        return PointCopies(levels.new_zeros(0), levels.new_zeros(0, dim))
     reach = constant([window.reach() for window in windows], device)[levels]
     shape = constant(pyramid.level_shapes, device)[levels]
-    rows, shifts = [levels.new_zeros(0)], [levels.new_zeros(0, dim)]
+    rows: list[Tensor] = []
+    shifts: list[Tensor] = []
     shift = torch.where(cells < reach, shape, 0)
     shift = torch.where(cells >= shape - reach, -shape, shift)
     for chosen in itertools.product((False, True), repeat=len(pyramid.periodic_axes)):

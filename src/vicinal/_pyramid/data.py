@@ -55,7 +55,7 @@ class PyramidData:
         self._check_geometry()
         if reads_contents(check_contents, coordinates.device):
             check_points("coordinates", self)
-            _check_indices("point_rows", self.point_rows, len(self))
+            _check_indices("point_rows", self.point_rows, self.values.shape[0])
             _check_indices("point_batch", self.point_batch, batch_size)
 
     def _set(self, **fields: Any) -> None:
@@ -79,7 +79,7 @@ class PyramidData:
             rows = check_tensor("point_rows", self.point_rows, shape, kind="integer", device=device)
             self._set(point_rows=rows.long())
         if self.point_batch is not None:
-            n = 0 if self.point_rows is None else len(self.point_rows)
+            n = 0 if self.point_rows is None else self.point_rows.shape[0]
             batch = check_tensor(
                 "point_batch", self.point_batch, (n,), kind="integer", device=device
             )

@@ -24,7 +24,7 @@ def values_of_points(pyramid: PyramidData, level: int | None, fill: float) -> Te
         refuse("fill", "a whole number for values that are integers", fill)
     width = pyramid.embed_dim
     padded = torch.cat((pyramid.values, pyramid.values.new_full((1, width), fill_value)))
-    rows = in_range(rows, len(pyramid))
+    rows = in_range(rows, pyramid.values.shape[0])
     return padded.index_select(0, rows.flatten()).view(*rows.shape, width)
 
 
@@ -39,4 +39,4 @@ def images_of_points(pyramid: PyramidData, point_rows: Tensor) -> Tensor:
     if pyramid.point_batch is not None:
         return in_range(pyramid.point_batch, n_images)
     images = torch.nn.functional.pad(in_range(pyramid.batch, n_images), (0, 1), value=n_images)
-    return images[in_range(point_rows.amax(1), len(pyramid))]
+    return images[in_range(point_rows.amax(1), pyramid.values.shape[0])]

@@ -17,7 +17,7 @@ from .._utils.checks import (
     refuse,
 )
 from .._utils.strides import as_strides, least_strides, shapes_from_strides
-from .._utils.types import StridesLike
+from .._utils.types import Pooling, StridesLike
 from ..pooling import check_pooling, pool_points
 from ..windows import as_periodic_axes
 from .coo import check_coo, coalesce, dim_of_coo
@@ -115,7 +115,7 @@ def from_points(
     batch_size: int,
     *,
     strides: StridesLike,
-    pooling: str,
+    pooling: Pooling,
     periodic_axes: Sequence[int],
     origin: Sequence[float] | None,
     cell_size: Sequence[float] | None,

@@ -31,7 +31,7 @@ def offsets_from_ids(image: Tensor, batch_size: int) -> Tensor:
 
 def rank_in_image(image: Tensor, offsets: Tensor) -> Tensor:
     """int64 ``[n]``: the index of every row within its image, for rows sorted by ``image``."""
-    return torch.arange(len(image), device=image.device) - offsets[image]
+    return torch.arange(image.shape[0], device=image.device) - offsets[image]
 
 
 def expand_ranges(
@@ -42,4 +42,4 @@ def expand_ranges(
     """
     row = torch.repeat_interleave(lengths, output_size=total)
     shift = starts - starts_from_counts(lengths)
-    return row, shift[row] + torch.arange(len(row), device=row.device)
+    return row, shift[row] + torch.arange(row.shape[0], device=row.device)

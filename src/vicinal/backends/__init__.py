@@ -1,8 +1,12 @@
 """The registry of back ends: the only place that knows which exist and which of them runs."""
 
+import importlib
+
 import torch
 
 from .._utils.checks import refuse
+from .._utils.imports import when_imported
+from .._utils.types import BackendName
 from . import cpu, reference, triton
 from .types import Backend
 
@@ -14,6 +18,15 @@ _BACKENDS = {
 _BY_DEVICE = {"cpu": "cpu", "cuda": "triton", "meta": "cpu"}
 
 
+def _register_flop_formulas() -> None:
+    for backend in ("cpu", "triton"):
+        importlib.import_module(f".{backend}.flop_formulas", __package__)
+
+
+# Importing it takes as long as all of vicinal, and only users of `FlopCounterMode` need it.
+when_imported("torch.utils.flop_counter", _register_flop_formulas)
+
+
 def prepare_backends() -> None:
     """Does what code that torch.compile traces cannot do: import Triton, warn of a missing kernel.
 
@@ -21,21 +34,20 @@ def prepare_backends() -> None:
     """
     if torch.compiler.is_compiling():
         return
-    cpu.register_flop_formulas()
     if torch.cuda.is_available():
         triton.import_kernels()
     else:
         choose_backend(None, torch.device("cpu"))
 
 
-def check_backend(backend: str | None) -> None:
+def check_backend(backend: BackendName | None) -> None:
     """Raises ValueError for an unknown name."""
     if backend is not None and backend not in _BACKENDS:
         refuse("backend", f"None or one of {list(_BACKENDS)}", backend)
 
 
 def choose_backend(
-    backend: str | None,
+    backend: BackendName | None,
     device: torch.device,
     dtype: torch.dtype | None = None,
     head_dim: int = 0,

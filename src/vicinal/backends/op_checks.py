@@ -58,7 +58,7 @@ def _check_floating(argument: str, x: Tensor) -> None:
 
 def _check_attention(
     q: Tensor, k: Tensor, v: Tensor, query_mask: Tensor | None, seed: Tensor | None,
-    background: Sequence[Tensor], bias: Tensor | None, plan: Sequence[Tensor],
+    background: Sequence[Tensor] | None, bias: Tensor | None, plan: Sequence[Tensor],
     slices: Sequence[int], scale: float, dropout_p: float,
 ) -> None:  # fmt: skip
     """Checks all but ``plan``, whose form is the back end's own."""
@@ -75,6 +75,8 @@ def _check_attention(
         check_exact("query_mask", query_mask, (n,), torch.bool, q.device)
     if seed is not None:
         check_exact("seed", seed, (), torch.int64, q.device)
+    if background is None:  # which the compiled kernel alone takes
+        refuse("background", "a list of tensors", background)
     check_number("background", background, 0, 3)
     if background:
         query, key, value = background

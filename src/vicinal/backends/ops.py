@@ -27,7 +27,7 @@ _ENTRIES_PER_ROW = 48  # in lists, where tiles are many
 _LEAST_BLOCKS = 2**14  # in lists, where tiles are few: 4 MiB
 
 _ARGUMENTS = (
-    "Tensor q, Tensor k, Tensor v, Tensor? query_mask, Tensor? seed, Tensor[] background, "
+    "Tensor q, Tensor k, Tensor v, Tensor? query_mask, Tensor? seed, Tensor[]? background, "
     "Tensor? bias, Tensor[] plan, int[] slices, float scale, float dropout_p"
 )
 _SCHEMAS = {
@@ -107,7 +107,8 @@ class Ops:
         self.namespace = namespace
         self.names = (*_EVERYWHERE, *others)
         for name in self.names:
-            torch.library.define(f"{namespace}::{name}", _SCHEMAS[name])
+            if not hasattr(self._ops, name):  # a compiled kernel defines its own
+                torch.library.define(f"{namespace}::{name}", _SCHEMAS[name])
             torch.library.register_fake(f"{namespace}::{name}", on_one_device(_FAKES[name]))
         self._attend = DifferentiableOp(
             namespace, "neighborhood_attention", _setup_attention, _backward_attention
@@ -286,12 +287,12 @@ def _fake_attention(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, T
 
 def _fake_attention_backward(
     grad_out: Tensor, grad_lse: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor,
-    query_mask: Tensor | None, seed: Tensor | None, background: list[Tensor], bias: Tensor | None,
-    plan: list[Tensor], slices: list[int], scale: float, dropout_p: float, needs_queries: bool,
-    needs_points: bool,
+    query_mask: Tensor | None, seed: Tensor | None, background: list[Tensor] | None,
+    bias: Tensor | None, plan: list[Tensor], slices: list[int], scale: float, dropout_p: float,
+    needs_queries: bool, needs_points: bool,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor], Tensor]:  # fmt: skip
     grads = new_gradients(q, k, v, needs_queries, needs_points)
-    grad_background = [x.new_empty(x.shape) for x in background if needs_queries]
+    grad_background = [x.new_empty(x.shape) for x in background or () if needs_queries]
     return *grads, grad_background, new_bias_gradient(q, bias, needs_queries)
 
 
@@ -313,6 +314,7 @@ def new_gradients(
 
 def _setup_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, query_mask, seed, background, bias, plan, *ctx.settings = inputs
+    background = background or ()
     ctx.n_background = len(background)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output, q, k, v, query_mask, seed, bias, *background, *plan)

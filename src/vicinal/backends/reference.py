@@ -35,17 +35,19 @@ def attend(
         row, column, logits, values = score_pairs(
             queries, q, k, v, plan, background, bias, query_mask, scale
         )
-        weights, lse = softmax(logits, row, len(queries))
+        weights, lse = softmax(logits, row, queries.shape[0])
         if seed is not None:
             counted = dropout_columns(plan, column)
             query = queries[row] if plan.query_ids is None else plan.query_ids[queries[row]]
             keep = keep_mask(seed, query, counted, q.shape[1], dropout_p)
             weights = weights * keep / (1 - dropout_p)
-        acc = values.new_zeros(len(queries), *values.shape[1:])
+        acc = values.new_zeros(queries.shape[0], *values.shape[1:])
         return acc.index_add(0, row, weights[..., None] * values).to(q.dtype), lse
 
-    chunks = torch.arange(len(q), device=q.device).split(CHUNK)
-    if transforms_active():  # torch.func has no saved-tensor hooks
+    queries = torch.arange(q.shape[0], device=q.device)
+    # An exported program is for any number of queries, so it cannot have one chunk after another.
+    chunks = (queries,) if torch.compiler.is_exporting() else queries.split(CHUNK)
+    if transforms_active() or torch.compiler.is_exporting():  # which have no saved-tensor hooks
         parts = [attend_chunk(queries) for queries in chunks]
     else:
         parts = [checkpoint(attend_chunk, queries, use_reentrant=False) for queries in chunks]

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .._utils.checks import check_counts, check_type, refuse
+from .._utils.modules import Module
 from ..nn.projections import call_norm
 from ..pyramid import FeaturePyramid
 from ..windows import wrap_positions
@@ -14,7 +15,7 @@ from .layers import DetectionHead, as_layers, run_layer
 from .structures import ObjectQueries, Predictions, check_boxes_on_map, check_object_queries
 
 
-class DecoderLayer(nn.Module):
+class DecoderLayer(Module):
     """Self-attention of the object queries, cross-attention to the points, feed-forward part.
 
     Args:
@@ -107,7 +108,7 @@ class DecoderLayer(nn.Module):
         return attended
 
 
-class Decoder(nn.Module):
+class Decoder(Module):
     """A stack of decoder layers with iterative box refinement.
 
     As in Deformable DETR (Zhu et al., "Deformable DETR", 2021), each layer's head refines the

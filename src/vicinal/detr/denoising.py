@@ -18,6 +18,7 @@ from .._utils.checks import (
     check_type,
     refuse,
 )
+from .._utils.modules import Module
 from .._utils.ragged import batch_ids, rank_in_image
 from .._utils.random import uniform_from_hash
 from ..pyramid import FeaturePyramid
@@ -121,7 +122,7 @@ class QueriesWithDenoising(NamedTuple):
         )
 
 
-class DenoisingQueryGenerator(nn.Module):
+class DenoisingQueryGenerator(Module):
     """Adds noisy copies of the objects to the queries of a detector, in training.
 
     The decoder learns to restore the objects from them, without any matching (Li et al., "DN-DETR",

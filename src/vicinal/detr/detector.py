@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .._utils.checks import check_counts, check_finite, check_type, reads_contents, refuse
+from .._utils.modules import Module
 from .._utils.ragged import batch_ids
 from ..pyramid import FeaturePyramid
 from ..windows import coordinate_dtype
@@ -112,7 +113,7 @@ class Detections(NamedTuple):
     offsets: Tensor
 
 
-class Detector(nn.Module):
+class Detector(Module):
     """Detects objects on a pyramid of sparse features.
 
     A two-stage DETR (Carion et al., 2020; Zhu et al., 2021) on sparse data.
@@ -187,7 +188,7 @@ class Detector(nn.Module):
             check_finite("pyramid.values", pyramid.values)
         encoded = self.encoder(pyramid)
         selection = self.selection(encoded)
-        if denoiser is None:
+        if denoiser is None or targets is None:
             layers, queries = self.decoder(selection.queries, encoded)
             return DetectorOutput(encoded, selection, layers, queries)
         joined = denoiser(selection.queries, targets, encoded)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .._utils.checks import check_counts, check_tensor, check_type
+from .._utils.modules import Module
 from ..nn._base import check_points_are_queries
 from ..nn.projections import call_norm
 from ..placement import QueryPlacement
@@ -15,7 +16,7 @@ from ..pyramid import FeaturePyramid
 from .layers import FeedForward, as_layers, run_layer
 
 
-class EncoderLayer(nn.Module):
+class EncoderLayer(Module):
     """Attention of every point to its neighbors, followed by a feed-forward part.
 
     Args:
@@ -82,12 +83,12 @@ class EncoderLayer(nn.Module):
         )
         ids = getattr(plan, "query_ids", None)
         if ids is not None and isinstance(self.feed_forward, FeedForward):
-            return self.feed_forward(attended, ids)  # type: ignore[no-any-return]
+            return self.feed_forward(attended, ids)
         out: Tensor = self.feed_forward(attended)
         return out
 
 
-class Encoder(nn.Module):
+class Encoder(Module):
     """A stack of encoder layers with a final layer norm, on a pyramid of sparse points.
 
     The encoder of Deformable DETR (Zhu et al., "Deformable DETR", 2021), restricted to nonempty

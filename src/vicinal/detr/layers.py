@@ -17,6 +17,7 @@ from .._utils.checks import (
     reads_contents,
     refuse,
 )
+from .._utils.modules import Module
 from .._utils.ragged import batch_ids, rank_in_image
 from ..nn._base import check_sizes
 from ..nn.initialized import BiasedLinear, reset_children
@@ -31,7 +32,7 @@ _INITIAL_SCORE = 0.01  # low, so that the loss of the many background queries st
 _PADDING_GROUP = torch.iinfo(torch.int64).min  # the group of padding rows, used by no query
 
 
-class FeedForward(nn.Module):
+class FeedForward(Module):
     """The feed-forward part of a transformer layer, with layer norm and residual connection.
 
     Computes ``x + W_2 gelu(W_1 norm(x))``, or ``norm(x + W_2 gelu(W_1 x))`` with
@@ -108,7 +109,7 @@ class _RowLayers(nn.Sequential):
         return x
 
 
-class DetectionHead(nn.Module):
+class DetectionHead(Module):
     """Predicts class logits and refined boxes from embeddings.
 
     Classes are independent sigmoids (Lin et al., "Focal Loss for Dense Object Detection", 2017).
@@ -169,13 +170,13 @@ class DetectionHead(nn.Module):
             ValueError: shapes, dtypes or devices do not match.
         """
         embeddings = check_tensor("embeddings", embeddings, ("n", self.embed_dim), kind="floating")
-        shape = (len(embeddings), 2 * self.position_dim)
+        shape = (embeddings.shape[0], 2 * self.position_dim)
         boxes = check_tensor("boxes", boxes, shape, kind="floating", device=embeddings.device)
         logits: Tensor = self.classes(embeddings)
         return logits, apply_deltas(boxes, self.box(embeddings))
 
 
-class QuerySelfAttention(nn.Module):
+class QuerySelfAttention(Module):
     """Dense multi-head self-attention among the object queries of each image.
 
     ``out = query + W_o attention(R(W_q x), R(W_k x), W_v x)``, where ``x`` is the layer-normed
@@ -277,8 +278,8 @@ class QuerySelfAttention(nn.Module):
         """``[N, H, d]``, computed on tensors that are padded to ``[B, H, max count, d]``."""
         offsets = queries.offsets.long()
         counts = offsets.diff()
-        max_count = self._largest_count(counts, len(q))
-        image = batch_ids(offsets, len(q))
+        max_count = self._largest_count(counts, q.shape[0])
+        image = batch_ids(offsets, q.shape[0])
         column = rank_in_image(image, offsets)
         groups = torch.zeros_like(image) if queries.groups is None else queries.groups.long()
         surplus = None

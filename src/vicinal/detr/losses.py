@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch import distributed as dist
 
 from .._utils.checks import check_counts, check_range, check_tensor, is_real, reads_contents, refuse
+from .._utils.modules import Module
 from .boxes import Period, box_period, generalized_iou, iou, relative_l1
 from .detector import DetectorOutput
 from .focal import LossWeights, sigmoid_focal_loss, varifocal_loss
@@ -142,7 +143,7 @@ class DetectionLoss(LossWeights):
         return varifocal_loss(logits, labels, quality, self.alpha, self.gamma)
 
 
-class SetCriterion(nn.Module):
+class SetCriterion(Module):
     """The training loss of a `Detector`, over all decoder layers and the candidates.
 
     Every decoder layer is matched to the objects one to one, by a matching of its own (Carion et

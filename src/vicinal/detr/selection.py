@@ -16,6 +16,7 @@ from .._utils.checks import (
     refuse,
 )
 from .._utils.constants import constant
+from .._utils.modules import Module
 from .._utils.ragged import offsets_from_ids
 from ..nn.projections import call_norm
 from ..pyramid import FeaturePyramid
@@ -55,7 +56,7 @@ class QuerySelectionOutput(NamedTuple):
     chosen: Tensor
 
 
-class QuerySelection(nn.Module):
+class QuerySelection(Module):
     """Predicts objects at the encoder's points and makes the best of each image object queries.
 
     The two-stage variant of Deformable DETR (Zhu et al., "Deformable DETR", 2021): every point of

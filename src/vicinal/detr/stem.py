@@ -14,6 +14,7 @@ from .._utils.checks import (
     refuse,
 )
 from .._utils.constants import constant
+from .._utils.modules import Module
 from .._utils.ragged import offsets_from_ids
 from .._utils.strides import Strides, as_strides, shapes_from_strides
 from .._utils.types import StridesLike
@@ -35,7 +36,7 @@ from ..window_shapes import (
 from ..windows import as_periodic_axes, coordinate_dtype
 
 
-class PointStem(nn.Module):
+class PointStem(Module):
     """Embeds points by the raw values in windows around them, and pools them into a pyramid.
 
     The features of a point are the raw values of all cells of its windows, concatenated as the

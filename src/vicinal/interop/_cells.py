@@ -19,7 +19,7 @@ from .._utils.checks import (
 )
 from .._utils.ragged import batch_ids
 from .._utils.strides import as_strides
-from .._utils.types import BoundsLike, StridesLike
+from .._utils.types import BoundsLike, Pooling, StridesLike
 from ..pooling import check_pooling, pool_points
 from ..pyramid import FeaturePyramid
 from ..voxels import voxelize
@@ -89,7 +89,7 @@ def pyramid_of_strided_cells(
     spatial_shape: Sequence[int] | None = None,
     bounds: BoundsLike | None,
     strides: StridesLike,
-    pooling: str,
+    pooling: Pooling,
     periodic_axes: Sequence[int],
 ) -> FeaturePyramid:
     """A pyramid of integer raw coordinates ``[n, P]``, the lower corners of cells of ``stride``.
@@ -147,7 +147,7 @@ def pyramid_of_raw_points(
     cell_size: float | Sequence[float],
     bounds: BoundsLike | None,
     strides: StridesLike,
-    pooling: str,
+    pooling: Pooling,
     periodic_axes: Sequence[int],
 ) -> FeaturePyramid:
     """A pyramid of ``positions`` ``[n, P]``, called ``argument`` in messages; see `voxelize`."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from .._pyramid.raw_points import images_of_points
 from .._utils.checks import as_integer, as_spatial_shape, as_tensor, check_tensor, refuse
 from .._utils.ragged import offsets_from_counts
-from .._utils.types import BoundsLike, StridesLike
+from .._utils.types import BoundsLike, Pooling, StridesLike
 from ..pooling import check_pooling, pool_points
 from ..pyramid import FeaturePyramid
 from ..voxels import voxelize
@@ -41,7 +41,7 @@ def pyramid_of_cells(
     batch_size: int,
     *,
     strides: StridesLike,
-    pooling: str,
+    pooling: Pooling,
     periodic_axes: Sequence[int],
 ) -> FeaturePyramid:
     """A pyramid of points ``[n, P + 1]`` (image, cell) on a grid that the container has.
@@ -226,7 +226,7 @@ def pyramid_of_points(
     cell_size: float | Sequence[float],
     bounds: BoundsLike | None,
     strides: StridesLike,
-    pooling: str,
+    pooling: Pooling,
     periodic_axes: Sequence[int],
 ) -> FeaturePyramid:
     """A pyramid of raw points ``[n, P]`` of a container that has no grid, see `voxelize`.
@@ -289,7 +289,7 @@ def pyramid_of_entries(
     batch_size: int,
     *,
     strides: StridesLike,
-    pooling: str,
+    pooling: Pooling,
     periodic_axes: Sequence[int],
 ) -> FeaturePyramid:
     """A pyramid of the stored numbers ``[n]`` of sparse arrays, in ``cells`` ``[n, P + 1]``.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._utils.checks import check_tensor, refuse
-from .._utils.types import ArrayLike, BoundsLike, StridesLike
+from .._utils.types import ArrayLike, BoundsLike, Pooling, StridesLike
 from ..pyramid import FeaturePyramid
 from ._common import (
     as_images,
@@ -31,7 +31,7 @@ def from_numpy_cloud(
     cell_size: float | Sequence[float],
     bounds: BoundsLike | None = None,
     strides: StridesLike = (1, 2, 4, 8),
-    pooling: str = "mean",
+    pooling: Pooling = "mean",
     periodic_axes: Sequence[int] = (),
 ) -> FeaturePyramid:
     """Makes a pyramid from point clouds that are arrays of NumPy or tensors.
@@ -145,7 +145,7 @@ def from_open3d(
     cell_size: float | Sequence[float],
     bounds: BoundsLike | None = None,
     strides: StridesLike = (1, 2, 4, 8),
-    pooling: str = "mean",
+    pooling: Pooling = "mean",
     periodic_axes: Sequence[int] = (),
 ) -> FeaturePyramid:
     """Makes a pyramid from point clouds of Open3D.
@@ -283,7 +283,7 @@ def from_las(
     cell_size: float | Sequence[float],
     bounds: BoundsLike | None = None,
     strides: StridesLike = (1, 2, 4, 8),
-    pooling: str = "mean",
+    pooling: Pooling = "mean",
     periodic_axes: Sequence[int] = (),
 ) -> FeaturePyramid:
     """Makes a pyramid from LAS or LAZ files, read by laspy.

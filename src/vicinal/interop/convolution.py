@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .._utils.checks import check_tensor
-from .._utils.types import BoundsLike, StridesLike
+from .._utils.types import BoundsLike, Pooling, StridesLike
 from ..pyramid import FeaturePyramid
 from ._cells import (
     as_int32,
@@ -21,7 +21,7 @@ def from_spconv(
     tensor: Any,
     *,
     strides: StridesLike = (1, 2, 4, 8),
-    pooling: str = "mean",
+    pooling: Pooling = "mean",
     periodic_axes: Sequence[int] = (),
 ) -> FeaturePyramid:
     """Makes a pyramid from a `SparseConvTensor` of spconv.
@@ -117,7 +117,7 @@ def from_minkowski(
     bounds: BoundsLike | None = None,
     batch_size: int | None = None,
     strides: StridesLike = (1, 2, 4, 8),
-    pooling: str = "mean",
+    pooling: Pooling = "mean",
     periodic_axes: Sequence[int] = (),
 ) -> FeaturePyramid:
     """Makes a pyramid from a `SparseTensor` of MinkowskiEngine.

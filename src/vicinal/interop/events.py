@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .._utils.checks import as_integer, as_list, check_tensor, is_real, refuse
-from .._utils.types import BoundsLike, StridesLike
+from .._utils.types import BoundsLike, Pooling, StridesLike
 from ..pyramid import FeaturePyramid
 from ._common import (
     as_images,
@@ -28,7 +28,7 @@ def from_events(
     fields: Sequence[str] = ("y", "x", "t"),
     polarity: str | None = "p",
     strides: StridesLike = (1, 2, 4, 8),
-    pooling: str = "mean",
+    pooling: Pooling = "mean",
     periodic_axes: Sequence[int] = (),
 ) -> FeaturePyramid:
     """Makes a pyramid of row, column and time from events.

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from .._utils.checks import check_tensor, refuse
-from .._utils.types import BoundsLike, StridesLike
+from .._utils.types import BoundsLike, Pooling, StridesLike
 from ..pyramid import FeaturePyramid
 from ._cells import (
     attributes,
@@ -24,7 +24,7 @@ def from_pyg(
     cell_size: float | Sequence[float],
     bounds: BoundsLike | None = None,
     strides: StridesLike = (1, 2, 4, 8),
-    pooling: str = "mean",
+    pooling: Pooling = "mean",
     periodic_axes: Sequence[int] = (),
 ) -> FeaturePyramid:
     """Makes a pyramid from a `Data` or a `Batch` of PyTorch Geometric. It ignores edges.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._utils.checks import as_numbers, check_tensor, refuse
 from .._utils.ragged import offsets_from_ids
-from .._utils.types import BoundsLike, StridesLike
+from .._utils.types import BoundsLike, Pooling, StridesLike
 from ..pyramid import FeaturePyramid
 from ._cells import (
     as_int32,
@@ -33,7 +33,7 @@ def from_fvdb(
     *,
     bounds: BoundsLike | None = None,
     strides: StridesLike = (1, 2, 4, 8),
-    pooling: str = "mean",
+    pooling: Pooling = "mean",
     periodic_axes: Sequence[int] = (),
 ) -> FeaturePyramid:
     """Makes a pyramid from a `GridBatch` of fVDB and its data.
@@ -176,7 +176,7 @@ def from_warpconvnet(
     *,
     bounds: BoundsLike | None = None,
     strides: StridesLike = (1, 2, 4, 8),
-    pooling: str = "mean",
+    pooling: Pooling = "mean",
     periodic_axes: Sequence[int] = (),
 ) -> FeaturePyramid:
     """Makes a pyramid from `Voxels` of WarpConvNet.
@@ -291,7 +291,7 @@ def from_warpconvnet_points(
     cell_size: float | Sequence[float],
     bounds: BoundsLike | None = None,
     strides: StridesLike = (1, 2, 4, 8),
-    pooling: str = "mean",
+    pooling: Pooling = "mean",
     periodic_axes: Sequence[int] = (),
 ) -> FeaturePyramid:
     """Makes a pyramid from `Points` of WarpConvNet.

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .._utils.checks import check_tensor, refuse
 from .._utils.ragged import offsets_from_counts
-from .._utils.types import BoundsLike, StridesLike
+from .._utils.types import BoundsLike, Pooling, StridesLike
 from ..pyramid import FeaturePyramid
 from ._common import (
     as_names,
@@ -30,7 +30,7 @@ def from_awkward(
     cell_size: float | Sequence[float],
     bounds: BoundsLike | None = None,
     strides: StridesLike = (1, 2, 4, 8),
-    pooling: str = "mean",
+    pooling: Pooling = "mean",
     periodic_axes: Sequence[int] = (),
 ) -> FeaturePyramid:
     """Makes a pyramid from the hits of events in an awkward array, an image per event.
@@ -158,7 +158,7 @@ def from_hdf5(
     cell_size: float | Sequence[float],
     bounds: BoundsLike | None = None,
     strides: StridesLike = (1, 2, 4, 8),
-    pooling: str = "mean",
+    pooling: Pooling = "mean",
     periodic_axes: Sequence[int] = (),
 ) -> FeaturePyramid:
     """Makes a pyramid from the columns of hits in an HDF5 file, an image per event.
@@ -231,7 +231,7 @@ def from_zarr(
     cell_size: float | Sequence[float],
     bounds: BoundsLike | None = None,
     strides: StridesLike = (1, 2, 4, 8),
-    pooling: str = "mean",
+    pooling: Pooling = "mean",
     periodic_axes: Sequence[int] = (),
 ) -> FeaturePyramid:
     """Makes a pyramid from the columns of hits in a Zarr group, an image per event.

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .._utils.checks import as_numbers, check_tensor, refuse
 from .._utils.ragged import offsets_from_ids
-from .._utils.types import BoundsLike, StridesLike
+from .._utils.types import BoundsLike, Pooling, StridesLike
 from ..pyramid import FeaturePyramid
 from ._cells import (
     as_int32,
@@ -27,7 +27,7 @@ def from_pointcept(
     cell_size: float | Sequence[float] | None = None,
     bounds: BoundsLike | None = None,
     strides: StridesLike = (1, 2, 4, 8),
-    pooling: str = "mean",
+    pooling: Pooling = "mean",
     periodic_axes: Sequence[int] = (),
 ) -> FeaturePyramid:
     """Makes a pyramid from a `Point` of Pointcept, or a dictionary with its keys.

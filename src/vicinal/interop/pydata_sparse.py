@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from .._utils.checks import as_tensor, refuse
-from .._utils.types import StridesLike
+from .._utils.types import Pooling, StridesLike
 from ..pyramid import FeaturePyramid
 from ._common import as_numpy, import_library, pyramid_of_cells, rows_of_entries, stored_values
 from .torch_sparse import to_torch_coo
@@ -16,7 +16,7 @@ def from_pydata_sparse(
     array: Any,
     *,
     strides: StridesLike = (1, 2, 4, 8),
-    pooling: str = "mean",
+    pooling: Pooling = "mean",
     periodic_axes: Sequence[int] = (),
 ) -> FeaturePyramid:
     """Makes a pyramid from an array of the package ``sparse``.

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .._utils.checks import as_tensor, refuse
-from .._utils.types import StridesLike
+from .._utils.types import Pooling, StridesLike
 from ..pyramid import FeaturePyramid
 from ._common import (
     as_images,
@@ -24,7 +24,7 @@ def from_scipy(
     arrays: Any | Sequence[Any],
     *,
     strides: StridesLike = (1, 2, 4, 8),
-    pooling: str = "mean",
+    pooling: Pooling = "mean",
     periodic_axes: Sequence[int] = (),
 ) -> FeaturePyramid:
     """Makes a pyramid with one value per point from sparse arrays or matrices of SciPy.

@@ -10,7 +10,7 @@ from torch import Tensor
 from .._pyramid.coo import coalesce
 from .._utils.checks import refuse
 from .._utils.ragged import offsets_from_counts
-from .._utils.types import BoundsLike, StridesLike
+from .._utils.types import BoundsLike, Pooling, StridesLike
 from ..pyramid import FeaturePyramid
 from ._common import (
     as_images,
@@ -27,7 +27,7 @@ def from_torch_coo(
     tensor: Tensor,
     *,
     strides: StridesLike = (1, 2, 4, 8),
-    pooling: str = "mean",
+    pooling: Pooling = "mean",
     periodic_axes: Sequence[int] = (),
 ) -> FeaturePyramid:
     """Makes a pyramid from a sparse COO tensor of one grid.
@@ -129,7 +129,7 @@ def from_torch_csr(
     matrices: Tensor | Sequence[Tensor],
     *,
     strides: StridesLike = (1, 2, 4, 8),
-    pooling: str = "mean",
+    pooling: Pooling = "mean",
     periodic_axes: Sequence[int] = (),
 ) -> FeaturePyramid:
     """Makes a pyramid of two spatial dimensions, row and column, from sparse CSR tensors.
@@ -264,7 +264,7 @@ def from_torch_nested(
     cell_size: float | Sequence[float],
     bounds: BoundsLike | None = None,
     strides: StridesLike = (1, 2, 4, 8),
-    pooling: str = "mean",
+    pooling: Pooling = "mean",
     periodic_axes: Sequence[int] = (),
 ) -> FeaturePyramid:
     """Makes a pyramid from nested tensors of raw points, an image each.

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from .._utils.checks import check_tensor, check_type, refuse
-from .._utils.types import BoundsLike, StridesLike
+from .._utils.types import BoundsLike, Pooling, StridesLike
 from ..pyramid import FeaturePyramid
 from ._cells import (
     as_stride,
@@ -23,7 +23,7 @@ def from_torchsparse(
     bounds: BoundsLike | None = None,
     batch_size: int | None = None,
     strides: StridesLike = (1, 2, 4, 8),
-    pooling: str = "mean",
+    pooling: Pooling = "mean",
     periodic_axes: Sequence[int] = (),
 ) -> FeaturePyramid:
     """Makes a pyramid from a `SparseTensor` of torchsparse.
@@ -157,7 +157,7 @@ def from_trellis(
     *,
     bounds: BoundsLike | None = None,
     strides: StridesLike = (1, 2, 4, 8),
-    pooling: str = "mean",
+    pooling: Pooling = "mean",
     periodic_axes: Sequence[int] = (),
 ) -> FeaturePyramid:
     """Makes a pyramid from a `SparseTensor` of TRELLIS or TRELLIS.2.

@@ -19,6 +19,7 @@ from .._utils.checks import (
     reads_contents,
     refuse,
 )
+from .._utils.modules import Module
 from ..attention import NeighborhoodWeights, autocasts
 from ..placement import QueryPlacement, check_placement
 from ..pyramid import FeaturePyramid
@@ -93,7 +94,7 @@ class Inputs(NamedTuple):
         return wrap_positions(positions, self.pyramid.level_shapes, self.pyramid.periodic_axes)
 
 
-class SparseAttention(nn.Module, Generic[PlanT]):
+class SparseAttention(Module, Generic[PlanT]):
     """Base of the modules in which queries attend to a sparse feature pyramid."""
 
     norm: nn.Module

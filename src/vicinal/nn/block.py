@@ -1,7 +1,6 @@
 """The neighborhood attention block: norm, project, rotate, attend, project, residual."""
 
 from collections.abc import Iterator, Sequence
-from enum import Enum
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from .._utils.checks import (
     refuse,
 )
 from .._utils.constants import constant
+from .._utils.types import BackendName, FreqGroupsLike
 from ..attention import (
     Background,
     NeighborhoodWeights,
@@ -147,7 +147,7 @@ class SparseNeighborhoodAttentionBlock(SparseAttention[NeighborhoodPlan]):
         rope_spatial_base_theta: float = 100.0,
         rope_level_base_theta: float = 10.0,
         rope_share_heads: bool = False,
-        rope_freq_group_pattern: str | Enum = "single",
+        rope_freq_group_pattern: FreqGroupsLike = "single",
         rope_enforce_freq_groups_equal: bool = True,
         *,
         attention_dropout: float | None = None,
@@ -155,7 +155,7 @@ class SparseNeighborhoodAttentionBlock(SparseAttention[NeighborhoodPlan]):
         rotary: bool = True,
         rope_axis_scales: Tensor | Sequence[float] | None = None,
         relative_bias: bool = False,
-        backend: str | None = None,
+        backend: BackendName | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .._index.cell_hash import CellIndex, check_cell_index, index_cells
 from .._index.sampling import cell_weights, sample
 from .._utils.checks import check_rows, check_type, has_contents, refuse
+from .._utils.profiling import stage
 from .._utils.ragged import offsets_from_counts
 from ..attention import NeighborhoodWeights
 from ..placement import check_placement, query_images
@@ -149,7 +150,8 @@ class SparseDeformableAttention(SparseAttention[CellIndex]):
         """
         check_type("pyramid", pyramid, FeaturePyramid)
         check_placement(query_spatial_positions, query_batch_offsets, pyramid)
-        return index_cells(pyramid)
+        with stage("index_cells"):
+            return index_cells(pyramid)
 
     def _add_attended(self, inputs: Inputs, plan: CellIndex) -> Tensor:
         query = inputs.query

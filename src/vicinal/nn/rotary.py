@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from .._utils.checks import as_numbers, check_base, check_counts, check_tensor, is_real, refuse
 from .._utils.constants import widest_dtype
+from .._utils.modules import Module
+from .._utils.types import BackendName, FreqGroupsLike
 from ..backends import check_backend, choose_backend
 from ..windows import coordinate_dtype
 from ._earlier_keys import drop_rotary_buffers
@@ -38,7 +40,7 @@ class FreqGroupPattern(str, Enum):
     """A group of the spatial coordinates, one of the level, and one of all coordinates."""
 
 
-class RotaryEncoding(nn.Module):
+class RotaryEncoding(Module):
     """Rotates each head's channel pairs by angles that are linear in the position.
 
     Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding" (2021), in N
@@ -91,10 +93,10 @@ class RotaryEncoding(nn.Module):
         spatial_base_theta: float = 100.0,
         level_base_theta: float = 10.0,
         share_heads: bool = False,
-        freq_group_pattern: str | Enum = "single",
+        freq_group_pattern: FreqGroupsLike = "single",
         enforce_freq_groups_equal: bool = True,
         axis_scales: Tensor | Sequence[float] | None = None,
-        backend: str | None = None,
+        backend: BackendName | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -196,7 +198,7 @@ class RotaryEncoding(nn.Module):
         return ", ".join(f"{name}={size}" for name, size in sizes.items())
 
 
-def as_freq_group_pattern(argument: str, pattern: str | Enum) -> FreqGroupPattern:
+def as_freq_group_pattern(argument: str, pattern: FreqGroupsLike) -> FreqGroupPattern:
     """The pattern that a word or a member of any enum names; raises ValueError for others."""
     word = pattern.value if isinstance(pattern, Enum) else pattern
     words = [known.value for known in FreqGroupPattern]

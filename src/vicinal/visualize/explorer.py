@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .._utils.checks import refuse
+from .._utils.types import CropLike
 from ..pyramid import FeaturePyramid
 from .files import replace_file
 from .image import encode_png, to_uint8
@@ -91,7 +92,7 @@ class View:
     image: Tensor | None = None
     axis: int | None = None
     axis_names: Sequence[str] | None = None
-    crop: str | Tensor = "occupied"
+    crop: CropLike = "occupied"
 
     def __post_init__(self) -> None:
         check_text("title", self.title)

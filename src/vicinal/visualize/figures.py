@@ -14,6 +14,7 @@ from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 from torch import Tensor
 
 from .._utils.checks import as_integer, check_range, refuse
+from .._utils.types import HeadsLike
 from ..pyramid import FeaturePyramid
 from .artists import (
     WEIGHT_COLORMAP,
@@ -40,7 +41,7 @@ def draw_attention(
     record: AttentionRecord,
     query: int = 0,
     *,
-    heads: str | Sequence[int] = "mean",
+    heads: HeadsLike = "mean",
     axis: int | None = None,
     axis_names: Sequence[str] | None = None,
     image: Tensor | None = None,
@@ -155,7 +156,7 @@ def draw_attention(
     return figure
 
 
-def _head_rows(heads: str | Sequence[int], n_heads: int) -> dict[str, list[int]]:
+def _head_rows(heads: HeadsLike, n_heads: int) -> dict[str, list[int]]:
     """The rows of panels: a name, and the heads to take the mean of."""
     all_heads = list(range(n_heads))
     if isinstance(heads, str):

@@ -10,6 +10,7 @@ from matplotlib.text import Text
 from torch import Tensor
 
 from .._utils.checks import check_range, check_tensor, refuse
+from .._utils.types import CropLike
 from ..pyramid import FeaturePyramid
 from ..windows import finest_level
 from .artists import draw_cells, draw_image, draw_window, make_rectangle, set_view
@@ -43,7 +44,7 @@ def draw_overview(
     level: int | None = None,
     axis: int | None = None,
     axis_names: Sequence[str] | None = None,
-    crop: str | Tensor = "occupied",
+    crop: CropLike = "occupied",
     windows: bool = False,
     image: Tensor | None = None,
     ax: Axes | None = None,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .._utils.checks import LevelShapes, as_integer, as_tensor, check_finite, check_tensor, refuse
 from .._utils.ragged import offsets_from_counts
+from .._utils.types import CropLike
 from ..pyramid import FeaturePyramid
 from ..window_shapes import as_windows, windows_on_axes
 from ..windows import full_shape, level_scales, window_anchors
@@ -83,7 +84,7 @@ class ProjectedCells(NamedTuple):
         return self.corners((self.levels == level).nonzero().squeeze(1))
 
 
-def check_crop(crop: str | Tensor, position_dim: int) -> str | Tensor:
+def check_crop(crop: CropLike, position_dim: int) -> CropLike:
     """``crop`` with its corners, if it has them, as float64 ``[2, P]`` on the CPU.
 
     Raises:
@@ -103,7 +104,7 @@ def check_crop(crop: str | Tensor, position_dim: int) -> str | Tensor:
     return corners
 
 
-def crop_corners(crop: str | Tensor, cells: ProjectedCells, queries: Sequence[Tensor]) -> Tensor:
+def crop_corners(crop: CropLike, cells: ProjectedCells, queries: Sequence[Tensor]) -> Tensor:
     """float64 ``[2, 2]``: low and high corner of the view, in cells of the full shape.
 
     Args:

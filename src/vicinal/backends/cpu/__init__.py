@@ -1,7 +1,6 @@
 """The CPU back end: C++ on PyTorch's stable ABI (`csrc/ops.cpp`)."""
 
 import functools
-import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,22 @@ from ..ops import Ops
 from ..types import Backend, PlanTensors
 from . import projection_ops, projections
 
+
+def _load() -> str | None:
+    """Loads the compiled kernel. Returns None, or the reason why that failed."""
+    libraries = sorted(Path(__file__).parent.glob("_cpu*.so"))
+    if not libraries:
+        return "its kernel was not built when vicinal was installed (is there a C++ compiler?)"
+    try:
+        torch.ops.load_library(str(libraries[0]))
+    except OSError as error:
+        return f"its kernel does not load: {error}"
+    projections.register()
+    return None
+
+
+# Loaded on import: code that torch.compile traces cannot load a library. It defines its ops.
+_LOAD_ERROR = _load()
 _OPS = Ops("vicinal", "find_slices")
 
 
@@ -53,28 +68,6 @@ def unsupported_reason(device: torch.device, dtype: torch.dtype | None) -> str |
     return _LOAD_ERROR
 
 
-def register_flop_formulas() -> None:
-    """Registers the projections with `torch.utils.flop_counter`, if that is imported.
-
-    Importing it takes as long as all of vicinal, and only users of `FlopCounterMode` need it.
-    """
-    if "torch.utils.flop_counter" in sys.modules:
-        from . import flop_formulas  # noqa: F401
-
-
-def _load() -> str | None:
-    """Loads the compiled kernel. Returns None, or the reason why that failed."""
-    libraries = sorted(Path(__file__).parent.glob("_cpu*.so"))
-    if not libraries:
-        return "its kernel was not built when vicinal was installed (is there a C++ compiler?)"
-    try:
-        torch.ops.load_library(str(libraries[0]))
-    except OSError as error:
-        return f"its kernel does not load: {error}"
-    projections.register()
-    return None
-
-
 @functools.cache
 def _warn_once() -> None:
     warnings.warn(
@@ -85,6 +78,4 @@ def _warn_once() -> None:
     )
 
 
-# Loaded on import: code that torch.compile traces cannot load a library.
-_LOAD_ERROR = _load()
 BACKEND = Backend(attend, _OPS.rotate, project, _OPS.find_slices, unsupported_reason)

@@ -1,12 +1,24 @@
-"""Floating-point operations of the projections, for `torch.utils.flop_counter`."""
+"""Floating-point operations of attention and projections, for `torch.utils.flop_counter`."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from ..flop_formulas import PairSlices, register_attention
 from . import projection_ops  # noqa: F401 - defines the ops
+
+
+def _find_slices(plan: Sequence[Tensor]) -> PairSlices:
+    """From the list that `cpu.attend` makes."""
+    _, starts, stops, _, query_batch, _, point_columns, *_ = plan
+    return PairSlices(starts, stops, point_columns, query_batch >= 0)
+
+
+register_attention("vicinal", _find_slices)
 
 
 @register_flop_formula(torch.ops.vicinal.project)

@@ -119,10 +119,10 @@ void run_queue(int64_t n_units, int64_t units_per_chunk, const Body& body) {
 
 std::tuple<Tensor, Tensor> neighborhood_attention(
     Tensor q, Tensor k, Tensor v, std::optional<Tensor> query_mask, std::optional<Tensor> seed,
-    Tensors background, std::optional<Tensor> bias, Tensors plan, Sizes slices, double scale,
-    double dropout_p) {
-  AttentionArguments arguments(q, k, v, query_mask, seed, background, bias, plan, slices, scale,
-                               dropout_p);
+    std::optional<Tensors> background, std::optional<Tensor> bias, Tensors plan, Sizes slices,
+    double scale, double dropout_p) {
+  AttentionArguments arguments(q, k, v, query_mask, seed, background.value_or(Tensors{}), bias,
+                               plan, slices, scale, dropout_p);
   Tensor out = new_tensor(q, {q.size(0), q.size(1), v.size(2)}, q.scalar_type());
   Tensor lse = torch::stable::new_empty(q, {q.size(0), q.size(1)}, accumulator_dtype(q));
   arguments.params.out = rows_of(out);
@@ -185,11 +185,11 @@ std::tuple<Tensors, Tensor> run_backward(AttentionArguments& arguments) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensors, Tensor> neighborhood_attention_backward(
     Tensor grad_out, Tensor grad_lse, Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v,
-    std::optional<Tensor> query_mask, std::optional<Tensor> seed, Tensors background,
+    std::optional<Tensor> query_mask, std::optional<Tensor> seed, std::optional<Tensors> background,
     std::optional<Tensor> bias, Tensors plan, Sizes slices, double scale, double dropout_p,
     bool needs_queries, bool needs_points) {
-  AttentionArguments arguments(q, k, v, query_mask, seed, background, bias, plan, slices, scale,
-                               dropout_p);
+  AttentionArguments arguments(q, k, v, query_mask, seed, background.value_or(Tensors{}), bias,
+                               plan, slices, scale, dropout_p);
   grad_out = contiguous_channels("grad_out", grad_out);
   grad_lse = torch::stable::contiguous(grad_lse);
   const Sizes out_sizes{q.size(0), q.size(1), v.size(2)};
@@ -329,6 +329,24 @@ Tensor new_rows(Tensor like, int64_t n_rows, int64_t n_columns) {
 
 }  // namespace
 }  // namespace vicinal
+
+// The schemas of `backends/ops.py`, for programs without Python. The background is optional, not
+// only possibly empty: packages of AOTInductor pass None for an empty list.
+#define VICINAL_ATTENTION_ARGUMENTS                                                              \
+  "Tensor q, Tensor k, Tensor v, Tensor? query_mask, Tensor? seed, Tensor[]? background, "       \
+  "Tensor? bias, Tensor[] plan, int[] slices, float scale, float dropout_p"
+
+STABLE_TORCH_LIBRARY_FRAGMENT(vicinal, m) {
+  m.def("neighborhood_attention(" VICINAL_ATTENTION_ARGUMENTS ") -> (Tensor, Tensor)");
+  m.def("neighborhood_attention_backward(Tensor grad_out, Tensor grad_lse, Tensor out, "
+        "Tensor lse, " VICINAL_ATTENTION_ARGUMENTS ", bool needs_queries, bool needs_points) "
+        "-> (Tensor, Tensor, Tensor, Tensor[], Tensor)");
+  m.def("find_slices(Tensor sorted_keys, Tensor query_keys, Tensor traversal, Tensor level, "
+        "Tensor first, Tensor width) -> (Tensor, Tensor)");
+  m.def("rotate(Tensor x, Tensor coordinates, Tensor frequencies) -> Tensor");
+  m.def("rotate_backward(Tensor grad_out, Tensor out, Tensor coordinates, Tensor frequencies, "
+        "bool needs_coordinates) -> (Tensor, Tensor, Tensor)");
+}
 
 STABLE_TORCH_LIBRARY_IMPL(vicinal, CPU, m) {
   m.impl("neighborhood_attention", TORCH_BOX(&vicinal::neighborhood_attention));

@@ -1,0 +1,76 @@
+"""The code on the README and on all pages has types that a strict checker accepts."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from docs.test_docs_code import CODE_OF_PAGES
+
+pytest.importorskip("mypy")
+
+SOURCE = Path(__file__).parents[2] / "src"
+# Errors of the pages alone; packages whose types are missing or partial where they are installed;
+# parts of torch carry no types.
+SETTINGS = """[mypy]
+strict = true
+ignore_missing_imports = true
+disallow_subclassing_any = false
+disallow_untyped_calls = false
+implicit_reexport = true
+disallow_untyped_decorators = false
+[mypy-vicinal.*]
+ignore_errors = true
+"""
+
+
+def check(folder: Path) -> str:
+    """What mypy prints of the files in a folder."""
+    (folder / "mypy.ini").write_text(SETTINGS, encoding="utf-8")
+    environment = {**os.environ, "MYPYPATH": str(SOURCE)}
+    command = [sys.executable, "-m", "mypy", "--config-file", "mypy.ini", "."]
+    run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    return run.stdout + run.stderr
+
+
+def is_installed(code: str) -> bool:
+    """Whether the packages that a block imports are installed. Without one, its names are Any."""
+    modules = re.findall(r"^(?:from|import) (\w+)", code, re.MULTILINE)
+    return all(importlib.util.find_spec(module) for module in modules)
+
+
+def write_pages(folder: Path) -> None:
+    """A file for each page, with the blocks one after another. Names may get another type in the
+    next block, as in a notebook.
+    """
+    for page, blocks in CODE_OF_PAGES.items():
+        name = re.sub(r"\W", "_", page.removesuffix(".md"))
+        code = "\n".join(block for block in blocks if is_installed(block))
+        (folder / f"{name}.py").write_text(code, encoding="utf-8")
+
+
+def test_all_pages_pass_a_strict_checker(tmp_path: Path) -> None:
+    write_pages(tmp_path)
+    printed = check(tmp_path)
+    assert printed.startswith("Success"), printed
+
+
+def test_calls_of_modules_have_types(tmp_path: Path) -> None:
+    """A wrong argument of a call, and an unknown word, are errors to a checker."""
+    code = """
+import torch
+from vicinal import FeaturePyramid, SparseNeighborhoodAttentionBlock, Window
+from vicinal.detr import FeedForward
+
+block = SparseNeighborhoodAttentionBlock(8, 2, backend="gpu")
+block(torch.ones(3, 8))
+FeedForward(8)(torch.ones(3, 8)).nothing
+Window(3, shape="cube")
+FeaturePyramid.from_points(torch.ones(3, 3).long(), torch.ones(3, 8), (8, 8), 1, pooling="min")
+"""
+    (tmp_path / "wrong.py").write_text(code, encoding="utf-8")
+    errors = re.findall(r"^wrong\.py:(\d+): error", check(tmp_path), re.MULTILINE)
+    assert {*map(int, errors)} == {6, 7, 8, 9, 10}
