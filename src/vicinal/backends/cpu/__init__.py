@@ -1,10 +1,7 @@
 """The CPU back end: C++ on PyTorch's stable ABI (`csrc/ops.cpp`)."""
 
-import functools
 import sys
-import warnings
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -12,9 +9,12 @@ from torch import Tensor
 from .. import chunks, reference
 from ..ops import Ops
 from ..types import Backend, PlanTensors
-from . import projection_ops, projections
+from . import library, projection_ops, projections
 
 _OPS = Ops("vicinal", "find_slices")
+_INSTRUCTION_SETS = {16: "the baseline of the architecture", 32: "AVX2", 64: "AVX-512"}
+
+torch.library.define("vicinal::vector_bytes", "() -> int")
 
 
 def attend(
@@ -48,9 +48,19 @@ def unsupported_reason(device: torch.device, dtype: torch.dtype | None) -> str |
         return None
     if device.type != "cpu":
         return "it runs on CPUs only"
-    if _LOAD_ERROR is not None and not torch.compiler.is_compiling():
-        _warn_once()
     return _LOAD_ERROR
+
+
+def install_error() -> str | None:
+    """Why this back end cannot run at all as it is installed; None if it can."""
+    return _LOAD_ERROR
+
+
+def instruction_set() -> str | None:
+    """The instruction set that the kernel uses on this processor; None without a kernel."""
+    if _LOAD_ERROR is not None:
+        return None
+    return _INSTRUCTION_SETS[torch.ops.vicinal.vector_bytes()]
 
 
 def register_flop_formulas() -> None:
@@ -64,27 +74,19 @@ def register_flop_formulas() -> None:
 
 def _load() -> str | None:
     """Loads the compiled kernel. Returns None, or the reason why that failed."""
-    libraries = sorted(Path(__file__).parent.glob("_cpu*.so"))
-    if not libraries:
-        return "its kernel was not built when vicinal was installed (is there a C++ compiler?)"
+    file = library.find_library()
+    if file is None:
+        return library.missing_reason()
     try:
-        torch.ops.load_library(str(libraries[0]))
+        torch.ops.load_library(str(file))
     except OSError as error:
-        return f"its kernel does not load: {error}"
+        return library.load_failure(file, error)
     projections.register()
     return None
 
 
-@functools.cache
-def _warn_once() -> None:
-    warnings.warn(
-        f"vicinal: backend 'cpu' is not available, {_LOAD_ERROR}; attention falls back to the "
-        "slower backend 'reference'",
-        RuntimeWarning,
-        stacklevel=2,
-    )
-
-
 # Loaded on import: code that torch.compile traces cannot load a library.
 _LOAD_ERROR = _load()
-BACKEND = Backend(attend, _OPS.rotate, project, _OPS.find_slices, unsupported_reason)
+BACKEND = Backend(
+    attend, _OPS.rotate, project, _OPS.find_slices, unsupported_reason, install_error=install_error
+)
