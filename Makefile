@@ -1,4 +1,4 @@
-.PHONY: help demo test test-torch lint docs docs-serve gpu-test gpu-sanitize gpu-bench gpu-first bench bench-compare clean
+.PHONY: help demo test test-torch soak lint docs docs-serve gpu-test gpu-sanitize gpu-bench gpu-first bench bench-compare clean
 .DEFAULT_GOAL := help
 PYTHON ?= python3
 BIN := .venv/bin
@@ -8,6 +8,8 @@ help:
 	@echo "python -m examples.classify_points   classifies handwritten digits as point sets"
 	@echo "python -m examples.stream_events   encodes a stream of events slice by slice"
 	@echo "make test   runs the tests"
+	@echo "make soak   runs the C++ kernel under sanitizers, and again and again, for half an hour;"
+	@echo "            a quick part of it: make soak SIZE=quick"
 	@echo "make lint   runs ruff and mypy"
 	@echo "make docs   builds the documentation site, strictly, in out/site"
 	@echo "make docs-serve  shows it at http://localhost:8000 and follows changes"
@@ -21,7 +23,8 @@ help:
 	@echo "make gpu-sanitize   runs the Triton kernels under NVIDIA's Compute Sanitizer, in 20 minutes"
 	@echo "make gpu-bench  runs GPU measurements for five minutes, figures in benchmarks/results/; again"
 	@echo "            goes on with what is left; for some cases: CASES=\"attention plan compute\""
-	@echo "make bench-compare A=commit B=commit   times two commits alternately"
+	@echo "make bench-compare   times this commit and the last release alternately, and warns of what is"
+	@echo "            slower; of others: A=commit B=commit"
 	@echo "make clean  removes the environment and everything built"
 	@echo "All of them first create .venv, with the versions pinned in constraints.txt."
 
@@ -41,11 +44,11 @@ test-torch:
 	$(MAKE) $(TORCH_ENVIRONMENT)/ready
 	rm -rf $(TORCH_ENVIRONMENT)/wheel
 	test ! -d $(TORCH_ENVIRONMENT)/build || find $(TORCH_ENVIRONMENT)/build -path '*/lib*' -type f ! -name '*.so' -delete
-	$(TORCH_PYTHON) setup.py -q build --build-base $(TORCH_ENVIRONMENT)/build \
+	VICINAL_REQUIRE_KERNEL=1 $(TORCH_PYTHON) setup.py -q build --build-base $(TORCH_ENVIRONMENT)/build \
 		bdist_wheel --dist-dir $(TORCH_ENVIRONMENT)/wheel
 	$(TORCH_PYTHON) -m pip uninstall --quiet --yes vicinal
 	$(TORCH_PYTHON) -m pip install --quiet --disable-pip-version-check \
-		-c $(TORCH_ENVIRONMENT)/constraints.txt "$$(echo $(TORCH_ENVIRONMENT)/wheel/*.whl)[demo,dev]"
+		-c $(TORCH_ENVIRONMENT)/constraints.txt "$$(echo $(TORCH_ENVIRONMENT)/wheel/*.whl)[demo,dev,interop]"
 	$(TORCH_PYTHON) -m pytest $(TESTS)
 
 # Triton 3.6 interprets kernels with NumPy before 2.4; torch 2.11 and 2.12 need setuptools before 82.
@@ -57,6 +60,9 @@ test-torch:
 	.venv-torch-$*/bin/python -m pip install --quiet --disable-pip-version-check \
 		-c .venv-torch-$*/constraints.txt torch 'setuptools>=77' wheel
 	touch $@
+
+soak: .venv/ready
+	PYTHONPATH=tests $(BIN)/python -m tests.soak --size $(SIZE)
 
 lint: .venv/ready
 	$(BIN)/ruff check .
@@ -98,17 +104,20 @@ SIZE ?= full
 bench: .venv/bench-ready
 	$(BIN)/python -m benchmarks --device cpu --size $(SIZE)
 
+A ?= $(shell git describe --tags --abbrev=0 --match 'v*' 2>/dev/null)
+B ?= HEAD
 bench-compare: .venv/ready
+	@test -n "$(A)" || { echo "no release to compare with: give A=commit" >&2; exit 2; }
 	$(BIN)/python -m benchmarks.compare $(A) $(B) --size $(SIZE)
 
 # torch comes first: building the kernel needs its headers, and any other package that asks for
 # torch would fetch the build with CUDA.
-.venv/ready: pyproject.toml setup.py constraints.txt $(wildcard src/vicinal/backends/cpu/csrc/*)
+.venv/ready: pyproject.toml setup.py constraints.txt $(wildcard build_backend/*.py src/vicinal/backends/cpu/csrc/*)
 	@echo "Setting up .venv: a virtual environment with torch, the tools and vicinal itself"
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch setuptools
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
-		--no-build-isolation --editable ".[demo,dev]"
+	VICINAL_REQUIRE_KERNEL=1 $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		--no-build-isolation --editable ".[demo,dev,interop]"
 	touch $@
 
 # natten is built here, against the installed torch; with a visible GPU it would compile its CUDA

@@ -1,7 +1,8 @@
 """Two commits side by side: ``python -m benchmarks.compare A B``, or ``make bench-compare A= B=``.
 
 Builds both and runs the case "speed" of this working tree on them, alternately, in processes of
-their own. Prints the times of B over those of A.
+their own. Prints the times of B over those of A, and warns of each that is longer beyond noise: in
+every round by more than `NOISE`.
 """
 
 import argparse
@@ -19,6 +20,8 @@ from benchmarks.cases import SPEED
 from benchmarks.machine import ROOT
 from benchmarks.outcome import Figures
 from benchmarks.report import table, text_of
+
+NOISE = 1.05  # ratio of two runs of the same code on a machine that others use too
 
 
 def main() -> int:
@@ -38,6 +41,8 @@ def main() -> int:
             sides.reverse()  # neither is always first
     print(f"B, {arguments.b}, over A, {arguments.a}:")
     print(ratios(*runs))
+    for message in slower(*runs):
+        print(f"{'::warning::' if os.environ.get('GITHUB_ACTIONS') else 'warning: '}{message}")
     return 0
 
 
@@ -71,12 +76,29 @@ def ratios(first: Sequence[Figures], second: Sequence[Figures]) -> str:
     """A table: the median ratio of the rounds, and the smallest and the largest."""
     rows = []
     for name in first[0]:
-        before, after = ([float(run[name]) for run in runs] for runs in (first, second))
-        each = [b / a for a, b in zip(before, after, strict=True)]
-        times = (text_of("seconds", statistics.median(side)) for side in (before, after))
+        times = (
+            text_of("seconds", statistics.median(float(run[name]) for run in runs))
+            for runs in (first, second)
+        )
+        each = _ratios_of(name, first, second)
         extremes = f"{min(each):.3f} to {max(each):.3f}"
         rows.append((name, *times, f"{statistics.median(each):.3f}", extremes))
     return table(("", "A", "B", "B / A", "of all rounds"), rows)
+
+
+def slower(first: Sequence[Figures], second: Sequence[Figures]) -> list[str]:
+    """What took longer in every round, beyond noise."""
+    each = {name: _ratios_of(name, first, second) for name in first[0]}
+    return [
+        f"{name} takes {statistics.median(found):.2f} times as long, at least {min(found):.2f}"
+        for name, found in each.items()
+        if min(found) > NOISE
+    ]
+
+
+def _ratios_of(name: str, first: Sequence[Figures], second: Sequence[Figures]) -> list[float]:
+    """The ratio of a figure in each round."""
+    return [float(b[name]) / float(a[name]) for a, b in zip(first, second, strict=True)]
 
 
 def _run(command: Sequence[str], folder: Path) -> None:

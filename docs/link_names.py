@@ -13,6 +13,7 @@ SOURCES = {
     "vicinal.nn": "src/vicinal/nn/__init__.py",
     "vicinal.detr": "src/vicinal/detr/__init__.py",
     "vicinal.distributed": "src/vicinal/distributed/__init__.py",
+    "vicinal.interop": "src/vicinal/interop/__init__.py",
     "vicinal.visualize": "src/vicinal/visualize/__init__.py",
 }
 _CODE = re.compile(

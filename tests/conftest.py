@@ -1,6 +1,8 @@
 import importlib.util
 import os
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import hypothesis
@@ -43,8 +45,19 @@ ON_GPU = (
     "ignore:TensorFloat32 tensor cores for float32:UserWarning",
 )
 
+# Of packages that `vicinal.interop` imports: torch_geometric, and those that spconv brings.
+OF_CONTAINERS = (
+    "ignore:`torch.jit.script` is deprecated:DeprecationWarning",
+    "ignore:'locale.getdefaultlocale' is deprecated:DeprecationWarning",
+)
+
+# Stand-ins for packages that are not installed; last, so that installed ones come first.
+sys.path.append(str(Path(__file__).parent / "interop" / "stand_ins"))
+
 
 def pytest_configure(config: pytest.Config) -> None:
+    for warning in OF_CONTAINERS:
+        config.addinivalue_line("filterwarnings", warning)
     if torch.cuda.is_available():
         for warning in ON_GPU:
             config.addinivalue_line("filterwarnings", warning)

@@ -460,6 +460,11 @@ def test_comparison_of_commits() -> None:
     ratios = compare.ratios(before, after)
     assert "0.600" in ratios
     assert "0.500 to 2.000" in ratios
+    assert compare.slower(before, after) == []
+    after = [{"plan": 2 * float(run["plan"])} for run in before]
+    (warning,) = compare.slower(before, after)
+    assert "plan" in warning
+    assert "2.00" in warning
 
 
 def test_commits_without_window_shapes_can_be_compared() -> None:

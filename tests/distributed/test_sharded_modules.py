@@ -14,12 +14,19 @@ from torch.distributed import ProcessGroup
 
 from vicinal import (
     FeaturePyramid,
+    NeighborhoodPlan,
     QueryPlacement,
     SparseDeformableAttention,
     SparseNeighborhoodAttentionBlock,
 )
 from vicinal.detr import Encoder, EncoderLayer, FeedForward
-from vicinal.distributed import SpacePartition, partition_space, shard_attention, sum_gradients
+from vicinal.distributed import (
+    ShardedPlan,
+    SpacePartition,
+    partition_space,
+    shard_attention,
+    sum_gradients,
+)
 
 SHAPE = (80, 72)
 
@@ -215,6 +222,44 @@ def decode(group: ProcessGroup) -> None:
 
 def test_object_queries_attend_to_the_points_of_all_ranks(cluster: Cluster) -> None:
     cluster.run(3, decode)
+
+
+def weigh(group: ProcessGroup) -> None:
+    """Every query of every rank gives each point, by its cell, the weight of one process."""
+    coordinates, values = raw_points(500)
+    whole = FeaturePyramid.from_points(coordinates, values, SHAPE, 2)
+    torch.manual_seed(1)
+    block = SparseNeighborhoodAttentionBlock(16, 2).double()
+
+    def weights_by_cells(
+        pyramid: FeaturePyramid, plan: NeighborhoodPlan, known: Tensor
+    ) -> dict[tuple[int, ...], Tensor]:
+        """The weights of each pair, by coordinates of the query and of the point."""
+        found = block.attention_weights(
+            pyramid.values, pyramid.positions(torch.float64), pyramid.batch_offsets(), pyramid,
+            query_level_indices=pyramid.levels, plan=plan,
+        )  # fmt: skip
+        queries = pyramid.coordinates.repeat_interleave(found.offsets.diff(), 0)
+        pairs = torch.cat((queries, known[found.points]), 1).tolist()
+        return dict(zip(map(tuple, pairs), found.weights, strict=True))
+
+    expected = weights_by_cells(whole, block.make_encoder_plan(whole), whole.coordinates)
+    shard_attention(block, group)
+    own_coordinates = own_share(group, coordinates)
+    part = partition_space(own_coordinates, SHAPE, group)
+    cells, own_values = part.scatter(own_coordinates, own_share(group, values))
+    own = FeaturePyramid.from_points(cells, own_values, SHAPE, 2)
+    plan = block.make_encoder_plan(own)
+    assert isinstance(plan, ShardedPlan)
+    actual = weights_by_cells(own, plan, plan.coordinates)
+    own_queries = set(map(tuple, own.coordinates.tolist()))
+    assert actual.keys() == {pair for pair in expected if pair[:4] in own_queries}
+    for pair, weight in actual.items():
+        assert_close(weight, expected[pair], 1e-12, str(pair))
+
+
+def test_weights_are_those_of_one_process_point_by_point(cluster: Cluster) -> None:
+    cluster.run(3, weigh)
 
 
 def copies(group: ProcessGroup) -> None:

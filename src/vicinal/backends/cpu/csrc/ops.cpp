@@ -37,7 +37,8 @@
 #undef VICINAL_ISA
 #undef VICINAL_BYTES
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && \
+    !defined(VICINAL_BASELINE_ONLY)  // for builds with sanitizers, which take long
 #define VICINAL_X86 1
 
 #pragma GCC push_options

@@ -1,0 +1,1 @@
+"""Long checks of the C++ kernel: ``python -m tests.soak``."""
