@@ -1,6 +1,7 @@
 """Without a kernel, the first use warns once, at the user's line, with the real reason."""
 
 import _thread
+import ctypes
 import platform
 import shutil
 import struct
@@ -98,6 +99,16 @@ def test_any_other_file_is_reported_by_the_loader(content: bytes, tmp_path: Path
     reason = library.load_failure(file, OSError("file too short"))
     assert "file too short" in reason
     assert "built for" not in reason
+
+
+def test_what_the_loader_says_is_repeated(tmp_path: Path) -> None:
+    file = tmp_path / "_cpu.abi3.so"
+    file.write_text("no library, but long enough to have a header" * 10)
+    with pytest.raises(OSError, match="_cpu") as raised:
+        torch.ops.load_library(str(file))
+    with pytest.raises(OSError, match="_cpu") as of_loader:
+        ctypes.CDLL(str(file))
+    assert str(of_loader.value) in library.load_failure(file, raised.value)
 
 
 def test_the_kernel_here_is_for_this_architecture() -> None:

@@ -35,11 +35,12 @@ def missing_reason(folder: Path = FOLDER) -> str:
 
 def load_failure(library: Path, error: OSError) -> str:
     """Why the file does not load. The loader itself says little about another architecture."""
+    loader = error.__context__ or error  # torch says no more than which file it is
     theirs = _architecture(library)
     ours = _OF_MACHINE.get(platform.machine().lower())
     if theirs is not None and ours is not None and theirs != ours:
-        return f"its kernel is built for {theirs}, and this Python runs on {ours}: {error}"
-    return f"its kernel does not load: {error}"
+        return f"its kernel is built for {theirs}, and this Python runs on {ours}: {loader}"
+    return f"its kernel does not load: {loader}"
 
 
 def _installed_from_a_pure_wheel(packages: Path) -> bool:
