@@ -49,12 +49,20 @@ def test_the_torch_of_this_environment_is_found() -> None:
     assert (found / "include").is_dir()
 
 
-def test_a_build_that_is_isolated_by_pip_finds_the_torch_of_its_environment() -> None:
-    # pip runs the environment's Python without its packages.
-    code = "import sys, torch_headers; print('torch' in sys.modules, torch_headers.find_torch())"
+def test_a_build_that_is_isolated_by_pip_finds_the_torch_of_its_environment(
+    tmp_path: Path,
+) -> None:
+    # pip runs the environment's Python and takes the folder of packages off its path.
+    code = """
+import sys
+sys.path[:] = [path for path in sys.path if "site-packages" not in path]
+import torch_headers
+print("torch" in sys.modules, torch_headers.find_torch())
+"""
     finished = subprocess.run(
-        [sys.executable, "-S", "-c", code],
-        env={**os.environ, "PYTHONPATH": str(BUILD_BACKEND)},
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(BUILD_BACKEND), "PWD": str(tmp_path)},
         capture_output=True,
         text=True,
         check=True,
