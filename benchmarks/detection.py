@@ -92,7 +92,9 @@ def shares(steps: int, batch: int) -> dict[str, float]:
         for number in range(steps):
             step(WARM_UPS + number)
         whole = time.perf_counter() - start
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True
+    ) as profile:
         for _ in range(3):
             step(0)
     spent = {event.key: event.self_cpu_time_total for event in profile.key_averages()}

@@ -135,7 +135,7 @@ def kernel_seconds(call: Call, repeats: int, device: torch.device) -> dict[str, 
     for _ in range(WARM_UPS):
         call()
     torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiled:
         for _ in range(repeats):
             call()
         torch.cuda.synchronize()

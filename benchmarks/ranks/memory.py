@@ -14,7 +14,9 @@ def peak_of_tensors(call: Callable[[], object]) -> int:
     What was there before the call does not count. The profiler of PyTorch reports each allocation,
     so memory that malloc retains and that libraries use for themselves is not in it.
     """
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+    with profile(
+        activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as profiled:
         call()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "trace.json")

@@ -124,6 +124,7 @@ def test_a_public_name_has_an_example(name: str) -> None:
         "docs/detection.md",
         "docs/distributed.md",
         "docs/recipes/classify.md",
+        "docs/recipes/containers-arrays.md",
         "docs/recipes/containers-networks.md",
         "docs/recipes/cross-attention.md",
         "docs/recipes/cuda-graphs.md",

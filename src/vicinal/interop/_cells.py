@@ -24,7 +24,7 @@ from ..pooling import check_pooling, pool_points
 from ..pyramid import FeaturePyramid
 from ..voxels import voxelize
 from ..windows import as_periodic_axes, centers_of_cells
-from ._common import LevelPoints, points_of_level
+from ._common import LevelPoints, points_of_level, pyramid_of_points
 
 _NEARLY_WHOLE = 1e-6  # of a cell: what rounding leaves of a whole number of cells
 
@@ -152,15 +152,17 @@ def pyramid_of_raw_points(
 ) -> FeaturePyramid:
     """A pyramid of ``positions`` ``[n, P]``, called ``argument`` in messages; see `voxelize`."""
     check_finite(argument, positions)
-    voxels = voxelize(
+    return pyramid_of_points(
         positions,
-        images,
+        values,
+        batch=images,
+        batch_size=batch_size,
         cell_size=cell_size,
         bounds=bounds,
+        strides=strides,
+        pooling=pooling,
         periodic_axes=periodic_axes,
-        batch_size=batch_size,
     )
-    return voxels.pyramid(values, strides=strides, pooling=pooling)
 
 
 def _filled_bounds(
