@@ -17,9 +17,9 @@ import torch
 from problems import run_python
 
 import vicinal
-from vicinal import SparseNeighborhoodAttentionBlock
+from vicinal import SparseNeighborhoodAttentionBlock, backends
 from vicinal._utils.user_warnings import warn_user
-from vicinal.backends import cpu
+from vicinal.backends import cpu, reference, triton
 from vicinal.backends.cpu import library
 
 PACKAGE = Path(vicinal.__file__).parent
@@ -219,6 +219,27 @@ def test_positions_in_the_unit_interval_warn_at_the_users_line(
     with pytest.warns(UserWarning, match=r"\[0, 1\]") as caught:
         block(torch.zeros(20, 8), torch.rand(20, 2), torch.tensor([0, 20]), pyramid)
     assert {warning.filename for warning in caught} == {__file__}
+
+
+def test_only_what_the_installation_lacks_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unsupported(device: torch.device, dtype: torch.dtype | None) -> str:
+        return "no float64" if dtype == torch.float64 else "no Triton"
+
+    broken = triton.BACKEND._replace(
+        unsupported_reason=unsupported, install_error=lambda: "no Triton"
+    )
+    monkeypatch.setitem(backends._BACKENDS, "triton", broken)
+    backends._warn_once.cache_clear()
+    gpu = torch.device("cuda")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert backends.choose_backend(None, gpu, torch.float64) is reference.BACKEND
+        with pytest.raises(ValueError, match="no Triton"):
+            backends.choose_backend("triton", gpu, torch.float32)
+    with pytest.warns(RuntimeWarning, match="no Triton") as caught:
+        for _ in range(2):
+            assert backends.choose_backend(None, gpu, torch.float32) is reference.BACKEND
+    assert [warning.filename for warning in caught] == [__file__]
 
 
 def test_the_installed_back_end_has_no_install_error() -> None:
