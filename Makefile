@@ -44,7 +44,7 @@ test-torch:
 	$(MAKE) $(TORCH_ENVIRONMENT)/ready
 	rm -rf $(TORCH_ENVIRONMENT)/wheel
 	test ! -d $(TORCH_ENVIRONMENT)/build || find $(TORCH_ENVIRONMENT)/build -path '*/lib*' -type f ! -name '*.so' -delete
-	$(TORCH_PYTHON) setup.py -q build --build-base $(TORCH_ENVIRONMENT)/build \
+	VICINAL_REQUIRE_KERNEL=1 $(TORCH_PYTHON) setup.py -q build --build-base $(TORCH_ENVIRONMENT)/build \
 		bdist_wheel --dist-dir $(TORCH_ENVIRONMENT)/wheel
 	$(TORCH_PYTHON) -m pip uninstall --quiet --yes vicinal
 	$(TORCH_PYTHON) -m pip install --quiet --disable-pip-version-check \
@@ -112,11 +112,11 @@ bench-compare: .venv/ready
 
 # torch comes first: building the kernel needs its headers, and any other package that asks for
 # torch would fetch the build with CUDA.
-.venv/ready: pyproject.toml setup.py constraints.txt $(wildcard src/vicinal/backends/cpu/csrc/*)
+.venv/ready: pyproject.toml setup.py constraints.txt $(wildcard build_backend/*.py src/vicinal/backends/cpu/csrc/*)
 	@echo "Setting up .venv: a virtual environment with torch, the tools and vicinal itself"
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch setuptools
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	VICINAL_REQUIRE_KERNEL=1 $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
 		--no-build-isolation --editable ".[demo,dev,frameworks,interop]"
 	touch $@
 

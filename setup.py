@@ -1,51 +1,21 @@
 """Build of the CPU kernel. All other build settings are in pyproject.toml."""
 
-import os
 import sys
+import sysconfig
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import setup
 
-KERNELS = "src/vicinal/backends/cpu/csrc"
+sys.path.insert(0, str(Path(__file__).parent / "build_backend"))
+from kernel_commands import BuildKernel, PureWithoutKernel, cpu_kernel, report_missing_kernel
 
+# Builds of Python without the GIL have no stable ABI before 3.15.
+ABI3 = {} if sysconfig.get_config_var("Py_GIL_DISABLED") else {"py_limited_api": "cp310"}
 
-def cpu_kernel() -> list[Extension]:
-    """Returns the extension, or none without torch. torch.ops loads it; Python cannot import it."""
-    try:
-        import torch
-    except ImportError:
-        print("vicinal: torch is not installed, building without the CPU kernel", file=sys.stderr)
-        return []
-    if os.name == "nt":
-        print("vicinal: the CPU kernel needs GCC or Clang, building without", file=sys.stderr)
-        return []
-    root = Path(torch.__file__).parent
-    return [
-        Extension(
-            "vicinal.backends.cpu._cpu",
-            sources=[f"{KERNELS}/ops.cpp"],
-            depends=[str(path) for path in Path(KERNELS).rglob("*.h")],
-            include_dirs=[str(root / "include")],
-            library_dirs=[str(root / "lib")],
-            libraries=["torch_cpu"],
-            # PyTorch's stable ABI: a binary built for 2.10 works with all later versions.
-            define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],
-            extra_compile_args=[
-                "-std=c++20",
-                "-O3",
-                "-g0",
-                "-fvisibility=hidden",
-                "-Wno-psabi",
-                "-Wno-ignored-attributes",
-            ],
-            language="c++",
-            py_limited_api=True,
-            optional=True,  # without a compiler, the reference back end is used
-        )
-    ]
-
-
-setup(
-    ext_modules=cpu_kernel(),
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+report_missing_kernel(
+    setup(
+        ext_modules=[cpu_kernel()],
+        cmdclass={"build_ext": BuildKernel, "bdist_wheel": PureWithoutKernel},
+        options={"bdist_wheel": ABI3},
+    )
 )

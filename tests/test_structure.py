@@ -18,6 +18,7 @@ LAYERS = [  # each may import those before it
     ("window_shapes",),
     ("windows",),
     ("backends",),
+    ("config",),
     ("pooling",),
     ("_pyramid",),
     ("pyramid",),

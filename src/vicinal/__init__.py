@@ -10,6 +10,7 @@ from .attention import (
     neighborhood_attention_weights,
 )
 from .batching import collate_pyramids
+from .config import show_config
 from .nn.block import SparseNeighborhoodAttentionBlock
 from .nn.deformable import SparseDeformableAttention
 from .nn.earlier_checkpoints import export_state_dict
@@ -44,6 +45,7 @@ __all__ = [
     "neighborhood_attention",
     "neighborhood_attention_weights",
     "plan_neighborhoods",
+    "show_config",
     "suggest_windows",
     "voxelize",
 ]

@@ -1,7 +1,6 @@
 """The geometry of windows: scales, centers, and the cells around a position on each level."""
 
 import math
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +19,7 @@ from ._utils.checks import (
     refuse,
 )
 from ._utils.constants import constant, widest_dtype
+from ._utils.user_warnings import warn_user
 from .window_shapes import (
     Windows,
     WindowsLike,
@@ -94,7 +94,7 @@ def warn_if_normalized(argument: str, positions: Tensor, level_shapes: LevelShap
         _warned_normalized.add(argument)
         expected = f"in cells of the full shape, {list(full)}"
         message = f"{argument}: expected numbers {expected}, got {positions.shape[0]} rows"
-        warnings.warn(f"{message} that all lie in [0, 1]", UserWarning, stacklevel=3)
+        warn_user(f"{message} that all lie in [0, 1]", UserWarning)
 
 
 def level_scales(level_shapes: LevelShapes, like: Tensor) -> Tensor:

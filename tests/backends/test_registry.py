@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from vicinal import backends
+from vicinal._utils.types import BackendName
 from vicinal.backends import cpu, reference, triton
 from vicinal.backends.types import Backend
 
@@ -23,7 +24,7 @@ def test_meta_tensors_get_the_shapes_of_the_compiled_kernel() -> None:
     assert backends.choose_backend(None, META, torch.float32) is cpu.BACKEND
 
 
-def replace(name: str, backend: Backend, monkeypatch: pytest.MonkeyPatch) -> Backend:
+def replace(name: BackendName, backend: Backend, monkeypatch: pytest.MonkeyPatch) -> Backend:
     monkeypatch.setitem(backends._BACKENDS, name, backend)
     return backend
 

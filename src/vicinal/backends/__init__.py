@@ -1,5 +1,6 @@
 """The registry of back ends: the only place that knows which exist and which of them runs."""
 
+import functools
 import importlib
 
 import torch
@@ -7,15 +8,16 @@ import torch
 from .._utils.checks import refuse
 from .._utils.imports import when_imported
 from .._utils.types import BackendName
+from .._utils.user_warnings import warn_user
 from . import cpu, reference, triton
 from .types import Backend
 
-_BACKENDS = {
+_BACKENDS: dict[BackendName, Backend] = {
     "reference": reference.BACKEND,
     "cpu": cpu.BACKEND,
     "triton": triton.BACKEND,
 }
-_BY_DEVICE = {"cpu": "cpu", "cuda": "triton", "meta": "cpu"}
+_BY_DEVICE: dict[str, BackendName] = {"cpu": "cpu", "cuda": "triton", "meta": "cpu"}
 
 
 def _register_flop_formulas() -> None:
@@ -60,17 +62,40 @@ def choose_backend(
     check_backend(backend)
     if backend is None:
         fastest = _BY_DEVICE.get(device.type, "reference")
-        if _unsupported_reason(fastest, device, dtype, head_dim) is not None:
-            return _BACKENDS["reference"]
-        return _BACKENDS[fastest]
+        reason = _unsupported_reason(fastest, device, dtype, head_dim)
+        if reason is None:
+            return _BACKENDS[fastest]
+        if not torch.compiler.is_compiling() and reason == _BACKENDS[fastest].install_error():
+            _warn_once(fastest, reason)
+        return _BACKENDS["reference"]
     reason = _unsupported_reason(backend, device, dtype, head_dim)
     if reason is not None:
         refuse("backend", f"one that can run on {device}", f"{backend!r}: {reason}")
     return _BACKENDS[backend]
 
 
+def unsupported_reasons() -> dict[BackendName, str | None]:
+    """Why each back end cannot run on this machine, on a GPU if there is one; None if it can."""
+    cpu_device = torch.device("cpu")
+    gpu = torch.device("cuda") if torch.cuda.is_available() else cpu_device
+    devices: dict[BackendName, torch.device] = {"triton": gpu}
+    return {
+        name: backend.unsupported_reason(devices.get(name, cpu_device), None)
+        for name, backend in _BACKENDS.items()
+    }
+
+
+@functools.cache
+def _warn_once(name: str, error: str) -> None:
+    warn_user(
+        f"vicinal: backend {name!r} is not available, {error}; attention falls back to the slower "
+        "backend 'reference'. vicinal.show_config() tells what can run.",
+        RuntimeWarning,
+    )
+
+
 def _unsupported_reason(
-    name: str, device: torch.device, dtype: torch.dtype | None, head_dim: int
+    name: BackendName, device: torch.device, dtype: torch.dtype | None, head_dim: int
 ) -> str | None:
     backend = _BACKENDS[name]
     if backend.max_head_dim is not None and head_dim > backend.max_head_dim:

@@ -291,6 +291,8 @@ class Backend(NamedTuple):
     unsupported_reason: Callable[[torch.device, torch.dtype | None], str | None]
     """Why it cannot run on a device with floating-point tensors of a dtype; None if it can."""
     max_head_dim: int | None = None
+    install_error: Callable[[], str | None] = lambda: None
+    """Why it cannot run at all as it is installed; None if it can."""
     find_runs: FindRuns | None = None
     """Where given, the back end takes ``query_tiles`` and ``point_tiles``, found by this op."""
     find_lists: FindLists | None = None

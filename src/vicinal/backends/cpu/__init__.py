@@ -1,9 +1,6 @@
 """The CPU back end: C++ on PyTorch's stable ABI (`csrc/ops.cpp`)."""
 
-import functools
-import warnings
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -11,18 +8,18 @@ from torch import Tensor
 from .. import chunks, reference
 from ..ops import Ops
 from ..types import Backend, PlanTensors
-from . import projection_ops, projections
+from . import library, projection_ops, projections
 
 
 def _load() -> str | None:
     """Loads the compiled kernel. Returns None, or the reason why that failed."""
-    libraries = sorted(Path(__file__).parent.glob("_cpu*.so"))
-    if not libraries:
-        return "its kernel was not built when vicinal was installed (is there a C++ compiler?)"
+    file = library.find_library()
+    if file is None:
+        return library.missing_reason()
     try:
-        torch.ops.load_library(str(libraries[0]))
+        torch.ops.load_library(str(file))
     except OSError as error:
-        return f"its kernel does not load: {error}"
+        return library.load_failure(file, error)
     projections.register()
     return None
 
@@ -30,6 +27,7 @@ def _load() -> str | None:
 # Loaded on import: code that torch.compile traces cannot load a library. It defines its ops.
 _LOAD_ERROR = _load()
 _OPS = Ops("vicinal", "find_slices")
+_INSTRUCTION_SETS = {16: "the baseline of the architecture", 32: "AVX2", 64: "AVX-512"}
 
 
 def attend(
@@ -63,19 +61,21 @@ def unsupported_reason(device: torch.device, dtype: torch.dtype | None) -> str |
         return None
     if device.type != "cpu":
         return "it runs on CPUs only"
-    if _LOAD_ERROR is not None and not torch.compiler.is_compiling():
-        _warn_once()
     return _LOAD_ERROR
 
 
-@functools.cache
-def _warn_once() -> None:
-    warnings.warn(
-        f"vicinal: backend 'cpu' is not available, {_LOAD_ERROR}; attention falls back to the "
-        "slower backend 'reference'",
-        RuntimeWarning,
-        stacklevel=2,
-    )
+def install_error() -> str | None:
+    """Why this back end cannot run at all as it is installed; None if it can."""
+    return _LOAD_ERROR
 
 
-BACKEND = Backend(attend, _OPS.rotate, project, _OPS.find_slices, unsupported_reason)
+def instruction_set() -> str | None:
+    """The instruction set that the kernel uses on this processor; None without a kernel."""
+    if _LOAD_ERROR is not None:
+        return None
+    return _INSTRUCTION_SETS[torch.ops.vicinal.vector_bytes()]
+
+
+BACKEND = Backend(
+    attend, _OPS.rotate, project, _OPS.find_slices, unsupported_reason, install_error=install_error
+)

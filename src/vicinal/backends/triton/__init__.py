@@ -4,7 +4,7 @@ import functools
 import importlib
 import importlib.util
 import os
-import warnings
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +22,7 @@ _OPS = Ops(
 find_runs, find_lists = _OPS.find_runs, _OPS.find_lists
 _MAX_HEAD_DIM = 256  # what shared memory and registers hold
 _DTYPES = (None, torch.float16, torch.bfloat16, torch.float32)
-_import_error = None if importlib.util.find_spec("triton") else "it needs Triton"
+_import_error = None if importlib.util.find_spec("triton") else "Triton is not installed"
 
 
 def attend(
@@ -54,12 +54,21 @@ def unsupported_reason(device: torch.device, dtype: torch.dtype | None) -> str |
         return "it needs a GPU"
     if not torch.compiler.is_compiling():  # code that is being traced cannot import
         import_kernels()
-    error = _import_error
-    if error is not None:
-        if device.type == "cuda" and not torch.compiler.is_compiling():
-            _warn_once(error)
-        return error
-    return _unsupported_device(device)
+    return _import_error or _unsupported_device(device)
+
+
+def install_error() -> str | None:
+    """Why Triton cannot be used as it is installed; None if it can."""
+    if not torch.compiler.is_compiling():
+        import_kernels()
+    return _import_error
+
+
+def version() -> str | None:
+    """The version of Triton, which this imports; None if it is not installed or fails to import."""
+    if install_error() is not None:
+        return None
+    return str(sys.modules["triton"].__version__)
 
 
 def _unsupported_device(device: torch.device) -> str | None:
@@ -83,20 +92,12 @@ def interprets() -> bool:
 def import_kernels() -> None:
     """Imports Triton and the kernels; what prevents that is kept for `unsupported_reason`."""
     global _import_error
+    if _import_error is not None:
+        return
     try:
         from . import ops  # noqa: F401
     except ImportError as error:
-        _import_error = f"it needs Triton, which cannot be imported: {error}"
-
-
-@functools.cache
-def _warn_once(error: str) -> None:
-    warnings.warn(
-        f"vicinal: backend 'triton' is not available, {error}; attention falls back to the slower "
-        "backend 'reference'",
-        RuntimeWarning,
-        stacklevel=2,
-    )
+        _import_error = f"Triton cannot be imported: {error}"
 
 
 def _importing(name: str) -> Callable[..., Any]:
@@ -124,6 +125,7 @@ BACKEND = Backend(
     reference.find_slices,  # of maps that `find_query_slices` does not take
     unsupported_reason,
     _MAX_HEAD_DIM,
+    install_error,
     find_runs,
     find_lists,
     find_query_slices=_OPS.find_query_slices,

@@ -68,13 +68,14 @@ namespace {
 // ------------------------------------------------------------------------ instruction sets
 
 struct KernelTable {
+  int64_t vector_bytes;
   void (*attention_forward)(const AttentionParams&, WorkQueue&);
   void (*attention_backward)(const AttentionParams&, BackwardSchedule&);
   void (*rotary)(Dtype, const RotaryParams&, WorkQueue&, bool forward);
 };
 
-#define VICINAL_KERNEL_TABLE(isa) \
-  KernelTable { isa::attention_forward, isa::attention_backward, isa::rotary }
+#define VICINAL_KERNEL_TABLE(isa, bytes) \
+  KernelTable { bytes, isa::attention_forward, isa::attention_backward, isa::rotary }
 
 // The widest instruction set that the processor supports and ATEN_CPU_CAPABILITY (the environment
 // variable of ATen's own kernels) allows.
@@ -89,10 +90,10 @@ const KernelTable& kernels() {
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl");
-    if (avx512 && capability == "avx512") return VICINAL_KERNEL_TABLE(avx512);
-    if (avx2 && capability != "default") return VICINAL_KERNEL_TABLE(avx2);
+    if (avx512 && capability == "avx512") return VICINAL_KERNEL_TABLE(avx512, 64);
+    if (avx2 && capability != "default") return VICINAL_KERNEL_TABLE(avx2, 32);
 #endif
-    return VICINAL_KERNEL_TABLE(baseline);
+    return VICINAL_KERNEL_TABLE(baseline, 16);
   }();
   return table;
 }
@@ -327,6 +328,9 @@ Tensor new_rows(Tensor like, int64_t n_rows, int64_t n_columns) {
   return new_tensor(like, {n_rows, n_columns}, like.scalar_type());
 }
 
+// The width of the vectors of the instruction set in use.
+int64_t vector_bytes() { return kernels().vector_bytes; }
+
 }  // namespace
 }  // namespace vicinal
 
@@ -346,6 +350,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vicinal, m) {
   m.def("rotate(Tensor x, Tensor coordinates, Tensor frequencies) -> Tensor");
   m.def("rotate_backward(Tensor grad_out, Tensor out, Tensor coordinates, Tensor frequencies, "
         "bool needs_coordinates) -> (Tensor, Tensor, Tensor)");
+  m.def("vector_bytes() -> int");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(vicinal, CompositeExplicitAutograd, m) {
+  m.impl("vector_bytes", TORCH_BOX(&vicinal::vector_bytes));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vicinal, CPU, m) {
