@@ -33,7 +33,7 @@ OF_TRITON = "ignore:Conversion of an array with ndim > 0:DeprecationWarning"
 # Of torch 2.11 and 2.12, where sparse tensors are made with checks on or off alike.
 OF_SPARSE_TENSORS = "ignore:Sparse invariant checks are implicitly disabled:UserWarning"
 
-# Of torch.export.load in torch 2.10 and 2.11.
+# Of torch.export.load in torch 2.10 to 2.12.
 OF_EXPORT = "ignore:The given buffer is not writable:UserWarning"
 
 
@@ -61,7 +61,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if torch.cuda.is_available():
         for warning in ON_GPU:
             config.addinivalue_line("filterwarnings", warning)
-    if torch.__version__.startswith(("2.10.", "2.11.")):
+    if torch.__version__.startswith(("2.10.", "2.11.", "2.12.")):
         config.addinivalue_line("filterwarnings", OF_EXPORT)
     if torch.__version__.startswith(("2.11.", "2.12.")):
         config.addinivalue_line("filterwarnings", OF_SPARSE_TENSORS)

@@ -109,10 +109,14 @@ def spills_allowed(architecture: int, dtype: str, width: int, usage: dict[str, A
         return 48  # in float16, with background and dropout
     if width <= 128:
         return 64
-    # What Triton 3.6 makes, of which 3304 bytes for compute capability 8.0: its assembler takes 32
-    # registers there. Before dropout counted points by ids it took 128, and spilled 1200 bytes.
-    if metadata.version("triton").startswith("3.6.") and usage["kernel"] == "query_gradients":
-        return 3400 if architecture == 80 else 1280
+    # What older Tritons make of it. For compute capability 8.0, the assembler of 3.6 takes 32
+    # registers; before dropout counted points by ids it took 128, and spilled 1200 bytes.
+    if usage["kernel"] == "query_gradients":
+        version = metadata.version("triton")
+        if version.startswith("3.6."):
+            return 3400 if architecture == 80 else 1280
+        if version.startswith("3.7."):
+            return 704
     return 640
 
 
