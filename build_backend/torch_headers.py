@@ -40,7 +40,7 @@ def find_torch() -> Path | None:
 
 def has_headers(torch: Path) -> bool:
     """Whether the folder holds a torch that is recent enough, with its headers."""
-    if not (torch / _HEADER).is_file():
+    if not ((torch / _HEADER).is_file() and (torch / "version.py").is_file()):
         return False
     text = (torch / "version.py").read_text(encoding="utf-8")
     version = re.search(r"""__version__ = ['"](\d+)\.(\d+)""", text)
@@ -55,8 +55,9 @@ def _candidates() -> Iterator[Path]:
     for folder in (sysconfig.get_path("platlib"), site.getusersitepackages()):
         yield Path(folder, "torch")
     for prefix in _prefixes():
-        for pattern in ("lib/python3*/site-packages/torch", "lib/python3*/dist-packages/torch"):
-            yield from sorted(prefix.glob(pattern))
+        for packages in ("site-packages", "dist-packages"):
+            for lib in ("lib", "lib64"):
+                yield from sorted(prefix.glob(f"{lib}/python3*/{packages}/torch"))
 
 
 def _prefixes() -> Iterator[Path]:

@@ -1,6 +1,7 @@
 """The code on all pages and in all public docstrings runs; every public name has an example."""
 
 import importlib
+import importlib.util
 import inspect
 import re
 import sys
@@ -88,7 +89,7 @@ def run(code: str, name: str, namespace: dict[str, Any]) -> str | None:
         exec(compile(code, name, "exec"), namespace)
     except ImportError as error:
         missing: str | None = getattr(error.__cause__ or error, "name", None)
-        if missing not in OPTIONAL:
+        if missing not in OPTIONAL or importlib.util.find_spec(missing) is not None:
             raise
         return missing
     return None

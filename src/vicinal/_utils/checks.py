@@ -84,10 +84,13 @@ def as_tensor(argument: str, value: Any, device: torch.device | None = None) -> 
     """A NumPy array as a tensor on ``device``, the CPU for None; all else as it is.
 
     Raises:
-        ValueError: the array has a dtype that tensors do not have.
+        ValueError: the array has a dtype that tensors do not have, or masked entries.
     """
     if isinstance(value, Tensor) or not _is_array(value):
         return value
+    numpy = sys.modules.get("numpy")
+    if numpy is not None and numpy.ma.is_masked(value):
+        refuse(argument, "an array without masked entries", value)
     try:
         return torch.as_tensor(_native(value), device=device)
     except (TypeError, ValueError):

@@ -2,7 +2,8 @@
 
 Products are counted, as torch counts those of its own attention: per head and pair of a query with
 a point, or with an empty cell that has a background, ``2 d`` operations for the logit and ``2 dv``
-for the value. How many pairs there are follows from the slices of the plan.
+for the value. How many pairs there are follows from the slices of the plan. Where these have no
+contents, as fake tensors and those on the meta device, no pair is counted.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .._utils.checks import has_contents, refuse
+from .._utils.checks import has_contents
 
 
 class PairSlices(NamedTuple):
@@ -43,8 +44,8 @@ def register_attention(
     def pairs_of(
         query_mask: Tensor | None, background: Sequence[Tensor], plan: Sequence[Tensor]
     ) -> _Pairs:
-        if not has_contents(plan[0]):
-            refuse("plan", "tensors with contents, from which pairs are counted", plan[0])
+        if torch.compiler.is_compiling() or not has_contents(plan[0]):
+            return _Pairs(0, 0)
         return _count_pairs(find_slices(plan), query_mask, background)
 
     ops = getattr(torch.ops, namespace)

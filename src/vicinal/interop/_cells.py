@@ -15,6 +15,7 @@ from .._utils.checks import (
     check_offsets,
     check_range,
     check_tensor,
+    has_contents,
     refuse,
 )
 from .._utils.ragged import batch_ids
@@ -114,6 +115,9 @@ def pyramid_of_strided_cells(
     dim = raw.shape[1]
     if not dim:
         refuse(argument, "at least one column beside that of the images", raw)
+    _check_contents(argument, raw)
+    if (raw % raw.new_tensor(stride) != 0).any():
+        refuse(argument, f"multiples of the stride {stride}", "others")
     multiples = [
         size * math.lcm(*level)
         for size, level in zip(stride, zip(*as_strides(strides, dim), strict=True), strict=True)
@@ -151,6 +155,7 @@ def pyramid_of_raw_points(
     periodic_axes: Sequence[int],
 ) -> FeaturePyramid:
     """A pyramid of ``positions`` ``[n, P]``, called ``argument`` in messages; see `voxelize`."""
+    _check_contents(argument, positions)
     check_finite(argument, positions)
     return pyramid_of_points(
         positions,
@@ -163,6 +168,11 @@ def pyramid_of_raw_points(
         pooling=pooling,
         periodic_axes=periodic_axes,
     )
+
+
+def _check_contents(argument: str, points: Tensor) -> None:
+    if not has_contents(points):
+        refuse(argument, "a tensor with contents, which the number of cells depends on", points)
 
 
 def _filled_bounds(

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from .._pyramid.raw_points import images_of_points
-from .._utils.checks import as_integer, as_spatial_shape, as_tensor, check_tensor, refuse
+from .._utils.checks import (
+    as_integer,
+    as_spatial_shape,
+    as_tensor,
+    check_finite,
+    check_tensor,
+    has_contents,
+    refuse,
+)
 from .._utils.ragged import offsets_from_counts
 from .._utils.types import BoundsLike, Pooling, StridesLike
 from ..pooling import check_pooling, pool_points
@@ -48,6 +56,8 @@ def pyramid_of_cells(
 
     It keeps the row of each point, so `FeaturePyramid.values_of_points` has the container's order.
     """
+    if not has_contents(coordinates):
+        refuse("coordinates", "a tensor with contents", coordinates)
     return FeaturePyramid.from_points(
         coordinates,
         values,
@@ -142,12 +152,14 @@ def cat_images(argument: str, images: Sequence[Tensor]) -> tuple[Tensor, Tensor]
     Raises:
         ValueError: images differ in width, dtype or device.
     """
-    first = images[0]
+    first = next((image for image in images if len(image)), images[0])
+    # An empty list has no dtype of its own.
+    images = [image if len(image) else image.to(first.dtype) for image in images]
     for index, image in enumerate(images):
         kind = image.shape[1], image.dtype, image.device
         if kind != (first.shape[1], first.dtype, first.device):
             width, dtype, device = first.shape[1], first.dtype, first.device
-            expected = f"{width} columns of {dtype} on {device}, as of the first image"
+            expected = f"{width} columns of {dtype} on {device}, as of the first image with rows"
             refuse(f"{argument}[{index}]", expected, image)
     counts = torch.tensor([len(image) for image in images], device=first.device)
     return first if len(images) == 1 else torch.cat(list(images)), offsets_from_counts(counts)
@@ -175,7 +187,7 @@ def read_columns(argument: str, table: Any, names: str | Sequence[str]) -> list[
         except (LookupError, ValueError, TypeError, AttributeError):
             refuse(argument, f"the name of a column of the {type(table).__name__}", name)
         if not isinstance(column, Tensor):
-            column = numpy.asarray(column)
+            column = numpy.asanyarray(column)  # as_tensor refuses masked entries
         label = f"{argument} {name!r}"
         column = as_tensor(label, column)
         if isinstance(column, Tensor) and column.dtype == torch.bool:
@@ -190,11 +202,14 @@ def stack_positions(argument: str, columns: Sequence[Tensor]) -> Tensor:
     differ, integers become int64, and all become float64 where one is floating.
 
     Raises:
-        ValueError: there is no column, or an integer beside floating columns is not exact in
-            float64.
+        ValueError: there is no column, a number is not finite, or an integer beside floating
+            columns is not exact in float64.
     """
     if not columns:
         refuse(argument, "at least one column", columns)
+    for axis, column in enumerate(columns):
+        if column.is_floating_point() and has_contents(column):
+            check_finite(f"{argument}[{axis}]", column[:, None])
     if len({column.dtype for column in columns}) == 1:
         return torch.stack(list(columns), 1)
     if not any(column.is_floating_point() for column in columns):

@@ -23,6 +23,8 @@ from ._common import (
     values_by_image,
 )
 
+_NAME_BYTES = 32  # of an extra dimension in LAS
+
 
 def from_numpy_cloud(
     points: ArrayLike | Tensor | Sequence[ArrayLike | Tensor],
@@ -406,9 +408,11 @@ def to_las(
         if names is None
         else as_names("names", names)
     )
-    taken = {name for cloud in clouds for name in cloud.point_format.dimension_names}
-    if len(set(labels)) != width or len(labels) != width or taken & set(labels):
-        refuse("names", f"{width} names that the LAS data does not have yet", labels)
+    are_new = not any(hasattr(cloud, label) for cloud in clouds for label in labels)
+    fit = all(1 <= len(label.encode()) <= _NAME_BYTES for label in labels)
+    if len(set(labels)) != width or len(labels) != width or not (are_new and fit):
+        expected = f"{width} names of at most {_NAME_BYTES} bytes that the LAS data does not have"
+        refuse("names", expected, labels)
     if values.dtype in (torch.float16, torch.bfloat16):
         values = values.float()
     parts = values.split(lengths)

@@ -85,7 +85,7 @@ def from_events(
         if not isinstance(polarity, str):
             refuse("polarity", "a name, or None", polarity)
         signs = [read_columns("polarity", table, polarity)[0] for table in tables]
-        features = _off_and_on(torch.cat(signs), len(rows))
+        features = torch.cat([_off_and_on(*each) for each in zip(signs, points, strict=True)])
     cell_sizes: Any = (1, 1, cell_size) if is_real(cell_size) else cell_size
     return pyramid_of_points(
         rows,
@@ -99,9 +99,9 @@ def from_events(
     )
 
 
-def _off_and_on(signs: Tensor, n: int) -> Tensor:
-    """float32 ``[n, 2]``, a one in the channel of each event's polarity ``[n]``."""
-    on = check_tensor("polarity", signs, (n,), kind="number") > 0
+def _off_and_on(signs: Tensor, points: Tensor) -> Tensor:
+    """float32 ``[n, 2]``, a one in the channel of the polarity ``[n]`` of ``points`` ``[n, 3]``."""
+    on = check_tensor("polarity", signs, (len(points),), kind="number") > 0
     return torch.stack((~on, on), 1).float()
 
 

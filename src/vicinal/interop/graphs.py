@@ -66,7 +66,7 @@ def from_pyg(
     n, device = len(features), features.device
     positions = check_tensor("data.pos", positions, (n, "P"), kind="number", device=device)
     offsets, images = getattr(data, "ptr", None), getattr(data, "batch", None)
-    if offsets is not None:
+    if images is None and offsets is not None:  # subgraphs of a batch keep its ptr
         images = images_of_offsets("data.ptr", offsets, n, device)
     return pyramid_of_raw_points(
         "data.pos",

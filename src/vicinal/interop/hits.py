@@ -301,6 +301,9 @@ def _pyramid_of_table(
     """A pyramid of the columns ``[n]`` of hits, whose events are told by a column of them, or by
     their offsets.
     """
+    for argument, name in (("event", event), ("offsets", offsets)):
+        if name is not None and not isinstance(name, str):
+            refuse(argument, "the name of one column, or None", name)
     if event is not None and offsets is not None:
         refuse("offsets", "None where event is given", offsets)
     points = stack_positions("fields", read_columns("fields", table, fields))

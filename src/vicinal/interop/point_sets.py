@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._utils.checks import as_numbers, check_tensor, refuse
+from .._utils.checks import as_numbers, as_tensor, check_tensor, refuse
 from .._utils.ragged import offsets_from_ids
 from .._utils.types import BoundsLike, Pooling, StridesLike
 from ..pyramid import FeaturePyramid
@@ -130,6 +130,7 @@ def _grid_size(point: Mapping[str, Any]) -> float:
     size = point.get("grid_size")
     if size is None:
         refuse("cell_size", "a size, since the point has no grid_coord and no grid_size", None)
+    size = as_tensor("point['grid_size']", size)
     count = size.numel() if isinstance(size, Tensor) else 1
     flat = size.flatten() if isinstance(size, Tensor) else size
     sizes = set(as_numbers("point['grid_size']", flat, count, expected))

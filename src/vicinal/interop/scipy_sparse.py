@@ -129,7 +129,9 @@ def to_scipy(
         refuse("pyramid", "one value per point", f"values of {pyramid.embed_dim} channels")
     sparse = import_library("scipy.sparse", "scipy")
     counts = torch.bincount(coo.indices()[0], minlength=coo.shape[0]).tolist()
-    cells = as_numpy(coo.indices()[1:]), as_numpy(coo.values()[:, 0])
+    values = coo.values()[:, 0]
+    values = values.float() if values.dtype == torch.float16 else values  # which SciPy lacks
+    cells = as_numpy(coo.indices()[1:]), as_numpy(values)
     parts, start = [], 0
     for count in counts:
         rows = slice(start, start + count)

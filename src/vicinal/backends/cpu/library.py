@@ -28,7 +28,7 @@ def missing_reason(folder: Path = FOLDER) -> str:
         return (
             f"the wheel that is installed on this machine ({place}) has no kernel"
             + (f", because {built}" if built else "")
-            + "; with a C++ compiler, `pip install --no-binary vicinal vicinal` builds it"
+            + "; install a C++ compiler, then the sources, as the page on installation says"
         )
     return f"its kernel was not built{f': {built}' if built else ''}"
 
