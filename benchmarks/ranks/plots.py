@@ -14,6 +14,7 @@ from benchmarks.report import Outcomes
 
 STUDIES = {
     "strong": ("one scene, encoder", STEP, "o"),
+    "interior": ("one scene, interior queries first", INK, "^"),
     "attention": ("one scene, attention blocks alone", FORWARD, "s"),
     "weak": ("a scene that grows with the ranks, encoder", MEMORY, "D"),
 }

@@ -32,6 +32,7 @@ class Share:
         device: torch.device,
         *,
         feed_forward: bool = True,
+        interior_first: bool = False,
     ) -> None:
         self.group, self._scene = group, scene
         width, dtype = settings.embed_dim, getattr(torch, settings.dtype)
@@ -52,7 +53,7 @@ class Share:
         ]
         self.encoder = Encoder(layers, width).to(device, dtype)
         if group:
-            shard_attention(self.encoder, group)
+            shard_attention(self.encoder, group, interior_first=interior_first)
 
     def step(self) -> None:
         """Forward and backward pass, planning and the sum of weights' gradients included."""

@@ -48,6 +48,7 @@ def measure(device: torch.device, settings: RanksSettings) -> Cases:
     groups = {n: dist.new_group(range(n)) for n in settings.ranks}
     one = of_density(settings.tracks)
     found = compare("strong", lambda n: one, settings, groups, device)
+    found |= compare("interior", lambda n: one, settings, groups, device, interior_first=True)
     found |= compare("attention", lambda n: one, settings, groups, device, feed_forward=False)
     grown = {n: of_density(n * settings.tracks) for n in settings.ranks}
     return found | compare("weak", grown.__getitem__, settings, groups, device)
@@ -66,15 +67,17 @@ def compare(
     settings: RanksSettings,
     groups: Mapping[int, ProcessGroup | None],
     device: torch.device,
-    *,
-    feed_forward: bool = True,
+    **options: bool,
 ) -> Cases:
-    """A case per number of ranks, whose steps alternate. On rank 0; nothing on the others."""
+    """A case per number of ranks, whose steps alternate. On rank 0; nothing on the others.
+
+    ``options`` are those of `Share`.
+    """
     rank = dist.get_rank()
     if rank == 0:
         print(f"{name} ...", file=sys.stderr, flush=True)
     shares = {
-        n: Share(scene_of(n), settings, group if n > 1 else None, device, feed_forward=feed_forward)
+        n: Share(scene_of(n), settings, group if n > 1 else None, device, **options)
         for n, group in groups.items()
         if rank < n
     }

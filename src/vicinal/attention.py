@@ -169,6 +169,27 @@ def neighborhood_attention(
         assert out.shape == (len(pyramid), 2, 4)
         ```
     """
+    out, lse = attend(q, k, v, plan, scale, dropout_p, background, bias, query_mask, backend)
+    return (out, lse) if return_lse else out
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: NeighborhoodPlan,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    background: Background | None = None,
+    bias: Tensor | None = None,
+    query_mask: Tensor | None = None,
+    backend: BackendName | None = None,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`neighborhood_attention` with its log-sum-exp.
+
+    ``seed`` is that of the dropout, from `draw_seed`. None (default): it is drawn here.
+    """
     check_dropout("dropout_p", dropout_p)
     operands, query_mask = _operands(plan, background, query_mask, q=q, k=k, v=v, bias=bias)
     bias = operands.pop("bias", None)
@@ -176,12 +197,18 @@ def neighborhood_attention(
     chosen = choose_backend(backend, q.device, q.dtype, max(q.shape[2], v.shape[2]))
     points_need_grad = torch.is_grad_enabled() and (k.requires_grad or v.requires_grad)
     tensors = tensors_for(plan, chosen, points_need_grad=points_need_grad)
-    seed = torch.randint(2**62, (), device=q.device) if dropout_p > 0 else None
+    if seed is None:
+        seed = draw_seed(dropout_p, q.device)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    out, lse = chosen.attend(
+    found: tuple[Tensor, Tensor] = chosen.attend(
         q, k, v, tensors, tuple(cells), bias, query_mask, seed, scale, dropout_p
     )
-    return (out, lse) if return_lse else out
+    return found
+
+
+def draw_seed(dropout_p: float, device: torch.device) -> Tensor | None:
+    """The seed of one call's dropout, int64 and a scalar, or None without dropout."""
+    return torch.randint(2**62, (), device=device) if dropout_p > 0 else None
 
 
 def neighborhood_attention_weights(

@@ -243,9 +243,11 @@ class NeighborhoodPlan:
         queries = check_ids("query_ids", query_ids, self.n_queries, 2**31, self.device)
         points = check_ids("point_ids", point_ids, self.n_points, count, self.device)
         columns = torch.nn.functional.pad(points, (0, 1), value=count)
-        tensors = self._tensors._replace(
-            query_ids=queries.int(), column_ids=join_column_ids(columns, self.copies)
-        )
+        return self._with_ids(queries.int(), join_column_ids(columns, self.copies))
+
+    def _with_ids(self, query_ids: Tensor, column_ids: Tensor) -> "NeighborhoodPlan":
+        """The same plan with these `PlanTensors.query_ids` and `PlanTensors.column_ids`."""
+        tensors = self._tensors._replace(query_ids=query_ids, column_ids=column_ids)
         # The cache, which both share, holds nothing that depends on ids.
         return dataclasses.replace(self, _tensors=tensors)
 

@@ -59,7 +59,7 @@ def test_ranks_give_figures(cluster: Cluster) -> None:
     found, *others = cluster.run(4, study_of)
     assert others == [{}, {}, {}]
     assert set(found) == {
-        f"{name}/{n}" for name in ("strong", "attention", "weak") for n in (1, 2, 4)
+        f"{name}/{n}" for name in ("strong", "interior", "attention", "weak") for n in (1, 2, 4)
     }
     for name, figures in found.items():
         assert float(figures["step_seconds"]) > 0

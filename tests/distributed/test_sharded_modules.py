@@ -68,6 +68,7 @@ def encode(
     periodic_axes: tuple[int, ...],
     with_background: bool,
     n: int = 900,
+    interior_first: bool = False,
 ) -> None:
     """Compares output and all gradients of three layers with those of one process."""
     coordinates, values = raw_points(n)
@@ -83,7 +84,8 @@ def encode(
     weights = torch.randn_like(expected.values)
     (expected.values * weights).sum().backward()
 
-    layers = shard_attention(make_encoder(block, **options), group)
+    layers = make_encoder(block, **options)
+    layers = shard_attention(layers, group, interior_first=interior_first)
     assert list(layers.state_dict()) == list(one.state_dict())
     own_values = own_share(group, values.detach()).clone().requires_grad_()
     own_coordinates = own_share(group, coordinates)
@@ -178,6 +180,56 @@ def test_along_periodic_axes(cluster: Cluster) -> None:
 
 def test_ranks_without_points(cluster: Cluster) -> None:
     cluster.run(4, encode, SparseNeighborhoodAttentionBlock, {}, (), True, 2)
+
+
+@pytest.mark.parametrize(
+    ("n_ranks", "options", "periodic_axes", "n"),
+    [
+        (2, {}, (), 900),
+        (3, {"dropout": 0.3, "relative_bias": True}, (), 900),
+        (3, {"dropout": 0.3}, (0, 1), 500),
+        (3, {"norm_first": False, "neighborhood_sizes": (3, 3, 3, 3)}, (0,), 900),
+        (4, {"attention_dropout": 0.3}, (), 2),
+    ],
+)
+def test_interior_queries_first(
+    n_ranks: int,
+    options: dict[str, Any],
+    periodic_axes: tuple[int, ...],
+    n: int,
+    cluster: Cluster,
+) -> None:
+    block = SparseNeighborhoodAttentionBlock
+    cluster.run(n_ranks, encode, block, options, periodic_axes, True, n, True)
+
+
+def interior_bits(group: ProcessGroup) -> None:
+    """Interior queries first change no bit, of results and of gradients of queries."""
+    coordinates, values = raw_points(900)
+    part = partition_space(own_share(group, coordinates), SHAPE, group)
+    cells, rows = part.scatter(own_share(group, coordinates), own_share(group, values))
+    own = FeaturePyramid.from_points(cells, rows.float(), SHAPE, 2)
+    found = []
+    for first in (False, True):
+        torch.manual_seed(1)
+        block = SparseNeighborhoodAttentionBlock(16, 2, neighborhood_sizes=(3, 3, 3, 3))
+        shard_attention(block, group, interior_first=first)
+        query = own.values.clone().requires_grad_()
+        plan = block.make_encoder_plan(own)
+        out = block(query, own.positions(), own.batch_offsets(), own, plan=plan,
+                    query_level_indices=own.levels)  # fmt: skip
+        (out * torch.linspace(-1, 1, 16)).sum().backward()
+        assert query.grad is not None
+        found.append((out.detach(), query.grad))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+    assert isinstance(plan, ShardedPlan)
+    queries = plan.pairs()[plan.pairs()[:, 1] >= plan.n_own_points, 0].unique()
+    assert 20 < len(queries) < len(own) - 20  # both parts have been in use
+
+
+def test_interior_queries_first_change_no_bit(cluster: Cluster) -> None:
+    cluster.run(2, interior_bits)
 
 
 def test_a_subclass_keeps_its_methods(cluster: Cluster) -> None:
@@ -304,6 +356,8 @@ def refusals(group: ProcessGroup) -> None:
     with pytest.raises(ValueError, match="module"):
         shard_attention(nn.Linear(2, 2), group)
     block = shard_attention(SparseNeighborhoodAttentionBlock(16, 2), group)
+    with pytest.raises(ValueError, match="interior_first"):
+        shard_attention(SparseNeighborhoodAttentionBlock(16, 2), group, interior_first=1)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="sharded"):
         shard_attention(nn.ModuleList([block]), group)
     coordinates, values = raw_points(100)

@@ -27,10 +27,13 @@ class GroupHandle:
     Attributes:
         group: the ranks.
         drops: whether something drops rows by their numbers, so that plans have to number them.
+        interior_first: whether queries that see no halo attend before it has come.
     """
 
-    def __init__(self, group: ProcessGroup, drops: bool = False) -> None:
-        self.group, self.drops = group, drops
+    def __init__(
+        self, group: ProcessGroup, drops: bool = False, interior_first: bool = False
+    ) -> None:
+        self.group, self.drops, self.interior_first = group, drops, interior_first
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "GroupHandle":
         return self

@@ -1,6 +1,6 @@
 """Attention modules of which every rank has its own queries and points."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .._utils.caching import cached
 from .._utils.checks import check_type, describe, refuse
-from ..attention import Background
+from ..attention import Background, draw_seed
 from ..detr import (
     Decoder,
     DecoderLayer,
@@ -33,6 +33,7 @@ from .detection import (
     ShardedStem,
 )
 from .groups import Group, GroupHandle, agree, as_group
+from .interior import QueryPart, divide_queries
 from .plan import ShardedPlan, plan_sharded
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -86,8 +87,49 @@ class ShardedBlock(SparseNeighborhoodAttentionBlock):
         assert isinstance(plan, ShardedPlan)
         exchange = plan.halo.start(inputs.pyramid.values)
         q, positions = self._project_queries(inputs)  # while the halo is under way
-        known = plan._with_halo(inputs.pyramid, exchange.finish())
-        return q, *self._project_points(inputs._replace(pyramid=known), plan, q, positions)
+        k, v = self._heads(values := exchange.finish(), self.kv_proj, 2)
+        known = plan._with_halo(inputs.pyramid, values)
+        return q, *self._place(inputs._replace(pyramid=known), plan, q, positions, k, v)
+
+    def _attend(self, inputs: Inputs, plan: NeighborhoodPlan) -> Tensor:
+        assert isinstance(plan, ShardedPlan)
+        if not self._handle.interior_first or torch.compiler.is_compiling():
+            return super()._attend(inputs, plan)
+        exchange = plan.halo.start(inputs.pyramid.values)
+        projected = self._project_queries(inputs)
+        own = self._heads(inputs.pyramid.values, self.kv_proj, 2)
+        seed = draw_seed(self._attention_dropout(), own[0].device)
+        interior, boundary = divide_queries(plan, inputs)
+        first = self._attend_part(inputs, plan, interior, projected, own, seed)
+        received = exchange.finish()[plan.n_own_points :]
+        rows = boundary.points[: boundary.n_own]
+        halo = self._heads(received, self.kv_proj, 2)
+        seen = [torch.cat((x[rows], y)) for x, y in zip(own, halo, strict=True)]
+        rest = self._attend_part(inputs, plan, boundary, projected, seen, seed)
+        order = torch.cat((interior.queries, boundary.queries)).argsort()
+        return torch.cat((first, rest)).index_select(0, order)
+
+    def _attend_part(
+        self,
+        inputs: Inputs,
+        plan: ShardedPlan,
+        part: QueryPart,
+        projected: tuple[Tensor, Tensor],
+        points: Sequence[Tensor],
+        seed: Tensor | None,
+    ) -> Tensor:
+        """The attended values ``[m, E]`` of a part's queries.
+
+        Args:
+            projected: q and positions of all queries, from `_project_queries`.
+            points: k and v of the part's points, k not rotated yet.
+        """
+        inputs = part.select(inputs)
+        own = part.plan if seed is None else part.plan_with_ids(plan)
+        q, positions = (x.index_select(0, part.queries) for x in projected)
+        return self._attend_projected(
+            inputs, own, q, *self._place(inputs, own, q, positions, *points), seed=seed
+        )
 
 
 _SHARDED: dict[type[nn.Module], type[nn.Module]] = {
@@ -106,7 +148,9 @@ _SHARDED: dict[type[nn.Module], type[nn.Module]] = {
 _SETTINGS = "neighborhood_sizes", "attn_drop_rate"
 
 
-def shard_attention(module: ModuleT, group: Group = None) -> ModuleT:
+def shard_attention(
+    module: ModuleT, group: Group = None, *, interior_first: bool = False
+) -> ModuleT:
     """Makes all attention modules in ``module`` attend to the points of all ranks of a group.
 
     All ranks of the group call it together. It changes the modules in place, and only their
@@ -142,13 +186,19 @@ def shard_attention(module: ModuleT, group: Group = None) -> ModuleT:
             share the group.
         group: the ranks that share a scene, a process group or a device mesh of one dimension. None
             (default): all ranks.
+        interior_first: whether, in `SparseNeighborhoodAttentionBlock`, keys and values of the own
+            points are projected and the queries whose windows hold no point of another rank attend
+            while the halo is under way. It hides an exchange that takes longer than projecting the
+            queries, and costs a second plan, copies of queries and results, and twice as many
+            launches. Compiled code does not divide queries. False (default): queries are projected
+            meanwhile.
 
     Returns:
         ``module``.
 
     Raises:
-        ValueError: there is no such module in it, one is sharded already, or those of the
-            ranks differ. All ranks raise it.
+        ValueError: there is no such module in it, one is sharded already, ``interior_first`` is not
+            a bool, or the modules or ``interior_first`` differ between ranks. All ranks raise it.
 
     Example:
         ```python
@@ -166,8 +216,8 @@ def shard_attention(module: ModuleT, group: Group = None) -> ModuleT:
         ```
     """
     ranks = as_group(group)
-    found = agree(ranks, "shard_attention", lambda: _find_attention(module))
-    handle = GroupHandle(ranks, _has_dropout(module))
+    found = agree(ranks, "shard_attention", lambda: _find_attention(module, interior_first))
+    handle = GroupHandle(ranks, _has_dropout(module), interior_first)
     for part, base in found:
         part.__class__ = _sharded_class(type(part), _SHARDED[base])
         vars(part)["_handle"] = handle
@@ -175,12 +225,13 @@ def shard_attention(module: ModuleT, group: Group = None) -> ModuleT:
 
 
 def _find_attention(
-    module: nn.Module,
+    module: nn.Module, interior_first: bool
 ) -> tuple[list[tuple[nn.Module, type[nn.Module]]], dict[str, Any]]:
     """The attention modules in ``module``, each with the base that is sharded, and what must be the
     same on all ranks.
     """
     check_type("module", module, nn.Module)
+    check_type("interior_first", interior_first, bool)
     found: list[tuple[nn.Module, type[nn.Module]]] = []
     facts: dict[str, Any] = {}
     for name, part in module.named_modules():
@@ -203,6 +254,7 @@ def _find_attention(
     return found, {
         "attention modules": list(facts),
         "module dropout": _has_dropout(module),
+        "interior_first": interior_first,
         **facts,
     }
 

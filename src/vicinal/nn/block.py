@@ -19,7 +19,7 @@ from .._utils.types import BackendName, FreqGroupsLike
 from ..attention import (
     Background,
     NeighborhoodWeights,
-    neighborhood_attention,
+    attend,
     neighborhood_attention_weights,
 )
 from ..backends import check_backend, choose_backend, prepare_backends
@@ -288,25 +288,34 @@ class SparseNeighborhoodAttentionBlock(SparseAttention[NeighborhoodPlan]):
 
     def _attend(self, inputs: Inputs, plan: NeighborhoodPlan) -> Tensor:
         """The attended values ``[N, E]``. All intermediate tensors are freed on return."""
-        q, k, v, background = self._project(inputs, plan)
-        return neighborhood_attention(
-            q,
-            k,
-            v,
-            plan,
-            dropout_p=self.attn_drop_rate if self.training else 0.0,
-            background=background,
-            bias=self.relative_bias,
-            query_mask=inputs.mask,
-            backend=self.backend,
-        ).flatten(1)
+        return self._attend_projected(inputs, plan, *self._project(inputs, plan))
+
+    def _attend_projected(
+        self,
+        inputs: Inputs,
+        plan: NeighborhoodPlan,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        background: Background | None,
+        seed: Tensor | None = None,
+    ) -> Tensor:
+        """The attended values ``[N, E]``. ``seed``: see `attend`."""
+        rate = self._attention_dropout()
+        rest = background, self.relative_bias, inputs.mask, self.backend, seed
+        out, _ = attend(q, k, v, plan, None, rate, *rest)
+        return out.flatten(1)
+
+    def _attention_dropout(self) -> float:
+        return self.attn_drop_rate if self.training else 0.0
 
     def _project(
         self, inputs: Inputs, plan: NeighborhoodPlan
     ) -> tuple[Tensor, Tensor, Tensor, Background | None]:
         """Q ``[N, H, d]``, k and v ``[nnz, H, d]``, and the background of the attention."""
         q, positions = self._project_queries(inputs)
-        return q, *self._project_points(inputs, plan, q, positions)
+        k, v = self._heads(inputs.pyramid.values, self.kv_proj, 2)
+        return q, *self._place(inputs, plan, q, positions, k, v)
 
     def _project_queries(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Q ``[N, H, d]`` and the positions ``[N, P]`` that they are rotated by."""
@@ -317,12 +326,20 @@ class SparseNeighborhoodAttentionBlock(SparseAttention[NeighborhoodPlan]):
             q = self.pos_encoding(q, _with_level(positions, inputs.level))
         return q, positions
 
-    def _project_points(
-        self, inputs: Inputs, plan: NeighborhoodPlan, q: Tensor, positions: Tensor
+    def _place(
+        self,
+        inputs: Inputs,
+        plan: NeighborhoodPlan,
+        q: Tensor,
+        positions: Tensor,
+        k: Tensor,
+        v: Tensor,
     ) -> tuple[Tensor, Tensor, Background | None]:
-        """K and v ``[nnz, H, d]``, and the background of the attention of q at ``positions``."""
+        """K and v ``[nnz + C, H, d]`` with the plan's copies, k rotated, from those of the points
+        ``[nnz, H, d]``; and the background of the attention of q at ``positions``.
+        """
         pyramid = inputs.pyramid
-        k, v = map(plan.append_copies, self._heads(pyramid.values, self.kv_proj, 2))
+        k, v = plan.append_copies(k), plan.append_copies(v)
         if self.pos_encoding is not None:
             k = self.pos_encoding(k, key_coordinates(pyramid, plan, positions.dtype))
         background = None
