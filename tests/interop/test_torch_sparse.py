@@ -281,3 +281,19 @@ def test_values_of_points_without_an_image_are_left_out() -> None:
     pyramid = FeaturePyramid(values, cells, ((3,),), 3, point_rows=rows)
     images = [image.flatten().tolist() for image in to_torch_nested(pyramid).unbind()]
     assert images == [[1.0], [], [2.0, 2.0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64])
+def test_counts_of_unsigned_dtypes_add_up(dtype: torch.dtype) -> None:
+    indices = torch.tensor([[0, 0, 0], [1, 5, 1], [3, 4, 3]])
+    counts = torch.tensor([[1], [2], [60000]]).to(dtype)
+    tensor = torch.sparse_coo_tensor(indices, counts, (1, 8, 8, 1), check_invariants=True)
+    pyramid = from_torch_coo(tensor, strides=1)
+    assert pyramid.coordinates.tolist() == [[0, 1, 3, 0], [0, 5, 4, 0]]
+    assert pyramid.values.tolist() == [[60001], [2]]
+
+
+def test_a_map_without_contents_is_refused() -> None:
+    tensor = torch.empty(1, 8, 8, 3, layout=torch.sparse_coo, device="meta")
+    with pytest.raises(ValueError, match="tensor: expected a tensor with contents"):
+        from_torch_coo(tensor)

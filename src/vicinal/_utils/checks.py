@@ -77,7 +77,7 @@ def check_tensor(
         refuse(argument, _tensor_of(kind, shape), value)
     if device is not None and value.device != device:
         refuse(argument, f"{_tensor_of(kind, shape)} on {device}", value)
-    return _signed(argument, value)
+    return as_signed(argument, value)
 
 
 def as_tensor(argument: str, value: Any, device: torch.device | None = None) -> Any:
@@ -107,13 +107,15 @@ def _native(array: Any) -> Any:
     return numpy.require(array, array.dtype.newbyteorder("="), ["C", "W"])
 
 
-def _signed(argument: str, value: Tensor) -> Tensor:
+def as_signed(argument: str, value: Tensor) -> Tensor:
     """``value`` as int64 if its dtype is an unsigned one for which torch has few functions."""
     if value.dtype not in (torch.uint16, torch.uint32, torch.uint64):
         return value
     signed = value.long()
-    if value.dtype == torch.uint64 and reads_contents(None, value.device) and (signed < 0).any():
-        refuse(argument, "integers below 2^63", value)
+    if value.dtype == torch.uint64 and reads_contents(None, value.device):
+        entries = signed._values() if signed.is_sparse else signed
+        if (entries < 0).any():
+            refuse(argument, "integers below 2^63", value)
     return signed
 
 

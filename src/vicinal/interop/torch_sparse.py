@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._pyramid.coo import coalesce
-from .._utils.checks import refuse
+from .._utils.checks import as_signed, has_contents, refuse
 from .._utils.ragged import offsets_from_counts
 from .._utils.types import BoundsLike, Pooling, StridesLike
 from ..pyramid import FeaturePyramid
@@ -68,7 +68,9 @@ def from_torch_coo(
     if not is_coo or tensor.dim() < 3 or tensor.dense_dim() > 1 or not _is_real(tensor):
         expected = "a sparse COO tensor [B, *spatial_shape, E] with at most one dense dimension"
         refuse("tensor", f"{expected}, floating or integer", tensor)
-    coo = coalesce(tensor)
+    if not has_contents(tensor):
+        refuse("tensor", "a tensor with contents", tensor)
+    coo = coalesce(as_signed("tensor", tensor))
     cells, values = coo.indices().t(), coo.values()
     if not coo.dense_dim():
         shape, width = coo.shape[1:-1], coo.shape[-1]
