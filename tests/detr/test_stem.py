@@ -213,6 +213,29 @@ def test_gradients_reach_the_values_and_all_parameters() -> None:
     assert all(p.grad is not None and p.grad.any() for p in stem.parameters())
 
 
+@pytest.mark.parametrize("periodic", [(), (1,)])
+def test_gradients_of_values_are_exact_and_the_same_for_any_number_of_threads(
+    periodic: tuple[int, ...],
+) -> None:
+    stem = make_stem(2, strides=(1, 2), window_sizes=(3, Window((3, 5), shape="ball")))
+    coordinates, values = random_points((16, 12), 3, 60)
+    values.requires_grad_()
+
+    def gradient(n_threads: int) -> Tensor:
+        torch.set_num_threads(n_threads)
+        pyramid = stem(coordinates, values, (16, 12), 3, periodic_axes=periodic)
+        return torch.autograd.grad(pyramid.values.pow(3).sum(), values)[0]
+
+    n_threads = torch.get_num_threads()
+    one, two, again = (gradient(n) for n in (1, 2, 2))
+    torch.set_num_threads(n_threads)
+    assert torch.equal(one, two)
+    assert torch.equal(two, again)
+    by_hand = stem_by_hand(stem, coordinates, values, (16, 12), 3, periodic)
+    expected = torch.stack([x.pow(3).sum() for x in by_hand.values()]).sum()
+    assert_close(one, torch.autograd.grad(expected, values)[0], EXACT)
+
+
 @pytest.mark.parametrize("batch_size", [0, 1, 3])
 def test_no_points_at_all(batch_size: int) -> None:
     stem = make_stem(2)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from .._plan.window_values import values_in_windows
 from .._utils.checks import (
     as_spatial_shape,
     check_counts,
@@ -18,8 +19,6 @@ from .._utils.modules import Module
 from .._utils.ragged import offsets_from_ids
 from .._utils.strides import Strides, as_strides, shapes_from_strides
 from .._utils.types import StridesLike
-from ..backends.reference import list_pairs
-from ..backends.types import slot_order
 from ..nn.projections import call_norm
 from ..placement import QueryPlacement
 from ..plan import NeighborhoodPlan, plan_neighborhoods
@@ -210,12 +209,9 @@ class PointStem(Module):
         offsets = offsets_from_ids(image, raw.batch_size)
         queries = QueryPlacement(positions, offsets, raw.levels[points])
         plan, values = self._neighborhoods(queries, raw)
-        row, key, slot = list_pairs(plan._tensors, torch.arange(len(points), device=points.device))
-        order = slot_order(plan._windows, slot.device)
-        slot = slot if order is None else order[slot]
-        windows = raw.values.new_zeros(len(points), plan.window_slots, raw.embed_dim)
-        neighbors = values[plan.points_of_keys(key)]
-        return windows.index_put((row, slot), neighbors).flatten(1)
+        return values_in_windows(
+            plan._tensors, plan._keyed_cells, plan._cell_keys(), plan.append_copies(values)
+        ).flatten(1)
 
     def _neighborhoods(
         self, queries: QueryPlacement, raw: FeaturePyramid
