@@ -84,12 +84,19 @@ def find_free_position(
     Returns:
         ``[2]``, the lower corner of the box; None if no free position was found.
     """
+    # Plain numbers: one of the first tries mostly succeeds, and tensor ops are slow for so few.
+    taken, reach = boxes.tolist(), extent.tolist()
     for _ in range(TRIES // TRIES_AT_ONCE):
         corners = torch.rand(TRIES_AT_ONCE, 2, generator=generator) * (size - extent + 1)
         corners = corners.floor()
-        first, last = corners[:, None], (corners + extent)[:, None]
-        clear = (first >= boxes[:, 1] + GAP) | (last + GAP <= boxes[:, 0])  # [tries, m, 2]
-        free = clear.any(-1).all(-1).nonzero()
-        if len(free):
-            return corners[free[0, 0]]
+        for row, corner in enumerate(corners.tolist()):
+            if all(_is_clear(corner, reach, box) for box in taken):
+                return corners[row]
     return None
+
+
+def _is_clear(corner: list[float], extent: list[float], box: list[list[float]]) -> bool:
+    return any(
+        low >= last + GAP or low + width + GAP <= first
+        for low, width, first, last in zip(corner, extent, *box, strict=True)
+    )
