@@ -162,11 +162,16 @@ class PointStem(Module):
         )
         pyramid = _with_rows_of_given_points(pyramid, raw, points)
         # Embeddings have the dtype of the values, under autocast too.
-        mixed = raw.values.new_empty(pyramid.values.shape)
-        for level, mix in enumerate(self.mixes):
-            rows = (pyramid.levels == level).nonzero().flatten()
-            mixed = mixed.index_copy(0, rows, mix(pyramid.values[rows]).to(mixed.dtype))
+        mixed = self._mix(pyramid).to(raw.values.dtype)
         return pyramid.with_values(call_norm(self.norm, mixed))
+
+    def _mix(self, pyramid: FeaturePyramid) -> Tensor:
+        """The values after the map of their level, ``[nnz, E]``."""
+        order = torch.argsort(pyramid.levels, stable=True)
+        counts = torch.bincount(pyramid.levels, minlength=pyramid.n_levels).tolist()
+        parts = pyramid.values.index_select(0, order).split(counts)
+        mixed = [mix(part) for mix, part in zip(self.mixes, parts, strict=True)]
+        return torch.cat(mixed).index_select(0, torch.argsort(order))
 
     def _raw_points(
         self,
