@@ -1,6 +1,7 @@
-"""Pooling: from the points of one grid to the points of a coarser one."""
+"""Pooling: from the points of one grid to the points of coarser ones."""
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,11 +11,40 @@ from ._utils.constants import constant
 from ._utils.types import Pooling
 from .windows import coordinate_dtype
 
-Pool = Callable[[Tensor, Tensor, int], Tensor]
+
+class Pool(NamedTuple):
+    """How the values of points in a cell become one.
+
+    Attributes:
+        reduce: the values of each cell ``[m, E]`` from values ``[n, E]``, the cell of each
+            ``[n]``, and m.
+        result_dtype: from the dtype of values.
+        is_mean: whether the result is divided by the number of points.
+        nests: whether cells of cells may be reduced in place of the points in them.
+    """
+
+    reduce: Callable[[Tensor, Tensor, int], Tensor]
+    result_dtype: Callable[[torch.dtype], torch.dtype]
+    is_mean: bool = False
+    nests: bool = True
+
+
+class PooledLevel(NamedTuple):
+    """The cells of one stride that have points.
+
+    Attributes:
+        values: ``[m, E]``.
+        cells: int64 ``[m, P + 1]``, their images and cells, sorted.
+        row: int64 ``[n]``, the row of these that each point belongs to.
+    """
+
+    values: Tensor
+    cells: Tensor
+    row: Tensor
 
 
 def check_pooling(pooling: Pooling) -> Pool:
-    """The function of that name; raises ValueError for an unknown one."""
+    """The pool of that name; raises ValueError for an unknown one."""
     if not isinstance(pooling, str) or pooling not in _POOLING:
         refuse("pooling", f"one of {list(_POOLING)}", pooling)
     return _POOLING[pooling]
@@ -22,20 +52,51 @@ def check_pooling(pooling: Pooling) -> Pool:
 
 def pool_points(
     values: Tensor, cells: Tensor, stride: Sequence[int], shape: Sequence[int], pool: Pool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Pools points into cells of ``stride``.
+) -> PooledLevel:
+    """Pools points into cells of ``stride``, see `pool_levels`."""
+    return pool_levels(values, cells, [stride], [shape], pool)[0]
+
+
+def pool_levels(
+    values: Tensor,
+    cells: Tensor,
+    strides: Sequence[Sequence[int]],
+    shapes: Sequence[Sequence[int]],
+    pool: Pool,
+) -> list[PooledLevel]:
+    """Pools points into cells of every stride.
+
+    A level whose cells consist of cells of the level before is pooled from that.
 
     Args:
         values: ``[n, E]``.
         cells: int64 ``[n, P + 1]``, the image and the cell of every point.
-        stride: ``[P]``.
-        shape: ``[P]``, the size of the coarser grid.
+        strides: ``[L, P]``.
+        shapes: ``[L, P]``, the size of each coarser grid.
         pool: see `check_pooling`.
-
-    Returns:
-        the pooled values ``[m, E]``; their images and cells int64 ``[m, P + 1]``, sorted; the row
-        of them that each point belongs to, int64 ``[n]``.
     """
+    dtype = pool.result_dtype(values.dtype)
+    wide = coordinate_dtype(dtype) if dtype.is_floating_point else dtype
+    points = PooledLevel(values.to(wide), cells, torch.arange(len(cells), device=cells.device))
+    levels: list[PooledLevel] = []
+    before: Sequence[int] = [1] * len(strides[0])
+    last = points
+    for stride, shape in zip(strides, shapes, strict=True):
+        if not pool.nests or any(step % own for step, own in zip(stride, before, strict=True)):
+            before, last = [1] * len(stride), points
+        steps = [step // own for step, own in zip(stride, before, strict=True)]
+        pooled = _pool(last, steps, shape, pool)
+        row = pooled.row if last is points else pooled.row[last.row]
+        before, last = stride, pooled._replace(row=row)
+        levels.append(_finish(last, pool, dtype))
+    return levels
+
+
+def _pool(
+    points: PooledLevel, stride: Sequence[int], shape: Sequence[int], pool: Pool
+) -> PooledLevel:
+    """``points`` in cells of ``stride``, with ``row`` by these points."""
+    cells = points.cells
     coarse = cells.div(constant([1, *stride], cells.device), rounding_mode="floor")
     key = coarse[:, 0]
     for axis, size in enumerate(shape):
@@ -43,23 +104,20 @@ def pool_points(
     unique, row = torch.unique(key, return_inverse=True)
     # All points of a cell write the same row, so their order does not matter.
     pooled_cells = coarse.new_empty(len(unique), coarse.shape[1]).index_copy_(0, row, coarse)
-    return pool(values, row, len(unique)), pooled_cells, row
+    return PooledLevel(pool.reduce(points.values, row, len(unique)), pooled_cells, row)
+
+
+def _finish(level: PooledLevel, pool: Pool, dtype: torch.dtype) -> PooledLevel:
+    values = level.values
+    if pool.is_mean:
+        counts = torch.bincount(level.row, minlength=len(level.cells))
+        values = values / counts[:, None]
+    return level._replace(values=values.to(dtype))
 
 
 def _sum(values: Tensor, row: Tensor, n_rows: int) -> Tensor:
     # index_add, whose gradient reads rows: the gradient of scatter_reduce takes ten times as long.
-    # The sum of integers is int64, as that of `torch.sum`.
-    dtype = values.dtype if values.is_floating_point() else torch.int64
-    wide = values.to(coordinate_dtype(dtype) if dtype.is_floating_point else dtype)
-    return wide.new_zeros(n_rows, values.shape[1]).index_add(0, row, wide).to(dtype)
-
-
-def _mean(values: Tensor, row: Tensor, n_rows: int) -> Tensor:
-    dtype = values.dtype if values.is_floating_point() else torch.get_default_dtype()
-    wide = values.to(coordinate_dtype(dtype))
-    sums = wide.new_zeros(n_rows, values.shape[1]).index_add(0, row, wide)
-    counts = torch.bincount(row, minlength=n_rows)
-    return (sums / counts[:, None]).to(dtype)
+    return values.new_zeros(n_rows, values.shape[1]).index_add(0, row, values)
 
 
 def _max(values: Tensor, row: Tensor, n_rows: int) -> Tensor:
@@ -68,4 +126,15 @@ def _max(values: Tensor, row: Tensor, n_rows: int) -> Tensor:
     return empty.scatter_reduce(0, index, values, "amax", include_self=False)
 
 
-_POOLING: dict[str, Pool] = {"mean": _mean, "sum": _sum, "max": _max}
+def _or(other: Callable[[], torch.dtype]) -> Callable[[torch.dtype], torch.dtype]:
+    """The dtype of values if that is floating, else ``other``."""
+    return lambda dtype: dtype if dtype.is_floating_point else other()
+
+
+_POOLING: dict[str, Pool] = {
+    "mean": Pool(_sum, _or(torch.get_default_dtype), is_mean=True),
+    # The sum of integers is int64, as that of `torch.sum`.
+    "sum": Pool(_sum, _or(lambda: torch.int64)),
+    # The gradient of equal values is shared by all points of the cell, so it does not nest.
+    "max": Pool(_max, lambda dtype: dtype, nests=False),
+}

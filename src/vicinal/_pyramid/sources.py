@@ -18,7 +18,7 @@ from .._utils.checks import (
 )
 from .._utils.strides import as_strides, least_strides, shapes_from_strides
 from .._utils.types import Pooling, StridesLike
-from ..pooling import check_pooling, pool_points
+from ..pooling import PooledLevel, check_pooling, pool_levels
 from ..windows import as_periodic_axes
 from .coo import check_coo, coalesce, dim_of_coo
 from .data import PyramidData, check_points
@@ -139,17 +139,14 @@ def from_points(
     )
     if math.prod(map(max, zip(*level_shapes, strict=True))) * grid.batch_size >= 2**62:
         refuse("spatial_shape", "fewer than 2^62 cells in all images", spatial_shape)
-    levels = [
-        pool_points(grid.values, grid.coordinates[:, :-1], stride, level_shape, pool)
-        for stride, level_shape in zip(strides, level_shapes, strict=True)
-    ]
+    levels = pool_levels(grid.values, grid.coordinates[:, :-1], strides, level_shapes, pool)
     cells = [
-        torch.nn.functional.pad(cells, (0, 1), value=index)
-        for index, (_, cells, _) in enumerate(levels)
+        torch.nn.functional.pad(level.cells, (0, 1), value=index)
+        for index, level in enumerate(levels)
     ]
     sorted_cells, order = _sort_by_image(torch.cat(cells))
     return cls(
-        torch.cat([pooled for pooled, _, _ in levels])[order],
+        torch.cat([level.values for level in levels])[order],
         sorted_cells,
         level_shapes,
         grid.batch_size,
@@ -163,14 +160,13 @@ def from_points(
     )
 
 
-def _rows_of_points(levels: Sequence[tuple[Tensor, Tensor, Tensor]], order: Tensor) -> Tensor:
-    """``[n, L]``: the row of each point on every level, after all levels were sorted by ``order``.
-
-    ``levels`` is what `pool_points` returned for each level.
+def _rows_of_points(levels: Sequence[PooledLevel], order: Tensor) -> Tensor:
+    """``[n, L]``: the row of each point on every level, after all levels were sorted by
+    ``order``.
     """
     row_after = torch.argsort(order)
-    first_rows = itertools.accumulate((len(cells) for _, cells, _ in levels), initial=0)
-    rows = [row_after[row + first] for (_, _, row), first in zip(levels, first_rows, strict=False)]
+    first_rows = itertools.accumulate((len(level.cells) for level in levels), initial=0)
+    rows = [row_after[level.row + first] for level, first in zip(levels, first_rows, strict=False)]
     return torch.stack(rows, 1)
 
 
