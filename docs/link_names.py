@@ -12,6 +12,7 @@ SOURCES = {
     "vicinal": "src/vicinal/__init__.py",
     "vicinal.nn": "src/vicinal/nn/__init__.py",
     "vicinal.detr": "src/vicinal/detr/__init__.py",
+    "vicinal.nets": "src/vicinal/nets/__init__.py",
     "vicinal.distributed": "src/vicinal/distributed/__init__.py",
     "vicinal.interop": "src/vicinal/interop/__init__.py",
     "vicinal.visualize": "src/vicinal/visualize/__init__.py",

@@ -32,6 +32,7 @@ LAYERS = [  # each may import those before it
     ("attention",),
     ("nn",),
     ("detr",),
+    ("nets",),
     ("distributed",),
     ("interop",),
     ("visualize",),
@@ -68,7 +69,7 @@ def test_importing_is_light() -> None:
     code = f"""
 import sys, torch
 before = set(sys.modules)
-import vicinal, vicinal.detr, vicinal.distributed, vicinal.interop, vicinal.visualize
+import vicinal, vicinal.detr, vicinal.distributed, vicinal.interop, vicinal.nets, vicinal.visualize
 print([name for name in {heavy} if name in sys.modules and name not in before])
 """
     assert run_python(code).strip() == "[]"

@@ -27,7 +27,8 @@ OPTIONAL = (
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MODULES = tuple(
-    f"vicinal{name}" for name in ("", ".nn", ".detr", ".distributed", ".interop", ".visualize")
+    f"vicinal{name}"
+    for name in ("", ".nn", ".detr", ".nets", ".distributed", ".interop", ".visualize")
 )
 
 

@@ -48,7 +48,7 @@ def test_all_pages_are_in_the_navigation() -> None:
 def test_the_reference_covers_all_public_names() -> None:
     pages = "".join(page.read_text(encoding="utf-8") for page in (DOCS / "api").glob("*.md"))
     entries = set(re.findall(r"^::: (\S+)$", pages, re.MULTILINE))
-    modules = "nn", "detr", "distributed", "interop", "visualize"
+    modules = "nn", "detr", "nets", "distributed", "interop", "visualize"
     whole = {f"vicinal.{name}" for name in modules}  # all that `__all__` lists
     assert whole <= entries
     vicinal, nn = map(importlib.import_module, ("vicinal", "vicinal.nn"))
