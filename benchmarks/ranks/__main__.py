@@ -22,7 +22,7 @@ from benchmarks.ranks.model import predict
 from benchmarks.ranks.parts import measure_parts
 from benchmarks.ranks.settings import SETTINGS, RanksSettings
 from benchmarks.ranks.study import measure, measure_to
-from examples.digits.processes import process_group, spawn_processes
+from examples.training.processes import process_group, spawn_processes
 
 NO_GPU, TOO_FEW = 2, 3  # exit statuses
 PLOTS = "benchmarks.ranks.plots"

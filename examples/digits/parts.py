@@ -8,8 +8,8 @@ from torch.distributed import ProcessGroup, get_rank, get_world_size
 from torch.distributed.device_mesh import init_device_mesh
 
 from examples.digits.model import STRIDES, DigitDetector
-from examples.digits.processes import rank_and_world_size
 from examples.digits.scenes import SIZE, Batch
+from examples.training.processes import rank_and_world_size
 from vicinal.distributed import partition_space, shard_attention
 
 

@@ -6,7 +6,6 @@ a run has the same canvases on any number of processes.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from examples.canvas import Digits, find_free_position
+from examples.training.seeds import derive_seed
 
 SIZE = 512  # width and height of a canvas in cells
 DIGITS = (4, 10)  # digits per canvas; this and the following are bounds, both included
@@ -73,6 +73,10 @@ class Batch(NamedTuple):
     def batch_size(self) -> int:
         return len(self.box_offsets) - 1
 
+    @property
+    def n_points(self) -> int:
+        return len(self.ink)
+
     def to(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Batch:
         """Copies the batch to ``device``, ink and boxes in ``dtype``."""
         return Batch(
@@ -98,12 +102,6 @@ class Scenes(NamedTuple):
         """Generates the canvas with this number."""
         generator = torch.Generator().manual_seed(derive_seed(self.seed, number))
         return compose(self.digits, generator)
-
-
-def derive_seed(*numbers: int) -> int:
-    """Hashes several numbers to a seed of 32 bits, all that torch.Generator uses."""
-    key = hashlib.blake2b(" ".join(map(str, numbers)).encode(), digest_size=4)
-    return int.from_bytes(key.digest(), "little")
 
 
 class _Pieces(NamedTuple):

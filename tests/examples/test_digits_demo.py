@@ -12,10 +12,11 @@ import torch
 from safetensors.torch import load_file
 
 from examples import detect_digits
-from examples.digits.checkpoints import STATE, WEIGHTS, load_state, load_weights, read_metadata
 from examples.digits.model import DigitDetector
-from examples.digits.processes import PeerError
-from examples.digits.training import ConfigError, DivergenceError, InterruptionError
+from examples.training import command
+from examples.training.checkpoints import STATE, WEIGHTS, load_state, load_weights, read_metadata
+from examples.training.loop import ConfigError, DivergenceError, InterruptionError
+from examples.training.processes import PeerError
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *options: object) -> int:
@@ -152,10 +153,10 @@ def test_the_command_to_resume_calls_the_running_interpreter(
     monkeypatch.setattr(sys, "argv", ["detect_digits", "--out", "a folder", "--resume"])
     monkeypatch.setattr(sys, "executable", str(tmp_path / ".venv" / "bin" / "python"))
     end = "-m examples.detect_digits --out 'a folder' --resume"
-    assert detect_digits.resume_command() == f".venv/bin/python {end}"
-    monkeypatch.setattr(detect_digits, "rank_and_world_size", lambda: (0, 2))
+    assert command.resume_command(detect_digits.MODULE) == f".venv/bin/python {end}"
+    monkeypatch.setattr(command, "rank_and_world_size", lambda: (0, 2))
     monkeypatch.setattr(sys, "executable", "/opt/my python")
-    assert detect_digits.resume_command() == (
+    assert command.resume_command(detect_digits.MODULE) == (
         f"'/opt/my python' -m torch.distributed.run --nproc-per-node 2 {end}"
     )
 
@@ -171,7 +172,7 @@ def test_other_processes_print_only_errors_that_the_first_does_not_know(
         raise DivergenceError("diverged", step=3, on_one_process=on_one_process)
 
     monkeypatch.setattr(detect_digits, "run", fail)
-    monkeypatch.setattr(detect_digits, "rank_and_world_size", lambda: (1, 2))
+    monkeypatch.setattr(command, "rank_and_world_size", lambda: (1, 2))
     assert call(monkeypatch, "--out", tmp_path) == 1
     printed = capsys.readouterr().out
     assert ("diverged" in printed) == bool(printed) == on_one_process
@@ -215,7 +216,7 @@ def test_started_processes_get_the_options_and_give_the_status(
     )
     code = (
         "import sys\n"
-        "from examples.digits.processes import start_processes\n"
+        "from examples.training.processes import start_processes\n"
         "sys.exit(start_processes(2, 'ranks_of_test', sys.argv[1:]))\n"
     )
     root = Path(detect_digits.__file__).parents[1]

@@ -20,7 +20,7 @@ from test_digits_demo import call, contents, refused
 from test_digits_training import CPU, Counter, interrupt, run
 
 from examples import detect_digits
-from examples.digits.checkpoints import (
+from examples.training.checkpoints import (
     STATE,
     WEIGHTS,
     CheckpointError,
@@ -30,8 +30,8 @@ from examples.digits.checkpoints import (
     save_state,
     save_weights,
 )
-from examples.digits.folder import LockError, WriteError, lock_folder, lock_for_run, write_file
-from examples.digits.processes import PeerError, spawn_processes
+from examples.training.folder import LockError, WriteError, lock_folder, lock_for_run, write_file
+from examples.training.processes import PeerError, spawn_processes
 
 ROOT = Path(__file__).parents[2]
 
@@ -263,7 +263,7 @@ def test_the_lock_of_a_process_that_was_killed_is_taken_over(
 ) -> None:
     code = (
         "import os, pathlib, signal\n"
-        "from examples.digits.folder import lock_folder\n"
+        "from examples.training.folder import lock_folder\n"
         "from vicinal.visualize.files import replace_file\n"
         f"folder = pathlib.Path({str(tmp_path)!r})\n"
         "with lock_folder(folder), replace_file(folder / 'model.safetensors'):\n"
@@ -312,7 +312,7 @@ def windows(monkeypatch: pytest.MonkeyPatch) -> None:
     """The modules for locks that Windows has, and those that it does not have."""
     monkeypatch.setitem(sys.modules, "fcntl", None)
     monkeypatch.setitem(sys.modules, "msvcrt", FakeMsvcrt())
-    monkeypatch.setattr("examples.digits.folder.sys.platform", "win32")
+    monkeypatch.setattr("examples.training.folder.sys.platform", "win32")
 
 
 @pytest.mark.usefixtures("windows")

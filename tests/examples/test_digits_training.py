@@ -17,7 +17,10 @@ from torch import Tensor, nn
 
 from examples.canvas import load_digits
 from examples.digits import scenes
-from examples.digits.checkpoints import (
+from examples.digits.model import DigitDetector
+from examples.digits.parts import divide
+from examples.digits.scenes import CLASSES, Batch, Scenes, split_digits
+from examples.training.checkpoints import (
     STATE,
     WEIGHTS,
     load_state,
@@ -25,11 +28,7 @@ from examples.digits.checkpoints import (
     read_metadata,
     save_state,
 )
-from examples.digits.model import DigitDetector
-from examples.digits.parts import divide
-from examples.digits.processes import PeerError, spawn_processes
-from examples.digits.scenes import CLASSES, Batch, Scenes, split_digits
-from examples.digits.training import (
+from examples.training.loop import (
     Config,
     ConfigError,
     DivergenceError,
@@ -38,6 +37,7 @@ from examples.digits.training import (
     learning_rate,
     train,
 )
+from examples.training.processes import PeerError, spawn_processes
 from vicinal.detr import mean_object_count
 
 CONFIG = Config(steps=6, batch=2, seed=1)

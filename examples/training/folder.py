@@ -15,7 +15,12 @@ from typing import TextIO
 
 import torch
 
-from examples.digits.processes import PEER_STOPPED, PeerError, all_reduce_sums, rank_and_world_size
+from examples.training.processes import (
+    PEER_STOPPED,
+    PeerError,
+    all_reduce_sums,
+    rank_and_world_size,
+)
 from vicinal.visualize.files import replace_file
 
 LOCK = "run.lock"

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from examples.digits.folder import write_file
+from examples.training.folder import write_file
 
 WEIGHTS, STATE = "model.safetensors", "training_state.pt"
 STATE_VERSION = 2

@@ -11,13 +11,13 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from examples.digits.checkpoints import (
+from examples.training.checkpoints import (
     STATE,
     CheckpointError,
     DamagedFileError,
@@ -26,18 +26,29 @@ from examples.digits.checkpoints import (
     save_state,
     save_weights,
 )
-from examples.digits.processes import (
+from examples.training.processes import (
     all_reduce_sums,
     deferred_signals,
     peer_errors,
     rank_and_world_size,
 )
-from examples.digits.scenes import Batch, derive_seed
+from examples.training.seeds import derive_seed
 
 PRECISIONS = {"full": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SMOOTHED = 20  # steps that the loss in the progress bar is averaged over
 
 Losses = dict[str, float]
+
+
+class Batch(Protocol):
+    """Some scenes, such as canvases of handwriting, with what is to be learned of them."""
+
+    @property
+    def n_points(self) -> int:
+        """The number of their points."""
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> Batch:
+        """Copies them to ``device``, what is floating in ``dtype``."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +57,7 @@ class Config:
 
     Attributes:
         steps: number of training steps.
-        batch: canvases per step, over all processes.
+        batch: scenes per step, over all processes.
         seed: of random operations in the module, such as dropout.
         learning_rate: the maximum, reached by linear warm-up and followed by cosine decay to 0.
         warm_up: fraction of the steps with linear warm-up.
@@ -70,7 +81,7 @@ class History(NamedTuple):
     """Losses and speed of a run.
 
     Attributes:
-        losses: of every step, by name, averaged over its canvases.
+        losses: of every step, by name, averaged over its scenes.
         seconds: mean time per step of each part, since the run started or was resumed.
         points_per_second: throughput over the same time.
     """
@@ -121,24 +132,24 @@ def train(
     If torch.distributed is initialized, each process takes its share of every batch. With losses
     that are divided by the mean number of objects per process (`vicinal.detr.mean_object_count`),
     the losses of a run do not depend on the number of processes, unless there is dropout, whose
-    random numbers depend on how canvases are distributed.
+    random numbers depend on how scenes are distributed.
 
     Args:
-        model: maps a `Batch` to losses by name; their sum is minimized.
-        batches: generates the canvases with the given numbers. The first canvas of step ``s`` is
+        model: maps a batch to losses by name; their sum is minimized.
+        batches: generates the scenes with the given numbers. The first scene of step ``s`` is
             ``s * config.batch``.
         folder: for ``model.safetensors`` and ``training_state.pt``, which are replaced atomically.
             Files of an unfinished run, and files that cannot be read, are renamed. Two runs in one
-            folder would replace each other's files; `examples.digits.folder.lock_folder` prevents
+            folder would replace each other's files; `examples.training.folder.lock_folder` prevents
             it.
         resume: resume from the state in ``folder``.
         save_every: steps between checkpoints. The first and the last step are always saved.
         metadata: for the header of ``model.safetensors``.
-        space: how many processes, of consecutive ranks, share each canvas. ``batches`` returns the
-            own part of it, and the mean of their losses is the loss of the canvas.
+        space: how many processes, of consecutive ranks, share each scene. ``batches`` returns the
+            own part of it, and the mean of their losses is the loss of the scene.
 
     Raises:
-        ConfigError: a batch has fewer canvases than there are processes, or groups of processes
+        ConfigError: a batch has fewer scenes than there are processes, or groups of processes
             that share them, or the checkpoint was written with another configuration.
         FileNotFoundError: there is no checkpoint to resume from.
         CheckpointError: the checkpoint to resume from is damaged, or of another version or model.
@@ -150,7 +161,7 @@ def train(
     rank, n_processes = rank_and_world_size()
     number, n_shares = rank // space, n_processes // space
     if config.batch < n_shares:
-        raise ConfigError(f"batch: expected at least {n_shares} canvases, got {config.batch}")
+        raise ConfigError(f"batch: expected at least {n_shares} scenes, got {config.batch}")
     run = _Run(model, config, folder, metadata or {})
     if resume:
         run.resume()
@@ -215,7 +226,7 @@ class _Run:
         torch.manual_seed(derive_seed(self.config.seed, step))
         parts = self._forward(step, batch)
         *values, n_points, n_stop = all_reduce_sums(
-            [*parts.values(), len(batch.ink), stop], self.device
+            [*parts.values(), batch.n_points, stop], self.device
         )
         means = [value / self.n_processes for value in values]
         losses = dict(zip(parts, means, strict=True))

@@ -1,0 +1,125 @@
+"""The command line of an example that trains: options, exit statuses, and how to resume."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from examples.arguments import at_least_1, seed
+from examples.training.checkpoints import STATE, CheckpointError, load_state
+from examples.training.folder import LockError, WriteError, lock_for_run
+from examples.training.loop import (
+    PRECISIONS,
+    ConfigError,
+    DivergenceError,
+    History,
+    InterruptionError,
+)
+from examples.training.processes import PeerError, process_group, rank_and_world_size
+
+
+def add_options(
+    parser: argparse.ArgumentParser, scenes: str, *, steps: int, batch: int, out: str
+) -> None:
+    """Adds the options of training, with these defaults; ``scenes`` says what they are."""
+    parser.add_argument("--seed", type=seed, default=0, help=f"seed of {scenes} and training")
+    parser.add_argument("--steps", type=at_least_1, default=steps, help="optimization steps")
+    parser.add_argument(
+        "--batch", type=at_least_1, default=batch, help=f"{scenes} per step, over all processes"
+    )
+    parser.add_argument(
+        "--precision", choices=PRECISIONS, default="full", help="precision of matrix products"
+    )
+    parser.add_argument("--resume", action="store_true", help="resume from the checkpoint in --out")
+    parser.add_argument("--out", type=Path, default=Path(out), help="output folder")
+
+
+def check_resumable(parser: argparse.ArgumentParser, folder: Path, **options: str) -> None:
+    """Exits unless there is a checkpoint of a run with these options in ``folder``."""
+    try:
+        state = load_state(folder, torch.device("cpu"))
+    except FileNotFoundError:
+        parser.error(f"argument --resume: missing file {folder / STATE}")
+    except CheckpointError as problem:
+        parser.error(f"argument --resume: {problem}")
+    for name, given in options.items():
+        trained = state["metadata"].get(name)
+        if trained != given:
+            parser.error(f"argument --{name}: expected {trained}, as the run in {folder}")
+
+
+def run_command(
+    module: str,
+    arguments: argparse.Namespace,
+    run: Callable[[argparse.Namespace, torch.device], object],
+) -> int:
+    """Calls ``run`` while the folder ``arguments.out`` is locked; returns the exit status.
+
+    Args:
+        module: what ``python -m`` runs.
+        arguments: of the command line, with the options of `add_options`.
+        run: what the command does, on each process.
+    """
+    before = _checkpoint_time(arguments.out)
+    with process_group() as device:
+        try:
+            with lock_for_run(arguments.out, device):
+                run(arguments, device)
+        except InterruptionError as interruption:
+            print_once(f"\nStopped: {interruption}. To resume: {resume_command(module)}")
+            return 130
+        except KeyboardInterrupt:
+            if arguments.resume or _checkpoint_time(arguments.out) not in (None, before):
+                command = resume_command(module)
+                print_once(f"\nStopped. To resume from the last checkpoint: {command}")
+            else:
+                print_once("\nStopped before the first checkpoint.")
+            return 130
+        except DivergenceError as problem:
+            print_once(f"\nStopped at {problem}.", every_process=problem.on_one_process)
+            return 1
+        except (CheckpointError, ConfigError, LockError, PeerError, WriteError) as problem:
+            print_once(f"\nStopped: {problem}.")
+            return 1
+    return 0
+
+
+def resume_command(module: str) -> str:
+    """The shell command that resumes this run, with the interpreter that it runs in."""
+    python, n_processes = Path(sys.executable), rank_and_world_size()[1]
+    if python.is_relative_to(Path.cwd()):
+        python = python.relative_to(Path.cwd())
+    command = [str(python), "-m"]
+    if n_processes > 1:
+        command += ["torch.distributed.run", "--nproc-per-node", str(n_processes), "-m"]
+    options = [option for option in sys.argv[1:] if option != "--resume"]
+    return shlex.join([*command, module, *options, "--resume"])
+
+
+def print_times(history: History) -> None:
+    """Prints the time of each part of a step, and the throughput."""
+    total = sum(history.seconds.values())
+    if not total:  # no steps were left
+        return
+    parts = [
+        f"{name} {1000 * seconds:.0f} ms ({seconds / total:.0%})"
+        for name, seconds in history.seconds.items()
+    ]
+    print(f"Time per step: {1000 * total:.0f} ms: {', '.join(parts)}")
+    print(f"  {history.points_per_second:,.0f} points/s")
+
+
+def print_once(text: str, every_process: bool = False) -> None:
+    """Prints on the first process only, or on every process that calls it."""
+    if every_process or rank_and_world_size()[0] == 0:
+        print(text, flush=True)
+
+
+def _checkpoint_time(folder: Path) -> int | None:
+    state = folder / STATE
+    return state.stat().st_mtime_ns if state.is_file() else None
