@@ -1,0 +1,171 @@
+"""Trains and tests a network that labels points: a U-Net with neighborhood attention.
+
+``--data digits``: canvases of 512 x 512 cells with handwritten digits and fragments of strokes.
+Every pixel of a stroke gets its digit, or "fragment".
+
+``--data hits``: simulated events of a particle detector with up to 60,000 hits. Every hit gets
+"noise", or the band of its particle's momentum, which follows from how much the track bends.
+
+New scenes are generated at every step. The script prints the mean intersection over union on scenes
+that were not trained on, draws some of them, and saves checkpoints from which an interrupted run
+can be resumed.
+
+Run it from the root of the repository: ``python -m examples.label_points --data hits``, or on two
+processes ``torchrun --nproc-per-node 2 -m examples.label_points``, each of which takes half of the
+scenes of a batch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from examples.arguments import at_least_1, require, require_folder
+from examples.labels.evaluation import Quality, confusion, quality
+from examples.labels.model import ATTENTIONS, PointLabeler, count_parameters
+from examples.labels.scenes import Batches, LabeledPoints
+from examples.labels.tasks import TASKS
+from examples.training.checkpoints import WEIGHTS, load_weights, read_metadata
+from examples.training.command import (
+    add_options,
+    check_resumable,
+    print_once,
+    print_times,
+    run_command,
+)
+from examples.training.folder import write_file
+from examples.training.loop import PRECISIONS, Config, train
+from examples.training.processes import peak_memory, rank_and_world_size
+
+MODULE = "examples.label_points"
+PICTURE, FIGURES = "labels.png", "figures.json"
+
+
+def main() -> int:
+    return run_command(MODULE, parse_arguments(), run)
+
+
+def parse_arguments() -> argparse.Namespace:
+    kind = argparse.ArgumentParser(add_help=False)
+    kind.add_argument("--data", choices=TASKS, default="digits", help="what is labeled")
+    data = kind.parse_known_args()[0].data  # other defaults depend on it
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {MODULE}",
+        description="Trains and tests a network that labels points.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        parents=[kind],
+    )
+    parser.add_argument(
+        "--attention",
+        choices=ATTENTIONS,
+        default=ATTENTIONS[0],
+        help="what connects points; of the others, 'pooling' is a U-Net without attention, and "
+        "'stem' has no levels either",
+    )
+    parser.add_argument(
+        "--hits",
+        type=at_least_1,
+        default=60_000,
+        help="with --data hits: hits of the largest event",
+    )
+    task = TASKS[data]
+    add_options(parser, task.scenes, steps=task.steps, batch=task.batch, out=f"out/labels-{data}")
+    arguments = parser.parse_args()
+    require(parser, "matplotlib", "mlxtend", "safetensors", "tqdm")
+    require_folder(parser, arguments.out)
+    if arguments.resume:
+        options = {"data": arguments.data, "attention": arguments.attention}
+        check_resumable(parser, arguments.out, **options)
+    return arguments
+
+
+def run(arguments: argparse.Namespace, device: torch.device) -> None:
+    task = TASKS[arguments.data]
+    for_training, for_test = task.make_scenes(arguments.seed, arguments.hits)
+    torch.manual_seed(arguments.seed)
+    model = PointLabeler(task, arguments.attention).to(device)
+    print_once(
+        f"Training a network of {count_parameters(model):,} parameters "
+        f"({arguments.attention}) on {rank_and_world_size()[1]} x {device.type}, "
+        f"{torch.get_num_threads()} threads each."
+    )
+    start = time.perf_counter()
+    options = {name: getattr(arguments, name) for name in ("steps", "batch", "seed", "precision")}
+    history = train(
+        model.train(),
+        for_training,
+        Config(**options, learning_rate=task.learning_rate),
+        arguments.out,
+        resume=arguments.resume,
+        metadata={name: getattr(arguments, name) for name in ("data", "attention")},
+    )
+    if rank_and_world_size()[0] != 0:
+        return
+    print_times(history)
+    result = _test(model, for_test, arguments)
+    seconds, memory = time.perf_counter() - start, peak_memory(device)
+    peak = "" if memory is None else f", peak memory {memory / 2**30:.2f} GiB"
+    print(f"Training and evaluation: {seconds:.0f} s{peak}")
+    figures = {
+        **{name: getattr(arguments, name) for name in ("data", "attention", "hits")},
+        **options,
+        **result._asdict(),
+        "seconds": seconds,
+        "seconds_of_a_step": history.seconds,
+        "peak_memory": memory,
+        "loss": sum(step["labels"] for step in history.losses[-20:]) / len(history.losses[-20:]),
+    }
+    write_file(arguments.out / FIGURES, (json.dumps(figures, indent=2) + "\n").encode())
+    _draw(model, for_test(range(task.n_drawn)), arguments.out)
+    _check_checkpoint(arguments.out, for_test(range(1)))
+
+
+def _test(model: PointLabeler, for_test: Batches, arguments: argparse.Namespace) -> Quality:
+    task, precision = model.task, PRECISIONS[arguments.precision]
+    device = next(model.parameters()).device
+    n_classes = len(task.classes)
+    counts = torch.zeros(n_classes, n_classes, dtype=torch.int64)
+    for first in range(0, task.n_tests, arguments.batch):
+        batch = for_test(range(first, min(first + arguments.batch, task.n_tests))).to(device)
+        with torch.autocast(device.type, precision, enabled=precision is not None):
+            predicted = model.predict(batch)
+        counts += confusion(batch.labels, predicted, n_classes).cpu()
+    result = quality(counts)
+    print(
+        f"On {task.n_tests} test {task.scenes}: mIoU {result.miou:.3f}, "
+        f"accuracy {result.accuracy:.3f}"
+    )
+    ious = zip(task.classes, result.ious, strict=True)
+    print("IoU: " + ", ".join(f"{name} {iou:.3f}" for name, iou in ious))
+    return result
+
+
+def _draw(model: PointLabeler, batch: LabeledPoints, folder: Path) -> None:
+    from examples.labels.picture import draw_labels  # needs matplotlib, which require() checks
+
+    task = model.task
+    predicted = model.predict(batch.to(next(model.parameters()).device)).cpu()
+    panels = [task.draw(batch, predicted, scene) for scene in range(batch.batch_size)]
+    picture = io.BytesIO()
+    draw_labels(panels, task.classes, task.other).savefig(picture, format="png")
+    write_file(folder / PICTURE, picture.getvalue())
+    print(f"Picture of {batch.batch_size} {task.scenes}: {folder / PICTURE}")
+
+
+def _check_checkpoint(folder: Path, batch: LabeledPoints) -> None:
+    """Loads the saved weights into a new model and prints how well it labels a scene."""
+    metadata = read_metadata(folder)
+    model = PointLabeler(TASKS[metadata["data"]], metadata["attention"])
+    load_weights(folder, model)
+    right = (model.predict(batch) == batch.labels).double().mean()
+    print(f"Loaded {folder / WEIGHTS}: {right:.1%} of the points of one scene labeled right")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

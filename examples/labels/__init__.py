@@ -1,0 +1,1 @@
+"""Labels for points: what `examples.label_points` is made of."""
