@@ -137,6 +137,7 @@ def test_a_public_name_has_an_example(name: str) -> None:
         "README.md",
         "docs/concepts.md",
         "docs/detection.md",
+        "docs/labels.md",
         "docs/distributed.md",
         "docs/recipes/classify.md",
         "docs/recipes/containers-arrays.md",

@@ -211,7 +211,7 @@ def test_another_attention_takes_the_place_of_the_block() -> None:
         made.append(level)
         return SparseDeformableAttention(OPTIONS["embed_dims"][level], 2, 1, 4)
 
-    net = make_net(make_attention=make_attention)
+    net = make_net(make_attention=make_attention, neighborhood_sizes=())
     assert sorted(made) == [0, 0, 1, 1, 1, 1, 2]
     coordinates, values = random_points(SHAPES[2])
     assert net(coordinates, values, SHAPES[2], 3).isfinite().all()

@@ -117,10 +117,12 @@ class PointUNet(Module):
         self.embed_dims = dims = _per_level("embed_dims", embed_dims, n_levels)
         self.n_heads = _per_level("n_heads", n_heads, n_levels)
         self.depths = _per_level("depths", depths, n_levels, least=0)
-        self.neighborhood_sizes = as_windows(neighborhood_sizes, n_levels, self.position_dim)
+        if make_attention is None:
+            windows = as_windows(neighborhood_sizes, n_levels, self.position_dim)
+            make_attention = functools.partial(self._make_block, windows)
         self.dropout, self.checkpoint = dropout, checkpoint
 
-        make_stage = functools.partial(self._make_stage, make_attention or self._make_block)
+        make_stage = functools.partial(self._make_stage, make_attention)
         pairs = list(itertools.pairwise(dims))
         self.encoder = nn.ModuleList(map(make_stage, range(n_levels)))
         self.down = nn.ModuleList(_NormedLinear(fine + width, coarse) for fine, coarse in pairs)
@@ -135,12 +137,12 @@ class PointUNet(Module):
             for _ in range(self.depths[level])
         )
 
-    def _make_block(self, level: int) -> nn.Module:
+    def _make_block(self, windows: Sequence[Any], level: int) -> nn.Module:
         return SparseNeighborhoodAttentionBlock(
             self.embed_dims[level],
             self.n_heads[level],
             n_levels=1,
-            neighborhood_sizes=self.neighborhood_sizes[level : level + 1],
+            neighborhood_sizes=windows[level : level + 1],
             position_dim=self.position_dim,
             dropout=self.dropout,
             bias=True,
