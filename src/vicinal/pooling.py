@@ -76,8 +76,9 @@ def pool_levels(
         pool: see `check_pooling`.
     """
     dtype = pool.result_dtype(values.dtype)
-    wide = coordinate_dtype(dtype) if dtype.is_floating_point else dtype
-    points = PooledLevel(values.to(wide), cells, torch.arange(len(cells), device=cells.device))
+    points = PooledLevel(
+        _widen(values, dtype), cells, torch.arange(len(cells), device=cells.device)
+    )
     levels: list[PooledLevel] = []
     before: Sequence[int] = [1] * len(strides[0])
     last = points
@@ -88,7 +89,7 @@ def pool_levels(
         pooled = _pool(last, steps, shape, pool)
         row = pooled.row if last is points else pooled.row[last.row]
         before, last = stride, pooled._replace(row=row)
-        levels.append(_finish(last, pool, dtype))
+        levels.append(last._replace(values=_finish(last.values, row, pool, dtype)))
     return levels
 
 
@@ -107,12 +108,22 @@ def _pool(
     return PooledLevel(pool.reduce(points.values, row, len(unique)), pooled_cells, row)
 
 
-def _finish(level: PooledLevel, pool: Pool, dtype: torch.dtype) -> PooledLevel:
-    values = level.values
+def pool_rows(values: Tensor, row: Tensor, n_rows: int, pool: Pool) -> Tensor:
+    """``[n_rows, E]``: the pooled values ``[n, E]`` of those of each ``row`` ``[n]``."""
+    dtype = pool.result_dtype(values.dtype)
+    return _finish(pool.reduce(_widen(values, dtype), row, n_rows), row, pool, dtype)
+
+
+def _widen(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """``values`` in the dtype that results of ``dtype`` are computed in."""
+    return values.to(coordinate_dtype(dtype) if dtype.is_floating_point else dtype)
+
+
+def _finish(values: Tensor, row: Tensor, pool: Pool, dtype: torch.dtype) -> Tensor:
+    """What was reduced of the points of each ``row``, as a result of ``dtype``."""
     if pool.is_mean:
-        counts = torch.bincount(level.row, minlength=len(level.cells))
-        values = values / counts[:, None]
-    return level._replace(values=values.to(dtype))
+        values = values / torch.bincount(row, minlength=len(values))[:, None]
+    return values.to(dtype)
 
 
 def _sum(values: Tensor, row: Tensor, n_rows: int) -> Tensor:

@@ -18,7 +18,7 @@ from ..detr.stem import PointStem
 from ..nn.block import SparseNeighborhoodAttentionBlock
 from ..nn.projections import call_norm
 from ..placement import QueryPlacement
-from ..pooling import check_pooling
+from ..pooling import check_pooling, pool_rows
 from ..pyramid import FeaturePyramid
 from ..window_shapes import WindowsLike, as_windows
 
@@ -189,7 +189,7 @@ class PointUNet(Module):
         for index, level in enumerate(levels):
             x = level.points.values
             if index:
-                pooled = _mean(skipped[-1], levels[index - 1].parents, x.shape[0])
+                pooled = pool_rows(skipped[-1], levels[index - 1].parents, x.shape[0], _MEAN)
                 x = self.down[index - 1](torch.cat((pooled, x.to(pooled.dtype)), 1))
             skipped.append(self._run(self.encoder[index], x, level, plans[index]))
         x = skipped[-1]
@@ -271,7 +271,7 @@ def _make_plan(stage: Any, level: _Level) -> Any:
     return stage[0].attention.make_plan(positions, offsets, points, points.levels)
 
 
-_mean = check_pooling("mean")
+_MEAN = check_pooling("mean")
 
 
 def _finest_width(embed_dims: Any) -> int:
