@@ -60,6 +60,8 @@ def cell_counts(cells: torch.Tensor) -> list[torch.Tensor]:
     return list(cells.unique(dim=0, return_counts=True))
 
 
+# By torch 2.10, which looks at tensors' storage when it writes checkpoints.
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning")
 def test_two_processes_share_a_scan(program: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = start_two(program)
     monkeypatch.setenv("SCANS", "again")

@@ -107,6 +107,7 @@ def _fresh_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning")
 @pytest.mark.filterwarnings("ignore:.*many workers:UserWarning", "ignore:.*axis name:UserWarning")
 @pytest.mark.filterwarnings("ignore:.*logging interval:UserWarning")
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning")  # torch 2.10
 @pytest.mark.parametrize("page", CODE_OF_PAGES)
 def test_code_of_a_page_runs_block_after_block(page: str) -> None:
     namespace: dict[str, Any] = {"__name__": "page"}
