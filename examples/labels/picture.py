@@ -11,7 +11,7 @@ from torch import Tensor
 
 from examples.labels.scenes import Panel
 
-WRONG = "#b3243c"
+WRONG = "#f2a3b0"  # behind points with a wrong label
 # Twelve that differ in hue or lightness, none of them gray or near the color of wrong labels.
 COLORS = (
     *("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#6a3d9a"),
@@ -37,14 +37,8 @@ def draw_labels(panels: Sequence[Panel], classes: Sequence[str], other: int) -> 
         wrong = panel.predicted != panel.labels
         _scatter(left, panel, panel.labels, colors)
         left.set_title(f"{panel.title}: true labels", fontsize=14)
+        right.scatter(panel.x[wrong], panel.y[wrong], s=12 * DOT, c=WRONG, linewidths=0)
         _scatter(right, panel, panel.predicted, colors)
-        right.scatter(
-            *(panel.x[wrong], panel.y[wrong]),
-            s=6 * DOT,
-            facecolors="none",
-            edgecolors=WRONG,
-            linewidths=0.5,
-        )
         share = 1 - float(wrong.double().mean()) if len(wrong) else 1.0
         right.set_title(f"predicted: {share:.1%} right", fontsize=14)
     handles = [
@@ -52,7 +46,7 @@ def draw_labels(panels: Sequence[Panel], classes: Sequence[str], other: int) -> 
         for name, color in zip(classes, colors, strict=True)
     ]
     handles.append(
-        Line2D([], [], marker="o", color="none", markeredgecolor=WRONG, label="wrong label")
+        Line2D([], [], marker="o", color=WRONG, linestyle="none", markersize=12, label="wrong")
     )
     figure.legend(
         handles=handles,
@@ -73,6 +67,6 @@ def _color(number: int, other: int) -> str:
 
 def _scatter(ax: Axes, panel: Panel, labels: Tensor, colors: Sequence[str]) -> None:
     ax.scatter(panel.x, panel.y, s=DOT, c=[colors[label] for label in labels.tolist()])
-    ax.set_aspect("equal")
+    ax.set_aspect("equal", adjustable="datalim")
     ax.set_xticks([])
     ax.set_yticks([])

@@ -167,10 +167,10 @@ def test_pictures_show_true_labels_predicted_ones_and_errors() -> None:
     colors = [to_hex(color) for color in points.get_facecolor()]
     assert len(set(colors)) == 3
     assert colors[2] == colors[3] == OTHER
-    predicted, wrong = drawn[1]
+    wrong, predicted = drawn[1]
     assert to_hex(predicted.get_facecolor()[3]) == colors[0]
     assert wrong.get_offsets().tolist() == [[3, 6]]
-    assert to_hex(wrong.get_edgecolor()[0]) == WRONG
+    assert to_hex(wrong.get_facecolor()[0]) == WRONG
     assert "scene 7" in left.get_title()
     assert "75.0%" in right.get_title()
 
