@@ -10,6 +10,7 @@ import pytest
 import torch
 from bounds import Checked
 from distributed.cluster import Cluster
+from faster_interpreter import speed_up
 
 # Without a GPU, Triton's kernels are interpreted: slowly, one program after another. Triton reads
 # the variable when it is imported.
@@ -111,34 +112,13 @@ def seeded() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def interpreter_prepares_once() -> Iterator[None]:
-    """Makes Triton's interpreter patch its language once per kernel and package.
-
-    It patches it for every function that a kernel calls, which takes most of its time.
-    """
+def fast_interpreter() -> Iterator[None]:
+    """Triton's interpreter with less work of its own."""
     if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
         yield
         return
-    from triton.runtime import interpreter
-
-    run, prepare = interpreter.GridExecutor.__call__, interpreter._patch_lang
-    done: set[str] = set()
-
-    def run_kernel(self: Any, *arguments: Any, **options: Any) -> None:
-        done.clear()
-        run(self, *arguments, **options)
-
-    def prepare_once(function: Any) -> Any:
-        """Patches for the first function of a package; nested calls restore nothing themselves."""
-        package = function.__module__.partition(".")[0]
-        if package in done:
-            return None
-        done.add(package)
-        return prepare(function)
-
     with pytest.MonkeyPatch.context() as patches:
-        patches.setattr(interpreter.GridExecutor, "__call__", run_kernel)
-        patches.setattr(interpreter, "_patch_lang", prepare_once)
+        speed_up(patches)
         yield
 
 
