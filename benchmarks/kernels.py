@@ -73,7 +73,7 @@ class Launch(NamedTuple):
 
 class Compiled(NamedTuple):
     launch: Launch
-    code: sass.Code
+    cubin: bytes
     resources: sass.Resources
     shared_bytes: int
 
@@ -81,6 +81,10 @@ class Compiled(NamedTuple):
     def name(self) -> str:
         name: str = self.launch.kernel.fn.__name__
         return name
+
+    def code(self) -> sass.Code:
+        """Its instructions, from a program that takes longer than compiling most kernels."""
+        return sass.disassemble(self.cubin)
 
 
 def compiled(case: Case, architecture: int) -> Iterator[Compiled]:
@@ -90,8 +94,7 @@ def compiled(case: Case, architecture: int) -> Iterator[Compiled]:
         source, options = variant(launch, target)
         built = triton.compile(source, target=target, options=options)
         cubin = built.asm["cubin"]
-        resources = sass.resources(cubin)
-        yield Compiled(launch, sass.disassemble(cubin), resources, built.metadata.shared)
+        yield Compiled(launch, cubin, sass.resources(cubin), built.metadata.shared)
 
 
 def usages(case: Case, architecture: int) -> Iterator[dict[str, Any]]:
@@ -103,8 +106,8 @@ def usages(case: Case, architecture: int) -> Iterator[dict[str, Any]]:
             **kernel.resources._asdict(),
             "shared_bytes": kernel.shared_bytes,
         }
-        loop = kernel.code.block_loop()
-        if kernel.name in BLOCK_LOOPS and loop is not None:
+        loop = kernel.code().block_loop() if kernel.name in BLOCK_LOOPS else None
+        if loop is not None:
             usage["instructions"] = loop.length
             usage |= {kind: loop.counts[kind] for kind in ("HMMA", "LDGSTS")}
         yield usage
@@ -118,9 +121,10 @@ def figures(counts: scene.SceneCounts) -> tuple[dict[str, float], dict[str, mode
     of_plan: dict[str, plan.Variants] = {}
     for kernel in compiled(CASES[0], 90):
         if kernel.name in BLOCK_LOOPS:
-            loop = kernel.code.block_loop()
+            code = kernel.code()
+            loop = code.block_loop()
             assert loop is not None, kernel.name
-            outside = kernel.code.path_outside(loop)
+            outside = code.path_outside(loop)
             costs[kernel.name] = model.cost(kernel.name, counts, loop.length, outside)
             found[f"{kernel.name}: LDGSTS of the block loop"] = loop.counts["LDGSTS"]
             found[f"{kernel.name}: registers"] = kernel.resources.registers
@@ -132,8 +136,9 @@ def figures(counts: scene.SceneCounts) -> tuple[dict[str, float], dict[str, mode
                 sectors = part * costs["attend"].sectors
                 found["attend: sectors per tile and head, for 16 rows"] = sectors
         elif kernel.name == "find_slices":
-            loops = kernel.code.innermost_loops()
-            outside = len(kernel.code.instructions) - sum(loop.length for loop in loops)
+            code = kernel.code()
+            loops = code.innermost_loops()
+            outside = len(code.instructions) - sum(loop.length for loop in loops)
             options = kernel.launch.options
             searches = model.search_instructions(
                 counts, [loop.length for loop in loops], outside,
@@ -142,7 +147,7 @@ def figures(counts: scene.SceneCounts) -> tuple[dict[str, float], dict[str, mode
         elif kernel.name in plan.KERNELS:
             options = kernel.launch.options
             of_plan.setdefault(kernel.name, {})[options.get("ROWS", 0)] = plan.PlanKernel(
-                kernel.code, options["num_warps"], options.get("BLOCK", 1)
+                kernel.code(), options["num_warps"], options.get("BLOCK", 1)
             )
     forward = costs["attend"]
     of_forward = forward.programs * forward.instructions

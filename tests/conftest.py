@@ -122,6 +122,15 @@ def fast_interpreter() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session")
+def kernel_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for kernels that Triton compiles, the same for all workers of this run of tests."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    return folder / "kernels"
+
+
 @pytest.fixture
 def uninitialized_is_nan() -> Iterator[None]:
     """Fills every uninitialized tensor with NaN, or with the largest integer."""

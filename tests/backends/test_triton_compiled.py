@@ -120,18 +120,18 @@ def spills_allowed(architecture: int, dtype: str, width: int, usage: dict[str, A
     return 640
 
 
-def test_one_variant_for_all_numbers_of_queries_and_points(tmp_path: Path) -> None:
+def test_one_variant_for_all_numbers_of_queries_and_points(kernel_cache: Path) -> None:
     """Triton would specialize on one and on multiples of 16; sizes are excepted from that."""
-    (variants,) = run(VARIANTS, tmp_path)
+    (variants,) = run(VARIANTS, kernel_cache)
     assert {name.split()[0] for name in variants} == KERNELS
     assert {name for name, count in variants.items() if count > 1} == set()
 
 
 @pytest.mark.parametrize("architecture", [80, 90, 100])
 def test_kernels_compile_and_stay_within_resource_limits(
-    architecture: int, tmp_path: Path, record_property: Callable[[str, object], None]
+    architecture: int, kernel_cache: Path, record_property: Callable[[str, object], None]
 ) -> None:
-    lines = run(COMPILE, tmp_path, str(architecture))
+    lines = run(COMPILE, kernel_cache, str(architecture))
     kernels = KERNELS if architecture == 90 else KERNELS - OF_BIAS
     assert {usage["kernel"] for _, _, usage in lines} == kernels
     spilling = [
@@ -147,9 +147,9 @@ def test_kernels_compile_and_stay_within_resource_limits(
         record_property("kernel", f"{architecture}  {kernel}  {most}")
 
 
-def test_kernels_compile_for_amd(tmp_path: Path) -> None:
+def test_kernels_compile_for_amd(kernel_cache: Path) -> None:
     if importlib.util.find_spec("triton.backends.amd") is None:
         pytest.skip("this build of Triton has no AMD back end")
-    lines = run(FOR_AMD, tmp_path)
+    lines = run(FOR_AMD, kernel_cache)
     assert {kernel for kernel, _ in lines} == KERNELS
     assert max(shared for _, shared in lines) <= 64 * 1024

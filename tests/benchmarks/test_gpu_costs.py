@@ -124,11 +124,6 @@ kernels.main()
 """
 
 
-@pytest.fixture(scope="module")
-def kernel_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("triton")
-
-
 @pytest.mark.skipif(
     importlib.util.find_spec("triton") is None or sys.platform != "linux",
     reason="needs Triton and the tools that it ships for Linux",

@@ -42,6 +42,7 @@ from vicinal.detr import mean_object_count
 
 CONFIG = Config(steps=6, batch=2, seed=1)
 CPU = torch.device("cpu")
+STEPS = {2: 6, 1: 20}  # of the detector, by canvases in a batch
 
 
 class Counter(nn.Module):
@@ -236,26 +237,6 @@ def test_gradients_that_are_finite_at_no_scale_end_a_run(tmp_path: Path) -> None
     assert error.value.step == 19  # 2^16 halved 17 times, from step 3 on
 
 
-def test_a_process_that_stops_raises_why_and_the_other_a_peer_error(tmp_path: Path) -> None:
-    spawn_processes(2, _train_broken_on_one, tmp_path)
-    error, on_one_process, step, cause = json.loads((tmp_path / "1").read_text())
-    assert (error, on_one_process, step) == ("DivergenceError", True, 3)
-    assert cause.startswith("predictions: ")
-    assert json.loads((tmp_path / "0").read_text()) == ["PeerError"]
-    assert len(load_state(tmp_path, CPU)["losses"]) == 1
-
-
-def _train_broken_on_one(_: torch.device, folder: Path) -> None:
-    rank = dist.get_rank()
-    try:
-        run(folder, Broken("error", step=3) if rank == 1 else Counter())
-    except DivergenceError as error:
-        fields = [type(error).__name__, error.on_one_process, error.step, str(error.__cause__)]
-        (folder / str(rank)).write_text(json.dumps(fields))
-    except PeerError as error:
-        (folder / str(rank)).write_text(json.dumps([type(error).__name__]))
-
-
 def test_weights_have_metadata(tmp_path: Path) -> None:
     run(tmp_path, metadata={"attention": "neighborhood"})
     assert read_metadata(tmp_path) == {"attention": "neighborhood"}
@@ -311,23 +292,50 @@ def test_refuses_to_resume_a_missing_or_another_run(tmp_path: Path) -> None:
         train(Counter(), canvases(), other, tmp_path, resume=True)
 
 
-def test_two_processes_give_the_curve_of_one(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def by_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folders of runs by two processes, which start once: that takes long."""
+    folder = tmp_path_factory.mktemp("by_two")
+    spawn_processes(2, _train_by_two, folder)
+    return folder
+
+
+def _train_by_two(device: torch.device, folder: Path) -> None:
+    _train_detector(device, folder / "canvas_each")
+    _train_detector(device, folder / "shared_canvas", 1, 2)
+    _train_broken_on_one(device, folder)
+
+
+@pytest.mark.parametrize(("name", "n_canvases"), [("canvas_each", 2), ("shared_canvas", 1)])
+def test_two_processes_give_the_curve_of_one(
+    name: str, n_canvases: int, by_two: Path, tmp_path: Path
+) -> None:
     """The detector itself: in float64 none of its choices depends on rounding."""
-    expected = _train_detector(CPU, tmp_path / "one").losses
-    spawn_processes(2, _train_detector, tmp_path / "two")
-    losses = load_state(tmp_path / "two", CPU)["losses"]
-    assert len(losses) == 20
+    expected = _train_detector(CPU, tmp_path, n_canvases).losses
+    losses = load_state(by_two / name, CPU)["losses"]
+    assert len(losses) == STEPS[n_canvases]
+    assert losses[0] != losses[-1]
     for ours, theirs in zip(losses, expected, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-9)
 
 
-def test_two_processes_that_share_a_canvas_give_the_curve_of_one(tmp_path: Path) -> None:
-    expected = _train_detector(CPU, tmp_path / "one", 1).losses
-    spawn_processes(2, _train_detector, tmp_path / "two", 1, 2)
-    losses = load_state(tmp_path / "two", CPU)["losses"]
-    assert len(losses) == 20
-    for ours, theirs in zip(losses, expected, strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-9)
+def test_a_process_that_stops_raises_why_and_the_other_a_peer_error(by_two: Path) -> None:
+    error, on_one_process, step, cause = json.loads((by_two / "1").read_text())
+    assert (error, on_one_process, step) == ("DivergenceError", True, 3)
+    assert cause.startswith("predictions: ")
+    assert json.loads((by_two / "0").read_text()) == ["PeerError"]
+    assert len(load_state(by_two, CPU)["losses"]) == 1
+
+
+def _train_broken_on_one(_: torch.device, folder: Path) -> None:
+    rank = dist.get_rank()
+    try:
+        run(folder, Broken("error", step=3) if rank == 1 else Counter())
+    except DivergenceError as error:
+        fields = [type(error).__name__, error.on_one_process, error.step, str(error.__cause__)]
+        (folder / str(rank)).write_text(json.dumps(fields))
+    except PeerError as error:
+        (folder / str(rank)).write_text(json.dumps([type(error).__name__]))
 
 
 def _train_detector(
@@ -343,7 +351,8 @@ def _train_detector(
         mock.patch.object(scenes, "DIGITS", (1, 3)),
         mock.patch.object(scenes, "FRAGMENTS", (3, 6)),
     ):
-        return train(model, batches, Config(steps=20, batch=n_canvases), folder, space=space)
+        config = Config(steps=STEPS[n_canvases], batch=n_canvases)
+        return train(model, batches, config, folder, space=space)
 
 
 def test_the_resumed_detector_has_the_same_curve(tmp_path: Path) -> None:
