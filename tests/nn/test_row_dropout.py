@@ -97,7 +97,7 @@ def test_refusals(argument: str, value: Any) -> None:
         RowDropout()(**arguments)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
 def test_derivatives_of_every_order_and_transforms() -> None:
     x, dropout = torch.randn(4, 3, dtype=torch.float64).requires_grad_(), RowDropout(0.5)
 
