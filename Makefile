@@ -6,6 +6,7 @@ BIN := .venv/bin
 help:
 	@echo "make demo   trains a detector of handwritten digits on large canvases; pictures in out/"
 	@echo "python -m examples.classify_points   classifies handwritten digits as point sets"
+	@echo "python -m examples.label_points   gives every point of a canvas or a detector's event a label"
 	@echo "python -m examples.stream_events   encodes a stream of events slice by slice"
 	@echo "make test   runs the tests"
 	@echo "make soak   runs the C++ kernel under sanitizers, and again and again, for half an hour;"

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import copy
 import io
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -36,12 +35,12 @@ from examples.training.command import (
     check_resumable,
     print_once,
     print_times,
+    report_run,
     run_command,
 )
 from examples.training.folder import explain_write_errors, write_file
 from examples.training.loop import PRECISIONS, Config, ConfigError, History, train
 from examples.training.processes import (
-    peak_memory,
     rank_and_world_size,
     start_processes,
     under_torchrun,
@@ -56,7 +55,6 @@ N_DRAWN = 4  # number of canvases in the picture
 SCORE_THRESHOLD = 0.35  # minimum score of detections that are drawn and listed
 MODULE = "examples.detect_digits"
 PICTURE, PAGE = "detections.png", "explorer.html"
-FIGURES = "figures.json"
 
 
 def main() -> int:
@@ -117,17 +115,8 @@ def run(arguments: argparse.Namespace, device: torch.device) -> None:
     print_times(history)
     tests = Scenes(for_test, TEST_SEED)
     result = _test(model, tests, arguments)
-    seconds, memory = time.perf_counter() - start, peak_memory(device)
-    peak = "" if memory is None else f", peak memory {memory / 2**30:.2f} GiB"
-    print(f"Training and evaluation: {seconds:.0f} s{peak}")
-    figures = {
-        **{name: getattr(arguments, name) for name in ("attention", "seed", "steps", "batch")},
-        **result._asdict(),
-        "seconds": seconds,
-        "seconds_of_a_step": history.seconds,
-        "peak_memory": memory,
-    }
-    write_file(arguments.out / FIGURES, (json.dumps(figures, indent=2) + "\n").encode())
+    given = {name: getattr(arguments, name) for name in ("attention", "seed", "steps", "batch")}
+    report_run(arguments.out, device, start, history, **given, **result._asdict())
     _draw(model, tests.batch(range(N_DRAWN)).to(device), arguments.out)
     _check_checkpoint(arguments.out, tests.batch(range(1)))
 

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import sys
 import time
 from pathlib import Path
@@ -37,14 +36,15 @@ from examples.training.command import (
     check_resumable,
     print_once,
     print_times,
+    report_run,
     run_command,
 )
 from examples.training.folder import write_file
 from examples.training.loop import PRECISIONS, Config, train
-from examples.training.processes import peak_memory, rank_and_world_size
+from examples.training.processes import rank_and_world_size
 
 MODULE = "examples.label_points"
-PICTURE, FIGURES = "labels.png", "figures.json"
+PICTURE = "labels.png"
 
 
 def main() -> int:
@@ -109,19 +109,14 @@ def run(arguments: argparse.Namespace, device: torch.device) -> None:
         return
     print_times(history)
     result = _test(model, for_test, arguments)
-    seconds, memory = time.perf_counter() - start, peak_memory(device)
-    peak = "" if memory is None else f", peak memory {memory / 2**30:.2f} GiB"
-    print(f"Training and evaluation: {seconds:.0f} s{peak}")
+    last = [step["labels"] for step in history.losses[-20:]]
     figures = {
         **{name: getattr(arguments, name) for name in ("data", "attention", "hits")},
         **options,
         **result._asdict(),
-        "seconds": seconds,
-        "seconds_of_a_step": history.seconds,
-        "peak_memory": memory,
-        "loss": sum(step["labels"] for step in history.losses[-20:]) / len(history.losses[-20:]),
+        "loss": sum(last) / len(last),
     }
-    write_file(arguments.out / FIGURES, (json.dumps(figures, indent=2) + "\n").encode())
+    report_run(arguments.out, device, start, history, **figures)
     _draw(model, for_test(range(task.n_drawn)), arguments.out)
     _check_checkpoint(arguments.out, for_test(range(1)))
 

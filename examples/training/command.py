@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from examples.arguments import at_least_1, seed
 from examples.training.checkpoints import STATE, CheckpointError, load_state
-from examples.training.folder import LockError, WriteError, lock_for_run
+from examples.training.folder import LockError, WriteError, lock_for_run, write_file
 from examples.training.loop import (
     PRECISIONS,
     ConfigError,
@@ -20,7 +23,14 @@ from examples.training.loop import (
     History,
     InterruptionError,
 )
-from examples.training.processes import PeerError, process_group, rank_and_world_size
+from examples.training.processes import (
+    PeerError,
+    peak_memory,
+    process_group,
+    rank_and_world_size,
+)
+
+FIGURES = "figures.json"
 
 
 def add_options(
@@ -112,6 +122,23 @@ def print_times(history: History) -> None:
     ]
     print(f"Time per step: {1000 * total:.0f} ms: {', '.join(parts)}")
     print(f"  {history.points_per_second:,.0f} points/s")
+
+
+def report_run(
+    folder: Path, device: torch.device, start: float, history: History, **figures: Any
+) -> None:
+    """Prints time and memory of the run that began at ``start``, and writes them to a file, with
+    what else is known of it.
+    """
+    seconds, memory = time.perf_counter() - start, peak_memory(device)
+    peak = "" if memory is None else f", peak memory {memory / 2**30:.2f} GiB"
+    print(f"Training and evaluation: {seconds:.0f} s{peak}")
+    figures |= {
+        "seconds": seconds,
+        "seconds_of_a_step": history.seconds,
+        "peak_memory": memory,
+    }
+    write_file(folder / FIGURES, (json.dumps(figures, indent=2) + "\n").encode())
 
 
 def print_once(text: str, every_process: bool = False) -> None:

@@ -83,10 +83,10 @@ def pool_levels(
     before: Sequence[int] = [1] * len(strides[0])
     last = points
     for stride, shape in zip(strides, shapes, strict=True):
-        if not pool.nests or any(step % own for step, own in zip(stride, before, strict=True)):
+        if not pool.nests or any(size % fine for size, fine in zip(stride, before, strict=True)):
             before, last = [1] * len(stride), points
-        steps = [step // own for step, own in zip(stride, before, strict=True)]
-        pooled = _pool(last, steps, shape, pool)
+        ratio = [size // fine for size, fine in zip(stride, before, strict=True)]
+        pooled = _pool(last, ratio, shape, pool)
         row = pooled.row if last is points else pooled.row[last.row]
         before, last = stride, pooled._replace(row=row)
         levels.append(last._replace(values=_finish(last.values, row, pool, dtype)))

@@ -9,29 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from command_lines import call, refused
 from safetensors.torch import load_file
 
 from examples import detect_digits
 from examples.digits.model import DigitDetector
 from examples.training import command
 from examples.training.checkpoints import STATE, WEIGHTS, load_state, load_weights, read_metadata
+from examples.training.command import FIGURES
 from examples.training.loop import ConfigError, DivergenceError, InterruptionError
 from examples.training.processes import PeerError
-
-
-def call(monkeypatch: pytest.MonkeyPatch, *options: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["detect_digits", *map(str, options)])
-    return detect_digits.main()
-
-
-def refused(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *options: object
-) -> str:
-    """What is printed to stderr by a command line that ends with a usage error."""
-    with pytest.raises(SystemExit) as exit_:
-        call(monkeypatch, *options)
-    assert exit_.value.code == 2
-    return capsys.readouterr().err
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -43,11 +30,11 @@ def test_trains_tests_draws_and_saves_a_checkpoint(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     options = ("--steps", 2, "--batch", 2, "--out", tmp_path)
-    assert call(monkeypatch, *options) == 0
+    assert call(monkeypatch, detect_digits, *options) == 0
     assert sorted(contents(tmp_path)) == sorted(
-        (detect_digits.PICTURE, detect_digits.PAGE, detect_digits.FIGURES, WEIGHTS, STATE)
+        (detect_digits.PICTURE, detect_digits.PAGE, FIGURES, WEIGHTS, STATE)
     )
-    figures = json.loads((tmp_path / detect_digits.FIGURES).read_text())
+    figures = json.loads((tmp_path / FIGURES).read_text())
     assert (figures["attention"], figures["steps"], figures["batch"]) == ("neighborhood", 2, 2)
     assert all(0 <= figures[name] <= 1 for name in ("ap", "ap50", "ap75"))
     parts = figures["seconds_of_a_step"]
@@ -70,8 +57,8 @@ def test_trains_tests_draws_and_saves_a_checkpoint(
 
     before = contents(tmp_path)
     resume = (*options, "--resume", "--attention", "deformable")
-    assert "argument --attention: " in refused(monkeypatch, capsys, *resume)
-    assert call(monkeypatch, *options, "--resume", "--seed", 1) == 1
+    assert "argument --attention: " in refused(monkeypatch, capsys, detect_digits, *resume)
+    assert call(monkeypatch, detect_digits, *options, "--resume", "--seed", 1) == 1
     assert contents(tmp_path) == before
 
 
@@ -87,7 +74,7 @@ def test_invalid_arguments_are_refused_by_name(
         ("--out", ("--out", tmp_path / "file")),
         ("--resume", ("--out", tmp_path, "--resume")),
     ):
-        assert f"argument {argument}: " in refused(monkeypatch, capsys, *options)
+        assert f"argument {argument}: " in refused(monkeypatch, capsys, detect_digits, *options)
 
 
 @pytest.mark.parametrize(
@@ -112,7 +99,7 @@ def test_errors_give_an_exit_status_and_the_command_to_resume_if_that_helps(
         raise error
 
     monkeypatch.setattr(detect_digits, "run", fail)
-    assert call(monkeypatch, "--steps", 9, "--out", tmp_path) == status
+    assert call(monkeypatch, detect_digits, "--steps", 9, "--out", tmp_path) == status
     printed = capsys.readouterr().out
     assert str(error) in printed
     command = f" -m examples.detect_digits --steps 9 --out {tmp_path} --resume"
@@ -123,9 +110,9 @@ def test_errors_give_an_exit_status_and_the_command_to_resume_if_that_helps(
 def test_the_demo_runs_where_the_system_does_not_tell_the_memory(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(detect_digits, "peak_memory", lambda device: None)
-    assert call(monkeypatch, "--steps", 1, "--batch", 2, "--out", tmp_path) == 0
-    assert json.loads((tmp_path / detect_digits.FIGURES).read_text())["peak_memory"] is None
+    monkeypatch.setattr(command, "peak_memory", lambda device: None)
+    assert call(monkeypatch, detect_digits, "--steps", 1, "--batch", 2, "--out", tmp_path) == 0
+    assert json.loads((tmp_path / FIGURES).read_text())["peak_memory"] is None
     assert "memory" not in capsys.readouterr().out
 
 
@@ -142,7 +129,7 @@ def test_no_command_to_resume_without_a_checkpoint_of_this_run(
     if older:
         (tmp_path / STATE).touch()
     monkeypatch.setattr(detect_digits, "run", fail)
-    assert call(monkeypatch, "--out", tmp_path) == 130
+    assert call(monkeypatch, detect_digits, "--out", tmp_path) == 130
     assert "--resume" not in capsys.readouterr().out
 
 
@@ -173,7 +160,7 @@ def test_other_processes_print_only_errors_that_the_first_does_not_know(
 
     monkeypatch.setattr(detect_digits, "run", fail)
     monkeypatch.setattr(command, "rank_and_world_size", lambda: (1, 2))
-    assert call(monkeypatch, "--out", tmp_path) == 1
+    assert call(monkeypatch, detect_digits, "--out", tmp_path) == 1
     printed = capsys.readouterr().out
     assert ("diverged" in printed) == bool(printed) == on_one_process
 
@@ -190,7 +177,7 @@ def test_processes_that_share_canvases_are_started_outside_torchrun(
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setattr(detect_digits, "start_processes", start)
     options = ["--space", "2", "--out", str(tmp_path)]
-    assert call(monkeypatch, *options) == 7
+    assert call(monkeypatch, detect_digits, *options) == 7
     assert started == [(2, "examples.detect_digits", options)]
 
 
@@ -198,7 +185,7 @@ def test_a_number_of_processes_that_cannot_share_canvases_is_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "1")
-    assert call(monkeypatch, "--space", 2, "--out", tmp_path) == 1
+    assert call(monkeypatch, detect_digits, "--space", 2, "--out", tmp_path) == 1
     assert "--space: expected a divisor of 1 " in capsys.readouterr().out
 
 

@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from test_digits_demo import call, contents, refused
+from command_lines import call, refused
+from test_digits_demo import contents
 from test_digits_training import CPU, Counter, interrupt, run
 
 from examples import detect_digits
@@ -30,6 +31,7 @@ from examples.training.checkpoints import (
     save_state,
     save_weights,
 )
+from examples.training.command import FIGURES
 from examples.training.folder import LockError, WriteError, lock_folder, lock_for_run, write_file
 from examples.training.processes import PeerError, spawn_processes
 
@@ -96,7 +98,7 @@ def test_a_full_disk_while_weights_are_written_keeps_the_weights_before(tmp_path
 
 
 @pytest.mark.usefixtures("small_demo")
-@pytest.mark.parametrize("name", [detect_digits.FIGURES, detect_digits.PICTURE, detect_digits.PAGE])
+@pytest.mark.parametrize("name", [FIGURES, detect_digits.PICTURE, detect_digits.PAGE])
 def test_every_result_says_where_it_cannot_be_written(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -104,7 +106,7 @@ def test_every_result_says_where_it_cannot_be_written(
     name: str,
 ) -> None:
     (tmp_path / name).mkdir()
-    assert call(monkeypatch, "--steps", 1, "--batch", 2, "--out", tmp_path) == 1
+    assert call(monkeypatch, detect_digits, "--steps", 1, "--batch", 2, "--out", tmp_path) == 1
     assert str(tmp_path / name) in capsys.readouterr().out
     assert len(load_state(tmp_path, CPU)["losses"]) == 1
     assert not list(tmp_path.glob(".*"))
@@ -215,7 +217,7 @@ def test_a_state_of_another_version_is_refused_and_a_fresh_run_keeps_it(
     found = "without version" if version is None else f"version {version}"
     for part in (str(tmp_path / STATE), f"version {present}", found):
         assert part in str(error.value)
-    message = refused(monkeypatch, capsys, "--out", tmp_path, "--resume")
+    message = refused(monkeypatch, capsys, detect_digits, "--out", tmp_path, "--resume")
     assert "argument --resume: " in message
     assert found in message
     assert contents(tmp_path) == before
@@ -231,7 +233,7 @@ def test_a_run_resumes_without_its_file_of_weights(
     run(tmp_path, metadata={"attention": "neighborhood"})
     (tmp_path / WEIGHTS).write_bytes(b"damaged")
     monkeypatch.setattr(detect_digits, "run", lambda arguments, device: None)
-    assert call(monkeypatch, "--out", tmp_path, "--resume") == 0
+    assert call(monkeypatch, detect_digits, "--out", tmp_path, "--resume") == 0
 
 
 # ----------------------------------------------------------------------------- two runs in a folder
@@ -247,7 +249,7 @@ def test_a_folder_is_refused_while_another_run_holds_it(
     run(tmp_path, metadata={"attention": "neighborhood"})
     with lock_folder(tmp_path):
         before = contents(tmp_path)
-        assert call(monkeypatch, "--out", tmp_path, *options) == 1
+        assert call(monkeypatch, detect_digits, "--out", tmp_path, *options) == 1
         assert contents(tmp_path) == before
         (lock,) = (name for name in before if name not in (STATE, WEIGHTS))
     printed = capsys.readouterr().out

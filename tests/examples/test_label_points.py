@@ -1,11 +1,11 @@
 """`examples.label_points` from its command line to its checkpoint."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from command_lines import call, refused
 from safetensors.torch import load_file
 from test_digits_scenes import strokes
 from test_labels import small
@@ -15,6 +15,7 @@ from examples.labels import tasks
 from examples.labels.model import PointLabeler
 from examples.labels.tasks import TASKS
 from examples.training.checkpoints import STATE, WEIGHTS, load_state, load_weights, read_metadata
+from examples.training.command import FIGURES
 
 
 @pytest.fixture(autouse=True)
@@ -22,21 +23,6 @@ def _small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tasks, "load_digits", lambda: strokes(200))
     for name in TASKS:
         monkeypatch.setitem(TASKS, name, small(name)._replace(n_tests=3, n_drawn=2))
-
-
-def call(monkeypatch: pytest.MonkeyPatch, *options: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["label_points", *map(str, options)])
-    return label_points.main()
-
-
-def refused(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *options: object
-) -> str:
-    """What is printed to stderr by a command line that ends with a usage error."""
-    with pytest.raises(SystemExit) as exit_:
-        call(monkeypatch, *options)
-    assert exit_.value.code == 2
-    return capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("data", "attention"), [("digits", "neighborhood"), ("hits", "stem")])
@@ -48,11 +34,11 @@ def test_trains_tests_draws_and_saves_a_checkpoint(
     attention: str,
 ) -> None:
     options = ("--data", data, "--attention", attention, "--hits", 500, "--out", tmp_path)
-    assert call(monkeypatch, *options, "--steps", 2, "--batch", 2) == 0
-    names = {label_points.PICTURE, label_points.FIGURES, WEIGHTS, STATE}
+    assert call(monkeypatch, label_points, *options, "--steps", 2, "--batch", 2) == 0
+    names = {label_points.PICTURE, FIGURES, WEIGHTS, STATE}
     assert {path.name for path in tmp_path.iterdir()} == names
     assert (tmp_path / label_points.PICTURE).read_bytes().startswith(b"\x89PNG")
-    figures = json.loads((tmp_path / label_points.FIGURES).read_text())
+    figures = json.loads((tmp_path / FIGURES).read_text())
     assert (figures["data"], figures["attention"], figures["steps"]) == (data, attention, 2)
     assert 0 <= figures["miou"] <= 1
     assert 0 <= figures["accuracy"] <= 1
@@ -71,9 +57,9 @@ def test_trains_tests_draws_and_saves_a_checkpoint(
         assert torch.equal(weight, state["model"][name])
 
     again = ("--steps", 2, "--batch", 2, "--resume")
-    assert call(monkeypatch, *options, *again) == 0
-    assert json.loads((tmp_path / label_points.FIGURES).read_text())["miou"] == figures["miou"]
-    message = refused(monkeypatch, capsys, *options, *again, "--attention", "pooling")
+    assert call(monkeypatch, label_points, *options, *again) == 0
+    assert json.loads((tmp_path / FIGURES).read_text())["miou"] == figures["miou"]
+    message = refused(monkeypatch, capsys, label_points, *options, *again, "--attention", "pooling")
     assert "argument --attention: " in message
 
 
@@ -86,7 +72,7 @@ def test_invalid_arguments_are_refused_by_name(
         ("--attention", ("--attention", "dense")),
         ("--resume", ("--out", tmp_path, "--resume")),
     ):
-        assert f"argument {argument}: " in refused(monkeypatch, capsys, *options)
+        assert f"argument {argument}: " in refused(monkeypatch, capsys, label_points, *options)
 
 
 def test_help_tells_the_defaults_of_the_data(
@@ -94,7 +80,7 @@ def test_help_tells_the_defaults_of_the_data(
 ) -> None:
     for data in TASKS:
         with pytest.raises(SystemExit):
-            call(monkeypatch, "--data", data, "--help")
+            call(monkeypatch, label_points, "--data", data, "--help")
         printed = " ".join(capsys.readouterr().out.split())
         assert f"(default: {TASKS[data].steps})" in printed
         assert f"out/labels-{data}" in printed

@@ -87,9 +87,9 @@ class ShardedBlock(SparseNeighborhoodAttentionBlock):
         assert isinstance(plan, ShardedPlan)
         exchange = plan.halo.start(inputs.pyramid.values)
         q, positions = self._project_queries(inputs)  # while the halo is under way
-        k, v = self._heads(values := exchange.finish(), self.kv_proj, 2)
-        known = plan._with_halo(inputs.pyramid, values)
-        return q, *self._place(inputs._replace(pyramid=known), plan, q, positions, k, v)
+        known = plan._with_halo(inputs.pyramid, exchange.finish())
+        k, v = self._heads(known.values, self.kv_proj, 2)
+        return q, *self._encode_keys(inputs._replace(pyramid=known), plan, q, positions, k, v)
 
     def _attend(self, inputs: Inputs, plan: NeighborhoodPlan) -> Tensor:
         assert isinstance(plan, ShardedPlan)
@@ -128,7 +128,7 @@ class ShardedBlock(SparseNeighborhoodAttentionBlock):
         own = part.plan if seed is None else part.plan_with_ids(plan)
         q, positions = (x.index_select(0, part.queries) for x in projected)
         return self._attend_projected(
-            inputs, own, q, *self._place(inputs, own, q, positions, *points), seed=seed
+            inputs, own, q, *self._encode_keys(inputs, own, q, positions, *points), seed=seed
         )
 
 

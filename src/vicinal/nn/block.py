@@ -301,9 +301,18 @@ class SparseNeighborhoodAttentionBlock(SparseAttention[NeighborhoodPlan]):
         seed: Tensor | None = None,
     ) -> Tensor:
         """The attended values ``[N, E]``. ``seed``: see `attend`."""
-        rate = self._attention_dropout()
-        rest = background, self.relative_bias, inputs.mask, self.backend, seed
-        out, _ = attend(q, k, v, plan, None, rate, *rest)
+        out, _ = attend(
+            q,
+            k,
+            v,
+            plan,
+            dropout_p=self._attention_dropout(),
+            background=background,
+            bias=self.relative_bias,
+            query_mask=inputs.mask,
+            backend=self.backend,
+            seed=seed,
+        )
         return out.flatten(1)
 
     def _attention_dropout(self) -> float:
@@ -315,7 +324,7 @@ class SparseNeighborhoodAttentionBlock(SparseAttention[NeighborhoodPlan]):
         """Q ``[N, H, d]``, k and v ``[nnz, H, d]``, and the background of the attention."""
         q, positions = self._project_queries(inputs)
         k, v = self._heads(inputs.pyramid.values, self.kv_proj, 2)
-        return q, *self._place(inputs, plan, q, positions, k, v)
+        return q, *self._encode_keys(inputs, plan, q, positions, k, v)
 
     def _project_queries(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Q ``[N, H, d]`` and the positions ``[N, P]`` that they are rotated by."""
@@ -326,7 +335,7 @@ class SparseNeighborhoodAttentionBlock(SparseAttention[NeighborhoodPlan]):
             q = self.pos_encoding(q, _with_level(positions, inputs.level))
         return q, positions
 
-    def _place(
+    def _encode_keys(
         self,
         inputs: Inputs,
         plan: NeighborhoodPlan,
