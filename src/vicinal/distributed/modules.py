@@ -189,7 +189,7 @@ def shard_attention(
         interior_first: whether, in `SparseNeighborhoodAttentionBlock`, keys and values of the own
             points are projected and the queries whose windows hold no point of another rank attend
             while the halo is under way. It hides an exchange that takes longer than projecting the
-            queries, and costs a second plan, copies of queries and results, and twice as many
+            queries, and costs two more plans, copies of queries and results, and twice as many
             launches. Compiled code does not divide queries. False (default): queries are projected
             meanwhile.
 
