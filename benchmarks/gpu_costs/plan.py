@@ -20,7 +20,7 @@ LAUNCH, ALLOCATION = 7e-6, 1.5e-6  # seconds of the host
 CHUNK, CHUNK_SECONDS = 4096, 7e-6  # tiles that `place_lists` handles at once, one after another
 CACHED_STEPS = 12  # of a search: they read 4,096 keys, which stay in L1
 KEYS_PER_SECTOR = 8
-COLUMN_SECTORS = 5  # that `write_lists` reads for an entry: its item, group, level and two cells
+COLUMN_SECTORS = 4  # that `write_lists` reads for an entry: its item, its group and two cells
 RUN_STEPS = 8  # of its search among the runs of a tile, of which there are at most 144
 BIT_STEPS = 4  # of loops over the bits of a coordinate: by four, and the rest one by one
 
