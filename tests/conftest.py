@@ -9,6 +9,7 @@ import hypothesis
 import pytest
 import torch
 from bounds import Checked
+from compilers import floats_are_constants
 from distributed.cluster import Cluster
 from faster_interpreter import speed_up
 
@@ -109,6 +110,16 @@ def cluster() -> Iterator[Cluster]:
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def traced_once(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Compiles with numbers as constants, but for tests with the marker ``floats_are_inputs``."""
+    if request.node.get_closest_marker("floats_are_inputs"):
+        yield
+        return
+    with floats_are_constants():
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -116,6 +116,7 @@ def test_inductor_takes_the_op(backend: BackendName) -> None:
 
 
 @pytest.mark.parametrize("backend", BACK_ENDS)
+@pytest.mark.floats_are_inputs  # as for users
 @pytest.mark.parametrize("planned", [True, False])
 def test_the_block(planned: bool, backend: BackendName) -> None:
     dtype = BACK_ENDS[backend][0]
