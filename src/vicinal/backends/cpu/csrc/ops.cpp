@@ -37,27 +37,38 @@
 #undef VICINAL_ISA
 #undef VICINAL_BYTES
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && \
+#if defined(__x86_64__) && defined(__GNUC__) && \
     !defined(VICINAL_BASELINE_ONLY)  // for builds with sanitizers, which take long
 #define VICINAL_X86 1
 
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,bmi,bmi2,popcnt")
+// Functions between PUSH and POP may use these features of the processor. So they need no
+// compiler flags, with which functions of other headers would get them as well.
+#define VICINAL_PRAGMA(text) _Pragma(#text)
+#ifdef __clang__
+#define VICINAL_PUSH_TARGET(features) \
+  VICINAL_PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
+#define VICINAL_POP_TARGET VICINAL_PRAGMA(clang attribute pop)
+#else
+#define VICINAL_PUSH_TARGET(features) \
+  VICINAL_PRAGMA(GCC push_options) VICINAL_PRAGMA(GCC target(features))
+#define VICINAL_POP_TARGET VICINAL_PRAGMA(GCC pop_options)
+#endif
+
+VICINAL_PUSH_TARGET("avx2,fma,bmi,bmi2,popcnt")
 #define VICINAL_ISA avx2
 #define VICINAL_BYTES 32
 #include "kernels/kernels.h"
 #undef VICINAL_ISA
 #undef VICINAL_BYTES
-#pragma GCC pop_options
+VICINAL_POP_TARGET
 
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,bmi,bmi2,popcnt")
+VICINAL_PUSH_TARGET("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,bmi,bmi2,popcnt")
 #define VICINAL_ISA avx512
 #define VICINAL_BYTES 64
 #include "kernels/kernels.h"
 #undef VICINAL_ISA
 #undef VICINAL_BYTES
-#pragma GCC pop_options
+VICINAL_POP_TARGET
 #endif
 
 #include "attention_arguments.h"
