@@ -6,9 +6,12 @@ Every pixel of a stroke gets its digit, or "fragment".
 ``--data hits``: simulated events of a particle detector with up to 60,000 hits. Every hit gets
 "noise", or the band of its particle's momentum, which follows from how much the track bends.
 
-New scenes are generated at every step. The script prints the mean intersection over union on scenes
-that were not trained on, draws some of them, and saves checkpoints from which an interrupted run
-can be resumed.
+Of these, new scenes are generated at every step. The others are read from a folder of files:
+``--data kitti FOLDER``, or ``nuscenes``, ``las``, ``hdf5``, ``events`` and ``muscima``; the modules
+of `examples.formats` describe them.
+
+The script prints the mean intersection over union on scenes that were not trained on, draws some of
+them, and saves checkpoints from which an interrupted run can be resumed.
 
 Run it from the root of the repository: ``python -m examples.label_points --data hits``, or on two
 processes ``torchrun --nproc-per-node 2 -m examples.label_points``, each of which takes half of the
@@ -25,11 +28,11 @@ from pathlib import Path
 
 import torch
 
-from examples.arguments import at_least_1, require, require_folder
+from examples.arguments import above_0, at_least_1, require, require_folder
 from examples.labels.evaluation import Quality, confusion, quality
 from examples.labels.model import ATTENTIONS, PointLabeler, count_parameters
 from examples.labels.scenes import Batches, LabeledPoints
-from examples.labels.tasks import TASKS
+from examples.labels.tasks import TASKS, Options, Task
 from examples.training.checkpoints import WEIGHTS, load_weights, read_metadata
 from examples.training.command import (
     add_options,
@@ -45,6 +48,7 @@ from examples.training.processes import rank_and_world_size
 
 MODULE = "examples.label_points"
 PICTURE = "labels.png"
+NEEDED = {"las": ("laspy",), "hdf5": ("h5py",)}
 
 
 def main() -> int:
@@ -75,19 +79,33 @@ def parse_arguments() -> argparse.Namespace:
         help="with --data hits: hits of the largest event",
     )
     task = TASKS[data]
+    parser.set_defaults(folder=None, cell_size=None)
+    if task.cell_size is not None:
+        parser.add_argument("folder", type=Path, metavar="FOLDER", help="with the files")
+        parser.add_argument(
+            "--cell-size", type=above_0, default=task.cell_size, help=f"of the grid, in {task.unit}"
+        )
     add_options(parser, task.scenes, steps=task.steps, batch=task.batch, out=f"out/labels-{data}")
     arguments = parser.parse_args()
-    require(parser, "matplotlib", "mlxtend", "safetensors", "tqdm")
+    require(parser, "matplotlib", "mlxtend", "safetensors", "tqdm", *NEEDED.get(data, ()))
     require_folder(parser, arguments.out)
     if arguments.resume:
-        options = {"data": arguments.data, "attention": arguments.attention}
-        check_resumable(parser, arguments.out, **options)
+        check_resumable(parser, arguments.out, **_metadata(arguments))
     return arguments
 
 
+def _metadata(arguments: argparse.Namespace) -> dict[str, str]:
+    """What a checkpoint says of its network and data."""
+    metadata = {"data": arguments.data, "attention": arguments.attention}
+    if arguments.cell_size is not None:
+        metadata["cell_size"] = str(arguments.cell_size)
+    return metadata
+
+
 def run(arguments: argparse.Namespace, device: torch.device) -> None:
-    task = TASKS[arguments.data]
-    for_training, for_test = task.make_scenes(arguments.seed, arguments.hits)
+    names = arguments.seed, arguments.hits, arguments.folder, arguments.cell_size
+    template = TASKS[arguments.data]
+    task, for_training, for_test = template.open(template, Options(*names))
     torch.manual_seed(arguments.seed)
     model = PointLabeler(task, arguments.attention).to(device)
     print_once(
@@ -103,7 +121,7 @@ def run(arguments: argparse.Namespace, device: torch.device) -> None:
         Config(**options, learning_rate=task.learning_rate),
         arguments.out,
         resume=arguments.resume,
-        metadata={name: getattr(arguments, name) for name in ("data", "attention")},
+        metadata=_metadata(arguments),
     )
     if rank_and_world_size()[0] != 0:
         return
@@ -118,7 +136,7 @@ def run(arguments: argparse.Namespace, device: torch.device) -> None:
     }
     report_run(arguments.out, device, start, history, **figures)
     _draw(model, for_test(range(task.n_drawn)), arguments.out)
-    _check_checkpoint(arguments.out, for_test(range(1)))
+    _check_checkpoint(task, arguments.out, for_test(range(1)))
 
 
 def _test(model: PointLabeler, for_test: Batches, arguments: argparse.Namespace) -> Quality:
@@ -153,12 +171,12 @@ def _draw(model: PointLabeler, batch: LabeledPoints, folder: Path) -> None:
     print(f"Picture of {batch.batch_size} {task.scenes}: {folder / PICTURE}")
 
 
-def _check_checkpoint(folder: Path, batch: LabeledPoints) -> None:
+def _check_checkpoint(task: Task, folder: Path, batch: LabeledPoints) -> None:
     """Loads the saved weights into a new model and prints how well it labels a scene."""
-    metadata = read_metadata(folder)
-    model = PointLabeler(TASKS[metadata["data"]], metadata["attention"])
+    model = PointLabeler(task, read_metadata(folder)["attention"])
     load_weights(folder, model)
-    right = (model.predict(batch) == batch.labels).double().mean()
+    n_classes = len(task.classes)
+    right = quality(confusion(batch.labels, model.predict(batch), n_classes)).accuracy
     print(f"Loaded {folder / WEIGHTS}: {right:.1%} of the points of one scene labeled right")
 
 

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from examples.formats.raw import IGNORED
+
 
 class Quality(NamedTuple):
     """Attributes: all in [0, 1].
@@ -22,8 +24,13 @@ class Quality(NamedTuple):
 
 
 def confusion(labels: Tensor, predicted: Tensor, n_classes: int) -> Tensor:
-    """int64 ``[n_classes, n_classes]``: number of points by true and by predicted class."""
-    cells = torch.bincount(labels * n_classes + predicted, minlength=n_classes**2)
+    """int64 ``[n_classes, n_classes]``: number of points by true and by predicted class.
+
+    Points with the label `IGNORED` do not count.
+    """
+    known = labels != IGNORED
+    cells = labels[known] * n_classes + predicted[known]
+    cells = torch.bincount(cells, minlength=n_classes**2)
     return cells.view(n_classes, n_classes)
 
 

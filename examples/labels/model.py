@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from examples.formats.raw import IGNORED
 from examples.labels.scenes import LabeledPoints
 from examples.labels.tasks import Task
 from vicinal import SparseDeformableAttention
@@ -34,9 +35,10 @@ class PointLabeler(nn.Module):
         self.net: nn.Module = _make_net(task, attention)
 
     def forward(self, batch: LabeledPoints) -> dict[str, Tensor]:
-        """Computes the training loss: the mean cross entropy of the points."""
-        total = F.cross_entropy(self.logits(batch).float(), batch.labels, reduction="sum")
-        n_points = mean_object_count(len(batch.labels), batch.labels.device)
+        """Computes the training loss: the mean cross entropy of the points whose label is known."""
+        logits, labels = self.logits(batch).float(), batch.labels
+        total = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+        n_points = mean_object_count((labels != IGNORED).sum(), labels.device)
         return {"labels": total / n_points}
 
     @torch.no_grad()
@@ -49,7 +51,7 @@ class PointLabeler(nn.Module):
         logits: Tensor = self.net(
             batch.coordinates,
             batch.values,
-            self.task.spatial_shape,
+            batch.spatial_shape or self.task.spatial_shape,
             batch.batch_size,
             periodic_axes=self.task.periodic_axes,
         )

@@ -20,14 +20,16 @@ class LabeledPoints(NamedTuple):
     Attributes:
         coordinates: int64 ``[n, P + 1]``, the scene, then the cell along each axis.
         values: floating ``[n, channels]``.
-        labels: int64 ``[n]``.
+        labels: int64 ``[n]``, a class, or `IGNORED` where it is not known.
         batch_size: number of scenes.
+        spatial_shape: of the grid; None (default) for that of the task.
     """
 
     coordinates: Tensor
     values: Tensor
     labels: Tensor
     batch_size: int
+    spatial_shape: tuple[int, ...] | None = None
 
     @property
     def n_points(self) -> int:
@@ -35,11 +37,10 @@ class LabeledPoints(NamedTuple):
 
     def to(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> LabeledPoints:
         """Copies the points to ``device``, their values in ``dtype``."""
-        return LabeledPoints(
-            self.coordinates.to(device),
-            self.values.to(device, dtype),
-            self.labels.to(device),
-            self.batch_size,
+        return self._replace(
+            coordinates=self.coordinates.to(device),
+            values=self.values.to(device, dtype),
+            labels=self.labels.to(device),
         )
 
 
@@ -62,7 +63,9 @@ class Panel(NamedTuple):
 Batches = Callable[[Iterable[int]], LabeledPoints]
 
 
-def collate(scenes: Iterable[tuple[Tensor, Tensor, Tensor]]) -> LabeledPoints:
+def collate(
+    scenes: Iterable[tuple[Tensor, Tensor, Tensor]], spatial_shape: tuple[int, ...] | None = None
+) -> LabeledPoints:
     """One batch of the cells ``[n, P]``, values and labels of each scene."""
     parts = list(scenes)
     coordinates = [
@@ -70,7 +73,8 @@ def collate(scenes: Iterable[tuple[Tensor, Tensor, Tensor]]) -> LabeledPoints:
         for number, (cells, _, _) in enumerate(parts)
     ]
     _, values, labels = zip(*parts, strict=True)
-    return LabeledPoints(torch.cat(coordinates), torch.cat(values), torch.cat(labels), len(parts))
+    points = torch.cat(coordinates), torch.cat(values), torch.cat(labels)
+    return LabeledPoints(*points, len(parts), spatial_shape)
 
 
 class LabeledCanvases(NamedTuple):

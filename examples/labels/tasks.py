@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -10,10 +11,35 @@ from torch import Tensor
 
 from examples.canvas import load_digits
 from examples.digits.scenes import CLASSES, SIZE, Scenes, split_digits
+from examples.formats import events, hdf5, kitti, las, muscima, nuscenes
+from examples.formats.raw import IGNORED
 from examples.labels import hits
+from examples.labels.files import (
+    Format,
+    HeldOutFiles,
+    Reader,
+    TrainingFiles,
+    split_sources,
+)
 from examples.labels.scenes import FRAGMENT, Batches, LabeledCanvases, LabeledPoints, Panel
 
 TEST_SEED = 2**62  # test scenes are the same in all runs
+
+
+class Options(NamedTuple):
+    """What the command line says of the data.
+
+    Attributes:
+        seed: of the scenes for training.
+        n_hits: hits of the largest simulated event.
+        folder: of files; None for scenes that are generated.
+        cell_size: of files; None for scenes that are generated.
+    """
+
+    seed: int
+    n_hits: int = 60_000
+    folder: Path | None = None
+    cell_size: float | None = None
 
 
 class Task(NamedTuple):
@@ -22,17 +48,18 @@ class Task(NamedTuple):
     Attributes:
         scenes: what a scene is called, in the plural.
         classes: their names.
-        other: the class of what is neither digit nor track, drawn in gray.
+        other: the class of what is neither digit nor track, drawn in gray; -1 for none.
         channels: number of raw values of a point.
-        spatial_shape: of the grid.
+        spatial_shape: of the grid, unless batches have their own.
         periodic_axes: of the grid.
         net: arguments of `PointUNet`.
         steps, batch, learning_rate: of training, unless the command says otherwise.
-        n_tests: number of test scenes.
+        n_tests: number of test scenes; of files, the most.
         n_drawn: number of scenes in the picture.
-        make_scenes: from the arguments of the command line to what generates scenes, for training
-            and for the test.
+        open: from the task and the options to what generates or reads scenes.
         draw: what the picture shows of a scene.
+        cell_size: of files, unless the command says otherwise; None where scenes are generated.
+        unit: of ``cell_size``.
     """
 
     scenes: str
@@ -47,26 +74,87 @@ class Task(NamedTuple):
     learning_rate: float
     n_tests: int
     n_drawn: int
-    make_scenes: Callable[[int, int], tuple[Batches, Batches]]
+    open: Callable[[Task, Options], Data]
     draw: Callable[[LabeledPoints, Tensor, int], Panel]
+    cell_size: float | None = None
+    unit: str = "meters"
 
 
-def _canvases(seed: int, n_hits: int) -> tuple[Batches, Batches]:
+class Data(NamedTuple):
+    """Scenes of a task.
+
+    Attributes:
+        task: with what only the files say: the classes, channels, and number of test scenes.
+        for_training, for_test: generate or read the scenes with given numbers.
+    """
+
+    task: Task
+    for_training: Batches
+    for_test: Batches
+
+
+def _canvases(task: Task, options: Options) -> Data:
     for_training, for_test = split_digits(load_digits())
-    return (
-        LabeledCanvases(Scenes(for_training, seed)).batch,
+    return Data(
+        task,
+        LabeledCanvases(Scenes(for_training, options.seed)).batch,
         LabeledCanvases(Scenes(for_test, TEST_SEED)).batch,
     )
 
 
-def _events(seed: int, n_hits: int) -> tuple[Batches, Batches]:
-    return hits.Events(n_hits, seed).batch, hits.Events(n_hits, TEST_SEED, same_size=True).batch
+def _events(task: Task, options: Options) -> Data:
+    for_test = hits.Events(options.n_hits, TEST_SEED, same_size=True)
+    return Data(task, hits.Events(options.n_hits, options.seed).batch, for_test.batch)
+
+
+def _files(of: Format) -> Callable[[Task, Options], Data]:
+    """What opens a folder of files."""
+
+    def open_folder(task: Task, options: Options) -> Data:
+        assert options.folder is not None
+        assert options.cell_size is not None
+        for_training, for_test = split_sources(of.find(options.folder), of)
+        # Training and test each remember a file.
+        held_out = HeldOutFiles.of(for_test, Reader(of, options.cell_size), task.n_tests)
+        files = TrainingFiles(for_training, Reader(of, options.cell_size), options.seed)
+        n_tests = len(held_out.places)
+        task = task._replace(
+            classes=task.classes or hdf5.class_names(for_training[0][0]),
+            channels=files.batch([0]).values.shape[1],
+            n_tests=n_tests,
+            n_drawn=min(task.n_drawn, n_tests),
+        )
+        return Data(task, files.batch, held_out.batch)
+
+    return open_folder
 
 
 def _canvas_panel(batch: LabeledPoints, predicted: Tensor, scene: int) -> Panel:
-    own = batch.coordinates[:, 0] == scene
-    rows, columns = batch.coordinates[own, 1:].unbind(1)
-    return Panel(columns, -rows, batch.labels[own], predicted[own], f"canvas {scene}")
+    return _panel(batch, predicted, scene, "canvas", rows_go_down=True)
+
+
+def _page_panel(batch: LabeledPoints, predicted: Tensor, scene: int) -> Panel:
+    return _panel(batch, predicted, scene, "page", rows_go_down=True)
+
+
+def _recording_panel(batch: LabeledPoints, predicted: Tensor, scene: int) -> Panel:
+    return _panel(batch, predicted, scene, "recording", rows_go_down=True)
+
+
+def _plan_view(batch: LabeledPoints, predicted: Tensor, scene: int) -> Panel:
+    """Points from above, or along the last axis."""
+    return _panel(batch, predicted, scene, "scene", rows_go_down=False)
+
+
+def _panel(
+    batch: LabeledPoints, predicted: Tensor, scene: int, noun: str, *, rows_go_down: bool
+) -> Panel:
+    """The first two axes of a scene, the points whose label is known."""
+    own = (batch.coordinates[:, 0] == scene) & (batch.labels != IGNORED)
+    x, y = batch.coordinates[own, 1:3].unbind(1)
+    if rows_go_down:
+        x, y = y, -x
+    return Panel(x, y, batch.labels[own], predicted[own], f"{noun} {scene}")
 
 
 SHOWN_RAPIDITY = 0.25  # hits of smaller pseudorapidity are drawn: all would hide the tracks
@@ -84,6 +172,36 @@ def _event_panel(batch: LabeledPoints, predicted: Tensor, scene: int) -> Panel:
     return Panel(x, y, batch.labels[own], predicted[own], title)
 
 
+STROKES: dict[str, Any] = {
+    **{"embed_dims": (64, 96, 128, 128), "n_heads": (4, 6, 8, 8), "depths": (1, 2, 2, 1)},
+    # Pieces of handwriting are so far apart that no cell of stride 2 holds two.
+    **{"strides": (2, 4, 8, 16), "neighborhood_sizes": (5, 7, 7, 7)},
+}
+# Half of the points of a scan are in a cell of their own, so the finest level has no layers.
+CLOUDS: dict[str, Any] = {
+    **{"embed_dims": (32, 64, 96, 128), "n_heads": (2, 4, 6, 8), "depths": (0, 1, 2, 1)},
+    **{"strides": (1, 2, 4, 8), "neighborhood_sizes": (3, 5, 5, 5), "position_dim": 3},
+    **{"stem_window_sizes": (3, 3), "stem_window_strides": (1, 2)},
+}
+
+
+def _of_files(
+    scenes: str,
+    classes: tuple[str, ...],
+    files: Format,
+    cell_size: float,
+    **options: Any,
+) -> Task:
+    """A task whose scenes are files: clouds of points, unless ``options`` say otherwise."""
+    defaults: dict[str, Any] = {
+        **{"scenes": scenes, "classes": classes, "open": _files(files), "cell_size": cell_size},
+        **{"other": IGNORED, "channels": 0, "spatial_shape": (), "periodic_axes": ()},
+        **{"net": CLOUDS, "steps": 2000, "batch": 1, "learning_rate": 2e-3},
+        **{"n_tests": 100, "n_drawn": 2, "draw": _plan_view},
+    }
+    return Task(**defaults | options)
+
+
 TASKS = {
     "digits": Task(
         scenes="canvases",
@@ -92,17 +210,13 @@ TASKS = {
         channels=1,
         spatial_shape=(SIZE, SIZE),
         periodic_axes=(),
-        net={
-            **{"embed_dims": (64, 96, 128, 128), "n_heads": (4, 6, 8, 8), "depths": (1, 2, 2, 1)},
-            # Pieces of handwriting are so far apart that no cell of stride 2 holds two.
-            **{"strides": (2, 4, 8, 16), "neighborhood_sizes": (5, 7, 7, 7)},
-        },
+        net=STROKES,
         steps=500,
         batch=4,
         learning_rate=2e-3,
         n_tests=100,
         n_drawn=4,
-        make_scenes=_canvases,
+        open=_canvases,
         draw=_canvas_panel,
     ),
     "hits": Task(
@@ -123,7 +237,70 @@ TASKS = {
         learning_rate=2e-3,
         n_tests=10,
         n_drawn=1,
-        make_scenes=_events,
+        open=_events,
         draw=_event_panel,
+    ),
+    "kitti": _of_files(
+        "scans",
+        kitti.CLASSES,
+        Format(
+            kitti.find_kitti,
+            lambda source, _: [kitti.read_kitti(*source)],
+            group=lambda scan: scan.parents[1].name,
+            test_groups=(kitti.VALIDATION,),
+        ),
+        cell_size=0.2,
+    ),
+    "nuscenes": _of_files(
+        "sweeps",
+        nuscenes.CLASSES,
+        Format(
+            nuscenes.find_nuscenes,
+            lambda source, _: [nuscenes.read_nuscenes(*source)],
+            group=nuscenes.log_of,
+        ),
+        cell_size=0.2,
+    ),
+    "las": _of_files(
+        "pieces",
+        las.CLASSES,
+        Format(las.find_las, lambda source, size: [las.read_las(source[0], size)], group=str),
+        cell_size=0.5,
+        unit="the unit of the files",
+    ),
+    "hdf5": _of_files(
+        "events",
+        (),  # the files name them
+        Format(hdf5.find_hits, lambda source, size: hdf5.read_hits(source[0], size), group=str),
+        cell_size=10.0,
+        unit="the unit of the files",
+    ),
+    "events": _of_files(
+        "recordings",
+        events.CLASSES,
+        Format(
+            events.find_events,
+            lambda source, size: [events.read_events(source[0], size)],
+            group=events.part_of,
+            test_groups=("Test",),
+        ),
+        cell_size=10.0,
+        unit="milliseconds",
+        batch=16,
+        draw=_recording_panel,
+    ),
+    "muscima": _of_files(
+        "pages",
+        muscima.CLASSES,
+        Format(
+            muscima.find_muscima,
+            lambda source, _: [muscima.read_muscima(*source)],
+            group=muscima.writer_of,
+        ),
+        cell_size=1.0,
+        unit="pixels",
+        other=muscima.CLASSES.index("other symbol"),
+        net=STROKES,
+        draw=_page_panel,
     ),
 }

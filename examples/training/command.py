@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from examples.arguments import at_least_1, seed
+from examples.formats.raw import FormatError
 from examples.training.checkpoints import STATE, CheckpointError, load_state
 from examples.training.folder import LockError, WriteError, lock_for_run, write_file
 from examples.training.loop import (
@@ -95,6 +96,9 @@ def run_command(
             return 1
         except (CheckpointError, ConfigError, LockError, PeerError, WriteError) as problem:
             print_once(f"\nStopped: {problem}.")
+            return 1
+        except FormatError as problem:  # of a scene, which is of one process
+            print_once(f"\nStopped: {problem}.", every_process=True)
             return 1
     return 0
 

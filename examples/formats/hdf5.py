@@ -1,0 +1,94 @@
+"""Hits of a particle detector, or other points of many small events, in HDF5.
+
+A group ``hits`` has a data set ``[n]`` for each column: the coordinates, ``event`` with the number
+of each hit's event, and ``label`` with its class, or -1 where it has none. The attribute
+``classes`` of the labels has the names of the classes. All other columns are values, which should
+be about 1 in size. h5py reads the file, and `vicinal.interop.from_hdf5` finds the cells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from examples.formats.raw import (
+    IGNORED,
+    RawScene,
+    classes_of,
+    naming,
+    reading,
+    refuse,
+    scenes_of_pyramid,
+)
+from vicinal.interop import from_hdf5
+
+GROUP, EVENT, LABEL = "hits", "event", "label"
+
+
+def read_hits(
+    path: Path, cell_size: float | Sequence[float], *, fields: Sequence[str] = ("x", "y", "z")
+) -> list[RawScene]:
+    """Reads the events of a file.
+
+    Args:
+        path: the file.
+        cell_size: in the unit of the coordinates, one number or one per axis.
+        fields: the names of the coordinates. Default: ``("x", "y", "z")``.
+
+    Returns:
+        for each event the cells of its hits, int64 ``[n, P]``, the means of the values in the cell
+        of each hit ``[n, channels]``, or ones where there are no columns for them, and labels.
+
+    Raises:
+        FormatError: the file is missing or not HDF5, a column is missing, not of numbers or of
+            another length, or a label is not one of a class.
+    """
+    columns, names = _read_columns(path)
+    features = sorted(columns.keys() - {EVENT, LABEL, *fields})
+    numbers = {number: number for number in range(len(names))} | {IGNORED: IGNORED}
+    if not np.issubdtype(columns[LABEL].dtype, np.integer):
+        refuse(path, f"integers in {LABEL!r}", columns[LABEL].dtype)
+    labels = classes_of(path, columns[LABEL], numbers)
+    with naming(path):
+        options: dict[str, Any] = {"event": EVENT, "cell_size": cell_size, "strides": (1,)}
+        pyramid = from_hdf5(columns, tuple(fields), tuple(features), **options)
+    return scenes_of_pyramid(path, pyramid, labels)
+
+
+def class_names(path: Path) -> tuple[str, ...]:
+    """The names of the classes of a file."""
+    return _read_columns(path, only=(EVENT, LABEL))[1]
+
+
+def _read_columns(
+    path: Path, only: Sequence[str] | None = None
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """All columns of a file, or some of them, and the names of its classes."""
+    import h5py  # type: ignore[import-untyped, unused-ignore]
+
+    expected = f"a group {GROUP!r} of columns in HDF5, with {EVENT!r} and {LABEL!r}"
+    with reading(path, expected, KeyError, TypeError), h5py.File(path) as file:
+        group = file[GROUP]
+        missing = [name for name in (EVENT, LABEL) if name not in group]
+        if missing:
+            refuse(path, expected, f"the columns {sorted(group)}")
+        names = group[LABEL].attrs.get("classes")
+        if names is None or not len(names):
+            refuse(path, f"an attribute 'classes' of {LABEL!r} with their names", "none")
+        columns = {name: group[name][()] for name in (only or group)}
+    return columns, tuple(map(str, names))
+
+
+def find_hits(folder: Path) -> list[tuple[Path, ...]]:
+    """The files in and below a folder.
+
+    Raises:
+        FormatError: there are none.
+    """
+    files = [path for path in sorted(folder.rglob("*")) if path.suffix in (".h5", ".hdf5")]
+    if not files:
+        refuse(folder, "hits in *.h5 or *.hdf5", "none")
+    return [(path,) for path in files]

@@ -1,0 +1,83 @@
+"""LAS and LAZ: clouds of airborne and mobile laser scanners.
+
+laspy reads them, and `vicinal.interop.from_las` finds the cells. A point has a code of the list in
+the LAS specification 1.4 (ASPRS, revision 15). Codes that tell no class, such as 0 (never
+classified), 1 (unclassified) and 12 (overlap), are not labels. Codes from 64 on mean what their
+producer says, so their classes are to be given.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from examples.formats.raw import (
+    IGNORED,
+    RawScene,
+    classes_of,
+    naming,
+    reading,
+    refuse,
+    scenes_of_pyramid,
+)
+from vicinal.interop import from_las
+
+CODES = {
+    **{"ground": (2,), "low vegetation": (3,), "medium vegetation": (4,), "high vegetation": (5,)},
+    **{"building": (6,), "noise": (7, 18), "water": (9,), "rail": (10,), "road": (11,)},
+    **{"wire": (13, 14), "tower": (15,), "connector": (16,), "bridge": (17,), "overhead": (19,)},
+}
+CLASSES = tuple(CODES)
+CLASSES_OF_CODES = dict.fromkeys((0, 1, 8, 12, 20, 21, 22), IGNORED) | {
+    code: number for number, codes in enumerate(CODES.values()) for code in codes
+}
+INTENSITIES = 65_535
+FEATURES = ("z", "intensity", "return_number", "number_of_returns")
+
+
+def read_las(
+    path: Path, cell_size: float = 0.5, *, classes: Mapping[int, int] = CLASSES_OF_CODES
+) -> RawScene:
+    """Reads a cloud.
+
+    Args:
+        path: the ``.las`` or ``.laz`` file.
+        cell_size: in the unit of the file, mostly meters. Default: 0.5.
+        classes: the number of each code's class, or `IGNORED`. Default: those of `CLASSES`.
+
+    Returns:
+        the cell of each point, int64 ``[n, 3]``; of its cell, the mean height above the lowest one
+        in tens of units, intensity, return number and number of returns, ``[n, 4]``; labels.
+
+    Raises:
+        FormatError: the file is missing, truncated or none of LAS, or a class is unknown.
+    """
+    import laspy  # type: ignore[import-untyped, unused-ignore]
+
+    errors = (laspy.LaspyException, ValueError, struct.error, RuntimeError)
+    with reading(path, "a cloud in LAS or LAZ", *errors):
+        cloud = laspy.read(path)
+    if not len(cloud.points):
+        refuse(path, "at least one point", "none")
+    labels = classes_of(path, cloud.classification, classes)
+    with naming(path):
+        pyramid = from_las(cloud, FEATURES, cell_size=cell_size, strides=(1,))
+    lowest = torch.tensor([float(pyramid.values[:, 0].min()), 0, 0, 0])
+    scale = torch.tensor([10, INTENSITIES, 5, 5])
+    pyramid = pyramid.with_values(((pyramid.values - lowest) / scale).float())
+    return scenes_of_pyramid(path, pyramid, labels)[0]
+
+
+def find_las(folder: Path) -> list[tuple[Path, ...]]:
+    """The clouds in and below a folder.
+
+    Raises:
+        FormatError: there are none.
+    """
+    clouds = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in (".las", ".laz")]
+    if not clouds:
+        refuse(folder, "clouds *.las or *.laz", "none")
+    return [(path,) for path in clouds]
