@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import math
 import sys
 import time
 from pathlib import Path
@@ -155,7 +156,8 @@ def _test(model: PointLabeler, for_test: Batches, arguments: argparse.Namespace)
         f"accuracy {result.accuracy:.3f}"
     )
     ious = zip(task.classes, result.ious, strict=True)
-    print("IoU: " + ", ".join(f"{name} {iou:.3f}" for name, iou in ious))
+    present = (f"{name} {iou:.3f}" for name, iou in ious if not math.isnan(iou))
+    print("IoU: " + ", ".join(present))
     return result
 
 

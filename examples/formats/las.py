@@ -34,7 +34,7 @@ CLASSES = tuple(CODES)
 CLASSES_OF_CODES = dict.fromkeys((0, 1, 8, 12, 20, 21, 22), IGNORED) | {
     code: number for number, codes in enumerate(CODES.values()) for code in codes
 }
-INTENSITIES = 65_535
+INTENSITIES, MOST_RETURNS = 65_535, 5  # returns: of the older point formats
 FEATURES = ("z", "intensity", "return_number", "number_of_returns")
 
 
@@ -49,8 +49,9 @@ def read_las(
         classes: the number of each code's class, or `IGNORED`. Default: those of `CLASSES`.
 
     Returns:
-        the cell of each point, int64 ``[n, 3]``; of its cell, the mean height above the lowest one
-        in tens of units, intensity, return number and number of returns, ``[n, 4]``; labels.
+        the cell of each point, int64 ``[n, 3]``; means over its cell: height above the lowest cell
+        in tens of units, intensity from 0 to 1, return number and number of returns over 5,
+        ``[n, 4]``; labels.
 
     Raises:
         FormatError: the file is missing, truncated or none of LAS, or a class is unknown.
@@ -65,9 +66,10 @@ def read_las(
     labels = classes_of(path, cloud.classification, classes)
     with naming(path):
         pyramid = from_las(cloud, FEATURES, cell_size=cell_size, strides=(1,))
-    lowest = torch.tensor([float(pyramid.values[:, 0].min()), 0, 0, 0])
-    scale = torch.tensor([10, INTENSITIES, 5, 5])
-    pyramid = pyramid.with_values(((pyramid.values - lowest) / scale).float())
+    values = pyramid.values.clone()
+    values[:, 0] -= values[:, 0].min()
+    scale = torch.tensor([10, INTENSITIES, MOST_RETURNS, MOST_RETURNS])
+    pyramid = pyramid.with_values((values / scale).float())
     return scenes_of_pyramid(path, pyramid, labels)[0]
 
 

@@ -12,10 +12,11 @@ from torch import Tensor
 from examples.labels.scenes import Panel
 
 WRONG = "#f2a3b0"  # behind points with a wrong label
-# Twelve that differ in hue or lightness, none of them gray or near the color of wrong labels.
+# They differ in hue or lightness; none of them is gray or near the color of wrong labels.
 COLORS = (
     *("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#6a3d9a"),
     *("#8c564b", "#b5bd00", "#d55e00", "#17becf", "#1b2a6b", "#7f7f00"),
+    *("#a6cee3", "#00441b", "#c51b7d", "#b2df8a", "#fdbf6f", "#4d0000", "#cab2d6"),
 )
 OTHER = "#9aa2ad"  # the color of noise and of fragments
 WIDTH, HEIGHT = 8.0, 8.4  # of a panel, in inches

@@ -177,7 +177,7 @@ STROKES: dict[str, Any] = {
     # Pieces of handwriting are so far apart that no cell of stride 2 holds two.
     **{"strides": (2, 4, 8, 16), "neighborhood_sizes": (5, 7, 7, 7)},
 }
-# Half of the points of a scan are in a cell of their own, so the finest level has no layers.
+# The finest level has most points, so it has no layers.
 CLOUDS: dict[str, Any] = {
     **{"embed_dims": (32, 64, 96, 128), "n_heads": (2, 4, 6, 8), "depths": (0, 1, 2, 1)},
     **{"strides": (1, 2, 4, 8), "neighborhood_sizes": (3, 5, 5, 5), "position_dim": 3},

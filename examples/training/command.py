@@ -61,7 +61,8 @@ def check_resumable(parser: argparse.ArgumentParser, folder: Path, **options: st
     for name, given in options.items():
         trained = state["metadata"].get(name)
         if trained != given:
-            parser.error(f"argument --{name}: expected {trained}, as the run in {folder}")
+            option = name.replace("_", "-")
+            parser.error(f"argument --{option}: expected {trained}, as the run in {folder}")
 
 
 def run_command(

@@ -1,0 +1,299 @@
+"""Folders of files as scenes to train on: what is held out, what is read, and the command."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from command_lines import call, refused
+from format_files import Array, write, write_hits, write_las, write_nmnist, write_page, write_scan
+from test_labels import small
+
+from examples import label_points
+from examples.formats.kitti import CLASSES
+from examples.formats.raw import IGNORED, FormatError, RawScene
+from examples.labels.evaluation import confusion, quality
+from examples.labels.files import (
+    Format,
+    HeldOutFiles,
+    Reader,
+    Source,
+    TrainingFiles,
+    cut,
+    split_sources,
+    to_cells,
+)
+from examples.labels.model import PointLabeler
+from examples.labels.scenes import LabeledPoints
+from examples.labels.tasks import TASKS, Data, Options, Task
+from examples.training.checkpoints import read_metadata
+from examples.training.command import FIGURES
+
+
+def sources_of(*names: str) -> list[Source]:
+    return [(Path(name),) for name in sorted(names)]
+
+
+def names_of(sources: list[Source]) -> list[str]:
+    return [str(source[0]) for source in sources]
+
+
+def numbered(source: Source, cell_size: float) -> list[RawScene]:
+    """As many scenes as the name says, whose values are that number."""
+    n = int(source[0].name)
+    points = torch.arange(8.0)[:, None].expand(8, 2) * cell_size
+    return [RawScene(points, torch.full((8, 1), float(n)), torch.full((8,), i)) for i in range(n)]
+
+
+def of_group(*test_groups: str) -> Format:
+    """Files that belong to their folder."""
+    return Format(lambda _: [], numbered, lambda path: path.parent.name, test_groups)
+
+
+def test_the_groups_for_the_test_are_those_of_the_data_set() -> None:
+    sources = sources_of("07/a", "07/b", "08/a", "09/a")
+    training, test = split_sources(sources, of_group("08"))
+    assert names_of(test) == ["08/a"]
+    assert names_of(training) == ["07/a", "07/b", "09/a"]
+    test = split_sources(sources_of("07/a", "09/a", "09/b"), of_group("08"))[1]
+    assert names_of(test) == ["09/a", "09/b"]  # the last group
+    # Of a single group, the last fifth of its files, even if it is a group for the test.
+    files = [f"08/{number}" for number in range(9)]
+    assert names_of(split_sources(sources_of(*files), of_group("08"))[1]) == ["08/8"]
+    many = sources_of(*(f"{group:02}/a" for group in range(11)))
+    assert names_of(split_sources(many, of_group())[1]) == ["09/a", "10/a"]
+    with pytest.raises(FormatError, match="08/a: expected at least two files"):
+        split_sources(sources_of("08/a"), of_group())
+
+
+def test_every_epoch_has_all_files_in_another_order() -> None:
+    sources = sources_of("1", "2", "3", "4", "5")
+    files = TrainingFiles(sources, Reader(of_group(), 1.0), seed=3)
+    values = [files.scene(number).values[0].item() for number in range(15)]
+    epochs = [values[:5], values[5:10], values[10:]]
+    assert all(sorted(epoch) == [1, 2, 3, 4, 5] for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 1
+    again = TrainingFiles(sources, Reader(of_group(), 1.0), seed=3)
+    assert torch.equal(again.scene(11).labels, files.scene(11).labels)
+    scenes_of_5 = {
+        int(files.scene(n).labels[0]) for n in range(100) if files.scene(n).values[0] == 5
+    }
+    assert len(scenes_of_5) > 2
+
+
+def test_the_test_takes_files_and_scenes_evenly() -> None:
+    sources, reader = sources_of("1", "2", "3", "4", "5"), Reader(of_group(), 1.0)
+    every = HeldOutFiles.of(sources, reader, most=99)
+    assert len(every.places) == len(set(every.places)) == 15
+    some = HeldOutFiles.of(sources, reader, most=3).places
+    assert [(source[0].name, place) for source, place in some] == [("1", 0), ("2", 0), ("4", 0)]
+    batch = every.batch([1, 2])
+    assert batch.values[:, 0].tolist() == [2] * 16
+    assert batch.labels.tolist() == [0] * 8 + [1] * 8
+
+
+def test_a_file_is_read_once_for_the_scenes_that_follow_each_other() -> None:
+    read: list[Source] = []
+
+    def counted(source: Source, cell_size: float) -> list[RawScene]:
+        read.append(source)
+        return numbered(source, cell_size)
+
+    reader = Reader(of_group()._replace(read=counted), 1.0)
+    for source in sources_of("2", "2", "3", "3"):
+        reader(source)
+    assert names_of(read) == ["2", "3"]
+
+
+def test_large_scenes_are_cut_across_their_longest_axis() -> None:
+    generator = torch.Generator().manual_seed(0)
+    points = torch.rand(100, 2, generator=generator) * torch.tensor([1.0, 9.0])
+    scene = RawScene(points, torch.arange(100.0)[:, None], torch.arange(100))
+    assert cut(scene, 100) == [scene]
+    pieces = cut(scene, 30)
+    assert [len(piece.labels) for piece in pieces] == [25] * 4
+    assert torch.cat([piece.labels for piece in pieces]).sort().values.tolist() == list(range(100))
+    ends = [piece.points[:, 1].max() for piece in pieces[:-1]]
+    starts = [piece.points[:, 1].min() for piece in pieces[1:]]
+    assert all(end <= start for end, start in zip(ends, starts, strict=True))
+
+
+def test_cells_of_raw_points_and_where_in_them_a_point_is() -> None:
+    points = torch.tensor([[10.0, 5.0], [10.5, 5.25], [11.0, 5.5]])
+    scene = RawScene(points, torch.ones(3, 1), torch.zeros(3, dtype=torch.int64))
+    cells, values = to_cells(scene, 0.5)
+    assert cells.tolist() == [[0, 0], [1, 0], [2, 1]]
+    assert values.tolist() == [[1, -0.5, -0.5], [1, -0.5, 0], [1, -0.5, -0.5]]
+    cells, values = to_cells(scene._replace(points=torch.tensor([[7, 7], [5, 9], [6, 8]])), 0.5)
+    assert cells.tolist() == [[2, 0], [0, 2], [1, 1]]
+    assert values.shape == (3, 1)
+
+
+def test_grids_hold_all_scenes_of_a_batch_in_whole_coarse_cells() -> None:
+    scenes = [
+        RawScene(torch.tensor([[0, 0], size]), torch.ones(2, 1), torch.zeros(2).long())
+        for size in ([3, 40], [31, 32])
+    ]
+    batch = Reader(of_group(), 1.0).batch(scenes)
+    assert batch.spatial_shape == (32, 64)
+    assert batch.batch_size == 2
+    assert batch.to("cpu").spatial_shape == (32, 64)
+    for name, task in TASKS.items():
+        strides = task.net["strides"]
+        assert all(32 % s == 0 for stride in strides for s in np.atleast_1d(stride)), name
+
+
+def test_points_without_a_label_count_for_neither_loss_nor_quality() -> None:
+    torch.manual_seed(0)
+    cells = torch.nn.functional.pad(torch.randint(0, 32, (40, 2)), (1, 0))
+    labels = torch.randint(0, 11, (40,))
+    labels[::2] = IGNORED
+    batch = LabeledPoints(cells, torch.rand(40, 1), labels, 1, (32, 32))
+    model = PointLabeler(small("digits")).eval()
+    logits = model.logits(batch)
+    known = labels != IGNORED
+    expected = torch.nn.functional.cross_entropy(logits[known], labels[known])
+    torch.testing.assert_close(model(batch)["labels"], expected)
+    counts = confusion(labels, logits.argmax(1), 11)
+    assert counts.sum() == 20
+    assert quality(counts).accuracy == pytest.approx(
+        float((logits.argmax(1) == labels)[known].double().mean())
+    )
+    (loss,) = model(batch._replace(labels=torch.full((40,), IGNORED))).values()
+    assert loss == 0
+
+
+# Folders in each format
+
+
+def write_kitti(folder: Path) -> None:
+    """Scans whose ground is road and has boxes on it; every fifth point has no label."""
+    for sequence in ("00", "08"):
+        for name in range(2):
+            rng = np.random.default_rng(name)
+            records = rng.random((300, 4)) * [8, 8, 0.1, 1]
+            cars = records[:, 0] % 4 < 2
+            records[cars, 2] += 1.5
+            codes = np.where(cars, 10, 40)
+            codes[::5] = 0
+            write_scan(folder / "sequences" / sequence, f"{name:06}", records, codes)
+
+
+def write_recordings(folder: Path) -> None:
+    for part in ("Train", "Test"):
+        for digit in (3, 7):
+            events = [(digit + t % 5, 2 * digit, t % 2, 900 * t) for t in range(60)]
+            write_nmnist(folder / part / str(digit) / "00001.bin", events)
+
+
+def write_pages(folder: Path) -> None:
+    box = {"Top": 3, "Width": 20, "Height": 5}
+    for writer in (1, 2):
+        symbols = [
+            {"ClassName": "beam", "Left": 0, **box},
+            {"ClassName": "gClef", "Left": 30, **box},
+        ]
+        write_page(folder / f"CVC-MUSCIMA_W-0{writer}_N-01_D-ideal.xml", symbols)
+
+
+def write_clouds(folder: Path) -> None:
+    for name in ("a.las", "b.laz"):
+        points = np.random.default_rng(0).random((200, 3)) * 9
+        write_las(folder / name, points, np.where(points[:, 2] > 4, 6, 2))
+
+
+def write_events_of_hits(folder: Path) -> None:
+    rng = np.random.default_rng(0)
+    for name in ("a.h5", "b.hdf5"):
+        columns: dict[str, Array] = {axis: rng.random(200) * 300 for axis in "xyz"}
+        event, label = rng.integers(0, 3, 200), (columns["x"] > 150).astype(np.int64)
+        columns["energy"] = label + 0.1
+        write_hits(folder / name, ("noise", "track"), **columns, event=event, label=label)
+
+
+WRITERS = {
+    "kitti": write_kitti,
+    "las": write_clouds,
+    "hdf5": write_events_of_hits,
+    "events": write_recordings,
+    "muscima": write_pages,
+}
+
+
+def opened(data: str, folder: Path) -> Data:
+    task: Task = small(data)
+    return task.open(task, Options(seed=0, folder=folder, cell_size=task.cell_size))
+
+
+@pytest.mark.parametrize(
+    ("data", "n_tests", "n_channels"),
+    [("kitti", 2, 6), ("las", 1, 4), ("hdf5", 3, 1), ("events", 2, 2), ("muscima", 1, 3)],
+)
+def test_a_folder_becomes_scenes_that_a_net_labels(
+    tmp_path: Path, data: str, n_tests: int, n_channels: int
+) -> None:
+    WRITERS[data](tmp_path)
+    task, for_training, for_test = opened(data, tmp_path)
+    assert (task.n_tests, task.channels) == (n_tests, n_channels)
+    if data == "hdf5":
+        assert task.classes == ("noise", "track")
+    model = PointLabeler(task)
+    (loss,) = model(for_training(range(1)).to("cpu")).values()
+    loss.backward()
+    assert loss.isfinite()
+    batch = for_test(range(task.n_drawn))
+    predicted = model.predict(batch)
+    assert predicted.shape == batch.labels.shape
+    panel = task.draw(batch, predicted, 0)
+    assert len(panel.x) == int((batch.labels[batch.coordinates[:, 0] == 0] != IGNORED).sum())
+
+
+def test_training_on_scans_learns_to_label_them(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setitem(TASKS, "kitti", small("kitti"))
+    folder, out = tmp_path / "data", tmp_path / "out"
+    write_kitti(folder)
+    options = ("--data", "kitti", folder, "--out", out, "--cell-size", 0.5)
+    assert call(monkeypatch, label_points, *options, "--steps", 12) == 0
+    figures = json.loads((out / FIGURES).read_text())
+    assert figures["accuracy"] > 0.9  # nearly half of the points are cars
+    names = [name for name, iou in zip(CLASSES, figures["ious"], strict=True) if iou > 0]
+    assert names == ["car", "road"]
+    assert read_metadata(out)["cell_size"] == "0.5"
+    assert "On 2 test scans" in capsys.readouterr().out
+    again = ("--steps", 12, "--resume")
+    message = refused(monkeypatch, capsys, label_points, *options, *again, "--cell-size", 0.25)
+    assert "argument --cell-size: expected 0.5" in message
+
+
+def test_the_command_stops_at_a_wrong_file(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setitem(TASKS, "kitti", small("kitti"))
+    options = ("--data", "kitti", tmp_path / "data", "--out", tmp_path / "out")
+    assert call(monkeypatch, label_points, *options) == 1
+    assert f"Stopped: {tmp_path / 'data'}: expected scans" in capsys.readouterr().out
+    write_kitti(tmp_path / "data")
+    for sequence in ("00", "08"):  # for training, for the test
+        wrong = tmp_path / "data/sequences" / sequence / "labels/000001.label"
+        before = wrong.read_bytes()
+        write(wrong, b"1234")
+        assert call(monkeypatch, label_points, *options, "--steps", 2) == 1
+        assert f"Stopped: {wrong}: expected labels among" in capsys.readouterr().out
+        write(wrong, before)
+
+
+def test_arguments_of_files(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for message, options in (
+        ("FOLDER", ("--data", "kitti")),
+        ("argument --cell-size", ("--data", "kitti", tmp_path, "--cell-size", "0")),
+        ("argument --cell-size", ("--data", "kitti", tmp_path, "--cell-size", "nan")),
+        ("argument --cell-size", ("--data", "kitti", tmp_path, "--cell-size", "small")),
+        ("unrecognized arguments", ("--data", "digits", tmp_path)),
+        ("unrecognized arguments", ("--data", "hits", "--cell-size", "1")),
+    ):
+        assert message in refused(monkeypatch, capsys, label_points, *options)
