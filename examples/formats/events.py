@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from examples.formats.raw import (
@@ -52,9 +51,9 @@ def read_nmnist(
         FormatError: the file is missing or truncated, an event lies outside the sensor, or the
             folder is not named by a digit.
     """
-    x, y, high, middle, low = read_records(path, "u1", 5).astype(np.int64).T
+    x, y, high, middle, low = read_records(path, torch.uint8, 5).long().unbind(1)
     overflows = y == OVERFLOW_ROW
-    time = ((high & 127) << 16) + (middle << 8) + low + OVERFLOW * overflows.cumsum()
+    time = ((high & 127) << 16) + (middle << 8) + low + OVERFLOW * overflows.cumsum(0)
     columns = {"x": x, "y": y, "t": time, "p": high >> 7}
     columns = {name: column[~overflows] for name, column in columns.items()}
     width, height = sensor_size
@@ -65,6 +64,8 @@ def read_nmnist(
 
 def read_tonic(path: Path, cell_size: float = 10.0) -> RawScene:
     """Reads a ``.npy`` file with a structured array; else as `read_nmnist`, without a sensor."""
+    import numpy as np
+
     expected = f"a structured array with the fields {', '.join(FIELDS)} in a .npy file"
     with reading(path, expected, ValueError, EOFError):
         events = np.load(path, allow_pickle=False)

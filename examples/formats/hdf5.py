@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import torch
 
 from examples.formats.raw import (
     IGNORED,
@@ -49,9 +49,9 @@ def read_hits(
     columns, names = _read_columns(path)
     features = sorted(columns.keys() - {EVENT, LABEL, *fields})
     numbers = {number: number for number in range(len(names))} | {IGNORED: IGNORED}
-    if not np.issubdtype(columns[LABEL].dtype, np.integer):
+    if columns[LABEL].dtype.kind not in "iu":
         refuse(path, f"integers in {LABEL!r}", columns[LABEL].dtype)
-    labels = classes_of(path, columns[LABEL], numbers)
+    labels = classes_of(path, torch.from_numpy(columns[LABEL].astype("int64")), numbers)
     with naming(path):
         options: dict[str, Any] = {"event": EVENT, "cell_size": cell_size, "strides": (1,)}
         pyramid = from_hdf5(columns, tuple(fields), tuple(features), **options)

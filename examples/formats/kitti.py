@@ -15,8 +15,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import torch
+from torch import Tensor
 
 from examples.formats.raw import (
     IGNORED,
@@ -59,17 +59,16 @@ def read_kitti(scan: Path, labels: Path | None = None, *, moving: bool = False) 
     Raises:
         FormatError: a file is missing or truncated, or a label is unknown.
     """
-    records = torch.from_numpy(read_records(scan, "<f4", 4).astype(np.float32))
-    points, remission = records.split((3, 1), 1)
+    points, remission = read_records(scan, torch.float32, 4).split((3, 1), 1)
     classes = torch.full((len(points),), IGNORED)
     if labels is not None:
-        codes = read_records(labels, "<u4", 1)[:, 0] & 0xFFFF
+        codes = read_records(labels, torch.int32, 1)[:, 0] & 0xFFFF
         classes = classes_of(labels, codes, _classes_of_codes(moving))
     values = torch.cat((lidar_values(points), remission), 1)
     return check_scene(scan, RawScene(points, values, classes), labels)
 
 
-def lidar_values(points: torch.Tensor) -> torch.Tensor:
+def lidar_values(points: Tensor) -> Tensor:
     """Height and distance of points ``[n, 3]`` from the sensor, in tens of meters, ``[n, 2]``."""
     return torch.stack((points[:, 2], points.norm(dim=1)), 1) / 10
 

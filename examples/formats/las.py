@@ -57,13 +57,15 @@ def read_las(
         FormatError: the file is missing, truncated or none of LAS, or a class is unknown.
     """
     import laspy  # type: ignore[import-untyped, unused-ignore]
+    import numpy as np
 
     errors = (laspy.LaspyException, ValueError, struct.error, RuntimeError)
     with reading(path, "a cloud in LAS or LAZ", *errors):
         cloud = laspy.read(path)
     if not len(cloud.points):
         refuse(path, "at least one point", "none")
-    labels = classes_of(path, cloud.classification, classes)
+    codes = torch.from_numpy(np.array(cloud.classification))
+    labels = classes_of(path, codes, classes)
     with naming(path):
         pyramid = from_las(cloud, FEATURES, cell_size=cell_size, strides=(1,))
     values = pyramid.values.clone()

@@ -76,9 +76,9 @@ def _node(path: Path, node: ElementTree.Element) -> Node:
         came = ElementTree.tostring(node, "unicode")[:80]
         refuse(path, "nodes with ClassName, Top, Left, Width and Height", came)
     top, left, width, height = map(int, sizes)
-    text = node.findtext("Mask") or f"1:{width * height}"
-    if not re.fullmatch(r"\s*([01]:\d+\s*)+", text):
-        refuse(path, "a mask of runs such as 0:3 1:5", text.strip()[:80])
+    text = (node.findtext("Mask") or f"1:{width * height}").strip()
+    if not re.fullmatch(r"[01]:\d+(\s+[01]:\d+)*", text):
+        refuse(path, "a mask of runs such as 0:3 1:5", text[:80])
     bits, lengths = zip(*(map(int, run.split(":")) for run in text.split()), strict=True)
     if sum(lengths) != width * height:
         expected = f"a mask of {width} x {height} pixels of {name!r}"

@@ -15,7 +15,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from examples.formats.kitti import lidar_values
@@ -55,14 +54,13 @@ def read_nuscenes(sweep: Path, labels: Path | None = None) -> RawScene:
     Raises:
         FormatError: a file is missing or truncated, or a label is unknown.
     """
-    records = torch.from_numpy(read_records(sweep, "<f4", 5).astype(np.float32))
-    points, measured = records.split((3, 2), 1)
+    points, measured = read_records(sweep, torch.float32, 5).split((3, 2), 1)
     classes = torch.full((len(points),), IGNORED)
     if labels is not None:
         numbers = dict.fromkeys(range(N_CATEGORIES), IGNORED)
         for number, categories in enumerate(CATEGORIES.values()):
             numbers |= dict.fromkeys(categories, number)
-        classes = classes_of(labels, read_records(labels, "u1", 1)[:, 0], numbers)
+        classes = classes_of(labels, read_records(labels, torch.uint8, 1)[:, 0], numbers)
     scaled = measured / torch.tensor([INTENSITIES, LASERS - 1])
     values = torch.cat((lidar_values(points), scaled), 1)
     return check_scene(sweep, RawScene(points, values, classes), labels)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -67,33 +67,34 @@ def naming(path: Path) -> Iterator[None]:
         raise FormatError(f"{path}: {error}") from error
 
 
-def read_records(path: Path, dtype: str, width: int) -> Any:
-    """The array ``[n, width]`` of a file that holds numbers alone.
+def read_records(path: Path, dtype: torch.dtype, width: int) -> Tensor:
+    """Rows ``[n, width]`` of a file that holds little-endian numbers alone.
 
     Raises:
         FormatError: there is no such file, or it does not hold whole rows.
     """
-    size = width * np.dtype(dtype).itemsize
+    size = width * dtype.itemsize
     with reading(path, f"a file of {size} bytes per point"):
         content = path.read_bytes()
     if not content or len(content) % size:
-        expected = f"a whole number of points of {size} bytes, {width} x {np.dtype(dtype).name}"
+        name = str(dtype).removeprefix("torch.")
+        expected = f"a whole number of points of {size} bytes, {width} x {name}"
         refuse(path, expected, f"{len(content)} bytes")
-    return np.frombuffer(content, dtype).reshape(-1, width)
+    assert sys.byteorder == "little"
+    return torch.frombuffer(bytearray(content), dtype=dtype).view(-1, width)
 
 
-def classes_of(path: Path, codes: Any, classes: Mapping[int, int]) -> Tensor:
+def classes_of(path: Path, codes: Tensor, classes: Mapping[int, int]) -> Tensor:
     """The class of each code ``[n]`` of a file, int64 ``[n]``.
 
     Raises:
         FormatError: ``classes`` does not have a code.
     """
-    distinct, rows = np.unique(np.asarray(codes), return_inverse=True)
+    distinct, rows = codes.unique(return_inverse=True)
     unknown = [code for code in distinct.tolist() if code not in classes]
     if unknown:
         refuse(path, f"labels among {sorted(classes)}", f"the unknown ones {unknown[:8]}")
-    numbers = torch.tensor([classes[code] for code in distinct.tolist()])
-    return numbers[torch.from_numpy(rows)]
+    return torch.tensor([classes[code] for code in distinct.tolist()])[rows]
 
 
 def check_scene(path: Path, scene: RawScene, labels: Path | None = None) -> RawScene:

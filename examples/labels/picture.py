@@ -52,11 +52,16 @@ def draw_labels(panels: Sequence[Panel], classes: Sequence[str], other: int) -> 
     figure.legend(
         handles=handles,
         loc="outside lower center",
-        ncols=min(len(handles), 12),
+        ncols=min(len(handles), _columns_of_legend(classes)),
         frameon=False,
         fontsize=13,
     )
     return figure
+
+
+def _columns_of_legend(classes: Sequence[str]) -> int:
+    """How many names fit side by side, by the longest one."""
+    return max(int(2 * WIDTH / (0.1 * max(map(len, classes)) + 0.5)), 1)
 
 
 def _color(number: int, other: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -129,27 +130,10 @@ def _files(of: Format) -> Callable[[Task, Options], Data]:
     return open_folder
 
 
-def _canvas_panel(batch: LabeledPoints, predicted: Tensor, scene: int) -> Panel:
-    return _panel(batch, predicted, scene, "canvas", rows_go_down=True)
-
-
-def _page_panel(batch: LabeledPoints, predicted: Tensor, scene: int) -> Panel:
-    return _panel(batch, predicted, scene, "page", rows_go_down=True)
-
-
-def _recording_panel(batch: LabeledPoints, predicted: Tensor, scene: int) -> Panel:
-    return _panel(batch, predicted, scene, "recording", rows_go_down=True)
-
-
-def _plan_view(batch: LabeledPoints, predicted: Tensor, scene: int) -> Panel:
-    """Points from above, or along the last axis."""
-    return _panel(batch, predicted, scene, "scene", rows_go_down=False)
-
-
 def _panel(
-    batch: LabeledPoints, predicted: Tensor, scene: int, noun: str, *, rows_go_down: bool
+    noun: str, rows_go_down: bool, batch: LabeledPoints, predicted: Tensor, scene: int
 ) -> Panel:
-    """The first two axes of a scene, the points whose label is known."""
+    """The first two axes of a scene: the points whose label is known."""
     own = (batch.coordinates[:, 0] == scene) & (batch.labels != IGNORED)
     x, y = batch.coordinates[own, 1:3].unbind(1)
     if rows_go_down:
@@ -197,7 +181,7 @@ def _of_files(
         **{"scenes": scenes, "classes": classes, "open": _files(files), "cell_size": cell_size},
         **{"other": IGNORED, "channels": 0, "spatial_shape": (), "periodic_axes": ()},
         **{"net": CLOUDS, "steps": 2000, "batch": 1, "learning_rate": 2e-3},
-        **{"n_tests": 100, "n_drawn": 2, "draw": _plan_view},
+        **{"n_tests": 100, "n_drawn": 2, "draw": partial(_panel, "scene", False)},
     }
     return Task(**defaults | options)
 
@@ -217,7 +201,7 @@ TASKS = {
         n_tests=100,
         n_drawn=4,
         open=_canvases,
-        draw=_canvas_panel,
+        draw=partial(_panel, "canvas", True),
     ),
     "hits": Task(
         scenes="events",
@@ -287,20 +271,21 @@ TASKS = {
         cell_size=10.0,
         unit="milliseconds",
         batch=16,
-        draw=_recording_panel,
+        draw=partial(_panel, "recording", True),
     ),
     "muscima": _of_files(
-        "pages",
+        "pieces",
         muscima.CLASSES,
         Format(
             muscima.find_muscima,
             lambda source, _: [muscima.read_muscima(*source)],
             group=muscima.writer_of,
+            most_points=50_000,
         ),
         cell_size=1.0,
         unit="pixels",
         other=muscima.CLASSES.index("other symbol"),
         net=STROKES,
-        draw=_page_panel,
+        draw=partial(_panel, "piece", True),
     ),
 }

@@ -7,7 +7,16 @@ import numpy as np
 import pytest
 import torch
 from command_lines import call, refused
-from format_files import Array, write, write_hits, write_las, write_nmnist, write_page, write_scan
+from format_files import (
+    Array,
+    write,
+    write_hits,
+    write_las,
+    write_nmnist,
+    write_page,
+    write_scan,
+    write_sweeps,
+)
 from test_labels import small
 
 from examples import label_points
@@ -180,6 +189,14 @@ def write_kitti(folder: Path) -> None:
             write_scan(folder / "sequences" / sequence, f"{name:06}", records, codes)
 
 
+def write_drives(folder: Path) -> None:
+    rng = np.random.default_rng(0)
+    drives = [f"n0{drive}__LIDAR_TOP__{time}" for drive in (1, 2) for time in (1, 2)]
+    write_sweeps(
+        folder, {name: (9 * rng.random((100, 5)), rng.integers(0, 31, 100)) for name in drives}
+    )
+
+
 def write_recordings(folder: Path) -> None:
     for part in ("Train", "Test"):
         for digit in (3, 7):
@@ -214,6 +231,7 @@ def write_events_of_hits(folder: Path) -> None:
 
 WRITERS = {
     "kitti": write_kitti,
+    "nuscenes": write_drives,
     "las": write_clouds,
     "hdf5": write_events_of_hits,
     "events": write_recordings,
@@ -228,7 +246,10 @@ def opened(data: str, folder: Path) -> Data:
 
 @pytest.mark.parametrize(
     ("data", "n_tests", "n_channels"),
-    [("kitti", 2, 6), ("las", 1, 4), ("hdf5", 3, 1), ("events", 2, 2), ("muscima", 1, 3)],
+    [
+        *[("kitti", 2, 6), ("nuscenes", 2, 7), ("las", 1, 4)],
+        *[("hdf5", 3, 1), ("events", 2, 2), ("muscima", 1, 3)],
+    ],
 )
 def test_a_folder_becomes_scenes_that_a_net_labels(
     tmp_path: Path, data: str, n_tests: int, n_channels: int
