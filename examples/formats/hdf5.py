@@ -58,15 +58,26 @@ def read_hits(
     return scenes_of_pyramid(path, pyramid, labels)
 
 
-def class_names(path: Path) -> tuple[str, ...]:
-    """The names of the classes of a file."""
-    return _read_columns(path, only=(EVENT, LABEL))[1]
+def classes_of_files(paths: Sequence[Path]) -> tuple[str, ...]:
+    """The names of the classes of files, which are to have the same ones, and the same columns.
+
+    Raises:
+        FormatError: a file differs from the first, or is wrong as for `read_hits`.
+    """
+    first = None
+    for path in paths:
+        columns, names = _read_columns(path, with_contents=False)
+        kind = sorted(columns), names
+        if first is not None and kind != first:
+            expected = f"the columns and classes {first} of {paths[0]}"
+            refuse(path, expected, str(kind))
+        first = kind
+    assert first is not None
+    return first[1]
 
 
-def _read_columns(
-    path: Path, only: Sequence[str] | None = None
-) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """All columns of a file, or some of them, and the names of its classes."""
+def _read_columns(path: Path, with_contents: bool = True) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The columns of a file, None each without contents, and the names of its classes."""
     import h5py  # type: ignore[import-untyped, unused-ignore]
 
     expected = f"a group {GROUP!r} of columns in HDF5, with {EVENT!r} and {LABEL!r}"
@@ -78,7 +89,7 @@ def _read_columns(
         names = group[LABEL].attrs.get("classes")
         if names is None or not len(names):
             refuse(path, f"an attribute 'classes' of {LABEL!r} with their names", "none")
-        columns = {name: group[name][()] for name in (only or group)}
+        columns = {name: group[name][()] if with_contents else None for name in group}
     return columns, tuple(map(str, names))
 
 

@@ -42,7 +42,7 @@ def split_sources(sources: Sequence[Source], of: Format) -> tuple[list[Source], 
     """Those for training and those for the test, the same ones in every run.
 
     For the test are the format's own test groups; else the last fifth of the groups, at least one;
-    and of a single group, the last fifth of its files.
+    and of a single group, the last fifth of its files by name.
 
     Raises:
         FormatError: there is a single file.
@@ -53,7 +53,8 @@ def split_sources(sources: Sequence[Source], of: Format) -> tuple[list[Source], 
         named = _last(groups)
     test = [source for source in sources if of.group(source[0]) in named]
     if len(groups) == 1:
-        test = _last(sources)
+        # Not by folder, which may be that of a class.
+        test = _last(sorted(sources, key=lambda source: (source[0].name, source)))
     if len(test) == len(sources):
         refuse(sources[0][0], "at least two files, one of them for the test", "this one alone")
     held_out = set(test)

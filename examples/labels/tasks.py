@@ -114,13 +114,14 @@ def _files(of: Format) -> Callable[[Task, Options], Data]:
     def open_folder(task: Task, options: Options) -> Data:
         assert options.folder is not None
         assert options.cell_size is not None
-        for_training, for_test = split_sources(of.find(options.folder), of)
+        sources = of.find(options.folder)
+        for_training, for_test = split_sources(sources, of)
         # Training and test each remember a file.
         held_out = HeldOutFiles.of(for_test, Reader(of, options.cell_size), task.n_tests)
         files = TrainingFiles(for_training, Reader(of, options.cell_size), options.seed)
         n_tests = len(held_out.places)
         task = task._replace(
-            classes=task.classes or hdf5.class_names(for_training[0][0]),
+            classes=task.classes or hdf5.classes_of_files([path for path, *_ in sources]),
             channels=files.batch([0]).values.shape[1],
             n_tests=n_tests,
             n_drawn=min(task.n_drawn, n_tests),

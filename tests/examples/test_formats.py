@@ -331,7 +331,7 @@ def test_hits_of_several_events(tmp_path: Path) -> None:
     assert first.values.tolist() == [[0, 2], [1, 4]]  # charge, energy
     assert first.labels.tolist() == [1, 1]
     assert second.labels.tolist() == [0, IGNORED]
-    assert hdf5.class_names(path) == ("noise", "track")
+    assert hdf5.classes_of_files([path]) == ("noise", "track")
     assert hdf5.find_hits(tmp_path) == [(path,)]
     rows = hdf5.read_hits(path, (10, 5), fields=("x", "y"))[1]
     assert rows.points.tolist() == [[0, 0], [0, 5]]
@@ -344,6 +344,18 @@ def test_hits_without_values_have_ones(tmp_path: Path) -> None:
     path = write_hits(tmp_path / "a.h5", ("a",), **columns, event=zeros, label=zeros)
     [scene] = hdf5.read_hits(path, 1)
     assert scene.values.tolist() == [[1]] * 3
+
+
+def test_files_of_hits_are_alike(tmp_path: Path) -> None:
+    columns = {name: np.arange(3) for name in ("x", "y", "z", "event", "label")}
+    names = ("noise", "track", "other")
+    alike = [write_hits(tmp_path / f"{i}.h5", names, **columns) for i in range(2)]
+    assert hdf5.classes_of_files(alike) == names
+    for wrong in (
+        write_hits(tmp_path / "classes.h5", names[:2], **columns),
+        write_hits(tmp_path / "columns.h5", names, **columns, charge=np.arange(3)),
+    ):
+        refused(wrong, lambda: hdf5.classes_of_files([*alike, wrong]))  # noqa: B023
 
 
 def test_hits_refusals(tmp_path: Path) -> None:

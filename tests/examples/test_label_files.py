@@ -70,6 +70,9 @@ def test_the_groups_for_the_test_are_those_of_the_data_set() -> None:
     # Of a single group, the last fifth of its files, even if it is a group for the test.
     files = [f"08/{number}" for number in range(9)]
     assert names_of(split_sources(sources_of(*files), of_group("08"))[1]) == ["08/8"]
+    digits = sources_of("Train/1/1", "Train/1/2", "Train/2/1", "Train/2/3", "Train/2/4")
+    one_part = of_group()._replace(group=lambda path: path.parts[0])
+    assert names_of(split_sources(digits, one_part)[1]) == ["Train/2/4"]
     many = sources_of(*(f"{group:02}/a" for group in range(11)))
     assert names_of(split_sources(many, of_group())[1]) == ["09/a", "10/a"]
     with pytest.raises(FormatError, match="08/a: expected at least two files"):
