@@ -67,7 +67,7 @@ def read_tonic(path: Path, cell_size: float = 10.0) -> RawScene:
     import numpy as np
 
     expected = f"a structured array with the fields {', '.join(FIELDS)} in a .npy file"
-    with reading(path, expected, ValueError, EOFError):
+    with reading(path, expected, Exception):
         events = np.load(path, allow_pickle=False)
     names = getattr(getattr(events, "dtype", None), "names", None)
     if names is None or not set(FIELDS) <= set(names) or events.ndim != 1:

@@ -81,7 +81,7 @@ def _read_columns(path: Path, with_contents: bool = True) -> tuple[dict[str, Any
     import h5py  # type: ignore[import-untyped, unused-ignore]
 
     expected = f"a group {GROUP!r} of columns in HDF5, with {EVENT!r} and {LABEL!r}"
-    with reading(path, expected, KeyError, TypeError), h5py.File(path) as file:
+    with reading(path, expected, Exception), h5py.File(path) as file:
         group = file[GROUP]
         missing = [name for name in (EVENT, LABEL) if name not in group]
         if missing:

@@ -8,7 +8,6 @@ producer says, so their classes are to be given.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -59,11 +58,11 @@ def read_las(
     import laspy  # type: ignore[import-untyped, unused-ignore]
     import numpy as np
 
-    errors = (laspy.LaspyException, ValueError, struct.error, RuntimeError)
-    with reading(path, "a cloud in LAS or LAZ", *errors):
-        cloud = laspy.read(path)
-    if not len(cloud.points):
-        refuse(path, "at least one point", "none")
+    with reading(path, "a cloud in LAS or LAZ", Exception), laspy.open(path) as file:
+        n_points = file.header.point_count  # which reading changes where points are missing
+        cloud = file.read()
+    if len(cloud.points) != n_points or not n_points:
+        refuse(path, f"{n_points or 'some'} points", len(cloud.points))
     codes = torch.from_numpy(np.array(cloud.classification))
     labels = classes_of(path, codes, classes)
     with naming(path):

@@ -45,7 +45,10 @@ def refuse(path: Path, expected: str, came: object) -> NoReturn:
 
 @contextlib.contextmanager
 def reading(path: Path, expected: str, *errors: type[Exception]) -> Iterator[None]:
-    """Turns what a library raises on a wrong file into a `FormatError`."""
+    """Turns an OSError, and what else a library raises on a wrong file, into a `FormatError`.
+
+    Some libraries raise errors of any type, depending on which bytes are wrong.
+    """
     try:
         yield
     except FormatError:

@@ -303,7 +303,7 @@ def test_las_refusals(tmp_path: Path) -> None:
     assert "[77]" in refused(own, lambda: las.read_las(own))
     assert las.read_las(own, classes={77: 3}).labels.tolist() == [3] * 50
     assert "no such file" in refused(tmp_path / "no.las", lambda: las.read_las(tmp_path / "no.las"))
-    for wrong in (b"not of LAS", whole[:100], whole[:500], own.read_bytes()[:-100]):
+    for wrong in (b"not of LAS", whole[:100], whole[:500], whole[:-300], own.read_bytes()[:-100]):
         write(path, wrong)
         refused(path, lambda: las.read_las(path))
     write_las(path, np.zeros((1, 3)), np.zeros(1))

@@ -34,6 +34,7 @@ from examples.labels.files import (
     to_cells,
 )
 from examples.labels.model import PointLabeler
+from examples.labels.picture import COLORS
 from examples.labels.scenes import LabeledPoints
 from examples.labels.tasks import TASKS, Data, Options, Task
 from examples.training.checkpoints import read_metadata
@@ -307,6 +308,10 @@ def test_the_command_stops_at_a_wrong_file(
         assert call(monkeypatch, label_points, *options, "--steps", 2) == 1
         assert f"Stopped: {wrong}: expected labels among" in capsys.readouterr().out
         write(wrong, before)
+
+
+def test_every_class_has_a_color_of_its_own() -> None:
+    assert len(set(COLORS)) >= max(len(task.classes) for task in TASKS.values())
 
 
 def test_arguments_of_files(
