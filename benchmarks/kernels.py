@@ -97,8 +97,11 @@ def compiled(case: Case, architecture: int) -> Iterator[Compiled]:
         yield Compiled(launch, cubin, sass.resources(cubin), built.metadata.shared)
 
 
-def usages(case: Case, architecture: int) -> Iterator[dict[str, Any]]:
-    """Of every kernel: registers and spills per thread, shared memory, the loop over blocks."""
+def usages(case: Case, architecture: int, loops: bool = True) -> Iterator[dict[str, Any]]:
+    """Of every kernel: registers and spills per thread, shared memory, the loop over blocks.
+
+    Without ``loops`` no code is disassembled.
+    """
     for kernel in compiled(case, architecture):
         usage = {
             "kernel": kernel.name,
@@ -106,7 +109,8 @@ def usages(case: Case, architecture: int) -> Iterator[dict[str, Any]]:
             **kernel.resources._asdict(),
             "shared_bytes": kernel.shared_bytes,
         }
-        loop = kernel.code().block_loop() if kernel.name in BLOCK_LOOPS else None
+        has_loop = loops and kernel.name in BLOCK_LOOPS
+        loop = kernel.code().block_loop() if has_loop else None
         if loop is not None:
             usage["instructions"] = loop.length
             usage |= {kind: loop.counts[kind] for kind in ("HMMA", "LDGSTS")}

@@ -21,7 +21,7 @@ plain, *others = CASES
 # Of the other GPUs the fastest loop and the widest heads, which use most: all take minutes.
 few = [plain, *(case for case in others if case.width == 256)]
 for case in CASES if sys.argv[1] == "90" else few:
-    for usage in usages(case, int(sys.argv[1])):
+    for usage in usages(case, int(sys.argv[1]), loops=False):
         print(json.dumps([str(case.dtype), case.width, {**usage, "bias": case.bias}]))
 """
 VARIANTS = """
