@@ -187,7 +187,8 @@ class _Panel(NamedTuple):
         ax.set_facecolor(LIGHT.outside)
         ax.add_patch(make_rectangle(self.map, facecolor=LIGHT.surface, zorder=-1))
         for axis, edges in zip((ax.yaxis, ax.xaxis), self.edges, strict=True):
-            axis.set_minor_locator(FixedLocator(edges))
+            # More lines than pixels, of which each takes milliseconds, would look the same.
+            axis.set_minor_locator(FixedLocator(edges, nbins=1000))
             axis.set_major_locator(MaxNLocator(3, integer=True))
             axis.remove_overlapping_locs = False  # keep the grid line below a tick label
         ax.grid(which="minor", color=LIGHT.point, linewidth=0.5, zorder=0)
