@@ -72,6 +72,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--all-kernels", action="store_true", help="compile the Triton kernels for every case"
+    )
     parser.addoption("--shard", help="only the tests of one of N processes, such as 0/4")
 
 
