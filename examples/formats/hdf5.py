@@ -49,8 +49,6 @@ def read_hits(
     columns, names = _read_columns(path)
     features = sorted(columns.keys() - {EVENT, LABEL, *fields})
     numbers = {number: number for number in range(len(names))} | {IGNORED: IGNORED}
-    if columns[LABEL].dtype.kind not in "iu":
-        refuse(path, f"integers in {LABEL!r}", columns[LABEL].dtype)
     labels = classes_of(path, torch.from_numpy(columns[LABEL].astype("int64")), numbers)
     with naming(path):
         options: dict[str, Any] = {"event": EVENT, "cell_size": cell_size, "strides": (1,)}
@@ -86,11 +84,22 @@ def _read_columns(path: Path, with_contents: bool = True) -> tuple[dict[str, Any
         missing = [name for name in (EVENT, LABEL) if name not in group]
         if missing:
             refuse(path, expected, f"the columns {sorted(group)}")
-        names = group[LABEL].attrs.get("classes")
-        if names is None or not len(names):
-            refuse(path, f"an attribute 'classes' of {LABEL!r} with their names", "none")
+        label = group[LABEL]
+        if label.ndim != 1 or label.dtype.kind not in "iu":
+            came = f"{label.dtype} of shape {list(label.shape)}"
+            refuse(path, f"a column of integers in {LABEL!r}", came)
+        names = _names_of_classes(path, label.attrs.get("classes"))
         columns = {name: group[name][()] if with_contents else None for name in group}
-    return columns, tuple(map(str, names))
+    return columns, names
+
+
+def _names_of_classes(path: Path, found: Any) -> tuple[str, ...]:
+    """The value of the attribute, an array of one of the two kinds of text that HDF5 has."""
+    listed = found.tolist() if getattr(found, "ndim", 0) == 1 else []
+    names = [name.decode() if isinstance(name, bytes) else name for name in listed]
+    if not names or not all(isinstance(name, str) for name in names):
+        refuse(path, f"an attribute 'classes' of {LABEL!r}, a list of their names", repr(found))
+    return tuple(names)
 
 
 def find_hits(folder: Path) -> list[tuple[Path, ...]]:

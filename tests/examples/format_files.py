@@ -70,12 +70,12 @@ def write_las(path: Path, points: Array, classification: Array, **columns: Array
     return path
 
 
-def write_hits(path: Path, classes: Sequence[str] | None, **columns: Array) -> Path:
-    """Columns of hits in HDF5; ``classes`` are the names of the labels."""
+def write_hits(path: Path, classes: Any, **columns: Array) -> Path:
+    """Columns of hits in HDF5; ``classes`` are the names of the labels, None for none."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with pytest.importorskip("h5py").File(path, "w") as file:
         for name, column in columns.items():
             file[f"hits/{name}"] = column
         if classes is not None:
-            file["hits/label"].attrs["classes"] = list(classes)
+            file["hits/label"].attrs["classes"] = classes
     return path

@@ -351,6 +351,8 @@ def test_files_of_hits_are_alike(tmp_path: Path) -> None:
     names = ("noise", "track", "other")
     alike = [write_hits(tmp_path / f"{i}.h5", names, **columns) for i in range(2)]
     assert hdf5.classes_of_files(alike) == names
+    as_bytes = write_hits(tmp_path / "bytes.h5", np.array(names, "S"), **columns)
+    assert hdf5.classes_of_files([*alike, as_bytes]) == names
     for wrong in (
         write_hits(tmp_path / "classes.h5", names[:2], **columns),
         write_hits(tmp_path / "columns.h5", names, **columns, charge=np.arange(3)),
@@ -376,11 +378,16 @@ def test_hits_refusals(tmp_path: Path) -> None:
     assert "3" in message(label=np.array([0, 1, 1]))
     assert "[2, 5]" in message(label=np.array([0, 1, 2, 5]))
     assert "float64" in message(label=np.zeros(4))
+    assert "[4, 1]" in message(label=np.zeros((4, 1), np.int64))
+    assert "[]" in message(label=np.array(1))
     message(event=np.zeros(4))
     message(x=np.full(4, np.nan))
     message(x=np.array([b"a"] * 4))
     write_hits(path, None, **good)
     assert "'classes'" in refused(path, lambda: hdf5.read_hits(path, 1.0))
+    for wrong in ("noise", [3, 4], [], [["noise", "track"]]):
+        write_hits(path, wrong, **good)
+        assert "'classes'" in refused(path, lambda: hdf5.classes_of_files([path]))
     write(path, b"not of HDF5")
     assert "HDF5" in refused(path, lambda: hdf5.read_hits(path, 1.0))
     nothing = tmp_path / "nothing"
