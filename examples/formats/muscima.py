@@ -32,7 +32,7 @@ PATTERNS = {
     "rest": "rest.*|.*rest",
     "accidental": "accidental.*|(double)?(sharp|flat)|natural",
     "clef": ".*clef",
-    "dot": ".*dot",
+    "dot": "(?!staccato).*dot",
     "barline": ".*barline.*",
     "slur or tie": "slur|tie",
     "staff or ledger line": "staffline|led?gerline",

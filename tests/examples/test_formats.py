@@ -236,7 +236,8 @@ def test_muscima_page(tmp_path: Path) -> None:
         ],
         *[("duration-dot", "dot"), ("barlineHeavy", "barline"), ("thin_barline", "barline")],
         *[("staffLine", "staff or ledger line"), ("ledger_line", "staff or ledger line")],
-        *[("legerLine", "staff or ledger line"), ("articulationStaccato", "other symbol")],
+        *[("legerLine", "staff or ledger line"), ("repeatDot", "dot"), ("other-dot", "dot")],
+        *[("articulationStaccato", "other symbol"), ("staccato-dot", "other symbol")],
     ],
 )
 def test_classes_of_both_versions_of_muscima(tmp_path: Path, name: str, expected: str) -> None:
