@@ -108,7 +108,7 @@ def to_cells(scene: RawScene, cell_size: float) -> tuple[Tensor, Tensor]:
     points = scene.points.double()
     voxels = voxelize(points, cell_size=cell_size)
     cells = voxels.coordinates[:, 1:]
-    places = (points - torch.tensor(voxels.origin)) / cell_size - cells - 0.5
+    places = (points - points.new_tensor(voxels.origin)) / cell_size - cells - 0.5
     return cells, torch.cat((scene.values, places.float()), 1)
 
 

@@ -138,6 +138,8 @@ def test_cells_of_raw_points_and_where_in_them_a_point_is() -> None:
     cells, values = to_cells(scene, 0.5)
     assert cells.tolist() == [[0, 0], [1, 0], [2, 1]]
     assert values.tolist() == [[1, -0.5, -0.5], [1, -0.5, 0], [1, -0.5, -0.5]]
+    far = scene._replace(points=points.double() + 5_000_000.25)  # float32 knows only halves there
+    assert torch.equal(to_cells(far, 0.5)[1], values)
     cells, values = to_cells(scene._replace(points=torch.tensor([[7, 7], [5, 9], [6, 8]])), 0.5)
     assert cells.tolist() == [[2, 0], [0, 2], [1, 1]]
     assert values.shape == (3, 1)
