@@ -1,9 +1,10 @@
 """LAS and LAZ: clouds of airborne and mobile laser scanners.
 
 laspy reads them, and `vicinal.interop.from_las` finds the cells. A point has a code of the list in
-the LAS specification 1.4 (ASPRS, revision 15). Codes that tell no class, such as 0 (never
-classified), 1 (unclassified) and 12 (overlap), are not labels. Codes from 64 on mean what their
-producer says, so their classes are to be given.
+the LAS specification 1.4 (ASPRS, revision 15). Codes 0 (never classified), 1 (unclassified), 8 and
+12 (reserved; key points and overlap in older versions) and 20 to 22 (ignored ground, snow, temporal
+exclusion) are not labels. Codes from 64 on mean what their producer says, so their classes are to
+be given.
 """
 
 from __future__ import annotations
