@@ -119,6 +119,14 @@ def test_no_events() -> None:
     assert pyramid.values_of_points(0).shape == (0, 2)
 
 
+def test_one_event() -> None:
+    """Its columns, of 13 bytes between entries, count as contiguous."""
+    event = np.array([(3, 5, 100, 1)], TONIC)
+    pyramid = from_events(event, cell_size=100, sensor_size=(34, 20), strides=(1,))
+    assert pyramid.coordinates.tolist() == [[0, 5, 3, 0, 0]]
+    assert pyramid.values.tolist() == [[0, 1]]
+
+
 @pytest.mark.parametrize(
     ("argument", "value"),
     [

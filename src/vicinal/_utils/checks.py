@@ -104,7 +104,10 @@ def _native(array: Any) -> Any:
     numpy = sys.modules.get("numpy")
     if numpy is None or not isinstance(array, numpy.ndarray):
         return array
-    return numpy.require(array, array.dtype.newbyteorder("="), ["C", "W"])
+    native = numpy.require(array, array.dtype.newbyteorder("="), ["C", "W"])
+    # To NumPy, the stride of an axis of one entry may be any.
+    odd = any(stride % (native.itemsize or 1) for stride in native.strides)
+    return native.copy() if odd else native
 
 
 def as_signed(argument: str, value: Tensor) -> Tensor:
