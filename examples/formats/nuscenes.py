@@ -52,9 +52,13 @@ def read_nuscenes(sweep: Path, labels: Path | None = None) -> RawScene:
         meters, the intensity and the laser, both from 0 to 1, ``[n, 4]``; labels.
 
     Raises:
-        FormatError: a file is missing or truncated, or a label is unknown.
+        FormatError: a file is missing or truncated, or a laser or label is unknown.
     """
     points, measured = read_records(sweep, torch.float32, 5).split((3, 2), 1)
+    lasers = measured[:, 1]
+    known = torch.isin(lasers, torch.arange(LASERS, dtype=lasers.dtype))
+    if not known.all():
+        refuse(sweep, f"lasers from 0 to {LASERS - 1}", lasers[~known][0].item())
     classes = torch.full((len(points),), IGNORED)
     if labels is not None:
         numbers = dict.fromkeys(range(N_CATEGORIES), IGNORED)

@@ -19,7 +19,7 @@ from benchmarks.kernels import CASES, usages
 
 plain, *others = CASES
 architecture, everything = sys.argv[1:]
-# The fastest loop and the widest heads, which use most; for one GPU those with a bias as well.
+# The fastest loop and the widest heads, which use most; for one GPU balls with a bias as well.
 few = [plain, *(x for x in others if x.width == 256 or (x.balls and architecture == "90"))]
 for case in CASES if everything else few:
     for usage in usages(case, int(architecture), loops=False):

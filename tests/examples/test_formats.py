@@ -120,6 +120,10 @@ def test_nuscenes_refusals(tmp_path: Path) -> None:
     assert "[40]" in refused(labels, lambda: read(sweep, labels))
     of_kitti = write(tmp_path / "kitti.bin", records[:, :4].tobytes())
     assert "64 bytes" in refused(of_kitti, lambda: read(of_kitti))
+    for laser in (0.5, 32, -1, np.nan):
+        records[2, 4] = laser
+        other = write(tmp_path / "laser.bin", records.tobytes())
+        assert f"lasers from 0 to 31, got {laser:g}" in refused(other, lambda: read(other))  # noqa: B023
     longer = write(tmp_path / "longer.bin", bytes(16))
     assert "4 labels, as many as points, got 16" in refused(longer, lambda: read(sweep, longer))
     table = tmp_path / "v1.0-mini/sample_data.json"

@@ -198,9 +198,12 @@ def write_kitti(folder: Path) -> None:
 def write_drives(folder: Path) -> None:
     rng = np.random.default_rng(0)
     drives = [f"n0{drive}__LIDAR_TOP__{time}" for drive in (1, 2) for time in (1, 2)]
-    write_sweeps(
-        folder, {name: (9 * rng.random((100, 5)), rng.integers(0, 31, 100)) for name in drives}
-    )
+    lasers = np.arange(100)[:, None] % 32
+    sweeps = {
+        name: (np.hstack((9 * rng.random((100, 4)), lasers)), rng.integers(0, 31, 100))
+        for name in drives
+    }
+    write_sweeps(folder, sweeps)
 
 
 def write_recordings(folder: Path) -> None:
