@@ -117,6 +117,7 @@ def test_derivatives_of_every_order_and_transforms() -> None:
         assert torch.equal(out[0], out[1]) == (randomness == "same")
 
 
+@pytest.mark.floats_are_inputs
 def test_compiled_and_exported() -> None:
     dropout, rows = RowDropout(0.5), torch.randint(0, 2**31, (9,))
     compiled = torch.compile(dropout, fullgraph=True, dynamic=True, backend="aot_eager")
