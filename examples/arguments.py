@@ -34,11 +34,11 @@ def seed(text: str) -> int:
     return int(text)
 
 
-def require(parser: argparse.ArgumentParser, *modules: str) -> None:
-    """Exits with the packages to install unless all ``modules`` are installed."""
+def require(parser: argparse.ArgumentParser, *modules: str, extras: str = "demo") -> None:
+    """Exits with the extras of vicinal to install unless all ``modules`` are installed."""
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
-        parser.exit(1, f"The demo needs {', '.join(missing)}: pip install vicinal[demo]\n")
+        parser.exit(1, f"The demo needs {', '.join(missing)}: pip install vicinal[{extras}]\n")
 
 
 def require_folder(parser: argparse.ArgumentParser, folder: Path) -> None:

@@ -88,7 +88,9 @@ def parse_arguments() -> argparse.Namespace:
         )
     add_options(parser, task.scenes, steps=task.steps, batch=task.batch, out=f"out/labels-{data}")
     arguments = parser.parse_args()
-    require(parser, "matplotlib", "mlxtend", "safetensors", "tqdm", *NEEDED.get(data, ()))
+    extras = "demo,interop" if data in NEEDED else "demo"
+    needed = NEEDED.get(data, ())
+    require(parser, "matplotlib", "mlxtend", "safetensors", "tqdm", *needed, extras=extras)
     require_folder(parser, arguments.out)
     if arguments.resume:
         check_resumable(parser, arguments.out, **_metadata(arguments))

@@ -319,6 +319,16 @@ def test_every_class_has_a_color_of_its_own() -> None:
     assert len(set(COLORS)) >= max(len(task.classes) for task in TASKS.values())
 
 
+def test_packages_of_a_format_are_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name != "laspy" or None)
+    with pytest.raises(SystemExit) as stopped:
+        call(monkeypatch, label_points, "--data", "las", tmp_path)
+    assert stopped.value.code == 1
+    assert "needs laspy: pip install vicinal[demo,interop]" in capsys.readouterr().err
+
+
 def test_arguments_of_files(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
