@@ -39,6 +39,7 @@ PATTERNS = {
     "other symbol": ".*",
 }
 CLASSES = tuple(PATTERNS)
+LARGEST = 20_000  # pixels: pages of the data set have 3,500 along their longer side
 LEFT_OUT = "staff|staffspace|staffgrouping|keysignature|timesignature|measureseparator"
 
 
@@ -76,6 +77,8 @@ def _node(path: Path, node: ElementTree.Element) -> Node:
         came = ElementTree.tostring(node, "unicode")[:80]
         refuse(path, "nodes with ClassName, Top, Left, Width and Height", came)
     top, left, width, height = map(int, sizes)
+    if max(top + height, left + width) > LARGEST:
+        refuse(path, f"a page of at most {LARGEST} x {LARGEST} pixels", f"{name!r} at {sizes}")
     text = (node.findtext("Mask") or f"1:{width * height}").strip()
     if not re.fullmatch(r"[01]:\d+(\s+[01]:\d+)*", text):
         refuse(path, "a mask of runs such as 0:3 1:5", text[:80])

@@ -260,6 +260,8 @@ def test_muscima_refusals(tmp_path: Path) -> None:
         ([HEAD | {"Mask": "0:1 1:4"}], "3 x 2 pixels of 'noteheadFull', got runs of 5 pixels"),
         ([HEAD | {"Mask": "0:1 2:5"}], "runs such as"),
         ([HEAD | {"Top": "1.5"}], "ClassName, Top"),
+        ([HEAD | {"Left": 10**9}], "a page of at most"),
+        ([HEAD | {"Height": 10**9}], "a page of at most"),
         ([{"Top": 1, "Left": 1, "Width": 1, "Height": 1}], "ClassName, Top"),
     ):
         write_page(path, symbols)
