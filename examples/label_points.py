@@ -100,8 +100,9 @@ def parse_arguments() -> argparse.Namespace:
 def _metadata(arguments: argparse.Namespace) -> dict[str, str]:
     """What a checkpoint says of its network and data."""
     metadata = {"data": arguments.data, "attention": arguments.attention}
-    if arguments.cell_size is not None:
+    if arguments.folder is not None:
         metadata["cell_size"] = str(arguments.cell_size)
+        metadata["FOLDER"] = str(arguments.folder.resolve())
     return metadata
 
 
@@ -153,6 +154,9 @@ def _test(model: PointLabeler, for_test: Batches, arguments: argparse.Namespace)
             predicted = model.predict(batch)
         counts += confusion(batch.labels, predicted, n_classes).cpu()
     result = quality(counts)
+    if not counts.any():
+        print(f"None of the points of {task.n_tests} test {task.scenes} has a label.")
+        return result
     print(
         f"On {task.n_tests} test {task.scenes}: mIoU {result.miou:.3f}, "
         f"accuracy {result.accuracy:.3f}"
@@ -180,8 +184,9 @@ def _check_checkpoint(task: Task, folder: Path, batch: LabeledPoints) -> None:
     model = PointLabeler(task, read_metadata(folder)["attention"])
     load_weights(folder, model)
     n_classes = len(task.classes)
-    right = quality(confusion(batch.labels, model.predict(batch), n_classes)).accuracy
-    print(f"Loaded {folder / WEIGHTS}: {right:.1%} of the points of one scene labeled right")
+    counts = confusion(batch.labels, model.predict(batch), n_classes)
+    right = f"{int(counts.diagonal().sum()):,} of {int(counts.sum()):,}"
+    print(f"Loaded {folder / WEIGHTS}: {right} labeled points of one scene have the right label")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from vicinal import voxelize
 
 Source = tuple[Path, ...]  # a file of points, and that of their labels where it is another
 HELD_OUT = 5  # one part in this many is for the test
+REMEMBERED = 5_000_000  # points that a reader keeps in memory
 MULTIPLE = 32  # grids are so many cells large, or a multiple: a multiple of all strides of a task
 
 
@@ -69,18 +70,28 @@ def _last(items: Sequence[T]) -> list[T]:
 
 
 class Reader:
-    """Reads the scenes of a source, cut into pieces, and remembers those of the last one."""
+    """Reads the scenes of a source, cut into pieces, and remembers those of the last sources.
+
+    It remembers as many sources as have at most `REMEMBERED` points, and at least one: a small file
+    of many events is read once, not again for every event.
+    """
 
     def __init__(self, of: Format, cell_size: float) -> None:
         self.of, self.cell_size = of, cell_size
-        self.last: tuple[Source, list[RawScene]] | None = None
+        self.remembered: dict[Source, list[RawScene]] = {}  # the last one used at the end
 
     def __call__(self, source: Source) -> list[RawScene]:
-        if self.last is None or self.last[0] != source:
+        pieces = self.remembered.pop(source, None)
+        if pieces is None:
             scenes = self.of.read(source, self.cell_size)
-            found = [piece for scene in scenes for piece in cut(scene, self.of.most_points)]
-            self.last = source, found
-        return self.last[1]
+            pieces = [piece for scene in scenes for piece in cut(scene, self.of.most_points)]
+        self.remembered[source] = pieces
+        while len(self.remembered) > 1 and self._n_points() > REMEMBERED:
+            del self.remembered[next(iter(self.remembered))]
+        return pieces
+
+    def _n_points(self) -> int:
+        return sum(len(piece.labels) for pieces in self.remembered.values() for piece in pieces)
 
     def batch(self, pieces: Iterable[RawScene]) -> LabeledPoints:
         """One batch of these scenes, on a grid that holds all of them."""

@@ -116,7 +116,7 @@ def _files(of: Format) -> Callable[[Task, Options], Data]:
         assert options.cell_size is not None
         sources = of.find(options.folder)
         for_training, for_test = split_sources(sources, of)
-        # Training and test each remember a file.
+        # Training and test each remember files of their own.
         held_out = HeldOutFiles.of(for_test, Reader(of, options.cell_size), task.n_tests)
         files = TrainingFiles(for_training, Reader(of, options.cell_size), options.seed)
         n_tests = len(held_out.places)

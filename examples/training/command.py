@@ -51,7 +51,14 @@ def add_options(
 
 
 def check_resumable(parser: argparse.ArgumentParser, folder: Path, **options: str) -> None:
-    """Exits unless there is a checkpoint of a run with these options in ``folder``."""
+    """Exits unless there is a checkpoint of a run with these options in ``folder``.
+
+    Args:
+        parser: reports what is wrong.
+        folder: with the checkpoint.
+        options: what the run's metadata is to say, by the name of an option, or of an argument
+            without dashes, such as ``FOLDER``, in capitals.
+    """
     try:
         state = load_state(folder, torch.device("cpu"))
     except FileNotFoundError:
@@ -61,8 +68,9 @@ def check_resumable(parser: argparse.ArgumentParser, folder: Path, **options: st
     for name, given in options.items():
         trained = state["metadata"].get(name)
         if trained != given:
-            option = name.replace("_", "-")
-            parser.error(f"argument --{option}: expected {trained}, as the run in {folder}")
+            argument = name if name.isupper() else "--" + name.replace("_", "-")
+            expected = f"expected {trained}, as the run in {folder}, got {given}"
+            parser.error(f"argument {argument}: {expected}")
 
 
 def run_command(

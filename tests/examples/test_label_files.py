@@ -106,7 +106,7 @@ def test_the_test_takes_files_and_scenes_evenly() -> None:
     assert batch.labels.tolist() == [0] * 8 + [1] * 8
 
 
-def test_a_file_is_read_once_for_the_scenes_that_follow_each_other() -> None:
+def test_files_are_read_once_while_they_fit_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[Source] = []
 
     def counted(source: Source, cell_size: float) -> list[RawScene]:
@@ -114,9 +114,16 @@ def test_a_file_is_read_once_for_the_scenes_that_follow_each_other() -> None:
         return numbered(source, cell_size)
 
     reader = Reader(of_group()._replace(read=counted), 1.0)
-    for source in sources_of("2", "2", "3", "3"):
-        reader(source)
+    two, three, nine = sources_of("2", "3", "9")
+    for source in (two, three, two, three):
+        assert len(reader(source)) == int(source[0].name)
     assert names_of(read) == ["2", "3"]
+    monkeypatch.setattr("examples.labels.files.REMEMBERED", 8 * (2 + 9))
+    reader(two)  # the last one used stays
+    reader(nine)
+    for source in (two, nine, three):
+        reader(source)
+    assert names_of(read) == ["2", "3", "9", "3"]
 
 
 def test_large_scenes_are_cut_across_their_longest_axis() -> None:
@@ -296,6 +303,26 @@ def test_training_on_scans_learns_to_label_them(
     again = ("--steps", 12, "--resume")
     message = refused(monkeypatch, capsys, label_points, *options, *again, "--cell-size", 0.25)
     assert "argument --cell-size: expected 0.5" in message
+    other = ("--data", "kitti", tmp_path, *options[3:])
+    message = refused(monkeypatch, capsys, label_points, *other, *again)
+    expected = f"argument FOLDER: expected {folder}, as the run in {out}, got {tmp_path}"
+    assert expected in " ".join(message.split())
+
+
+def test_scenes_without_labels_for_the_test_are_said_to_have_none(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setitem(TASKS, "kitti", small("kitti"))
+    folder = tmp_path / "data"
+    write_kitti(folder)
+    for labels in (folder / "sequences/08/labels").iterdir():
+        write(labels, bytes(labels.stat().st_size))  # class 0, unlabeled
+    options = ("--data", "kitti", folder, "--out", tmp_path / "out", "--cell-size", 0.5)
+    assert call(monkeypatch, label_points, *options, "--steps", 2) == 0
+    printed = capsys.readouterr().out
+    assert "None of the points of 2 test scans has a label." in printed
+    assert "0 of 0 labeled points of one scene" in printed
+    assert "nan" not in printed
 
 
 def test_the_command_stops_at_a_wrong_file(
