@@ -1,0 +1,136 @@
+"""What trackers use: hits sorted by azimuth, and 1-D windows of that order, around the seam.
+
+Van Stroud et al., "Transformers for Charged Particle Track Reconstruction in High Energy Physics"
+(2024).
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vicinal import FeaturePyramid, RotaryEncoding, Window, plan_neighborhoods
+
+CHUNK = 256  # queries that share their keys
+
+
+class Chunks(NamedTuple):
+    """The windows of all events, c chunks of q queries and k keys in all.
+
+    Attributes:
+        queries: int64 ``[c, q]``, the rows of the queries, in order around the seam.
+        valid: bool ``[c, q]``, False where a chunk is longer than what is left of its event.
+        keys: int64 ``[c, k]``, the rows of the keys.
+        turns: int64 ``[c, k]``, by how many periods a key is moved, so that it is near its queries.
+        mask: bool ``[c, 1, q, k]``, whether a key is in a query's window.
+    """
+
+    queries: Tensor
+    valid: Tensor
+    keys: Tensor
+    turns: Tensor
+    mask: Tensor
+
+
+class AzimuthAttention(nn.Module):
+    """Every hit attends to ``window`` others, half of them on each side in the order of azimuth.
+
+    It has the call signature and the projections of `SparseNeighborhoodAttentionBlock`, for maps of
+    one level. Of an event with fewer hits, a window has as many as there are on each side.
+
+    Args:
+        embed_dim: width, E.
+        n_heads: number of heads.
+        axis: the azimuth, which is periodic.
+        position_dim: number of spatial dimensions.
+        window: number of hits; or a neighborhood, for as many hits as it holds on average.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        n_heads: int,
+        axis: int,
+        position_dim: int = 3,
+        window: int | tuple[int, ...] | Window = 512,
+    ) -> None:
+        super().__init__()
+        self.n_heads, self.axis, self.window = n_heads, axis, window
+        self.norm = nn.LayerNorm(embed_dim)
+        self.in_proj = nn.Linear(embed_dim, 3 * embed_dim)
+        self.pos_encoding = RotaryEncoding(embed_dim // n_heads, n_heads, position_dim)
+        self.out_proj = nn.Linear(embed_dim, embed_dim)
+
+    def make_plan(
+        self,
+        positions: Tensor,
+        offsets: Tensor,
+        pyramid: FeaturePyramid,
+        levels: Tensor | None = None,
+    ) -> Chunks:
+        """The chunks of all events; layers share them."""
+        azimuth, window = positions[:, self.axis], self.window
+        if not isinstance(window, int):
+            counts = plan_neighborhoods(positions, offsets, pyramid, [window]).counts()
+            window = round(float(counts.double().mean()))
+        events = [
+            _chunks_of_event(
+                start + torch.argsort(azimuth[start:stop], stable=True), max(window // 2, 1)
+            )
+            for start, stop in itertools.pairwise(offsets.tolist())
+            if stop > start
+        ]
+        return Chunks(*(_cat(parts) for parts in zip(*events, strict=True)))
+
+    def forward(
+        self,
+        query: Tensor,
+        positions: Tensor,
+        offsets: Tensor,
+        pyramid: FeaturePyramid,
+        *,
+        query_level_indices: Tensor | None = None,
+        plan: Chunks | None = None,
+    ) -> Tensor:
+        """``[n, E]``, the residual included; every hit is a query and a key."""
+        if not len(query):
+            return query
+        plan = plan or self.make_plan(positions, offsets, pyramid)
+        q, k, v = self.in_proj(self.norm(query)).unflatten(1, (3, self.n_heads, -1)).unbind(1)
+        level = positions.new_zeros(len(positions), 1)
+        coordinates = torch.cat((positions, level), 1)
+        q = self.pos_encoding(q, coordinates)[plan.queries]
+        moved = coordinates[plan.keys]
+        moved[..., self.axis] += plan.turns * pyramid.level_shapes[0][self.axis]
+        k = self.pos_encoding(k[plan.keys].flatten(0, 1), moved.flatten(0, 1))
+        k = k.unflatten(0, plan.keys.shape)
+        attended = F.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v[plan.keys].transpose(1, 2), attn_mask=plan.mask
+        )
+        rows = attended.transpose(1, 2).flatten(2)[plan.valid]
+        attended = torch.empty_like(query).index_copy(0, plan.queries[plan.valid], rows)
+        out: Tensor = query + self.out_proj(attended)
+        return out
+
+
+def _chunks_of_event(order: Tensor, half: int) -> Chunks:
+    """The chunks of one event, whose rows are in ``order``."""
+    n = len(order)
+    half = min(half, (n - 1) // 2)
+    first = torch.arange(0, n, CHUNK, device=order.device)[:, None]
+    rank = first + torch.arange(CHUNK, device=order.device)
+    key_rank = first - half + torch.arange(CHUNK + 2 * half, device=order.device)
+    mask = (key_rank[:, None, :] - rank[:, :, None]).abs() <= half
+    turns = key_rank.div(n, rounding_mode="floor")
+    # Queries beyond the event are those of its beginning, moved by a turn; they are left out.
+    return Chunks(order[rank % n], rank < n, order[key_rank % n], turns, mask[:, None])
+
+
+def _cat(parts: tuple[Tensor, ...]) -> Tensor:
+    """Concatenates chunks, those with fewer keys filled up with zeros: False in the mask."""
+    width = max(part.shape[-1] for part in parts)
+    return torch.cat([F.pad(part, (0, width - part.shape[-1])) for part in parts])
