@@ -67,7 +67,7 @@ BLOCK_LOOPS = ("attend", "query_gradients", "point_gradients")  # kernels that l
 class Launch(NamedTuple):
     kernel: Any
     arguments: tuple[Any, ...]
-    options: dict[str, int]
+    options: dict[str, Any]
     """The constants and the number of warps."""
 
 
@@ -151,8 +151,9 @@ def figures(counts: scene.SceneCounts) -> tuple[dict[str, float], dict[str, mode
         elif kernel.name in plan.KERNELS:
             options = kernel.launch.options
             of_plan.setdefault(kernel.name, {})[options.get("ROWS", 0)] = plan.PlanKernel(
-                kernel.code(), options["num_warps"], options.get("BLOCK", 1)
-            )
+                kernel.code(), options["num_warps"], options.get("BLOCK", 1),
+                options.get("BITS", ()),
+            )  # fmt: skip
     forward = costs["attend"]
     of_forward = forward.programs * forward.instructions
     found["find_slices: instructions over those of attend"] = searches / of_forward

@@ -31,6 +31,7 @@ class PlanKernel(NamedTuple):
     code: Code
     warps: int
     block: int  # rows of a program, for kernels that go through rows
+    stages: tuple[int, ...] = ()  # of the sorts of `find_runs`, by levels
 
 
 Variants = dict[int, PlanKernel]
@@ -111,11 +112,24 @@ def _find_runs(scene: SceneCounts, levels: int, variants: Variants) -> float:
     Each way has its own end.
     """
     of_queries, of_points = variants[scene.queries.rows], variants[scene.columns.rows]
-    code = of_points.code.instructions
-    ends = [0, *(i for i, line in enumerate(code) if line.startswith("EXIT"))]
-    longest = max(stop - start for start, stop in itertools.pairwise(ends))
-    found = scene.queries.tiles * of_queries.warps * len(of_queries.code.instructions)
-    return found + scene.columns.tiles * of_points.warps * longest
+    found = scene.queries.tiles * of_queries.warps * sum(_ways(of_queries))
+    return found + scene.columns.tiles * of_points.warps * max(_ways(of_points))
+
+
+def _ways(kernel: PlanKernel) -> list[float]:
+    """The instructions of each level's way, the longer ones of levels that sort more.
+
+    A loop, if the compiler left one, goes through the stages of the sort. The first stage takes one
+    of its steps, the last one takes all.
+    """
+    code = kernel.code
+    ends = [0, *(i for i, line in enumerate(code.instructions) if line.startswith("EXIT"))]
+    ways = sorted(itertools.pairwise(ends), key=lambda way: way[1] - way[0])[-len(kernel.stages) :]
+    found = []
+    for (start, stop), stages in zip(ways, sorted(kernel.stages), strict=True):
+        loops = sum(x.length for x in code.innermost_loops() if start <= x.start < stop)
+        found.append(stop - start - loops + loops * (stages + 1) / 2)
+    return found
 
 
 def _write_lists(scene: SceneCounts, levels: int, variants: Variants) -> float:

@@ -10,6 +10,7 @@ import triton.language as tl
 
 LARGEST = tl.constexpr(2**63 - 1)
 LARGEST_INT32 = tl.constexpr(2**31 - 1)
+WARP = tl.constexpr(32)  # threads; AMD has 64
 FARTHEST = tl.constexpr(2**31 - 128)  # the largest float32 that int32 can hold
 
 # Fields of a row of the level table, then of each axis within it.
@@ -354,23 +355,62 @@ def _scan_stops(stop, stop_before, next_stop, next_stop_before):
 
 
 @triton.jit
-def slice_offsets(traversal_ptr, tile, index, n_rows, n_slices, first_slice,
-                  LEVEL_SLICES: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
-    """Where starts and stops have slices ``index`` ``[n]`` of a tile at a level, and whether they
-    are valid.
+def _exchange(key, STRIDE: tl.constexpr):
+    """Keys of `sort_keys`: the smaller of every two that are ``STRIDE`` apart comes first."""
+    height: tl.constexpr = key.shape[0]
+    width: tl.constexpr = key.shape[1]
+    distance: tl.constexpr = STRIDE * width if height > STRIDE else STRIDE // height
+    pairs = tl.reshape(key, (height * width // (2 * distance), 2, distance))
+    other = pairs ^ tl.xor_sum(pairs, 1, keep_dims=True)  # of each pair
+    is_second = tl.arange(0, 2)[None, :, None] == 1  # [1, 2, 1]
+    pairs = tl.where((pairs > other) != is_second, other, pairs)
+    return tl.reshape(pairs, (height, width))
+
+
+@triton.jit
+def sort_keys(key, BITS: tl.constexpr):
+    """Integers ``[height, width]``, ``2^BITS`` in all, sorted column after column.
+
+    A bitonic network, as `triton.language.sort` is. That has no loop, and takes long to compile;
+    and here a column is in the registers of a thread, so that most pairs are as well.
     """
-    row_offset = tile * ROWS + index // LEVEL_SLICES  # [n]
-    valid = (index < ROWS * LEVEL_SLICES) & (row_offset < n_rows)  # [n]
-    row = tl.load(traversal_ptr + row_offset, mask=valid, other=0).to(tl.int64)  # [n]
-    valid = valid & (row >= 0) & (row < n_rows)
-    return row * n_slices + first_slice + index % LEVEL_SLICES, valid
+    height: tl.constexpr = key.shape[0]
+    width: tl.constexpr = key.shape[1]
+    position = tl.arange(0, height)[:, None] + height * tl.arange(0, width)[None, :]
+    key ^= -(position & 1)
+    turns = position ^ (position >> 1)  # [height, width]
+    for stage in range(1, BITS + 1):
+        # Blocks of 2^stage keys ascend and descend in turns; where they descend, the complements
+        # of keys ascend.
+        key ^= (turns << (32 - stage)) >> 31
+        for i in tl.static_range(BITS):
+            if stage >= BITS - i:
+                key = _exchange(key, 1 << (BITS - 1 - i))
+    return key
+
+
+@triton.jit
+def stops_before(stop):
+    """The largest stop before each of ``[height, width]``, column after column; first -1."""
+    _, before = tl.associative_scan((stop, tl.full(stop.shape, -1, tl.int32)), 0, _scan_stops)
+    most = tl.max(stop, 0)  # [width]
+    _, most_before = tl.associative_scan((most, tl.full(most.shape, -1, tl.int32)), 0, _scan_stops)
+    return tl.maximum(before, most_before[None, :])
+
+
+@triton.jit
+def sums_before(x):
+    """The sum of all before each of ``[height, width]``, column after column; and that of all."""
+    total = tl.sum(x, 0)  # [width]
+    before = tl.cumsum(total, 0) - total  # [width]
+    return tl.cumsum(x, 0) - x + before[None, :], tl.sum(total, 0)
 
 
 @triton.jit
 def join_slices(traversal_ptr, starts_ptr, stops_ptr, firsts_ptr, shifts_ptr, counts_ptr,
                 tile, n_rows, n_slices, n_levels, level, first_slice,
-                LEVEL_SLICES: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr,
-                IS_LONG: tl.constexpr):  # fmt: skip
+                LEVEL_SLICES: tl.constexpr, ROWS: tl.constexpr, ROW_BITS: tl.constexpr,
+                BITS: tl.constexpr, IS_LONG: tl.constexpr):  # fmt: skip
     """The runs of one tile at one level, see `find_runs`.
 
     Args:
@@ -378,46 +418,52 @@ def join_slices(traversal_ptr, starts_ptr, stops_ptr, firsts_ptr, shifts_ptr, co
         n_levels: S.
         first_slice: the number of a row's slices at the levels before ``level``.
         LEVEL_SLICES: the number of a row's slices at this level.
-        PADDED: ``ROWS * LEVEL_SLICES`` or more, a power of two.
-        IS_LONG: see `find_runs`.
+        ROW_BITS, BITS, IS_LONG: see `find_runs`.
     """
-    index = tl.arange(0, PADDED)  # [PADDED]
-    offset, valid = slice_offsets(
-        traversal_ptr, tile, index, n_rows, n_slices, first_slice, LEVEL_SLICES, ROWS
-    )  # [PADDED] each
-    start = tl.load(starts_ptr + offset, mask=valid, other=0)  # [PADDED]
-    stop = tl.load(stops_ptr + offset, mask=valid, other=0)  # [PADDED]
-    # Sort by start, empty slices last. The low bits are the slice's index in the tile.
+    width: tl.constexpr = WARP if WARP < (1 << BITS) else 1 << BITS
+    height: tl.constexpr = (1 << BITS) // width
+    slot_bits: tl.constexpr = BITS - ROW_BITS
+    own_row = tl.arange(0, 1 << ROW_BITS)  # [padded_rows]
+    valid = (own_row < ROWS) & (tile * ROWS + own_row < n_rows)  # [padded_rows]
+    row = tl.load(traversal_ptr + tile * ROWS + own_row, mask=valid, other=-1)  # [padded_rows]
+    valid = (row >= 0) & (row < n_rows)
+    slot = tl.arange(0, 1 << slot_bits)[None, :]  # [1, padded_slots]
+    offset = (row.to(tl.int64) * n_slices + first_slice)[:, None] + slot
+    valid = valid[:, None] & (slot < LEVEL_SLICES)
+    start = tl.load(starts_ptr + offset, mask=valid, other=0)  # [padded_rows, padded_slots]
+    stop = tl.load(stops_ptr + offset, mask=valid, other=0)
+    # Sort by start, empty slices last. The low bits tell the slice's row and slot.
     largest: tl.constexpr = LARGEST if IS_LONG else LARGEST_INT32
-    key = start.to(tl.int64) * PADDED if IS_LONG else start * PADDED  # [PADDED]
-    key = tl.sort(tl.where(stop > start, key | index, largest))
-    nonempty = key != largest  # [PADDED]
-    offset, valid = slice_offsets(
-        traversal_ptr, tile, (key & (PADDED - 1)).to(tl.int32), n_rows, n_slices, first_slice,
-        LEVEL_SLICES, ROWS,
-    )  # [PADDED] each  # fmt: skip
-    nonempty = nonempty & valid  # also if the starts were tampered with
-    start = tl.load(starts_ptr + offset, mask=nonempty, other=0)
+    key = start.to(tl.int64) << BITS if IS_LONG else start << BITS
+    key |= (own_row << slot_bits)[:, None] | slot
+    key = tl.reshape(tl.where(stop > start, key, largest), (height, width))
+    key = sort_keys(key, BITS)  # [height, width], and all that follow
+    nonempty = key != largest
+    start = tl.where(nonempty, key >> BITS, 0).to(tl.int32)
+    index = key.to(tl.int32) & ((1 << BITS) - 1)
+    own_row_ptr = traversal_ptr + tile * ROWS + (index >> slot_bits)
+    row = tl.load(own_row_ptr, mask=nonempty, other=0).to(tl.int64)
+    offset = row * n_slices + first_slice + (index & ((1 << slot_bits) - 1))
     stop = tl.load(stops_ptr + offset, mask=nonempty, other=0)
-    # The largest stop of the slices before each: a slice that starts beyond it starts a run.
-    no_stop = tl.full([PADDED], -1, tl.int32)  # [PADDED]
-    _, stop_before = tl.associative_scan((stop, no_stop), 0, _scan_stops)  # [PADDED]
-    starts_run = nonempty & (start > stop_before)  # [PADDED]
-    n_new = tl.where(nonempty, tl.maximum(stop - tl.maximum(start, stop_before), 0), 0)  # [PADDED]
-    first = tl.cumsum(n_new, 0) - n_new  # [PADDED]
-    run_index = tl.cumsum(starts_run.to(tl.int32), 0) - 1  # [PADDED]
-    run_offset = (tile * n_slices + first_slice) * ROWS + run_index  # [PADDED]
+    # A slice that starts beyond all stops of those before it starts a run.
+    stop_before = stops_before(stop)
+    starts_run = nonempty & (start > stop_before)
+    n_new = tl.where(nonempty, tl.maximum(stop - tl.maximum(start, stop_before), 0), 0)
+    first, n_entries = sums_before(n_new)
+    run_index, n_runs = sums_before(starts_run.to(tl.int32))
+    run_offset = (tile * n_slices + first_slice) * ROWS + run_index
     tl.store(firsts_ptr + run_offset, first, mask=starts_run)
     tl.store(shifts_ptr + run_offset, start - first, mask=starts_run)
     level_counts_ptr = counts_ptr + (tile * n_levels + level) * 2
-    tl.store(level_counts_ptr, tl.sum(starts_run.to(tl.int32), 0))
-    tl.store(level_counts_ptr + 1, tl.sum(n_new, 0))
+    tl.store(level_counts_ptr, n_runs)
+    tl.store(level_counts_ptr + 1, n_entries)
 
 
 @triton.jit(do_not_specialize=("n_rows", "n_slices"))
 def find_runs(traversal_ptr, starts_ptr, stops_ptr, firsts_ptr, shifts_ptr, counts_ptr,
-              n_rows, n_slices, SLICES: tl.constexpr, PADDED: tl.constexpr,
-              LEVELS: tl.constexpr, ROWS: tl.constexpr, IS_LONG: tl.constexpr):  # fmt: skip
+              n_rows, n_slices, SLICES: tl.constexpr, BITS: tl.constexpr,
+              LEVELS: tl.constexpr, ROWS: tl.constexpr, ROW_BITS: tl.constexpr,
+              IS_LONG: tl.constexpr):  # fmt: skip
     """See `reference.find_runs`. A program joins the slices of one tile at one level.
 
     Args:
@@ -427,9 +473,10 @@ def find_runs(traversal_ptr, starts_ptr, stops_ptr, firsts_ptr, shifts_ptr, coun
         counts_ptr: int32 ``[T, S, 2]``, the third result.
         n_rows, n_slices: n and R.
         SLICES: for each of the S levels the number of a row's slices before it, and R at the end.
-        PADDED: for each level, ``ROWS`` times its slices, or more, a power of two.
+        BITS: for each level, those of a slice's index in the tile: of its row, and of its slot.
         LEVELS: S.
         ROWS: rows of a tile.
+        ROW_BITS: bits of a row's index in its tile.
         IS_LONG: whether int32 does not hold a start and the index of a slice in its tile.
     """
     tile = (tl.program_id(0) // LEVELS).to(tl.int64)
@@ -438,5 +485,5 @@ def find_runs(traversal_ptr, starts_ptr, stops_ptr, firsts_ptr, shifts_ptr, coun
             join_slices(
                 traversal_ptr, starts_ptr, stops_ptr, firsts_ptr, shifts_ptr, counts_ptr,
                 tile, n_rows, n_slices, LEVELS, level, SLICES[level],
-                SLICES[level + 1] - SLICES[level], ROWS, PADDED[level], IS_LONG,
+                SLICES[level + 1] - SLICES[level], ROWS, ROW_BITS, BITS[level], IS_LONG,
             )  # fmt: skip

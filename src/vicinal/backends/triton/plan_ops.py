@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import reference
 from . import plan as kernels
-from .launch import cdiv, launch, on_device_of, power_of_2
+from .launch import cdiv, launch, on_device_of
 
 LARGEST_SORT = 2048  # slices of a tile at a level; larger sorts take long to compile
 _BLOCK = 256  # queries, points or keys of a program
@@ -109,15 +109,16 @@ def find_runs(
     if rows * max(slices) > LARGEST_SORT:
         return reference.find_runs(traversal, starts, stops, n_columns, slices, rows)
     bounds = tuple(itertools.accumulate(slices, initial=0))
-    padded = tuple(power_of_2(rows * n) for n in slices)
+    row_bits = (rows - 1).bit_length()
+    bits = tuple(row_bits + (n - 1).bit_length() for n in slices)
     n_tiles, n_levels = cdiv(len(traversal), rows), len(slices)
     firsts = traversal.new_empty(n_tiles, rows * bounds[-1])
     shifts, counts = torch.empty_like(firsts), traversal.new_empty(n_tiles, n_levels, 2)
     with on_device_of(traversal):
         launch(
             kernels.find_runs, n_tiles * n_levels, traversal, starts, stops, firsts, shifts,
-            counts, len(traversal), bounds[-1], SLICES=bounds, PADDED=padded, LEVELS=n_levels,
-            ROWS=rows, IS_LONG=n_columns * max(padded) >= 2**31,
-            num_warps=max(1, min(8, max(padded) // 512)),
+            counts, len(traversal), bounds[-1], SLICES=bounds, BITS=bits, LEVELS=n_levels,
+            ROWS=rows, ROW_BITS=row_bits, IS_LONG=n_columns << max(bits) >= 2**31,
+            num_warps=max(1, min(8, 2 ** max(bits) // 512)),
         )  # fmt: skip
     return firsts, shifts, counts
