@@ -1,5 +1,6 @@
 """The first minutes on a GPU: with fakes for its steps, and where there is no GPU."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from started import run_light
 
 from benchmarks import first, profiled
 from benchmarks.first import Result, Step
@@ -119,20 +121,23 @@ def test_counters_that_may_not_be_read_are_no_failure(tmp_path: Path) -> None:
     assert (refused.status, failed.status) == ("refused", "failed")
 
 
+def collect_shard(shard: str, folder: Path, printed: Path) -> None:
+    os.chdir(folder)
+    with printed.open("w") as file, contextlib.redirect_stdout(file):
+        status = pytest.main(["-q", "--collect-only", "--shard", shard, "."])
+    sys.exit(int(status))
+
+
 def test_the_shards_have_each_test_once(tmp_path: Path) -> None:
     (tmp_path / "test_many.py").write_text(
         "import pytest\n@pytest.mark.parametrize('i', range(7))\ndef test_it(i): pass\n"
     )
     (tmp_path / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text())
-    paths = [str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]  # of what conftest.py imports
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     found = []
     for shard in ("0/3", "1/3", "2/3"):
-        command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "--shard", shard, "."]
-        done = subprocess.run(
-            command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
-        )
-        found += [line for line in done.stdout.splitlines() if "::" in line]
+        printed = tmp_path / "printed"
+        assert run_light(collect_shard, shard, tmp_path, printed) == 0, printed.read_text()
+        found += [line for line in printed.read_text().splitlines() if "::" in line]
     assert sorted(found) == [f"test_many.py::test_it[{i}]" for i in range(7)]
 
 

@@ -1,6 +1,5 @@
 """The training loss: its terms against their formulas, and averaged over processes."""
 
-import multiprocessing
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from detr_scenes import (
     spans,
 )
 from problems import assert_close
+from started import light_context
 from torch import Tensor
 
 from vicinal.detr import (
@@ -234,8 +234,7 @@ def train_apart(rank: int, directory: str) -> None:
 
 def test_two_processes_average_to_the_loss_and_gradient_of_one(tmp_path: Path) -> None:
     loss, grad = loss_and_gradient([0, 1])
-    spawning = multiprocessing.get_context("spawn")
-    other = spawning.Process(target=train_apart, args=(1, str(tmp_path)), daemon=True)
+    other = light_context().Process(target=train_apart, args=(1, str(tmp_path)), daemon=True)
     other.start()
     train_apart(0, str(tmp_path))
     other.join()

@@ -1,18 +1,19 @@
 """Processes that run a function together, each as one rank of a group."""
 
+import gc
 import os
 import socket
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from compilers import floats_are_constants
+from started import light_context
 from torch.distributed import ProcessGroup
 
 LARGEST = 4  # ranks
@@ -36,13 +37,13 @@ class Cluster:
     def __init__(self, size: int = LARGEST, timeout: timedelta = TIMEOUT) -> None:
         self.size, self.timeout = size, timeout
         self.pipes: list[Connection] = []
-        self.processes: list[SpawnProcess] = []
+        self.processes: list[BaseProcess] = []
 
     def start(self) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        context = mp.get_context("spawn")
+        context = light_context()
         for rank in range(self.size):
             own, other = context.Pipe()
             arguments = rank, self.size, self.timeout, port, other
@@ -86,6 +87,7 @@ def _receive(pipe: Connection) -> tuple[str | None, Any]:
 
 
 def _serve(rank: int, size: int, timeout: timedelta, port: int, pipe: Connection) -> None:
+    gc.freeze()  # what was imported is no garbage; collections need not look at it
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo", rank=rank, world_size=size, timeout=timeout)

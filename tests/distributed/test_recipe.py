@@ -3,14 +3,14 @@
 import os
 import re
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.run
 from problems import assert_close
+from started import run_light
 
 import vicinal
 
@@ -39,17 +39,23 @@ def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return script
 
 
+def torchrun(arguments: list[str], environment: dict[str, str], folder: Path, log: Path) -> None:
+    """What the command does, in a folder."""
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    torch.distributed.run.main(arguments)
+
+
 def start_two(program: Path, **settings: str) -> list[dict[str, Any]]:
     """What the two processes that torchrun starts have at the end."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [sys.executable, *launcher, str(program)],
-        env=os.environ | settings,
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
-    assert done.returncode == 0, done.stderr
+    log = program.with_name("torchrun.log")
+    arguments = ["--standalone", "--nproc-per-node", "2", str(program)]
+    status = run_light(torchrun, arguments, {**os.environ, **settings}, Path.cwd(), log)
+    assert status == 0, log.read_text()
     kept: list[dict[str, Any]] = [torch.load(f"kept-{rank}.pt") for rank in range(2)]
     first, second = (one["weights"] for one in kept)
     assert all(torch.equal(second[name], weight) for name, weight in first.items())

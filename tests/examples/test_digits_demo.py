@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import pytest
 import torch
 from command_lines import call, refused
 from safetensors.torch import load_file
+from started import run_light
 
 from examples import detect_digits
 from examples.digits.model import DigitDetector
@@ -18,7 +18,7 @@ from examples.training import command
 from examples.training.checkpoints import STATE, WEIGHTS, load_state, load_weights, read_metadata
 from examples.training.command import FIGURES
 from examples.training.loop import ConfigError, DivergenceError, InterruptionError
-from examples.training.processes import PeerError
+from examples.training.processes import PeerError, start_processes
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -189,6 +189,14 @@ def test_a_number_of_processes_that_cannot_share_canvases_is_refused(
     assert "--space: expected a divisor of 1 " in capsys.readouterr().out
 
 
+def _start_two(folder: Path, last: str, log: Path) -> None:
+    paths = (folder, Path(detect_digits.__file__).parents[1], *sys.path)
+    os.environ["PYTHONPATH"] = os.pathsep.join(map(str, paths))
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 2)
+    sys.exit(start_processes(2, "ranks_of_test", [str(folder), last]))
+
+
 @pytest.mark.parametrize(("last", "status"), [("0", 0), ("3", 3)])
 def test_started_processes_get_the_options_and_give_the_status(
     tmp_path: Path, last: str, status: int
@@ -201,19 +209,6 @@ def test_started_processes_get_the_options_and_give_the_status(
         "while not pathlib.Path(sys.argv[1], '0').exists(): time.sleep(0.05)\n"
         "sys.exit(int(sys.argv[2]) if rank == '1' else 0)\n"
     )
-    code = (
-        "import sys\n"
-        "from examples.training.processes import start_processes\n"
-        "sys.exit(start_processes(2, 'ranks_of_test', sys.argv[1:]))\n"
-    )
-    root = Path(detect_digits.__file__).parents[1]
-    paths = os.pathsep.join(map(str, (tmp_path, root, *sys.path)))
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path), last],
-        env={**os.environ, "PYTHONPATH": paths},
-        capture_output=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == status, done.stderr.decode()
+    log = tmp_path / "log"
+    assert run_light(_start_two, tmp_path, last, log) == status, log.read_text()
     assert [(tmp_path / rank).read_text() for rank in "01"] == ["2", "2"]

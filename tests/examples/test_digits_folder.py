@@ -7,7 +7,6 @@ import os
 import resource
 import signal
 import socket
-import subprocess
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from command_lines import call, refused
+from started import light_spawn, run_light
 from test_digits_demo import contents
 from test_digits_training import CPU, Counter, interrupt, run
 
@@ -34,6 +34,7 @@ from examples.training.checkpoints import (
 from examples.training.command import FIGURES
 from examples.training.folder import LockError, WriteError, lock_folder, lock_for_run, write_file
 from examples.training.processes import PeerError, spawn_processes
+from vicinal.visualize.files import replace_file
 
 ROOT = Path(__file__).parents[2]
 
@@ -260,23 +261,21 @@ def test_a_folder_is_refused_while_another_run_holds_it(
         assert capsys.readouterr().out == ""
 
 
+def _die_with_a_lock(folder: Path) -> None:
+    (folder / "process").write_text(str(os.getpid()))
+    with lock_folder(folder), replace_file(folder / WEIGHTS):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 def test_the_lock_of_a_process_that_was_killed_is_taken_over(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code = (
-        "import os, pathlib, signal\n"
-        "from examples.training.folder import lock_folder\n"
-        "from vicinal.visualize.files import replace_file\n"
-        f"folder = pathlib.Path({str(tmp_path)!r})\n"
-        "with lock_folder(folder), replace_file(folder / 'model.safetensors'):\n"
-        "    print(os.getpid(), flush=True)\n"
-        "    os.kill(os.getpid(), signal.SIGKILL)\n"
-    )
-    killed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert killed.returncode == -signal.SIGKILL
+    assert run_light(_die_with_a_lock, tmp_path) == -signal.SIGKILL
+    killed = (tmp_path / "process").read_text()
+    (tmp_path / "process").unlink()
     assert len(list(tmp_path.iterdir())) == 2  # the lock, and a file that is not complete
     with lock_folder(tmp_path):
-        assert f"process {killed.stdout.strip()} on" in capsys.readouterr().out
+        assert f"process {killed} on" in capsys.readouterr().out
         assert len(list(tmp_path.iterdir())) == 1
     assert not list(tmp_path.iterdir())
 
@@ -347,7 +346,7 @@ def test_a_lock_that_another_process_has_opened_stays_on_windows(
 
 
 def test_all_processes_stop_where_the_folder_is_held(tmp_path: Path) -> None:
-    with lock_folder(tmp_path / "."):
+    with light_spawn(), lock_folder(tmp_path / "."):
         spawn_processes(2, _lock_for_run, tmp_path)
     errors = [(tmp_path / f"{rank}.error").read_text() for rank in (0, 1)]
     assert errors[0].startswith("LockError: ")

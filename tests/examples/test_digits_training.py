@@ -12,6 +12,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from started import light_spawn
 from test_digits_scenes import strokes
 from torch import Tensor, nn
 
@@ -296,7 +297,8 @@ def test_refuses_to_resume_a_missing_or_another_run(tmp_path: Path) -> None:
 def by_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folders of runs by two processes, which start once: that takes long."""
     folder = tmp_path_factory.mktemp("by_two")
-    spawn_processes(2, _train_by_two, folder)
+    with light_spawn():
+        spawn_processes(2, _train_by_two, folder)
     return folder
 
 

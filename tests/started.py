@@ -1,0 +1,61 @@
+"""How tests start Python processes that share what takes long: the imports."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import TYPE_CHECKING
+from unittest import mock
+
+from torch.multiprocessing.spawn import start_processes
+
+from examples.training import processes
+
+if TYPE_CHECKING:
+    from multiprocessing.context import ForkServerContext, SpawnContext
+
+HEAVY = (
+    "hypothesis",
+    "pytest",
+    "scipy.optimize",
+    "torch.distributed.checkpoint.state_dict",
+    "torch.distributed.fsdp",
+    "torch._dynamo",
+    "vicinal.detr",
+    "vicinal.distributed",
+)
+
+
+def light_context() -> ForkServerContext | SpawnContext:
+    """Starts processes by forking one that has imported much and has run nothing.
+
+    They have the environment variables of the first of them. Where forking is not safe, each
+    process imports everything itself.
+    """
+    if sys.platform != "linux":
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([*HEAVY])
+    return context
+
+
+def run_light(function: Callable[..., None], *arguments: object) -> int:
+    """The exit status of a process that calls a function of a module."""
+    process = light_context().Process(target=function, args=arguments)
+    process.start()
+    process.join()
+    status: int | None = process.exitcode
+    assert status is not None
+    return status
+
+
+@contextlib.contextmanager
+def light_spawn() -> Iterator[None]:
+    """Has `examples.training.processes.spawn_processes` start them by `light_context`."""
+    method = light_context().get_start_method()
+    spawn = partial(start_processes, start_method=method)
+    with mock.patch.object(processes, "spawn", spawn):
+        yield
