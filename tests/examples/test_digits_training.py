@@ -17,6 +17,7 @@ from test_digits_scenes import strokes
 from torch import Tensor, nn
 
 from examples.canvas import load_digits
+from examples.digits import model as models
 from examples.digits import scenes
 from examples.digits.model import DigitDetector
 from examples.digits.parts import divide
@@ -343,9 +344,10 @@ def _train_broken_on_one(_: torch.device, folder: Path) -> None:
 def _train_detector(
     device: torch.device, folder: Path, n_canvases: int = 2, space: int = 1
 ) -> History:
-    """On canvases with little handwriting, as this takes its time."""
+    """With few channels, on canvases with little handwriting, as this takes its time."""
     torch.manual_seed(0)
-    model = DigitDetector().double().to(device)
+    with mock.patch.object(models, "EMBED_DIM", 32):
+        model = DigitDetector().double().to(device)
     batches: Callable[[range], Batch] = Scenes(split_digits(load_digits())[0], seed=0).batch
     if space > 1:
         model, batches = divide(model, batches, space)
