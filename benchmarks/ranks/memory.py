@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,10 +15,11 @@ def peak_of_tensors(call: Callable[[], object]) -> int:
     What was there before the call does not count. The profiler of PyTorch reports each allocation,
     so memory that malloc retains and that libraries use for themselves is not in it.
     """
-    with profile(
-        activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
-    ) as profiled:
-        call()
+    with warnings.catch_warnings():
+        # Of torch 2.11 on. To keep the events would parse them once more, which takes long.
+        warnings.filterwarnings("ignore", ".*Profiler clears events", UserWarning)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+            call()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "trace.json")
         profiled.export_chrome_trace(str(file))
