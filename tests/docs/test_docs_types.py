@@ -12,7 +12,9 @@ from docs.test_docs_code import CODE_OF_PAGES
 
 pytest.importorskip("mypy")
 
-SOURCE = Path(__file__).parents[2] / "src"
+ROOT = Path(__file__).parents[2]
+SOURCE = ROOT / "src"
+CACHE = ROOT / ".mypy_cache" / "pages"  # stays for the next run: the types of torch take long
 # Errors of the pages alone; packages whose types are missing or partial where they are installed;
 # parts of torch carry no types.
 SETTINGS = """[mypy]
@@ -31,7 +33,16 @@ def check(folder: Path) -> str:
     """What mypy prints of the files in a folder."""
     (folder / "mypy.ini").write_text(SETTINGS, encoding="utf-8")
     environment = {**os.environ, "MYPYPATH": str(SOURCE)}
-    command = [sys.executable, "-m", "mypy", "--config-file", "mypy.ini", "."]
+    command = [
+        sys.executable,
+        "-m",
+        "mypy",
+        "--config-file",
+        "mypy.ini",
+        "--cache-dir",
+        str(CACHE),
+        ".",
+    ]
     run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     return run.stdout + run.stderr
 
