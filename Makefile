@@ -32,8 +32,9 @@ help:
 demo: .venv/ready
 	$(BIN)/python -m examples.detect_digits
 
+# What pytest makes of the assertions stays for the next run, whatever the environment says.
 test: .venv/ready
-	$(BIN)/python -m pytest -n auto --dist worksteal
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n auto --dist worksteal
 
 # An environment for each version of torch, with the Triton that it brings; it stays for the next
 # time. The tests run on the wheel, whose kernel is built against that version.
