@@ -2,14 +2,13 @@
 
 import importlib.util
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from compilers import environment_for_gpus
 from torch import Tensor
 
 if importlib.util.find_spec("triton") is None:
@@ -17,8 +16,6 @@ if importlib.util.find_spec("triton") is None:
 
 from vicinal.backends.triton import launch as launching
 from vicinal.backends.triton.launch import launch, specialization
-
-ROOT = Path(__file__).parents[2]
 
 
 class Pair(NamedTuple):
@@ -159,10 +156,7 @@ print(json.dumps(found))
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton has no back ends there")
 def test_specializations_are_at_least_as_fine_as_those_of_triton() -> None:
-    path = os.pathsep.join([str(ROOT), str(ROOT / "src")])
-    environment = {**os.environ, "PYTHONPATH": path}
-    environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, "-c", COMPARE]
+    command, environment = [sys.executable, "-c", COMPARE], environment_for_gpus()
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-2000:]
     assert len(json.loads(result.stdout)) > 10

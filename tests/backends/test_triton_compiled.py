@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from compilers import environment_for_gpus
 
-ROOT = Path(__file__).parents[2]
 COMPILE = """
 import json, sys
 from benchmarks.kernels import CASES, usages
@@ -86,12 +85,9 @@ pytestmark = [
 
 def run(code: str, folder: Path, *arguments: str) -> list[Any]:
     """Runs ``code`` with ``folder`` as Triton's cache; returns the lines of JSON that it prints."""
-    path = os.pathsep.join([str(ROOT), str(ROOT / "src")])  # benchmarks are not installed
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(folder), "PYTHONPATH": path}
-    environment.pop("TRITON_INTERPRET", None)
     result = subprocess.run(
         [sys.executable, "-W", "error", "-c", code, *arguments],
-        env=environment,
+        env=environment_for_gpus(TRITON_CACHE_DIR=str(folder)),
         capture_output=True,
         text=True,
         timeout=1200,

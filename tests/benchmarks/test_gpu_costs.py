@@ -2,19 +2,18 @@
 
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from compilers import environment_for_gpus
 
 from benchmarks.gpu_costs import model, scene
 from benchmarks.gpu_costs.sass import Code
 from benchmarks.scenes import Scene, particle_tracks
 
-ROOT = Path(__file__).parents[2]
 # Two instructions, a loop of four that loads ahead and multiplies, one of three that multiplies
 # and that only programs in need of care reach, and an end.
 LISTING = """
@@ -141,9 +140,7 @@ print(json.dumps([*found, check()]))
 )
 def test_no_bar_is_missed_and_a_miss_is_printed(kernel_cache: Path) -> None:
     """With the bars as they are, then with bars that are too high, in one process."""
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(kernel_cache)}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "src")])
-    environment.pop("TRITON_INTERPRET", None)
+    environment = environment_for_gpus(TRITON_CACHE_DIR=str(kernel_cache))
     command = [sys.executable, "-c", CHECKS, "--check"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
@@ -169,9 +166,7 @@ kernels.main()
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 def test_costs_alone_take_no_variants() -> None:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "src")])}
-    environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, "-c", COSTS]
+    command, environment = [sys.executable, "-c", COSTS], environment_for_gpus()
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     first, *others = done.stdout.splitlines()
     assert first.startswith("attend: 10 instructions and 4 sectors")
