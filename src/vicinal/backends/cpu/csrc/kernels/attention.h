@@ -466,13 +466,13 @@ void attention_backward_with(const AttentionParams& params, BackwardSchedule& sc
 }
 
 // Calls body with the PackedLayout that interleaves the most heads (1, 2 or 4) whose row fits in
-// about four vectors, so that narrow heads leave no lane idle.
+// kRowBytes: there are few sums across lanes, and narrow heads leave no lane idle.
 template <typename Real, typename Body>
 void dispatch_heads(const AttentionParams& p, const Body& body) {
   constexpr int kLanes = n_lanes<Real>;
   const int64_t width = std::max(p.q.width, p.v.width);
   const auto fits = [&](int heads) {
-    return p.n_heads % heads == 0 && heads * width <= 4 * kLanes;
+    return p.n_heads % heads == 0 && heads * width * int64_t(sizeof(Real)) <= kRowBytes;
   };
   if constexpr (kLanes >= 8)
     if (fits(4)) return body(PackedLayout<Real, 4>());

@@ -12,13 +12,13 @@ namespace vicinal::VICINAL_ISA {
 template <typename L>
 constexpr int kKeyUnroll = L::kLanesPerHead > 8 ? L::kLanesPerHead : 8;
 
-// Calls body(key, row) for kKeyUnroll gathered rows; key is a compile-time constant. The loops are
+// Calls body(key, row) for `keys` gathered rows; key is a compile-time constant. The loops are
 // bound by loads, so one 64-bit load reads two slots.
-template <typename L, typename Body>
+template <int keys, typename L, typename Body>
 VICINAL_INLINE inline void for_gathered_rows(const PackedRows<L>& rows, const int32_t* slots,
                                              const Body& body) {
   constexpr int first = std::endian::native == std::endian::little ? 0 : 32;
-  static_for<kKeyUnroll<L> / 2>([&](auto pair) VICINAL_INLINE {
+  static_for<keys / 2>([&](auto pair) VICINAL_INLINE {
     uint64_t both;
     std::memcpy(&both, slots + 2 * pair, sizeof(both));
     static_for<2>([&](auto second) VICINAL_INLINE {
@@ -28,38 +28,44 @@ VICINAL_INLINE inline void for_gathered_rows(const PackedRows<L>& rows, const in
   });
 }
 
-// Calls body(first, size) for blocks of the vectors of a row that are kept in registers: of four
-// vectors, then of one. size is a compile-time constant.
-template <typename Body>
-VICINAL_INLINE inline void for_register_blocks(int64_t vectors, const Body& body) {
-  int64_t first = 0;
-  for (; first + 4 <= vectors; first += 4) body(first, std::integral_constant<int, 4>());
-  for (; first < vectors; ++first) body(first, std::integral_constant<int, 1>());
+// The most vectors of a row that are kept in registers, beside partial sums of kLanesPerHead keys:
+// both fit in 16 registers.
+template <typename L>
+constexpr int kRegisterBlock = L::kLanesPerHead > 4 ? 4 : 8;
+
+// Calls body(first, size) for blocks of the vectors of a row that are kept in registers: of eight
+// or four vectors, then of one. size is a compile-time constant.
+template <typename L, int size = kRegisterBlock<L>, typename Body>
+VICINAL_INLINE inline void for_register_blocks(int64_t vectors, const Body& body,
+                                               int64_t first = 0) {
+  for (; first + size <= vectors; first += size) body(first, std::integral_constant<int, size>());
+  if constexpr (size > 1) for_register_blocks<L, size == 8 ? 4 : 1>(vectors, body, first);
 }
 
 // out[key, head] = dot(rows[slots[key]], vector), over channels.
 template <typename L, typename Real = typename L::Real>
 inline void gather_dot(const PackedRows<L>& rows, const int32_t* slots, int64_t count,
                        const Vector<Real>* vector, Vector<Real>* out) {
-  if (rows.vectors_per_row == 0) std::fill_n(out, count / L::kLanesPerHead, Vector<Real>{});
-  for_register_blocks(rows.vectors_per_row, [&](int64_t first, auto size) VICINAL_INLINE {
+  constexpr int kKeys = L::kLanesPerHead;
+  if (rows.vectors_per_row == 0) std::fill_n(out, count / kKeys, Vector<Real>{});
+  for_register_blocks<L>(rows.vectors_per_row, [&](int64_t first, auto size) VICINAL_INLINE {
     const PackedRows<L> columns = rows.columns_from(first);
     Vector<Real> channels[size];
     static_for<size>([&](auto j) VICINAL_INLINE { channels[j] = vector[first + j]; });
-    for (int64_t u = 0; u < count; u += kKeyUnroll<L>) {
-      Vector<Real> parts[kKeyUnroll<L>];
-      const auto multiply = [&](auto key, const Vector<Real>* row) VICINAL_INLINE {
-        Vector<Real> sum{};
-        static_for<size>([&](auto j) VICINAL_INLINE { sum += row[j] * channels[j]; });
-        parts[key] = sum;
-      };
-      for_gathered_rows<L>(columns, slots + u, multiply);
-      static_for<kKeyUnroll<L> / L::kLanesPerHead>([&](auto b) VICINAL_INLINE {
-        Vector<Real>& dots = out[u / L::kLanesPerHead + b];
-        const Vector<Real> partial = reduce_channels<L>(parts + b * L::kLanesPerHead);
+    for (int64_t u = 0; u < count; u += kKeyUnroll<L>)
+      static_for<kKeyUnroll<L> / kKeys>([&](auto b) VICINAL_INLINE {
+        Vector<Real> parts[kKeys];
+        const auto multiply = [&](auto key, const Vector<Real>* row) VICINAL_INLINE {
+          parts[key] = row[0] * channels[0];
+          static_for<size - 1>([&](auto j) VICINAL_INLINE {
+            parts[key] += row[j + 1] * channels[j + 1];
+          });
+        };
+        for_gathered_rows<kKeys>(columns, slots + u + b * kKeys, multiply);
+        Vector<Real>& dots = out[u / kKeys + b];
+        const Vector<Real> partial = reduce_channels<L>(parts);
         dots = first == 0 ? partial : dots + partial;
       });
-    }
   });
 }
 
@@ -70,7 +76,7 @@ VICINAL_INLINE inline void for_weighted_rows(const Vector<typename L::Real>* wei
                                              const PackedRows<L>& rows, const Body& body) {
   const auto* values = reinterpret_cast<const typename L::Real*>(weights);
   for (int64_t u = 0; u < count; u += kKeyUnroll<L>)
-    for_gathered_rows<L>(rows, slots + u, [&](auto key, auto* row) VICINAL_INLINE {
+    for_gathered_rows<kKeyUnroll<L>>(rows, slots + u, [&](auto key, auto* row) VICINAL_INLINE {
       body(broadcast_heads<L>(values + (u + key) * L::kHeads), key, row);
     });
 }
@@ -79,18 +85,18 @@ VICINAL_INLINE inline void for_weighted_rows(const Vector<typename L::Real>* wei
 template <typename L, typename Real = typename L::Real>
 inline void gather_weighted_sum(const Vector<Real>* weights, const int32_t* slots, int64_t count,
                                 const PackedRows<L>& rows, Vector<Real>* acc) {
-  for_register_blocks(rows.vectors_per_row, [&](int64_t first, auto size) VICINAL_INLINE {
+  for_register_blocks<L>(rows.vectors_per_row, [&](int64_t first, auto size) VICINAL_INLINE {
     const PackedRows<L> columns = rows.columns_from(first);
-    Vector<Real> sums[2][size];  // two independent chains hide the latency of additions
-    static_for<size>([&](auto j) VICINAL_INLINE {
-      sums[0][j] = acc[first + j];
-      sums[1][j] = Vector<Real>{};
-    });
+    constexpr int chains = size < 8 ? 2 : 1;  // eight sums at once hide the latency of additions
+    Vector<Real> sums[chains][size]{};
+    static_for<size>([&](auto j) VICINAL_INLINE { sums[0][j] = acc[first + j]; });
     const auto add = [&](Vector<Real> weight, auto key, const Vector<Real>* row) VICINAL_INLINE {
-      static_for<size>([&](auto j) VICINAL_INLINE { sums[key % 2][j] += weight * row[j]; });
+      static_for<size>([&](auto j) VICINAL_INLINE { sums[key % chains][j] += weight * row[j]; });
     };
     for_weighted_rows<L>(weights, slots, count, columns, add);
-    static_for<size>([&](auto j) VICINAL_INLINE { acc[first + j] = sums[0][j] + sums[1][j]; });
+    static_for<size>([&](auto j) VICINAL_INLINE {
+      acc[first + j] = chains > 1 ? sums[0][j] + sums[chains - 1][j] : sums[0][j];
+    });
   });
 }
 
@@ -98,7 +104,7 @@ inline void gather_weighted_sum(const Vector<Real>* weights, const int32_t* slot
 template <typename L, typename Real = typename L::Real>
 inline void scatter_add_outer(const Vector<Real>* weights, const int32_t* slots, int64_t count,
                               const Vector<Real>* vector, const PackedRows<L>& rows) {
-  for_register_blocks(rows.vectors_per_row, [&](int64_t first, auto size) VICINAL_INLINE {
+  for_register_blocks<L>(rows.vectors_per_row, [&](int64_t first, auto size) VICINAL_INLINE {
     const PackedRows<L> columns = rows.columns_from(first);
     Vector<Real> channels[size];
     static_for<size>([&](auto j) VICINAL_INLINE { channels[j] = vector[first + j]; });

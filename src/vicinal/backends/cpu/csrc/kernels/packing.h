@@ -20,6 +20,18 @@ struct PackedLayout {
   }
 };
 
+// The most bytes of a packed row of several heads. Of longer rows, the keys of the queries that are
+// processed together (kQueryBlock) would not fit in L1.
+constexpr int64_t kRowBytes = 256;
+
+// A fully unrolled loop: calls body with the compile-time constants 0, 1, ..., count - 1.
+template <int count, typename Body>
+VICINAL_INLINE inline void static_for(const Body& body) {
+  [&]<int... i>(std::integer_sequence<int, i...>) VICINAL_INLINE {
+    (body(std::integral_constant<int, i>()), ...);
+  }(std::make_integer_sequence<int, count>());
+}
+
 // A matrix of packed rows: [slots, vectors_per_row].
 template <typename L>
 struct PackedRows {
@@ -50,12 +62,46 @@ VICINAL_INLINE inline void prefetch(const Rows& rows, int64_t id, int64_t head) 
       __builtin_prefetch(row + byte, 0, 2);
 }
 
+// to[kHeads * i + g] = scale * from[g * stride + i] for i < kLanes: interleaves a vector per head.
+template <typename L, typename Real = typename L::Real>
+VICINAL_INLINE inline void pack_vectors(const Real* from, int64_t stride, Real scale,
+                                        Vector<Real>* to) {
+  typedef Real Unaligned
+      __attribute__((vector_size(VICINAL_BYTES), aligned(sizeof(Real)), may_alias));
+  constexpr auto low = [](int lane) { return lane / 2 + lane % 2 * L::kLanes; };
+  constexpr auto high = [](int lane) { return (L::kLanes + lane) / 2 + lane % 2 * L::kLanes; };
+  const auto load = [&](int g) {
+    return Vector<Real>(*reinterpret_cast<const Unaligned*>(from + g * stride)) * scale;
+  };
+  if constexpr (L::kHeads == 1) {
+    to[0] = load(0);
+  } else if constexpr (L::kHeads == 2) {
+    const Vector<Real> a = load(0), b = load(1);
+    to[0] = shuffle<Real, low>(a, b);
+    to[1] = shuffle<Real, high>(a, b);
+  } else {
+    const Vector<Real> a = load(0), b = load(1), c = load(2), d = load(3);
+    const Vector<Real> ac[] = {shuffle<Real, low>(a, c), shuffle<Real, high>(a, c)};
+    const Vector<Real> bd[] = {shuffle<Real, low>(b, d), shuffle<Real, high>(b, d)};
+    static_for<4>([&](auto i) VICINAL_INLINE {
+      to[i] = i % 2 ? shuffle<Real, high>(ac[i / 2], bd[i / 2])
+                    : shuffle<Real, low>(ac[i / 2], bd[i / 2]);
+    });
+  }
+}
+
 template <typename L, typename T>
 inline void pack_row_as(const Rows& rows, int64_t id, int64_t head, typename L::Real scale,
                         Vector<typename L::Real>* packed) {
   using Real = typename L::Real;
   const T* __restrict from = row_ptr<T>(rows, id, head);
   const int64_t width = rows.width, stride = rows.head_stride;
+  if constexpr (std::is_same_v<T, Real>)
+    if (width % L::kLanes == 0) {
+      for (int64_t c = 0; c < width; c += L::kLanes)
+        pack_vectors<L>(from + c, stride, scale, packed + c / L::kLanes * L::kHeads);
+      return;
+    }
   Real* __restrict to = reinterpret_cast<Real*>(packed);
   for (int64_t c = 0; c < width; ++c)
     for (int g = 0; g < L::kHeads; ++g) to[c * L::kHeads + g] = Real(from[g * stride + c]) * scale;
@@ -115,14 +161,6 @@ inline void add_row(const Vector<typename L::Real>* packed, const Rows& rows, in
   using Real = typename L::Real;
   if (overwrite) for_unpacked<L, Real>(packed, rows, id, head, [](Real& to, Real x) { to = x; });
   else for_unpacked<L, Real>(packed, rows, id, head, [](Real& to, Real x) { to += x; });
-}
-
-// A fully unrolled loop: calls body with the compile-time constants 0, 1, ..., count - 1.
-template <int count, typename Body>
-VICINAL_INLINE inline void static_for(const Body& body) {
-  [&]<int... i>(std::integer_sequence<int, i...>) VICINAL_INLINE {
-    (body(std::integral_constant<int, i>()), ...);
-  }(std::make_integer_sequence<int, count>());
 }
 
 constexpr int log2_of(int x) { return x > 1 ? 1 + log2_of(x / 2) : 0; }

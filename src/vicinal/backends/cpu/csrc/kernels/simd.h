@@ -92,16 +92,16 @@ constexpr Real inverse_factorial(int n) {
 template <typename Real>
 VICINAL_INLINE inline Vector<Real> exponential(Vector<Real> x) {
   using S = Simd<Real>;
-  const Vector<Real> shifted = x * Real(1.44269504088896340736) + S::round_magic;
-  const Vector<Real> n = shifted - S::round_magic;
+  constexpr Real magic = S::round_magic + S::exponent_bias;  // the low bits get n plus the bias
+  const Vector<Real> shifted = x * Real(1.44269504088896340736) + magic;
+  const Vector<Real> n = shifted - magic;
   const Vector<Real> r = (x - n * S::ln2_high) - n * S::ln2_low;
   Vector<Real> series = Vector<Real>{} + inverse_factorial<Real>(S::exp_terms);
 #pragma GCC unroll 13
   for (int term = S::exp_terms - 1; term >= 0; --term)
     series = series * r + inverse_factorial<Real>(term);
-  const auto scaled =
-      (Vector<Real>)((Words<Real>)series + ((Words<Real>)shifted << S::mantissa_bits));
-  return x >= S::exp_min ? scaled : x < S::exp_min ? Vector<Real>{} : x;
+  const auto power = (Vector<Real>)((Words<Real>)shifted << S::mantissa_bits);
+  return x < S::exp_min ? Vector<Real>{} : series * power;
 }
 
 // log(x) for finite x of at least 1. Range reduction to log(x) = n * log(2) + log(m) with m from
