@@ -18,8 +18,10 @@ from benchmarks.kernels import CASES, usages
 
 plain, *others = CASES
 architecture, everything = sys.argv[1:]
-# The fastest loop and the widest heads, which use most; for one GPU balls with a bias as well.
-few = [plain, *(x for x in others if x.width == 256 or (x.balls and architecture == "90"))]
+# The fastest loop and the widest heads; for one GPU these in float32, and balls with a bias.
+few = [plain, *(x for x in others if x.width == 256 and x.dtype == plain.dtype)]
+if architecture == "90":
+    few += [x for x in others if x.balls or (x.width == 256 and x not in few)]
 for case in CASES if everything else few:
     for usage in usages(case, int(architecture), loops=False):
         print(json.dumps([str(case.dtype), case.width, {**usage, "bias": case.bias}]))
