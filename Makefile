@@ -32,7 +32,7 @@ help:
 demo: .venv/ready
 	$(BIN)/python -m examples.detect_digits
 
-# What pytest makes of the assertions stays for the next run, whatever the environment says.
+# Keeps pytest's rewritten modules for the next run, even where PYTHONDONTWRITEBYTECODE is set.
 test: .venv/ready
 	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n auto --dist worksteal
 

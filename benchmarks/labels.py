@@ -2,8 +2,8 @@
 
 All have about as many parameters as `PointUNet`, and train for the same time on the same scenes:
 some steps are timed, then each network trains for as many as fit into ``--seconds``, from new
-parameters. Their mean intersection over union (mIoU) is that of scenes that they were not trained
-on. Besides the networks of `examples.label_points`:
+parameters, with the learning rate of `PointUNet`. Their mean intersection over union (mIoU) is that
+of scenes that they were not trained on. Besides the networks of `examples.label_points`:
 
 ``spconv``: a U-Net of submanifold convolutions. ``azimuth``, for hits: `PointUNet` whose attention
 is to 512 hits in the order of azimuth; ``azimuth_equal_pairs``: to as many hits as lie in the
@@ -39,8 +39,9 @@ class Result(NamedTuple):
     """One run.
 
     Attributes:
-        seconds: of a step, the median.
+        seconds: of a step, the median of a few.
         steps: of training.
+        trained: how long these steps took, in seconds.
     """
 
     network: str
@@ -48,6 +49,7 @@ class Result(NamedTuple):
     parameters: int
     seconds: float
     steps: int
+    trained: float
     miou: float
     accuracy: float
 
@@ -146,10 +148,11 @@ def study(arguments: argparse.Namespace) -> Iterator[Result]:
             model = make_model(task, network, seed)
             config = Config(steps, task.batch, seed, learning_rate=task.learning_rate)
             folder = arguments.out / f"{arguments.data}-{network}-{seed}"
-            train(model.train(), for_training, config, folder, save_every=steps)
+            history = train(model.train(), for_training, config, folder, save_every=steps)
+            trained = steps * sum(history.seconds.values())
             found = test(model, for_test, arguments.tests or task.n_tests)
             size = count_parameters(model)
-            yield Result(network, seed, size, seconds, steps, found.miou, found.accuracy)
+            yield Result(network, seed, size, seconds, steps, trained, found.miou, found.accuracy)
 
 
 def report(results: list[Result]) -> str:
@@ -157,11 +160,12 @@ def report(results: list[Result]) -> str:
     rows = [
         (
             *(run.network, str(run.seed), f"{run.parameters:,}", f"{run.seconds:.2f}"),
-            *(str(run.steps), f"{run.miou:.3f}", f"{run.accuracy:.3f}"),
+            *(str(run.steps), f"{run.trained:.0f}", f"{run.miou:.3f}", f"{run.accuracy:.3f}"),
         )
         for run in results
     ]
-    return table(("network", "seed", "parameters", "s a step", "steps", "mIoU", "accuracy"), rows)
+    names = "network", "seed", "parameters", "s a step", "steps", "trained, s", "mIoU", "accuracy"
+    return table(names, rows)
 
 
 def main() -> None:

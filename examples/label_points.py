@@ -102,7 +102,7 @@ def _metadata(arguments: argparse.Namespace) -> dict[str, str]:
     metadata = {"data": arguments.data, "attention": arguments.attention}
     if arguments.folder is not None:
         metadata["cell_size"] = str(arguments.cell_size)
-        metadata["FOLDER"] = str(arguments.folder.resolve())
+        metadata["FOLDER"] = str(arguments.folder.absolute())
     return metadata
 
 

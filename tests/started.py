@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import os
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
+from multiprocessing import forkserver
 from typing import TYPE_CHECKING
 from unittest import mock
 
 from torch.multiprocessing.spawn import start_processes
 
 from examples.training import processes
+
+ENVIRONMENT = dict(os.environ)  # before any test changes it
 
 if TYPE_CHECKING:
     from multiprocessing.context import ForkServerContext, SpawnContext
@@ -32,23 +36,31 @@ HEAVY = (
 def light_context() -> ForkServerContext | SpawnContext:
     """Starts processes by forking one that has imported much and has run nothing.
 
-    They have the environment variables of the first of them. Where forking is not safe, each
-    process imports everything itself.
+    They have the environment variables that the tests were started with. Where forking is not safe,
+    each process imports everything itself.
     """
     if sys.platform != "linux":
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*HEAVY])
+    with mock.patch.dict(os.environ, ENVIRONMENT, clear=True):
+        forkserver.ensure_running()
     return context
 
 
-def run_light(function: Callable[..., None], *arguments: object) -> int:
-    """The exit status of a process that calls a function of a module."""
+def run_light(function: Callable[..., None], *arguments: object, timeout: float = 300) -> int:
+    """The exit status of a process that calls a function of a module.
+
+    After ``timeout`` seconds it is killed, and the test fails.
+    """
     process = light_context().Process(target=function, args=arguments)
     process.start()
-    process.join()
+    process.join(timeout)
     status: int | None = process.exitcode
-    assert status is not None
+    if status is None:
+        process.kill()
+        process.join()
+    assert status is not None, f"{function.__name__} did not end in {timeout} seconds"
     return status
 
 

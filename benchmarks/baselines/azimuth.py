@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vicinal import FeaturePyramid, RotaryEncoding, Window, plan_neighborhoods
 
-CHUNK = 256  # queries that share their keys
+CHUNKS = 32, 256  # the fewest and the most queries that share their keys
 
 
 class Chunks(NamedTuple):
@@ -47,7 +47,8 @@ class AzimuthAttention(nn.Module):
         n_heads: number of heads.
         axis: the azimuth, which is periodic.
         position_dim: number of spatial dimensions.
-        window: number of hits; or a neighborhood, for as many hits as it holds on average.
+        window: number of hits; or a neighborhood, for as many hits as it holds on average in the
+            first events that a plan is made for.
     """
 
     def __init__(
@@ -73,14 +74,12 @@ class AzimuthAttention(nn.Module):
         levels: Tensor | None = None,
     ) -> Chunks:
         """The chunks of all events; layers share them."""
-        azimuth, window = positions[:, self.axis], self.window
-        if not isinstance(window, int):
-            counts = plan_neighborhoods(positions, offsets, pyramid, [window]).counts()
-            window = round(float(counts.double().mean()))
+        if not isinstance(self.window, int):
+            counts = plan_neighborhoods(positions, offsets, pyramid, [self.window]).counts()
+            self.window = round(float(counts.double().mean()))
+        azimuth, half = positions[:, self.axis], max(self.window // 2, 1)
         events = [
-            _chunks_of_event(
-                start + torch.argsort(azimuth[start:stop], stable=True), max(window // 2, 1)
-            )
+            _chunks_of_event(start + torch.argsort(azimuth[start:stop], stable=True), half)
             for start, stop in itertools.pairwise(offsets.tolist())
             if stop > start
         ]
@@ -104,10 +103,16 @@ class AzimuthAttention(nn.Module):
         level = positions.new_zeros(len(positions), 1)
         coordinates = torch.cat((positions, level), 1)
         q = self.pos_encoding(q, coordinates)[plan.queries]
-        moved = coordinates[plan.keys]
-        moved[..., self.axis] += plan.turns * pyramid.level_shapes[0][self.axis]
-        k = self.pos_encoding(k[plan.keys].flatten(0, 1), moved.flatten(0, 1))
-        k = k.unflatten(0, plan.keys.shape)
+        moved = plan.turns.nonzero(as_tuple=True)  # the few keys around the seam
+        rows = plan.keys[moved]
+        shift = plan.turns[moved] * pyramid.level_shapes[0][self.axis]
+        there = coordinates[rows].index_add(
+            1,
+            coordinates.new_tensor([self.axis], dtype=torch.int64),
+            shift[:, None].to(coordinates),
+        )
+        keys = self.pos_encoding(k, coordinates)[plan.keys]
+        k = keys.index_put(moved, self.pos_encoding(k[rows], there))
         attended = F.scaled_dot_product_attention(
             q.transpose(1, 2), k.transpose(1, 2), v[plan.keys].transpose(1, 2), attn_mask=plan.mask
         )
@@ -120,10 +125,11 @@ class AzimuthAttention(nn.Module):
 def _chunks_of_event(order: Tensor, half: int) -> Chunks:
     """The chunks of one event, whose rows are in ``order``."""
     n = len(order)
+    size = min(max(half // 2, CHUNKS[0]), CHUNKS[1])  # then a fifth of the pairs is masked
     half = min(half, (n - 1) // 2)
-    first = torch.arange(0, n, CHUNK, device=order.device)[:, None]
-    rank = first + torch.arange(CHUNK, device=order.device)
-    key_rank = first - half + torch.arange(CHUNK + 2 * half, device=order.device)
+    first = torch.arange(0, n, size, device=order.device)[:, None]
+    rank = first + torch.arange(size, device=order.device)
+    key_rank = first - half + torch.arange(size + 2 * half, device=order.device)
     mask = (key_rank[:, None, :] - rank[:, :, None]).abs() <= half
     turns = key_rank.div(n, rounding_mode="floor")
     # Queries beyond the event are those of its beginning, moved by a turn; they are left out.

@@ -16,7 +16,7 @@ from vicinal import voxelize
 
 Source = tuple[Path, ...]  # a file of points, and that of their labels where it is another
 HELD_OUT = 5  # one part in this many is for the test
-REMEMBERED = 5_000_000  # points that a reader keeps in memory
+REMEMBERED = 5_000_000  # points that a reader keeps in memory, some 30 bytes each
 MULTIPLE = 32  # grids are so many cells large, or a multiple: a multiple of all strides of a task
 
 

@@ -415,7 +415,10 @@ def check_instruction_set() -> None:
     """For subprocesses: every feature at once, forward and backward, in float64 and float32."""
     scene = scene_2d(n_queries=40, n_points=200)
     plan = scene.plan()
-    for heads, width, value_width in ((2, 6, 5), (2, 40, 33), (8, 6, 7)):
+    for heads, width, value_width in (
+        *((2, 6, 5), (2, 40, 33), (8, 6, 7)),
+        *((4, 16, 16), (2, 32, 24), (4, 8, 16)),  # rows of whole vectors, of one head to four
+    ):
         inputs = make_inputs(
             plan,
             heads=heads,

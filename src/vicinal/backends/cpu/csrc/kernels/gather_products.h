@@ -17,6 +17,7 @@ constexpr int kKeyUnroll = L::kLanesPerHead > 8 ? L::kLanesPerHead : 8;
 template <int keys, typename L, typename Body>
 VICINAL_INLINE inline void for_gathered_rows(const PackedRows<L>& rows, const int32_t* slots,
                                              const Body& body) {
+  static_assert(keys % 2 == 0);
   constexpr int first = std::endian::native == std::endian::little ? 0 : 32;
   static_for<keys / 2>([&](auto pair) VICINAL_INLINE {
     uint64_t both;
@@ -29,7 +30,7 @@ VICINAL_INLINE inline void for_gathered_rows(const PackedRows<L>& rows, const in
 }
 
 // The most vectors of a row that are kept in registers, beside partial sums of kLanesPerHead keys:
-// both fit in 16 registers.
+// both fit in the registers, of which there are 16, or 32 of 64 bytes.
 template <typename L>
 constexpr int kRegisterBlock = L::kLanesPerHead > 4 ? 4 : 8;
 
