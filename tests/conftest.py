@@ -24,9 +24,11 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("vicinal")
 
-# Parallel workers would compete for the processors; tests of threads set their number.
+# Parallel workers, and the processes that they start, would compete for the processors; tests of
+# threads set their number.
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 # Of the interpreter of Triton 3.6 and a NumPy that it was not written for.

@@ -36,14 +36,15 @@ HEAVY = (
 def light_context() -> ForkServerContext | SpawnContext:
     """Starts processes by forking one that has imported much and has run nothing.
 
-    They have the environment variables that the tests were started with. Where forking is not safe,
-    each process imports everything itself.
+    They have one thread, and the environment variables that the tests were started with. Where
+    forking is not safe, each process imports everything itself.
     """
     if sys.platform != "linux":
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*HEAVY])
-    with mock.patch.dict(os.environ, ENVIRONMENT, clear=True):
+    environment = {**ENVIRONMENT, "OMP_NUM_THREADS": "1"}
+    with mock.patch.dict(os.environ, environment, clear=True):
         forkserver.ensure_running()
     return context
 
