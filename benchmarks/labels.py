@@ -59,11 +59,8 @@ def spconv_net(task: Task) -> nn.Module:
     strides = PointUNet(task.channels, len(task.classes), **task.net).strides
     dims, depths = task.net["embed_dims"], task.net["depths"]
     if max(strides[0]) > 1:  # the stem sees the finest cells
-        strides, dims, depths = (
-            ((1,) * len(strides[0]), *strides),
-            (dims[0], *dims),
-            (0, *depths),
-        )
+        finest = (1,) * len(strides[0])
+        strides, dims, depths = (finest, *strides), (dims[0], *dims), (0, *depths)
 
     def scaled(share: int) -> SubmanifoldUNet:
         widths = [max(width * share // 64, 4) for width in dims]

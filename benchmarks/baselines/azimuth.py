@@ -47,7 +47,7 @@ class AzimuthAttention(nn.Module):
         n_heads: number of heads.
         axis: the azimuth, which is periodic.
         position_dim: number of spatial dimensions.
-        window: number of hits; or a neighborhood, for as many hits as it holds on average in the
+        window: number of other hits; or a neighborhood, for as many as it holds on average in the
             first events that a plan is made for.
     """
 
@@ -76,7 +76,7 @@ class AzimuthAttention(nn.Module):
         """The chunks of all events; layers share them."""
         if not isinstance(self.window, int):
             counts = plan_neighborhoods(positions, offsets, pyramid, [self.window]).counts()
-            self.window = round(float(counts.double().mean()))
+            self.window = round(float(counts.double().mean())) - 1  # others
         azimuth, half = positions[:, self.axis], max(self.window // 2, 1)
         events = [
             _chunks_of_event(start + torch.argsort(azimuth[start:stop], stable=True), half)

@@ -66,7 +66,7 @@ def check_resumable(parser: argparse.ArgumentParser, folder: Path, **options: st
     except CheckpointError as problem:
         parser.error(f"argument --resume: {problem}")
     for name, given in options.items():
-        trained = state["metadata"].get(name, given)  # earlier runs did not say everything
+        trained = state["metadata"].get(name)
         if trained != given:
             argument = name if name.isupper() else "--" + name.replace("_", "-")
             expected = f"expected {trained}, as the run in {folder}, got {given}"
