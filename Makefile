@@ -71,10 +71,10 @@ lint: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-docs: .venv/docs-ready
+docs: .venv/ready
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
-docs-serve: .venv/docs-ready
+docs-serve: .venv/ready
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve
 
 # Where Python has what they need, PYTHON=... ENVIRONMENT= runs these without making .venv.
@@ -119,7 +119,7 @@ bench-compare: .venv/ready
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch setuptools
 	VICINAL_REQUIRE_KERNEL=1 $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
-		--no-build-isolation --editable ".[demo,dev,frameworks,interop]"
+		--no-build-isolation --editable ".[demo,dev,docs,frameworks,interop]"
 	touch $@
 
 # natten is built here, against the installed torch; with a visible GPU it would compile its CUDA
@@ -127,11 +127,6 @@ bench-compare: .venv/ready
 .venv/bench-ready: .venv/ready
 	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pip install --quiet --disable-pip-version-check \
 		-c constraints.txt --no-build-isolation --editable ".[bench]"
-	touch $@
-
-.venv/docs-ready: .venv/ready
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
-		--no-build-isolation --editable ".[docs]"
 	touch $@
 
 clean:

@@ -12,6 +12,8 @@
 
 // For functions that are fast, or have an effect at all, only when inlined into their caller.
 #define VICINAL_INLINE __attribute__((always_inline))
+// For long functions with many callers: a copy in each would double the time to compile.
+#define VICINAL_NOINLINE __attribute__((noinline))
 
 namespace vicinal {
 

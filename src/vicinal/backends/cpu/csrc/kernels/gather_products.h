@@ -45,8 +45,8 @@ VICINAL_INLINE inline void for_register_blocks(int64_t vectors, const Body& body
 
 // out[key, head] = dot(rows[slots[key]], vector), over channels.
 template <typename L, typename Real = typename L::Real>
-inline void gather_dot(const PackedRows<L>& rows, const int32_t* slots, int64_t count,
-                       const Vector<Real>* vector, Vector<Real>* out) {
+VICINAL_NOINLINE void gather_dot(const PackedRows<L>& rows, const int32_t* slots, int64_t count,
+                                 const Vector<Real>* vector, Vector<Real>* out) {
   constexpr int kKeys = L::kLanesPerHead;
   if (rows.vectors_per_row == 0) std::fill_n(out, count / kKeys, Vector<Real>{});
   for_register_blocks<L>(rows.vectors_per_row, [&](int64_t first, auto size) VICINAL_INLINE {
@@ -84,8 +84,9 @@ VICINAL_INLINE inline void for_weighted_rows(const Vector<typename L::Real>* wei
 
 // acc += sum over keys of weights[key] * rows[slots[key]]; acc: [vectors_per_row].
 template <typename L, typename Real = typename L::Real>
-inline void gather_weighted_sum(const Vector<Real>* weights, const int32_t* slots, int64_t count,
-                                const PackedRows<L>& rows, Vector<Real>* acc) {
+VICINAL_NOINLINE void gather_weighted_sum(const Vector<Real>* weights, const int32_t* slots,
+                                          int64_t count, const PackedRows<L>& rows,
+                                          Vector<Real>* acc) {
   for_register_blocks<L>(rows.vectors_per_row, [&](int64_t first, auto size) VICINAL_INLINE {
     const PackedRows<L> columns = rows.columns_from(first);
     constexpr int chains = size < 8 ? 2 : 1;  // eight sums at once hide the latency of additions
@@ -103,8 +104,9 @@ inline void gather_weighted_sum(const Vector<Real>* weights, const int32_t* slot
 
 // rows[slots[key]] += weights[key] * vector for every key; vector: [vectors_per_row].
 template <typename L, typename Real = typename L::Real>
-inline void scatter_add_outer(const Vector<Real>* weights, const int32_t* slots, int64_t count,
-                              const Vector<Real>* vector, const PackedRows<L>& rows) {
+VICINAL_NOINLINE void scatter_add_outer(const Vector<Real>* weights, const int32_t* slots,
+                                        int64_t count, const Vector<Real>* vector,
+                                        const PackedRows<L>& rows) {
   for_register_blocks<L>(rows.vectors_per_row, [&](int64_t first, auto size) VICINAL_INLINE {
     const PackedRows<L> columns = rows.columns_from(first);
     Vector<Real> channels[size];

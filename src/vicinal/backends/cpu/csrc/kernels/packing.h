@@ -111,8 +111,8 @@ inline void pack_row_as(const Rows& rows, int64_t id, int64_t head, typename L::
 
 // packed = scale * rows[id, head : head + kHeads], zero-padded.
 template <typename L>
-inline void pack_row(const Rows& rows, int64_t id, int64_t head, double scale,
-                     Vector<typename L::Real>* packed) {
+VICINAL_NOINLINE void pack_row(const Rows& rows, int64_t id, int64_t head, double scale,
+                               Vector<typename L::Real>* packed) {
   dispatch_dtype(rows.dtype, [&](auto type) {
     pack_row_as<L, decltype(type)>(rows, id, head, scale, packed);
   });
@@ -120,8 +120,8 @@ inline void pack_row(const Rows& rows, int64_t id, int64_t head, double scale,
 
 // Gathers and packs rows: packed[i] = rows[ids[i], head : head + kHeads], for i < count.
 template <typename L>
-inline void pack_rows(const Rows& rows, const int32_t* ids, int64_t count, int64_t head,
-                      Vector<typename L::Real>* packed) {
+VICINAL_NOINLINE void pack_rows(const Rows& rows, const int32_t* ids, int64_t count, int64_t head,
+                                Vector<typename L::Real>* packed) {
   dispatch_dtype(rows.dtype, [&](auto type) {
     const Rows local = rows;  // a copy, which cannot alias the stores
     const int64_t vectors = L::vectors_per_row(local.width);
@@ -143,8 +143,8 @@ inline void for_unpacked(const Vector<typename L::Real>* packed, const Rows& row
 
 // rows[id, head : head + kHeads] = scale * packed.
 template <typename L>
-inline void unpack_row(const Vector<typename L::Real>* packed, double scale, const Rows& rows,
-                       int64_t id, int64_t head) {
+VICINAL_NOINLINE void unpack_row(const Vector<typename L::Real>* packed, double scale,
+                                 const Rows& rows, int64_t id, int64_t head) {
   using Real = typename L::Real;
   dispatch_dtype(rows.dtype, [&](auto type) {
     using T = decltype(type);
@@ -156,8 +156,8 @@ inline void unpack_row(const Vector<typename L::Real>* packed, double scale, con
 // rows[id, head : head + kHeads] += packed, for rows of the accumulator dtype; `overwrite` assigns
 // instead, which initializes the row.
 template <typename L>
-inline void add_row(const Vector<typename L::Real>* packed, const Rows& rows, int64_t id,
-                    int64_t head, bool overwrite = false) {
+VICINAL_NOINLINE void add_row(const Vector<typename L::Real>* packed, const Rows& rows, int64_t id,
+                              int64_t head, bool overwrite = false) {
   using Real = typename L::Real;
   if (overwrite) for_unpacked<L, Real>(packed, rows, id, head, [](Real& to, Real x) { to = x; });
   else for_unpacked<L, Real>(packed, rows, id, head, [](Real& to, Real x) { to += x; });
