@@ -63,8 +63,9 @@ test-torch:
 		-c .venv-torch-$*/constraints.txt torch 'setuptools>=77' wheel
 	touch $@
 
+# Waiting threads sleep: spinning would make it ten times slower on a machine with other load.
 soak: .venv/ready
-	PYTHONPATH=tests $(BIN)/python -m tests.soak --size $(SIZE)
+	OMP_WAIT_POLICY=passive PYTHONPATH=tests $(BIN)/python -m tests.soak --size $(SIZE)
 
 lint: .venv/ready
 	$(BIN)/ruff check .
