@@ -40,9 +40,8 @@ def sample(
     on every run.
 
     Args:
-        table: floating ``[M + empty, H, d]``, the values of the index's M cells, then those of
-            empty cells, also beyond the map: ``B * L`` rows by image and level, or one row of
-            zeros.
+        table: floating ``[M, H, d]``, the values of the index's M cells, or ``[M + B * L, H, d]``,
+            then those of empty cells, also beyond the map, by image and level; default zero.
         index: the occupied cells.
         images: int64 ``[N]``, the image of every query, in [0, B).
         locations: floating ``[N, H, L, K, P]``, in cells of each level.
@@ -96,9 +95,10 @@ class _Sample(torch.autograd.Function):
         table: Tensor, index: CellIndex, images: Tensor, locations: Tensor, weights: Tensor
     ) -> tuple[Tensor]:
         out = table.new_empty(len(locations), *table.shape[1:])
+        rows = _rows(table, index)
         for chunk in _chunks(locations):
             corners = _corners(table, index, images[chunk], locations[chunk], weights[chunk])
-            out[chunk] = _sum(table.flatten(0, 1), corners).view_as(out[chunk])
+            out[chunk] = _sum(rows, corners).view_as(out[chunk])
         return (out,)
 
     @staticmethod
@@ -128,22 +128,22 @@ class _Gradients(torch.autograd.Function):
     def forward(
         grad: Tensor, table: Tensor, index: CellIndex, images: Tensor, *given: Tensor
     ) -> tuple[Tensor, ...]:
-        table = table.detach()
-        grad_table = torch.zeros_like(table).flatten(0, 1)
+        rows = _rows(table.detach(), index)
+        grad_rows = torch.zeros_like(rows)
         grad_given = [torch.empty_like(x) for x in given]
         for chunk in _chunks(given[0]):
             part = grad[chunk].flatten(0, 1)
             with torch.enable_grad():
                 leaves = [x[chunk].detach().requires_grad_() for x in given]
                 corners = _corners(table, index, images[chunk], *leaves)
-                if len(table) == index.n_cells + 1 and has_contents(table):
-                    corners = _first_rows(corners, table[:-1, :, 0].numel())
-                out = _sum(table.flatten(0, 1), corners)
+                if not _has_background(table, index) and has_contents(table):
+                    corners = _first_rows(corners, table[:, :, 0].numel())
+                out = _sum(rows, corners)
             parts = torch.autograd.grad(out, leaves, part)
             for whole, grad_leaf in zip(grad_given, parts, strict=True):
                 whole[chunk] = grad_leaf
-            grad_table += _sum_transposed(corners, part, len(grad_table))
-        return grad_table.view_as(table), *grad_given
+            grad_rows += _sum_transposed(corners, part, len(grad_rows))
+        return grad_rows[: table[:, :, 0].numel()].view_as(table), *grad_given
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -165,16 +165,27 @@ def _chunks(locations: Tensor) -> Iterator[slice]:
     return (slice(start, start + size) for start in range(0, n, size))
 
 
+def _has_background(table: Tensor, index: CellIndex) -> bool:
+    """Whether the table has values of empty cells."""
+    return len(table) > index.n_cells
+
+
+def _rows(table: Tensor, index: CellIndex) -> Tensor:
+    """The flat table; without values of empty cells followed by a row of zeros for each head."""
+    padding = 0 if _has_background(table, index) else 1
+    return F.pad(table, (0, 0, 0, 0, 0, padding)).flatten(0, 1)
+
+
 def _corners(
     table: Tensor, index: CellIndex, images: Tensor, locations: Tensor, weights: Tensor
 ) -> _Corners:
-    """The corners of ``locations`` in the flat table."""
+    """The corners of ``locations`` in `_rows`."""
     n, heads, n_levels, _ = weights.shape
     cells, factors = _around(index, images, locations, weights)
-    if len(table) > index.n_cells + 1:
+    if _has_background(table, index):
         empty = index.n_cells + images[:, None] * n_levels + _levels(weights)
         cells = torch.where(cells == index.n_cells, empty.to(cells.dtype)[:, None, None], cells)
-    numbers = torch.int32 if len(table) * heads < 2**31 else torch.int64
+    numbers = torch.int32 if (len(table) + 1) * heads < 2**31 else torch.int64
     head = torch.arange(heads, device=locations.device, dtype=numbers)[:, None, None]
     rows = cells.to(numbers) * heads + head
     bags = torch.arange(n * heads, device=locations.device, dtype=numbers)

@@ -215,11 +215,9 @@ class SparseDeformableAttention(SparseAttention[CellIndex]):
         return weights.view(-1, self.n_heads, self.n_levels, self.n_points)
 
     def _table(self, index: CellIndex, values: Tensor, background: Tensor | None) -> Tensor:
-        """``[M + empty, H, d]``: the values of the M occupied cells, then those of empty cells."""
+        """The values of the M occupied cells, then those of empty cells if any, see `sample`."""
         table: Tensor = self.value_proj(index.coalesce(values))
-        if background is None:
-            table = F.pad(table, (0, 0, 0, 1))
-        else:
+        if background is not None:
             table = torch.cat((table, self.value_proj(background).flatten(0, 1)))
         table = table.to(torch.promote_types(table.dtype, torch.float32))
         return table.view(-1, self.n_heads, self.embed_dim // self.n_heads)
