@@ -1,19 +1,34 @@
 """Multilinear sampling of sparse maps."""
 
+import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from deformable_scenes import EXACT
-from problems import assert_close, make_scene
+from problems import assert_close, make_scene, opcheck
 from torch import Tensor
 
 from vicinal import FeaturePyramid
 from vicinal._index import sampling
-from vicinal._index.cell_hash import index_cells
+from vicinal._index.cell_hash import CellIndex, index_cells
+from vicinal.backends import reference
 
 
+@pytest.fixture(params=["kernel", "torch"])
+def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU's kernel, then torch's ops, which other devices use."""
+    if request.param == "torch":
+        use_torch(monkeypatch)
+
+
+def use_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling, "choose_backend", lambda *_: reference.BACKEND)
+
+
+@pytest.mark.usefixtures("implementation")
 @pytest.mark.parametrize("background", [False, True])
 def test_gradcheck(background: bool) -> None:
     scene = make_scene(((3, 2), (2, 4)), (1, 1), (2, 1), 8)
@@ -29,6 +44,7 @@ def test_gradcheck(background: bool) -> None:
     assert torch.autograd.gradcheck(sample, (table, locations, weights))
 
 
+@pytest.mark.usefixtures("implementation")
 def test_one_row_of_empty_cells() -> None:
     """One image and one level have one, which is no row of zeros."""
     index = index_cells(FeaturePyramid(torch.zeros(1, 1), torch.tensor([[0, 1, 0]]), ((4,),), 1))
@@ -52,6 +68,7 @@ def sampled_weights() -> tuple[Callable[[Tensor], Tensor], Tensor]:
     return lambda x: sampling.sample(table, index, images, locations, x), weights
 
 
+@pytest.mark.usefixtures("implementation")
 def test_transforms() -> None:
     sample, weights = sampled_weights()
     expected = torch.autograd.functional.jacobian(sample, weights)
@@ -60,6 +77,7 @@ def test_transforms() -> None:
     assert_close(both, torch.stack((sample(weights), sample(2 * weights))), EXACT)
 
 
+@pytest.mark.usefixtures("implementation")
 # Torch itself uses it, when forward mode is first used in a process.
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
 def test_other_derivatives_are_refused() -> None:
@@ -72,6 +90,7 @@ def test_other_derivatives_are_refused() -> None:
         torch.func.jvp(sample, (weights,), (weights,))
 
 
+@pytest.mark.usefixtures("implementation")
 def test_linear_functions_are_interpolated_exactly_in_four_dimensions() -> None:
     shape, dim = (4, 3, 4, 3), 4
     cells = torch.cartesian_prod(*[torch.arange(size) for size in shape])
@@ -85,3 +104,130 @@ def test_linear_functions_are_interpolated_exactly_in_four_dimensions() -> None:
     images = torch.zeros(20, dtype=torch.int64)
     out = sampling.sample(table, index_cells(pyramid), images, locations, weights)
     assert_close(out.flatten(), (locations @ slope).flatten(), EXACT)
+
+
+def random_arguments(
+    dim: int, width: int, background: bool, periodic: bool, dtype: torch.dtype
+) -> tuple[CellIndex, tuple[Tensor, ...]]:
+    """An index, and what `sample` takes besides it: 40 queries on two images of three levels."""
+    generator = torch.Generator().manual_seed(dim)
+    shapes = tuple((size,) * dim for size in (9, 5, 2))
+    cells = torch.randint(0, 9, (120, dim + 2), generator=generator)
+    cells[:, 0] %= 2
+    cells[:, -1] = torch.arange(120) % 3
+    cells[:, 1:-1] %= torch.tensor([9, 5, 2])[cells[:, -1], None]
+    axes = (0,) if periodic else ()
+    pyramid = FeaturePyramid(torch.zeros(120, 1), cells, shapes, 2, periodic_axes=axes)
+    index = index_cells(pyramid)
+    rows = index.n_cells + (6 if background else 0)
+    table = torch.randn(rows, 3, width, dtype=dtype, generator=generator)
+    sizes = 40, 3, 3, 2
+    locations = 16 * torch.rand(*sizes, dim, dtype=dtype, generator=generator) - 3
+    weights = torch.randn(*sizes, dtype=dtype, generator=generator)
+    return index, (table, torch.arange(40) % 2, locations, weights)
+
+
+def sample_with_gradients(index: CellIndex, arguments: tuple[Tensor, ...]) -> list[Tensor]:
+    table, images, locations, weights = arguments
+    leaves = [x.clone().requires_grad_() for x in (table, locations, weights)]
+    out = sampling.sample(leaves[0], index, images, leaves[1], leaves[2])
+    grad = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("periodic", [False, True])
+@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize(("dim", "width"), [(1, 8), (2, 21), (3, 1), (4, 16)])
+def test_the_kernel_agrees_with_torch(
+    dim: int, width: int, background: bool, periodic: bool, dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    index, arguments = random_arguments(dim, width, background, periodic, dtype)
+    found = sample_with_gradients(index, arguments)
+    use_torch(monkeypatch)
+    for actual, expected in zip(found, sample_with_gradients(index, arguments), strict=True):
+        assert_close(actual, expected, EXACT if dtype == torch.float64 else 1e-4)
+
+
+def test_numbers_that_are_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
+    index, (table, images, locations, weights) = random_arguments(2, 4, False, True, torch.float64)
+    locations[0, 0, 0, 0, 1], locations[1, 1, 1, 0, 0] = math.nan, math.inf
+    weights[2, 2, 2, 1], table[3, 1, 2] = math.nan, math.inf
+    found = sample_with_gradients(index, (table, images, locations, weights))
+    use_torch(monkeypatch)
+    expected = sample_with_gradients(index, (table, images, locations, weights))
+    assert torch.equal(found[0].isfinite(), expected[0].isfinite())
+    rows = torch.arange(40) > 2
+    rows &= found[0].isfinite().flatten(1).all(1)
+    assert rows.sum() > 20
+    for actual, wanted in zip((found[0], *found[2:]), (expected[0], *expected[2:]), strict=True):
+        assert_close(actual[rows], wanted[rows], EXACT)
+
+
+def test_any_number_of_threads_gives_the_same_bits(restored_threads: None) -> None:
+    index, arguments = random_arguments(2, 21, True, False, torch.float32)
+    torch.set_num_threads(1)
+    expected = sample_with_gradients(index, arguments)
+    for n_threads in (2, 3, 7):
+        torch.set_num_threads(n_threads)
+        assert all(map(torch.equal, sample_with_gradients(index, arguments), expected))
+
+
+def op_arguments(has_background: bool = True) -> list[Any]:
+    index, (table, images, locations, weights) = random_arguments(2, 4, True, True, torch.float64)
+    table, locations, weights = (x.requires_grad_() for x in (table, locations, weights))
+    return [table, locations, weights, images, *index.lookup_arguments(), has_background]
+
+
+def test_opcheck() -> None:
+    opcheck(torch.ops.vicinal.sample.default, op_arguments())
+
+
+@pytest.mark.parametrize(
+    ("position", "change", "match"),
+    [
+        (0, lambda x: x[:, :2], "table must be"),
+        (0, lambda x: x[:2], "at least 6 rows"),
+        (0, lambda x: x.half(), "table must be Float"),
+        (1, lambda x: x[..., 0], "locations must have 5 dimensions"),
+        (1, lambda x: x.long(), "locations must be Float"),
+        (2, lambda x: x.float(), "weights must be"),
+        (3, lambda x: x[1:], "images must be"),
+        (3, lambda x: x.int(), "images must be"),
+        (4, lambda x: x[1:], "index must have 5 tensors"),
+        (4, lambda x: [x[0][:0], *x[1:]], "an image"),
+        (4, lambda x: [x[0], x[1].t(), *x[2:]], "steps must be"),
+        (4, lambda x: [*x[:2], x[2][1:], *x[3:]], "power of two"),
+        (4, lambda x: [*x[:3], x[3][1:], x[4]], "corners must be"),
+        (5, lambda x: x[1:], "6 sizes"),
+        (6, lambda x: [*x, 0], "2 periods"),
+    ],
+)
+def test_the_op_refuses_arguments(position: int, change: Any, match: str) -> None:
+    arguments = op_arguments()
+    arguments[position] = change(arguments[position])
+    with pytest.raises(RuntimeError, match=match):
+        torch.ops.vicinal.sample(*arguments)
+
+
+def survive_bad_tables(trials: int) -> None:
+    """Runs the kernel with hash tables of random numbers. `tests.soak` does it in a kernel with
+    sanitizers.
+    """
+    for trial in range(trials):
+        torch.manual_seed(trial)
+        arguments = op_arguments(has_background=trial % 2 > 0)
+        bound = 2 ** (8 * (trial % 8))
+        arguments[3] = torch.randint(-bound, bound, arguments[3].shape)
+        arguments[4] = [
+            torch.randint(-bound, bound, x.shape).to(x.dtype) if torch.rand(()) < 0.5 else x
+            for x in arguments[4]
+        ]
+        arguments[1] = arguments[1].detach() * bound
+        out = torch.ops.vicinal.sample(*arguments)
+        torch.ops.vicinal.sample_backward(torch.ones_like(out), *arguments)
+
+
+def test_bad_tables() -> None:
+    survive_bad_tables(24)

@@ -189,6 +189,18 @@ def test_results_are_deterministic(background: bool, restored_threads: None) -> 
         assert_close(left, right, 1e-11)
 
 
+def test_one_compiled_graph() -> None:
+    scene = make_scene(((6, 5), (3, 3)), (1, 1), (9, 4), 20)
+    module, arguments = make_module(scene), make_arguments(scene, background=True)
+    named = {**arguments._asdict(), "plan": module.make_plan(*arguments[1:4])}
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
+    out, expected = compiled(**named), module(**named)
+    assert_close(out, expected, EXACT)
+    pairs = zip(*(gradients(x, module, arguments) for x in (out, expected)), strict=True)
+    for actual, wanted in pairs:
+        assert_close(actual, wanted, EXACT)
+
+
 # -------------------------------------------------------------------------------- attention weights
 
 

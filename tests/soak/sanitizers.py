@@ -18,7 +18,10 @@ SOURCES = ROOT / "src" / "vicinal" / "backends" / "cpu" / "csrc"
 TORCH = Path(torch.__file__).parent
 FLAGS = ["-std=c++20", "-O1", "-g1", "-fno-omit-frame-pointer", "-Wno-psabi"]
 FLAGS += ["-Wno-ignored-attributes", f"-I{TORCH / 'include'}", f"-I{SOURCES}"]
-HOSTILE = "from test_cpu import survive_bad_plans; survive_bad_plans({trials})"
+HOSTILE = (
+    "from test_cpu import survive_bad_plans; survive_bad_plans({trials});"
+    "from test_sampling import survive_bad_tables; survive_bad_tables({trials})"
+)
 
 
 def capabilities() -> list[str]:
@@ -45,7 +48,7 @@ def check_memory(problems: int, instruction_sets: Sequence[str]) -> str:
         package = Path(folder) / "vicinal"
         shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
         _build(package / "backends" / "cpu" / "_cpu.abi3.so", instruction_sets == ["default"])
-        tests = [ROOT, ROOT / "tests", ROOT / "tests" / "backends"]
+        tests = [ROOT, *(ROOT / "tests" / name for name in ("", "backends", "_index"))]
         environment = {
             "PYTHONPATH": os.pathsep.join(map(str, (folder, *tests))),
             "LD_PRELOAD": " ".join(_library(name) for name in ("libasan.so", "libubsan.so")),

@@ -158,6 +158,15 @@ class CellIndex:
         corners: Tensor = self._corners.index_select(0, entry).unflatten(0, key.shape)
         return corners.transpose(2, 3).contiguous()
 
+    def lookup_arguments(self) -> tuple[list[Tensor], list[int], list[int]]:
+        """What `find` looks cells up in, as arguments of an op: tensors, sizes of all levels, and
+        for every axis whether it is periodic.
+        """
+        table = [self._origins, self._steps, self._starts, self._keys, self._corners]
+        sizes = list(itertools.chain.from_iterable(self.level_shapes))
+        axes = range(len(self.level_shapes[0]))
+        return table, sizes, [int(axis in self.periodic_axes) for axis in axes]
+
     def __repr__(self) -> str:
         return (
             f"CellIndex(points={self.n_points}, cells={self.n_cells}, images={self.batch_size}, "

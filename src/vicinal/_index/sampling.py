@@ -1,7 +1,8 @@
 """Deformable sampling: weighted sums of values interpolated between the cells of a sparse pyramid.
 
-It processes a chunk of queries at a time and recomputes the corners of their sampling locations in
-the backward pass, so it stores as much as the locations and their weights take.
+The corners of sampling locations are recomputed in the backward pass, so that it stores as much as
+the locations and their weights take. Where the back end has no kernel for it, torch's ops process a
+chunk of queries at a time.
 """
 
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from .._utils.checks import has_contents
 from .._utils.ragged import starts_from_counts
+from ..backends import choose_backend
 from ..backends.transforms import map_batch
 from .cell_hash import CellIndex
 
@@ -50,6 +52,12 @@ def sample(
     Returns:
         ``[N, H, d]``.
     """
+    native = choose_backend(None, table.device).sample
+    if native is not None:
+        return native(
+            table, locations, weights, images, *index.lookup_arguments(),
+            _has_background(table, index),
+        )  # fmt: skip
     (out,) = _Sample.apply(table, index, images, locations, weights)
     sampled: Tensor = out
     return sampled

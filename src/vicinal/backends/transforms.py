@@ -113,14 +113,15 @@ class _Function(torch.autograd.Function):
 
 def refuse_forward_mode() -> None:
     raise NotImplementedError(
-        "the compiled kernels have no forward-mode formulas; use backend='reference' for "
-        "torch.func.jvp, jacfwd and torch.autograd.forward_ad"
+        "the compiled kernels have no forward-mode formulas; use backend='reference', where there "
+        "is a choice, for torch.func.jvp, jacfwd and torch.autograd.forward_ad"
     )
 
 
 def refuse_double_backward(ctx: Any, *_: Any) -> None:
     raise NotImplementedError(
-        "the compiled kernels are differentiable once; use backend='reference' for higher orders"
+        "the compiled kernels are differentiable once; use backend='reference', where there is a "
+        "choice, for higher orders"
     )
 
 

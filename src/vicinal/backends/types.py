@@ -299,3 +299,5 @@ class Backend(NamedTuple):
     find_query_slices: FindQuerySlices | None = None
     """Where given, plans are made by this op and the next, in few launches."""
     find_point_slices: FindPointSlices | None = None
+    sample: Callable[..., Tensor] | None = None
+    """Deformable sampling, where the back end has a kernel of its own."""

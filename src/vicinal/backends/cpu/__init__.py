@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import chunks, reference
 from ..ops import Ops
 from ..types import Backend, PlanTensors
-from . import library, projection_ops, projections
+from . import library, projection_ops, projections, sampling_ops
 
 
 def _load() -> str | None:
@@ -77,5 +77,11 @@ def instruction_set() -> str | None:
 
 
 BACKEND = Backend(
-    attend, _OPS.rotate, project, _OPS.find_slices, unsupported_reason, install_error=install_error
+    attend,
+    _OPS.rotate,
+    project,
+    _OPS.find_slices,
+    unsupported_reason,
+    install_error=install_error,
+    sample=sampling_ops.sample,
 )

@@ -72,6 +72,7 @@ VICINAL_POP_TARGET
 #endif
 
 #include "attention_arguments.h"
+#include "sampling_arguments.h"
 
 namespace vicinal {
 namespace {
@@ -83,10 +84,11 @@ struct KernelTable {
   void (*attention_forward)(const AttentionParams&, WorkQueue&);
   void (*attention_backward)(const AttentionParams&, BackwardSchedule&);
   void (*rotary)(Dtype, const RotaryParams&, WorkQueue&, bool forward);
+  void (*sample)(const SamplingParams&, WorkQueue&, bool forward);
 };
 
 #define VICINAL_KERNEL_TABLE(isa, bytes) \
-  KernelTable { bytes, isa::attention_forward, isa::attention_backward, isa::rotary }
+  KernelTable { bytes, isa::attention_forward, isa::attention_backward, isa::rotary, isa::sample }
 
 // The widest instruction set that the processor supports and ATEN_CPU_CAPABILITY (the environment
 // variable of ATen's own kernels) allows.
@@ -301,6 +303,41 @@ std::tuple<Tensor, Tensor, Tensor> rotate_backward(Tensor grad_out, Tensor out, 
   return {grad_x, grad_coordinates, sum_parts(grad_frequency_parts, frequencies)};
 }
 
+// ------------------------------------------------------------------------ deformable sampling
+
+Tensor sample(Tensor table, Tensor locations, Tensor weights, Tensor images, Tensors index,
+              Sizes sizes, Sizes periodic, bool has_background) {
+  SamplingArguments arguments(table, locations, weights, images, index, sizes, periodic,
+                              has_background);
+  SamplingParams& p = arguments.params;
+  Tensor out = new_tensor(table, {p.n_queries, p.n_heads, p.width}, table.scalar_type());
+  p.out = out.data_ptr();
+  constexpr int64_t kQueriesPerChunk = 32;
+  run_queue(p.n_queries, kQueriesPerChunk,
+            [&](WorkQueue& queue) { kernels().sample(p, queue, true); });
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> sample_backward(Tensor grad_out, Tensor table, Tensor locations,
+                                                   Tensor weights, Tensor images, Tensors index,
+                                                   Sizes sizes, Sizes periodic,
+                                                   bool has_background) {
+  SamplingArguments arguments(table, locations, weights, images, index, sizes, periodic,
+                              has_background);
+  SamplingParams& p = arguments.params;
+  grad_out = torch::stable::contiguous(grad_out);
+  check_contiguous("grad_out", grad_out, {p.n_queries, p.n_heads, p.width}, table.scalar_type());
+  Tensor grad_table = torch::stable::new_zeros(table, sizes_of(table));
+  Tensor grad_locations = new_tensor_like(locations, locations.scalar_type());
+  Tensor grad_weights = new_tensor_like(weights, weights.scalar_type());
+  p.grad_out = grad_out.data_ptr();
+  p.grad_table = grad_table.data_ptr();
+  p.grad_locations = grad_locations.data_ptr();
+  p.grad_weights = grad_weights.data_ptr();
+  run_queue(p.n_heads, 1, [&](WorkQueue& queue) { kernels().sample(p, queue, false); });
+  return {grad_table, grad_locations, grad_weights};
+}
+
 // ------------------------------------------------------------------------ other ops
 
 std::tuple<Tensor, Tensor> find_slices(Tensor sorted_keys, Tensor query_keys, Tensor traversal,
@@ -375,4 +412,6 @@ STABLE_TORCH_LIBRARY_IMPL(vicinal, CPU, m) {
   m.impl("find_slices", TORCH_BOX(&vicinal::find_slices));
   m.impl("rotate", TORCH_BOX(&vicinal::rotate));
   m.impl("rotate_backward", TORCH_BOX(&vicinal::rotate_backward));
+  m.impl("sample", TORCH_BOX(&vicinal::sample));
+  m.impl("sample_backward", TORCH_BOX(&vicinal::sample_backward));
 }

@@ -143,4 +143,30 @@ struct RotaryParams {
   double* grad_frequency_parts = nullptr;  // [chunks, C, n_pairs]
 };
 
+// See kernels/sampling.h, and vicinal._index.cell_hash.CellIndex for the hash table.
+struct SamplingParams {
+  int64_t n_queries = 0, n_heads = 0, n_levels = 0, n_points = 0, n_axes = 0;  // N, H, L, K, P
+  int64_t width = 0;                                                          // d
+  Dtype dtype = Dtype::float32, place_dtype = Dtype::float32;
+  bool has_background = false;      // the table has rows of empty cells
+  void* table = nullptr;            // [M (+ B * L), H, d]
+  const void* locations = nullptr;  // [N, H, L, K, P], place_dtype
+  const void* weights = nullptr;    // [N, H, L, K]
+  const int64_t* images = nullptr;  // [N]
+  void* out = nullptr;              // [N, H, d]
+  // Backward only.
+  void* grad_out = nullptr;  // [N, H, d]
+  void *grad_table = nullptr, *grad_locations = nullptr, *grad_weights = nullptr;
+  // The hash table.
+  int64_t n_images = 0, n_cells = 0, n_entries = 0;  // B, M
+  int bucket_bits = 0;                // the table has 2^bucket_bits buckets
+  const int64_t* origins = nullptr;   // [B, L], the key of each level's first cell
+  const int64_t* steps = nullptr;     // [P, L], from the key of a cell to that of the next
+  const int32_t* starts = nullptr;    // [buckets], the first entry of each
+  const int64_t* keys = nullptr;      // [entries], of the first corner
+  const int32_t* corners = nullptr;   // [entries, 2^P], cells; M where a cell is empty
+  const int64_t* sizes = nullptr;     // [L, P], of the levels, in cells
+  const int64_t* periodic = nullptr;  // [P], 1 for axes along which the map repeats
+};
+
 }  // namespace vicinal

@@ -11,3 +11,4 @@
 #include "window_cells.h"
 #include "attention.h"
 #include "rotary.h"
+#include "sampling.h"
