@@ -25,7 +25,8 @@ from vicinal.detr import (
 EMBED_DIM = 128
 HEADS = 8
 STRIDES = (2, 4, 8, 16)
-WINDOWS = (5, 5, 5, 5)
+ENCODER_WINDOWS = (5, 5, 5, 5)
+DECODER_WINDOWS = (17, 13, 9, 5)  # of few queries: wide enough for the edges of a digit
 SAMPLES = 4  # of deformable attention, per head and level
 ENCODER_LAYERS = 3
 DECODER_LAYERS = 2
@@ -46,18 +47,21 @@ class DigitDetector(nn.Module):
         super().__init__()
         self.stem = PointStem(1, EMBED_DIM, STRIDES)
 
-        def make_attention() -> nn.Module:
+        def make_attention(windows: tuple[int, ...]) -> nn.Module:
             if attention == "deformable":
                 return SparseDeformableAttention(EMBED_DIM, HEADS, len(STRIDES), SAMPLES)
             return SparseNeighborhoodAttentionBlock(
-                EMBED_DIM, HEADS, len(STRIDES), WINDOWS, bias=True
+                EMBED_DIM, HEADS, len(STRIDES), windows, bias=True
             )
 
         def make_feed_forward() -> FeedForward:
             return FeedForward(EMBED_DIM, 2 * EMBED_DIM)
 
         encoder = Encoder(
-            [EncoderLayer(make_attention(), make_feed_forward()) for _ in range(ENCODER_LAYERS)],
+            [
+                EncoderLayer(make_attention(ENCODER_WINDOWS), make_feed_forward())
+                for _ in range(ENCODER_LAYERS)
+            ],
             EMBED_DIM,
             checkpoint=checkpoint,
         )
@@ -65,7 +69,9 @@ class DigitDetector(nn.Module):
         decoder = Decoder(
             [
                 DecoderLayer(
-                    QuerySelfAttention(EMBED_DIM, HEADS), make_attention(), make_feed_forward()
+                    QuerySelfAttention(EMBED_DIM, HEADS),
+                    make_attention(DECODER_WINDOWS),
+                    make_feed_forward(),
                 )
                 for _ in range(DECODER_LAYERS)
             ],
