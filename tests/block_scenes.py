@@ -110,6 +110,8 @@ def specification(block: Any, scene: Scene, arguments: Arguments) -> Tensor:
     q = rotate(block.q_in_proj(x).unflatten(-1, (HEADS, -1)), positions, levels)
     k, v = project(pyramid.values)
     k = keys_at(k, pyramid.cells, pyramid.levels)
+    if block.rotary_values:
+        v = keys_at(v, pyramid.cells, pyramid.levels)
 
     attended = []
     for i, (image, window) in enumerate(zip(scene.images(), scene.windows(), strict=True)):
@@ -124,8 +126,11 @@ def specification(block: Any, scene: Scene, arguments: Arguments) -> Tensor:
             keys_of_query = torch.cat((keys_of_query, keys_at(keys, cells, level)))
             values = torch.cat((values, cell_values))
         weights = ((q[i] * keys_of_query).sum(-1) / math.sqrt(EMBED // HEADS)).softmax(0)
-        attended.append((weights[..., None] * values).sum(0).flatten())
-    stacked = torch.stack(attended) if attended else query * 0
+        attended.append((weights[..., None] * values).sum(0))
+    stacked = torch.stack(attended) if attended else query.unflatten(-1, (HEADS, -1)) * 0
+    if block.rotary_values:
+        stacked = rotate(stacked, -positions, -levels)
+    stacked = stacked.flatten(1)
     out: Tensor = query + block.out_proj(stacked)
     return out if block.norm_first else block.norm(out)
 
@@ -136,6 +141,9 @@ def by_weights(block: Any, arguments: Arguments, queries: Tensor | None = None) 
     chosen = torch.arange(len(arguments.query)) if queries is None else queries
     query, pyramid = arguments.query[chosen], arguments.stacked_feature_maps
     v = block.kv_proj(pyramid.values)[:, EMBED:].unflatten(-1, (HEADS, -1))
+    if block.rotary_values:
+        places = pyramid.positions(torch.float64), pyramid.levels[:, None]
+        v = rotate_by_hand(block.pos_encoding, v, torch.cat(places, 1))
     row = torch.repeat_interleave(weights.offsets.diff())
     attended = query.new_zeros(len(chosen), HEADS, EMBED // HEADS)
     attended = attended.index_add(0, row, weights.weights[..., None] * v[weights.points])
@@ -145,6 +153,10 @@ def by_weights(block: Any, arguments: Arguments, queries: Tensor | None = None) 
         cells = block.kv_proj(arguments.background_embedding)[..., EMBED:]
         cells = cells.unflatten(-1, (HEADS, -1))[image]
         attended = attended + torch.einsum("nlh,nlhd->nhd", weights.background, cells)
+    if block.rotary_values:
+        assert arguments.query_level_indices is not None
+        places = arguments.query_spatial_positions, arguments.query_level_indices[:, None]
+        attended = rotate_by_hand(block.pos_encoding, attended, -torch.cat(places, 1)[chosen])
     out: Tensor = query + block.out_proj(attended.flatten(1))
     return out if block.norm_first else block.norm(out)
 

@@ -290,6 +290,7 @@ def test_problems_are_of_every_kind() -> None:
         lambda p: any(max(w.sizes) > max(s) for w, s in zip(p.windows, p.shapes, strict=True)),
         lambda p: all(window.is_plain() for window in p.windows) and p.dim > 1,
         lambda p: p.block is not None and p.block["relative_bias"],
+        lambda p: p.block is not None and p.block["rotary_values"] and p.periodic_axes,
         lambda p: p.block is not None and p.block["point_dim"],
     ):
         assert any(map(kind, problems))

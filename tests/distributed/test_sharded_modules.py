@@ -174,8 +174,10 @@ def test_an_encoder_drops_what_one_process_drops(
     cluster.run(3, encode_with_feed_forward, attention, *rates)
 
 
-def test_along_periodic_axes(cluster: Cluster) -> None:
-    cluster.run(3, encode, SparseNeighborhoodAttentionBlock, {}, (0, 1), True)
+@pytest.mark.parametrize("rotary_values", [False, True])  # which take no background
+def test_along_periodic_axes(rotary_values: bool, cluster: Cluster) -> None:
+    options, background = {"rotary_values": rotary_values}, not rotary_values
+    cluster.run(3, encode, SparseNeighborhoodAttentionBlock, options, (0, 1), background)
 
 
 def test_ranks_without_points(cluster: Cluster) -> None:

@@ -39,12 +39,18 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "rope_axis_scales": {"rope_axis_scales": SCALES[:2]},
     "widths and scales": {"point_dim": 17, "rope_axis_scales": SCALES[:2]},
     "widths alone": {"point_dim": WIDTH, "rotary": False},
+    "rotary_values": {"rotary_values": True, "rope_axis_scales": SCALES[:2]},
 }
 EACH_OPTION = pytest.mark.parametrize("name", OPTIONS)
 
 
-def arguments_for(block: Any, scene: Scene, **options: Any) -> Arguments:
-    return make_arguments(scene, point_dim=block.kv_proj.in_features, **options)
+def arguments_for(
+    block: Any, scene: Scene, *, background: bool = False, **options: Any
+) -> Arguments:
+    """Random arguments that the block takes: no background where it rotates values."""
+    background = background and not block.rotary_values
+    width = block.kv_proj.in_features
+    return make_arguments(scene, point_dim=width, background=background, **options)
 
 
 # ------------------------------------------------------------------------ values and gradients
@@ -59,7 +65,7 @@ def arguments_for(block: Any, scene: Scene, **options: Any) -> Arguments:
     bias=st.booleans(),
     pattern=st.sampled_from(["single", "partition", "closure"]),
     point_dim=st.sampled_from([None, 1, 5, 17]),
-    rotation=st.sampled_from(["none", "scaled", "plain"]),
+    rotation=st.sampled_from(["none", "scaled", "plain", "of values", "scaled, of values"]),
 )
 @settings(max_examples=25)
 def test_output_and_gradients_match_the_specification(
@@ -74,7 +80,7 @@ def test_output_and_gradients_match_the_specification(
     point_dim: int | None,
     rotation: str,
 ) -> None:
-    scales = SCALES[: scene.pyramid.position_dim] if rotation == "scaled" else None
+    scales = SCALES[: scene.pyramid.position_dim] if "scaled" in rotation else None
     block = make_block(
         scene,
         backend,
@@ -84,6 +90,7 @@ def test_output_and_gradients_match_the_specification(
         point_dim=point_dim,
         rotary=rotation != "none",
         rope_axis_scales=scales,
+        rotary_values="of values" in rotation,
     )
     arguments = arguments_for(block, scene, background=background, levels=levels, mask=mask)
     assert_matches_specification(block, scene, arguments)
@@ -94,6 +101,7 @@ def test_output_and_gradients_match_the_specification(
 def test_gradcheck(name: str, background: bool, backend: BackendName) -> None:
     scene = scene_2d(n_queries=4, n_points=25)
     block = make_block(scene, backend, **OPTIONS[name])
+    background = background and not block.rotary_values  # it takes none
     arguments = arguments_for(block, scene, background=background, levels=True)
     # Away from the borders of cells, where windows change.
     inside = arguments.query_spatial_positions.detach().floor() + 0.3
@@ -198,6 +206,7 @@ def test_a_map_that_repeats_has_no_seam(name: str, background: bool, backend: Ba
     coordinates = torch.stack([torch.randint(0, size, (90,)) for size in (2, 12, 9)], 1)
     values = torch.randn(90, block.kv_proj.in_features, dtype=torch.float64)
     query, positions = torch.randn(30, EMBED).double(), torch.rand(30, 2).double() * 30 - 8
+    background = background and not block.rotary_values  # it takes none
     cells = torch.randn(2, 2, values.shape[1], dtype=torch.float64) if background else None
     outs: list[Tensor] = []
     for shift in (0, 6):
@@ -268,7 +277,9 @@ def test_autocast(name: str, backend: BackendName) -> None:
     assert 0 < (out - expected).norm() < 0.02 * expected.norm()
 
 
-@pytest.mark.parametrize("name", ["rotary", "widths and scales"])  # compiling takes long
+@pytest.mark.parametrize(
+    "name", ["rotary", "widths and scales", "rotary_values"]
+)  # compiling takes long
 def test_one_compiled_graph_for_any_number_of_points(name: str) -> None:
     scene = scene_2d()
     block = make_block(scene, "cpu", **OPTIONS[name])
@@ -404,6 +415,7 @@ def test_groups_of_frequencies_do_not_matter_without_rotation() -> None:
         ("point_dim", -3, "-3"),
         ("point_dim", 8.0, "8.0"),
         ("point_dim", True, "True"),
+        ("rotary_values", 1, "1"),
         ("rotary", "none", "none"),
         ("rotary", None, "None"),
         ("rope_axis_scales", (1.0,), "(1.0,)"),
@@ -426,6 +438,34 @@ def test_invalid_options_raise(argument: str, value: Any, came: str, rotary: boo
     with pytest.raises(ValueError, match=f"^{argument}: expected") as refusal:
         SparseNeighborhoodAttentionBlock(12, 2, **{"rotary": rotary, argument: value})
     assert came in str(refusal.value).split("got")[-1]
+
+
+def test_rotated_values_without_rotation_or_with_a_background_raise() -> None:
+    with pytest.raises(ValueError, match=r"^rotary_values: expected False with rotary=False, got"):
+        SparseNeighborhoodAttentionBlock(12, 2, rotary=False, rotary_values=True)
+    scene = scene_2d()
+    block = make_block(scene, rotary_values=True)
+    arguments = make_arguments(scene, background=True)
+    for method in (block, block.attention_weights):
+        with pytest.raises(ValueError, match=r"^background_embedding: expected None .*, got"):
+            method(**arguments._asdict())
+
+
+def test_results_tell_where_points_lie_with_rotated_values_alone(backend: BackendName) -> None:
+    """A query that sees one point: without them its place has no effect on the result."""
+    query, offsets = torch.randn(1, EMBED).double(), torch.tensor([0, 1])
+    value = torch.randn(1, EMBED).double()
+    for rotary_values in (False, True):
+        block: Any = SparseNeighborhoodAttentionBlock(
+            EMBED, HEADS, 1, [5], rotary_values=rotary_values, backend=backend
+        ).double()
+        outs = []
+        for column, moved in ((3, 0), (4, 0), (4, 1)):
+            point = torch.tensor([[0, 3, column + moved]])
+            pyramid = FeaturePyramid.from_points(point, value, (9, 9), 1, strides=[1])
+            outs.append(block(query, torch.tensor([[3.2, 3.9 + moved]]), offsets, pyramid))
+        assert torch.equal(outs[0], outs[1]) != rotary_values
+        assert_close(outs[1], outs[2], EXACT)
 
 
 @pytest.mark.parametrize("width", [EMBED, WIDTH + 1])

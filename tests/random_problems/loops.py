@@ -252,7 +252,11 @@ def block(
         logits = (q[index] * keys).sum(-1) / math.sqrt(problem.head_dim)
         if problem.block["relative_bias"]:
             logits = logits + parameters["relative_bias"][cells]
-        out, _ = attend(logits, both[:, 1])
+        values, turns_values = both[:, 1], problem.block["rotary_values"]
+        out, _ = attend(
+            logits, rotate(problem, parameters, values, where) if turns_values else values
+        )
+        out = rotate(problem, parameters, out[None], -places[index][None]) if turns_values else out
         attended.append(out.flatten()[None])
     out = query + linear(parameters, "out_proj", torch.cat(attended))
     return out if first else layer_norm(parameters, out)

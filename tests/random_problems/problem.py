@@ -96,7 +96,8 @@ def draw_problem(seed: int, real: Real = np.float64) -> Problem:
     if strides is not None and rng.random() < 0.5:
         raw_points = draw_raw_points(rng, raw_shape, images)
         coordinates = pooled_coordinates(raw_points, strides)
-    block = draw_block(rng, dim) if rng.random() < 0.6 else None
+    background = rng.random() < 0.5
+    block = draw_block(rng, dim, background) if rng.random() < 0.6 else None
     slots = sum(len(window_steps(window)) for window in windows)
     n = rng.randint(0, max(1, min(15, MOST_SLOTS // slots)))
     offsets = [0, *sorted(rng.randint(0, n) for _ in range(images - 1)), n]
@@ -118,7 +119,7 @@ def draw_problem(seed: int, real: Real = np.float64) -> Problem:
         positions=[[float(real(x)) for x in position] for position in positions],
         query_levels=[rng.randrange(n_levels) for _ in range(n)] if rng.random() < 0.5 else None,
         mask=[rng.random() < masked for _ in range(n)] if rng.random() < 0.4 else None,
-        background=rng.random() < 0.5,
+        background=background,
         bias=rng.random() < 0.5,
         background_rows=rng.randint(sum(offset < n for offset in offsets), images + 1),
         heads=rng.randint(1 if head_dim > 2 else 2, 3),  # a norm over 2 channels amplifies errors
@@ -238,8 +239,9 @@ def draw_position(
     return position
 
 
-def draw_block(rng: random.Random, dim: int) -> dict[str, Any]:
+def draw_block(rng: random.Random, dim: int, background: bool) -> dict[str, Any]:
     scales = [rng.choice((1.0, 0.5, 3.0)) for _ in range(dim)]
+    rotary = rng.random() < 0.8
     return {
         "bias": rng.random() < 0.5,
         "norm_first": rng.random() < 0.5,
@@ -249,6 +251,7 @@ def draw_block(rng: random.Random, dim: int) -> dict[str, Any]:
         "rope_enforce_freq_groups_equal": False,
         "relative_bias": rng.random() < 0.5,
         "point_dim": rng.choice((None, None, None, 5)),
-        "rotary": rng.random() < 0.8,
+        "rotary": rotary,
         "rope_axis_scales": scales if rng.random() < 0.3 else None,
+        "rotary_values": rotary and not background and rng.random() < 0.5,
     }

@@ -34,7 +34,7 @@ from ..windows import (
     position_dtype,
     window_anchors,
 )
-from ._base import Inputs, SparseAttention, check_sizes
+from ._base import Arguments, Inputs, SparseAttention, check_sizes
 from ._earlier_keys import rename_earlier_keys
 from .initialized import reset_children
 from .plan_checks import check_plan
@@ -87,6 +87,10 @@ class SparseNeighborhoodAttentionBlock(SparseAttention[NeighborhoodPlan]):
         relative_bias: whether a learned number is added to the logits of what each cell of the
             windows holds, for each head (Shaw et al., "Self-Attention with Relative Position
             Representations", 2018; Liu et al., "Swin Transformer", 2021). Default: False.
+        rotary_values: whether R rotates values as well, and its inverse at the query's position and
+            level the attended values: ``R(p)^-1 sum_j a_j R(p_j) v_j`` (Miyato et al., "GTA",
+            2024). So a result tells where its points lie relative to the query, as boxes need it,
+            without further parameters. Default: False. It needs ``rotary`` and takes no background.
         backend: back end of the attention, see `neighborhood_attention`. None (default): chosen by
             device and dtype.
         device: of the parameters. None (default): torch's default device.
@@ -100,7 +104,7 @@ class SparseNeighborhoodAttentionBlock(SparseAttention[NeighborhoodPlan]):
         attn_drop_rate: probability of dropping a softmax weight in training.
         point_dim: width of points and background.
         pos_encoding: the `RotaryEncoding`; None with ``rotary=False``.
-        rope_spatial_base_theta, rope_level_base_theta, rope_share_heads: as given.
+        rope_spatial_base_theta, rope_level_base_theta, rope_share_heads, rotary_values: as given.
         rope_axis_scales: as given, as a tuple of floats or None.
         relative_bias: ``[K, H]``, the last parameter, zero at first, for the K cells of the
             windows, levels in order, windows row-major; None without it.
@@ -108,8 +112,9 @@ class SparseNeighborhoodAttentionBlock(SparseAttention[NeighborhoodPlan]):
     Raises:
         ValueError: sizes do not divide, the head width is odd, the number of windows is not
             ``n_levels``, a window is even along an axis that is not causal, or negative, all
-            windows are 0, a rate of dropout is outside [0, 1), a name is unknown, or
-            ``rope_axis_scales`` are not P finite numbers above 0.
+            windows are 0, a rate of dropout is outside [0, 1), a name is unknown,
+            ``rope_axis_scales`` are not P finite numbers above 0, or ``rotary_values`` is True
+            without ``rotary``.
 
     Example:
         ```python
@@ -155,6 +160,7 @@ class SparseNeighborhoodAttentionBlock(SparseAttention[NeighborhoodPlan]):
         rotary: bool = True,
         rope_axis_scales: Tensor | Sequence[float] | None = None,
         relative_bias: bool = False,
+        rotary_values: bool = False,
         backend: BackendName | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -170,6 +176,9 @@ class SparseNeighborhoodAttentionBlock(SparseAttention[NeighborhoodPlan]):
         point_dim = embed_dim if point_dim is None else int(point_dim)
         check_type("rotary", rotary, bool)
         check_type("relative_bias", relative_bias, bool)
+        check_type("rotary_values", rotary_values, bool)
+        if rotary_values and not rotary:
+            refuse("rotary_values", "False with rotary=False", rotary_values)
         pattern = as_freq_group_pattern("rope_freq_group_pattern", rope_freq_group_pattern)
         if rotary and rope_enforce_freq_groups_equal:
             check_equal_groups("embed_dim", width, pattern)
@@ -185,6 +194,7 @@ class SparseNeighborhoodAttentionBlock(SparseAttention[NeighborhoodPlan]):
         self.rope_spatial_base_theta = check_base("rope_spatial_base_theta", bases[0])
         self.rope_level_base_theta = check_base("rope_level_base_theta", bases[1])
         self.rope_share_heads, self.rope_axis_scales = rope_share_heads, axis_scales
+        self.rotary_values = rotary_values
         prepare_backends()
 
         kind: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -279,6 +289,12 @@ class SparseNeighborhoodAttentionBlock(SparseAttention[NeighborhoodPlan]):
             queries=queries,
         )
 
+    def _check_queries(self, arguments: Arguments) -> Arguments:
+        background = arguments.background_embedding
+        if self.rotary_values and background is not None:
+            refuse("background_embedding", "None for a block with rotary_values", background)
+        return super()._check_queries(arguments)
+
     def _check_plan(
         self, plan: NeighborhoodPlan, inputs: Inputs, check_contents: bool | None
     ) -> None:
@@ -313,6 +329,9 @@ class SparseNeighborhoodAttentionBlock(SparseAttention[NeighborhoodPlan]):
             backend=self.backend,
             seed=seed,
         )
+        if self.rotary_values:
+            positions = _with_level(inputs.finite_positions(), inputs.level)
+            out = self.pos_encoding(out, -positions)
         return out.flatten(1)
 
     def _attention_dropout(self) -> float:
@@ -344,13 +363,15 @@ class SparseNeighborhoodAttentionBlock(SparseAttention[NeighborhoodPlan]):
         k: Tensor,
         v: Tensor,
     ) -> tuple[Tensor, Tensor, Background | None]:
-        """K and v ``[nnz + C, H, d]`` with the plan's copies, k rotated, from those of the points
+        """K and v ``[nnz + C, H, d]`` with the plan's copies, rotated, from those of the points
         ``[nnz, H, d]``; and the background of the attention of q at ``positions``.
         """
         pyramid = inputs.pyramid
         k, v = plan.append_copies(k), plan.append_copies(v)
         if self.pos_encoding is not None:
-            k = self.pos_encoding(k, key_coordinates(pyramid, plan, positions.dtype))
+            coordinates = key_coordinates(pyramid, plan, positions.dtype)
+            k = self.pos_encoding(k, coordinates)
+            v = self.pos_encoding(v, coordinates) if self.rotary_values else v
         background = None
         if inputs.background is not None:
             anchors = self._anchors(inputs, positions)

@@ -35,8 +35,8 @@ def export_state_dict(module: nn.Module) -> dict[str, Any]:
     Raises:
         ValueError: ``module`` is not a module, or it contains a block that the earlier
             implementation does not have: one with a ``point_dim`` other than ``embed_dim``, with
-            ``rotary=False``, with ``rope_axis_scales`` other than one, with a ``relative_bias``, or
-            with windows that are not boxes of one odd size.
+            ``rotary=False``, with ``rope_axis_scales`` other than one, with a ``relative_bias`` or
+            ``rotary_values``, or with windows that are not boxes of one odd size.
 
     Example:
         ```python
@@ -74,6 +74,7 @@ def _check_options(name: str, block: SparseNeighborhoodAttentionBlock) -> None:
         f"point_dim={block.point_dim}": block.point_dim != block.embed_dim,
         "rotary=False": block.pos_encoding is None,
         "relative_bias=True": block.relative_bias is not None,
+        "rotary_values=True": block.rotary_values,
         f"neighborhood_sizes={list(block.neighborhood_sizes)}": not all(
             isinstance(size, int) and size for size in block.neighborhood_sizes
         ),
