@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import torch
 from torch import Tensor, nn
 
 from examples.digits.scenes import CLASSES, SIZE, Batch
@@ -27,12 +30,31 @@ HEADS = 8
 STRIDES = (2, 4, 8, 16)
 ENCODER_WINDOWS = (5, 5, 5, 5)
 DECODER_WINDOWS = (17, 13, 9, 5)  # of few queries: wide enough for the edges of a digit
+OUTWARD = 3.0  # logit, at first, of a point at the border of a window in a head's direction
 SAMPLES = 4  # of deformable attention, per head and level
 ENCODER_LAYERS = 3
 DECODER_LAYERS = 2
 QUERIES = 100
 CANDIDATE_LEVELS = (2, 3)
 DENOISING_GROUPS = 3  # noisy copies of every digit
+
+
+def make_neighborhood_attention(windows: tuple[int, ...]) -> SparseNeighborhoodAttentionBlock:
+    """Makes an attention that is good at boxes.
+
+    Rotated values tell where points lie. The outermost points of a digit determine its box, so each
+    head at first prefers those that lie furthest in its direction, one of eight.
+    """
+    block = SparseNeighborhoodAttentionBlock(
+        EMBED_DIM, HEADS, len(STRIDES), windows, bias=True, relative_bias=True, rotary_values=True
+    )
+    angles = torch.arange(HEADS) * (2 * math.pi / HEADS)
+    directions = torch.stack((angles.sin(), angles.cos()))
+    axes = [torch.linspace(-1, 1, width) for width in windows]
+    cells = torch.cat([torch.cartesian_prod(axis, axis) for axis in axes])
+    with torch.no_grad():
+        block.get_parameter("relative_bias").copy_(OUTWARD * cells @ directions)
+    return block
 
 
 class DigitDetector(nn.Module):
@@ -50,9 +72,7 @@ class DigitDetector(nn.Module):
         def make_attention(windows: tuple[int, ...]) -> nn.Module:
             if attention == "deformable":
                 return SparseDeformableAttention(EMBED_DIM, HEADS, len(STRIDES), SAMPLES)
-            return SparseNeighborhoodAttentionBlock(
-                EMBED_DIM, HEADS, len(STRIDES), windows, bias=True
-            )
+            return make_neighborhood_attention(windows)
 
         def make_feed_forward() -> FeedForward:
             return FeedForward(EMBED_DIM, 2 * EMBED_DIM)

@@ -8,7 +8,13 @@ import torch
 from test_digits_scenes import strokes
 
 from examples.digits.inference import attention_records, confident_rows, detect, evaluate
-from examples.digits.model import HEADS, STRIDES, DigitDetector
+from examples.digits.model import (
+    HEADS,
+    OUTWARD,
+    STRIDES,
+    DigitDetector,
+    make_neighborhood_attention,
+)
 from examples.digits.scenes import CLASSES, Batch, Scene, Scenes, collate
 from vicinal.detr import Detections, Predictions
 
@@ -99,3 +105,15 @@ def test_canvases_without_points_or_digits(detector: DigitDetector) -> None:
         losses = detector.train()(batch)
         assert all(torch.isfinite(loss) for loss in losses.values())
         torch.stack(list(losses.values())).sum().backward()
+
+
+def test_each_head_prefers_points_in_its_direction_at_first() -> None:
+    bias = make_neighborhood_attention((5, 3, 3, 3)).get_parameter("relative_bias").detach()
+    assert bias.shape == (25 + 9 + 9 + 9, HEADS)
+    second, first = bias[2 * 5 + 4], bias[4 * 5 + 2]  # cells at the border, along either axis
+    torch.testing.assert_close(
+        second[[0, 2, 4]], OUTWARD * torch.tensor([1.0, 0, -1]), atol=1e-5, rtol=0
+    )
+    torch.testing.assert_close(
+        first[[0, 2, 6]], OUTWARD * torch.tensor([0.0, 1, -1]), atol=1e-5, rtol=0
+    )
