@@ -11,7 +11,7 @@ import argparse
 import itertools
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -87,22 +87,26 @@ class Compiled(NamedTuple):
         return sass.disassemble(self.cubin)
 
 
-def compiled(case: Case, architecture: int) -> Iterator[Compiled]:
-    """Every kernel that the ops launch."""
+def compiled(case: Case, architecture: int, without: Collection[str] = ()) -> Iterator[Compiled]:
+    """Every kernel that the ops launch, but for those whose names are in ``without``."""
     target = GPUTarget("cuda", architecture, 32)
     for launch in launches(case):
+        if launch.kernel.fn.__name__ in without:
+            continue
         source, options = variant(launch, target)
         built = triton.compile(source, target=target, options=options)
         cubin = built.asm["cubin"]
         yield Compiled(launch, cubin, sass.resources(cubin), built.metadata.shared)
 
 
-def usages(case: Case, architecture: int, loops: bool = True) -> Iterator[dict[str, Any]]:
+def usages(
+    case: Case, architecture: int, loops: bool = True, without: Collection[str] = ()
+) -> Iterator[dict[str, Any]]:
     """Of every kernel: registers and spills per thread, shared memory, the loop over blocks.
 
-    Without ``loops`` no code is disassembled.
+    Without ``loops`` no code is disassembled. Kernels whose names are in ``without`` are left out.
     """
-    for kernel in compiled(case, architecture):
+    for kernel in compiled(case, architecture, without):
         usage = {
             "kernel": kernel.name,
             "warps": kernel.launch.options["num_warps"],

@@ -18,12 +18,17 @@ from benchmarks.kernels import CASES, usages
 
 plain, *others = CASES
 architecture, everything = sys.argv[1:]
-# The fastest loop and the widest heads; for one GPU these in float32, and balls with a bias.
-few = [plain, *(x for x in others if x.width == 256 and x.dtype == plain.dtype)]
-if architecture == "90":
-    few += [x for x in others if x.balls or (x.width == 256 and x not in few)]
+# For one GPU balls with a bias, and the widest heads in two types; for others the fastest loop, and
+# of a second case the kernels that the first has not.
+of_one_gpu = [plain, *(x for x in others if x.balls or (x.width == 256 and x.heads > 1))]
+of_others = [plain, next(x for x in others if x.everything and not x.bias)]
+few = of_one_gpu if architecture == "90" else of_others
+done = set()
 for case in CASES if everything else few:
-    for usage in usages(case, int(architecture), loops=False):
+    found = list(usages(case, int(architecture), loops=False, without=done))
+    if few is of_others and not everything:
+        done |= {usage["kernel"] for usage in found}
+    for usage in found:
         print(json.dumps([str(case.dtype), case.width, {**usage, "bias": case.bias}]))
 """
 VARIANTS = """
@@ -42,16 +47,23 @@ for n_queries, n_points in ((1, 1), (16, 17), (15, 48)):
 print(json.dumps({name: len(hashes) for name, hashes in found.items()}))
 """
 FOR_AMD = """
-import json, torch, triton
+import json, sys, torch, triton
 from triton.backends.compiler import GPUTarget
 from benchmarks.kernels import Case, launches, variant
 
+everything = sys.argv[1]
 target = GPUTarget("hip", "gfx942", 64)
-for everything in (True, False):
-    for launch in launches(Case(torch.bfloat16, 32, everything, bias=everything)):
+done = set()
+for case in (
+    Case(torch.bfloat16, 32, everything=False),
+    Case(torch.bfloat16, 32, everything=True, bias=True),
+):
+    found = [x for x in launches(case) if everything or x.kernel.fn.__name__ not in done]
+    for launch in found:
         source, options = variant(launch, target)
         compiled = triton.compile(source, target=target, options=options)
         print(json.dumps([launch.kernel.fn.__name__, compiled.metadata.shared]))
+    done |= {launch.kernel.fn.__name__ for launch in found}
 """
 OF_BIAS = {"number_cells", "bias_gradients"}
 KERNELS = {
@@ -100,7 +112,7 @@ def run(code: str, folder: Path, *arguments: str) -> list[Any]:
 
 @pytest.fixture
 def all_kernels(request: pytest.FixtureRequest) -> str:
-    """What `COMPILE` takes: not empty with the option ``--all-kernels``."""
+    """What the code of processes takes: not empty with the option ``--all-kernels``."""
     return "all" if request.config.getoption("--all-kernels") else ""
 
 
@@ -155,9 +167,9 @@ def test_kernels_compile_and_stay_within_resource_limits(
         record_property("kernel", f"{architecture}  {kernel}  {most}")
 
 
-def test_kernels_compile_for_amd(kernel_cache: Path) -> None:
+def test_kernels_compile_for_amd(all_kernels: str, kernel_cache: Path) -> None:
     if importlib.util.find_spec("triton.backends.amd") is None:
         pytest.skip("this build of Triton has no AMD back end")
-    lines = run(FOR_AMD, kernel_cache)
+    lines = run(FOR_AMD, kernel_cache, all_kernels)
     assert {kernel for kernel, _ in lines} == KERNELS
     assert max(shared for _, shared in lines) <= 64 * 1024
