@@ -1,3 +1,4 @@
+import gc
 import importlib.util
 import os
 import sys
@@ -12,6 +13,7 @@ from bounds import Checked
 from compilers import floats_are_constants
 from distributed.cluster import Cluster
 from faster_interpreter import speed_up
+from garbage import rarely
 
 # Without a GPU, Triton's kernels are interpreted: slowly, one program after another. Triton reads
 # the variable when it is imported.
@@ -60,6 +62,7 @@ sys.path.append(str(Path(__file__).parent / "interop" / "stand_ins"))
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    gc.disable()  # what is imported and collected stays
     for warning in OF_CONTAINERS:
         config.addinivalue_line("filterwarnings", warning)
     if torch.cuda.is_available():
@@ -86,6 +89,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         first, n = map(int, config.getoption("--shard").split("/"))
         config.hook.pytest_deselected(items=[x for i, x in enumerate(items) if i % n != first])
         items[:] = items[first::n]
+
+
+def pytest_collection_finish() -> None:
+    rarely()
 
 
 def pytest_terminal_summary(terminalreporter: "pytest.TerminalReporter") -> None:

@@ -1,6 +1,5 @@
 """Processes that run a function together, each as one rank of a group."""
 
-import gc
 import os
 import socket
 import traceback
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from compilers import floats_are_constants
+from garbage import rarely
 from started import light_context
 from torch.distributed import ProcessGroup
 
@@ -87,7 +87,7 @@ def _receive(pipe: Connection) -> tuple[str | None, Any]:
 
 
 def _serve(rank: int, size: int, timeout: timedelta, port: int, pipe: Connection) -> None:
-    gc.freeze()  # what was imported is no garbage; collections need not look at it
+    rarely()
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo", rank=rank, world_size=size, timeout=timeout)
