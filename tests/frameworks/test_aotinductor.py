@@ -67,7 +67,12 @@ def test_a_package_runs_without_the_sources(tmp_path: Path) -> None:
     with torch.no_grad():
         program = torch.export.export(model, inputs_of(make_batch(2)), dynamic_shapes=shapes)
         # Two precompiled headers, for one file each, take longer than they save.
-        options = {"aot_inductor.precompile_headers": False}
+        # Loops without vectors, and calls that are not optimized, compile faster.
+        options = {
+            "aot_inductor.precompile_headers": False,
+            "aot_inductor.compile_wrapper_opt_level": "O0",
+            "cpp.simdlen": 1,
+        }
         torch._inductor.aoti_compile_and_package(
             program, package_path=str(package), inductor_configs=options
         )
