@@ -22,6 +22,7 @@ from vicinal.detr import Encoder, EncoderLayer, FeedForward
 from vicinal.distributed import ShardedPlan, partition_space, shard_attention, sum_gradients
 
 SHAPE, EMBED, BATCH = (48, 40), 8, 2
+GRAPHS = CompileCounterWithBackend("aot_eager")
 
 
 def make_encoder(**options: Any) -> Encoder:
@@ -82,11 +83,14 @@ def assert_same_gradients(module: nn.Module, expected: dict[str, Tensor]) -> Non
 Wrap = Callable[[Encoder, ProcessGroup], nn.Module]
 
 
-def train(group: ProcessGroup, wrap: Wrap, options: dict[str, Any], n: int = 300) -> None:
+def train(
+    group: ProcessGroup, wrap: Wrap, options: dict[str, Any], n: int = 300, learned: bool = False
+) -> None:
     """Compares gradients of a wrapped encoder with those of one process.
 
     The loss is the mean over scenes of what the ranks of each have in sum. Wrappers average over
     all ranks, so each rank has the loss of its own points times the number of ranks of a scene.
+    With ``learned`` the values of the points need gradients, as those of a backbone do.
     """
     space, scene, n_scenes = group, 0, dist.get_world_size(group) // 2
     if n_scenes == 2:
@@ -98,6 +102,7 @@ def train(group: ProcessGroup, wrap: Wrap, options: dict[str, Any], n: int = 300
     for step in range(2):  # wrappers arrange things in the first
         encoder.zero_grad()
         pyramid = own_pyramid(space, scene, n + step)
+        pyramid.values.requires_grad_(learned)
         (loss_of(wrapped(pyramid)) * dist.get_world_size(space)).backward()
     assert list(encoder.state_dict()) == keys
     assert_same_gradients(encoder, gradients_of_one(n_scenes, n + 1))
@@ -142,8 +147,15 @@ def compiled_with_fsdp(encoder: Encoder, group: ProcessGroup) -> nn.Module:
 
 def compiled_layers(encoder: Encoder) -> Encoder:
     for layer in encoder.layers:
-        layer.compile(fullgraph=True, dynamic=True, backend="aot_eager")
+        layer.compile(fullgraph=True, dynamic=True, backend=GRAPHS)
     return encoder
+
+
+def train_compiled(group: ProcessGroup, wrap: Wrap) -> int:
+    """Trains layers that share their graphs; the number of those."""
+    GRAPHS.frame_count = 0
+    train(group, wrap, {}, learned=True)
+    return int(GRAPHS.frame_count)
 
 
 WRAPPERS = [with_ddp, with_fsdp, with_fsdp_in_attention]
@@ -166,7 +178,7 @@ def test_ranks_without_points(wrap: Wrap, cluster: Cluster) -> None:
 
 @pytest.mark.parametrize("wrap", [compiled_with_ddp, compiled_with_fsdp])
 def test_compiled_layers(wrap: Wrap, cluster: Cluster) -> None:
-    cluster.run(2, train, wrap, {})
+    assert cluster.run(2, train_compiled, wrap) == [1, 1]
 
 
 def recompute_block(group: ProcessGroup) -> None:

@@ -166,8 +166,10 @@ class Encoder(Module):
         attention: Any = self.layers[0].attention
         plan = attention.make_plan(positions, offsets, pyramid, levels)
         values = pyramid.values
+        # No layer gets one tensor twice, of which `torch.compile` would make another graph.
+        points = pyramid.with_values(values.detach())
         for layer in self.layers:
             values = run_layer(
-                layer, values, pyramid, positions, offsets, plan, checkpoint=self.checkpoint
+                layer, values, points, positions, offsets, plan, checkpoint=self.checkpoint
             )
         return call_norm(self.norm, values)
