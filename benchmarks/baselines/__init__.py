@@ -15,4 +15,5 @@ BASELINES = {
     "flex-sorted": ("FlexAttention, points along a curve", flex.prepare_sorted),
     "dense": ("NATTEN on the densified map", dense.prepare),
     "deformable": ("deformable attention, equal keys", deformable.prepare),
+    "deformable-sparse": ("deformable attention, our kernel", deformable.prepare_sparse),
 }

@@ -1,7 +1,8 @@
-"""Deformable attention over a densified map. It computes something else than the library.
+"""Deformable attention, which computes something else than the library's neighborhood attention.
 
 Zhu et al., "Deformable DETR: Deformable Transformers for End-to-End Object Detection" (2021), in
-the plain PyTorch of `transformers`, at as many keys per query. It samples locations that a network
+the plain PyTorch of `transformers` over a densified map, or by the kernel of
+`SparseDeformableAttention`, at as many keys per query. It samples locations that a network
 predicts, whether they hold a point or not; here they are random, and empty cells are zero.
 """
 
@@ -12,6 +13,8 @@ from benchmarks.baselines.comparison import Comparison
 from benchmarks.layer import Layer
 from benchmarks.measure import Work
 from benchmarks.outcome import Figures, require
+from vicinal._index.cell_hash import index_cells
+from vicinal._index.sampling import sample as sample_sparse
 
 
 def prepare(layer: Layer) -> Comparison:
@@ -34,6 +37,23 @@ def prepare(layer: Layer) -> Comparison:
     work = Work(attend, (value, locations, weights))
     extra: Figures = {"keys_per_query": keys, "map_mib": value.nbytes / 2**20}
     return Comparison(work, vicinal, same=False, extra=extra)
+
+
+def prepare_sparse(layer: Layer) -> Comparison:
+    """The sampling of `SparseDeformableAttention` alone, of the same locations."""
+    vicinal, index = layer.attention(), index_cells(layer.pyramid)
+    locations, weights = _locations_and_weights(layer)
+    shapes = torch.tensor(layer.pyramid.level_shapes)[:, None]
+    images = layer.pyramid.coordinates[:, 0]
+    v = vicinal.inputs[2]
+    values = torch.zeros_like(v).index_copy(0, index.cell_of_point, v)
+
+    def attend(values: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
+        return sample_sparse(values, index, images, locations, weights)
+
+    work = Work(attend, (values, locations[0].flip(-1) * shapes, weights[0]))
+    keys = weights.shape[-1] * len(shapes)
+    return Comparison(work, vicinal, same=False, extra={"keys_per_query": keys})
 
 
 def _locations_and_weights(layer: Layer) -> tuple[Tensor, Tensor]:

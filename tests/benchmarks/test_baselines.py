@@ -150,6 +150,36 @@ def test_deformable_samples_the_given_locations() -> None:
 
 
 @careless
+def test_our_deformable_kernel_samples_the_given_locations() -> None:
+    layer = tiny_layer()
+    comparison = prepare("deformable-sparse", layer)
+    values, locations, weights = comparison.baseline.inputs
+    own = torch.nn.functional.one_hot(layer.pyramid.levels, 4)[:, None, :, None]
+    scales = torch.tensor(layer.pyramid.level_shapes)[:, None] / 48
+    at_home = (layer.positions[:, None, None, None] * scales).expand_as(locations)
+    (out,) = Work(
+        comparison.baseline.compute, (values, at_home, (own / weights.shape[-1]).expand_as(weights))
+    ).forward()
+    torch.testing.assert_close(out, comparison.vicinal.inputs[2], rtol=0, atol=1e-4)
+    reach = torch.tensor(layer.scene.windows)[:, None, None] / 2
+    offsets = (locations - at_home).abs().amax((0, 1), keepdim=True)
+    assert (offsets <= reach + 1e-4).all()
+    assert (offsets > 0.8 * reach).all()
+
+
+@careless
+def test_both_kernels_of_deformable_attention_sample_the_same() -> None:
+    pytest.importorskip("transformers")
+    layer = tiny_layer()
+    answers = []
+    for name in ("deformable", "deformable-sparse"):
+        torch.manual_seed(0)
+        (out,) = prepare(name, layer).baseline.forward()
+        answers.append(out.view(len(layer), -1))
+    torch.testing.assert_close(*answers, rtol=0, atol=1e-4)
+
+
+@careless
 def test_natten_agrees_where_every_cell_is_a_point() -> None:
     pytest.importorskip("natten")
     size, window = 8, 3

@@ -36,8 +36,9 @@ def sample(
     refuse_tangents(table, locations, weights)
     locations = locations.to(torch.promote_types(locations.dtype, torch.float32))
     sampled: Tensor = _differentiable(
-        table, locations, weights, images, list(index), list(sizes), list(periodic), has_background
-    )
+        table, locations, weights, images.contiguous(), list(index), list(sizes), list(periodic),
+        has_background,
+    )  # fmt: skip
     return sampled
 
 
