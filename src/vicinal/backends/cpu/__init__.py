@@ -83,5 +83,5 @@ BACKEND = Backend(
     _OPS.find_slices,
     unsupported_reason,
     install_error=install_error,
-    sample=sampling_ops.sample,
+    sample=sampling_ops.make_sample(),
 )

@@ -382,11 +382,16 @@ int64_t vector_bytes() { return kernels().vector_bytes; }
 }  // namespace
 }  // namespace vicinal
 
-// The schemas of `backends/ops.py`, for programs without Python. The background is optional, not
-// only possibly empty: packages of AOTInductor pass None for an empty list.
+// The schemas of `backends/ops.py` and `sampling_ops.py`, for programs without Python. The
+// background is optional, not only possibly empty: packages of AOTInductor pass None for an empty
+// list.
 #define VICINAL_ATTENTION_ARGUMENTS                                                              \
   "Tensor q, Tensor k, Tensor v, Tensor? query_mask, Tensor? seed, Tensor[]? background, "       \
   "Tensor? bias, Tensor[] plan, int[] slices, float scale, float dropout_p"
+
+#define VICINAL_SAMPLING_ARGUMENTS                                                               \
+  "Tensor table, Tensor locations, Tensor weights, Tensor images, Tensor[] index, int[] sizes, " \
+  "int[] periodic, bool has_background"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(vicinal, m) {
   m.def("neighborhood_attention(" VICINAL_ATTENTION_ARGUMENTS ") -> (Tensor, Tensor)");
@@ -398,6 +403,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vicinal, m) {
   m.def("rotate(Tensor x, Tensor coordinates, Tensor frequencies) -> Tensor");
   m.def("rotate_backward(Tensor grad_out, Tensor out, Tensor coordinates, Tensor frequencies, "
         "bool needs_coordinates) -> (Tensor, Tensor, Tensor)");
+  m.def("sample(" VICINAL_SAMPLING_ARGUMENTS ") -> Tensor");
+  m.def("sample_backward(Tensor grad_out, " VICINAL_SAMPLING_ARGUMENTS
+        ") -> (Tensor, Tensor, Tensor)");
   m.def("vector_bytes() -> int");
 }
 
