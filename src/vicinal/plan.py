@@ -499,7 +499,8 @@ def plan_neighborhoods(
     with stage("plan_neighborhoods"), trainable_tensors():
         queries = Queries(positions, offsets, levels if causal_axes(windows) else None)
         plan = _plan(queries, pyramid, sizes, windows, backend)
-        if plan._fits_int32:  # else another back end may still take the plan
+        # Else another back end may still take the plan.
+        if backend.find_runs is not None and plan._fits_int32:
             # A plan that a CUDA graph makes cannot be completed later.
             in_graph = plan._created_in == "graph"
             tensors_for(plan, backend, points_need_grad=needs_grad or in_graph)

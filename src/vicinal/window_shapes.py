@@ -111,12 +111,16 @@ class AxisWindows(NamedTuple):
         """The axis that each key axis is: the longest comes last, the others keep their order."""
         axes = tuple(range(len(self.sizes)))
         longest = max(self.sizes)
+        if self.is_ball or self.sizes[-1] == longest:
+            return axes
         last = max(axis for axis in axes if self.sizes[axis] == longest)
-        return axes if self.is_ball else (*axes[:last], *axes[last + 1 :], last)
+        return (*axes[:last], *axes[last + 1 :], last)
 
     def in_key_order(self) -> "AxisWindows":
         """The same with the axes in the order of `key_axes`."""
         axes = self.key_axes()
+        if axes == tuple(range(len(axes))):
+            return self
         return AxisWindows(
             tuple(self.sizes[axis] for axis in axes),
             tuple(self.dilations[axis] for axis in axes),
@@ -194,7 +198,16 @@ def windows_on_axes(
     neighborhood_sizes: Sequence[int | tuple[int, ...] | Window], position_dim: int
 ) -> Windows:
     """What `as_windows` returns, with one entry per axis."""
-    return tuple(_window_of(entry).on_axes(position_dim) for entry in neighborhood_sizes)
+    return tuple(
+        entry.on_axes(position_dim) if isinstance(entry, Window) else _plain(entry, position_dim)
+        for entry in neighborhood_sizes
+    )
+
+
+def _plain(size: int | tuple[int, ...], position_dim: int) -> AxisWindows:
+    """A box that is neither dilated nor causal."""
+    ones, no = (1,) * position_dim, (False,) * position_dim
+    return AxisWindows(_on_axes(size, position_dim), ones, no, is_ball=False)
 
 
 def check_windows_fit(
@@ -242,13 +255,26 @@ def window_rows(window: AxisWindows) -> tuple[WindowRow, ...]:
     A window without cells has one row, of width 0.
     """
     window = window.in_key_order()
-    rows = [
-        WindowRow(steps, start, stop - start)
-        for steps in itertools.product(*map(range, window.sizes[:-1]))
-        for start, stop in [_row_cells(window, steps)]
-        if stop > start
-    ]
+    every = itertools.product(*map(range, window.sizes[:-1]))
+    if window.is_box():
+        size = window.sizes[-1]
+        rows = [WindowRow(steps, 0, size) for steps in every if size]
+    else:
+        rows = [
+            WindowRow(steps, start, stop - start)
+            for steps in every
+            for start, stop in [_row_of_ball(window, steps)]
+            if stop > start
+        ]
     return tuple(rows) or (WindowRow((0,) * (len(window.sizes) - 1), 0, 0),)
+
+
+def count_rows(window: AxisWindows) -> int:
+    """The number of `window_rows`."""
+    if window.is_ball:
+        return len(window_rows(window))
+    longest = max(window.sizes)
+    return math.prod(window.sizes) // longest if longest else 1
 
 
 @cached
@@ -290,11 +316,9 @@ def _offsets_by_rows(window: AxisWindows) -> list[tuple[int, ...]]:
     return [tuple(offset[axes.index(axis)] for axis in range(len(axes))) for offset in offsets]
 
 
-def _row_cells(window: AxisWindows, steps: Sequence[int]) -> tuple[int, int]:
+def _row_of_ball(window: AxisWindows, steps: Sequence[int]) -> tuple[int, int]:
     """The first cell of a row and the one after its last, from the window's first cell."""
     size = window.sizes[-1]
-    if window.is_box():
-        return 0, size
     firsts = window.first_steps()
     # Twice the half width h of each axis is an integer, so everything is exact in integers.
     widths = [

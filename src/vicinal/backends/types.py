@@ -15,6 +15,7 @@ from ..window_shapes import (
     Windows,
     cell_order,
     count_cells,
+    count_rows,
     window_rows,
 )
 
@@ -181,7 +182,7 @@ class PlanTensors(NamedTuple):
 
 def slices_per_level(windows: Windows) -> list[int]:
     """The number of rows of a window of each level."""
-    return [len(window_rows(window)) for window in windows]
+    return [count_rows(window) for window in windows]
 
 
 def slot_order(windows: Windows, device: torch.device) -> Tensor | None:
