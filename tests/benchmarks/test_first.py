@@ -121,11 +121,14 @@ def test_counters_that_may_not_be_read_are_no_failure(tmp_path: Path) -> None:
     assert (refused.status, failed.status) == ("refused", "failed")
 
 
-def collect_shard(shard: str, folder: Path, printed: Path) -> None:
+def collect_shards(shards: tuple[str, ...], folder: Path, printed: Path) -> None:
     os.chdir(folder)
     with printed.open("w") as file, contextlib.redirect_stdout(file):
-        status = pytest.main(["-q", "--collect-only", "--shard", shard, "."])
-    sys.exit(int(status))
+        for shard in shards:
+            print(shard)
+            status = pytest.main(["-q", "--collect-only", "--shard", shard, "."])
+            if status:
+                sys.exit(int(status))
 
 
 def test_the_shards_have_each_test_once(tmp_path: Path) -> None:
@@ -133,11 +136,11 @@ def test_the_shards_have_each_test_once(tmp_path: Path) -> None:
         "import pytest\n@pytest.mark.parametrize('i', range(7))\ndef test_it(i): pass\n"
     )
     (tmp_path / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text())
-    found = []
-    for shard in ("0/3", "1/3", "2/3"):
-        printed = tmp_path / "printed"
-        assert run_light(collect_shard, shard, tmp_path, printed) == 0, printed.read_text()
-        found += [line for line in printed.read_text().splitlines() if "::" in line]
+    shards, printed = ("0/3", "1/3", "2/3"), tmp_path / "printed"
+    assert run_light(collect_shards, shards, tmp_path, printed) == 0, printed.read_text()
+    lines = printed.read_text().splitlines()
+    assert [line for line in lines if line in shards] == list(shards)
+    found = [line for line in lines if "::" in line]
     assert sorted(found) == [f"test_many.py::test_it[{i}]" for i in range(7)]
 
 
