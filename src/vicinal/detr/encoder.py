@@ -167,7 +167,7 @@ class Encoder(Module):
         plan = attention.make_plan(positions, offsets, pyramid, levels)
         values = pyramid.values
         # No layer gets one tensor twice, of which `torch.compile` would make another graph.
-        points = pyramid.with_values(values.detach())
+        points = pyramid.with_values(values.view_as(values))
         for layer in self.layers:
             values = run_layer(
                 layer, values, points, positions, offsets, plan, checkpoint=self.checkpoint
