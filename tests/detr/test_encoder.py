@@ -145,6 +145,33 @@ def test_accepts_any_attention_with_the_same_signature() -> None:
     assert_close(encoder(pyramid).values, encoder.norm(values), 1e-12)
 
 
+class AddsInput(EncoderLayer):
+    """A layer that also adds the values that the encoder got."""
+
+    def forward(
+        self,
+        values: Tensor,
+        pyramid: FeaturePyramid,
+        positions: Tensor,
+        offsets: Tensor,
+        plan: Any = None,
+    ) -> Tensor:
+        return super().forward(values, pyramid, positions, offsets, plan) + pyramid.values
+
+
+def test_layers_that_use_the_values_of_the_pyramid_get_their_gradients() -> None:
+    encoder = Encoder([AddsInput(MeanOfImage(), nn.Identity()) for _ in range(2)], EMBED)
+    encoder.norm = nn.LayerNorm(EMBED, elementwise_affine=False)
+    pyramid = make_pyramid((1,))  # whose mean is its point, so that the layers double it
+    values = pyramid.values.requires_grad_()
+    expected = nn.functional.layer_norm(7 * values, (EMBED,))
+    out = encoder(pyramid).values
+    assert_close(out, expected, 1e-12)
+    weights = torch.randn_like(out)
+    grad, wanted = (torch.autograd.grad(x, values, weights)[0] for x in (out, expected))
+    assert_close(grad, wanted, 1e-12)
+
+
 def test_a_layer_without_a_plan_makes_its_own() -> None:
     pyramid = make_pyramid(COUNTS)
     layer = EncoderLayer(make_block(), FeedForward(EMBED)).double()
