@@ -106,6 +106,24 @@ def test_linear_functions_are_interpolated_exactly_in_four_dimensions() -> None:
     assert_close(out.flatten(), (locations @ slope).flatten(), EXACT)
 
 
+@pytest.mark.usefixtures("implementation")
+@pytest.mark.parametrize("size", [2**24 + 1, 2**28 + 17, 2**40 + 2**16 + 100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_cells_far_beyond_a_large_map_are_empty(size: int, dtype: torch.dtype) -> None:
+    """Its size is no float32: less by one, greater by 15, greater by 65,436."""
+    cells = torch.tensor([0, 8, 9, 10, 65_429, 65_430, 65_431, size - 1])
+    images = torch.arange(2).repeat_interleave(len(cells))
+    coordinates = torch.stack((images, cells.repeat(2), torch.zeros_like(images)), 1)
+    pyramid = FeaturePyramid(torch.zeros(len(images), 1), coordinates, ((size,),), 2)
+    far = [math.ldexp(1, exponent) for exponent in (42, 62, 63, 64, 100)]
+    far += [-value for value in far]
+    locations = torch.tensor(far, dtype=dtype).view(-1, 1, 1, 1, 1)
+    weights = torch.ones(len(far), 1, 1, 1, dtype=dtype)
+    index, image = index_cells(pyramid), torch.zeros(len(far), dtype=torch.int64)
+    table = torch.ones(index.n_cells, 1, 1, dtype=dtype)
+    assert not sampling.sample(table, index, image, locations, weights).any()
+
+
 def random_arguments(
     dim: int, width: int, background: bool, periodic: bool, dtype: torch.dtype
 ) -> tuple[CellIndex, tuple[Tensor, ...]]:
@@ -148,6 +166,18 @@ def test_the_kernel_agrees_with_torch(
     use_torch(monkeypatch)
     for actual, expected in zip(found, sample_with_gradients(index, arguments), strict=True):
         assert_close(actual, expected, EXACT if dtype == torch.float64 else 1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_locations_in_another_dtype(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    index, (table, images, locations, weights) = random_arguments(2, 5, True, True, dtype)
+    other = torch.float64 if dtype == torch.float32 else torch.float32
+    arguments = table, images, locations.to(other), weights
+    found = sample_with_gradients(index, arguments)
+    assert [x.dtype for x in found] == [dtype, dtype, other, dtype]
+    use_torch(monkeypatch)
+    for actual, expected in zip(found, sample_with_gradients(index, arguments), strict=True):
+        assert_close(actual, expected, EXACT if actual.dtype == dtype == torch.float64 else 1e-4)
 
 
 def test_numbers_that_are_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:

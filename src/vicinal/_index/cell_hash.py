@@ -141,13 +141,14 @@ class CellIndex:
                 floating dtype, inside the map or not.
         """
         key = self._origins[images][:, None, levels]
-        sizes = constant(self.level_shapes, self.device, firsts[0].dtype)[levels].t()
+        sizes = constant(self.level_shapes, self.device)[levels].t()
         axes = zip(firsts, self._steps[:, levels], sizes, strict=True)
         for axis, (first, step, size) in enumerate(axes):
             if axis in self.periodic_axes:
-                first = first.remainder(size)
-            # All cells beyond the map are empty, so their distance does not matter.
-            key = key + first.clamp(min=-2).minimum(size).long() * step
+                first = first.remainder(size.to(first.dtype))
+            # All cells beyond the map are empty, so their distance does not matter. The size of a
+            # large map may not be representable in the dtype of the locations.
+            key = key + first.clamp(-2, 2**62).long().minimum(size) * step
         wanted = key.flatten()
         start = self._starts.index_select(0, _bucket(wanted, len(self._starts)))
         entry = torch.full_like(start, len(self._keys) - 1)

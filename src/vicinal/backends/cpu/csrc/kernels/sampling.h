@@ -133,13 +133,15 @@ class SamplingKernel {
       __builtin_prefetch(bytes + byte);
   }
 
-  // All cells beyond the map are empty, so their distance does not matter.
+  // All cells beyond the map are empty, so their distance does not matter. The size of a large map
+  // may not be representable as a Place.
   static int64_t first_cell(Place cell, int64_t size, bool periodic) {
     if (periodic) {
       cell = std::fmod(cell, Place(size));
       if (cell < 0) cell += Place(size);
     }
-    return cell >= Place(-2) ? int64_t(std::min(cell, Place(size))) : -2;  // -2 for NaN
+    constexpr Place kFar = Place(int64_t(1) << 62);
+    return cell >= Place(-2) ? std::min(int64_t(std::min(cell, kFar)), size) : -2;  // -2 for NaN
   }
 
   uint64_t bucket_of(uint64_t key) const {
