@@ -175,7 +175,7 @@ def _chunks(locations: Tensor) -> Iterator[slice]:
 
 def _has_background(table: Tensor, index: CellIndex) -> bool:
     """Whether the table has values of empty cells."""
-    return len(table) > index.n_cells
+    return table.shape[0] > index.n_cells
 
 
 def _rows(table: Tensor, index: CellIndex) -> Tensor:

@@ -122,7 +122,7 @@ class ShardedBlock(SparseNeighborhoodAttentionBlock):
 
         Args:
             projected: q and positions of all queries, from `_project_queries`.
-            points: k and v of the part's points, k not rotated yet.
+            points: k and v of the part's points, not rotated yet.
         """
         inputs = part.select(inputs)
         own = part.plan if seed is None else part.plan_with_ids(plan)

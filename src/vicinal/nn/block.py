@@ -90,7 +90,8 @@ class SparseNeighborhoodAttentionBlock(SparseAttention[NeighborhoodPlan]):
         rotary_values: whether R rotates values as well, and its inverse at the query's position and
             level the attended values: ``R(p)^-1 sum_j a_j R(p_j) v_j`` (Miyato et al., "GTA",
             2024). So a result tells where its points lie relative to the query, as boxes need it,
-            without further parameters. Default: False. It needs ``rotary`` and takes no background.
+            without further parameters. Default: False. It needs ``rotary`` and takes no background,
+            and is not in the state dict.
         backend: back end of the attention, see `neighborhood_attention`. None (default): chosen by
             device and dtype.
         device: of the parameters. None (default): torch's default device.
