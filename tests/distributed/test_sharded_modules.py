@@ -174,10 +174,13 @@ def test_an_encoder_drops_what_one_process_drops(
     cluster.run(3, encode_with_feed_forward, attention, *rates)
 
 
-@pytest.mark.parametrize("rotary_values", [False, True])  # which take no background
-def test_along_periodic_axes(rotary_values: bool, cluster: Cluster) -> None:
-    options, background = {"rotary_values": rotary_values}, not rotary_values
-    cluster.run(3, encode, SparseNeighborhoodAttentionBlock, options, (0, 1), background)
+@pytest.mark.parametrize(
+    ("rotary_values", "interior_first"), [(False, False), (True, False), (True, True)]
+)
+def test_along_periodic_axes(rotary_values: bool, interior_first: bool, cluster: Cluster) -> None:
+    block, options = SparseNeighborhoodAttentionBlock, {"rotary_values": rotary_values}
+    background = not rotary_values  # which take none
+    cluster.run(3, encode, block, options, (0, 1), background, 900, interior_first)
 
 
 def test_ranks_without_points(cluster: Cluster) -> None:
