@@ -3,6 +3,8 @@
 import ast
 import re
 import shlex
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -90,6 +92,22 @@ def test_workflows_run_what_exists(workflow: Path) -> None:
                 assert arguments[1] in ("pip", "pytest", "build") or file.is_file()
             elif command == "python" and arguments[:1] == ["-c"]:
                 ast.parse(arguments[1])
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_builds_the_kernel_again_after_any_change_of_its_sources(tmp_path: Path) -> None:
+    sources = (ROOT / "src/vicinal/backends/cpu/csrc").rglob("*.*")
+    paths = [path.relative_to(ROOT) for path in (ROOT / "Makefile", *sources)]
+    for path in (*paths, Path("pyproject.toml"), Path("setup.py"), Path("constraints.txt")):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / path, tmp_path / path)
+    ready = tmp_path / ".venv" / "ready"
+    ready.parent.mkdir()
+    ready.touch()
+    query = ["make", "--question", "--directory", str(tmp_path), ".venv/ready"]
+    assert subprocess.run(query, check=False).returncode == 0
+    for path in paths[1:]:
+        assert subprocess.run([*query, f"--what-if={path}"], check=False).returncode == 1, path
 
 
 def test_published_files_come_from_the_checked_workflow_by_trusted_publishing() -> None:
