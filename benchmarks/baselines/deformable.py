@@ -46,7 +46,7 @@ def prepare_sparse(layer: Layer) -> Comparison:
     shapes = torch.tensor(layer.pyramid.level_shapes)[:, None]
     images = layer.pyramid.coordinates[:, 0]
     v = vicinal.inputs[2]
-    values = torch.zeros_like(v).index_copy(0, index.cell_of_point, v)
+    values = v.new_zeros(index.n_cells, *v.shape[1:]).index_add(0, index.cell_of_point, v)
 
     def attend(values: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
         return sample_sparse(values, index, images, locations, weights)
