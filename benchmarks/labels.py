@@ -1,9 +1,10 @@
 """Compares networks that label points: ``python -m benchmarks.labels --data digits|hits``.
 
 All have about as many parameters as `PointUNet`, and train for the same time on the same scenes:
-some steps are timed, then each network trains for as many as fit into ``--seconds``, from new
-parameters, with the learning rate of `PointUNet`. Their mean intersection over union (mIoU) is that
-of scenes that they were not trained on. Besides the networks of `examples.label_points`:
+some steps are timed, in turn, then each network trains for as many as fit into ``--seconds``, from
+new parameters, with the learning rate of `PointUNet`. Times are processor times of one thread,
+which other load on the machine changes little. The mean intersection over union (mIoU) is that of
+scenes that a network was not trained on. Besides the networks of `examples.label_points`:
 
 ``spconv``: a U-Net of submanifold convolutions. ``azimuth``, for hits: `PointUNet` whose attention
 is to 512 hits in the order of azimuth; ``azimuth_equal_pairs``: to as many hits as lie in the
@@ -39,9 +40,9 @@ class Result(NamedTuple):
     """One run.
 
     Attributes:
-        seconds: of a step, the median of a few.
+        seconds: of processor time per step, the median of a few.
         steps: of training.
-        trained: how long these steps took, in seconds.
+        trained: processor time of these steps, in seconds.
     """
 
     network: str
@@ -110,17 +111,22 @@ def networks_for(task: Task) -> list[str]:
     ]
 
 
-def seconds_of_a_step(model: PointLabeler, batches: Batches, batch: int) -> float:
-    """The median time to generate a batch and to train on it."""
-    optimizer, seconds = torch.optim.AdamW(model.parameters(), fused=True), []
+def seconds_of_a_step(models: list[PointLabeler], batches: Batches, batch: int) -> list[float]:
+    """The median processor time to generate a batch and to train on it, for each of the models.
+
+    They take turns, so that other load on the machine slows all of them.
+    """
+    optimizers = [torch.optim.AdamW(model.parameters(), fused=True) for model in models]
+    seconds: list[list[float]] = [[] for _ in models]
     for step in range(WARM_UPS + TIMED):
-        start = time.perf_counter()
-        (loss,) = model.train()(batches(range(step * batch, (step + 1) * batch))).values()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        seconds.append(time.perf_counter() - start)
-    return median(seconds[WARM_UPS:])
+        for model, optimizer, times in zip(models, optimizers, seconds, strict=True):
+            start = time.process_time()
+            (loss,) = model.train()(batches(range(step * batch, (step + 1) * batch))).values()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            times.append(time.process_time() - start)
+    return [median(times[WARM_UPS:]) for times in seconds]
 
 
 def test(model: PointLabeler, batches: Batches, n_scenes: int) -> Quality:
@@ -138,15 +144,17 @@ def study(arguments: argparse.Namespace) -> Iterator[Result]:
     for seed in arguments.seeds:
         template = TASKS[arguments.data]
         task, for_training, for_test = template.open(template, Options(seed, arguments.hits))
-        for network in arguments.networks or networks_for(task):
-            timed = make_model(task, network, seed)
-            seconds = seconds_of_a_step(timed, for_training, task.batch)
+        networks = arguments.networks or networks_for(task)
+        models = [make_model(task, network, seed) for network in networks]
+        times = seconds_of_a_step(models, for_training, task.batch)
+        for network, seconds in zip(networks, times, strict=True):
             steps = max(round(arguments.seconds / seconds), 1)
             model = make_model(task, network, seed)
             config = Config(steps, task.batch, seed, learning_rate=task.learning_rate)
             folder = arguments.out / f"{arguments.data}-{network}-{seed}"
-            history = train(model.train(), for_training, config, folder, save_every=steps)
-            trained = steps * sum(history.seconds.values())
+            start = time.process_time()
+            train(model.train(), for_training, config, folder, save_every=steps)
+            trained = time.process_time() - start
             found = test(model, for_test, arguments.tests or task.n_tests)
             size = count_parameters(model)
             yield Result(network, seed, size, seconds, steps, trained, found.miou, found.accuracy)
@@ -179,6 +187,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="*", default=[0])
     parser.add_argument("--out", type=Path, default=Path("out/labels-study"))
     arguments = parser.parse_args()
+    torch.set_num_threads(1)
     results: list[Result] = []
     for result in study(arguments):
         results.append(result)
