@@ -291,3 +291,19 @@ def test_refuses_wrong_counts_and_inputs() -> None:
         net(coordinates, values, (24, 32, 8), 3)
     with refused("spatial_shape"):
         net(coordinates, values, (26, 32), 3, periodic_axes=(0,))
+
+
+def test_compiled_layers_of_a_level_share_a_graph() -> None:
+    """No layer gets one tensor twice, or views where another does not: `torch.compile` asks."""
+    net: Any = make_net(depths=2)
+    kinds: set[tuple[bool, ...]] = set()
+
+    def note_kind(_: nn.Module, arguments: Any) -> None:
+        values, points, *_ = arguments
+        kinds.add((values is points.values, values._is_view(), points.values._is_view()))
+
+    for stage in (*net.encoder, *net.decoder):
+        for layer in stage:
+            layer.register_forward_pre_hook(note_kind)
+    net(*random_points(SHAPES[2]), SHAPES[2], 3)
+    assert kinds == {(False, False, True)}

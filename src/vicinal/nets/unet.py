@@ -201,8 +201,12 @@ class PointUNet(Module):
 
     def _run(self, stage: Any, x: Tensor, level: "_Level", plan: Any) -> Tensor:
         """The values of a level's points ``[n, E]`` after the layers of a stage."""
+        # No layer gets one tensor twice, of which `torch.compile` would make another graph.
+        points = level.points.with_values(level.points.values.view_as(level.points.values))
         for layer in stage:
-            x = run_layer(layer, x, *level[:3], plan, checkpoint=self.checkpoint)
+            x = run_layer(
+                layer, x, points, level.positions, level.offsets, plan, checkpoint=self.checkpoint
+            )
         return x
 
 
