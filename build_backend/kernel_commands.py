@@ -8,7 +8,10 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from setuptools import Distribution, Extension
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -17,6 +20,8 @@ from setuptools.errors import BaseError, CompileError, LinkError, PlatformError
 from torch_headers import find_torch
 
 CSRC = "src/vicinal/backends/cpu/csrc"
+# Those that take longest come first: compilers run at the same time.
+SOURCES = ["kernels/avx512", "kernels/avx2", "kernels/baseline", "ops"]
 REASON_FILE = "no_kernel.txt"
 COMPILER_ARGUMENTS = [
     "-std=c++20",
@@ -32,7 +37,7 @@ def cpu_kernel() -> Extension:
     """The extension, which torch.ops loads; Python cannot import it."""
     return Extension(
         "vicinal.backends.cpu._cpu",
-        sources=[f"{CSRC}/ops.cpp"],
+        sources=[f"{CSRC}/{name}.cpp" for name in SOURCES],
         depends=sorted(str(path) for path in Path(CSRC).rglob("*.h")),
         libraries=["torch_cpu"],
         # PyTorch's stable ABI: a binary built for 2.10 works with all later versions.
@@ -62,6 +67,21 @@ class BuildKernel(build_ext):
             self._leave_out(reason)
         else:
             self._reason_file().unlink(missing_ok=True)
+
+    def build_extensions(self) -> None:
+        self.compiler.compile = self._at_the_same_time(self.compiler.compile)
+        super().build_extensions()
+
+    @staticmethod
+    def _at_the_same_time(compile_sources: Callable[..., list[str]]) -> Callable[..., list[str]]:
+        """Compiles each source by a call of its own, as many at once as there are processors."""
+
+        def compile_each(sources: list[str], **options: Any) -> list[str]:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                objects = pool.map(lambda source: compile_sources([source], **options), sources)
+                return [file for files in objects for file in files]
+
+        return compile_each
 
     def _use_torch(self) -> None:
         if platform.system() == "Windows":

@@ -96,7 +96,7 @@ class Problem {
     p.slices = {traversal_.data(), starts_.data(), stops_.data(), order_.data(),
                 n_, kSlices, points_};
     p.dropout.active = true;
-    p.dropout.key = 7, p.dropout.threshold = 1u << 29, p.dropout.keep_scale = 8.0 / 7;
+    p.dropout.seed = 7, p.dropout.threshold = 1u << 29, p.dropout.keep_scale = 8.0 / 7;
     p.q = q_.rows(), p.k = k_.rows(), p.v = v_.rows();
     p.out = result.out.rows();
     p.lse = result.lse.data();

@@ -68,7 +68,8 @@ def _build(library: Path, baseline_only: bool) -> None:
     options += ["-DVICINAL_BASELINE_ONLY"] if baseline_only else []
     checks = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
     link = ["-shared", "-fPIC", f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-o", str(library)]
-    _run(["g++", *FLAGS, *options, *checks, str(SOURCES / "ops.cpp"), *link])
+    sources = map(str, sorted(SOURCES.rglob("*.cpp")))
+    _run(["g++", *FLAGS, *options, *checks, *sources, *link])
 
 
 def _library(name: str) -> str:

@@ -1,5 +1,5 @@
 // The arguments of the attention ops, forward and backward: checks them, and converts them to
-// AttentionParams. Included after kernels.h.
+// AttentionParams.
 #pragma once
 
 #include <algorithm>
@@ -126,9 +126,8 @@ class AttentionArguments {
 
   void set_dropout(const Tensor& seed, double dropout_p) {
     check_contiguous("seed", seed, {}, ScalarType::Long);
-    const uint64_t bits = *seed.const_data_ptr<int64_t>();
     params.dropout.active = true;
-    params.dropout.key = baseline::hash32(baseline::hash32(uint32_t(bits)) ^ uint32_t(bits >> 32));
+    params.dropout.seed = *seed.const_data_ptr<int64_t>();
     params.dropout.threshold = uint32_t(dropout_p * 4294967296.0);
     params.dropout.keep_scale = 1 / (1 - dropout_p);
   }

@@ -1,99 +1,41 @@
 // The CPU implementations of vicinal's ops, on PyTorch's stable ABI (2.10 and later): argument
 // checks, allocation of results, the choice of an instruction set at run time, and parallelization
-// over torch's threads. The kernels are in the headers. Shape comments use the sizes of params.h.
+// over torch's threads. The kernels are in kernels/. Shape comments use the sizes of params.h.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Exception.h>
-#include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
-#include <bit>
-#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <limits>
-#include <new>
 #include <optional>
 #include <string>
 #include <tuple>
-#include <type_traits>
 #include <vector>
 
-#include "buffer.h"
+#include "attention_arguments.h"
 #include "checks.h"
+#include "kernel_table.h"
 #include "params.h"
+#include "sampling_arguments.h"
 #include "scheduling.h"
 #include "slice_search.h"
 #include "tensors.h"
-
-#define VICINAL_ISA baseline
-#define VICINAL_BYTES 16
-#include "kernels/kernels.h"
-#undef VICINAL_ISA
-#undef VICINAL_BYTES
-
-#if defined(__x86_64__) && defined(__GNUC__) && \
-    !defined(VICINAL_BASELINE_ONLY)  // for builds with sanitizers, which take long
-#define VICINAL_X86 1
-
-// Functions between PUSH and POP may use these features of the processor. So they need no
-// compiler flags, with which functions of other headers would get them as well.
-#define VICINAL_PRAGMA(text) _Pragma(#text)
-#ifdef __clang__
-#define VICINAL_PUSH_TARGET(features) \
-  VICINAL_PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
-#define VICINAL_POP_TARGET VICINAL_PRAGMA(clang attribute pop)
-#else
-#define VICINAL_PUSH_TARGET(features) \
-  VICINAL_PRAGMA(GCC push_options) VICINAL_PRAGMA(GCC target(features))
-#define VICINAL_POP_TARGET VICINAL_PRAGMA(GCC pop_options)
-#endif
-
-VICINAL_PUSH_TARGET("avx2,fma,bmi,bmi2,popcnt")
-#define VICINAL_ISA avx2
-#define VICINAL_BYTES 32
-#include "kernels/kernels.h"
-#undef VICINAL_ISA
-#undef VICINAL_BYTES
-VICINAL_POP_TARGET
-
-VICINAL_PUSH_TARGET("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,bmi,bmi2,popcnt")
-#define VICINAL_ISA avx512
-#define VICINAL_BYTES 64
-#include "kernels/kernels.h"
-#undef VICINAL_ISA
-#undef VICINAL_BYTES
-VICINAL_POP_TARGET
-#endif
-
-#include "attention_arguments.h"
-#include "sampling_arguments.h"
 
 namespace vicinal {
 namespace {
 
 // ------------------------------------------------------------------------ instruction sets
 
-struct KernelTable {
-  int64_t vector_bytes;
-  void (*attention_forward)(const AttentionParams&, WorkQueue&);
-  void (*attention_backward)(const AttentionParams&, BackwardSchedule&);
-  void (*rotary)(Dtype, const RotaryParams&, WorkQueue&, bool forward);
-  void (*sample)(const SamplingParams&, WorkQueue&, bool forward);
-};
-
-#define VICINAL_KERNEL_TABLE(isa, bytes) \
-  KernelTable { bytes, isa::attention_forward, isa::attention_backward, isa::rotary, isa::sample }
-
 // The widest instruction set that the processor supports and ATEN_CPU_CAPABILITY (the environment
 // variable of ATen's own kernels) allows.
 const KernelTable& kernels() {
-  static const KernelTable table = [] {
+  static const KernelTable& table = []() -> const KernelTable& {
 #ifdef VICINAL_X86
     const char* variable = std::getenv("ATEN_CPU_CAPABILITY");
     const std::string capability = variable ? variable : "avx512";
@@ -103,10 +45,10 @@ const KernelTable& kernels() {
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl");
-    if (avx512 && capability == "avx512") return VICINAL_KERNEL_TABLE(avx512, 64);
-    if (avx2 && capability != "default") return VICINAL_KERNEL_TABLE(avx2, 32);
+    if (avx512 && capability == "avx512") return avx512::table;
+    if (avx2 && capability != "default") return avx2::table;
 #endif
-    return VICINAL_KERNEL_TABLE(baseline, 16);
+    return baseline::table;
   }();
   return table;
 }

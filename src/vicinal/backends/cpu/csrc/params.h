@@ -48,7 +48,8 @@ struct Rows {
 
 struct DropoutParams {
   bool active = false;
-  uint32_t key = 0, threshold = 0;  // drop where hash(key, head, query, column) < threshold
+  uint64_t seed = 0;
+  uint32_t threshold = 0;           // drop where hash(seed, head, query, column) < threshold
   double keep_scale = 1;            // 1 / (1 - dropout_p)
   const int32_t* query_ids = nullptr;   // [N], what each query is counted as; null: its row
   const int32_t* column_ids = nullptr;  // [nnz + 1], likewise of each point, then of the first cell

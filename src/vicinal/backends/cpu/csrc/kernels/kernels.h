@@ -1,7 +1,45 @@
-// All kernels, for one instruction set. ops.cpp includes this file once per instruction set, after
-// it defines VICINAL_ISA (the namespace) and VICINAL_BYTES (the width of a SIMD register). For this
-// reason the files below have no include guards, and each depends on those before it.
+// All kernels, for one instruction set. The source file of each set includes this file, after it
+// defines VICINAL_ISA (the namespace), VICINAL_BYTES (the width of a SIMD register) and, except for
+// the baseline, VICINAL_FEATURES (of the processor). The files below are parts of this one: each
+// depends on those before it.
 
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <new>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "../buffer.h"
+#include "../kernel_table.h"
+
+// The functions below, down to POP, may use VICINAL_FEATURES. So they need no compiler flags, with
+// which functions of the headers above would get them as well.
+#ifdef VICINAL_FEATURES
+#define VICINAL_PRAGMA(text) _Pragma(#text)
+#ifdef __clang__
+#define VICINAL_PUSH_TARGET(features) \
+  VICINAL_PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
+#define VICINAL_POP_TARGET VICINAL_PRAGMA(clang attribute pop)
+#else
+#define VICINAL_PUSH_TARGET(features) \
+  VICINAL_PRAGMA(GCC push_options) VICINAL_PRAGMA(GCC target(features))
+#define VICINAL_POP_TARGET VICINAL_PRAGMA(GCC pop_options)
+#endif
+#else
+#define VICINAL_PUSH_TARGET(features)
+#define VICINAL_POP_TARGET
+#endif
+
+VICINAL_PUSH_TARGET(VICINAL_FEATURES)
 #include "simd.h"
 #include "packing.h"
 #include "gather_products.h"
@@ -12,3 +50,9 @@
 #include "attention.h"
 #include "rotary.h"
 #include "sampling.h"
+VICINAL_POP_TARGET
+
+namespace vicinal::VICINAL_ISA {
+constinit const KernelTable table{VICINAL_BYTES, attention_forward, attention_backward, rotary,
+                                  sample};
+}

@@ -12,7 +12,10 @@ class OnlineSoftmax {
   using W = Words<Real>;
 
  public:
-  void set_dropout(const DropoutParams& dropout) { dropout_ = dropout; }
+  void set_dropout(const DropoutParams& dropout) {
+    dropout_ = dropout;
+    seed_key_ = hash32(hash32(uint32_t(dropout.seed)) ^ uint32_t(dropout.seed >> 32));
+  }
 
   // One block: [kBlockKeys / kLanesPerHead], vectors of [kLanesPerHead keys, kHeads heads].
   // `logits` holds logits, then probabilities (forward) or grad_logits (backward). `grad_probs`
@@ -86,12 +89,12 @@ class OnlineSoftmax {
       logits[b] = key_mask<L>(n_valid - b * L::kLanesPerHead) ? logits[b] : lowest();
   }
 
-  // The hash of (head, id of the query), which dropout_factor combines with the column.
+  // The hash of (seed, head, id of the query), which dropout_factor combines with the column.
   void set_dropout_key(int64_t query, int64_t head) {
     if (!dropout_.active) return;
     W heads{};
     for (int lane = 0; lane < L::kLanes; ++lane) heads[lane] = uint32_t(head + lane % L::kHeads);
-    dropout_key_ = hash32(hash32(dropout_.key ^ heads) ^ dropout_.query_id(query));
+    dropout_key_ = hash32(hash32(seed_key_ ^ heads) ^ dropout_.query_id(query));
   }
 
   // Zero for dropped probabilities, 1 / (1 - dropout_p) for others. Stateless: the backward pass
@@ -106,6 +109,7 @@ class OnlineSoftmax {
   }
 
   DropoutParams dropout_;
+  uint32_t seed_key_ = 0;  // the hash of the seed
   V row_max_, row_sum_;  // forward; row_sum_ holds partial sums per lane
   V lse_, delta_;        // backward
   W dropout_key_;
