@@ -92,7 +92,9 @@ def triton_tests() -> list[str]:
     """The files of tests that run kernels on a GPU."""
     files = (ROOT / "tests/backends").glob("test_triton*.py")
     names = sorted(file.name for file in files if not file.stem.endswith("_compiled"))
-    return [f"tests/backends/{name}" for name in (*names, "test_no_stalls.py")]
+    return [f"tests/backends/{name}" for name in (*names, "test_no_stalls.py")] + [
+        "tests/_index/test_sampling.py"
+    ]
 
 
 def _python(module: str, *arguments: str) -> list[str]:
@@ -120,7 +122,7 @@ def _tool(name: str) -> str:
 
 def kernel_names() -> list[str]:
     """Of the library's Triton kernels, and of the functions they call."""
-    files = sorted((ROOT / "src/vicinal/backends/triton").glob("*.py"))
+    files = sorted((ROOT / "src/vicinal/backends/triton").rglob("*.py"))
     kernels = (re.findall(r"@triton\.jit.*\ndef (\w+)", file.read_text()) for file in files)
     return [name for names in kernels for name in names]
 

@@ -26,6 +26,7 @@ from benchmarks import launches as host
 from benchmarks.gpu_costs import model, plan, sass, scene
 from benchmarks.scenes import particle_tracks
 from vicinal import FeaturePyramid, NeighborhoodPlan, Window, plan_neighborhoods
+from vicinal._index.cell_hash import index_cells
 from vicinal._index.tiles import tile_rows
 from vicinal.backends import reference
 from vicinal.backends import triton as triton_backend
@@ -33,6 +34,7 @@ from vicinal.backends.ops import list_space
 from vicinal.backends.triton import ops as triton_ops
 from vicinal.backends.triton import plan_ops
 from vicinal.backends.triton.checks import PlanParts
+from vicinal.backends.triton.sampling import ops as sampling_ops
 from vicinal.backends.types import LIST_BLOCK, window_tables
 
 
@@ -195,17 +197,24 @@ def launches(case: Case) -> list[Launch]:
     with (
         mock.patch.object(triton_ops, "launch", record),
         mock.patch.object(plan_ops, "launch", record),
+        mock.patch.object(sampling_ops, "launch", record),
     ):
         if not case.everything or case.balls:
             _find_tiles(plan)
+        if not case.everything or (case.dtype, case.width) == (torch.float32, 256):
+            _sample(plan, case)
         _rotate_and_attend(plan, case)
     return list(found.values())
 
 
-def _plan(case: Case) -> NeighborhoodPlan:
+def _points(case: Case) -> FeaturePyramid:
     scene = particle_tracks(2)
     coordinates = scene.coordinates[: case.n_points]
-    points = FeaturePyramid(torch.zeros(len(coordinates), 1), coordinates, scene.level_shapes, 1)
+    return FeaturePyramid(torch.zeros(len(coordinates), 1), coordinates, scene.level_shapes, 1)
+
+
+def _plan(case: Case) -> NeighborhoodPlan:
+    points, scene = _points(case), particle_tracks(2)
     positions = points.positions()[: case.n_queries]
     windows = [Window(size, shape="ball") if case.balls else size for size in scene.windows]
     return plan_neighborhoods(positions, torch.tensor([0, len(positions)]), points, windows)
@@ -273,6 +282,17 @@ def _rotate_and_attend(plan: NeighborhoodPlan, case: Case) -> None:
     no_gradient = lse.new_zeros(()).expand_as(lse)  # as in a training step
     for needs_queries in (False, True):
         triton_ops.attend_backward(out, no_gradient, out, lse, *arguments, needs_queries, True)
+
+
+def _sample(plan: NeighborhoodPlan, case: Case) -> None:
+    """Deformable sampling, by default of 4 locations per head and level."""
+    index = index_cells(_points(case))
+    sizes = plan.n_queries, case.heads, plan.n_levels, 4
+    table = torch.zeros(index.n_cells + plan.n_levels, case.heads, case.width)
+    locations, weights = torch.zeros(*sizes, plan.position_dim), torch.zeros(sizes)
+    images = torch.zeros(plan.n_queries, dtype=torch.int64)
+    arguments = table, locations, weights, images, *index.lookup_arguments(), True
+    sampling_ops.sample_backward(sampling_ops.sample(*arguments), *arguments)
 
 
 def variant(launch: Launch, target: GPUTarget) -> tuple[ASTSource, dict[str, Any]]:

@@ -27,6 +27,7 @@ from vicinal import (
 from vicinal._utils import constants
 from vicinal.backends.triton import ops as triton_ops
 from vicinal.backends.triton import plan_ops
+from vicinal.backends.triton.sampling import ops as sampling_ops
 
 SHAPES = ((2048, 2048), (1024, 1024), (512, 512), (256, 256))
 SIZES = (3, 5, 7, 9)
@@ -152,10 +153,11 @@ def meta_as_gpu() -> Iterator[None]:
 def count(call: Callable[[], object]) -> Counts:
     """Counts what ``call`` does; on tensors of the meta device, within `meta_as_gpu`."""
     recorder = _Recorder()
-    patches = (mock.patch.object(x, "launch", recorder.launch) for x in (triton_ops, plan_ops))
-    first, second = patches
-    with first, second, recorder:
-        call()
+    with contextlib.ExitStack() as patches:
+        for module in (triton_ops, plan_ops, sampling_ops):
+            patches.enter_context(mock.patch.object(module, "launch", recorder.launch))
+        with recorder:
+            call()
     return recorder.counts()
 
 

@@ -202,6 +202,7 @@ def checked(monkeypatch: pytest.MonkeyPatch) -> Checked | None:
 
     from vicinal.backends.triton import ops, plan_ops
     from vicinal.backends.triton.launch import launch
+    from vicinal.backends.triton.sampling import ops as sampling_ops
 
     if not ops.INTERPRETS:
         return None
@@ -212,6 +213,6 @@ def checked(monkeypatch: pytest.MonkeyPatch) -> Checked | None:
         launch(kernel, n_programs, *arguments, **options)
 
     monkeypatch.setattr(interpreter, "_interpreter", checked)
-    for module in (ops, plan_ops):
+    for module in (ops, plan_ops, sampling_ops):
         monkeypatch.setattr(module, "launch", checked_launch)
     return checked

@@ -1,5 +1,10 @@
-"""Multilinear sampling of sparse maps."""
+"""Multilinear sampling of sparse maps, by torch's ops and by kernels of back ends.
 
+Those of Triton run on a GPU if there is one, else interpreted, so on small problems.
+"""
+
+import importlib.util
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -7,30 +12,61 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from bounds import Checked
 from deformable_scenes import EXACT
 from problems import assert_close, make_scene, opcheck
 from torch import Tensor
 
-from vicinal import FeaturePyramid
+from vicinal import FeaturePyramid, backends
 from vicinal._index import sampling
 from vicinal._index.cell_hash import CellIndex, index_cells
-from vicinal.backends import reference
+from vicinal._utils.types import BackendName
+from vicinal.backends import triton
+
+# Triton's interpreter computes with NumPy, which warns about values that kernels mask.
+pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in :RuntimeWarning")
+
+PLAIN = sampling.sample
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+ON_GPU = HAS_TRITON and not triton.interprets()
+NEEDS_TRITON = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+KERNELS = ["cpu", pytest.param("triton", marks=NEEDS_TRITON)]
 
 
-@pytest.fixture(params=["kernel", "torch"])
-def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The CPU's kernel, then torch's ops, which other devices use."""
-    if request.param == "torch":
-        use_torch(monkeypatch)
+@pytest.fixture(params=[*KERNELS, "reference"])
+def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> BackendName:
+    """A back end that samples; the reference has torch's ops, which other devices use."""
+    use(request.param, monkeypatch)
+    name: BackendName = request.param
+    return name
 
 
-def use_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampling, "choose_backend", lambda *_: reference.BACKEND)
+@pytest.fixture(params=KERNELS)
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> BackendName:
+    """A back end with a kernel of its own."""
+    use(request.param, monkeypatch)
+    name: BackendName = request.param
+    return name
 
 
-@pytest.mark.usefixtures("implementation")
+def use(name: BackendName, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling, "choose_backend", lambda *_: backends._BACKENDS[name])
+    monkeypatch.setattr(sampling, "sample", sample_on_gpu if on_gpu(name) else PLAIN)
+
+
+def on_gpu(name: BackendName) -> bool:
+    return name == "triton" and ON_GPU
+
+
+def sample_on_gpu(table: Tensor, index: CellIndex, *others: Tensor) -> Tensor:
+    moved: dict[str, Any] = {
+        name: x.cuda() if isinstance(x, Tensor) else x for name, x in vars(index).items()
+    }
+    return PLAIN(table.cuda(), CellIndex(**moved), *(x.cuda() for x in others)).cpu()
+
+
 @pytest.mark.parametrize("background", [False, True])
-def test_gradcheck(background: bool) -> None:
+def test_gradcheck(background: bool, implementation: BackendName) -> None:
     scene = make_scene(((3, 2), (2, 4)), (1, 1), (2, 1), 8)
     index, images = index_cells(scene.pyramid), torch.tensor([0, 0, 1])
     rows = index.n_cells + (4 if background else 0)
@@ -41,7 +77,8 @@ def test_gradcheck(background: bool) -> None:
     table = torch.randn(rows, 2, 2, dtype=torch.float64, requires_grad=True)
     locations = (4 * torch.rand(3, 2, 2, 2, 2, dtype=torch.float64)).requires_grad_()
     weights = torch.randn(3, 2, 2, 2, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(sample, (table, locations, weights))
+    fast = implementation == "triton" and not ON_GPU  # a call of the interpreter takes long
+    assert torch.autograd.gradcheck(sample, (table, locations, weights), fast_mode=fast)
 
 
 @pytest.mark.usefixtures("implementation")
@@ -61,10 +98,10 @@ def test_one_row_of_empty_cells() -> None:
 def sampled_weights() -> tuple[Callable[[Tensor], Tensor], Tensor]:
     """`sample` as a function of the weights, and weights."""
     scene = make_scene(((3, 2), (2, 4)), (1, 1), (2, 1), 8)
-    index, images = index_cells(scene.pyramid), torch.tensor([0, 0, 1])
-    table = torch.randn(index.n_cells + 4, 2, 2, dtype=torch.float64)
-    locations = 4 * torch.rand(3, 2, 2, 2, 2, dtype=torch.float64)
-    weights = torch.randn(3, 2, 2, 2, dtype=torch.float64)
+    index, images = index_cells(scene.pyramid), torch.tensor([0, 1])
+    table = torch.randn(index.n_cells + 4, 1, 2, dtype=torch.float64)
+    locations = 4 * torch.rand(2, 1, 2, 2, 2, dtype=torch.float64)
+    weights = torch.randn(2, 1, 2, 2, dtype=torch.float64)
     return lambda x: sampling.sample(table, index, images, locations, x), weights
 
 
@@ -125,24 +162,26 @@ def test_cells_far_beyond_a_large_map_are_empty(size: int, dtype: torch.dtype) -
 
 
 def random_arguments(
-    dim: int, width: int, background: bool, periodic: bool, dtype: torch.dtype
-) -> tuple[CellIndex, tuple[Tensor, ...]]:
-    """An index, and what `sample` takes besides it: 40 queries on two images of three levels."""
+    dim: int, width: int, background: bool, periodic: bool, dtype: torch.dtype,
+    small: bool = False,
+) -> tuple[CellIndex, tuple[Tensor, ...]]:  # fmt: skip
+    """An index, and what `sample` takes besides it: queries on two images of three levels."""
+    n_queries, n_points, heads = (9, 18, 2) if small else (40, 120, 3)
     generator = torch.Generator().manual_seed(dim)
     shapes = tuple((size,) * dim for size in (9, 5, 2))
-    cells = torch.randint(0, 9, (120, dim + 2), generator=generator)
+    cells = torch.randint(0, 9, (n_points, dim + 2), generator=generator)
     cells[:, 0] %= 2
-    cells[:, -1] = torch.arange(120) % 3
+    cells[:, -1] = torch.arange(n_points) % 3
     cells[:, 1:-1] %= torch.tensor([9, 5, 2])[cells[:, -1], None]
     axes = (0,) if periodic else ()
-    pyramid = FeaturePyramid(torch.zeros(120, 1), cells, shapes, 2, periodic_axes=axes)
+    pyramid = FeaturePyramid(torch.zeros(n_points, 1), cells, shapes, 2, periodic_axes=axes)
     index = index_cells(pyramid)
     rows = index.n_cells + (6 if background else 0)
-    table = torch.randn(rows, 3, width, dtype=dtype, generator=generator)
-    sizes = 40, 3, 3, 2
+    table = torch.randn(rows, heads, width, dtype=dtype, generator=generator)
+    sizes = n_queries, heads, 3, 2
     locations = 16 * torch.rand(*sizes, dim, dtype=dtype, generator=generator) - 3
     weights = torch.randn(*sizes, dtype=dtype, generator=generator)
-    return index, (table, torch.arange(40) % 2, locations, weights)
+    return index, (table, torch.arange(n_queries) % 2, locations, weights)
 
 
 def sample_with_gradients(index: CellIndex, arguments: tuple[Tensor, ...]) -> list[Tensor]:
@@ -153,44 +192,109 @@ def sample_with_gradients(index: CellIndex, arguments: tuple[Tensor, ...]) -> li
     return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("periodic", [False, True])
-@pytest.mark.parametrize("background", [False, True])
-@pytest.mark.parametrize(("dim", "width"), [(1, 8), (2, 21), (3, 1), (4, 16)])
+def assert_agreement(
+    index: CellIndex, arguments: tuple[Tensor, ...], monkeypatch: pytest.MonkeyPatch
+) -> list[Tensor]:
+    """Compares the kernel with torch's ops; returns its output and gradients."""
+    found = sample_with_gradients(index, arguments)
+    exact = arguments[0].dtype == torch.float64
+    use("reference", monkeypatch)
+    for actual, expected in zip(found, sample_with_gradients(index, arguments), strict=True):
+        assert_close(actual, expected, EXACT if actual.dtype == torch.float64 and exact else 1e-4)
+    return found
+
+
+PROBLEMS = [
+    (dim, width, background, periodic, dtype)
+    for dim, width in ((1, 8), (2, 21), (3, 1), (4, 16))
+    for background, periodic in itertools.product((False, True), repeat=2)
+    for dtype in (torch.float32, torch.float64)
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        *(("cpu", problem) for problem in PROBLEMS),
+        *(pytest.param("triton", problem, marks=NEEDS_TRITON) for problem in PROBLEMS[::3]),
+    ],
+)
 def test_the_kernel_agrees_with_torch(
-    dim: int, width: int, background: bool, periodic: bool, dtype: torch.dtype,
+    name: BackendName,
+    problem: tuple[int, int, bool, bool, torch.dtype],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    use(name, monkeypatch)
+    small = name == "triton" and not ON_GPU
+    index, arguments = random_arguments(*problem, small=small)
+    assert_agreement(index, arguments, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("dim", "width", "sizes"),
+    [
+        (2, 300, (2, 1, 2, 1)),  # more channels than a program of Triton takes
+        (6, 3, (2, 1, 1, 2)),  # more corners
+        (1, 2, (70, 1, 1, 1)),  # fewer
+        (2, 0, (2, 1, 2, 1)),
+        (2, 4, (3, 1, 2, 0)),
+        (2, 4, (3, 0, 2, 1)),
+        (2, 4, (0, 2, 2, 1)),
+    ],
+)
+@pytest.mark.parametrize("background", [False, True])
+def test_unusual_sizes(
+    dim: int, width: int, sizes: tuple[int, ...], background: bool, kernel: BackendName,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    index, arguments = random_arguments(dim, width, background, periodic, dtype)
-    found = sample_with_gradients(index, arguments)
-    use_torch(monkeypatch)
-    for actual, expected in zip(found, sample_with_gradients(index, arguments), strict=True):
-        assert_close(actual, expected, EXACT if dtype == torch.float64 else 1e-4)
+    n_queries, heads, n_levels, _ = sizes
+    cells = torch.randint(0, 2, (12, dim + 2))
+    cells[:, 0] = 0
+    cells[:, -1] %= n_levels
+    pyramid = FeaturePyramid(torch.zeros(12, 1), cells, ((2,) * dim,) * n_levels, 1)
+    index = index_cells(pyramid)
+    table = torch.randn(index.n_cells + background * n_levels, heads, width)
+    locations, weights = 4 * torch.rand(*sizes, dim) - 1, torch.randn(sizes)
+    images = torch.zeros(n_queries, dtype=torch.int64)
+    arguments = tuple(
+        x.double() if x.is_floating_point() else x for x in (table, images, locations, weights)
+    )
+    if weights.numel() and width:  # torch's ops refuse others
+        assert_agreement(index, arguments, monkeypatch)
+    else:
+        assert not any(x.any() for x in sample_with_gradients(index, arguments))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_locations_in_another_dtype(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    index, (table, images, locations, weights) = random_arguments(2, 5, True, True, dtype)
+def test_locations_in_another_dtype(
+    dtype: torch.dtype, kernel: BackendName, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index, (table, images, locations, weights) = random_arguments(2, 5, True, True, dtype, True)
     other = torch.float64 if dtype == torch.float32 else torch.float32
-    arguments = table, images, locations.to(other), weights
-    found = sample_with_gradients(index, arguments)
+    found = assert_agreement(index, (table, images, locations.to(other), weights), monkeypatch)
     assert [x.dtype for x in found] == [dtype, dtype, other, dtype]
-    use_torch(monkeypatch)
-    for actual, expected in zip(found, sample_with_gradients(index, arguments), strict=True):
-        assert_close(actual, expected, EXACT if actual.dtype == dtype == torch.float64 else 1e-4)
 
 
+def test_strides_of_any_kind(kernel: BackendName, monkeypatch: pytest.MonkeyPatch) -> None:
+    index, arguments = random_arguments(2, 5, True, True, torch.float64, True)
+    strided = tuple(x.movedim(0, -1).contiguous().movedim(-1, 0) for x in arguments)
+    assert not strided[0].is_contiguous()
+    assert_agreement(index, strided, monkeypatch)
+
+
+@pytest.mark.usefixtures("kernel")
 def test_numbers_that_are_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
-    index, (table, images, locations, weights) = random_arguments(2, 4, False, True, torch.float64)
+    index, arguments = random_arguments(2, 4, False, True, torch.float64, True)
+    table, _, locations, weights = arguments
     locations[0, 0, 0, 0, 1], locations[1, 1, 1, 0, 0] = math.nan, math.inf
-    weights[2, 2, 2, 1], table[3, 1, 2] = math.nan, math.inf
-    found = sample_with_gradients(index, (table, images, locations, weights))
-    use_torch(monkeypatch)
-    expected = sample_with_gradients(index, (table, images, locations, weights))
+    weights[2, 1, 2, 1], table[3, 1, 2] = math.nan, math.inf
+    found = sample_with_gradients(index, arguments)
+    use("reference", monkeypatch)
+    expected = sample_with_gradients(index, arguments)
     assert torch.equal(found[0].isfinite(), expected[0].isfinite())
-    rows = torch.arange(40) > 2
+    rows = torch.arange(9) > 2
     rows &= found[0].isfinite().flatten(1).all(1)
-    assert rows.sum() > 20
+    assert rows.sum() > 3
     for actual, wanted in zip((found[0], *found[2:]), (expected[0], *expected[2:]), strict=True):
         assert_close(actual[rows], wanted[rows], EXACT)
 
@@ -204,60 +308,102 @@ def test_any_number_of_threads_gives_the_same_bits(restored_threads: None) -> No
         assert all(map(torch.equal, sample_with_gradients(index, arguments), expected))
 
 
-def op_arguments(has_background: bool = True) -> list[Any]:
-    index, (table, images, locations, weights) = random_arguments(2, 4, True, True, torch.float64)
-    table, locations, weights = (x.requires_grad_() for x in (table, locations, weights))
-    return [table, locations, weights, images, *index.lookup_arguments(), has_background]
+@pytest.mark.usefixtures("kernel")
+def test_the_same_bits_twice(uninitialized_is_nan: None) -> None:
+    problem = random_arguments(2, 5, True, False, torch.float32, True)
+    first, second = (sample_with_gradients(*problem) for _ in range(2))
+    assert all(map(torch.equal, first, second))
+    assert all(x.isfinite().all() for x in first)
 
 
-def test_opcheck() -> None:
-    opcheck(torch.ops.vicinal.sample.default, op_arguments())
+def op_arguments(kernel: BackendName = "cpu", has_background: bool = True) -> list[Any]:
+    small = kernel == "triton"
+    index, tensors = random_arguments(2, 4, True, True, torch.float64, small)
+    moved = [x.cuda() if on_gpu(kernel) else x for x in tensors]
+    table, images, locations, weights = moved
+    hash_table, sizes, periodic = index.lookup_arguments()
+    return [
+        *(x.requires_grad_() for x in (table, locations, weights)), images,
+        [x.to(images.device) for x in hash_table], sizes, periodic, has_background,
+    ]  # fmt: skip
+
+
+def ops_of(kernel: BackendName) -> Any:
+    return torch.ops.vicinal_triton if kernel == "triton" else torch.ops.vicinal
+
+
+def test_opcheck(kernel: BackendName) -> None:
+    opcheck(ops_of(kernel).sample.default, op_arguments(kernel))
+
+
+@pytest.mark.usefixtures("kernel")
+def test_one_compiled_graph() -> None:
+    sample, weights = sampled_weights()
+    compiled = torch.compile(sample, fullgraph=True, dynamic=True, backend="aot_eager")
+    found = []
+    for function in (compiled, sample):
+        leaf = weights.clone().requires_grad_()
+        out = function(leaf)
+        found.append([out.detach(), *torch.autograd.grad(out.sin().sum(), leaf)])
+    assert all(map(torch.equal, *found))
 
 
 @pytest.mark.parametrize(
     ("position", "change", "match"),
     [
-        (0, lambda x: x[:, :2], "table must be"),
+        (0, lambda x: x[:, :2], "table"),
         (0, lambda x: x[:2], "at least 6 rows"),
-        (0, lambda x: x.half(), "table must be Float"),
-        (1, lambda x: x[..., 0], "locations must have 5 dimensions"),
-        (1, lambda x: x.long(), "locations must be Float"),
-        (2, lambda x: x.float(), "weights must be"),
-        (3, lambda x: x[1:], "images must be"),
-        (3, lambda x: x.int(), "images must be"),
-        (4, lambda x: x[1:], "index must have 5 tensors"),
+        (0, lambda x: x.half(), "table"),
+        (1, lambda x: x[..., 0], "locations.* 5 dimensions"),
+        (1, lambda x: x.long(), "locations"),
+        (2, lambda x: x.float(), "weights"),
+        (3, lambda x: x[1:], "images"),
+        (3, lambda x: x.int(), "images"),
+        (4, lambda x: x[1:], "index.* 5 tensors"),
         (4, lambda x: [x[0][:0], *x[1:]], "an image"),
-        (4, lambda x: [x[0], x[1].t(), *x[2:]], "steps must be"),
+        (4, lambda x: [x[0], x[1].t(), *x[2:]], "steps"),
         (4, lambda x: [*x[:2], x[2][1:], *x[3:]], "power of two"),
-        (4, lambda x: [*x[:3], x[3][1:], x[4]], "corners must be"),
+        (4, lambda x: [*x[:3], x[3][1:], x[4]], "corners"),
         (5, lambda x: x[1:], "6 sizes"),
         (6, lambda x: [*x, 0], "2 periods"),
     ],
 )
-def test_the_op_refuses_arguments(position: int, change: Any, match: str) -> None:
-    arguments = op_arguments()
+def test_the_op_refuses_arguments(
+    position: int, change: Any, match: str, kernel: BackendName
+) -> None:
+    arguments = op_arguments(kernel)
+    if position == 0 and match == "table" and kernel == "triton":
+        arguments[0] = arguments[0].detach()[:, :1]
     arguments[position] = change(arguments[position])
-    with pytest.raises(RuntimeError, match=match):
-        torch.ops.vicinal.sample(*arguments)
+    with pytest.raises((RuntimeError, ValueError), match=match):
+        ops_of(kernel).sample(*arguments)
 
 
-def survive_bad_tables(trials: int) -> None:
+def survive_bad_tables(trials: int, kernel: BackendName = "cpu", every: int = 1) -> None:
     """Runs the kernel with hash tables of random numbers. `tests.soak` does it in a kernel with
     sanitizers.
     """
-    for trial in range(trials):
+    for trial in range(0, trials, every):
         torch.manual_seed(trial)
-        arguments = op_arguments(has_background=trial % 2 > 0)
+        arguments = op_arguments(kernel, has_background=trial % 2 > 0)
         bound = 2 ** (8 * (trial % 8))
-        arguments[3] = torch.randint(-bound, bound, arguments[3].shape)
+        arguments[3] = torch.randint(-bound, bound, arguments[3].shape).to(arguments[3])
         arguments[4] = [
-            torch.randint(-bound, bound, x.shape).to(x.dtype) if torch.rand(()) < 0.5 else x
+            torch.randint(-bound, bound, x.shape).to(x) if torch.rand(()) < 0.5 else x
             for x in arguments[4]
         ]
         arguments[1] = arguments[1].detach() * bound
-        out = torch.ops.vicinal.sample(*arguments)
-        torch.ops.vicinal.sample_backward(torch.ones_like(out), *arguments)
+        out = ops_of(kernel).sample(*arguments)
+        ops_of(kernel).sample_backward(torch.ones_like(out), *arguments)
 
 
 def test_bad_tables() -> None:
     survive_bad_tables(24)
+
+
+@NEEDS_TRITON
+def test_bad_tables_in_triton(checked: Checked | None, uninitialized_is_nan: None) -> None:
+    survive_bad_tables(8, "triton", every=3)
+    if ON_GPU:
+        torch.cuda.synchronize()  # an error belongs to this test
+    assert checked is None or checked.n_checked > 10_000

@@ -30,6 +30,7 @@ if importlib.util.find_spec("triton") is None:
 
 from vicinal.backends.triton import ops as triton_ops
 from vicinal.backends.triton import plan_ops
+from vicinal.backends.triton.sampling import ops as sampling_ops
 from vicinal.backends.types import POINT_TILE
 
 SHAPES = ((24, 24), (12, 12), (6, 6))
@@ -67,7 +68,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         assert isinstance(n_programs, int)
         names.append(kernel.fn.__name__)
 
-    for module in (triton_ops, plan_ops):
+    for module in (triton_ops, plan_ops, sampling_ops):
         monkeypatch.setattr(module, "launch", launch)
     with HostCode("vicinal_triton"):
         yield names

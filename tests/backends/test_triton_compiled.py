@@ -85,6 +85,11 @@ KERNELS = {
     "write_lists",
     "rotate",
     "rotate_backward",
+    "sample",
+    "location_gradients",
+    "find_bounds",
+    "find_entries_of_cells",
+    "table_gradients",
 }
 # What a program may use on every GPU from compute capability 8.0 on. 8.6, 8.9 and 12.0 have the
 # least; 8.0 has 163 KiB, 9.0 and 10.0 have 227 KiB.

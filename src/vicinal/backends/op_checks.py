@@ -281,6 +281,62 @@ def _check_layer_norm_backward(
         check_exact(name, part, (len(x), 1), weight.dtype, x.device)
 
 
+def _check_sample(
+    table: Tensor, locations: Tensor, weights: Tensor, images: Tensor, index: Sequence[Tensor],
+    sizes: Sequence[int], periodic: Sequence[int], has_background: bool,
+) -> None:  # fmt: skip
+    """See `backends.sampling_ops`."""
+    check_dims("locations", locations, 5)
+    check_dims("table", table, 3)
+    *counts, n_axes = locations.shape
+    n_queries, n_heads, n_levels, _ = counts
+    for name, x in (("table", table), ("locations", locations)):
+        if x.dtype not in (torch.float32, torch.float64):
+            refuse(name, "a float32 or float64 tensor", x)
+    device, long = table.device, torch.int64
+    check_exact("table", table, (len(table), n_heads, table.shape[2]), table.dtype, device)
+    check_exact("locations", locations, locations.shape, locations.dtype, device)
+    check_exact("weights", weights, counts, table.dtype, device)
+    check_dense("images", images, (n_queries,), long, device)
+    check_number("index", index, 5)
+    if not 1 <= n_axes <= 16:
+        refuse("locations", "1 to 16 axes", n_axes)
+    _check_hash_table(index, n_levels, n_axes, device)
+    n_images = len(index[0])
+    if n_queries and not n_images:
+        refuse("index.origins", "an image for queries", index[0])
+    if (len(sizes), len(periodic)) != (n_levels * n_axes, n_axes):
+        expected = f"{n_levels * n_axes} sizes and {n_axes} periods"
+        refuse("sizes and periodic", expected, f"{len(sizes)} and {len(periodic)}")
+    n_empty = n_images * n_levels if has_background else 0
+    if len(table) < n_empty:
+        refuse("table", f"at least {n_empty} rows, those of empty cells", table)
+
+
+def _check_hash_table(
+    index: Sequence[Tensor], n_levels: int, n_axes: int, device: torch.device
+) -> None:
+    """See `_index.cell_hash.CellIndex`."""
+    origins, steps, starts, keys, corners = index
+    check_dims("index.origins", origins, 2)
+    check_dims("index.starts", starts, 1)
+    check_dims("index.keys", keys, 1)
+    n_images, n_buckets, n_entries, long = len(origins), len(starts), len(keys), torch.int64
+    if n_buckets.bit_count() != 1:
+        refuse("index.starts", "a power of two of rows", starts)
+    check_dense("index.origins", origins, (n_images, n_levels), long, device)
+    check_dense("index.steps", steps, (n_axes, n_levels), long, device)
+    check_dense("index.starts", starts, (n_buckets,), _INDEX, device)
+    check_dense("index.keys", keys, (n_entries,), long, device)
+    check_dense("index.corners", corners, (n_entries, 2**n_axes), _INDEX, device)
+
+
+def _check_sample_backward(grad_out: Tensor, table: Tensor, *arguments: Any) -> None:
+    _check_sample(table, *arguments)
+    shape = len(arguments[0]), *table.shape[1:]
+    check_exact("grad_out", grad_out, shape, table.dtype, table.device)
+
+
 _CHECKS: dict[str, Callable[..., None]] = {
     "neighborhood_attention": _check_attention,
     "neighborhood_attention_backward": _check_attention_backward,
@@ -292,6 +348,8 @@ _CHECKS: dict[str, Callable[..., None]] = {
     "find_runs": _check_find_runs,
     "project": _check_project,
     "project_backward": _check_project_backward,
+    "sample": _check_sample,
+    "sample_backward": _check_sample_backward,
     "layer_norm": _check_layer_norm,
     "layer_norm_backward": _check_layer_norm_backward,
 }

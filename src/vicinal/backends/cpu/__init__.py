@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import chunks, reference
+from .. import chunks, reference, sampling_ops
 from ..ops import Ops
 from ..types import Backend, PlanTensors
-from . import library, projection_ops, projections, sampling_ops
+from . import library, projection_ops, projections
 
 
 def _load() -> str | None:
@@ -83,5 +83,5 @@ BACKEND = Backend(
     _OPS.find_slices,
     unsupported_reason,
     install_error=install_error,
-    sample=sampling_ops.make_sample(),
+    sample=sampling_ops.make_sample(_OPS.namespace),
 )

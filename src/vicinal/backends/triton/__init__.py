@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import reference
+from .. import reference, sampling_ops
 from ..ops import Ops
 from ..types import Backend, PlanTensors, window_tables
 from .checks import PlanParts
@@ -115,8 +115,9 @@ def _kernels() -> dict[str, Callable[..., Any]]:
     return kernels
 
 
+_sample = sampling_ops.make_sample(_OPS.namespace)  # defines the ops
 for _device in ("CPU", "CUDA"):  # on the CPU in Triton's interpreter
-    _OPS.register(_device, {name: _importing(name) for name in _OPS.names})
+    _OPS.register(_device, {name: _importing(name) for name in _OPS.names + sampling_ops.NAMES})
 
 BACKEND = Backend(
     attend,
@@ -130,4 +131,5 @@ BACKEND = Backend(
     find_lists,
     find_query_slices=_OPS.find_query_slices,
     find_point_slices=_OPS.find_point_slices,
+    sample=_sample,
 )

@@ -370,7 +370,7 @@ def cell_value_gradients(traversal_ptr, bounds_ptr, weights_ptr, grad_out_rows, 
     Args:
         traversal_ptr: int32 ``[N]``, the queries, image by image.
         bounds_ptr: int64 ``[B + 1]``, where each image's queries begin in the traversal.
-        weights_ptr: float32 ``[N, L, H]``, see `CellGradients`.
+        weights_ptr: ``[N, L, H]``, see `CellGradients`; sums are in its dtype.
         grad_out_rows: Rows ``[N, H, dv]``.
         partial_rows: Rows ``[B * L * n_parts, H, dv]``, the result.
         n_levels, n_heads, n_parts: L, H and the number of sums.
@@ -382,7 +382,8 @@ def cell_value_gradients(traversal_ptr, bounds_ptr, weights_ptr, grad_out_rows, 
     group = program // (n_heads * n_parts)
     image, level = group // n_levels, group % n_levels
     stop = tl.load(bounds_ptr + image + 1)
-    grad_v = tl.zeros([PADDED], tl.float32)
+    dtype: tl.constexpr = weights_ptr.dtype.element_ty
+    grad_v = tl.zeros([PADDED], dtype)
     for first in range(tl.load(bounds_ptr + image) + part * BLOCK, stop, n_parts * BLOCK):
         offset = first + tl.arange(0, BLOCK)  # [BLOCK]
         valid = offset < stop  # [BLOCK]
@@ -391,7 +392,7 @@ def cell_value_gradients(traversal_ptr, bounds_ptr, weights_ptr, grad_out_rows, 
         weight_sum = tl.load(weights_ptr + weight_offset, mask=valid, other=0.0)  # [BLOCK]
         grad_out = load_rows(
             grad_out_rows, row, weight_sum != 0.0, head, WIDTH, PADDED
-        ).to(tl.float32)  # [BLOCK, PADDED]  # fmt: skip
+        ).to(dtype)  # [BLOCK, PADDED]  # fmt: skip
         grad_v += tl.sum(weight_sum[:, None] * grad_out, 0)
     index = tl.full([1], 0, tl.int64) + group * n_parts + part  # [1]
     store_rows(partial_rows, index, index >= 0, head, grad_v[None, :], WIDTH, PADDED)

@@ -1,6 +1,5 @@
 """The ops of `backends.ops` in Triton: their outputs, and the launches that fill them."""
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -34,6 +33,8 @@ from .launch import (
     window_constants,
 )
 from .parts import Dropout, Rows
+from .sampling import ops as sampling_ops
+from .sampling.ops import sum_by_image
 
 __all__ = ["INTERPRETS", "KERNELS"]
 
@@ -203,15 +204,8 @@ def _value_gradients_of_cells(
     groups = tiles.row_groups[0][traversal.long()]
     images = groups.div(args.n_levels, rounding_mode="floor")
     bounds = torch.searchsorted(images, torch.arange(len(value) + 1, device=value.device))
-    n_parts = min(cdiv(_PARTS, max(len(value), 1)), cdiv(len(weight_sums), 32))
-    parts = weight_sums.new_empty(*value.shape[:2], n_parts, *value.shape[2:])
-    launch(
-        background_kernels.cell_value_gradients, math.prod(parts.shape[:-1]),
-        traversal, bounds, weight_sums, grad_out, heads(parts.flatten(0, 2)),
-        args.n_levels, args.n_heads, n_parts,
-        WIDTH=value.shape[3], PADDED=power_of_2(value.shape[3]), BLOCK=32, num_warps=1,
-    )  # fmt: skip
-    return parts.sum(2).to(value.dtype)
+    found = sum_by_image(traversal, bounds, weight_sums, grad_out, value.shape[3])
+    return found.to(value.dtype)
 
 
 def _tokens(width: int) -> int:
@@ -318,4 +312,5 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "find_point_slices": plan_ops.find_point_slices,
     "find_runs": plan_ops.find_runs,
     "find_lists": find_lists,
+    **sampling_ops.KERNELS,
 }

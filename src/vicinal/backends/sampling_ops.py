@@ -1,4 +1,4 @@
-"""Schemas, fakes and gradients of deformable sampling, which only the CPU back end has."""
+"""Schemas, fakes and gradients of deformable sampling, for back ends with a kernel of their own."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops import DifferentiableOp, on_one_device, refuse_tangents
+from .ops import DifferentiableOp, on_one_device, refuse_tangents
 
+NAMES = ("sample", "sample_backward")
 _ARGUMENTS = (
     "Tensor table, Tensor locations, Tensor weights, Tensor images, Tensor[] index, int[] sizes, "
     "int[] periodic, bool has_background"
@@ -18,15 +19,17 @@ _SCHEMAS = {
 }
 
 
-def make_sample() -> Callable[..., Tensor]:
-    """Returns the differentiable op, see below. Its kernels and schemas are those of the compiled
-    kernel, which has to be loaded before; without it, only meta and fake tensors can be sampled.
+def make_sample(namespace: str) -> Callable[..., Tensor]:
+    """Returns the differentiable op of a back end, see below.
+
+    A compiled kernel, which has to be loaded before, defines ops of its own. Without kernels, only
+    meta and fake tensors can be sampled.
     """
-    for name, fake in (("sample", _fake_sample), ("sample_backward", _fake_sample_backward)):
-        if not hasattr(torch.ops.vicinal, name):
-            torch.library.define(f"vicinal::{name}", _SCHEMAS[name])
-        torch.library.register_fake(f"vicinal::{name}", on_one_device(fake))
-    differentiable = DifferentiableOp("vicinal", "sample", _setup, _backward)
+    for name in NAMES:
+        if not hasattr(getattr(torch.ops, namespace), name):
+            torch.library.define(f"{namespace}::{name}", _SCHEMAS[name])
+        torch.library.register_fake(f"{namespace}::{name}", on_one_device(_FAKES[name]))
+    differentiable = DifferentiableOp(namespace, "sample", _setup, _backward)
 
     def sample(
         table: Tensor, locations: Tensor, weights: Tensor, images: Tensor, index: Sequence[Tensor],
@@ -60,6 +63,12 @@ def _fake_sample_backward(
     grad_out: Tensor, table: Tensor, locations: Tensor, weights: Tensor, *_: Any
 ) -> tuple[Tensor, ...]:
     return tuple(x.new_empty(x.shape) for x in (table, locations, weights))
+
+
+_FAKES: dict[str, Callable[..., Any]] = {
+    "sample": _fake_sample,
+    "sample_backward": _fake_sample_backward,
+}
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

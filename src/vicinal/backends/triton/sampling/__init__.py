@@ -1,0 +1,1 @@
+"""Deformable sampling: kernels in Triton, and the ops that launch them."""
