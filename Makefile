@@ -82,7 +82,7 @@ docs-serve: .venv/ready
 ENVIRONMENT ?= .venv/ready
 GPU_PYTHON = $(if $(ENVIRONMENT),$(BIN)/python,env PYTHONPATH=src $(PYTHON))
 BUILD_IN_PLACE = $(if $(ENVIRONMENT),,$(PYTHON) setup.py build_ext --inplace)
-TRITON_TESTS = $(filter-out %_compiled.py,$(wildcard tests/backends/test_triton*.py))
+TRITON_TESTS = $(filter-out %_compiled.py,$(wildcard tests/backends/test_triton*.py)) tests/_index/test_sampling.py
 gpu-test: $(ENVIRONMENT)
 	$(BUILD_IN_PLACE)
 	$(GPU_PYTHON) -m pytest tests/test_gpu.py $(TRITON_TESTS) tests/backends/test_no_stalls.py

@@ -12,10 +12,14 @@ from torch import Tensor
 from vicinal import (
     FeaturePyramid,
     NeighborhoodPlan,
+    SparseDeformableAttention,
     SparseNeighborhoodAttentionBlock,
     neighborhood_attention,
     plan_neighborhoods,
 )
+from vicinal._index import sampling
+from vicinal._index.cell_hash import index_cells
+from vicinal.backends import reference
 from vicinal.detr import Decoder, DecoderLayer, FeedForward, ObjectQueries, QuerySelfAttention
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -72,6 +76,61 @@ def test_thousands_of_queries(dtype: torch.dtype) -> None:
     again = answer(inputs, plan, "triton")
     for first, second in zip((ours.out, *ours.grads), (again.out, *again.grads), strict=True):
         assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_samples_of_thousands_of_queries(background: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against torch's ops in float64, on the same card."""
+    index, generator = index_cells(make_points(4000)), torch.Generator().manual_seed(0)
+    images = torch.arange(5000, device="cuda") % 2
+    shapes = (index.n_cells + 6 * background, 4, 32), (5000, 4, 3, 4, 2), (5000, 4, 3, 4)
+    table, locations, weights = (torch.rand(x, generator=generator).cuda() for x in shapes)
+    sizes = torch.tensor(index.level_shapes, device="cuda")[:, None]
+    locations = locations * (sizes + 2) - 1
+
+    def run(dtype: torch.dtype) -> list[Tensor]:
+        leaves = [x.to(dtype).requires_grad_() for x in (table - 0.5, locations, weights)]
+        out = sampling.sample(leaves[0], index, images, leaves[1], leaves[2])
+        return [out.detach(), *torch.autograd.grad(out.sin().sum(), leaves)]
+
+    found, again, double = (run(x) for x in (torch.float32, torch.float32, torch.float64))
+    assert all(map(torch.equal, found, again))
+    monkeypatch.setattr(sampling, "choose_backend", lambda *_: reference.BACKEND)
+    for actual, precise, expected in zip(found, double, run(torch.float64), strict=True):
+        assert (actual.double() - expected).norm() < 2e-5 * expected.norm()
+        assert (precise - expected).norm() < 1e-12 * expected.norm()
+
+
+def test_deformable_attention_in_a_cuda_graph(restored_sync_mode: None) -> None:
+    """Given the index of cells, nothing synchronizes."""
+    points = make_points(3000)
+    offsets, positions = points.batch_offsets(), points.positions()
+    torch.manual_seed(0)
+    attention = SparseDeformableAttention(EMBED, 4, 3).cuda()
+    plan = attention.make_plan(positions, offsets, points)
+
+    def step() -> list[Tensor]:
+        values = points.values.detach().requires_grad_()
+        out = attention(values, positions, offsets, points.with_values(values), plan=plan)
+        sources = [values, *attention.parameters()]
+        return [out.detach(), *torch.autograd.grad(out.square().sum(), sources)]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        step()
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    points.values.normal_()
+    graph.replay()
+    for actual, expected in zip(captured, step(), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_training_step_does_not_synchronize(restored_sync_mode: None) -> None:

@@ -43,9 +43,9 @@ def prepare_sparse(layer: Layer) -> Comparison:
     """The sampling of `SparseDeformableAttention` alone, of the same locations."""
     vicinal, index = layer.attention(), index_cells(layer.pyramid)
     locations, weights = _locations_and_weights(layer)
-    shapes = torch.tensor(layer.pyramid.level_shapes)[:, None]
-    images = layer.pyramid.coordinates[:, 0]
-    v = vicinal.inputs[2]
+    shapes = torch.tensor(layer.pyramid.level_shapes, device=layer.device)[:, None]
+    images = layer.pyramid.coordinates[:, 0].contiguous()
+    v = vicinal.inputs[2].float()  # as the module samples in any dtype
     values = v.new_zeros(index.n_cells, *v.shape[1:]).index_add(0, index.cell_of_point, v)
 
     def attend(values: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
@@ -66,10 +66,11 @@ def _locations_and_weights(layer: Layer) -> tuple[Tensor, Tensor]:
     shapes = torch.tensor(layer.pyramid.level_shapes)
     windows = torch.tensor(layer.scene.windows)[:, None] / shapes  # [L, 2], as parts of the map
     offsets = torch.rand(1, n, heads, n_levels, per_level, 2) - 0.5
-    centers = (layer.positions / shapes.amax(0))[:, None, None, None]
+    centers = (layer.positions.cpu() / shapes.amax(0))[:, None, None, None]
     locations = (centers + offsets * windows[:, None]).flip(-1)
     weights = torch.randn(locations.shape[:-1]).flatten(-2).softmax(-1)
-    return locations, weights.view(locations.shape[:-1])
+    weights = weights.view(locations.shape[:-1])
+    return locations.to(layer.device), weights.to(layer.device)
 
 
 def densified(layer: Layer, x: Tensor) -> Tensor:

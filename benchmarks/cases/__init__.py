@@ -80,7 +80,8 @@ Ladder = dict[str, Case]
 """Cases by name, of which the next runs only where one lacks memory."""
 
 MILLION, SPEED = "million", "speed"  # the study runs them only where asked to
-BASELINES_ON_GPU = ("gathering", "pairs", "pairs-block", "edges", "flex", "flex-sorted")
+AGREEING_ON_GPU = ("gathering", "pairs", "pairs-block", "edges", "flex", "flex-sorted")
+BASELINES_ON_GPU = (*AGREEING_ON_GPU, "deformable-sparse")
 
 
 def all_cases(settings: Settings) -> dict[str, Case]:
@@ -127,7 +128,7 @@ def _on_gpu(s: Settings) -> list[Ladder]:
     few = partial(s.layer, s.few_tracks, "float32")  # in which gradients are checked, too
     cases: dict[str, Case] = {
         f"agreement/{name}": partial(_on, few, against, *BASELINES[name], 1)
-        for name in BASELINES_ON_GPU
+        for name in AGREEING_ON_GPU
     }
     for measure in (
         block.attention, block.plan, block.kernels, block.compute, block.replayed, block.stages,

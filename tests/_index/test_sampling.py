@@ -65,8 +65,11 @@ def sample_on_gpu(table: Tensor, index: CellIndex, *others: Tensor) -> Tensor:
     return PLAIN(table.cuda(), CellIndex(**moved), *(x.cuda() for x in others)).cpu()
 
 
+@pytest.mark.usefixtures("implementation")
+# Triton's kernels are held against the others, whose calls take less time.
+@pytest.mark.parametrize("implementation", ["cpu", "reference"], indirect=True)
 @pytest.mark.parametrize("background", [False, True])
-def test_gradcheck(background: bool, implementation: BackendName) -> None:
+def test_gradcheck(background: bool) -> None:
     scene = make_scene(((3, 2), (2, 4)), (1, 1), (2, 1), 8)
     index, images = index_cells(scene.pyramid), torch.tensor([0, 0, 1])
     rows = index.n_cells + (4 if background else 0)
@@ -77,8 +80,7 @@ def test_gradcheck(background: bool, implementation: BackendName) -> None:
     table = torch.randn(rows, 2, 2, dtype=torch.float64, requires_grad=True)
     locations = (4 * torch.rand(3, 2, 2, 2, 2, dtype=torch.float64)).requires_grad_()
     weights = torch.randn(3, 2, 2, 2, dtype=torch.float64, requires_grad=True)
-    fast = implementation == "triton" and not ON_GPU  # a call of the interpreter takes long
-    assert torch.autograd.gradcheck(sample, (table, locations, weights), fast_mode=fast)
+    assert torch.autograd.gradcheck(sample, (table, locations, weights))
 
 
 @pytest.mark.usefixtures("implementation")
@@ -216,7 +218,7 @@ PROBLEMS = [
     ("name", "problem"),
     [
         *(("cpu", problem) for problem in PROBLEMS),
-        *(pytest.param("triton", problem, marks=NEEDS_TRITON) for problem in PROBLEMS[::3]),
+        *(pytest.param("triton", problem, marks=NEEDS_TRITON) for problem in PROBLEMS[::5]),
     ],
 )
 def test_the_kernel_agrees_with_torch(
@@ -234,7 +236,7 @@ def test_the_kernel_agrees_with_torch(
     ("dim", "width", "sizes"),
     [
         (2, 300, (2, 1, 2, 1)),  # more channels than a program of Triton takes
-        (6, 3, (2, 1, 1, 2)),  # more corners
+        (6, 3, (1, 1, 1, 2)),  # more corners
         (1, 2, (70, 1, 1, 1)),  # fewer
         (2, 0, (2, 1, 2, 1)),
         (2, 4, (3, 1, 2, 0)),

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vicinal import (
     FeaturePyramid,
+    SparseDeformableAttention,
     SparseNeighborhoodAttentionBlock,
     backends,
     neighborhood_attention,
@@ -120,6 +121,29 @@ def test_a_training_step_with_planning(
     kernels |= {"attend", "query_gradients", "point_gradients", "rotate", "rotate_backward"}
     if background:
         kernels |= {"cell_key_gradients", "cell_value_gradients"}
+    assert set(launched) == kernels
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_step_of_deformable_attention(
+    background: bool, copied: list[str], launched: list[str]
+) -> None:
+    """After the index of cells, whose size depends on contents."""
+    with torch.device("meta"):
+        attention = SparseDeformableAttention(32, 2, 3, dropout=0.1)
+        offsets = torch.zeros(3, dtype=torch.int64)
+        mask = torch.zeros(50, dtype=torch.bool)
+        cells = torch.randn(2, 3, 32).requires_grad_() if background else None
+    points = make_points(50)
+    plan = attention.make_plan(points.positions(), offsets, points)
+    copied.clear()
+    arguments = points.positions(), offsets, points, SHAPES, cells, None, mask
+    attention(points.values, *arguments, plan=plan).sum().backward()
+    assert points.values.grad is not None
+    assert all(parameter.grad is not None for parameter in attention.parameters())
+    assert set(copied) == {constants.__name__}
+    kernels = {"sample", "location_gradients", "find_bounds", "find_entries_of_cells"}
+    kernels |= {"table_gradients"} | ({"cell_value_gradients"} if background else set())
     assert set(launched) == kernels
 
 

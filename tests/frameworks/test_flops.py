@@ -19,7 +19,9 @@ from vicinal import (
     neighborhood_attention,
     plan_neighborhoods,
 )
+from vicinal._index.cell_hash import index_cells
 from vicinal._utils.types import BackendName
+from vicinal.backends import _BACKENDS
 
 SHAPES, SIZES = ((12, 9), (6, 5)), [3, 5]
 HEADS, WIDTH, VALUE_WIDTH = 2, 4, 6
@@ -130,6 +132,22 @@ def test_a_block_counts_projections_and_attention() -> None:
     _, flops = count(block, *call, plan=plan)
     projections = 2 * 8 * 8 * (20 + 2 * n_points + 20)
     assert flops == projections + 4 * 8 * len(plan.pairs())
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_sampling_counts_all_corners(backend: BackendName) -> None:
+    """Also where they are empty, so that it follows from shapes."""
+    with torch.device("meta"):
+        index = index_cells(Scene().pyramid.to("meta"))
+        table = torch.randn(index.n_cells, HEADS, WIDTH).requires_grad_()
+        weights = torch.randn(20, HEADS, 2, 3)
+        locations, images = torch.rand(*weights.shape, 2), torch.zeros(20, dtype=torch.int64)
+    sample = _BACKENDS[backend].sample
+    assert sample is not None
+    arguments = table, locations, weights, images, *index.lookup_arguments(), False
+    out, forward = count(sample, *arguments)
+    assert forward == 2 * weights.numel() * 4 * WIDTH
+    assert count(out.sum().backward)[1] == 2 * forward
 
 
 def test_plans_without_contents_have_no_pairs() -> None:

@@ -38,8 +38,8 @@ def sample(
 
     The interpolation is linear along each axis between the centers of cells, which lie at integers
     plus one half (Zhu et al., "Deformable DETR", 2021, bilinear in images). It is once
-    differentiable in the table, the locations and the weights; with a kernel of the back end, and on
-    a CPU, results are the same bits on every run.
+    differentiable in the table, the locations and the weights. Results are the same bits on every
+    run, on a CPU and with a back end's kernel.
 
     Args:
         table: floating ``[M, H, d]``, the values of the index's M cells, or ``[M + B * L, H, d]``,

@@ -1,11 +1,13 @@
-"""Floating-point operations of the attention ops, for `torch.utils.flop_counter`.
+"""Floating-point operations of attention and sampling, for `torch.utils.flop_counter`.
 
 Products are counted, as torch counts those of its own attention: per head and pair of a query with
 a point, or with an empty cell that has a background, ``2 d`` operations for the logit and ``2 dv``
 for the value. How many pairs there are follows from the slices of the plan. Where these have no
-contents, as fake tensors and those on the meta device, no pair is counted.
+contents, as fake tensors and those on the meta device, no pair is counted. Sampling takes ``2 d``
+per head and corner of a location, occupied or not, and twice as many in the backward pass.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -72,6 +74,23 @@ def register_attention(
         both = width + value_width
         per_point = both + needs_queries * width + needs_points * both  # with the logits again
         return 2 * n_heads * (points * per_point + cells * (both + width + both))
+
+
+def register_sampling(namespace: str) -> None:
+    """Registers the sampling ops of a back end."""
+    ops = getattr(torch.ops, namespace)
+
+    def flops(table: list[int], locations: list[int]) -> int:
+        *counts, n_axes = locations
+        return 2 * math.prod(counts) * (1 << n_axes) * table[2]
+
+    @register_flop_formula(ops.sample)
+    def _(table: list[int], locations: list[int], *_: Any, **__: Any) -> int:
+        return flops(table, locations)
+
+    @register_flop_formula(ops.sample_backward)
+    def _(grad: list[int], table: list[int], locations: list[int], *_: Any, **__: Any) -> int:
+        return 2 * flops(table, locations)
 
 
 def _count_pairs(

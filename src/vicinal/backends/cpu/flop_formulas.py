@@ -1,4 +1,4 @@
-"""Floating-point operations of attention and projections, for `torch.utils.flop_counter`."""
+"""Floating-point operations of this back end's ops, for `torch.utils.flop_counter`."""
 
 import math
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..flop_formulas import PairSlices, register_attention
+from ..flop_formulas import PairSlices, register_attention, register_sampling
 from . import projection_ops  # noqa: F401 - defines the ops
 
 
@@ -19,6 +19,7 @@ def _find_slices(plan: Sequence[Tensor]) -> PairSlices:
 
 
 register_attention("vicinal", _find_slices)
+register_sampling("vicinal")
 
 
 @register_flop_formula(torch.ops.vicinal.project)

@@ -1,10 +1,10 @@
-"""Floating-point operations of the attention, for `torch.utils.flop_counter`."""
+"""Floating-point operations of this back end's ops, for `torch.utils.flop_counter`."""
 
 from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..flop_formulas import PairSlices, register_attention
+from ..flop_formulas import PairSlices, register_attention, register_sampling
 from .checks import plan_parts
 
 
@@ -15,3 +15,4 @@ def _find_slices(plan: Sequence[Tensor]) -> PairSlices:
 
 
 register_attention("vicinal_triton", _find_slices)
+register_sampling("vicinal_triton")

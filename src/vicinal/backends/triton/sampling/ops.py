@@ -131,7 +131,8 @@ def _sum_over_locations(
     _, _, locations, weights, _ = args.tensors
     corners: Tensor = args.index.corners
     ordered, order = torch.sort(segments, stable=True)
-    bounds = segments.new_zeros(2, n_segments, dtype=_index_dtype(args.n_locations + 1))
+    dtype = _index_dtype(args.n_locations + 1)
+    bounds = [segments.new_zeros(n_segments, dtype=dtype) for _ in range(2)]
     launch(
         kernels.find_bounds, cdiv(args.n_locations, _BLOCK), ordered, *bounds, args.n_locations,
         n_segments, BLOCK=_BLOCK, num_warps=4,
