@@ -43,9 +43,12 @@ def split_coordinate(locations_ptr, location, valid, axis: tl.constexpr, AXES: t
 
 @triton.jit
 def find_cell(first, size, IS_PERIODIC: tl.constexpr):
-    """The cells ``first`` ``[n]``, whole numbers, as int64, along an axis of ``size`` ``[n]``."""
+    """The cells ``first`` ``[n]``, whole numbers, as int64, along an axis of ``size`` ``[n]``.
+
+    NaN is outside the map, also of a periodic axis, and so is what is further than `FARTHEST`.
+    """
     if IS_PERIODIC:
-        is_near = tl.abs(first) <= FARTHEST  # not NaN either
+        is_near = tl.abs(first) <= FARTHEST  # [n], not NaN either
         cell = tl.where(is_near, first, 0.0).to(tl.int64) % tl.maximum(size, 1)  # [n]
         cell = tl.where(cell < 0, cell + size, cell)
         return tl.where(is_near, cell, -2)
