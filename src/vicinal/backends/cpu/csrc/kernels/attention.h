@@ -466,7 +466,8 @@ void attention_backward_with(const AttentionParams& params, BackwardSchedule& sc
 }
 
 // Calls body with the PackedLayout that interleaves the most heads (1, 2 or 4) whose row fits in
-// kRowBytes: there are few sums across lanes, and narrow heads leave no lane idle.
+// kRowBytes: there are few sums across lanes, and narrow heads leave no lane idle. Four heads fill
+// a vector of 16 bytes, which then needs no sum across lanes at all.
 template <typename Real, typename Body>
 void dispatch_heads(const AttentionParams& p, const Body& body) {
   constexpr int kLanes = n_lanes<Real>;
@@ -474,7 +475,7 @@ void dispatch_heads(const AttentionParams& p, const Body& body) {
   const auto fits = [&](int heads) {
     return p.n_heads % heads == 0 && heads * width * int64_t(sizeof(Real)) <= kRowBytes;
   };
-  if constexpr (kLanes >= 8)
+  if constexpr (kLanes >= (kHas32Registers ? 4 : 8))
     if (fits(4)) return body(PackedLayout<Real, 4>());
   if constexpr (kLanes >= 4)
     if (fits(2)) return body(PackedLayout<Real, 2>());

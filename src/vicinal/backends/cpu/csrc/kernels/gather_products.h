@@ -29,45 +29,81 @@ VICINAL_INLINE inline void for_gathered_rows(const PackedRows<L>& rows, const in
   });
 }
 
-// The most vectors of a row that are kept in registers, beside partial sums of kLanesPerHead keys:
-// both fit in the registers, of which there are 16, or 32 of 64 bytes.
-template <typename L>
-constexpr int kRegisterBlock = L::kLanesPerHead > 4 ? 4 : 8;
+// Whether there are 32 registers for rows that fill as many. AVX-512 has them too, but a row of
+// several heads has at most four vectors of 64 bytes.
+#ifdef __aarch64__
+constexpr bool kHas32Registers = true;
+#else
+constexpr bool kHas32Registers = false;
+#endif
 
-// Calls body(first, size) for blocks of the vectors of a row that are kept in registers: of eight
-// or four vectors, then of one. size is a compile-time constant.
-template <typename L, int size = kRegisterBlock<L>, typename Body>
+// The most vectors of a row that are kept in registers, beside partial sums of several keys. With
+// more, the chains of additions would be longer than processors reorder.
+template <typename L>
+constexpr int kDotBlock = L::kLanesPerHead > 4 ? 4 : 8;
+// The same without partial sums.
+template <typename L>
+constexpr int kSumBlock = kHas32Registers ? 16 : kDotBlock<L>;
+// The keys whose dot products are computed at once, a multiple of kLanesPerHead. Their chains of
+// additions hide each other's latency.
+template <typename L>
+constexpr int kDotKeys = kHas32Registers ? kKeyUnroll<L> : L::kLanesPerHead;
+
+// GCC for AArch64 moves loads ahead of what needs them, more than there are registers for. None
+// moves across this.
+VICINAL_INLINE inline void keep_order_of_loads() {
+#if defined(__aarch64__) && !defined(__clang__)
+  asm volatile("");
+#endif
+}
+
+// Calls body(first, size) for blocks of the vectors of a row that are kept in registers: of `size`,
+// then of half as many down to four, then of one. size is a compile-time constant.
+template <int size, typename Body>
 VICINAL_INLINE inline void for_register_blocks(int64_t vectors, const Body& body,
                                                int64_t first = 0) {
   for (; first + size <= vectors; first += size) body(first, std::integral_constant<int, size>());
-  if constexpr (size > 1) for_register_blocks<L, size == 8 ? 4 : 1>(vectors, body, first);
+  if constexpr (size > 1) for_register_blocks<(size > 4 ? size / 2 : 1)>(vectors, body, first);
+}
+
+// parts[key] = row[slots[key]] * channels, summed over `size` vectors.
+template <int keys, int size, typename L, typename Real = typename L::Real>
+VICINAL_INLINE inline void multiply_rows(const PackedRows<L>& rows, const int32_t* slots,
+                                         const Vector<Real>* channels, Vector<Real>* parts) {
+  const Vector<Real>* gathered[keys];
+  for_gathered_rows<keys>(rows, slots, [&](auto key, const Vector<Real>* row) VICINAL_INLINE {
+    gathered[key] = row;
+    parts[key] = row[0] * channels[0];
+  });
+  static_for<size - 1>([&](auto j) VICINAL_INLINE {
+    static_for<keys>([&](auto key) VICINAL_INLINE {
+      parts[key] += gathered[key][j + 1] * channels[j + 1];
+    });
+  });
 }
 
 // out[key, head] = dot(rows[slots[key]], vector), over channels.
 template <typename L, typename Real = typename L::Real>
 VICINAL_NOINLINE void gather_dot(const PackedRows<L>& rows, const int32_t* slots, int64_t count,
                                  const Vector<Real>* vector, Vector<Real>* out) {
-  constexpr int kKeys = L::kLanesPerHead;
-  if (rows.vectors_per_row == 0) std::fill_n(out, count / kKeys, Vector<Real>{});
-  for_register_blocks<L>(rows.vectors_per_row, [&](int64_t first, auto size) VICINAL_INLINE {
+  constexpr int kKeys = kDotKeys<L>, kVectors = kKeys / L::kLanesPerHead;
+  if (rows.vectors_per_row == 0) std::fill_n(out, count / L::kLanesPerHead, Vector<Real>{});
+  const auto add_block = [&](int64_t first, auto size) VICINAL_INLINE {
     const PackedRows<L> columns = rows.columns_from(first);
     Vector<Real> channels[size];
     static_for<size>([&](auto j) VICINAL_INLINE { channels[j] = vector[first + j]; });
     for (int64_t u = 0; u < count; u += kKeyUnroll<L>)
       static_for<kKeyUnroll<L> / kKeys>([&](auto b) VICINAL_INLINE {
         Vector<Real> parts[kKeys];
-        const auto multiply = [&](auto key, const Vector<Real>* row) VICINAL_INLINE {
-          parts[key] = row[0] * channels[0];
-          static_for<size - 1>([&](auto j) VICINAL_INLINE {
-            parts[key] += row[j + 1] * channels[j + 1];
-          });
-        };
-        for_gathered_rows<kKeys>(columns, slots + u + b * kKeys, multiply);
-        Vector<Real>& dots = out[u / kKeys + b];
-        const Vector<Real> partial = reduce_channels<L>(parts);
-        dots = first == 0 ? partial : dots + partial;
+        multiply_rows<kKeys, size>(columns, slots + u + b * kKeys, channels, parts);
+        static_for<kVectors>([&](auto i) VICINAL_INLINE {
+          Vector<Real>& dots = out[u / L::kLanesPerHead + b * kVectors + i];
+          const Vector<Real> partial = reduce_channels<L>(parts + i * L::kLanesPerHead);
+          dots = first == 0 ? partial : dots + partial;
+        });
       });
-  });
+  };
+  for_register_blocks<kDotBlock<L>>(rows.vectors_per_row, add_block);
 }
 
 // Calls body(weight, key, row) for every gathered row, with its weight broadcast per head.
@@ -87,13 +123,16 @@ template <typename L, typename Real = typename L::Real>
 VICINAL_NOINLINE void gather_weighted_sum(const Vector<Real>* weights, const int32_t* slots,
                                           int64_t count, const PackedRows<L>& rows,
                                           Vector<Real>* acc) {
-  for_register_blocks<L>(rows.vectors_per_row, [&](int64_t first, auto size) VICINAL_INLINE {
+  for_register_blocks<kSumBlock<L>>(rows.vectors_per_row, [&](int64_t first, auto size) VICINAL_INLINE {
     const PackedRows<L> columns = rows.columns_from(first);
     constexpr int chains = size < 8 ? 2 : 1;  // eight sums at once hide the latency of additions
     Vector<Real> sums[chains][size]{};
     static_for<size>([&](auto j) VICINAL_INLINE { sums[0][j] = acc[first + j]; });
     const auto add = [&](Vector<Real> weight, auto key, const Vector<Real>* row) VICINAL_INLINE {
-      static_for<size>([&](auto j) VICINAL_INLINE { sums[key % chains][j] += weight * row[j]; });
+      static_for<size>([&](auto j) VICINAL_INLINE {
+        if constexpr (j % 8 == 0) keep_order_of_loads();
+        sums[key % chains][j] += weight * row[j];
+      });
     };
     for_weighted_rows<L>(weights, slots, count, columns, add);
     static_for<size>([&](auto j) VICINAL_INLINE {
@@ -107,7 +146,7 @@ template <typename L, typename Real = typename L::Real>
 VICINAL_NOINLINE void scatter_add_outer(const Vector<Real>* weights, const int32_t* slots,
                                         int64_t count, const Vector<Real>* vector,
                                         const PackedRows<L>& rows) {
-  for_register_blocks<L>(rows.vectors_per_row, [&](int64_t first, auto size) VICINAL_INLINE {
+  for_register_blocks<kSumBlock<L>>(rows.vectors_per_row, [&](int64_t first, auto size) VICINAL_INLINE {
     const PackedRows<L> columns = rows.columns_from(first);
     Vector<Real> channels[size];
     static_for<size>([&](auto j) VICINAL_INLINE { channels[j] = vector[first + j]; });

@@ -217,12 +217,16 @@ inline Vector<typename L::Real> reduce_lanes(Vector<typename L::Real> x, const O
 template <typename L>
 inline Vector<typename L::Real> broadcast_heads(const typename L::Real* values) {
   using Real = typename L::Real;
-  typedef uint64_t Words64 __attribute__((vector_size(VICINAL_BYTES)));
-  typedef uint64_t Word64 __attribute__((aligned(4), may_alias));
-  if constexpr (L::kHeads == 1) {
-    return Vector<Real>{} + *values;
-  } else if constexpr (L::kHeads * sizeof(Real) == sizeof(Word64)) {  // a single load
-    return (Vector<Real>)(Words64{} + *reinterpret_cast<const Word64*>(values));
+  constexpr int bytes = L::kHeads * sizeof(Real);
+  if constexpr (bytes <= 8) {  // a single load
+    using Word = std::conditional_t<bytes == 8, uint64_t, uint32_t>;
+    typedef Word Repeated __attribute__((vector_size(VICINAL_BYTES)));
+    typedef Word Unaligned __attribute__((aligned(4), may_alias));
+    return (Vector<Real>)(Repeated{} + *reinterpret_cast<const Unaligned*>(values));
+  } else if constexpr (L::kHeads == L::kLanes) {
+    typedef Real Unaligned
+        __attribute__((vector_size(VICINAL_BYTES), aligned(sizeof(Real)), may_alias));
+    return Vector<Real>(*reinterpret_cast<const Unaligned*>(values));
   } else {
     Vector<Real> out;
 #pragma GCC unroll 16
