@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ._index.cell_keys import CellKeys, key_layout
+from ._index.cell_keys import CellKeys, longest_axis
 from ._index.copies import PointCopies
 from ._index.kernel_tables import KernelTables, kernel_tables
 from ._index.tiles import GroupedCells, find_tiles
@@ -350,7 +350,8 @@ class NeighborhoodPlan:
         )
 
     def _find_point_slices(self) -> NeighborSlices:
-        find, tables = choose_backend(None, self.device).find_point_slices, self._kernel_tables()
+        find = choose_backend(None, self.device).find_point_slices
+        tables = self._kernel_tables() if find else None
         if find and tables is not None and tables.fits(self.n_queries, self.n_keys):
             return self._find_point_slices_by(find, tables)
         keys = self._cell_keys()
@@ -417,14 +418,16 @@ class NeighborhoodPlan:
         coordinates = self._keyed_cells.coordinates
         groups = coordinates[:, 0] * self.n_levels + coordinates[:, -1]
         groups = torch.where(self._keyed_cells.point_keys < 0, -2, groups)
-        cells = self._cell_keys().key_cells(coordinates[:, 1:-1].long(), coordinates[:, -1].long())
+        cells = coordinates[:, 1:-1].long()
+        if not all(window.is_plain() for window in self._windows):
+            cells = self._cell_keys().key_cells(cells, coordinates[:, -1].long())
         return GroupedCells(groups.int()[None], cells.t().int().contiguous()[None])
 
     @property
     def _fits_int32(self) -> bool:
         """Whether int32 holds all cells, in key coordinates, and the differences between them."""
-        layout = key_layout(self.level_shapes, self._windows, self.batch_size)
-        return layout.longest < 2**31 and max(map(max, self.level_shapes)) <= 2**30
+        longest = longest_axis(self.level_shapes, self._windows)
+        return longest < 2**31 and max(map(max, self.level_shapes)) <= 2**30
 
 
 def plan_neighborhoods(

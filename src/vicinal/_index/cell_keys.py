@@ -60,7 +60,10 @@ class KeyLayout:
             ]
             for shape, axes, window in zip(shapes, self.axes, self.windows, strict=True)
         ]
-        padded = self._padded_shapes()
+        padded = [
+            [_padded(shape[axis], window, axis) for axis in axes]
+            for shape, axes, window in zip(shapes, self.axes, windows, strict=True)
+        ]
         self.volumes = [math.prod(shape) for shape in padded]
         # Without images, queries have keys all the same, those of image 0.
         n_images = max(batch_size, 1)
@@ -84,17 +87,6 @@ class KeyLayout:
             for base, pads, strides in zip(self.bases, self.pads, self.strides, strict=True)
         ]
         self.rows = list(map(_keys_of_rows, windows, self.strides))
-        self.longest = max(map(max, padded))
-
-    def _padded_shapes(self) -> list[list[int]]:
-        """The cells along each axis, all remainders one after another, each padded."""
-        return [
-            [
-                dilation * (length + 2 * pad)
-                for dilation, length, pad in zip(window.dilations, lengths, pads, strict=True)
-            ]
-            for window, lengths, pads in zip(self.windows, self.lengths, self.pads, strict=True)
-        ]
 
     @property
     def key_dtype(self) -> torch.dtype:
@@ -107,6 +99,21 @@ class KeyLayout:
 def key_layout(shapes: LevelShapes, windows: Windows, batch_size: int) -> KeyLayout:
     """The `KeyLayout`, kept for the next plans of the same maps and windows."""
     return KeyLayout(shapes, windows, batch_size)
+
+
+def longest_axis(shapes: LevelShapes, windows: Windows) -> int:
+    """The most cells along an axis of any level, with their padding."""
+    return max(
+        _padded(cells, window, axis)
+        for shape, window in zip(shapes, windows, strict=True)
+        for axis, cells in enumerate(shape)
+    )
+
+
+def _padded(cells: int, window: AxisWindows, axis: int) -> int:
+    """The cells along an axis of a level, all remainders one after another, each padded."""
+    dilation = window.dilations[axis]
+    return dilation * (-(-cells // dilation) + 2 * max(window.sizes[axis], 1))
 
 
 def _keys_of_rows(window: AxisWindows, strides: Sequence[int]) -> list[RowKeys]:
