@@ -15,9 +15,19 @@ pytest.importorskip("mypy")
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src"
 CACHE = ROOT / ".mypy_cache" / "pages"  # stays for the next run: the types of torch take long
+# Half of the time of a first run goes into these parts of torch and of other packages, from which
+# no page takes a type; the rest of torch and of those packages then has Any in place of theirs.
+SKIPPED = (
+    *("torch._inductor", "torch._dynamo", "torch._functorch", "torch._higher_order_ops"),
+    *("torch._export", "torch._numpy", "torch._refs", "torch._decomp", "torch._subclasses"),
+    *("torch._meta_registrations", "torch.ao", "torchmetrics", "PIL", "pyparsing", "click"),
+    *("httpx2", "httpcore2", "anyio", "h11", "urllib3", "idna", "charset_normalizer", "requests"),
+    *("filelock", "truststore"),
+)
+USED = "torch._inductor,torch._inductor.codecache,torch._dynamo,torch._dynamo.config"  # by pages
 # Errors of the pages alone; packages whose types are missing or partial where they are installed;
 # parts of torch carry no types.
-SETTINGS = """[mypy]
+SETTINGS = f"""[mypy]
 strict = true
 ignore_missing_imports = true
 disallow_subclassing_any = false
@@ -26,6 +36,10 @@ implicit_reexport = true
 disallow_untyped_decorators = false
 [mypy-vicinal.*]
 ignore_errors = true
+[mypy-{",".join(f"{name}.*" for name in SKIPPED)}]
+follow_imports = skip
+[mypy-{USED}]
+follow_imports = normal
 """
 
 
