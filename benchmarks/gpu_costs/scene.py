@@ -67,7 +67,7 @@ def _count_tiles(tiles: Tiles, slices: list[int]) -> TileCounts:
 
 def _stats_sectors(tile: Tensor, query: Tensor) -> int:
     """How many different sectors hold the statistics of each tile's queries, added up."""
-    return len(torch.unique(torch.stack((tile, query.long() // _STATS_PER_SECTOR)), dim=1).t())
+    return len(torch.unique(tile * 2**32 + query.long() // _STATS_PER_SECTOR))
 
 
 def _columns(tiles: Tiles, slices: list[int]) -> tuple[Tensor, Tensor]:
