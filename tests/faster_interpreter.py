@@ -1,6 +1,7 @@
 """Triton's interpreter with less of its own work; what kernels compute stays the same."""
 
 import dataclasses
+import inspect
 from typing import Any
 
 import pytest
@@ -30,14 +31,16 @@ def _skip_unread_checks(patches: pytest.MonkeyPatch) -> None:
 
 
 def _prepare_once(patches: pytest.MonkeyPatch) -> None:
-    """Makes it patch its language once per kernel and package.
+    """Makes it patch its language once per kernel and package, and search it for that just once.
 
     It patches it for every function that a kernel calls, which takes most of its time.
     """
+    from triton import language
     from triton.runtime import interpreter
 
     run, prepare = interpreter.GridExecutor.__call__, interpreter._patch_lang
     done: set[str] = set()
+    builtins: dict[Any, list[tuple[str, Any]]] = {}
 
     def run_kernel(self: Any, *arguments: Any, **options: Any) -> None:
         done.clear()
@@ -51,6 +54,14 @@ def _prepare_once(patches: pytest.MonkeyPatch) -> None:
         done.add(package)
         return prepare(function)
 
+    def replace_builtins(owner: Any, *context: Any) -> None:
+        if owner not in builtins:
+            members = inspect.getmembers(owner)
+            builtins[owner] = [x for x in members if language.core.is_builtin(x[1])]
+        for name, function in builtins[owner]:
+            interpreter._patch_attr(owner, name, function, *context)
+
+    patches.setattr(interpreter, "_patch_builtin", replace_builtins)
     patches.setattr(interpreter.GridExecutor, "__call__", run_kernel)
     patches.setattr(interpreter, "_patch_lang", prepare_once)
 
