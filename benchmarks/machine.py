@@ -42,8 +42,13 @@ def describe_gpu() -> dict[str, Any]:
 
 def versions() -> dict[str, str | None]:
     """Of Python and the packages; None for what is not installed."""
-    found = {d.name.lower().replace("-", "_"): d.version for d in metadata.distributions()}
-    return {"python": platform.python_version()} | {name: found.get(name) for name in PACKAGES}
+    return {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
+
+
+def _version(package: str) -> str | None:
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        return metadata.version(package)
+    return None
 
 
 def describe_commit() -> dict[str, str | bool]:
