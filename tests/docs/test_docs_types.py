@@ -15,14 +15,11 @@ pytest.importorskip("mypy")
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src"
 CACHE = ROOT / ".mypy_cache" / "pages"  # stays for the next run: the types of torch take long
-# Half of the time of a first run goes into these parts of torch and of other packages, from which
-# no page takes a type; the rest of torch and of those packages then has Any in place of theirs.
+# Half of the time of a first run goes into these parts of torch, from which no page takes a type.
 SKIPPED = (
     *("torch._inductor", "torch._dynamo", "torch._functorch", "torch._higher_order_ops"),
     *("torch._export", "torch._numpy", "torch._refs", "torch._decomp", "torch._subclasses"),
-    *("torch._meta_registrations", "torch.ao", "torchmetrics", "PIL", "pyparsing", "click"),
-    *("httpx2", "httpcore2", "anyio", "h11", "urllib3", "idna", "charset_normalizer", "requests"),
-    *("filelock", "truststore"),
+    *("torch._meta_registrations", "torch.ao"),
 )
 USED = "torch._inductor,torch._inductor.codecache,torch._dynamo,torch._dynamo.config"  # by pages
 # Errors of the pages alone; packages whose types are missing or partial where they are installed;
