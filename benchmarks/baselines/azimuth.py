@@ -39,8 +39,9 @@ class Chunks(NamedTuple):
 class AzimuthAttention(nn.Module):
     """Every hit attends to ``window`` others, half of them on each side in the order of azimuth.
 
-    It has the call signature and the projections of `SparseNeighborhoodAttentionBlock`, for maps of
-    one level. Of an event with fewer hits, a window has as many as there are on each side.
+    It has the call signature, the projections and the rotated values of the blocks of `PointUNet`,
+    for maps of one level. Of an event with fewer hits, a window has as many as there are on each
+    side.
 
     Args:
         embed_dim: width, E.
@@ -99,26 +100,27 @@ class AzimuthAttention(nn.Module):
         if not len(query):
             return query
         plan = plan or self.make_plan(positions, offsets, pyramid)
-        q, k, v = self.in_proj(self.norm(query)).unflatten(1, (3, self.n_heads, -1)).unbind(1)
         level = positions.new_zeros(len(positions), 1)
         coordinates = torch.cat((positions, level), 1)
-        q = self.pos_encoding(q, coordinates)[plan.queries]
         moved = plan.turns.nonzero(as_tuple=True)  # the few keys around the seam
-        rows = plan.keys[moved]
-        shift = plan.turns[moved] * pyramid.level_shapes[0][self.axis]
-        there = coordinates[rows].index_add(
-            1,
-            coordinates.new_tensor([self.axis], dtype=torch.int64),
-            shift[:, None].to(coordinates),
-        )
-        keys = self.pos_encoding(k, coordinates)[plan.keys]
-        k = keys.index_put(moved, self.pos_encoding(k[rows], there))
+        moved_rows = plan.keys[moved]
+        there = coordinates[moved_rows]
+        turns = plan.turns[moved].to(there)
+        there[:, self.axis] += turns * pyramid.level_shapes[0][self.axis]
+
+        def in_windows(x: Tensor) -> Tensor:
+            """``[c, H, k, d]``: keys or values ``[n, H, d]``, rotated where windows have them."""
+            near = self.pos_encoding(x, coordinates)[plan.keys]
+            return near.index_put(moved, self.pos_encoding(x[moved_rows], there)).transpose(1, 2)
+
+        q, k, v = self.in_proj(self.norm(query)).unflatten(1, (3, self.n_heads, -1)).unbind(1)
+        q = self.pos_encoding(q, coordinates)[plan.queries].transpose(1, 2)
         attended = F.scaled_dot_product_attention(
-            q.transpose(1, 2), k.transpose(1, 2), v[plan.keys].transpose(1, 2), attn_mask=plan.mask
+            q, in_windows(k), in_windows(v), attn_mask=plan.mask
         )
-        rows = attended.transpose(1, 2).flatten(2)[plan.valid]
-        attended = torch.empty_like(query).index_copy(0, plan.queries[plan.valid], rows)
-        out: Tensor = query + self.out_proj(attended)
+        rows = attended.transpose(1, 2)[plan.valid]
+        attended = torch.empty_like(rows).index_copy(0, plan.queries[plan.valid], rows)
+        out: Tensor = query + self.out_proj(self.pos_encoding(attended, -coordinates).flatten(1))
         return out
 
 

@@ -48,12 +48,13 @@ def by_pairs(
         keys = positions[own].clone()
         keys[:, 1] += SHAPE[1] * torch.div(mine + steps, n, rounding_mode="floor")
         zeros = keys.new_zeros(len(keys), 1)
-        rotated = attention.pos_encoding(k[own], torch.cat((keys, zeros), 1))
+        places = torch.cat((keys, zeros), 1)
+        rotated, values = (attention.pos_encoding(part[own], places) for part in (k, v))
         place = torch.cat((positions[row : row + 1], zeros[:1]), 1)
         query = attention.pos_encoding(q[row : row + 1], place)
         logits = (query * rotated).sum(-1) / query.shape[-1] ** 0.5
         weights = logits.masked_fill(~near[:, None], -torch.inf).softmax(0)
-        attended[row] = (weights[..., None] * v[own]).sum(0)
+        attended[row] = attention.pos_encoding((weights[..., None] * values).sum(0)[None], -place)
     out: Tensor = (x + attention.out_proj(attended.flatten(1)))[::EVERY]
     return out
 

@@ -204,6 +204,22 @@ def test_levels_without_layers_hold_points() -> None:
     assert net(coordinates, values, SHAPES[2], 3).isfinite().all()
 
 
+@torch.no_grad()
+def test_values_tell_where_neighbors_lie() -> None:
+    block: Any = make_net().get_submodule("encoder.0.0.attention")
+    nn.init.zeros_(block.q_in_proj.weight)
+    nn.init.zeros_(block.q_in_proj.bias)  # all neighbors have the same weight
+    values = torch.randn(2, block.embed_dim, dtype=torch.float64)
+
+    def beside(column: int) -> Tensor:
+        """The row of a point in column 2 that has one neighbor."""
+        coordinates = torch.tensor([[0, 2, 2, 0], [0, 2, column, 0]])
+        out: Tensor = block.encode(FeaturePyramid(values, coordinates, ((5, 5),), 1)).values
+        return out[0]
+
+    assert (beside(1) - beside(3)).abs().max() > 1e-3
+
+
 def test_another_attention_takes_the_place_of_the_block() -> None:
     made = []
 

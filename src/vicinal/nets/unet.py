@@ -59,7 +59,7 @@ class PointUNet(Module):
         make_attention: called with each level, once per layer, for an attention other than
             `SparseNeighborhoodAttentionBlock`: a module with its call signature and ``make_plan``,
             the level's width and one level. ``n_heads`` and ``neighborhood_sizes`` have no effect
-            then. None (default): the block, with biases.
+            then. None (default): the block, with biases and rotated values.
 
     Attributes:
         embed_dims, n_heads, depths: as given, as a tuple with one per level.
@@ -146,6 +146,7 @@ class PointUNet(Module):
             position_dim=self.position_dim,
             dropout=self.dropout,
             bias=True,
+            rotary_values=True,
         )
 
     def forward(
