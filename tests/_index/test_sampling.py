@@ -301,6 +301,23 @@ def test_numbers_that_are_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
         assert_close(actual[rows], wanted[rows], EXACT)
 
 
+@pytest.mark.usefixtures("implementation")
+@pytest.mark.parametrize("periodic_axes", [(), (0, 1)])
+def test_locations_that_are_not_finite_have_no_cells(periodic_axes: tuple[int, ...]) -> None:
+    """Neither the first cell of the map, to which keys that overflow may lead."""
+    cell = torch.tensor([[0, 0, 0, 0]])
+    pyramid = FeaturePyramid(torch.zeros(1, 1), cell, ((4, 6),), 1, periodic_axes=periodic_axes)
+    bad = [[value, 0.5] for value in (math.nan, math.inf, -math.inf)]
+    locations = torch.tensor([*bad, *(x[::-1] for x in bad)]).view(6, 1, 1, 1, 2)
+    index, images, weights = index_cells(pyramid), torch.zeros(6).long(), torch.ones(6, 1, 1, 1)
+    table = torch.ones(1, 1, 1, requires_grad=True)
+    out = sampling.sample(table, index, images, locations, weights)
+    assert out.isnan().all()
+    assert torch.autograd.grad(out.sum(), table)[0].item() == 0
+    masked = torch.zeros(6, dtype=torch.bool)
+    assert not len(sampling.cell_weights(index, images, masked, locations, weights).cells)
+
+
 def test_any_number_of_threads_gives_the_same_bits(restored_threads: None) -> None:
     index, arguments = random_arguments(2, 21, True, False, torch.float32)
     torch.set_num_threads(1)

@@ -146,9 +146,10 @@ class CellIndex:
         for axis, (first, step, size) in enumerate(axes):
             if axis in self.periodic_axes:
                 first = first.remainder(size.to(first.dtype))
-            # All cells beyond the map are empty, so their distance does not matter. The size of a
-            # large map may not be representable in the dtype of the locations.
-            key = key + first.clamp(-2, 2**62).long().minimum(size) * step
+            # All cells beyond the map are empty, so their distance does not matter. NaN is beyond
+            # it too. The size of a large map may not be representable in the dtype of the
+            # locations.
+            key = key + first.nan_to_num(-2).clamp(-2, 2**62).long().minimum(size) * step
         wanted = key.flatten()
         start = self._starts.index_select(0, _bucket(wanted, len(self._starts)))
         entry = torch.full_like(start, len(self._keys) - 1)
