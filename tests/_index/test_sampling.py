@@ -163,6 +163,21 @@ def test_cells_far_beyond_a_large_map_are_empty(size: int, dtype: torch.dtype) -
     assert not sampling.sample(table, index, image, locations, weights).any()
 
 
+@pytest.mark.usefixtures("implementation")
+@pytest.mark.parametrize("size", [8, 2**24 + 1, 2**24 + 3, 2**40 + 2**16 + 100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_large_maps_repeat_after_their_exact_size(size: int, dtype: torch.dtype) -> None:
+    """The cell before the first is the last one, also where the size is no float32."""
+    cells = torch.tensor([[0, 0, 0], [0, size - 1, 0]])
+    pyramid = FeaturePyramid(torch.zeros(2, 1), cells, ((size,),), 1, periodic_axes=(0,))
+    table = torch.tensor([1.0, 10], dtype=dtype).view(2, 1, 1)
+    far = math.ldexp(1, 63)  # beyond any map
+    locations = torch.tensor([0.25, 0.5, -0.5, far, -far], dtype=dtype).view(5, 1, 1, 1, 1)
+    images, weights = torch.zeros(5, dtype=torch.int64), torch.ones(5, 1, 1, 1, dtype=dtype)
+    out = sampling.sample(table, index_cells(pyramid), images, locations, weights)
+    assert out.flatten().tolist() == [0.75 * 1 + 0.25 * 10, 1, 10, 0, 0]
+
+
 def random_arguments(
     dim: int, width: int, background: bool, periodic: bool, dtype: torch.dtype,
     small: bool = False,

@@ -20,6 +20,7 @@ from .plan_checks import check_plan_facts, check_plan_points
 # 2^64 divided by the golden ratio, as a signed integer: multiplicative hashing spreads runs of
 # neighboring keys evenly (Knuth, "The Art of Computer Programming", volume 3, section 6.4).
 _MULTIPLIER = -7046029254386353131
+_FARTHEST = 2**62  # cells from the map's first one
 _WINDOW = 3  # cells of a `CellKeys` window, enough for a cell and the next one, also at the edge
 
 
@@ -144,12 +145,13 @@ class CellIndex:
         sizes = constant(self.level_shapes, self.device)[levels].t()
         axes = zip(firsts, self._steps[:, levels], sizes, strict=True)
         for axis, (first, step, size) in enumerate(axes):
+            # All cells beyond the map are empty, so their distance does not matter. Those farther
+            # than `_FARTHEST`, and NaN, are beyond it also along a periodic axis. The size of a
+            # large map may not be representable in the dtype of the locations.
+            cell = first.nan_to_num(-2).clamp(-_FARTHEST, _FARTHEST).long()
             if axis in self.periodic_axes:
-                first = first.remainder(size.to(first.dtype))
-            # All cells beyond the map are empty, so their distance does not matter. NaN is beyond
-            # it too. The size of a large map may not be representable in the dtype of the
-            # locations.
-            key = key + first.nan_to_num(-2).clamp(-2, 2**62).long().minimum(size) * step
+                cell = torch.where(first.abs() <= _FARTHEST, cell.remainder(size), -2)
+            key = key + cell.clamp(min=-2).minimum(size) * step
         wanted = key.flatten()
         start = self._starts.index_select(0, _bucket(wanted, len(self._starts)))
         entry = torch.full_like(start, len(self._keys) - 1)

@@ -133,14 +133,17 @@ class SamplingKernel {
       __builtin_prefetch(bytes + byte);
   }
 
-  // All cells beyond the map are empty, so their distance does not matter. The size of a large map
-  // may not be representable as a Place.
+  // All cells beyond the map are empty, so their distance does not matter. Those farther than kFar,
+  // and NaN, are beyond it also along a periodic axis. Sizes are not converted to Place, which may
+  // not represent those of large maps.
   static int64_t first_cell(Place cell, int64_t size, bool periodic) {
-    if (periodic) {
-      cell = std::fmod(cell, Place(size));
-      if (cell < 0) cell += Place(size);
-    }
     constexpr Place kFar = Place(int64_t(1) << 62);
+    if (periodic) {
+      if (!(std::abs(cell) <= kFar)) return -2;
+      size = std::max<int64_t>(size, 1);
+      const int64_t remainder = int64_t(cell) % size;
+      return remainder < 0 ? remainder + size : remainder;
+    }
     return cell >= Place(-2) ? std::min(int64_t(std::min(cell, kFar)), size) : -2;  // -2 for NaN
   }
 
