@@ -145,8 +145,8 @@ def study(arguments: argparse.Namespace) -> Iterator[Result]:
         template = TASKS[arguments.data]
         task, for_training, for_test = template.open(template, Options(seed, arguments.hits))
         networks = arguments.networks or networks_for(task)
-        models = [make_model(task, network, seed) for network in networks]
-        times = seconds_of_a_step(models, for_training, task.batch)
+        timed = (make_model(task, network, seed) for network in networks)
+        times = seconds_of_a_step([*timed], for_training, task.batch)
         for network, seconds in zip(networks, times, strict=True):
             steps = max(round(arguments.seconds / seconds), 1)
             model = make_model(task, network, seed)

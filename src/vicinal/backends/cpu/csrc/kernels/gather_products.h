@@ -123,7 +123,8 @@ template <typename L, typename Real = typename L::Real>
 VICINAL_NOINLINE void gather_weighted_sum(const Vector<Real>* weights, const int32_t* slots,
                                           int64_t count, const PackedRows<L>& rows,
                                           Vector<Real>* acc) {
-  for_register_blocks<kSumBlock<L>>(rows.vectors_per_row, [&](int64_t first, auto size) VICINAL_INLINE {
+  const int64_t vectors = rows.vectors_per_row;
+  for_register_blocks<kSumBlock<L>>(vectors, [&](int64_t first, auto size) VICINAL_INLINE {
     const PackedRows<L> columns = rows.columns_from(first);
     constexpr int chains = size < 8 ? 2 : 1;  // eight sums at once hide the latency of additions
     Vector<Real> sums[chains][size]{};
@@ -146,7 +147,8 @@ template <typename L, typename Real = typename L::Real>
 VICINAL_NOINLINE void scatter_add_outer(const Vector<Real>* weights, const int32_t* slots,
                                         int64_t count, const Vector<Real>* vector,
                                         const PackedRows<L>& rows) {
-  for_register_blocks<kSumBlock<L>>(rows.vectors_per_row, [&](int64_t first, auto size) VICINAL_INLINE {
+  const int64_t vectors = rows.vectors_per_row;
+  for_register_blocks<kSumBlock<L>>(vectors, [&](int64_t first, auto size) VICINAL_INLINE {
     const PackedRows<L> columns = rows.columns_from(first);
     Vector<Real> channels[size];
     static_for<size>([&](auto j) VICINAL_INLINE { channels[j] = vector[first + j]; });
