@@ -51,11 +51,10 @@ class KeyLayout:
         self.windows = tuple(window.in_key_order() for window in windows)
         self.axes = [window.key_axes() for window in windows]
         self.finest, self.dim = finest_level(shapes), len(shapes[0])
-        # The first cell of a window that overlaps the map is less than a window's size outside it.
-        self.pads = [[max(size, 1) for size in window.sizes] for window in self.windows]
+        self.pads = [[_pad(size) for size in window.sizes] for window in self.windows]
         self.lengths = [
             [
-                -(-shape[axis] // dilation)
+                _length(shape[axis], dilation)
                 for axis, dilation in zip(axes, window.dilations, strict=True)
             ]
             for shape, axes, window in zip(shapes, self.axes, self.windows, strict=True)
@@ -113,7 +112,17 @@ def longest_axis(shapes: LevelShapes, windows: Windows) -> int:
 def _padded(cells: int, window: AxisWindows, axis: int) -> int:
     """The cells along an axis of a level, all remainders one after another, each padded."""
     dilation = window.dilations[axis]
-    return dilation * (-(-cells // dilation) + 2 * max(window.sizes[axis], 1))
+    return dilation * (_length(cells, dilation) + 2 * _pad(window.sizes[axis]))
+
+
+def _length(cells: int, dilation: int) -> int:
+    """How many of the cells along an axis have one remainder, at most."""
+    return -(-cells // dilation)
+
+
+def _pad(size: int) -> int:
+    """The first cell of a window that overlaps the map is less than its size outside it."""
+    return max(size, 1)
 
 
 def _keys_of_rows(window: AxisWindows, strides: Sequence[int]) -> list[RowKeys]:
