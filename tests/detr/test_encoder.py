@@ -26,8 +26,12 @@ from vicinal.detr import Encoder, EncoderLayer, FeedForward
 COUNTS = (20, 0, 7, 1)
 
 
-def by_hand(encoder: Encoder, pyramid: FeaturePyramid) -> Tensor:
-    """Attention and feed-forward of every layer, each with a plan of its own."""
+def by_hand(encoder: Encoder, pyramid: FeaturePyramid, levels: tuple[int, ...] = (0, 1)) -> Tensor:
+    """Attention and feed-forward of every layer, each with a plan of its own.
+
+    Points of other levels keep their values.
+    """
+    is_query = torch.tensor([level in levels for level in pyramid.levels.tolist()])
     positions = (pyramid.cells + 0.5) * torch.tensor(
         [
             [full / size for full, size in zip(pyramid.level_shapes[0], shape, strict=True)]
@@ -35,22 +39,25 @@ def by_hand(encoder: Encoder, pyramid: FeaturePyramid) -> Tensor:
         ],
         dtype=pyramid.values.dtype,
     )[pyramid.levels]
-    offsets = torch.tensor([0, *[sum(COUNTS[: i + 1]) for i in range(len(COUNTS))]])
+    counts = [int(is_query[pyramid.batch == image].sum()) for image in range(len(COUNTS))]
+    offsets = torch.tensor([0, *[sum(counts[: i + 1]) for i in range(len(COUNTS))]])
     values = pyramid.values
     for layer in encoder.layers:
         attention: Any = layer.attention
         feed_forward: Any = layer.feed_forward
-        values = feed_forward(
+        new = feed_forward(
             attention(
-                values,
-                positions,
+                values[is_query],
+                positions[is_query],
                 offsets,
                 FeaturePyramid(
                     values, pyramid.coordinates, pyramid.level_shapes, pyramid.batch_size
                 ),
-                query_level_indices=pyramid.coordinates[:, -1],
+                query_level_indices=pyramid.coordinates[is_query, -1],
             )
         )
+        values = values.clone()
+        values[is_query] = new
     out: Tensor = encoder.norm(values)
     return out
 
@@ -63,6 +70,42 @@ def test_matches_its_layers_by_hand(position_dim: int) -> None:
     assert torch.equal(out.coordinates, pyramid.coordinates)
     assert (out.level_shapes, out.batch_size) == (pyramid.level_shapes, len(COUNTS))
     assert_close(out.values, by_hand(encoder, pyramid), 1e-12)
+
+
+@pytest.mark.parametrize("levels", [[0], [1], (1, 0)])
+def test_points_of_some_levels_are_queries(levels: list[int]) -> None:
+    plain = perturbed(make_encoder(3))
+    pyramid = make_pyramid(COUNTS)
+    for checkpoint in (False, True):
+        encoder = Encoder(
+            list(plain.layers),  # type: ignore[arg-type]
+            EMBED,
+            query_levels=levels,
+            checkpoint=checkpoint,
+        ).double()
+        encoder.norm = plain.norm
+        expected, out = by_hand(plain, pyramid, tuple(levels)), encoder(pyramid).values
+        assert_close(out, expected, 1e-12)
+        weights = torch.randn_like(out)
+        wanted, found = (
+            torch.autograd.grad((x * weights).sum(), list(plain.parameters()))
+            for x in (expected, out)
+        )
+        for actual, grad in zip(found, wanted, strict=True):
+            assert_close(actual, grad, 1e-12 * max(1.0, float(grad.abs().max())))
+        order = torch.randperm(len(pyramid))
+        mixed = FeaturePyramid(
+            pyramid.values[order], pyramid.coordinates[order], pyramid.level_shapes, len(COUNTS)
+        )
+        assert_close(encoder(mixed).values, expected[order], 1e-12)
+
+
+@pytest.mark.parametrize("counts", [(), (0,), (1, 0, 1)])
+def test_no_point_is_a_query(counts: tuple[int, ...]) -> None:
+    encoder = Encoder([EncoderLayer(make_block(), FeedForward(EMBED))], EMBED, query_levels=[1])
+    pyramid = make_pyramid(counts)  # a single point of an image is on the level 0
+    out = encoder.double()(pyramid)
+    assert torch.equal(out.values, encoder.norm(pyramid.values))
 
 
 def test_one_plan_serves_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,9 +189,9 @@ def test_accepts_any_attention_with_the_same_signature() -> None:
 
 
 class AddsInput(EncoderLayer):
-    """A layer that also adds the values that the encoder got."""
+    """A layer that also adds the values that the encoder got. All points are queries of it."""
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         values: Tensor,
         pyramid: FeaturePyramid,
@@ -210,6 +253,18 @@ def test_invalid_arguments_are_refused_by_name() -> None:
         encoder(torch.zeros(3, EMBED))  # type: ignore[arg-type]
     with refused("pyramid.values"):
         encoder(make_pyramid((5,), embed_dim=EMBED + 2))
+    layers = list(encoder.layers)
+    for levels in ([], [0, -1], [0.5], 1):
+        with refused("query_levels"):
+            Encoder(layers, EMBED, query_levels=levels)  # type: ignore[arg-type]
+    with refused("pyramid", "levels=[12x10, 6x5]"):
+        Encoder(layers, EMBED, query_levels=[2]).double()(make_pyramid((5, 3)))  # type: ignore[arg-type]
+    pyramid = make_pyramid((5,))
+    for rows in (torch.zeros(2), torch.zeros(2, 1, dtype=torch.int64), [0, 1]):
+        with refused("rows"):
+            layers[0](
+                pyramid.values, pyramid, pyramid.positions(), pyramid.batch_offsets(), None, rows
+            )
 
 
 def test_points_of_another_width_than_the_queries_are_refused() -> None:

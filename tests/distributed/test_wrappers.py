@@ -56,9 +56,9 @@ def loss_of(pyramid: FeaturePyramid) -> Tensor:
     return (pyramid.values.square() * factors.sin()).sum()
 
 
-def gradients_of_one(n_scenes: int, n: int = 300) -> dict[str, Tensor]:
+def gradients_of_one(n_scenes: int, n: int = 300, **options: Any) -> dict[str, Tensor]:
     """Of the mean loss of scenes, in one process."""
-    encoder = make_encoder()
+    encoder = make_encoder(**options)
     for scene in range(n_scenes):
         (loss_of(encoder(make_pyramid(*raw_points(scene, n)))) / n_scenes).backward()
     return gradients(encoder)
@@ -105,7 +105,7 @@ def train(
         pyramid.values.requires_grad_(learned)
         (loss_of(wrapped(pyramid)) * dist.get_world_size(space)).backward()
     assert list(encoder.state_dict()) == keys
-    assert_same_gradients(encoder, gradients_of_one(n_scenes, n + 1))
+    assert_same_gradients(encoder, gradients_of_one(n_scenes, n + 1, **options))
 
 
 def with_ddp(encoder: Encoder, group: ProcessGroup) -> nn.Module:
@@ -169,6 +169,10 @@ def test_gradients_are_those_of_one_process(
 ) -> None:
     """On ranks that share a scene, and on two scenes of two ranks each."""
     cluster.run(n_ranks, train, wrap, {"checkpoint": recompute})
+
+
+def test_points_of_some_levels_are_queries(cluster: Cluster) -> None:
+    cluster.run(2, train, with_ddp, {"query_levels": [1]})
 
 
 @pytest.mark.parametrize("wrap", WRAPPERS)

@@ -9,11 +9,19 @@ from torch import Tensor, nn
 
 from .._utils.checks import check_counts, check_tensor, check_type
 from .._utils.modules import Module
+from .._utils.ragged import offsets_from_ids
 from ..nn._base import check_points_are_queries
 from ..nn.projections import call_norm
 from ..placement import QueryPlacement
 from ..pyramid import FeaturePyramid
-from .layers import FeedForward, as_layers, run_layer
+from .layers import (
+    FeedForward,
+    as_layers,
+    as_levels,
+    check_has_levels,
+    points_of_levels,
+    run_layer,
+)
 
 
 class EncoderLayer(Module):
@@ -57,8 +65,9 @@ class EncoderLayer(Module):
         positions: Tensor,
         offsets: Tensor,
         plan: Any = None,
+        rows: Tensor | None = None,
     ) -> Tensor:
-        """Computes the new values of all points.
+        """Computes the new values of the points, or of those that are queries.
 
         Args:
             values: floating ``[nnz, E]``, used instead of the pyramid's own values.
@@ -67,19 +76,40 @@ class EncoderLayer(Module):
             offsets: int64 ``[B + 1]``, as `FeaturePyramid.batch_offsets` gives them.
             plan: from the attention's ``make_plan`` for these points; None (default): made by the
                 attention.
+            rows: int64 ``[N]``, the rows of the points that are queries, each once. Positions,
+                offsets and plan are theirs, and the other points keep their values. None (default):
+                all points, in their order.
 
         Returns:
             ``[nnz, E]``.
 
         Raises:
-            ValueError: ``pyramid`` is not a `FeaturePyramid`, the attention has a ``point_dim``
-                other than E, or a part refuses its arguments.
+            ValueError: ``pyramid`` is not a `FeaturePyramid`, ``rows`` is not an integer tensor
+                ``[N]``, the attention has a ``point_dim`` other than E, or a part refuses its
+                arguments.
         """
         check_points_are_queries(self.attention)
         check_type("pyramid", pyramid, FeaturePyramid)
         points = pyramid.with_values(values)
+        if rows is None:
+            return self._attend(values, points, positions, offsets, pyramid.levels, plan)
+        rows = check_tensor("rows", rows, ("N",), kind="integer", device=values.device).long()
+        query, levels = values.index_select(0, rows), pyramid.levels.index_select(0, rows)
+        new = self._attend(query, points, positions, offsets, levels, plan)
+        return values.index_copy(0, rows, new.to(values.dtype))
+
+    def _attend(
+        self,
+        query: Tensor,
+        points: FeaturePyramid,
+        positions: Tensor,
+        offsets: Tensor,
+        levels: Tensor,
+        plan: Any,
+    ) -> Tensor:
+        """The new values of the points that are queries."""
         attended = self.attention(
-            values, positions, offsets, points, query_level_indices=pyramid.levels, plan=plan
+            query, positions, offsets, points, query_level_indices=levels, plan=plan
         )
         ids = getattr(plan, "query_ids", None)
         if ids is not None and isinstance(self.feed_forward, FeedForward):
@@ -94,14 +124,20 @@ class Encoder(Module):
     The encoder of Deformable DETR (Zhu et al., "Deformable DETR", 2021), restricted to nonempty
     cells. Points do not move, so one plan serves all layers.
 
+    With ``query_levels``, only the points of these levels are queries. Those of other levels are
+    keys in every layer, with the values that they came with. The finest level often has most of the
+    points, and without its queries the encoder takes a fraction of the time and memory.
+
     Args:
         layers: at least one `EncoderLayer`; their attentions have the same windows.
         embed_dim: width of the values, E.
+        query_levels: the levels whose points are queries; None (default): all.
         checkpoint: recompute activations in the backward pass instead of storing them; default
             False.
 
     Raises:
-        ValueError: ``layers`` is empty or has no modules, or ``embed_dim`` is below 1.
+        ValueError: ``layers`` is empty or has no modules, ``embed_dim`` is below 1, or
+            ``query_levels`` is empty or has negative numbers.
 
     Example:
         ```python
@@ -120,11 +156,17 @@ class Encoder(Module):
     """
 
     def __init__(
-        self, layers: Sequence[EncoderLayer], embed_dim: int, *, checkpoint: bool = False
+        self,
+        layers: Sequence[EncoderLayer],
+        embed_dim: int,
+        *,
+        query_levels: Sequence[int] | None = None,
+        checkpoint: bool = False,
     ) -> None:
         super().__init__()
         layers = as_layers(layers)
         check_counts(embed_dim=embed_dim)
+        self.query_levels = as_levels("query_levels", query_levels)
         self.layers = nn.ModuleList(layers)
         self.norm = nn.LayerNorm(int(embed_dim))
         self.checkpoint = checkpoint
@@ -136,17 +178,19 @@ class Encoder(Module):
             pyramid: points with values ``[nnz, E]``, in any order.
 
         Returns:
-            the same points, in the same order, with new values ``[nnz, E]``.
+            the same points, in the same order, with new values ``[nnz, E]``. The final layer norm
+            is that of all points, of those that are no queries as well.
 
         Raises:
-            ValueError: the values have another width, an attention has a ``point_dim`` other than
-                E, or refuses its arguments.
+            ValueError: the values have another width, the pyramid lacks one of ``query_levels``, an
+                attention has a ``point_dim`` other than E, or refuses its arguments.
         """
         for layer in self.layers:
             check_points_are_queries(getattr(layer, "attention", None))
         check_type("pyramid", pyramid, FeaturePyramid)
         width = self.norm.normalized_shape[0]
         check_tensor("pyramid.values", pyramid.values, ("nnz", width), kind="floating")
+        check_has_levels(pyramid, self.query_levels)
         if (pyramid.batch[1:] >= pyramid.batch[:-1]).all():
             return pyramid.with_values(self._encode(pyramid))
         order = torch.argsort(pyramid.batch, stable=True)
@@ -163,13 +207,16 @@ class Encoder(Module):
     def _encode(self, pyramid: FeaturePyramid) -> Tensor:
         """The new values of points that are sorted by image."""
         positions, offsets, levels = QueryPlacement.of_points(pyramid)
+        rows = points_of_levels(pyramid, self.query_levels)
+        if rows is not None:
+            positions, levels = positions[rows], pyramid.levels[rows]
+            offsets = offsets_from_ids(pyramid.batch[rows], pyramid.batch_size)
         attention: Any = self.layers[0].attention
         plan = attention.make_plan(positions, offsets, pyramid, levels)
         values = pyramid.values
         # No layer gets one tensor twice, of which `torch.compile` would make another graph.
         points = pyramid.with_values(values.view_as(values))
         for layer in self.layers:
-            values = run_layer(
-                layer, values, points, positions, offsets, plan, checkpoint=self.checkpoint
-            )
+            arguments = values, points, positions, offsets, plan, *([] if rows is None else [rows])
+            values = run_layer(layer, *arguments, checkpoint=self.checkpoint)
         return call_norm(self.norm, values)

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as checkpointed
 
 from .._utils.checks import (
+    as_integers,
+    as_list,
     check_counts,
     check_dropout,
     check_tensor,
@@ -17,6 +19,7 @@ from .._utils.checks import (
     reads_contents,
     refuse,
 )
+from .._utils.constants import constant
 from .._utils.modules import Module
 from .._utils.ragged import batch_ids, rank_in_image
 from ..nn._base import check_sizes
@@ -24,6 +27,7 @@ from ..nn.initialized import BiasedLinear, reset_children
 from ..nn.projections import call_dropout, call_norm
 from ..nn.rotary import RotaryEncoding
 from ..nn.row_dropout import RowDropout
+from ..pyramid import FeaturePyramid
 from ..windows import coordinate_dtype
 from .boxes import apply_deltas
 from .structures import ObjectQueries, check_object_queries
@@ -330,6 +334,31 @@ def as_layers(layers: Any) -> list[Any]:
     if not given or not all(isinstance(layer, nn.Module) for layer in given):
         refuse("layers", expected, describe(layers))
     return given
+
+
+def as_levels(name: str, levels: Any) -> tuple[int, ...] | None:
+    """``levels`` as numbers; None means all. Raises ValueError unless none is below 0."""
+    if levels is None:
+        return None
+    expected = "at least one level, none below 0"
+    indices = as_integers(as_list(name, levels, expected))
+    if not indices or min(indices) < 0:
+        refuse(name, expected, levels)
+    return indices
+
+
+def check_has_levels(pyramid: FeaturePyramid, levels: tuple[int, ...] | None) -> None:
+    """Raises ValueError if ``pyramid`` lacks one of ``levels``."""
+    if levels is not None and max(levels) >= pyramid.n_levels:
+        refuse("pyramid", f"levels {list(levels)}", repr(pyramid))
+
+
+def points_of_levels(pyramid: FeaturePyramid, levels: tuple[int, ...] | None) -> Tensor | None:
+    """int64 ``[n]``: the rows of the points of ``levels``, ascending; None: all points."""
+    if levels is None:
+        return None
+    wanted = constant(levels, pyramid.values.device)
+    return torch.isin(pyramid.levels, wanted).nonzero().flatten()
 
 
 def run_layer(layer: nn.Module, *arguments: Any, checkpoint: bool) -> Any:

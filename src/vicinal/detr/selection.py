@@ -1,27 +1,24 @@
 """Selection of object queries among the encoder's points."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .._utils.checks import (
-    as_integers,
-    as_list,
     check_cells,
     check_counts,
     check_tensor,
     check_type,
     refuse,
 )
-from .._utils.constants import constant
 from .._utils.modules import Module
 from .._utils.ragged import offsets_from_ids
 from ..nn.projections import call_norm
 from ..pyramid import FeaturePyramid
 from ..windows import level_scales
-from .layers import DetectionHead
+from .layers import DetectionHead, as_levels, check_has_levels, points_of_levels
 from .structures import ObjectQueries, Predictions, top_k_per_image
 
 
@@ -102,7 +99,7 @@ class QuerySelection(Module):
         check_counts(n_queries=n_queries)
         check_cells("box_size", box_size)
         self.n_queries, self.box_size = int(n_queries), box_size
-        self.levels = None if levels is None else _as_levels(levels)
+        self.levels = as_levels("levels", levels)
         self.head = DetectionHead(embed_dim, n_classes, position_dim)
         self.project = nn.Linear(int(embed_dim), int(embed_dim))
         self.norm = nn.LayerNorm(int(embed_dim))
@@ -157,21 +154,11 @@ class QuerySelection(Module):
         check_tensor("pyramid.values", pyramid.values, ("nnz", width), kind="floating")
         if pyramid.position_dim != self.head.position_dim:
             refuse("pyramid", f"{self.head.position_dim} spatial dimensions", repr(pyramid))
-        if self.levels is not None and max(self.levels) >= pyramid.n_levels:
-            refuse("pyramid", f"levels {list(self.levels)}", repr(pyramid))
+        check_has_levels(pyramid, self.levels)
 
     def _candidate_points(self, pyramid: FeaturePyramid) -> Tensor:
         """int64 ``[n]``: the points of the levels that queries are selected from, by image."""
-        if self.levels is None:
+        points = points_of_levels(pyramid, self.levels)
+        if points is None:
             return torch.argsort(pyramid.batch, stable=True)
-        wanted = constant(self.levels, pyramid.values.device)
-        points = torch.isin(pyramid.levels, wanted).nonzero().flatten()
         return points[torch.argsort(pyramid.batch[points], stable=True)]
-
-
-def _as_levels(levels: Any) -> tuple[int, ...]:
-    expected = "at least one level, none below 0"
-    indices = as_integers(as_list("levels", levels, expected))
-    if not indices or min(indices) < 0:
-        refuse("levels", expected, levels)
-    return indices
