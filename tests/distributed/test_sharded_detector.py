@@ -24,6 +24,7 @@ from vicinal.detr import (
     ObjectQueries,
     PointStem,
     QuerySelection,
+    ReferencePoints,
     SetCriterion,
     Targets,
     sum_losses,
@@ -237,10 +238,15 @@ def decode(
     n: int,
     checkpoint: bool,
     dropout: float = 0.0,
+    at_sides: bool = False,
 ) -> None:
     """Dropout is that of one process with the seed of the first rank."""
     whole, pyramid, values, own_values, _ = pyramids(group, n, axes=(1,))
-    one = prepared(make_decoder(attention=attention, checkpoint=checkpoint, dropout=dropout))
+    decoder = make_decoder(attention=attention, checkpoint=checkpoint, dropout=dropout)
+    for layer in decoder.layers:
+        assert isinstance(layer, DecoderLayer)
+        layer.reference_points = ReferencePoints(EMBED) if at_sides else None
+    one = prepared(decoder)
     own = shard_attention(copy.deepcopy(one), group)
     queries, own_queries = object_queries(), object_queries()
     torch.manual_seed(2)
@@ -266,6 +272,10 @@ def test_all_ranks_decode_what_one_process_does(
     attention: Callable[[], nn.Module], checkpoint: bool, cluster: Cluster
 ) -> None:
     cluster.run(3, decode, attention, 500, checkpoint)
+
+
+def test_queries_attend_from_the_sides_of_their_boxes(cluster: Cluster) -> None:
+    cluster.run(3, decode, make_block, 500, False, 0.0, True)
 
 
 def make_dropping_block() -> nn.Module:

@@ -30,6 +30,7 @@ from .focal import LossWeights, sigmoid_focal_loss, varifocal_loss
 from .layers import DetectionHead, FeedForward, QuerySelfAttention
 from .losses import DetectionLoss, LossTerms, SetCriterion, mean_object_count, sum_losses
 from .matching import HungarianMatcher, assign_points_to_boxes
+from .reference_points import ReferencePoints
 from .selection import QuerySelection, QuerySelectionOutput
 from .stem import PointStem
 from .structures import (
@@ -66,6 +67,7 @@ __all__ = [
     "QuerySelection",
     "QuerySelectionOutput",
     "QuerySelfAttention",
+    "ReferencePoints",
     "SetCriterion",
     "Targets",
     "apply_deltas",

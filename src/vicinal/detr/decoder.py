@@ -12,6 +12,7 @@ from ..nn.projections import call_norm
 from ..pyramid import FeaturePyramid
 from ..windows import wrap_positions
 from .layers import DetectionHead, as_layers, run_layer
+from .reference_points import ReferencePoints
 from .structures import ObjectQueries, Predictions, check_boxes_on_map, check_object_queries
 
 
@@ -24,11 +25,13 @@ class DecoderLayer(Module):
             module with the same call signature and ``make_plan``, query levels included. The points
             may be wider or narrower than the queries, with ``point_dim`` of the block.
         feed_forward: maps ``[N, E]`` to ``[N, E]``, such as `FeedForward`.
+        reference_points: places in their boxes that queries attend from. None (default): the
+            centers alone.
 
     Each part includes its norm and residual connection.
 
     Raises:
-        ValueError: a part is not a module.
+        ValueError: a part is not a module, or ``reference_points`` are not `ReferencePoints`.
 
     Example:
         ```python
@@ -49,7 +52,12 @@ class DecoderLayer(Module):
     """
 
     def __init__(
-        self, self_attention: nn.Module, cross_attention: nn.Module, feed_forward: nn.Module
+        self,
+        self_attention: nn.Module,
+        cross_attention: nn.Module,
+        feed_forward: nn.Module,
+        *,
+        reference_points: ReferencePoints | None = None,
     ) -> None:
         super().__init__()
         check_type("self_attention", self_attention, nn.Module)
@@ -58,6 +66,9 @@ class DecoderLayer(Module):
         self.self_attention = self_attention
         self.cross_attention = cross_attention
         self.feed_forward = feed_forward
+        if reference_points is not None:
+            check_type("reference_points", reference_points, ReferencePoints)
+        self.reference_points = reference_points
 
     def forward(self, queries: ObjectQueries, pyramid: FeaturePyramid, plan: Any = None) -> Tensor:
         """Computes the new embeddings of the queries.
@@ -76,8 +87,17 @@ class DecoderLayer(Module):
         """
         check_type("queries", queries, ObjectQueries)
         check_type("pyramid", pyramid, FeaturePyramid)
-        embeddings = self.self_attention(queries)
-        out: Tensor = self.feed_forward(self._attend(embeddings, queries, pyramid, plan))
+        queries = queries._replace(embeddings=self.self_attention(queries))
+
+        def attend(placed: ObjectQueries) -> Tensor:
+            return self._attend(_wrap_centers(placed, pyramid), pyramid, plan)
+
+        points = self.reference_points
+        if points is None:
+            attended = self._attend(queries, pyramid, plan)
+        else:
+            attended = points(queries, attend)
+        out: Tensor = self.feed_forward(attended)
         return out
 
     def make_plan(self, queries: ObjectQueries, pyramid: FeaturePyramid) -> Any:
@@ -93,17 +113,21 @@ class DecoderLayer(Module):
         """
         check_type("queries", queries, ObjectQueries)
         check_type("pyramid", pyramid, FeaturePyramid)
+        if self.reference_points is not None:
+            queries = _wrap_centers(self.reference_points.place(queries), pyramid)
+        return self._make_plan(queries, pyramid)
+
+    def _make_plan(self, queries: ObjectQueries, pyramid: FeaturePyramid) -> Any:
+        """The cross-attention's plan for queries at their reference points."""
         positions, offsets, levels = queries.placement
         cross_attention: Any = self.cross_attention
         return cross_attention.make_plan(positions, offsets, pyramid, levels)
 
-    def _attend(
-        self, embeddings: Tensor, queries: ObjectQueries, pyramid: FeaturePyramid, plan: Any
-    ) -> Tensor:
-        """``[N, E]``: ``embeddings`` at the places of ``queries`` after the cross-attention."""
+    def _attend(self, queries: ObjectQueries, pyramid: FeaturePyramid, plan: Any) -> Tensor:
+        """``[N, E]``: embeddings of queries at their reference points after the cross-attention."""
         positions, offsets, levels = queries.placement
         attended: Tensor = self.cross_attention(
-            embeddings, positions, offsets, pyramid, query_level_indices=levels, plan=plan
+            queries.embeddings, positions, offsets, pyramid, query_level_indices=levels, plan=plan
         )
         return attended
 

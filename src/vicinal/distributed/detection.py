@@ -140,10 +140,8 @@ class ShardedDecoderLayer(DecoderLayer):
 
     _handle: GroupHandle
 
-    def make_plan(self, queries: ObjectQueries, pyramid: FeaturePyramid) -> QueryShare:
-        """Makes the ``plan`` of `forward` for these queries. All ranks call it together, with the
-        same queries and their own points.
-        """
+    def _make_plan(self, queries: ObjectQueries, pyramid: FeaturePyramid) -> QueryShare:
+        """All ranks call it together, with the same queries and their own points."""
         group = self._handle.group
         rank, n_ranks = ranks_of(group)
         owners = nearest_ranks(queries.positions, pyramid, group)
@@ -163,15 +161,11 @@ class ShardedDecoderLayer(DecoderLayer):
         return QueryShare(order, counts, rows, own, plan)
 
     def _attend(
-        self,
-        embeddings: Tensor,
-        queries: ObjectQueries,
-        pyramid: FeaturePyramid,
-        plan: QueryShare | None,
+        self, queries: ObjectQueries, pyramid: FeaturePyramid, plan: QueryShare | None
     ) -> Tensor:
-        share = self.make_plan(queries, pyramid) if plan is None else plan
+        share = self._make_plan(queries, pyramid) if plan is None else plan
         attended = self.cross_attention(
-            embeddings[share.rows],
+            queries.embeddings[share.rows],
             **share.placement.arguments(),
             stacked_feature_maps=pyramid,
             plan=share.plan,
