@@ -30,7 +30,14 @@ from examples.digits.model import DigitDetector
 from examples.digits.scenes import Batch, Scenes, split_digits
 from examples.training.loop import Config, train
 from vicinal import SparseDeformableAttention, SparseNeighborhoodAttentionBlock
-from vicinal.detr import DetectionLoss, Detections, SetCriterion, pairwise_iou, select_detections
+from vicinal.detr import (
+    DecoderLayer,
+    DetectionLoss,
+    Detections,
+    SetCriterion,
+    pairwise_iou,
+    select_detections,
+)
 
 MIN_SCORE, MIN_IOU = 0.3, 0.5  # of the detection of a digit that is found
 
@@ -100,9 +107,20 @@ def without_ramps(model: DigitDetector) -> None:
         nn.init.zeros_(block.get_parameter("relative_bias"))
 
 
+def at_centers(model: DigitDetector) -> None:
+    for layer in model.detector.decoder.layers:
+        assert isinstance(layer, DecoderLayer)
+        layer.reference_points = None
+
+
 VARIANTS: dict[str, Variant] = {
     "the demo": Variant(),
     "4 canvases a step": Variant(batch=4),
+    "all points are queries of the encoder": Variant(constants={"QUERY_LEVELS": None}),
+    "object queries at centers alone": Variant(at_centers),
+    "at centers, windows of 17, 13, 9, 5 cells": Variant(
+        at_centers, constants={"DECODER_WINDOWS": (17, 13, 9, 5)}
+    ),
     "windows of 5 x 5 in the decoder": Variant(constants={"DECODER_WINDOWS": (5, 5, 5, 5)}),
     "windows up to 25 x 25 in the decoder": Variant(constants={"DECODER_WINDOWS": (25, 13, 7, 5)}),
     "values not rotated": Variant(without_rotated_values),

@@ -11,6 +11,7 @@ from torch import Tensor
 from examples.digits.evaluation import AveragePrecision, average_precision
 from examples.digits.model import STRIDES, DigitDetector
 from examples.digits.scenes import Batch
+from vicinal import NeighborhoodWeights
 from vicinal.detr import DecoderLayer, Detections, DetectorOutput, select_detections
 from vicinal.visualize import AttentionRecord
 
@@ -41,6 +42,8 @@ def attention_records(
 ) -> list[AttentionRecord]:
     """Records the attention of confident detections in the last decoder layer, per image.
 
+    The weights of a detection are the mean over the reference points of its query.
+
     Args:
         model: the detector.
         output: from `detect`.
@@ -49,23 +52,24 @@ def attention_records(
     """
     layer, queries = model.detector.decoder.layers[-1], output.queries[-1]
     assert isinstance(layer, DecoderLayer)
-    embeddings = layer.self_attention(queries)
+    assert layer.reference_points is not None
+    queries = queries._replace(embeddings=layer.self_attention(queries))
+    placed, n_points = layer.reference_points.place(queries), len(layer.reference_points.points)
     attention: Any = layer.cross_attention
 
     def record(image: int, chosen: Tensor) -> AttentionRecord:
         rows = found.queries[chosen]
         weights = attention.attention_weights(
-            embeddings,
-            queries.positions,
-            queries.offsets,
-            output.pyramid,
-            query_level_indices=queries.levels,
-            queries=rows,
+            placed.embeddings,
+            **placed.placement.arguments(),
+            stacked_feature_maps=output.pyramid,
+            queries=(
+                rows[:, None] * n_points + torch.arange(n_points, device=rows.device)
+            ).flatten(),
         )
         return AttentionRecord(
             queries.positions[rows],
-            weights,
-            getattr(attention, "neighborhood_sizes", None),
+            mean_weights(weights, n_points),
             name="last layer of the decoder",
             batch_index=image,
             boxes=found.boxes[chosen] / STRIDES[0],
@@ -74,6 +78,16 @@ def attention_records(
         )
 
     return [record(image, rows) for image, rows in enumerate(confident_rows(found, min_score))]
+
+
+def mean_weights(weights: NeighborhoodWeights, n_points: int) -> NeighborhoodWeights:
+    """The mean over the ``n_points`` reference points of each query; those without points in their
+    windows do not count.
+    """
+    counts = weights.offsets.diff()
+    n_seeing = (counts.view(-1, n_points) > 0).sum(1).repeat_interleave(n_points)
+    share = weights.weights / n_seeing.repeat_interleave(counts)[:, None]
+    return NeighborhoodWeights(weights.offsets[::n_points], weights.points, share, None)
 
 
 def confident_rows(found: Detections, min_score: float) -> Iterable[Tensor]:

@@ -21,6 +21,7 @@ from vicinal.detr import (
     PointStem,
     QuerySelection,
     QuerySelfAttention,
+    ReferencePoints,
     SetCriterion,
     Targets,
 )
@@ -28,8 +29,9 @@ from vicinal.detr import (
 EMBED_DIM = 128
 HEADS = 8
 STRIDES = (2, 4, 8, 16)
+QUERY_LEVELS = (1, 2, 3)  # of the encoder; two thirds of all points are on level 0, keys alone
 ENCODER_WINDOWS = (5, 5, 5, 5)
-DECODER_WINDOWS = (17, 13, 9, 5)  # of few queries: wide enough for the edges of a digit
+DECODER_WINDOWS = (9, 9, 7, 5)  # around the center and the sides of a box
 OUTWARD = 3.0  # logit, at first, of a point at the border of a window in a head's direction
 SAMPLES = 4  # of deformable attention, per head and level
 ENCODER_LAYERS = 3
@@ -83,6 +85,7 @@ class DigitDetector(nn.Module):
                 for _ in range(ENCODER_LAYERS)
             ],
             EMBED_DIM,
+            query_levels=QUERY_LEVELS,
             checkpoint=checkpoint,
         )
         selection = QuerySelection(EMBED_DIM, CLASSES, QUERIES, CANDIDATE_LEVELS)
@@ -92,6 +95,7 @@ class DigitDetector(nn.Module):
                     QuerySelfAttention(EMBED_DIM, HEADS),
                     make_attention(DECODER_WINDOWS),
                     make_feed_forward(),
+                    reference_points=ReferencePoints(EMBED_DIM),
                 )
                 for _ in range(DECODER_LAYERS)
             ],
