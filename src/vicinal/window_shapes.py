@@ -184,7 +184,7 @@ def as_windows(
     if not isinstance(given, Sequence) or is_text or len(given) != n_levels:
         refuse(argument, expected, describe(neighborhood_sizes))
     windows = [_as_window(argument, level, given, position_dim) for level in range(n_levels)]
-    on_axes = [window.on_axes(position_dim) for window in windows]
+    on_axes = list(windows_on_axes(windows, position_dim))
     if not any(max(window.sizes) for window in on_axes):
         refuse(argument, "a level with a window", f"{describe(list(given))}: all levels are 0")
     n_rows = sum(math.prod(window.in_key_order().sizes[:-1]) for window in on_axes)
@@ -376,13 +376,10 @@ def _refusal(window: AxisWindows, is_off: bool) -> tuple[str, str] | None:
     return None
 
 
-@cached
-def _window_of(entry: int | tuple[int, ...] | Window) -> Window:
-    return entry if isinstance(entry, Window) else Window(entry)
-
-
-def _as_window(argument: str, level: int, given: Sequence[Any], position_dim: int) -> Window:
-    """The window of a level among those ``given``."""
+def _as_window(
+    argument: str, level: int, given: Sequence[Any], position_dim: int
+) -> int | tuple[int, ...] | Window:
+    """The window of a level among those ``given``; sizes alone stay sizes."""
     entry, place, came = given[level], f"at level {level}", list(given)
     if not isinstance(entry, Window):
         entry = as_list(argument, entry, f"a window {place}")
@@ -394,22 +391,31 @@ def _as_window(argument: str, level: int, given: Sequence[Any], position_dim: in
         ones = (1,) * len(sizes)
         if reason := _refusal(AxisWindows(sizes, ones, (False,) * len(sizes), False), size == 0):
             refuse(argument, f"{reason[1]} {place}", came)
-        entry = _window_of(sizes if size is None else size)
-    for part in (entry.size, entry.dilation, entry.causal):
+        entry, parts = sizes if size is None else size, (sizes,)
+    else:
+        parts = entry.size, entry.dilation, entry.causal
+    for part in parts:
         if isinstance(part, tuple) and len(part) != position_dim:
             refuse(argument, f"an entry for each of {position_dim} axes {place}", came)
     return entry
 
 
 @cached
-def _shortest(window: Window, position_dim: int) -> int | tuple[int, ...] | Window:
+def _shortest(
+    window: int | tuple[int, ...] | Window, position_dim: int
+) -> int | tuple[int, ...] | Window:
     """The window in the one form that all equal windows share."""
+    if not isinstance(window, Window):
+        return _one(_on_axes(window, position_dim))
     if window.size == 0:
         return 0
     sizes, dilations, causal, _ = window.on_axes(position_dim)
-    window = Window(_one(sizes), _one(dilations), _one(causal), window.shape)
-    is_plain = (window.dilation, window.causal, window.shape) == (1, False, "box")
-    return window.size if is_plain else window
+    parts = _one(sizes), _one(dilations), _one(causal)
+    if parts[1:] == (1, False) and window.shape == "box":
+        return parts[0]
+    if parts == (window.size, window.dilation, window.causal):
+        return window
+    return Window(*parts, window.shape)
 
 
 def _one(values: tuple[T, ...]) -> T | tuple[T, ...]:
