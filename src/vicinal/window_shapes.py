@@ -380,11 +380,13 @@ def _as_window(
     argument: str, level: int, given: Sequence[Any], position_dim: int
 ) -> int | tuple[int, ...] | Window:
     """The window of a level among those ``given``; sizes alone stay sizes."""
-    entry, place, came = given[level], f"at level {level}", list(given)
+    parts: tuple[Any, ...]
+    entry: int | tuple[int, ...] | Window = given[level]
+    place, came = f"at level {level}", list(given)
     if not isinstance(entry, Window):
-        entry = as_list(argument, entry, f"a window {place}")
-        size = as_integer(entry)
-        sizes = (size,) * position_dim if size is not None else as_integers(entry)
+        numbers = as_list(argument, entry, f"a window {place}")
+        size = as_integer(numbers)
+        sizes = (size,) * position_dim if size is not None else as_integers(numbers)
         if not sizes:
             expected = "odd neighborhood_sizes, one or one per axis, a Window or 0"
             refuse(argument, f"{expected} {place}", came)
