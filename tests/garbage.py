@@ -2,6 +2,10 @@
 
 import atexit
 import gc
+import os
+
+# Torch reads it when its compiler is imported, also in processes that tests start.
+os.environ.setdefault("TORCH_DYNAMO_RUN_GC_AFTER_COMPILE", "0")
 
 
 def rarely() -> None:
