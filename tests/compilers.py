@@ -1,12 +1,17 @@
 """How tests compile."""
 
+import contextlib
 import os
+import sys
+import traceback
+import warnings
 from contextlib import AbstractContextManager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
-
-import vicinal
+from garbage import rarely
+from started import run_light
 
 
 def floats_are_constants() -> AbstractContextManager[None]:
@@ -20,12 +25,32 @@ def floats_are_constants() -> AbstractContextManager[None]:
     return context
 
 
-def environment_for_gpus(**variables: str) -> dict[str, str]:
-    """The environment of a process that compiles Triton's kernels for GPUs, without running them.
+def compile_for_gpus(code: str, *arguments: str, cache: Path | None = None) -> list[str]:
+    """The lines that ``code`` prints in a process that compiles Triton's kernels, and runs none.
 
-    It imports the library under test, which may be installed, and the benchmarks, which never are.
+    Args:
+        code: of a module, not of a kernel.
+        *arguments: what follows the first of ``sys.argv``.
+        cache: a folder for kernels, Triton's own by default.
     """
-    path = map(str, (Path(__file__).parents[1], Path(vicinal.__file__).parents[1]))
-    environment = {**os.environ, **variables, "PYTHONPATH": os.pathsep.join(path)}
-    environment.pop("TRITON_INTERPRET", None)
-    return environment
+    with TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        status = run_light(_execute, code, arguments, cache, log, timeout=1200)
+        printed = log.read_text()
+    assert status == 0, printed[-2000:]
+    return printed.splitlines()
+
+
+def _execute(code: str, arguments: tuple[str, ...], cache: Path | None, log: Path) -> None:
+    os.environ.pop("TRITON_INTERPRET", None)
+    if cache is not None:
+        os.environ["TRITON_CACHE_DIR"] = str(cache)
+    sys.argv[1:] = arguments
+    warnings.simplefilter("error")
+    rarely()
+    with log.open("w") as file, contextlib.redirect_stdout(file):
+        try:
+            exec(code, {"__name__": "code"})
+        except BaseException:
+            traceback.print_exc(file=file)
+            raise

@@ -17,6 +17,7 @@ from torch.multiprocessing.spawn import start_processes
 from examples.training import processes
 
 ENVIRONMENT = dict(os.environ)  # before any test changes it
+ENVIRONMENT.pop("TRITON_INTERPRET", None)  # parts of Triton read it when it is imported
 
 if TYPE_CHECKING:
     from multiprocessing.context import ForkServerContext, SpawnContext
@@ -36,8 +37,8 @@ HEAVY = (
 def light_context() -> ForkServerContext | SpawnContext:
     """Starts processes by forking one that has imported much and has run nothing.
 
-    They have one thread, and the environment variables that the tests were started with. Where
-    forking is not safe, each process imports everything itself.
+    They have one thread, the environment variables that the tests were started with, and a Triton
+    that compiles. Where forking is not safe, each process imports everything itself.
     """
     if sys.platform != "linux":
         return multiprocessing.get_context("spawn")

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from importlib import metadata
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from compilers import environment_for_gpus
+from compilers import compile_for_gpus
 
 COMPILE = """
 import json, sys
@@ -104,15 +103,7 @@ pytestmark = [
 
 def run(code: str, folder: Path, *arguments: str) -> list[Any]:
     """Runs ``code`` with ``folder`` as Triton's cache; returns the lines of JSON that it prints."""
-    result = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code, *arguments],
-        env=environment_for_gpus(TRITON_CACHE_DIR=str(folder)),
-        capture_output=True,
-        text=True,
-        timeout=1200,
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
-    return [json.loads(line) for line in result.stdout.splitlines()]
+    return [json.loads(line) for line in compile_for_gpus(code, *arguments, cache=folder)]
 
 
 @pytest.fixture

@@ -2,13 +2,12 @@
 
 import importlib.util
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from compilers import environment_for_gpus
+from compilers import compile_for_gpus
 
 from benchmarks.gpu_costs import model, scene
 from benchmarks.gpu_costs.sass import Code
@@ -140,11 +139,8 @@ print(json.dumps([*found, check()]))
 )
 def test_no_bar_is_missed_and_a_miss_is_printed(kernel_cache: Path) -> None:
     """With the bars as they are, then with bars that are too high, in one process."""
-    environment = environment_for_gpus(TRITON_CACHE_DIR=str(kernel_cache))
-    command = [sys.executable, "-c", CHECKS, "--check"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
-    for (status, out), expected in zip(json.loads(done.stdout), (0, 1), strict=True):
+    (line,) = compile_for_gpus(CHECKS, "--check", cache=kernel_cache)
+    for (status, out), expected in zip(json.loads(line), (0, 1), strict=True):
         assert status == expected, out
         assert ("instructions per block" in out) == (status == 1)
         assert ("plan of a step" in out) == (status == 1)
@@ -166,9 +162,7 @@ kernels.main()
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 def test_costs_alone_take_no_variants() -> None:
-    command, environment = [sys.executable, "-c", COSTS], environment_for_gpus()
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    first, *others = done.stdout.splitlines()
+    first, *others = compile_for_gpus(COSTS)
     assert first.startswith("attend: 10 instructions and 4 sectors")
     for line, bar in zip(others, model.BARS, strict=True):
         assert line.startswith(f"{bar.name}: 7.25")
