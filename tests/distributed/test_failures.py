@@ -212,7 +212,7 @@ def die() -> None:
 
 
 def hang() -> None:
-    time.sleep(2 * TIMEOUT)
+    time.sleep(TIMEOUT + 1.5)  # longer than the others wait
     raise RuntimeError("came back")
 
 
