@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -52,16 +52,16 @@ def attention_records(
     """
     layer, queries = model.detector.decoder.layers[-1], output.queries[-1]
     assert isinstance(layer, DecoderLayer)
-    assert layer.reference_points is not None
-    queries = queries._replace(embeddings=layer.self_attention(queries))
-    placed, n_points = layer.reference_points.place(queries), len(layer.reference_points.points)
-    attention: Any = layer.cross_attention
+    points, attention = layer.reference_points, cast(Any, layer.cross_attention)
+    assert points is not None
+    embeddings, n_points = points.embed(layer.self_attention(queries)), len(points.embeddings)
+    placement = layer.placement(queries, output.pyramid)
 
     def record(image: int, chosen: Tensor) -> AttentionRecord:
         rows = found.queries[chosen]
         weights = attention.attention_weights(
-            placed.embeddings,
-            **placed.placement.arguments(),
+            embeddings,
+            **placement.arguments(),
             stacked_feature_maps=output.pyramid,
             queries=(
                 rows[:, None] * n_points + torch.arange(n_points, device=rows.device)

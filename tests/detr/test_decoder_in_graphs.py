@@ -10,20 +10,28 @@ from torch import Tensor
 
 from vicinal import FeaturePyramid, SparseNeighborhoodAttentionBlock
 from vicinal import plan as plan_module
-from vicinal.detr import Decoder, DecoderLayer, FeedForward, ObjectQueries, QuerySelfAttention
+from vicinal.detr import (
+    Decoder,
+    DecoderLayer,
+    FeedForward,
+    ObjectQueries,
+    QuerySelfAttention,
+    ReferencePoints,
+)
 from vicinal.detr import layers as detr_layers
 
 EMBED, HEADS, SIZES = 8, 2, (3, 5)
 SHAPES = ((12, 10), (6, 5))
 
 
-def make_decoder(max_queries: int | None = None) -> Decoder:
+def make_decoder(max_queries: int | None = None, at_sides: bool = False) -> Decoder:
     torch.manual_seed(0)
     layers = [
         DecoderLayer(
             QuerySelfAttention(EMBED, HEADS, max_queries=max_queries),
             SparseNeighborhoodAttentionBlock(EMBED, HEADS, 2, SIZES),
             FeedForward(EMBED),
+            reference_points=ReferencePoints(EMBED) if at_sides else None,
         )
         for _ in range(2)
     ]
@@ -109,15 +117,21 @@ def test_without_checks_further_queries_attend_to_nothing(monkeypatch: pytest.Mo
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-@pytest.mark.parametrize(("counts", "max_queries"), [((300,), None), ((120, 180), 200)])
+@pytest.mark.parametrize(
+    ("counts", "max_queries", "at_sides"),
+    [((300,), None, False), ((120, 180), 200, False), ((120, 180), 200, True)],
+)
 def test_a_capture_reads_no_contents(
-    counts: tuple[int, ...], max_queries: int | None, monkeypatch: pytest.MonkeyPatch
+    counts: tuple[int, ...],
+    max_queries: int | None,
+    at_sides: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Tensors of torch's meta device have none; the host's code is that for a GPU."""
     from benchmarks.launches import count, meta_as_gpu
 
     with meta_as_gpu(), torch.device("meta"):
-        decoder = make_decoder(max_queries).float()
+        decoder = make_decoder(max_queries, at_sides).float()
         n = sum(counts)
         queries = ObjectQueries(
             torch.zeros(n, EMBED), torch.zeros(n, 4), torch.zeros(n, dtype=torch.int64),

@@ -100,6 +100,17 @@ def test_points_of_some_levels_are_queries(levels: list[int]) -> None:
         assert_close(encoder(mixed).values, expected[order], 1e-12)
 
 
+def test_values_in_half_precision_under_autocast() -> None:
+    """Autocast on CPUs refuses to promote float16."""
+    encoder = Encoder([EncoderLayer(make_block(), FeedForward(EMBED))], EMBED, query_levels=[1])
+    pyramid = make_pyramid(COUNTS, dtype=torch.float16)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = encoder(pyramid).values.float()
+    expected = encoder(pyramid.with_values(pyramid.values.float())).values
+    assert_close(out, expected, 0.1)
+    assert "query_levels=[1]" in repr(encoder)
+
+
 @pytest.mark.parametrize("counts", [(), (0,), (1, 0, 1)])
 def test_no_point_is_a_query(counts: tuple[int, ...]) -> None:
     encoder = Encoder([EncoderLayer(make_block(), FeedForward(EMBED))], EMBED, query_levels=[1])
@@ -260,7 +271,8 @@ def test_invalid_arguments_are_refused_by_name() -> None:
     with refused("pyramid", "levels=[12x10, 6x5]"):
         Encoder(layers, EMBED, query_levels=[2]).double()(make_pyramid((5, 3)))  # type: ignore[arg-type]
     pyramid = make_pyramid((5,))
-    for rows in (torch.zeros(2), torch.zeros(2, 1, dtype=torch.int64), [0, 1]):
+    wrong = ([0.5, 1], [[0], [1]], [0, 5], [-1, 2], [3, 3])
+    for rows in (*map(torch.tensor, wrong), [0, 1]):
         with refused("rows"):
             layers[0](
                 pyramid.values, pyramid, pyramid.positions(), pyramid.batch_offsets(), None, rows

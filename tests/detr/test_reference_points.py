@@ -47,13 +47,13 @@ def by_hand(layer: Any, queries: ObjectQueries, pyramid: FeaturePyramid) -> Tens
     x = layer.self_attention(queries)
     centers, sizes = queries.boxes.chunk(2, 1)
     found = []
-    for point, embedding in zip(
-        layer.reference_points.points, layer.reference_points.embeddings, strict=True
+    for position, embedding in zip(
+        layer.reference_points.relative_positions, layer.reference_points.embeddings, strict=True
     ):
         given = x + embedding
         attended = layer.cross_attention(
             given,
-            centers + point * sizes,
+            centers + torch.tensor(position, dtype=torch.float64) * sizes,
             queries.offsets,
             pyramid,
             query_level_indices=queries.levels,
@@ -89,21 +89,32 @@ def test_points_lie_at_the_center_and_the_sides() -> None:
         torch.tensor([0, 3]),
     )
     points = ReferencePoints(EMBED).double()
-    placed = points.place(queries)
-    first, second = placed.positions.split(5)
+    positions, offsets, levels = points.placement(queries)
+    first, second = positions.split(5)
     assert first.tolist() == [[5, 8], [3, 8], [7, 8], [5, 7], [5, 9]]
     assert second.tolist() == [[1, 2], [0.5, 2], [1.5, 2], [1, -1], [1, 5]]
-    assert torch.equal(placed.boxes[:, 2:], boxes[:, 2:].repeat_interleave(5, 0))
-    assert torch.equal(placed.embeddings, points.embeddings.repeat(2, 1))
-    assert placed.levels.tolist() == [1] * 5 + [0] * 5
-    assert placed.offsets.tolist() == [0, 5, 5, 10]
-    assert placed.groups is None
+    assert offsets.tolist() == [0, 5, 5, 10]
+    assert levels is not None
+    assert levels.tolist() == [1] * 5 + [0] * 5
+    assert torch.equal(points.embed(queries.embeddings), points.embeddings.repeat(2, 1))
+
+
+def test_positions_are_exact_in_any_dtype_and_survive_other_devices() -> None:
+    """They are no tensors of the module, which `to_empty` and casts would change."""
+    thirds = [[1 / 3, -1 / 3]]
+    points = ReferencePoints(EMBED, 2, thirds).half().to("meta").to_empty(device="cpu").double()
+    points.reset_parameters()
+    boxes = torch.tensor([[0.0, 0, 1, 1]], dtype=torch.float64)
+    queries = make_queries((1,))._replace(boxes=boxes)
+    assert points.placement(queries).positions.tolist() == thirds
+    assert "relative_positions=[[0.33" in repr(points)
 
 
 def test_a_layer_takes_its_plan_again() -> None:
     layer = perturbed(make_layer())
     queries, pyramid = make_queries(QUERIES), make_pyramid(POINTS)
-    plan = layer.make_plan(queries, pyramid)
+    bare = queries._replace(embeddings=torch.empty(sum(QUERIES), 0))  # not needed for a plan
+    plan = layer.make_plan(bare, pyramid)
     assert plan.n_queries == 5 * sum(QUERIES)
     assert torch.equal(layer(queries, pyramid, plan), layer(queries, pyramid))
 
@@ -187,18 +198,26 @@ def test_parameters_are_drawn_again() -> None:
 
 
 @pytest.mark.parametrize(
-    "points", [[], [0.0, 0.5], [[0.0]], [[0.0, float("nan")]], "ab", 3, torch.zeros(2)]
+    "positions",
+    [[], [0.0, 0.5], [[0.0]], [[0.0, float("nan")]], [[1e39, 0]], "ab", 3, torch.zeros(2)],
 )
-def test_points_that_are_none_are_refused(points: Any) -> None:
-    with refused("points"):
-        ReferencePoints(EMBED, 2, points)
+def test_positions_that_are_none_are_refused(positions: Any) -> None:
+    with refused("relative_positions"):
+        ReferencePoints(EMBED, 2, positions)
 
 
 def test_invalid_arguments_are_refused_by_name() -> None:
     for sizes, name in (((0,), "embed_dim"), ((EMBED, 0), "position_dim")):
         with refused(name):
             ReferencePoints(*sizes)
-    with refused("queries.embeddings"):
-        ReferencePoints(EMBED + 2).double().place(make_queries(QUERIES))
+    queries = make_queries(QUERIES)
+    with refused("queries.boxes"):
+        ReferencePoints(EMBED, 3).placement(queries)
+    points = ReferencePoints(EMBED)
+    with refused("embeddings"):
+        points.embed(queries.embeddings[:, :3])
+    for attended in (None, torch.ones(1, EMBED), torch.ones(())):
+        with refused("attend(...)"):
+            points(queries.embeddings, lambda _, given=attended: given)  # type: ignore[misc]
     with refused("reference_points"):
         DecoderLayer(nn.Identity(), nn.Identity(), nn.Identity(), reference_points=CORNERS)  # type: ignore[arg-type]

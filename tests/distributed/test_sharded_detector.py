@@ -274,13 +274,16 @@ def test_all_ranks_decode_what_one_process_does(
     cluster.run(3, decode, attention, 500, checkpoint)
 
 
-def test_queries_attend_from_the_sides_of_their_boxes(cluster: Cluster) -> None:
-    cluster.run(3, decode, make_block, 500, False, 0.0, True)
-
-
 def make_dropping_block() -> nn.Module:
     block: nn.Module = make_block(dropout=0.3)
     return block
+
+
+@pytest.mark.parametrize("attention", [make_dropping_block, make_deformable])
+def test_queries_attend_from_the_sides_of_their_boxes(
+    attention: Callable[[], nn.Module], cluster: Cluster
+) -> None:
+    cluster.run(3, decode, attention, 500, False, 0.2, True)
 
 
 @pytest.mark.parametrize("attention", [make_dropping_block, make_dropping_deformable])

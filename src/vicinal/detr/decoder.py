@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from .._utils.checks import check_counts, check_type, refuse
 from .._utils.modules import Module
 from ..nn.projections import call_norm
+from ..placement import QueryPlacement
 from ..pyramid import FeaturePyramid
 from ..windows import wrap_positions
 from .layers import DetectionHead, as_layers, run_layer
@@ -25,8 +26,8 @@ class DecoderLayer(Module):
             module with the same call signature and ``make_plan``, query levels included. The points
             may be wider or narrower than the queries, with ``point_dim`` of the block.
         feed_forward: maps ``[N, E]`` to ``[N, E]``, such as `FeedForward`.
-        reference_points: places in their boxes that queries attend from. None (default): the
-            centers alone.
+        reference_points: several positions in its box that a query attends from. None (default):
+            its center alone.
 
     Each part includes its norm and residual connection.
 
@@ -87,16 +88,14 @@ class DecoderLayer(Module):
         """
         check_type("queries", queries, ObjectQueries)
         check_type("pyramid", pyramid, FeaturePyramid)
-        queries = queries._replace(embeddings=self.self_attention(queries))
+        embeddings = self.self_attention(queries)
+        placement = self.placement(queries, pyramid)
 
-        def attend(placed: ObjectQueries) -> Tensor:
-            return self._attend(_wrap_centers(placed, pyramid), pyramid, plan)
+        def attend(x: Tensor) -> Tensor:
+            return self._attend(x, placement, pyramid, plan)
 
         points = self.reference_points
-        if points is None:
-            attended = self._attend(queries, pyramid, plan)
-        else:
-            attended = points(queries, attend)
+        attended = attend(embeddings) if points is None else points(embeddings, attend)
         out: Tensor = self.feed_forward(attended)
         return out
 
@@ -113,21 +112,41 @@ class DecoderLayer(Module):
         """
         check_type("queries", queries, ObjectQueries)
         check_type("pyramid", pyramid, FeaturePyramid)
-        if self.reference_points is not None:
-            queries = _wrap_centers(self.reference_points.place(queries), pyramid)
-        return self._make_plan(queries, pyramid)
+        return self._make_plan(self.placement(queries, pyramid), pyramid)
 
-    def _make_plan(self, queries: ObjectQueries, pyramid: FeaturePyramid) -> Any:
-        """The cross-attention's plan for queries at their reference points."""
-        positions, offsets, levels = queries.placement
+    def placement(self, queries: ObjectQueries, pyramid: FeaturePyramid) -> QueryPlacement:
+        """Returns where the cross-attention's queries are: at the centers of the boxes, or at the
+        `ReferencePoints`, K rows for each object query.
+
+        Args:
+            queries: object queries of the images of the pyramid; their embeddings are not used.
+            pyramid: the encoder's points. Along its periodic axes, reference points outside the map
+                are moved into it.
+
+        Raises:
+            ValueError: ``queries.boxes`` do not have the dimensions of the reference points.
+        """
+        if self.reference_points is None:
+            return queries.placement
+        placement: QueryPlacement = self.reference_points.placement(queries)
+        axes = pyramid.periodic_axes
+        return placement._replace(
+            positions=wrap_positions(placement.positions, pyramid.level_shapes, axes)
+        )
+
+    def _make_plan(self, placement: QueryPlacement, pyramid: FeaturePyramid) -> Any:
+        """The cross-attention's plan for its queries."""
+        positions, offsets, levels = placement
         cross_attention: Any = self.cross_attention
         return cross_attention.make_plan(positions, offsets, pyramid, levels)
 
-    def _attend(self, queries: ObjectQueries, pyramid: FeaturePyramid, plan: Any) -> Tensor:
-        """``[N, E]``: embeddings of queries at their reference points after the cross-attention."""
-        positions, offsets, levels = queries.placement
+    def _attend(
+        self, embeddings: Tensor, placement: QueryPlacement, pyramid: FeaturePyramid, plan: Any
+    ) -> Tensor:
+        """The embeddings of the cross-attention's queries after it."""
+        positions, offsets, levels = placement
         attended: Tensor = self.cross_attention(
-            queries.embeddings, positions, offsets, pyramid, query_level_indices=levels, plan=plan
+            embeddings, positions, offsets, pyramid, query_level_indices=levels, plan=plan
         )
         return attended
 

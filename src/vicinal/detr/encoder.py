@@ -7,7 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._utils.checks import check_counts, check_tensor, check_type
+from .._utils.checks import (
+    check_counts,
+    check_range,
+    check_tensor,
+    check_type,
+    reads_contents,
+    refuse,
+)
 from .._utils.modules import Module
 from .._utils.ragged import offsets_from_ids
 from ..nn._base import check_points_are_queries
@@ -85,18 +92,19 @@ class EncoderLayer(Module):
 
         Raises:
             ValueError: ``pyramid`` is not a `FeaturePyramid`, ``rows`` is not an integer tensor
-                ``[N]``, the attention has a ``point_dim`` other than E, or a part refuses its
-                arguments.
+                ``[N]`` or, on the CPU, has other numbers than rows of points or one of them twice,
+                the attention has a ``point_dim`` other than E, or a part refuses its arguments.
         """
         check_points_are_queries(self.attention)
         check_type("pyramid", pyramid, FeaturePyramid)
         points = pyramid.with_values(values)
         if rows is None:
             return self._attend(values, points, positions, offsets, pyramid.levels, plan)
-        rows = check_tensor("rows", rows, ("N",), kind="integer", device=values.device).long()
+        rows = _check_rows(rows, values)
         query, levels = values.index_select(0, rows), pyramid.levels.index_select(0, rows)
         new = self._attend(query, points, positions, offsets, levels, plan)
-        return values.index_copy(0, rows, new.to(values.dtype))
+        # In place, since autocast on CPUs refuses the other form in float16.
+        return values.clone().index_copy_(0, rows, new.to(values.dtype))
 
     def _attend(
         self,
@@ -118,6 +126,18 @@ class EncoderLayer(Module):
         return out
 
 
+def _check_rows(rows: Tensor, values: Tensor) -> Tensor:
+    """``rows`` in int64."""
+    n = values.shape[0]
+    rows = check_tensor("rows", rows, ("N",), kind="integer", device=values.device).long()
+    if reads_contents(None, values.device):
+        check_range("rows", rows, n)
+        is_row = torch.zeros(n, dtype=torch.bool, device=values.device).index_fill(0, rows, True)
+        if int(is_row.sum()) < rows.shape[0]:
+            refuse("rows", "each row at most once", f"{rows.shape[0]} rows, some of them twice")
+    return rows
+
+
 class Encoder(Module):
     """A stack of encoder layers with a final layer norm, on a pyramid of sparse points.
 
@@ -125,8 +145,9 @@ class Encoder(Module):
     cells. Points do not move, so one plan serves all layers.
 
     With ``query_levels``, only the points of these levels are queries. Those of other levels are
-    keys in every layer, with the values that they came with. The finest level often has most of the
-    points, and without its queries the encoder takes a fraction of the time and memory.
+    keys in every layer, with the values that they came with; the final layer norm is applied to
+    them too. The finest level often has most of the points, and without its queries the encoder
+    takes a fraction of the time and memory.
 
     Args:
         layers: at least one `EncoderLayer`; their attentions have the same windows.
@@ -178,8 +199,7 @@ class Encoder(Module):
             pyramid: points with values ``[nnz, E]``, in any order.
 
         Returns:
-            the same points, in the same order, with new values ``[nnz, E]``. The final layer norm
-            is that of all points, of those that are no queries as well.
+            the same points, in the same order, with new values ``[nnz, E]``.
 
         Raises:
             ValueError: the values have another width, the pyramid lacks one of ``query_levels``, an
@@ -217,6 +237,13 @@ class Encoder(Module):
         # No layer gets one tensor twice, of which `torch.compile` would make another graph.
         points = pyramid.with_values(values.view_as(values))
         for layer in self.layers:
-            arguments = values, points, positions, offsets, plan, *([] if rows is None else [rows])
-            values = run_layer(layer, *arguments, checkpoint=self.checkpoint)
+            values = run_layer(
+                layer,
+                *(values, points, positions, offsets, plan),
+                checkpoint=self.checkpoint,
+                **({} if rows is None else {"rows": rows}),
+            )
         return call_norm(self.norm, values)
+
+    def extra_repr(self) -> str:
+        return "" if self.query_levels is None else f"query_levels={list(self.query_levels)}"

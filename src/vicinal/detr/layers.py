@@ -361,12 +361,12 @@ def points_of_levels(pyramid: FeaturePyramid, levels: tuple[int, ...] | None) ->
     return torch.isin(pyramid.levels, wanted).nonzero().flatten()
 
 
-def run_layer(layer: nn.Module, *arguments: Any, checkpoint: bool) -> Any:
+def run_layer(layer: nn.Module, *arguments: Any, checkpoint: bool, **options: Any) -> Any:
     """Calls a layer, with activation checkpointing if ``checkpoint``.
 
     The backward pass then recomputes the layer's activations instead of storing them (Chen et al.,
     "Training Deep Nets with Sublinear Memory Cost", 2016).
     """
     if checkpoint and torch.is_grad_enabled():
-        return checkpointed(layer, *arguments, use_reentrant=False)
-    return layer(*arguments)
+        return checkpointed(layer, *arguments, use_reentrant=False, **options)
+    return layer(*arguments, **options)

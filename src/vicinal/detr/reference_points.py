@@ -1,39 +1,47 @@
-"""Reference points: several places in its box that an object query attends from."""
+"""Reference points: several positions in its box that an object query attends from."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .._utils.checks import as_list, as_numbers, check_counts, is_real, refuse
+from .._utils.checks import as_list, as_numbers, check_counts, check_tensor, is_real, refuse
+from .._utils.constants import cached_on_gpu
 from .._utils.modules import Module
 from ..nn.initialized import BiasedLinear
-from .structures import ObjectQueries, check_object_queries
+from ..placement import QueryPlacement
+from .structures import ObjectQueries
 
 _EMBEDDING_STD = 0.1  # of the initial embeddings
+Positions = tuple[tuple[float, ...], ...]
 
 
 class ReferencePoints(Module):
-    """Several places in its box that an object query attends from.
+    """Several positions in its box that an object query attends from.
 
     A query of Deformable DETR (Zhu et al., 2021) has one reference point, the center of its box.
-    Windows around it are to be wide to reach the sides of a large box. Here a query attends from K
-    points, which move with its box and grow with it, so that narrow windows see the sides of boxes
-    of any size:
+    Windows around it must be wide to reach the sides of a large box. Here a query attends from K
+    reference points, which move with its box and grow with it, so that narrow windows reach the
+    sides of boxes of any size:
 
-    ``out = x + W [attention(x_1) - x_1, ..., attention(x_K) - x_K]``, where ``x_k = x + e_k``, at
-    point k. The embedding ``e_k`` tells the query at which of its points it is.
+    ``out = x + W [attention(x_1) - x_1, ..., attention(x_K) - x_K]``, where ``x_k = x + e_k``
+    attends from reference point k, and the attention includes its residual connection. The
+    embedding ``e_k`` tells reference points apart. No norm follows, also where the attention has
+    ``norm_first=False``.
 
     The cross-attention has K times as many queries. Keys and values are projected once.
 
     Args:
         embed_dim: width of the embeddings, E.
         position_dim: number of spatial dimensions, P; default 2.
-        points: K points, P numbers each, in sizes of the box from its center: -0.5 and 0.5 are its
-            sides. None (default): the center and the middles of all 2P sides.
+        relative_positions: the K reference points, P numbers each, in sizes of the box from its
+            center: -0.5 and 0.5 are its sides. None (default): the center and the middles of all 2P
+            sides.
 
     Raises:
-        ValueError: a size is below 1, or ``points`` are not at least one point of P finite numbers.
+        ValueError: a size is below 1, or ``relative_positions`` are not at least one position of P
+            numbers that are finite in float32.
 
     Example:
         ```python
@@ -44,25 +52,23 @@ class ReferencePoints(Module):
         queries = ObjectQueries(
             torch.randn(1, 8), boxes, levels=torch.tensor([0]), offsets=torch.tensor([0, 1])
         )
-        placed = ReferencePoints(embed_dim=8).place(queries)
-        assert placed.positions.tolist() == [[5, 8], [3, 8], [7, 8], [5, 7], [5, 9]]
+        placement = ReferencePoints(embed_dim=8).placement(queries)
+        assert placement.positions.tolist() == [[5, 8], [3, 8], [7, 8], [5, 7], [5, 9]]
         ```
     """
-
-    points: Tensor
 
     def __init__(
         self,
         embed_dim: int,
         position_dim: int = 2,
-        points: Sequence[Sequence[float]] | None = None,
+        relative_positions: Sequence[Sequence[float]] | Tensor | None = None,
     ) -> None:
         super().__init__()
         check_counts(embed_dim=embed_dim, position_dim=position_dim)
         self.embed_dim, self.position_dim = int(embed_dim), int(position_dim)
-        table = _sides(self.position_dim) if points is None else points
-        self.register_buffer("points", _as_points(table, self.position_dim), persistent=False)
-        n_points = self.points.shape[0]
+        given = _sides(self.position_dim) if relative_positions is None else relative_positions
+        self.relative_positions = _as_positions(given, self.position_dim)
+        n_points = len(self.relative_positions)
         self.embeddings = nn.Parameter(torch.empty(n_points, self.embed_dim))
         self.join = BiasedLinear(n_points * self.embed_dim, self.embed_dim)
         nn.init.normal_(self.embeddings, std=_EMBEDDING_STD)
@@ -72,66 +78,93 @@ class ReferencePoints(Module):
         nn.init.normal_(self.embeddings, std=_EMBEDDING_STD)
         self.join.reset_parameters()
 
-    def place(self, queries: ObjectQueries) -> ObjectQueries:
-        """Returns the queries at their reference points, K rows for each, one after another.
+    def placement(self, queries: ObjectQueries) -> QueryPlacement:
+        """Returns the placement of the reference points, K rows for each query, one after another.
 
         Args:
-            queries: N object queries.
-
-        Returns:
-            ``N * K`` queries: at the reference points, with the sizes of the boxes, and with the
-            embeddings of query and point added. They have no groups.
+            queries: N object queries. Their embeddings are not used.
 
         Raises:
-            ValueError: shapes, dtypes or devices of the queries do not match.
+            ValueError: ``queries.boxes`` is not floating ``[N, 2P]``.
         """
-        queries = check_object_queries(queries, self.embed_dim, self.position_dim)
-        embeddings, boxes, levels, offsets, _ = queries
-        n_points = self.points.shape[0]
+        shape = ("N", 2 * self.position_dim)
+        boxes = check_tensor("queries.boxes", queries.boxes, shape, kind="floating")
+        positions = _relative_positions(self.relative_positions, boxes.device, boxes.dtype)
+        n_points = len(self.relative_positions)
         centers, sizes = boxes[:, None].chunk(2, 2)
-        centers = centers + self.points.to(boxes.dtype) * sizes
-        return ObjectQueries(
-            (embeddings[:, None] + self.embeddings.to(embeddings.dtype)).flatten(0, 1),
-            torch.cat((centers, sizes.expand_as(centers)), 2).flatten(0, 1),
-            levels[:, None].expand(-1, n_points).flatten(),
-            offsets * n_points,
+        return QueryPlacement(
+            (centers + positions * sizes).flatten(0, 1),
+            queries.offsets * n_points,
+            queries.levels[:, None].expand(-1, n_points).flatten(),
         )
 
-    def forward(self, queries: ObjectQueries, attend: Callable[[ObjectQueries], Tensor]) -> Tensor:
-        """Attends from all points, and joins what they find.
+    def embed(self, embeddings: Tensor) -> Tensor:
+        """Returns the embeddings of the queries at their reference points.
 
         Args:
-            queries: N object queries.
-            attend: maps the queries of `place` to their embeddings after an attention with its
-                residual connection, ``[N * K, E]``.
+            embeddings: floating ``[N, E]``.
+
+        Returns:
+            ``[N * K, E]``, in the order of `placement` and in the dtype of ``embeddings``.
+
+        Raises:
+            ValueError: ``embeddings`` is not floating ``[N, E]``.
+        """
+        embeddings = check_tensor("embeddings", embeddings, ("N", self.embed_dim), kind="floating")
+        return (embeddings[:, None] + self.embeddings.to(embeddings.dtype)).flatten(0, 1)
+
+    def forward(self, embeddings: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
+        """Attends from all reference points and joins the results.
+
+        Args:
+            embeddings: floating ``[N, E]``.
+            attend: maps what `embed` returns to the same after an attention with its residual
+                connection, ``[N * K, E]``.
 
         Returns:
             ``[N, E]``.
 
         Raises:
-            ValueError: shapes, dtypes or devices of the queries do not match.
+            ValueError: ``embeddings`` or the result of ``attend`` has another shape.
         """
-        placed = self.place(queries)
-        found = attend(placed) - placed.embeddings
-        width = self.join.in_features
-        joined: Tensor = self.join(found.reshape(queries.embeddings.shape[0], width))
-        return queries.embeddings + joined
+        embeddings = check_tensor("embeddings", embeddings, ("N", self.embed_dim), kind="floating")
+        x = self.embed(embeddings)
+        attended = check_tensor("attend(...)", attend(x), tuple(x.shape), kind="floating")
+        added = (attended - x).reshape(embeddings.shape[0], self.join.in_features)
+        joined: Tensor = self.join(added)
+        return embeddings + joined
+
+    def extra_repr(self) -> str:
+        return f"{self.embed_dim}, relative_positions={[*map(list, self.relative_positions)]}"
 
 
 def _sides(position_dim: int) -> list[list[float]]:
     """The center of a box and the middles of its sides."""
-    points = [[0.0] * position_dim]
+    positions = [[0.0] * position_dim]
     for axis in range(position_dim):
         for side in (-0.5, 0.5):
-            points.append([side if other == axis else 0.0 for other in range(position_dim)])
-    return points
+            positions.append([side if other == axis else 0.0 for other in range(position_dim)])
+    return positions
 
 
-def _as_points(points: Sequence[Sequence[float]], position_dim: int) -> Tensor:
-    expected = f"at least one point of {position_dim} finite numbers"
-    rows = as_list("points", points, expected)
-    if not isinstance(rows, Sequence) or not rows or isinstance(rows, str):
-        refuse("points", expected, points)
-    if any(map(is_real, rows)):  # of which `as_numbers` would make a point
-        refuse("points", expected, points)
-    return torch.tensor([as_numbers("points", row, position_dim, expected) for row in rows])
+def _as_positions(given: Any, position_dim: int) -> Positions:
+    name, largest = "relative_positions", torch.finfo(torch.float32).max
+    expected = f"at least one position of {position_dim} numbers that are finite in float32"
+    rows = as_list(name, given, expected)
+    # Of a single number, `as_numbers` would make a position.
+    if (
+        not isinstance(rows, Sequence)
+        or not rows
+        or isinstance(rows, str)
+        or any(map(is_real, rows))
+    ):
+        refuse(name, expected, given)
+    positions = tuple(as_numbers(name, row, position_dim, expected) for row in rows)
+    if any(abs(x) > largest for position in positions for x in position):
+        refuse(name, expected, given)
+    return positions
+
+
+@cached_on_gpu
+def _relative_positions(positions: Positions, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return torch.tensor(positions, dtype=dtype, device=device)

@@ -135,25 +135,24 @@ class ShardedDecoderLayer(DecoderLayer):
 
     All ranks hold all object queries, and compute self-attention and feed-forward part alike. Each
     attends from the queries that lie among its own points, so that the halo stays small, and the
-    results come back to all.
+    results come back to all. All ranks call `make_plan` and `forward` together, with the same
+    queries and their own points.
     """
 
     _handle: GroupHandle
 
-    def _make_plan(self, queries: ObjectQueries, pyramid: FeaturePyramid) -> QueryShare:
-        """All ranks call it together, with the same queries and their own points."""
+    def _make_plan(self, placement: QueryPlacement, pyramid: FeaturePyramid) -> QueryShare:
         group = self._handle.group
         rank, n_ranks = ranks_of(group)
-        owners = nearest_ranks(queries.positions, pyramid, group)
+        positions, offsets, levels = placement
+        assert levels is not None
+        owners = nearest_ranks(positions, pyramid, group)
         order = owners.argsort(stable=True)
         counts = tuple(owners.bincount(minlength=n_ranks).tolist())
         rows = order.split(counts)[rank]
-        images = batch_ids(queries.offsets, len(owners))[rows]
-        own = QueryPlacement(
-            queries.positions[rows],
-            offsets_from_ids(images, len(queries.offsets) - 1),
-            queries.levels[rows],
-        )
+        images = batch_ids(offsets, len(owners))[rows]
+        own_offsets = offsets_from_ids(images, len(offsets) - 1)
+        own = QueryPlacement(positions[rows], own_offsets, levels[rows])
         cross_attention: Any = self.cross_attention
         plan = cross_attention.make_plan(*own[:2], pyramid, own.levels)
         if isinstance(plan, ShardedPlan | SharedMap):
@@ -161,11 +160,15 @@ class ShardedDecoderLayer(DecoderLayer):
         return QueryShare(order, counts, rows, own, plan)
 
     def _attend(
-        self, queries: ObjectQueries, pyramid: FeaturePyramid, plan: QueryShare | None
+        self,
+        embeddings: Tensor,
+        placement: QueryPlacement,
+        pyramid: FeaturePyramid,
+        plan: QueryShare | None,
     ) -> Tensor:
-        share = self._make_plan(queries, pyramid) if plan is None else plan
+        share = self._make_plan(placement, pyramid) if plan is None else plan
         attended = self.cross_attention(
-            queries.embeddings[share.rows],
+            embeddings[share.rows],
             **share.placement.arguments(),
             stacked_feature_maps=pyramid,
             plan=share.plan,
