@@ -341,13 +341,18 @@ def _train_broken_on_one(_: torch.device, folder: Path) -> None:
         (folder / str(rank)).write_text(json.dumps([type(error).__name__]))
 
 
+def small_detector() -> DigitDetector:
+    """With few channels and object queries."""
+    torch.manual_seed(0)
+    with mock.patch.multiple(models, EMBED_DIM=32, QUERIES=20):
+        return DigitDetector()
+
+
 def _train_detector(
     device: torch.device, folder: Path, n_canvases: int = 2, space: int = 1
 ) -> History:
-    """With few channels, on canvases with little handwriting, as this takes its time."""
-    torch.manual_seed(0)
-    with mock.patch.object(models, "EMBED_DIM", 32):
-        model = DigitDetector().double().to(device)
+    """With a small detector, on canvases with little handwriting, as this takes its time."""
+    model = small_detector().double().to(device)
     batches: Callable[[range], Batch] = Scenes(split_digits(load_digits())[0], seed=0).batch
     if space > 1:
         model, batches = divide(model, batches, space)
@@ -361,8 +366,7 @@ def _train_detector(
 
 def test_the_resumed_detector_has_the_same_curve(tmp_path: Path) -> None:
     def go(folder: Path, make: Callable[[range], Batch], resume: bool = False) -> DigitDetector:
-        torch.manual_seed(0)
-        model = DigitDetector()
+        model = small_detector()
         train(model, make, dataclasses.replace(CONFIG, steps=4), folder, resume=resume)
         return model
 
