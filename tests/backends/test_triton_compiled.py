@@ -17,9 +17,10 @@ from benchmarks.kernels import CASES, usages
 
 plain, *others = CASES
 architecture, everything = sys.argv[1:]
-# For one GPU balls with a bias, and the widest heads in two types; for others the fastest loop, and
+# For one GPU balls with a bias, and the widest heads in float32; for others the fastest loop, and
 # of a second case the kernels that the first has not.
-of_one_gpu = [plain, *(x for x in others if x.balls or (x.width == 256 and x.heads > 1))]
+widest = next(x for x in others if x.width == 256 and x.dtype.itemsize == 4)
+of_one_gpu = [plain, *(x for x in others if x.balls), widest]
 of_others = [plain, next(x for x in others if x.everything and not x.bias)]
 few = of_one_gpu if architecture == "90" else of_others
 done = set()

@@ -1,4 +1,7 @@
-"""The code on the README and on all pages has types that a strict checker accepts."""
+"""The code on the README and on all pages has types that a strict checker accepts.
+
+A part of `make lint`, since the checker reads the types of torch, which takes long.
+"""
 
 import importlib.util
 import os
