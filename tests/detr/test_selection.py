@@ -45,10 +45,12 @@ def check_by_hand(
     boxes = first_boxes(pyramid, selection.box_size)
     with torch.no_grad():
         logits, boxes = selection.head(pyramid.values, boxes)
+    evaluates = selection.n_eval_queries is not None and not selection.training
+    n_queries = selection.n_eval_queries if evaluates else selection.n_queries
     chosen, counts, candidate_counts = [], [], []
     for image in range(pyramid.batch_size):
         rows = [i for i in candidates if pyramid.batch[i] == image]
-        best = sorted(rows, key=lambda i: (-float(logits[i].max()), i))[: selection.n_queries]
+        best = sorted(rows, key=lambda i: (-float(logits[i].max()), i))[:n_queries]
         chosen += best
         counts.append(len(best))
         candidate_counts.append(len(rows))
@@ -83,6 +85,25 @@ def test_the_best_candidates_of_each_image_become_queries(
 @given(st.lists(st.integers(0, 9), max_size=4), st.integers(1, 7), st.integers(0, 50))
 def test_of_any_images(counts: list[int], n_queries: int, seed: int) -> None:
     check_by_hand(make_selection(n_queries), make_pyramid(counts, seed=seed))
+
+
+def test_evaluation_may_have_another_number_of_queries() -> None:
+    selection, pyramid = make_selection(3, n_eval_queries=7), make_pyramid((11, 0, 5))
+    check_by_hand(selection, pyramid)
+    trained = selection(pyramid).queries
+    assert trained.offsets.diff().tolist() == [3, 0, 3]
+    check_by_hand(selection.eval(), pyramid)
+    tested = selection(pyramid).queries
+    assert tested.offsets.diff().tolist() == [7, 0, 5]
+    assert torch.equal(tested.embeddings[:3], trained.embeddings[:3])
+    assert torch.equal(selection.train()(pyramid).queries.embeddings, trained.embeddings)
+
+
+def test_evaluation_has_the_queries_of_training_by_default() -> None:
+    selection, pyramid = make_selection(3).eval(), make_pyramid((11, 2))
+    check_by_hand(selection, pyramid)
+    selection.n_queries = 5
+    assert selection(pyramid).queries.offsets.diff().tolist() == [5, 2]
 
 
 def test_the_first_of_equal_points_are_chosen() -> None:
@@ -154,6 +175,8 @@ def test_boxes_of_candidates_are_refined_by_deltas() -> None:
     [
         ("n_queries", {"n_queries": 0}),
         ("n_queries", {"n_queries": 2.0}),
+        ("n_eval_queries", {"n_eval_queries": 0}),
+        ("n_eval_queries", {"n_eval_queries": 2.0}),
         ("levels", {"levels": []}),
         ("levels", {"levels": [0, -1]}),
         ("levels", {"levels": [0.5]}),

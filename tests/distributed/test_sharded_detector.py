@@ -158,9 +158,15 @@ def assert_same_values_gradients(group: ProcessGroup, own: Tensor, one: Tensor) 
     assert_close(own.grad, one.grad, 1e-12 * scale)
 
 
-def select(group: ProcessGroup, n: int, levels: tuple[int, ...] | None, tied: bool) -> None:
+def select(
+    group: ProcessGroup,
+    n: int,
+    levels: tuple[int, ...] | None,
+    tied: bool,
+    training: bool = True,
+) -> None:
     whole, pyramid, values, own_values, _ = pyramids(group, n, 0 if tied else None)
-    one = prepared(QuerySelection(EMBED, CLASSES, 20, levels))
+    one = prepared(QuerySelection(EMBED, CLASSES, 20, levels, n_eval_queries=30)).train(training)
     if tied:  # few distinct scores
         with torch.no_grad():
             one.head.classes.weight.zero_()
@@ -186,11 +192,14 @@ def select(group: ProcessGroup, n: int, levels: tuple[int, ...] | None, tied: bo
     assert_same_gradients(group, own, one)
 
 
-@pytest.mark.parametrize(("n", "levels"), [(400, None), (400, (1,)), (7, None), (0, None)])
+@pytest.mark.parametrize(
+    ("n", "levels", "training"),
+    [(400, None, True), (400, (1,), True), (400, None, False), (7, None, True), (0, None, True)],
+)
 def test_all_ranks_select_the_queries_of_one_process(
-    n: int, levels: tuple[int, ...] | None, cluster: Cluster
+    n: int, levels: tuple[int, ...] | None, training: bool, cluster: Cluster
 ) -> None:
-    cluster.run(4, select, n, levels, False)
+    cluster.run(4, select, n, levels, False, training)
 
 
 def select_on_other_maps(group: ProcessGroup) -> str:

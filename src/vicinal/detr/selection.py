@@ -67,10 +67,13 @@ class QuerySelection(Module):
         levels: the levels whose points are candidates; None (default): all.
         position_dim: number of spatial dimensions, P; default 2.
         box_size: size of the initial boxes, in cells of the point's level; default 4.
+        n_eval_queries: ``n_queries`` of a module in evaluation mode. None (default): as in
+            training. More queries cost little without a backward pass, and find objects whose
+            candidates rank below many candidates of other objects.
 
     Raises:
-        ValueError: a size is below 1, ``box_size`` is not positive, or ``levels`` is empty or has
-            negative numbers.
+        ValueError: a size or a number of queries is below 1, ``box_size`` is not positive, or
+            ``levels`` is empty or has negative numbers.
 
     Example:
         ```python
@@ -94,11 +97,14 @@ class QuerySelection(Module):
         levels: Sequence[int] | None = None,
         position_dim: int = 2,
         box_size: float = 4.0,
+        n_eval_queries: int | None = None,
     ) -> None:
         super().__init__()
-        check_counts(n_queries=n_queries)
+        eval_queries = n_queries if n_eval_queries is None else n_eval_queries
+        check_counts(n_queries=n_queries, n_eval_queries=eval_queries)
         check_cells("box_size", box_size)
         self.n_queries, self.box_size = int(n_queries), box_size
+        self.n_eval_queries = None if n_eval_queries is None else int(n_eval_queries)
         self.levels = as_levels("levels", levels)
         self.head = DetectionHead(embed_dim, n_classes, position_dim)
         self.project = nn.Linear(int(embed_dim), int(embed_dim))
@@ -138,10 +144,16 @@ class QuerySelection(Module):
         """The object queries, and the candidates, at ``points``, that they are made from."""
         scores = candidates.logits.detach().amax(1)
         image = pyramid.batch[points]
-        chosen, offsets = top_k_per_image(scores, image, pyramid.batch_size, self.n_queries)
+        chosen, offsets = top_k_per_image(scores, image, pyramid.batch_size, self._count())
         rows = points[chosen]
         embeddings, boxes = self._embed(pyramid.values[rows]), candidates.boxes.detach()[chosen]
         return ObjectQueries(embeddings, boxes, pyramid.levels[rows], offsets), chosen
+
+    def _count(self) -> int:
+        """Object queries per image at most, in the mode of the module."""
+        if self.training or self.n_eval_queries is None:
+            return self.n_queries
+        return self.n_eval_queries
 
     def _embed(self, values: Tensor) -> Tensor:
         """The embeddings of queries that are made from points with ``values``, in their dtype."""

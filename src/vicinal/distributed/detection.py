@@ -108,7 +108,7 @@ class ShardedSelection(QuerySelection):
         images, cells, levels = coordinates[:, 0], coordinates[:, 1:-1], coordinates[:, -1]
         order = torch.argsort(cell_order(cells, levels, images, pyramid), stable=True)
         image = images[order]
-        best, offsets = top_k_per_image(scores[order], image, pyramid.batch_size, self.n_queries)
+        best, offsets = top_k_per_image(scores[order], image, pyramid.batch_size, self._count())
         return order[best], offsets
 
 
