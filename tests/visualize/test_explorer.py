@@ -385,32 +385,40 @@ def browser() -> Iterator["Browser"]:
         browser.close()
 
 
+@pytest.fixture(scope="module")
+def tab(browser: "Browser") -> "Page":
+    """The page in which all tests open their files, since another one takes a process."""
+    return browser.new_page(viewport={"width": 1200, "height": 760}, service_workers="block")
+
+
 OpenPage = Callable[..., "Page"]
 
 
 @pytest.fixture
-def open_page(browser: "Browser", tmp_path: Path) -> Iterator[OpenPage]:
+def open_page(tab: "Page", tmp_path: Path) -> Iterator[OpenPage]:
     """Opens a page, which must request no other URL and log nothing."""
     messages: list[str] = []
     requests: list[str] = []
-    pages: list[Page] = []
     file = tmp_path / "page.html"
+    listeners: dict[Any, Callable[[Any], None]] = {
+        "console": lambda message: messages.append(message.text),
+        "pageerror": lambda error: messages.append(str(error)),
+        "request": lambda request: requests.append(request.url),
+    }
 
     def open_page(*views: View, scheme: Any = "light", title: str = "A page") -> "Page":
         write_explorer(file, views, title=title)
-        page = browser.new_page(
-            viewport={"width": 1200, "height": 760}, color_scheme=scheme, service_workers="block"
-        )
-        page.on("console", lambda message: messages.append(message.text))
-        page.on("pageerror", lambda error: messages.append(str(error)))
-        page.on("request", lambda request: requests.append(request.url))
-        page.goto(file.as_uri())
-        pages.append(page)
-        return page
+        tab.emulate_media(color_scheme=scheme)
+        tab.goto(file.as_uri())
+        return tab
 
+    for event, listener in listeners.items():
+        tab.on(event, listener)
     yield open_page
-    for page in pages:
-        page.close()
+    for event, listener in listeners.items():
+        tab.remove_listener(event, listener)
+    tab.goto("about:blank")
+    tab.mouse.move(0, 0)
     assert messages == []
     assert {url for url in requests if not url.startswith("data:")} == {file.as_uri()}
 
