@@ -14,14 +14,14 @@ from garbage import rarely
 from started import run_light
 
 
-def floats_are_constants() -> AbstractContextManager[None]:
+def floats_are_constants(constants: bool = True) -> AbstractContextManager[None]:
     """A context in which compilers take Python numbers, such as rates of dropout, as constants.
 
-    With ``dynamic=True`` torch first traces them as inputs of the graph, finds that it needs their
-    values, and traces everything again with constants. The graphs are the same, and tracing takes
-    half as long.
+    By default, and where ``constants`` is false, torch with ``dynamic=True`` first traces them as
+    inputs of the graph, finds that it needs their values, and traces everything again with
+    constants. The graphs are the same, and tracing once takes half as long.
     """
-    context: AbstractContextManager[None] = torch._dynamo.config.patch(specialize_float=True)
+    context: AbstractContextManager[None] = torch._dynamo.config.patch(specialize_float=constants)
     return context
 
 

@@ -2,7 +2,7 @@ import gc
 import importlib.util
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -121,17 +121,25 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
-    torch.manual_seed(0)
+    if torch.cuda.is_available():
+        torch.manual_seed(0)
+    else:  # it would describe the stack for every kind of device that there might be later
+        torch.default_generator.manual_seed(0)
 
 
-@pytest.fixture(autouse=True)
-def traced_once(request: pytest.FixtureRequest) -> Iterator[None]:
+@pytest.fixture(scope="session", autouse=True)
+def traced_once() -> Iterator[None]:
     """Compiles with numbers as constants, but for tests with the marker ``floats_are_inputs``."""
-    if request.node.get_closest_marker("floats_are_inputs"):
-        yield
-        return
     with floats_are_constants():
         yield
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None]:
+    if item.get_closest_marker("floats_are_inputs"):
+        with floats_are_constants(False):
+            return (yield)
+    return (yield)
 
 
 @pytest.fixture(scope="session", autouse=True)
