@@ -119,12 +119,18 @@ def cluster() -> Iterator[Cluster]:
     cluster.stop()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def light_seeds() -> Iterator[None]:
+    """Seeds without the description of the stack that torch keeps for devices to come."""
+    with pytest.MonkeyPatch.context() as patches:
+        if not torch.cuda.is_available():
+            patches.setattr(torch, "manual_seed", torch.default_generator.manual_seed)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
-    if torch.cuda.is_available():
-        torch.manual_seed(0)
-    else:  # it would describe the stack for every kind of device that there might be later
-        torch.default_generator.manual_seed(0)
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session", autouse=True)
