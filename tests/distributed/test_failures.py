@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing.pool import ThreadPool
 from typing import Any
 
 import pytest
@@ -220,23 +221,37 @@ def ready(group: ProcessGroup) -> None:
     dist.barrier(group)
 
 
+def errors_of(ranks: Cluster, end: Callable[[], None], moment: str) -> tuple[dict[int, str], float]:
+    """Those of ranks of which one ends at a moment, and the seconds until all of them are known."""
+    started = time.monotonic()
+    with pytest.raises(RanksFailedError) as caught:
+        ranks.run(2, train_until, end, moment)
+    return caught.value.errors, time.monotonic() - started
+
+
 @pytest.mark.parametrize(
-    ("end", "moment"),
-    [(die, "plan"), (die, "forward"), (die, "backward"), (hang, "plan"), (hang, "forward")],
+    ("end", "moments"),
+    [
+        (die, ["plan"]),
+        (die, ["forward"]),
+        (die, ["backward"]),
+        (hang, ["plan", "forward"]),  # at the same time, since they wait
+    ],
 )
-def test_a_rank_that_is_lost_ends_the_others(end: Callable[[], None], moment: str) -> None:
-    ranks = Cluster(2, timedelta(seconds=TIMEOUT))
+def test_a_rank_that_is_lost_ends_the_others(end: Callable[[], None], moments: list[str]) -> None:
+    clusters = [Cluster(2, timedelta(seconds=TIMEOUT)) for _ in moments]
     try:
-        ranks.run(2, ready)
-        started = time.monotonic()
-        with pytest.raises(RanksFailedError) as caught:
-            ranks.run(2, train_until, end, moment)
-        assert time.monotonic() - started < 4 * TIMEOUT
+        for ranks in clusters:
+            ranks.run(2, ready)
+        with ThreadPool(len(moments)) as threads:
+            tasks = [(ranks, end, x) for ranks, x in zip(clusters, moments, strict=True)]
+            found = threads.starmap(errors_of, tasks)
     finally:
-        ranks.stop()
-    lost = {die: "died", hang: "came back"}[end]
-    assert lost in caught.value.errors[1]
-    message = caught.value.errors[0]
-    assert message.startswith("RuntimeError")
-    if moment == "plan":
-        assert "plan_sharded" in message
+        for ranks in clusters:
+            ranks.stop()
+    for moment, (errors, seconds) in zip(moments, found, strict=True):
+        assert seconds < 4 * TIMEOUT
+        assert {die: "died", hang: "came back"}[end] in errors[1]
+        assert errors[0].startswith("RuntimeError")
+        if moment == "plan":
+            assert "plan_sharded" in errors[0]
