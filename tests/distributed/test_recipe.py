@@ -3,6 +3,7 @@
 import os
 import re
 import runpy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ import vicinal
 
 PAGE = Path(__file__).parents[2] / "docs/recipes/sharded-data.md"
 OF_TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "N_PARTS", "SCANS")
+# Of torchrun: forks of it have imported what the program needs.
+FORKED = ("--run-path", "--start-method", "fork" if sys.platform == "linux" else "spawn")
 KEEP = """
 kept = {
     "cells": voxels.coordinates, "owned": cells, "target": target,
@@ -53,7 +56,7 @@ def torchrun(arguments: list[str], environment: dict[str, str], folder: Path, lo
 def start_two(program: Path, **settings: str) -> list[dict[str, Any]]:
     """What the two processes that torchrun starts have at the end."""
     log = program.with_name("torchrun.log")
-    arguments = ["--standalone", "--nproc-per-node", "2", str(program)]
+    arguments = ["--standalone", "--nproc-per-node", "2", *FORKED, str(program)]
     status = run_light(torchrun, arguments, {**os.environ, **settings}, Path.cwd(), log)
     assert status == 0, log.read_text()
     kept: list[dict[str, Any]] = [torch.load(f"kept-{rank}.pt") for rank in range(2)]
