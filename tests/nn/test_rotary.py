@@ -315,10 +315,61 @@ def test_reset_parameters_draws_new_values(pattern: str) -> None:
     assert list(rotary.state_dict()) == [f"freqs.{group}" for group in range(len(before))]
 
 
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("share_heads", [False, True])
+@pytest.mark.parametrize("dim", [1, 2, 3])
+def test_directions_of_heads(pattern: str, share_heads: bool, dim: int) -> None:
+    options = {"freq_group_pattern": pattern, "share_heads": share_heads}
+    rotary = encoding(12, 3, dim, spatial_base_theta=50.0, **options)
+    before = [freqs.detach().clone() for freqs in rotary.freqs]
+    directions = torch.randn(1 if share_heads else 3, dim, dtype=torch.float64)
+    rotary.set_directions(directions)
+    for group, old, new in zip(rotary.groups, before, rotary.freqs, strict=True):
+        for row, coordinate in enumerate(group):
+            n_pairs, expected = new.shape[-1], old[row]
+            if coordinate < dim:  # the level stays
+                decay = 50.0 ** -(torch.arange(n_pairs, dtype=torch.float64) / n_pairs)
+                expected = directions[:, coordinate, None] * decay
+            assert_close(new[row].detach(), expected, 1e-12)
+        assert new.requires_grad
+
+
+def test_heads_measure_along_their_directions_alone(backend: BackendName) -> None:
+    rotary = encoding(12, 3, 2, backend=backend)
+    directions = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, -0.8]], dtype=torch.float64)
+    rotary.set_directions(directions)
+    x, here = inputs(rotary, 1)
+    for head, (y, z) in enumerate(directions.tolist()):
+        steps = torch.tensor([[-z, y, 0.0], [y, z, 0.0]], dtype=torch.float64)
+        rotated = [rotary(x, here + step)[:, head] for step in (0 * steps[0], *steps)]
+        assert_close(rotated[1], rotated[0], 1e-12)
+        assert (rotated[2] - rotated[0]).norm() > 0.1 * x.norm()
+
+
+@pytest.mark.parametrize(
+    "directions",
+    [
+        torch.eye(2),
+        torch.eye(3),
+        torch.ones(3),
+        torch.ones(3, 2).long(),
+        torch.full((3, 2), math.nan),
+    ],
+)
+def test_directions_that_are_refused(directions: Tensor) -> None:
+    rotary = encoding(12, 3, 2)
+    before = rotary.freqs[0].detach().clone()
+    with pytest.raises(ValueError, match=r"^directions: expected"):
+        rotary.set_directions(directions)
+    assert torch.equal(rotary.freqs[0], before)
+
+
 def test_numpy_arrays_are_taken() -> None:
     rotary, x, coordinates = RotaryEncoding(8, 2, 2), torch.randn(5, 2, 8), torch.rand(5, 3)
     arrays: Any = x.numpy(), coordinates.numpy()
     assert torch.equal(rotary(*arrays), rotary(x, coordinates))
+    rotary.set_directions(np.eye(2))  # type: ignore[arg-type]
+    assert rotary.freqs[0][0, :, 0].tolist() == [1, 0]
 
 
 def test_repr() -> None:

@@ -8,7 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._utils.checks import as_numbers, check_base, check_counts, check_tensor, is_real, refuse
+from .._utils.checks import (
+    as_numbers,
+    check_base,
+    check_counts,
+    check_finite,
+    check_tensor,
+    is_real,
+    refuse,
+)
 from .._utils.constants import widest_dtype
 from .._utils.modules import Module
 from .._utils.types import BackendName, FreqGroupsLike
@@ -135,12 +143,50 @@ class RotaryEncoding(Module):
     def reset_parameters(self) -> None:
         """Draws all frequencies from their initial distribution."""
         for group, freqs in zip(self.groups, self.freqs, strict=True):
-            n_pairs = freqs.shape[-1]
-            steps = torch.arange(n_pairs, dtype=freqs.dtype, device=freqs.device) / max(n_pairs, 1)
             angle = torch.rand(*freqs.shape[:2], 1, dtype=freqs.dtype, device=freqs.device)
-            thetas = [self.thetas[c] for c in group]
-            theta = torch.tensor(thetas, dtype=freqs.dtype, device=freqs.device)
-            freqs.copy_((2 * math.pi * angle).cos() * theta[:, None, None] ** -steps)
+            freqs.copy_((2 * math.pi * angle).cos() * self._magnitudes(group, freqs))
+
+    @torch.no_grad()
+    def set_directions(self, directions: Tensor) -> None:
+        """Sets the spatial frequencies so that each head measures along one direction.
+
+        Pair i of n gets the frequencies ``directions[h] * spatial_base_theta ** (-i / n)``, those
+        of the level stay. Such a head tells exactly how far points lie in its direction. Initially
+        the directions are random, with other lengths.
+
+        Args:
+            directions: floating ``[H, P]``, or ``[1, P]`` with ``share_heads``; usually of length
+                1.
+
+        Raises:
+            ValueError: ``directions`` has another shape or device, or is not finite.
+
+        Example:
+            ```python
+            import torch
+            from vicinal import RotaryEncoding
+
+            rotary = RotaryEncoding(head_dim=4, n_heads=2, position_dim=2)
+            rotary.set_directions(torch.eye(2))  # head 0 measures along rows, head 1 along columns
+            assert rotary.frequencies()[1, 0].tolist() == [0, 0]
+            ```
+        """
+        heads, device = self.freqs[0].shape[1], self.freqs[0].device
+        shape = (heads, self.position_dim)
+        directions = check_tensor("directions", directions, shape, kind="floating", device=device)
+        check_finite("directions", directions)
+        for group, freqs in zip(self.groups, self.freqs, strict=True):
+            axes = [c for c in group if c < self.position_dim]
+            lengths = self._magnitudes(group, freqs)[: len(axes)]
+            freqs[: len(axes)] = directions.t()[axes, :, None].to(freqs.dtype) * lengths
+
+    def _magnitudes(self, group: list[int], freqs: Tensor) -> Tensor:
+        """The largest initial frequencies of a group, ``[coordinates, 1, pairs]``."""
+        n_pairs = freqs.shape[-1]
+        steps = torch.arange(n_pairs, dtype=freqs.dtype, device=freqs.device) / max(n_pairs, 1)
+        thetas = [self.thetas[c] for c in group]
+        theta = torch.tensor(thetas, dtype=freqs.dtype, device=freqs.device)
+        return theta[:, None, None] ** -steps
 
     def forward(self, x: Tensor, coordinates: Tensor) -> Tensor:
         """Rotates ``x`` ``[n, H, d]`` by the angles of ``coordinates`` ``[n, P + 1]``.
