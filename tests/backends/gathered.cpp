@@ -1,10 +1,12 @@
-// The gathered products of the attention kernel against plain loops, for one layout of packed rows
-// of float32: HEADS heads per vector of 16 bytes. Rows of 29 vectors have blocks of every size.
+// The gathered products of the attention kernel against plain loops, for one and for two queries
+// and one layout of packed rows of float32: HEADS heads per vector of 16 bytes. Rows of 29 vectors
+// have blocks of every size. The number of keys is no multiple of what loops are unrolled by.
 
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
+#include <array>
 #include <bit>
 #include <cmath>
 #include <cstdint>
@@ -29,7 +31,7 @@ using namespace vicinal::baseline;
 using L = PackedLayout<float, HEADS>;
 using V = Vector<float>;
 
-constexpr int kRows = 50, kVectors = 29, kKeys = 24, kWidth = kVectors * L::kLanes;
+constexpr int kRows = 50, kVectors = 29, kKeys = 27, kPadded = 32, kWidth = kVectors * L::kLanes;
 
 uint32_t random_bits() {
   static uint32_t state = 1;
@@ -45,34 +47,60 @@ std::vector<V> random_vectors(int count) {
 
 float* floats(std::vector<V>& vectors) { return reinterpret_cast<float*>(vectors.data()); }
 
+// What a query gives to the products, and gets from them: ours, and that of plain loops.
+struct Query {
+  std::vector<V> vector = random_vectors(kVectors), sums = random_vectors(kVectors);
+  // One float after the start of a vector, as keys that two queries share may be.
+  std::vector<V> weights = random_vectors(kPadded + 1), dots = random_vectors(kPadded + 1);
+  std::vector<double> true_dots = std::vector<double>(kKeys * HEADS);
+  std::vector<double> true_sums = std::vector<double>(floats(sums), floats(sums) + kWidth);
+  float* shifted(std::vector<V>& vectors) { return floats(vectors) + 1; }
+};
+
+double error = 0;
+void compare(const float* ours, const std::vector<double>& truth) {
+  for (size_t i = 0; i < truth.size(); ++i) {
+    const double difference = std::fabs(ours[i] - truth[i]);
+    if (!(difference <= error)) error = difference;  // also where it is not a number
+  }
+}
+
+// Runs all products for so many queries at once.
+template <typename... One>
+void check(One... query) {
+  constexpr int queries = sizeof...(query);
+  std::vector<V> rows = random_vectors(kRows * kVectors);
+  std::vector<double> true_rows(floats(rows), floats(rows) + kRows * kWidth);
+  std::vector<int32_t> slots(kPadded);  // some twice
+  for (int32_t& slot : slots) slot = random_bits() % kRows;
+  for (int key = 0; key < kKeys; ++key)
+    for (int i = 0; i < kWidth; ++i) {
+      const double x = floats(rows)[slots[key] * kWidth + i];
+      const auto add = [&](Query& q) {
+        const double weight = q.shifted(q.weights)[key * HEADS + i % HEADS];
+        const double y = floats(q.vector)[i];
+        q.true_dots[key * HEADS + i % HEADS] += x * y;
+        q.true_sums[i] += weight * x;
+        true_rows[slots[key] * kWidth + i] += weight * y;
+      };
+      (add(query), ...);
+    }
+  const PackedRows<L> packed{rows.data(), kVectors};
+  gather_dot<L, queries>(packed, slots.data(), kKeys, {query.vector.data()...},
+                         {query.shifted(query.dots)...});
+  gather_weighted_sum<L, queries>({query.shifted(query.weights)...}, slots.data(), kKeys, packed,
+                                  {query.sums.data()...});
+  scatter_add_outer<L, queries>({query.shifted(query.weights)...}, slots.data(), kKeys,
+                                {query.vector.data()...}, packed);
+  (compare(query.shifted(query.dots), query.true_dots), ...);
+  (compare(floats(query.sums), query.true_sums), ...);
+  compare(floats(rows), true_rows);
+}
+
 }  // namespace
 
 int main() {
-  std::vector<V> rows = random_vectors(kRows * kVectors), vector = random_vectors(kVectors);
-  std::vector<V> weights = random_vectors(kKeys / L::kLanesPerHead), dots = weights;
-  std::vector<V> sums = random_vectors(kVectors);
-  std::vector<int32_t> slots(kKeys);  // some twice
-  for (int32_t& slot : slots) slot = random_bits() % kRows;
-  std::vector<double> true_dots(kKeys * HEADS);
-  std::vector<double> true_sums(floats(sums), floats(sums) + kWidth);
-  std::vector<double> true_rows(floats(rows), floats(rows) + kRows * kWidth);
-  for (int key = 0; key < kKeys; ++key)
-    for (int i = 0; i < kWidth; ++i) {
-      const double weight = floats(weights)[key * HEADS + i % HEADS];
-      const double x = floats(rows)[slots[key] * kWidth + i], y = floats(vector)[i];
-      true_dots[key * HEADS + i % HEADS] += x * y;
-      true_sums[i] += weight * x;
-      true_rows[slots[key] * kWidth + i] += weight * y;
-    }
-  const PackedRows<L> packed{rows.data(), kVectors};
-  gather_dot<L>(packed, slots.data(), kKeys, vector.data(), dots.data());
-  gather_weighted_sum<L>(weights.data(), slots.data(), kKeys, packed, sums.data());
-  scatter_add_outer<L>(weights.data(), slots.data(), kKeys, vector.data(), packed);
-  double error = 0;
-  const auto compare = [&](std::vector<V>& ours, const std::vector<double>& truth) {
-    for (size_t i = 0; i < truth.size(); ++i)
-      error = std::fmax(error, std::fabs(floats(ours)[i] - truth[i]));
-  };
-  compare(dots, true_dots), compare(sums, true_sums), compare(rows, true_rows);
+  check(Query());
+  check(Query(), Query());
   std::printf("%g\n", error);
 }

@@ -450,6 +450,19 @@ def check_instruction_set() -> None:
             assert_close(left, right, tolerance * float(right.detach().abs().max()))
 
 
+@pytest.mark.parametrize("n_points", [40, 500, 1200])
+def test_keys_that_queries_share(n_points: int) -> None:
+    """Consecutive queries have the coarse level in common, in one or several blocks of keys."""
+    scene = make_scene(((12, 12), (6, 6)), (3, 17), (41, 30), n_points)
+    plan = scene.plan()
+    for heads, width, value_width in ((2, 5, 3), (4, 32, 16)):
+        inputs = make_inputs(
+            plan, heads=heads, width=width, value_width=value_width, bias=True, mask=True
+        )
+        expected = answer(inputs, plan, "reference", dropout_p=0.2)
+        assert_same_answers(answer(inputs, plan, dropout_p=0.2), expected, 1e-11)
+
+
 def use_instruction_set(capability: str, log: Path) -> None:
     """For processes in which no op has run: torch and the kernel decide at their first."""
     os.environ["ATEN_CPU_CAPABILITY"] = capability

@@ -3,9 +3,9 @@
 // The unit of work is a tile: consecutive queries of the traversal. They are neighbors in space, so
 // they share most of their points. For each group of kHeads heads, the keys and values of the
 // tile's points are packed once, into buffers that stay in the cache. Each query then gathers its
-// own rows from them by slot (see tile_neighbors.h), block by block with an online softmax. The
-// buffers are double-buffered: while one group of heads is processed, the rows of the next are
-// packed.
+// own rows from them by slot (see tile_neighbors.h), block by block with an online softmax. Rows
+// that both queries of a pair need are loaded once for both. The buffers are double-buffered: while
+// one group of heads is processed, the rows of the next are packed.
 //
 // The backward pass accumulates the gradients of a tile's points in packed buffers as well, then
 // adds them to the tensors. BackwardSchedule fixes the order of those additions.
@@ -40,6 +40,14 @@ class PackedTile {
   Buffer<V> rows_;  // [slots, vectors_per_row]
 };
 
+// A block of at most kBlockKeys keys of a slot list, and their cells, needed with a bias.
+struct KeyBlock {
+  const int32_t* slots = nullptr;  // [count], and padding or the keys of the next block
+  const int32_t* cells = nullptr;  // [count], as `WindowCells` numbers them
+  int64_t count = 0;
+  int64_t n_own = 0;  // keys before those that also end the current block of the query's partner
+};
+
 // The state of one query, for one group of heads.
 template <typename L>
 struct QueryState {
@@ -56,6 +64,7 @@ struct QueryState {
   int64_t key_vectors = 0, value_vectors = 0;  // vectors per row of d and of dv channels
   int tile_index = 0;                          // index within the tile
   int64_t id = 0;                              // row of q
+  KeyBlock block;                              // the current block of keys
   OnlineSoftmax<L> softmax;
   Buffer<V> q, grad_q;  // [key_vectors]; q is times the scale, grad_q is not
   Buffer<V> grad_out;   // [value_vectors]
@@ -91,15 +100,14 @@ class AttentionKernel {
 
   void forward(int64_t tile) {
     load(tile);
-    prefetch_queries(0, 0, {&p_.q, &p_.out});
+    prefetches_.queries = {&p_.q, &p_.out};
     for (int64_t head = 0; head < p_.n_heads; head += L::kHeads) {
       begin_heads(head);
       for (int first = 0; first < p_.tile_queries; first += kQueryBlock) {
-        const SlotRange next = slot_range(first, head + L::kHeads);
-        prefetch_queries(first + kQueryBlock, head, {&p_.q, &p_.out});
-        prefetch_points(next, {&p_.k, &p_.v});
+        begin_prefetches(first, head, {}, 3 * kQueryBlock);
         forward_block(first, head);
-        pack_points(next);
+        finish_prefetches();
+        pack_points(slot_range(first, head + L::kHeads));
       }
     }
   }
@@ -108,7 +116,7 @@ class AttentionKernel {
   // chunk of the tile, with its own partial sums of the background's gradients.
   void backward(int64_t tile, int64_t chunk, BackwardSchedule::Ticket& ticket, bool last_of_chunk) {
     load(tile);
-    prefetch_queries(0, 0, {&p_.q, &p_.out, &p_.grad_out, &p_.grad_q});
+    prefetches_.queries = {&p_.q, &p_.out, &p_.grad_out, &p_.grad_q};
     for (int64_t head = 0; head < p_.n_heads; head += L::kHeads) {
       begin_heads(head);
       grad_keys_.resize_zeros(neighbors_.n_slots);
@@ -116,12 +124,10 @@ class AttentionKernel {
       if (background_.active) grad_cell_keys_.resize_zeros(1 + n_background_cells_);
       if (p_.bias.active) grad_bias_.resize_zeros(1 + n_bias_cells_);
       for (int first = 0; first < p_.tile_queries; first += kQueryBlock) {
-        prefetch_queries(first + kQueryBlock, head, {&p_.q, &p_.out, &p_.grad_out, &p_.grad_q});
-        prefetch_points(slot_range(first, head), {&p_.grad_k, &p_.grad_v});
-        const SlotRange next = slot_range(first, head + L::kHeads);
-        prefetch_points(next, {&p_.k, &p_.v});
+        begin_prefetches(first, head, slot_range(first, head), 6 * kQueryBlock);
         backward_block(first, head, chunk);
-        pack_points(next);
+        finish_prefetches();
+        pack_points(slot_range(first, head + L::kHeads));
       }
       ticket.wait(head);
       scatter_add_gradients(head, chunk);
@@ -144,16 +150,17 @@ class AttentionKernel {
   }
 
   void load(int64_t tile) {
-    neighbors_.load(tile, p_.query_mask);
+    neighbors_.load_points(tile, p_.query_mask);
+    prefetch_points({0, 1, neighbors_.n_slots});
+    neighbors_.write_lists();
     if (background_.active) empty_cells_.load(neighbors_);
     if (p_.bias.active) window_cells_.load(neighbors_);
     for (KeyValueBuffer& buffer : kv_buffers_) {
       buffer.keys.resize(neighbors_.n_slots);
       buffer.values.resize(neighbors_.n_slots);
     }
-    for (int first = 0; first < p_.tile_queries; first += kQueryBlock)
-      prefetch_points(slot_range(first, 0), {&p_.k, &p_.v});
     pack_points({0, 1, neighbors_.n_slots});
+    prefetch_points(slot_range(0, L::kHeads));
   }
 
   // Swaps the double buffer: the heads packed last become the current ones.
@@ -167,19 +174,63 @@ class AttentionKernel {
       pack_row<L>(p_.bias.bias, cell, head, 1, bias_.row(1 + cell));
   }
 
-  // Prefetches the query block from `first` on; past the last block, the first of the next heads.
-  VICINAL_INLINE void prefetch_queries(int first, int64_t head,
-                                       std::initializer_list<const Rows*> tensors) {
+  // The prefetches that belong to a query block, for the block after it. They are made a few rows
+  // at a time, between the loops over keys: processors wait with, or drop, those beyond the number
+  // of cache misses that they can have at once.
+  struct Prefetches {
+    std::array<const Rows*, 4> queries{};  // tensors, null past the last
+    int64_t query = 0, stop = 0;           // indices of queries
+    int64_t head = 0;                      // of the queries
+    SlotRange points{}, grads{};           // of k and v; of their gradients, in this block
+    int64_t rows_per_step = 0;
+  };
+
+  // Begins with the prefetches for the query block after that from `first` on, which may be the
+  // first of the next heads. They are made in n_steps steps.
+  void begin_prefetches(int first, int64_t head, const SlotRange& grads, int64_t n_steps) {
+    first += kQueryBlock;
     if (first >= p_.tile_queries) first = 0, head += L::kHeads;
-    const int64_t stop = std::min<int64_t>(first + kQueryBlock, p_.tile_queries);
-    for (int64_t i = first; head < p_.n_heads && i < stop; ++i)
-      for (const Rows* rows : tensors)
-        if (neighbors_.query_ids[i] >= 0) prefetch<L>(*rows, neighbors_.query_ids[i], head);
+    Prefetches& p = prefetches_;
+    p.query = first;
+    p.stop = head < p_.n_heads ? std::min<int64_t>(first + kQueryBlock, p_.tile_queries) : first;
+    p.head = head;
+    p.points = slot_range(first, head + L::kHeads);
+    p.grads = grads;
+    const int64_t n_rows =
+        p.points.stop - p.points.first + p.grads.stop - p.grads.first + p.stop - p.query;
+    p.rows_per_step = (n_rows + n_steps - 1) / n_steps;
   }
-  VICINAL_INLINE void prefetch_points(const SlotRange& range,
-                                      std::initializer_list<const Rows*> tensors) {
+  void finish_prefetches() {
+    while (prefetch_row()) {}
+  }
+  void prefetch_step() {
+    for (int64_t i = 0; i < prefetches_.rows_per_step; ++i) prefetch_row();
+  }
+
+  // Makes the prefetches for one point or query. Returns false if none is left.
+  bool prefetch_row() {
+    Prefetches& p = prefetches_;
+    if (p.points.first < p.points.stop) {
+      prefetch_point(p.points.first++, p.points.head, p_.k, p_.v);
+    } else if (p.grads.first < p.grads.stop) {
+      prefetch_point(p.grads.first++, p.grads.head, p_.grad_k, p_.grad_v);
+    } else if (p.query < p.stop) {
+      const int64_t id = neighbors_.query_ids[p.query++];
+      for (const Rows* rows : p.queries)
+        if (rows && id >= 0) prefetch<L>(*rows, id, p.head);
+    } else {
+      return false;
+    }
+    return true;
+  }
+  VICINAL_INLINE void prefetch_point(int64_t slot, int64_t head, const Rows& keys,
+                                     const Rows& values) {
+    prefetch<L>(keys, neighbors_.point_ids[slot], head);
+    prefetch<L>(values, neighbors_.point_ids[slot], head);
+  }
+  VICINAL_INLINE void prefetch_points(const SlotRange& range) {
     for (int64_t slot = range.first; slot < range.stop; ++slot)
-      for (const Rows* rows : tensors) prefetch<L>(*rows, neighbors_.point_ids[slot], range.head);
+      prefetch_point(slot, range.head, p_.k, p_.v);
   }
 
   // Packs keys and values into the next buffer.
@@ -220,71 +271,151 @@ class AttentionKernel {
     }
   }
 
-  // A block of at most kBlockKeys keys of a slot list, and their cells, needed with a bias.
-  struct KeyBlock {
-    KeyBlock(const SlotList& list, const int32_t* list_cells, int64_t begin)
-        : slots(list.slots + begin),
-          cells(list_cells + begin),
-          n_valid(std::min<int64_t>(kBlockKeys, list.count - begin)),
-          count((n_valid + kKeyUnroll<L> - 1) / kKeyUnroll<L> * kKeyUnroll<L>) {
-      static_assert(kListPadding % kKeyUnroll<L> == 0 && kBlockKeys % kKeyUnroll<L> == 0);
-    }
-    const int32_t* slots;          // [count]
-    const int32_t* cells;          // [count], as `WindowCells` numbers them
-    const int64_t n_valid, count;  // keys without and with padding
-  };
+  // The block of a list that ends `blocks` full blocks before its end, so that lists with a common
+  // end have common blocks. Only the first block of a list may have fewer keys than kBlockKeys.
+  static KeyBlock block_from_end(const SlotList& list, const int32_t* cells, int64_t blocks) {
+    const int64_t stop = std::max<int64_t>(list.count - blocks * kBlockKeys, 0);
+    const int64_t begin = std::max<int64_t>(stop - kBlockKeys, 0);
+    return {list.slots + begin, cells + begin, stop - begin, stop - begin};
+  }
+  static int64_t count_blocks(const SlotList& list) {
+    return (list.count + kBlockKeys - 1) / kBlockKeys;
+  }
 
-  // For each block of keys, runs the stages in order, each for all queries of the query block:
-  // stage(query, block).
-  template <typename... Stage>
-  void for_key_blocks(int first, const Stage&... stages) {
-    int64_t max_count = 0;
+  // Calls body(x, y) for pairs of queries of the block from `first` on.
+  template <typename Body>
+  void for_pairs(int first, const Body& body) {
+    const int64_t stop = std::min<int64_t>(first + kQueryBlock, p_.tile_queries);
+    for (int i = 0; first + i + 1 < stop; i += 2) body(queries_[i], queries_[i + 1]);
+  }
+
+  // Runs the stages for each block of keys of the query block, which becomes the current block of
+  // each query: stages().
+  template <typename Stages>
+  void for_key_blocks(int first, const Stages& stages) {
+    int64_t n_blocks = 0;
     for_queries(first, [&](auto& x) {
-      max_count = std::max(max_count, neighbors_.list(x.tile_index).count);
+      n_blocks = std::max(n_blocks, count_blocks(neighbors_.list(x.tile_index)));
     });
-    for (int64_t begin = 0; begin < max_count; begin += kBlockKeys)
-      (for_queries(first, [&](auto& x) {
+    for (int64_t block = n_blocks - 1; block >= 0; --block) {
+      for (QueryState<L>& x : queries_) x.block = {};
+      for_queries(first, [&](auto& x) {
         const SlotList list = neighbors_.list(x.tile_index);
         const int32_t* cells = p_.bias.active ? window_cells_.list(x.tile_index) : list.slots;
-        if (begin < list.count) stages(x, KeyBlock(list, cells, begin));
-      }), ...);
+        x.block = block_from_end(list, cells, block);
+      });
+      for_pairs(first, [&](auto& x, auto& y) { find_shared(x, y, block); });
+      stages();
+    }
+  }
+
+  // Finds the keys at the end of the current blocks of both queries.
+  void find_shared(QueryState<L>& x, QueryState<L>& y, int64_t block) {
+    const int64_t most = std::min(x.block.count, y.block.count);
+    if (most == 0) return;
+    int64_t n_shared = neighbors_.shared_count(y.tile_index) - block * kBlockKeys;
+    n_shared = n_shared < kKeyUnroll<L> ? 0 : std::min(n_shared, most);
+    x.block.n_own = x.block.count - n_shared;
+    y.block.n_own = y.block.count - n_shared;
+  }
+
+  // Calls stage(query) for each query that has a current block of keys.
+  template <typename Stage>
+  void for_blocks(int first, const Stage& stage) {
+    for_queries(first, [&](auto& x) {
+      prefetch_step();
+      if (x.block.count > 0) stage(x);
+    });
+  }
+
+  // The keys of a query's current block from `first` on.
+  struct KeysOf {
+    // Of a buffer of the block, vectors of [kLanesPerHead keys, kHeads heads].
+    Real* in(V* buffer) const { return reinterpret_cast<Real*>(buffer) + first * L::kHeads; }
+    QueryState<L>& x;
+    int64_t first;
+  };
+
+  // Calls product(slots, count, keys...) for the keys that a single query has, and then for those
+  // that two queries share, which are at different places of their blocks.
+  template <typename Product>
+  static void for_own_keys(QueryState<L>& x, const Product& product) {
+    if (x.block.n_own > 0) product(x.block.slots, x.block.n_own, KeysOf{x, 0});
+  }
+  template <typename Product>
+  void for_keys(int first, const Product& product) {
+    for_queries(first, [&](auto& x) {
+      prefetch_step();
+      for_own_keys(x, product);
+    });
+    for_pairs(first, [&](auto& x, auto& y) {
+      const int64_t own = x.block.n_own, n_shared = x.block.count - own;
+      if (n_shared > 0)
+        product(x.block.slots + own, n_shared, KeysOf{x, own}, KeysOf{y, y.block.n_own});
+    });
   }
 
   // The column number of a key for dropout. Empty cells are numbered after the points.
-  auto point_column(const KeyBlock& block) const {
-    return [this, &block](int64_t key) {
-      return p_.dropout.column_of(neighbors_.point_ids[block.slots[key]]);
+  auto point_column(const QueryState<L>& x) const {
+    return [this, slots = x.block.slots](int64_t key) {
+      return p_.dropout.column_of(neighbors_.point_ids[slots[key]]);
     };
   }
-  auto cell_column(const KeyBlock& block) const {
+  auto cell_column(const QueryState<L>& x) const {
     const uint32_t first_cell = p_.dropout.column_of(p_.slices.n_points);
-    return [first_cell, &block](int64_t key) { return first_cell + block.slots[key] - 1; };
+    return [first_cell, slots = x.block.slots](int64_t key) { return first_cell + slots[key] - 1; };
   }
 
-  void compute_logits(QueryState<L>& x, const KeyBlock& block, const PackedRows<L>& keys) {
-    gather_dot<L>(keys, block.slots, block.count, x.q.get(), x.softmax.logits);
+  // Products with the rows of keys or values, as for_keys calls them.
+  static auto dots_with_q(const PackedRows<L>& keys) {
+    return [=](const int32_t* slots, int64_t count, auto... part) {
+      gather_dot<L, sizeof...(part)>(keys, slots, count, {part.x.q.get()...},
+                                     {part.in(part.x.softmax.logits)...});
+    };
+  }
+  static auto add_to_grad_q(const PackedRows<L>& keys) {
+    return [=](const int32_t* slots, int64_t count, auto... part) {
+      gather_weighted_sum<L, sizeof...(part)>({part.in(part.x.softmax.logits)...}, slots, count,
+                                              keys, {part.x.grad_q.get()...});
+    };
+  }
+  static auto add_to_grad_keys(const PackedRows<L>& grad_keys) {
+    return [=](const int32_t* slots, int64_t count, auto... part) {
+      scatter_add_outer<L, sizeof...(part)>({part.in(part.x.softmax.logits)...}, slots, count,
+                                            {part.x.q.get()...}, grad_keys);
+    };
+  }
+
+  void add_bias(QueryState<L>& x) {
     if (!p_.bias.active) return;
     Real* const logits = reinterpret_cast<Real*>(x.softmax.logits);  // [count, kHeads]
-    for (int64_t key = 0; key < block.count; ++key) {
-      const Real* const bias = reinterpret_cast<const Real*>(bias_.row(block.cells[key]));
+    for (int64_t key = 0; key < x.block.count; ++key) {
+      const Real* const bias = reinterpret_cast<const Real*>(bias_.row(x.block.cells[key]));
       for (int g = 0; g < L::kHeads; ++g) logits[key * L::kHeads + g] += bias[g];
     }
   }
 
   // Adds the gradients of logits, which the softmax left in their place, to those of the bias.
-  void add_bias_gradients(const QueryState<L>& x, const KeyBlock& block) {
+  void add_bias_gradients(const QueryState<L>& x) {
     if (!p_.bias.active) return;
     const Real* const grad_logits = reinterpret_cast<const Real*>(x.softmax.logits);
-    for (int64_t key = 0; key < block.count; ++key) {
-      Real* const grad_bias = reinterpret_cast<Real*>(grad_bias_.row(block.cells[key]));
+    for (int64_t key = 0; key < x.block.count; ++key) {
+      Real* const grad_bias = reinterpret_cast<Real*>(grad_bias_.row(x.block.cells[key]));
       for (int g = 0; g < L::kHeads; ++g) grad_bias[g] += grad_logits[key * L::kHeads + g];
     }
   }
 
   template <typename ColumnOf>
-  static void update_softmax(QueryState<L>& x, const KeyBlock& block, const ColumnOf& column_of) {
-    const V rescale = x.softmax.update(block.n_valid, block.count, column_of);
+  void update_softmax(QueryState<L>& x, const ColumnOf& column_of) {
+    add_bias(x);
+    const V rescale = x.softmax.update(x.block.count, column_of);
     for (int64_t j = 0; j < x.value_vectors; ++j) x.acc[j] *= rescale;
+  }
+  template <typename ColumnOf>
+  void backward_softmax(QueryState<L>& x, const ColumnOf& column_of) {
+    add_bias(x);
+    x.softmax.backward(x.block.count, column_of);
+    add_bias_gradients(x);
   }
 
   void forward_block(int first, int64_t head) {
@@ -293,14 +424,15 @@ class AttentionKernel {
       std::fill_n(x.acc.get(), x.value_vectors, V{});
       x.softmax.begin_forward(x.id, head);
     });
-    for_key_blocks(
-        first,
-        [&](auto& x, const KeyBlock& block) { compute_logits(x, block, current_kv_->keys.rows()); },
-        [&](auto& x, const KeyBlock& block) { update_softmax(x, block, point_column(block)); },
-        [&](auto& x, const KeyBlock& block) {
-          gather_weighted_sum<L>(x.softmax.logits, block.slots, block.count,
-                                 current_kv_->values.rows(), x.acc.get());
-        });
+    const PackedRows<L> keys = current_kv_->keys.rows(), values = current_kv_->values.rows();
+    for_key_blocks(first, [&] {
+      for_keys(first, dots_with_q(keys));
+      for_blocks(first, [&](auto& x) { update_softmax(x, point_column(x)); });
+      for_keys(first, [&](const int32_t* slots, int64_t count, auto... part) {
+        gather_weighted_sum<L, sizeof...(part)>({part.in(part.x.softmax.logits)...}, slots, count,
+                                                values, {part.x.acc.get()...});
+      });
+    });
     for_queries(first, [&](auto& x) {
       for (int64_t level = 0; level < n_background_levels_; ++level) forward_cells(x, level, head);
       write_output(x, head);
@@ -320,29 +452,21 @@ class AttentionKernel {
 
   void backward_block(int first, int64_t head, int64_t chunk) {
     for_queries(first, [&](auto& x) { begin_backward(x, head); });
-    for_key_blocks(
-        first,
-        [&](auto& x, const KeyBlock& block) {
-          gather_dot<L>(current_kv_->values.rows(), block.slots, block.count, x.grad_out.get(),
-                        x.softmax.grad_probs);
-        },
-        [&](auto& x, const KeyBlock& block) {
-          compute_logits(x, block, current_kv_->keys.rows());
-          x.softmax.backward(block.n_valid, block.count, point_column(block));
-          add_bias_gradients(x, block);
-        },
-        [&](auto& x, const KeyBlock& block) {
-          gather_weighted_sum<L>(x.softmax.logits, block.slots, block.count,
-                                 current_kv_->keys.rows(), x.grad_q.get());
-        },
-        [&](auto& x, const KeyBlock& block) {
-          scatter_add_outer<L>(x.softmax.logits, block.slots, block.count, x.q.get(),
-                               grad_keys_.rows());
-        },
-        [&](auto& x, const KeyBlock& block) {
-          scatter_add_outer<L>(x.softmax.grad_probs, block.slots, block.count, x.grad_out.get(),
-                               grad_values_.rows());
-        });
+    const PackedRows<L> keys = current_kv_->keys.rows(), values = current_kv_->values.rows();
+    for_key_blocks(first, [&] {
+      for_keys(first, [&](const int32_t* slots, int64_t count, auto... part) {
+        gather_dot<L, sizeof...(part)>(values, slots, count, {part.x.grad_out.get()...},
+                                       {part.in(part.x.softmax.grad_probs)...});
+      });
+      for_keys(first, dots_with_q(keys));
+      for_blocks(first, [&](auto& x) { backward_softmax(x, point_column(x)); });
+      for_keys(first, add_to_grad_q(keys));
+      for_keys(first, add_to_grad_keys(grad_keys_.rows()));
+      for_keys(first, [&](const int32_t* slots, int64_t count, auto... part) {
+        scatter_add_outer<L, sizeof...(part)>({part.in(part.x.softmax.grad_probs)...}, slots, count,
+                                              {part.x.grad_out.get()...}, grad_values_.rows());
+      });
+    });
     for_queries(first, [&](auto& x) {
       unpack_row<L>(x.grad_q.get(), p_.scale, p_.grad_q, x.id, head);
       for (int64_t level = 0; level < n_background_levels_; ++level)
@@ -368,10 +492,10 @@ class AttentionKernel {
   // (rotated relative to the window), and all cells of a level and image share one value.
   void forward_cells(QueryState<L>& x, int64_t level, int64_t head) {
     load_level(x, level, head);
-    for_cell_blocks(x, level, [&](const KeyBlock& block) {
-      compute_logits(x, block, cell_keys_.rows());
-      update_softmax(x, block, cell_column(block));
-      const V prob_sum = sum_keys<L>(x.softmax.logits, block.count);
+    for_cell_blocks(x, level, [&] {
+      for_own_keys(x, dots_with_q(cell_keys_.rows()));
+      update_softmax(x, cell_column(x));
+      const V prob_sum = sum_keys<L>(x.softmax.logits, x.block.count);
       for (int64_t j = 0; j < x.value_vectors; ++j)
         x.acc[j] += prob_sum == 0 ? V{} : prob_sum * cell_value_[j];
     });
@@ -382,16 +506,13 @@ class AttentionKernel {
     const V grad_prob = dot<L>(cell_value_.get(), x.grad_out.get(), x.value_vectors);
     V prob_sum{};
     std::fill_n(x.grad_q.get(), x.key_vectors, V{});
-    for_cell_blocks(x, level, [&](const KeyBlock& block) {
-      compute_logits(x, block, cell_keys_.rows());
-      std::fill_n(x.softmax.grad_probs, block.count / L::kLanesPerHead, grad_prob);
-      x.softmax.backward(block.n_valid, block.count, cell_column(block));
-      add_bias_gradients(x, block);
-      prob_sum += sum_keys<L>(x.softmax.grad_probs, block.count);
-      gather_weighted_sum<L>(x.softmax.logits, block.slots, block.count, cell_keys_.rows(),
-                             x.grad_q.get());
-      scatter_add_outer<L>(x.softmax.logits, block.slots, block.count, x.q.get(),
-                           grad_cell_keys_.rows());
+    for_cell_blocks(x, level, [&] {
+      for_own_keys(x, dots_with_q(cell_keys_.rows()));
+      std::fill_n(x.softmax.grad_probs, n_vectors<L>(x.block.count), grad_prob);
+      backward_softmax(x, cell_column(x));
+      prob_sum += sum_keys<L>(x.softmax.grad_probs, x.block.count);
+      for_own_keys(x, add_to_grad_q(cell_keys_.rows()));
+      for_own_keys(x, add_to_grad_keys(grad_cell_keys_.rows()));
     });
     const int64_t row = x.id * n_background_levels_ + level;
     unpack_row<L>(x.grad_q.get(), p_.scale, background_.grad_query, row, head);
@@ -419,10 +540,14 @@ class AttentionKernel {
       pack_row<L>(background_.value, image * n_levels + level, head, 1, cell_value_.get());
   }
 
+  // Calls body() for each block of a level's empty cells, which becomes the query's current block.
   template <typename Body>
-  void for_cell_blocks(const QueryState<L>& x, int64_t level, const Body& body) {
+  void for_cell_blocks(QueryState<L>& x, int64_t level, const Body& body) {
     const SlotList cells = empty_cells_.list(x.tile_index, level);
-    for (int64_t begin = 0; begin < cells.count; begin += kBlockKeys) body(KeyBlock(cells, cells.slots, begin));
+    for (int64_t block = count_blocks(cells) - 1; block >= 0; --block) {
+      x.block = block_from_end(cells, cells.slots, block);
+      body();
+    }
   }
 
   const AttentionParams& p_;
@@ -436,6 +561,7 @@ class AttentionKernel {
     PackedTile<L> keys, values;  // [n_slots, key_vectors], [n_slots, value_vectors]
   };
   KeyValueBuffer kv_buffers_[2];
+  Prefetches prefetches_;
   KeyValueBuffer *current_kv_ = kv_buffers_, *next_kv_ = kv_buffers_ + 1;
   PackedTile<L> cell_keys_;       // [1 + K, key_vectors]
   PackedTile<L> grad_keys_;       // [n_slots, key_vectors]

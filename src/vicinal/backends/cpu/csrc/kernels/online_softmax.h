@@ -17,11 +17,12 @@ class OnlineSoftmax {
     seed_key_ = hash32(hash32(uint32_t(dropout.seed)) ^ uint32_t(dropout.seed >> 32));
   }
 
-  // One block: [kBlockKeys / kLanesPerHead], vectors of [kLanesPerHead keys, kHeads heads].
-  // `logits` holds logits, then probabilities (forward) or grad_logits (backward). `grad_probs`
-  // (backward only) holds dot(v, grad_out), then probabilities after dropout.
-  V logits[kBlockKeys / L::kLanesPerHead];
-  V grad_probs[kBlockKeys / L::kLanesPerHead];
+  // One block: [kBlockKeys / kLanesPerHead], vectors of [kLanesPerHead keys, kHeads heads], and
+  // room for dot products past its last key. `logits` holds logits, then probabilities (forward) or
+  // grad_logits (backward). `grad_probs` (backward only) holds dot(v, grad_out), then probabilities
+  // after dropout.
+  V logits[(kBlockKeys + kKeyUnroll<L>) / L::kLanesPerHead];
+  V grad_probs[(kBlockKeys + kKeyUnroll<L>) / L::kLanesPerHead];
 
   // Starts the forward pass of a query and the heads from `head` on.
   void begin_forward(int64_t query, int64_t head) {
@@ -38,25 +39,26 @@ class OnlineSoftmax {
     set_dropout_key(query, head);
   }
 
-  // Forward pass of a block of `count` keys, of which the first `n_valid` are not padding. Replaces
-  // logits by unnormalized probabilities, after dropout. Returns the factor exp(old row_max -
-  // new row_max) by which the caller rescales its accumulator. column_of(key) is the key's column
-  // number for dropout.
+  // Forward pass of a block of `count` keys. Replaces logits by unnormalized probabilities, after
+  // dropout; the rest of the last vector is zero. Returns the factor exp(old row_max - new row_max)
+  // by which the caller rescales its accumulator. column_of(key) is the key's column number for
+  // dropout.
   template <typename ColumnOf>
-  V update(int64_t n_valid, int64_t count, const ColumnOf& column_of) {
-    const int64_t vectors = count / L::kLanesPerHead;
-    mask_padding(n_valid, vectors);
+  V update(int64_t count, const ColumnOf& column_of) {
+    const int64_t vectors = mask_padding(count);
     V row_max = row_max_;
     for (int64_t b = 0; b < vectors; ++b) row_max = maximum(logits[b], row_max);
     row_max = reduce_lanes<L>(row_max, maximum);
     const V base = row_max == lowest() ? V{} : row_max;
     const V rescale = exponential<Real>(row_max_ - base);
     row_max_ = row_max;
-    row_sum_ *= rescale;
+    V row_sum = row_sum_ * rescale;
     for (int64_t b = 0; b < vectors; ++b) {
-      logits[b] = exponential<Real>(logits[b] - base);
-      row_sum_ += logits[b];
+      const V prob = exponential<Real>(logits[b] - base);
+      logits[b] = prob;
+      row_sum += prob;
     }
+    row_sum_ = row_sum;
     if (dropout_.active)
       for (int64_t b = 0; b < vectors; ++b) logits[b] *= dropout_factor(b, column_of);
     return rescale;
@@ -65,9 +67,8 @@ class OnlineSoftmax {
   // Backward pass of a block. Replaces logits by grad_logits, and grad_probs by the normalized
   // probabilities after dropout.
   template <typename ColumnOf>
-  void backward(int64_t n_valid, int64_t count, const ColumnOf& column_of) {
-    const int64_t vectors = count / L::kLanesPerHead;
-    mask_padding(n_valid, vectors);
+  void backward(int64_t count, const ColumnOf& column_of) {
+    const int64_t vectors = mask_padding(count);
     for (int64_t b = 0; b < vectors; ++b) {
       const V prob = exponential<Real>(logits[b] - lse_);
       const V factor = dropout_.active ? dropout_factor(b, column_of) : V{} + Real(1);
@@ -84,9 +85,11 @@ class OnlineSoftmax {
   static constexpr auto maximum = [](V a, V b) { return a > b ? a : b; };
   static V lowest() { return V{} - std::numeric_limits<Real>::infinity(); }
 
-  void mask_padding(int64_t n_valid, int64_t vectors) {
-    for (int64_t b = n_valid / L::kLanesPerHead; b < vectors; ++b)
-      logits[b] = key_mask<L>(n_valid - b * L::kLanesPerHead) ? logits[b] : lowest();
+  // Masks what follows the last of `count` keys in its vector. Returns the number of vectors.
+  int64_t mask_padding(int64_t count) {
+    const int64_t full = count / L::kLanesPerHead, rest = count % L::kLanesPerHead;
+    if (rest > 0) logits[full] = key_mask<L>(rest) ? logits[full] : lowest();
+    return n_vectors<L>(count);
   }
 
   // The hash of (seed, head, id of the query), which dropout_factor combines with the column.

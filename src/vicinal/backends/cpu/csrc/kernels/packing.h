@@ -66,12 +66,10 @@ VICINAL_INLINE inline void prefetch(const Rows& rows, int64_t id, int64_t head) 
 template <typename L, typename Real = typename L::Real>
 VICINAL_INLINE inline void pack_vectors(const Real* from, int64_t stride, Real scale,
                                         Vector<Real>* to) {
-  typedef Real Unaligned
-      __attribute__((vector_size(VICINAL_BYTES), aligned(sizeof(Real)), may_alias));
   constexpr auto low = [](int lane) { return lane / 2 + lane % 2 * L::kLanes; };
   constexpr auto high = [](int lane) { return (L::kLanes + lane) / 2 + lane % 2 * L::kLanes; };
   const auto load = [&](int g) {
-    return Vector<Real>(*reinterpret_cast<const Unaligned*>(from + g * stride)) * scale;
+    return Vector<Real>(*reinterpret_cast<const UnalignedVector<Real>*>(from + g * stride)) * scale;
   };
   if constexpr (L::kHeads == 1) {
     to[0] = load(0);
@@ -182,17 +180,18 @@ inline Vector<Real> pairwise_add(Vector<Real> a, Vector<Real> b) {
   return shuffle<Real, even>(a, b) + shuffle<Real, odd>(a, b);
 }
 
-// Sums over the channels of kLanesPerHead keys at once. parts: [kLanesPerHead keys], vectors of
-// [kLanesPerHead channels, kHeads heads]; returns [kLanesPerHead keys, kHeads heads]. Additions
-// within 128-bit groups come first, since shuffles within those are the cheapest.
-template <typename L>
+// Sums over the channels of keys. parts: [keys], vectors of [kLanesPerHead channels, kHeads heads].
+// With keys = kLanesPerHead the result is [kLanesPerHead keys, kHeads heads]. With fewer it is such
+// a part itself, of so many keys that are `summed` already: these are put together as keys are.
+// Additions within 128-bit groups come first, since shuffles within those are the cheapest.
+template <typename L, int keys, int summed = 1>
 VICINAL_INLINE inline Vector<typename L::Real> reduce_channels(Vector<typename L::Real>* parts) {
   using Real = typename L::Real;
   constexpr int group = std::max(L::kHeads, std::min(L::kLanes, int(16 / sizeof(Real))));
-  constexpr int inner_steps = log2_of(group / L::kHeads), steps = log2_of(L::kLanesPerHead);
-  static_for<steps>([&](auto step) VICINAL_INLINE {
+  constexpr int inner_steps = log2_of(group / L::kHeads) - log2_of(summed);
+  static_for<log2_of(keys)>([&](auto step) VICINAL_INLINE {
     constexpr bool inner = step < inner_steps;
-    static_for<(L::kLanesPerHead >> step) / 2>([&](auto key) VICINAL_INLINE {
+    static_for<(keys >> step) / 2>([&](auto key) VICINAL_INLINE {
       parts[key] = pairwise_add<Real, inner ? L::kHeads : group, inner ? group : L::kLanes>(
           parts[2 * key], parts[2 * key + 1]);
     });
@@ -224,9 +223,7 @@ inline Vector<typename L::Real> broadcast_heads(const typename L::Real* values) 
     typedef Word Unaligned __attribute__((aligned(4), may_alias));
     return (Vector<Real>)(Repeated{} + *reinterpret_cast<const Unaligned*>(values));
   } else if constexpr (L::kHeads == L::kLanes) {
-    typedef Real Unaligned
-        __attribute__((vector_size(VICINAL_BYTES), aligned(sizeof(Real)), may_alias));
-    return Vector<Real>(*reinterpret_cast<const Unaligned*>(values));
+    return Vector<Real>(*reinterpret_cast<const UnalignedVector<Real>*>(values));
   } else {
     Vector<Real> out;
 #pragma GCC unroll 16

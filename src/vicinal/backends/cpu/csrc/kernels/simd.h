@@ -7,6 +7,9 @@ namespace vicinal::VICINAL_ISA {
 template <typename Real, typename Unsigned>
 struct SimdTypes {
   typedef Real Vector __attribute__((vector_size(VICINAL_BYTES)));
+  // The same at any address of a Real.
+  typedef Real Unaligned
+      __attribute__((vector_size(VICINAL_BYTES), aligned(sizeof(Real)), may_alias));
   typedef Unsigned Word;
   typedef Unsigned Words __attribute__((vector_size(VICINAL_BYTES)));
 };
@@ -33,6 +36,8 @@ struct Simd<double> : SimdTypes<double, uint64_t> {
 };
 template <typename Real>
 using Vector = typename Simd<Real>::Vector;
+template <typename Real>
+using UnalignedVector = typename Simd<Real>::Unaligned;
 template <typename Real>
 using Words = typename Simd<Real>::Words;
 template <typename Real>

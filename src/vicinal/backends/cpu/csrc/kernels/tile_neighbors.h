@@ -6,11 +6,11 @@ namespace vicinal::VICINAL_ISA {
 // A SIMD vector of indices, at any address.
 typedef int32_t IndexVector __attribute__((vector_size(VICINAL_BYTES), aligned(4), may_alias));
 constexpr int kIndexLanes = VICINAL_BYTES / sizeof(int32_t);
-constexpr int kListPadding = 16;  // slot lists are padded to a multiple of this
+constexpr int kListPadding = 16;  // zeros after a slot list, for loops that read past its end
 
 // The keys of one query, as rows of a packed tile buffer; padded with slot 0.
 struct SlotList {
-  const int32_t* slots;  // [count, padded to a multiple of kListPadding]
+  const int32_t* slots;  // [count], and padding
   int64_t count;         // without padding
 };
 
@@ -37,24 +37,31 @@ class TileNeighbors {
         bitmap_(slices.n_points / 64 + 1),
         suffix_lengths_(slices.n_slices) {}
 
-  // Loads a tile. query_mask: [N] or null, true: masked.
-  void load(int64_t tile, const bool* query_mask) {
+  // Loads the queries of a tile and finds their points. query_mask: [N] or null, true: masked.
+  void load_points(int64_t tile, const bool* query_mask) {
     load_queries(tile, query_mask);
     slots_.reserve(mark_positions() + tile_queries_ * kListPadding + kIndexLanes);
     assign_slots();
+  }
+
+  // Writes the slot lists of the tile.
+  void write_lists() {
     int64_t end = 0;
     for (int i = 0; i < tile_queries_; ++i) {
       list_begins_[i] = end;
       int32_t* list = &slots_[end];
+      shared_counts_[i] = 0;
       list_counts_[i] = query_valid[i] ? write_list(i, list) : 0;
       std::fill_n(list + list_counts_[i], kListPadding, 0);
-      end += (list_counts_[i] + kListPadding - 1) / kListPadding * kListPadding;
+      end += list_counts_[i] + kListPadding;
     }
     for (int64_t index : nonzero_words_) bitmap_[index].bits = 0;
     nonzero_words_.clear();
   }
 
   SlotList list(int i) const { return {slots_.get() + list_begins_[i], list_counts_[i]}; }
+  // The number of slots at the end of list i that are also at the end of list i - 1.
+  int64_t shared_count(int i) const { return shared_counts_[i]; }
 
   int64_t query_ids[kMaxTile];  // [tile_queries], -1 past the last query
   bool query_valid[kMaxTile];   // [tile_queries], false for masked queries and for query id -1
@@ -163,7 +170,7 @@ class TileNeighbors {
       });
     }
     if (n_expanded < slices_.n_slices) {
-      const int64_t length = suffix_lengths_[n_expanded];
+      const int64_t length = shared_counts_[i] = suffix_lengths_[n_expanded];
       const int32_t* suffix = slots_.get() + list_begins_[i - 1] + list_counts_[i - 1] - length;
       end = write_vectors(end, length, [&](int64_t offset) {
         return *reinterpret_cast<const IndexVector*>(suffix + offset);
@@ -192,6 +199,7 @@ class TileNeighbors {
   const NeighborSlices& slices_;
   const int64_t tile_queries_;
   int64_t list_begins_[kMaxTile], list_counts_[kMaxTile];  // [tile_queries], of each list in slots_
+  int64_t shared_counts_[kMaxTile];      // [tile_queries], see shared_count
   int64_t n_expanded_[kMaxTile];         // [tile_queries], leading slices not shared with i - 1
   Buffer<int32_t> slots_;                // all slot lists, one after the other
   std::vector<BitmapWord> bitmap_;       // [nnz / 64 + 1], over positions of `order`
