@@ -143,7 +143,7 @@ def study(seeds: Sequence[int], steps: int, folder: Path) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.detection", description=__doc__)
     parser.add_argument("what", choices=("shares", "processes", "study"))
-    parser.add_argument("--steps", type=int, help="of training; default: 30, 20, 900")
+    parser.add_argument("--steps", type=int, help="of training; default: 30, 20, 700")
     parser.add_argument("--batch", type=int, default=4, help="canvases of a step; not for study")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path("out/study"))
@@ -154,7 +154,7 @@ def main() -> None:
     elif arguments.what == "processes":
         print(processes(arguments.steps or 20, arguments.batch))
     else:
-        print(study(arguments.seeds, arguments.steps or 900, arguments.out))
+        print(study(arguments.seeds, arguments.steps or 700, arguments.out))
 
 
 if __name__ == "__main__":

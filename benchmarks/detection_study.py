@@ -107,6 +107,11 @@ def without_ramps(model: DigitDetector) -> None:
         nn.init.zeros_(block.get_parameter("relative_bias"))
 
 
+def random_directions(model: DigitDetector) -> None:
+    for block in blocks(model):
+        block.pos_encoding.reset_parameters()
+
+
 def at_centers(model: DigitDetector) -> None:
     for layer in model.detector.decoder.layers:
         assert isinstance(layer, DecoderLayer)
@@ -125,6 +130,8 @@ VARIANTS: dict[str, Variant] = {
     "windows up to 25 x 25 in the decoder": Variant(constants={"DECODER_WINDOWS": (25, 13, 7, 5)}),
     "values not rotated": Variant(without_rotated_values),
     "relative bias zero at first": Variant(without_ramps),
+    "frequencies in random directions": Variant(random_directions),
+    "100 object queries in evaluation too": Variant(constants={"EVAL_QUERIES": demo.QUERIES}),
     "deformable decoder": Variant(lambda model: replace(model, decoder=deformable)),
     "deformable encoder": Variant(lambda model: replace(model, encoder=deformable)),
     "deformable": Variant(lambda model: replace(model, encoder=deformable, decoder=deformable)),

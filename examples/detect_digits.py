@@ -76,7 +76,7 @@ def parse_arguments() -> argparse.Namespace:
         default="neighborhood",
         help="attention of encoder and decoder",
     )
-    add_options(parser, "canvases", steps=900, batch=2, out="out/digits")
+    add_options(parser, "canvases", steps=700, batch=2, out="out/digits")
     parser.add_argument(
         "--space", type=at_least_1, default=1, help="processes that share each canvas, in parts"
     )

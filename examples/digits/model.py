@@ -1,4 +1,4 @@
-"""The detector of handwritten digits: stem, encoder, decoder with 100 object queries."""
+"""The detector of handwritten digits: stem, encoder and decoder."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ SAMPLES = 4  # of deformable attention, per head and level
 ENCODER_LAYERS = 3
 DECODER_LAYERS = 2
 QUERIES = 100
+EVAL_QUERIES = 150  # more than in training: candidates of large digits crowd out some small ones
 CANDIDATE_LEVELS = (2, 3)
 DENOISING_GROUPS = 3  # noisy copies of every digit
 
@@ -44,18 +45,19 @@ DENOISING_GROUPS = 3  # noisy copies of every digit
 def make_neighborhood_attention(windows: tuple[int, ...]) -> SparseNeighborhoodAttentionBlock:
     """Makes an attention that is good at boxes.
 
-    Rotated values tell where points lie. The outermost points of a digit determine its box, so each
-    head at first prefers those that lie furthest in its direction, one of eight.
+    The outermost points of a digit determine its box, so each head at first prefers those that lie
+    furthest in its direction, one of eight. Rotated values tell how far that is.
     """
     block = SparseNeighborhoodAttentionBlock(
         EMBED_DIM, HEADS, len(STRIDES), windows, bias=True, relative_bias=True, rotary_values=True
     )
     angles = torch.arange(HEADS) * (2 * math.pi / HEADS)
-    directions = torch.stack((angles.sin(), angles.cos()))
+    directions = torch.stack((angles.sin(), angles.cos()), 1)
     axes = [torch.linspace(-1, 1, width) for width in windows]
     cells = torch.cat([torch.cartesian_prod(axis, axis) for axis in axes])
     with torch.no_grad():
-        block.get_parameter("relative_bias").copy_(OUTWARD * cells @ directions)
+        block.get_parameter("relative_bias").copy_(OUTWARD * cells @ directions.t())
+    block.pos_encoding.set_directions(directions)
     return block
 
 
@@ -88,7 +90,9 @@ class DigitDetector(nn.Module):
             query_levels=QUERY_LEVELS,
             checkpoint=checkpoint,
         )
-        selection = QuerySelection(EMBED_DIM, CLASSES, QUERIES, CANDIDATE_LEVELS)
+        selection = QuerySelection(
+            EMBED_DIM, CLASSES, QUERIES, CANDIDATE_LEVELS, n_eval_queries=EVAL_QUERIES
+        )
         decoder = Decoder(
             [
                 DecoderLayer(
