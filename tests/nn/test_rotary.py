@@ -352,16 +352,27 @@ def test_heads_measure_along_their_directions_alone(backend: BackendName) -> Non
         torch.eye(2),
         torch.eye(3),
         torch.ones(3),
-        torch.ones(3, 2).long(),
+        torch.ones(3, 2).bool(),
+        torch.full((3, 2), 1e300, dtype=torch.float64),
         torch.full((3, 2), math.nan),
     ],
 )
 def test_directions_that_are_refused(directions: Tensor) -> None:
-    rotary = encoding(12, 3, 2)
+    rotary = RotaryEncoding(12, 3, 2)
     before = rotary.freqs[0].detach().clone()
     with pytest.raises(ValueError, match=r"^directions: expected"):
         rotary.set_directions(directions)
     assert torch.equal(rotary.freqs[0], before)
+
+
+def test_directions_on_the_meta_device_and_of_integers() -> None:
+    with torch.device("meta"):
+        RotaryEncoding(12, 2, 2).set_directions(torch.eye(2))
+    rotary, same = RotaryEncoding(12, 2, 2), RotaryEncoding(12, 2, 2)
+    same.load_state_dict(rotary.state_dict())
+    rotary.set_directions(torch.tensor([[1, 0], [0, -1]]))
+    same.set_directions(torch.tensor([[1.0, 0.0], [0.0, -1.0]]))
+    assert torch.equal(rotary.frequencies(), same.frequencies())
 
 
 def test_numpy_arrays_are_taken() -> None:

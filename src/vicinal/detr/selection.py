@@ -69,7 +69,8 @@ class QuerySelection(Module):
         box_size: size of the initial boxes, in cells of the point's level; default 4.
         n_eval_queries: ``n_queries`` of a module in evaluation mode. None (default): as in
             training. More queries cost little without a backward pass, and find objects whose
-            candidates rank below many candidates of other objects.
+            candidates rank below many candidates of other objects. `QuerySelfAttention` with
+            ``max_queries`` must have room for them.
 
     Raises:
         ValueError: a size or a number of queries is below 1, ``box_size`` is not positive, or

@@ -14,6 +14,7 @@ from .._utils.checks import (
     check_counts,
     check_finite,
     check_tensor,
+    has_contents,
     is_real,
     refuse,
 )
@@ -151,15 +152,16 @@ class RotaryEncoding(Module):
         """Sets the spatial frequencies so that each head measures along one direction.
 
         Pair i of n gets the frequencies ``directions[h] * spatial_base_theta ** (-i / n)``, those
-        of the level stay. Such a head tells exactly how far points lie in its direction. Initially
-        the directions are random, with other lengths.
+        of the level stay. Such a head tells how far points lie in its direction, and nothing of
+        how far they lie across. Initially the directions are random, with other lengths.
 
         Args:
-            directions: floating ``[H, P]``, or ``[1, P]`` with ``share_heads``; usually of length
-                1.
+            directions: numbers ``[H, P]``, or ``[1, P]`` with ``share_heads``, usually of length 1;
+                of coordinates that ``axis_scales`` have multiplied.
 
         Raises:
-            ValueError: ``directions`` has another shape or device, or is not finite.
+            ValueError: ``directions`` has another shape or device, or is not finite in the dtype of
+                the frequencies.
 
         Example:
             ```python
@@ -171,14 +173,16 @@ class RotaryEncoding(Module):
             assert rotary.frequencies()[1, 0].tolist() == [0, 0]
             ```
         """
-        heads, device = self.freqs[0].shape[1], self.freqs[0].device
-        shape = (heads, self.position_dim)
-        directions = check_tensor("directions", directions, shape, kind="floating", device=device)
-        check_finite("directions", directions)
+        first = self.freqs[0]
+        shape = (first.shape[1], self.position_dim)
+        given = check_tensor("directions", directions, shape, kind="number", device=first.device)
+        directions = given.to(first.dtype)
+        if has_contents(directions):
+            check_finite("directions", directions)
         for group, freqs in zip(self.groups, self.freqs, strict=True):
             axes = [c for c in group if c < self.position_dim]
             lengths = self._magnitudes(group, freqs)[: len(axes)]
-            freqs[: len(axes)] = directions.t()[axes, :, None].to(freqs.dtype) * lengths
+            freqs[: len(axes)] = directions.t()[axes, :, None] * lengths
 
     def _magnitudes(self, group: list[int], freqs: Tensor) -> Tensor:
         """The largest initial frequencies of a group, ``[coordinates, 1, pairs]``."""
