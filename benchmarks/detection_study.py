@@ -131,7 +131,7 @@ VARIANTS: dict[str, Variant] = {
     "values not rotated": Variant(without_rotated_values),
     "relative bias zero at first": Variant(without_ramps),
     "frequencies in random directions": Variant(random_directions),
-    "100 object queries in evaluation too": Variant(constants={"EVAL_QUERIES": demo.QUERIES}),
+    "100 object queries in evaluation too": Variant(constants={"EVAL_QUERIES": None}),
     "deformable decoder": Variant(lambda model: replace(model, decoder=deformable)),
     "deformable encoder": Variant(lambda model: replace(model, encoder=deformable)),
     "deformable": Variant(lambda model: replace(model, encoder=deformable, decoder=deformable)),

@@ -237,6 +237,7 @@ def errors_of(ranks: Cluster, end: Callable[[], None], moment: str) -> tuple[dic
         (die, ["backward"]),
         (hang, ["plan", "forward"]),  # at the same time, since they wait
     ],
+    ids=["dies in plan", "dies in forward", "dies in backward", "hangs in plan, forward"],
 )
 def test_a_rank_that_is_lost_ends_the_others(end: Callable[[], None], moments: list[str]) -> None:
     clusters = [Cluster(2, timedelta(seconds=TIMEOUT)) for _ in moments]
@@ -250,8 +251,8 @@ def test_a_rank_that_is_lost_ends_the_others(end: Callable[[], None], moments: l
         for ranks in clusters:
             ranks.stop()
     for moment, (errors, seconds) in zip(moments, found, strict=True):
-        assert seconds < 4 * TIMEOUT
-        assert {die: "died", hang: "came back"}[end] in errors[1]
-        assert errors[0].startswith("RuntimeError")
+        assert seconds < 4 * TIMEOUT, moment
+        assert {die: "died", hang: "came back"}[end] in errors[1], moment
+        assert errors[0].startswith("RuntimeError"), moment
         if moment == "plan":
             assert "plan_sharded" in errors[0]

@@ -53,10 +53,10 @@ def torchrun(arguments: list[str], environment: dict[str, str], folder: Path, lo
     torch.distributed.run.main(arguments)
 
 
-def start_two(program: Path, **settings: str) -> list[dict[str, Any]]:
-    """What the two processes that torchrun starts have at the end."""
+def start_two(program: Path, *options: str, **settings: str) -> list[dict[str, Any]]:
+    """What the two processes that torchrun starts, with further options, have at the end."""
     log = program.with_name("torchrun.log")
-    arguments = ["--standalone", "--nproc-per-node", "2", *FORKED, str(program)]
+    arguments = ["--standalone", "--nproc-per-node", "2", *options, str(program)]
     status = run_light(torchrun, arguments, {**os.environ, **settings}, Path.cwd(), log)
     assert status == 0, log.read_text()
     kept: list[dict[str, Any]] = [torch.load(f"kept-{rank}.pt") for rank in range(2)]
@@ -87,6 +87,6 @@ def test_two_processes_share_a_scan(program: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_two_processes_have_a_scan_each(program: Path, tmp_path: Path) -> None:
-    kept = start_two(program, N_PARTS="1", SCANS=str(tmp_path / "elsewhere"))
+    kept = start_two(program, *FORKED, N_PARTS="1", SCANS=str(tmp_path / "elsewhere"))
     assert [len(one["owned"]) for one in kept] == [3000, 3000]
     assert not torch.equal(kept[0]["cells"], kept[1]["cells"])

@@ -344,7 +344,7 @@ def _train_broken_on_one(_: torch.device, folder: Path) -> None:
 def small_detector() -> DigitDetector:
     """With few channels and object queries."""
     torch.manual_seed(0)
-    with mock.patch.multiple(models, EMBED_DIM=32, QUERIES=20):
+    with mock.patch.multiple(models, EMBED_DIM=32, QUERIES=20, EVAL_QUERIES=20):
         return DigitDetector()
 
 

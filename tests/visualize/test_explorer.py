@@ -417,6 +417,7 @@ def open_page(tab: "Page", tmp_path: Path) -> Iterator[OpenPage]:
     yield open_page
     for event, listener in listeners.items():
         tab.remove_listener(event, listener)
+    tab.mouse.up()  # which a test that failed may have left down
     tab.goto("about:blank")
     tab.mouse.move(0, 0)
     assert messages == []
