@@ -1,6 +1,6 @@
 // The gathered products of the attention kernel against plain loops, for one and for two queries
-// and one layout of packed rows of float32: HEADS heads per vector of 16 bytes. Rows of 29 vectors
-// have blocks of every size. The number of keys is no multiple of what loops are unrolled by.
+// and one layout of packed rows of float32: HEADS heads per vector of VICINAL_BYTES. Rows of 29
+// vectors have blocks of every size. The number of keys is no multiple of what loops are unrolled by.
 
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
@@ -20,7 +20,9 @@
 #include "params.h"
 
 #define VICINAL_ISA baseline
+#ifndef VICINAL_BYTES
 #define VICINAL_BYTES 16
+#endif
 #include "kernels/simd.h"
 #include "kernels/packing.h"
 #include "kernels/gather_products.h"

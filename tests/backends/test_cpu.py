@@ -7,6 +7,7 @@ import mmap
 import os
 import platform
 import shutil
+import subprocess
 import sys
 import threading
 import traceback
@@ -49,6 +50,8 @@ from vicinal import (
 )
 from vicinal._utils.types import BackendName
 from vicinal.backends import cpu, reference
+
+SOURCES = Path(vicinal.__file__).parent / "backends" / "cpu" / "csrc"
 
 # -------------------------------------------------------------------------------- precision
 
@@ -461,6 +464,57 @@ def test_keys_that_queries_share(n_points: int) -> None:
         )
         expected = answer(inputs, plan, "reference", dropout_p=0.2)
         assert_same_answers(answer(inputs, plan, dropout_p=0.2), expected, 1e-11)
+
+
+@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "heads", "width"),
+    [
+        (torch.float32, 1, 5),
+        (torch.float32, 4, 8),
+        (torch.float32, 8, 32),
+        (torch.float64, 2, 12),
+        (torch.float64, 4, 4),
+        (torch.float64, 4, 8),
+        (torch.bfloat16, 2, 16),
+    ],
+)
+def test_the_bits_of_a_query_depend_on_no_other(
+    dtype: torch.dtype, heads: int, width: int, background: bool
+) -> None:
+    """Which queries share keys, and load them together, depends on the others."""
+    scene = make_scene(((12, 12), (6, 6)), (5, 3), (41, 30), 300)
+    plan = scene.plan()
+    inputs = make_inputs(
+        plan, heads=heads, width=width, background=background, mask=True, bias=True, dtype=dtype
+    )
+    assert inputs.query_mask is not None
+    kept = ~inputs.query_mask
+    some, every = (answer(x, plan) for x in (inputs, inputs._replace(query_mask=None)))
+    for ours, theirs in (
+        (some.out, every.out),
+        (some.lse, every.lse),
+        (some.grads[0], every.grads[0]),
+    ):
+        assert torch.equal(ours[kept], theirs[kept])
+
+
+# Vectors of AVX-512 are compiled for any x86 processor, as several of its own.
+@pytest.mark.parametrize(("n_bytes", "heads"), [(32, 1), (64, 4)])
+def test_products_of_wide_vectors(n_bytes: int, heads: int, tmp_path: Path) -> None:
+    compiler, program = os.environ.get("CXX", "g++"), tmp_path / "gathered"
+    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        pytest.skip("needs AVX2")
+    if shutil.which(compiler) is None:
+        pytest.skip(f"needs {compiler}")
+    options = ["-std=c++20", "-O1", "-mavx2", "-mfma", "-Wno-psabi", "-Wno-ignored-attributes"]
+    includes = [f"-I{Path(torch.__file__).parent / 'include'}", f"-I{SOURCES}"]
+    values = [f"-DHEADS={heads}", f"-DVICINAL_BYTES={n_bytes}"]
+    source = Path(__file__).with_name("gathered.cpp")
+    command = [compiler, *options, *includes, *values, str(source), "-o", str(program)]
+    subprocess.run(command, check=True, timeout=300)
+    done = subprocess.run([program], check=True, capture_output=True, text=True, timeout=60)
+    assert 0 < float(done.stdout) < 2e-5
 
 
 def use_instruction_set(capability: str, log: Path) -> None:

@@ -274,6 +274,7 @@ class AttentionKernel {
   // The block of a list that ends `blocks` full blocks before its end, so that lists with a common
   // end have common blocks. Only the first block of a list may have fewer keys than kBlockKeys.
   static KeyBlock block_from_end(const SlotList& list, const int32_t* cells, int64_t blocks) {
+    static_assert(kListPadding % kKeyUnroll<L> == 0 && kBlockKeys % kKeyUnroll<L> == 0);
     const int64_t stop = std::max<int64_t>(list.count - blocks * kBlockKeys, 0);
     const int64_t begin = std::max<int64_t>(stop - kBlockKeys, 0);
     return {list.slots + begin, cells + begin, stop - begin, stop - begin};

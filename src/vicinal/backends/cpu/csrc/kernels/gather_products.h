@@ -15,9 +15,12 @@ constexpr bool kHas32Registers = true;
 constexpr bool kHas32Registers = false;
 #endif
 
+// The keys whose dot products with two queries fit in registers at once.
+constexpr int kPairKeys = kHas32Registers || VICINAL_BYTES == 64 ? 8 : 4;
+
 // The unroll factor over keys of the inner loops.
 template <typename L>
-constexpr int kKeyUnroll = std::max(L::kLanesPerHead, kHas32Registers ? 8 : 4);
+constexpr int kKeyUnroll = std::max(L::kLanesPerHead, kPairKeys);
 
 // A pointer for each of the queries of a product.
 template <typename T, int queries>
@@ -50,7 +53,7 @@ constexpr int kSumBlock = std::max(4, (kHas32Registers ? 16 : kDotBlock<L>) / qu
 // The keys whose dot products are computed at once. Their chains of additions hide each other's
 // latency.
 template <typename L, int queries>
-constexpr int kDotKeys = queries == 2     ? (kHas32Registers || VICINAL_BYTES == 64 ? 8 : 4)
+constexpr int kDotKeys = queries == 2      ? kPairKeys
                          : kHas32Registers ? kKeyUnroll<L>
                                            : L::kLanesPerHead;
 
@@ -66,7 +69,7 @@ VICINAL_INLINE inline void keep_order_of_loads() {
 template <int uses, typename V>
 VICINAL_INLINE inline V load_once(const V& memory) {
   V x = memory;
-#if defined(__x86_64__)
+#if defined(__AVX512F__) || (defined(__x86_64__) && VICINAL_BYTES < 64)
   if constexpr (uses > 1) asm("" : "+v"(x));
 #elif defined(__aarch64__)
   if constexpr (uses > 1) asm("" : "+w"(x));
@@ -141,6 +144,7 @@ VICINAL_NOINLINE void gather_dot(const PackedRows<L>& rows, const int32_t* slots
                                  PerQuery<Real, queries> out) {
   using V = Vector<Real>;
   constexpr int kKeys = std::max(kDotKeys<L, queries>, L::kLanesPerHead);
+  static_assert(kKeyUnroll<L> % kKeys == 0);
   if (rows.vectors_per_row == 0)
     for (Real* dots : out) std::fill_n(dots, count * L::kHeads, Real(0));
   const auto add_block = [&](int64_t first, auto size) VICINAL_INLINE {
@@ -184,7 +188,8 @@ VICINAL_INLINE inline void for_weighted_rows(PerQuery<const typename L::Real, qu
   for (; u < count; ++u) call(u, std::integral_constant<int, 0>(), rows.row(slots[u]));
 }
 
-// acc[query] += sum over keys of weights[query][key] * rows[slots[key]]; acc: [vectors_per_row].
+// acc[query] += sum over keys of weights[query][key] * rows[slots[key]]; acc: [vectors_per_row]. The
+// keys are added one after another, so that the bits do not depend on which are shared.
 template <typename L, int queries, typename Real = typename L::Real>
 VICINAL_NOINLINE void gather_weighted_sum(PerQuery<const Real, queries> weights,
                                           const int32_t* slots, int64_t count,
@@ -194,25 +199,20 @@ VICINAL_NOINLINE void gather_weighted_sum(PerQuery<const Real, queries> weights,
   constexpr int block = kSumBlock<L, queries>;
   for_register_blocks<block>(rows.vectors_per_row, [&](int64_t first, auto size) VICINAL_INLINE {
     const PackedRows<L> columns = rows.columns_from(first);
-    constexpr int chains = size * queries < 8 ? 2 : 1;  // eight sums hide the latency of additions
-    V sums[queries][chains][size]{};
+    V sums[queries][size];
     static_for<queries>([&](auto q) VICINAL_INLINE {
-      static_for<size>([&](auto j) VICINAL_INLINE { sums[q][0][j] = acc[q][first + j]; });
+      static_for<size>([&](auto j) VICINAL_INLINE { sums[q][j] = acc[q][first + j]; });
     });
-    const auto add = [&](const V* factors, auto key, const V* row) VICINAL_INLINE {
+    const auto add = [&](const V* factors, auto, const V* row) VICINAL_INLINE {
       static_for<size>([&](auto j) VICINAL_INLINE {
         if constexpr (j % 8 == 0) keep_order_of_loads();
         const V x = load_once<queries>(row[j]);
-        static_for<queries>([&](auto q) VICINAL_INLINE {
-          sums[q][key % chains][j] += factors[q] * x;
-        });
+        static_for<queries>([&](auto q) VICINAL_INLINE { sums[q][j] += factors[q] * x; });
       });
     };
     for_weighted_rows<L, queries>(weights, slots, count, columns, add);
     static_for<queries>([&](auto q) VICINAL_INLINE {
-      static_for<size>([&](auto j) VICINAL_INLINE {
-        acc[q][first + j] = chains > 1 ? sums[q][0][j] + sums[q][chains - 1][j] : sums[q][0][j];
-      });
+      static_for<size>([&](auto j) VICINAL_INLINE { acc[q][first + j] = sums[q][j]; });
     });
   });
 }
