@@ -17,7 +17,7 @@ from started import run_light
 def floats_are_constants(constants: bool = True) -> AbstractContextManager[None]:
     """A context in which compilers take Python numbers, such as rates of dropout, as constants.
 
-    Otherwise, or where ``constants`` is false, torch with ``dynamic=True`` first traces them as
+    With ``constants=False``, as torch has it by default, ``dynamic=True`` first traces them as
     inputs of the graph, finds that it needs their values, and traces everything again with
     constants. The graphs are the same, and tracing once takes half as long.
     """

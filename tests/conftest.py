@@ -13,7 +13,7 @@ from bounds import Checked
 from compilers import floats_are_constants
 from distributed.cluster import Cluster
 from faster_interpreter import speed_up
-from garbage import leave_it, rarely
+from garbage import exit_at_once, rarely
 
 # Without a GPU, Triton's kernels are interpreted: slowly, one program after another. Triton reads
 # the variable when it is imported.
@@ -97,7 +97,7 @@ def pytest_collection_finish() -> None:
 
 def pytest_unconfigure() -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:  # pytest has its results, and waits for it to end
-        leave_it()
+        exit_at_once()
 
 
 def pytest_terminal_summary(terminalreporter: "pytest.TerminalReporter") -> None:

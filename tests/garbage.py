@@ -21,16 +21,16 @@ def rarely() -> None:
     atexit.register(gc.unfreeze)  # extension modules report what is left at the very end
 
 
-def leave_it() -> None:
+def exit_at_once() -> None:
     """Has this process end without freeing all its objects and modules, which takes seconds.
 
     Whatever else is to be done at exit is done before.
     """
-    atexit.register(_leave)
+    atexit.register(_exit_at_once)
 
 
-def _leave() -> None:
-    atexit.unregister(_leave)
+def _exit_at_once() -> None:
+    atexit.unregister(_exit_at_once)
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
