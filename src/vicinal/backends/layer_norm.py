@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .chunks import add_terms, new_rows, rounded, row_chunks
+from .chunks import add_terms, rounded, row_chunks
 from .op_checks import checked
 from .ops import has_tangent, on_one_device, register_gradient
 from .transforms import refuse_double_backward, transforms_active
@@ -55,7 +55,7 @@ def plain_layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float)
 def grad_input(
     grad: Tensor, x: Tensor, mean: Tensor, inverse_std: Tensor, weight: Tensor
 ) -> Tensor:
-    """The gradient of a chunk of rows ``x``, whose moments are ``mean`` and ``inverse_std``."""
+    """The gradient of rows ``x``, whose moments are ``mean`` and ``inverse_std``."""
     grad_x: Tensor = torch.ops.aten.native_layer_norm_backward(
         grad, x, x.shape[1:], mean, inverse_std, weight, None, [True, False, False]
     )[0]
@@ -66,35 +66,29 @@ def affine_terms(grad: Tensor, x: Tensor, mean: Tensor, inverse_std: Tensor) -> 
     """What a chunk of rows adds to the gradients of weight and bias, in float32 or float64."""
     dtype = torch.promote_types(mean.dtype, torch.float32)
     grad, x, mean, inverse_std = (part.to(dtype) for part in (grad, x, mean, inverse_std))
-    standardized = torch.addcmul(-mean * inverse_std, x, inverse_std)
+    standardized = (x - mean).mul_(inverse_std)
     return [standardized.mul_(grad).sum(0), grad.sum(0)]
 
 
 def _layer_norm_on_cpu(
     x: Tensor, weight: Tensor, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    out = new_rows(x, *x.shape)
-    mean, inverse_std = (
-        x.new_empty(x.shape[0], 1, dtype=_moment_dtype(x, weight)) for _ in range(2)
+    parts: tuple[Tensor, Tensor, Tensor] = torch.native_layer_norm(
+        x, x.shape[1:], weight, bias, eps
     )
-    for rows in row_chunks(x):
-        parts = torch.native_layer_norm(x[rows], x.shape[1:], weight, bias, eps)
-        out[rows], mean[rows], inverse_std[rows] = parts
-    return out, mean, inverse_std
+    return parts
 
 
 def _layer_norm_backward_on_cpu(
     grad_out: Tensor, x: Tensor, mean: Tensor, inverse_std: Tensor, weight: Tensor,
     needs_x: bool, needs_affine: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    grad_x = new_rows(x, len(x) if needs_x else 0, x.shape[1])
+    grad_x = x.new_empty(0, x.shape[1])
+    if needs_x:
+        grad_x = grad_input(grad_out, x, mean, inverse_std, weight)
     sums: list[Tensor] = []
-    for rows in row_chunks(x):
-        parts = grad_out[rows], x[rows], mean[rows], inverse_std[rows]
-        if needs_x:
-            grad_x[rows] = grad_input(*parts, weight)
-        if needs_affine:
-            add_terms(sums, affine_terms(*parts))
+    for rows in row_chunks(x) if needs_affine else ():
+        add_terms(sums, affine_terms(grad_out[rows], x[rows], mean[rows], inverse_std[rows]))
     affine = rounded(sums, weight.dtype) or [weight.new_empty(0), weight.new_empty(0)]
     return grad_x, affine[0], affine[1]
 
