@@ -13,22 +13,21 @@ from compilers import compile_for_gpus
 
 COMPILE = """
 import json, sys
-from benchmarks.kernels import CASES, usages
+from benchmarks.kernels import BLOCK_LOOPS, CASES, launches, usages
 
-plain, *others = CASES
 architecture, everything = sys.argv[1:]
-# For one GPU balls with a bias, and the widest heads in float32; for others the fastest loop, and
-# of a second case the kernels that the first has not.
+# For one GPU all kernels: those without options, and those of balls with a bias. The loops over
+# blocks, whose products and shared memory differ, with the widest heads and for other GPUs too.
+plain, *others = CASES
+balls = next(x for x in others if x.balls)
 widest = next(x for x in others if x.width == 256 and x.dtype.itemsize == 4)
-of_one_gpu = [plain, *(x for x in others if x.balls), widest]
-of_others = [plain, next(x for x in others if x.everything and not x.bias)]
-few = of_one_gpu if architecture == "90" else of_others
-done = set()
-for case in CASES if everything else few:
-    found = list(usages(case, int(architecture), loops=False, without=done))
-    if few is of_others and not everything:
-        done |= {usage["kernel"] for usage in found}
-    for usage in found:
+whole, loops = ([plain, balls], [widest]) if architecture == "90" else ([], [plain])
+if everything:
+    whole, loops = CASES, []
+for case in [*whole, *loops]:
+    names = {launch.kernel.fn.__name__ for launch in launches(case)}
+    left_out = names - set(BLOCK_LOOPS) if case in loops else set()
+    for usage in usages(case, int(architecture), loops=False, without=left_out):
         print(json.dumps([str(case.dtype), case.width, {**usage, "bias": case.bias}]))
 """
 VARIANTS = """
@@ -65,7 +64,7 @@ for case in (
         print(json.dumps([launch.kernel.fn.__name__, compiled.metadata.shared]))
     done |= {launch.kernel.fn.__name__ for launch in found}
 """
-OF_BIAS = {"number_cells", "bias_gradients"}
+LOOPS = {"attend", "query_gradients", "point_gradients"}
 KERNELS = {
     "attend",
     "query_gradients",
@@ -149,7 +148,7 @@ def test_kernels_compile_and_stay_within_resource_limits(
     record_property: Callable[[str, object], None],
 ) -> None:
     lines = run(COMPILE, kernel_cache, str(architecture), all_kernels)
-    kernels = KERNELS if all_kernels or architecture == 90 else KERNELS - OF_BIAS
+    kernels = KERNELS if all_kernels or architecture == 90 else LOOPS
     assert {usage["kernel"] for _, _, usage in lines} == kernels
     spilling = [
         line for line in lines if line[2]["spilled_bytes"] > spills_allowed(architecture, *line)
