@@ -3,23 +3,29 @@
 namespace vicinal::VICINAL_ISA {
 
 // Angles are sums in float64, and so exact at coordinates where float32 would lose whole turns.
-// Float32 takes them modulo a turn of 2 pi.
+// They are reduced to a quadrant before they are rounded to float32.
 typedef Vector<double> Angles;
 
-// As many numbers of type Real as Angles has lanes, at any address of an array of them.
-template <typename Real>
+// As many numbers as Angles has lanes, at any address of an array of them.
+template <typename Number>
 struct AnglesAs {
-  typedef Real Vector
-      __attribute__((vector_size(n_lanes<double> * sizeof(Real)), aligned(sizeof(Real)), may_alias));
+  typedef Number Vector __attribute__((vector_size(n_lanes<double> * sizeof(Number)),
+                                       aligned(sizeof(Number)), may_alias));
 };
 
-// The first part of a turn has 22 bits, so its product with up to 2^31 turns is exact.
-constexpr double kTurnHigh = 6.283184051513672, kTurnLow = 1.2556659146019252e-06;
+// The largest angle that reduce_to_quadrant takes with an error below rounding errors.
+template <typename Real>
+constexpr double kMaxAngle = std::is_same_v<Real, double> ? 8388608.0 : 17179869184.0;
 
-VICINAL_INLINE inline Angles reduce_to_one_turn(Angles angle) {
-  constexpr double kTurnsPerRadian = 0.15915494309189533577, kRound = Simd<double>::round_magic;
-  const Angles turns = (angle * kTurnsPerRadian + kRound) - kRound;
-  return (angle - turns * kTurnHigh) - turns * kTurnLow;
+// Returns angle - n * pi / 2, at most pi / 4. The low bits of `quadrant` are those of n. Cody-Waite
+// reduction: the parts of pi / 2 have few bits, but for the last.
+VICINAL_INLINE inline Angles reduce_to_quadrant(Angles angle, Words<double>& quadrant) {
+  constexpr double kHalfPi[] = {1.570796325802803, 9.920935774287987e-10, 2.2517417741562176e-18};
+  constexpr double kRound = Simd<double>::round_magic;
+  const Angles shifted = angle * 0.63661977236758134308 + kRound;
+  for (double part : kHalfPi) angle -= (shifted - kRound) * part;
+  quadrant = (Words<double>)shifted;
+  return angle;
 }
 
 // Each row is rotated in one pass: angles from coordinates, their cosines and sines, the rotation.
@@ -29,6 +35,7 @@ template <typename T>
 class RotaryKernel {
   using Real = typename Accumulator<T>::type;
   using V = Vector<Real>;
+  using Word = typename Simd<Real>::Word;
 
  public:
   explicit RotaryKernel(const RotaryParams& params)
@@ -37,14 +44,21 @@ class RotaryKernel {
         n_lanes_(n_vectors_ * n_lanes<Real>),
         frequencies_(params.n_coordinates * n_lanes_),
         rounded_frequencies_(params.n_coordinates * n_vectors_),
+        largest_frequencies_(params.n_coordinates),
         angles_(n_vectors_),
+        quadrants_(n_vectors_),
         cosines_(n_vectors_),
         sines_(n_vectors_),
         grad_angles_(n_vectors_),
         grad_frequencies_(params.n_coordinates * n_vectors_) {
     std::fill_n(frequencies_.get(), p_.n_coordinates * n_lanes_, 0);
-    for (int64_t c = 0; c < p_.n_coordinates; ++c)
-      std::copy_n(p_.frequencies + c * p_.n_pairs, p_.n_pairs, &frequencies_[c * n_lanes_]);
+    for (int64_t c = 0; c < p_.n_coordinates; ++c) {
+      const double* frequencies = p_.frequencies + c * p_.n_pairs;
+      std::copy_n(frequencies, p_.n_pairs, &frequencies_[c * n_lanes_]);
+      largest_frequencies_[c] = 0;
+      for (int64_t pair = 0; pair < p_.n_pairs; ++pair)
+        largest_frequencies_[c] = std::fmax(largest_frequencies_[c], std::abs(frequencies[pair]));
+    }
     std::copy_n(frequencies_.get(), p_.n_coordinates * n_lanes_,
                 reinterpret_cast<Real*>(rounded_frequencies_.get()));
   }
@@ -75,19 +89,49 @@ class RotaryKernel {
   }
 
  private:
-  // Computes cosines_ and sines_ of coordinates[row] @ frequencies.
+  // Computes cosines_ and sines_ of coordinates[row] @ frequencies. The C library does if an angle
+  // may be too large for the reduction, or is NaN.
   void compute_angles(int64_t row) {
     const double* coordinates = p_.coordinates + row * p_.n_coordinates;
+    double bound = 0;
+    for (int64_t c = 0; c < p_.n_coordinates; ++c)
+      bound += std::abs(coordinates[c]) * largest_frequencies_[c];
+    if (!(bound < kMaxAngle<Real>)) return compute_large_angles(coordinates);
     Real* const angles = reinterpret_cast<Real*>(angles_.get());
+    Word* const quadrants = reinterpret_cast<Word*>(quadrants_.get());
     for (int64_t i = 0; i < n_lanes_; i += n_lanes<double>) {
-      Angles angle = coordinates[0] * frequencies_at(0, i);
-      for (int64_t c = 1; c < p_.n_coordinates; ++c) angle += coordinates[c] * frequencies_at(c, i);
-      if constexpr (!std::is_same_v<Real, double>) angle = reduce_to_one_turn(angle);
-      using Converted = typename AnglesAs<Real>::Vector;
-      *reinterpret_cast<Converted*>(angles + i) = __builtin_convertvector(angle, Converted);
+      Words<double> quadrant;
+      const Angles angle = reduce_to_quadrant(angles_at(coordinates, i), quadrant);
+      store_as(angles + i, angle);
+      store_as(quadrants + i, quadrant);
     }
     for (int64_t i = 0; i < n_vectors_; ++i)
-      cosine_and_sine<Real>(angles_[i], cosines_[i], sines_[i]);
+      cosine_and_sine<Real>(angles_[i], quadrants_[i], cosines_[i], sines_[i]);
+  }
+
+  void compute_large_angles(const double* coordinates) {
+    Real* const cosines = reinterpret_cast<Real*>(cosines_.get());
+    Real* const sines = reinterpret_cast<Real*>(sines_.get());
+    for (int64_t i = 0; i < n_lanes_; i += n_lanes<double>) {
+      const Angles angle = angles_at(coordinates, i);
+      for (int lane = 0; lane < n_lanes<double>; ++lane) {
+        cosines[i + lane] = std::cos(angle[lane]);
+        sines[i + lane] = std::sin(angle[lane]);
+      }
+    }
+  }
+
+  // The angles from pair i on.
+  VICINAL_INLINE Angles angles_at(const double* coordinates, int64_t i) const {
+    Angles angle = coordinates[0] * frequencies_at(0, i);
+    for (int64_t c = 1; c < p_.n_coordinates; ++c) angle += coordinates[c] * frequencies_at(c, i);
+    return angle;
+  }
+
+  template <typename Number, typename From>
+  static VICINAL_INLINE void store_as(Number* to, From from) {
+    using To = typename AnglesAs<Number>::Vector;
+    *reinterpret_cast<To*>(to) = __builtin_convertvector(from, To);
   }
 
   // The frequencies of coordinate c from pair i on.
@@ -141,13 +185,15 @@ class RotaryKernel {
   }
 
   const RotaryParams& p_;
-  const int64_t n_vectors_, n_lanes_;  // n_lanes: of n_vectors vectors, n_pairs or more
-  Buffer<double> frequencies_;         // [C, n_lanes]
-  Buffer<V> rounded_frequencies_;      // [C, n_vectors]
-  Buffer<V> angles_;                   // [n_vectors], of the current row
-  Buffer<V> cosines_, sines_;          // [n_vectors], of the current row
-  Buffer<V> grad_angles_;              // [n_vectors], of the current row
-  Buffer<V> grad_frequencies_;         // [C, n_vectors], sums over rows
+  const int64_t n_vectors_, n_lanes_;   // n_lanes: of n_vectors vectors, n_pairs or more
+  Buffer<double> frequencies_;          // [C, n_lanes]
+  Buffer<V> rounded_frequencies_;       // [C, n_vectors]
+  Buffer<double> largest_frequencies_;  // [C], absolute
+  Buffer<V> angles_;                    // [n_vectors], of the current row, reduced to a quadrant
+  Buffer<Words<Real>> quadrants_;       // [n_vectors], of the current row
+  Buffer<V> cosines_, sines_;           // [n_vectors], of the current row
+  Buffer<V> grad_angles_;               // [n_vectors], of the current row
+  Buffer<V> grad_frequencies_;          // [C, n_vectors], sums over rows
 };
 
 template <typename T>

@@ -19,26 +19,30 @@ template <typename Real>
 struct Simd;
 template <>
 struct Simd<float> : SimdTypes<float, uint32_t> {
-  static constexpr int mantissa_bits = 23, log_terms = 4, sincos_terms = 5;
+  static constexpr int mantissa_bits = 23, log_terms = 4;
   static constexpr float round_magic = 12582912.0f, exp_min = -87.0f, exponent_bias = 127;
   static constexpr float exp_series[] = {1, 1, 0.49999993f, 0.16666521f, 0.041668388f,
                                          0.0083687169f, 0.0013814599f};
-  static constexpr float half_pi[] = {1.5703125f, 4.837512969970703e-4f, 7.549790126404332e-8f};
-  static constexpr float max_angle = 8192;
+  static constexpr float cos_series[] = {1, -0.5f, 0.041666647f, -0.0013887367f, 2.4438378e-5f};
+  static constexpr float sin_series[] = {1, -0.16666655f, 0.0083321777f, -1.9517235e-4f};
   static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
 };
 template <>
 struct Simd<double> : SimdTypes<double, uint64_t> {
-  static constexpr int mantissa_bits = 52, log_terms = 10, sincos_terms = 8;
+  static constexpr int mantissa_bits = 52, log_terms = 10;
   static constexpr double round_magic = 6755399441055744.0, exp_min = -708.0, exponent_bias = 1023;
   static constexpr double exp_series[] = {1, 1, 0.50000000000000106271, 0.16666666666666412523,
                                           0.04166666666653015859, 0.0083333333334944616641,
                                           0.0013888888943630112946, 1.9841269506578687653e-4,
                                           2.4801493098906550659e-5, 2.7557586373840163694e-6,
                                           2.7630248379211443975e-7, 2.5000061602835666699e-8};
-  static constexpr double half_pi[] = {1.570796325802803, 9.920935774287987e-10,
-                                       2.2517417741562176e-18};
-  static constexpr double max_angle = 8388608;
+  static constexpr double cos_series[] = {1, -0.5, 0.041666666666666599476,
+                                          -0.0013888888888874123927, 2.480158728948218021e-5,
+                                          -2.7557314352330632364e-7, 2.0875723272847939542e-9,
+                                          -1.1359647780471112345e-11};
+  static constexpr double sin_series[] = {1, -0.16666666666666632027, 0.0083333333333224136423,
+                                          -1.9841269829807808276e-4, 2.7557313691917648321e-6,
+                                          -2.5050758115155569261e-8, 1.5896795644727749659e-10};
   static constexpr double ln2_high = 0.693147180369123816490, ln2_low = 1.90821492927058770002e-10;
 };
 template <typename Real>
@@ -92,9 +96,18 @@ inline Vector<Real> shuffle(Vector<Real> a, Vector<Real> b) {
   return shuffle_lanes<Real, source>(a, b, std::make_index_sequence<n_lanes<Real>>());
 }
 
+// series[0] + series[1] * x + series[2] * x^2 + ...
+template <typename Real, size_t terms>
+VICINAL_INLINE inline Vector<Real> polynomial(const Real (&series)[terms], Vector<Real> x) {
+  Vector<Real> sum{};
+#pragma GCC unroll 16
+  for (int term = terms - 1; term >= 0; --term) sum = sum * x + series[term];
+  return sum;
+}
+
 // exp(x) for x up to about 80. Range reduction to exp(x) = 2^n * exp(r), then the polynomial 1 + r +
-// ... with the least maximum error for |r| up to log(2) / 2 (Remez algorithm): 3e-9, in float64
-// 4e-18, below rounding errors. Results that would be subnormal are zero; NaN gives NaN.
+// ... with the least maximum error for |r| up to log(2) / 2 (Remez algorithm). It is 3e-9, in float64
+// 4e-18: below rounding errors. Results that would be subnormal are zero; NaN gives NaN.
 template <typename Real>
 VICINAL_INLINE inline Vector<Real> exponential(Vector<Real> x) {
   using S = Simd<Real>;
@@ -102,12 +115,8 @@ VICINAL_INLINE inline Vector<Real> exponential(Vector<Real> x) {
   constexpr Real ln2 = 0.69314718055994530942;  // one step errs no more than x was rounded
   const Vector<Real> shifted = x * Real(1.44269504088896340736) + magic;
   const Vector<Real> r = x - (shifted - magic) * ln2;
-  Vector<Real> series{};
-#pragma GCC unroll 13
-  for (int term = std::size(S::exp_series) - 1; term >= 0; --term)
-    series = series * r + S::exp_series[term];
   const auto power = (Vector<Real>)((Words<Real>)shifted << S::mantissa_bits);
-  return x < S::exp_min ? Vector<Real>{} : series * power;
+  return x < S::exp_min ? Vector<Real>{} : polynomial<Real>(S::exp_series, r) * power;
 }
 
 // log(x) for finite x of at least 1. Range reduction to log(x) = n * log(2) + log(m) with m from
@@ -143,40 +152,21 @@ inline Unsigned hash32(Unsigned x) {
   return x ^ (x >> 16);
 }
 
-// cos(x) and sin(x). Cody-Waite reduction to a quadrant in three exact steps, then Taylor series.
-// If an angle is too large for that reduction, the C library computes all lanes.
+// The cosine and sine of r + quadrant * pi / 2, for |r| up to pi / 4. Polynomials 1 - r^2 / 2 + ...
+// of cos(r) and 1 + ... of sin(r) / r, with the least maximum error (Remez algorithm). It is 4e-9, in
+// float64 4e-18: below rounding errors.
 template <typename Real>
-inline void cosine_and_sine(Vector<Real> x, Vector<Real>& cosine, Vector<Real>& sine) {
-  using S = Simd<Real>;
+VICINAL_INLINE inline void cosine_and_sine(Vector<Real> r, Words<Real> quadrant,
+                                           Vector<Real>& cosine, Vector<Real>& sine) {
   using V = Vector<Real>;
   using W = Words<Real>;
-  bool reducible = true;
-  for (int lane = 0; lane < n_lanes<Real>; ++lane)
-    reducible &= x[lane] < S::max_angle && x[lane] > -S::max_angle;
-  if (!reducible) {
-    for (int lane = 0; lane < n_lanes<Real>; ++lane) {
-      cosine[lane] = std::cos(x[lane]);
-      sine[lane] = std::sin(x[lane]);
-    }
-    return;
-  }
-  const V shifted = x * Real(0.63661977236758134308) + S::round_magic;
-  const V n = shifted - S::round_magic;
-  V r = x;
-  for (Real part : S::half_pi) r -= n * part;
+  constexpr int sign = 8 * sizeof(Real) - 1;
   const V square = r * r;
-  V even = V{} + Real(1), odd = V{} + Real(1);
-#pragma GCC unroll 8
-  for (int term = S::sincos_terms; term > 0; --term) {
-    even = Real(1) - even * square * (Real(1) / ((2 * term - 1) * (2 * term)));
-    odd = Real(1) - odd * square * (Real(1) / ((2 * term) * (2 * term + 1)));
-  }
-  odd *= r;
-  const W quadrant = (W)shifted;
+  const V even = polynomial<Real>(Simd<Real>::cos_series, square);
+  const V odd = polynomial<Real>(Simd<Real>::sin_series, square) * r;
   const auto swap = (quadrant & 1) != 0;
-  const V c = swap ? odd : even, s = swap ? even : odd;
-  cosine = ((quadrant + 1) & 2) != 0 ? -c : c;
-  sine = (quadrant & 2) != 0 ? -s : s;
+  cosine = (V)((W)(swap ? odd : even) ^ (quadrant + 1) >> 1 << sign);
+  sine = (V)((W)(swap ? even : odd) ^ quadrant >> 1 << sign);
 }
 
 }  // namespace vicinal::VICINAL_ISA
