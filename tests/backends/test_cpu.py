@@ -121,44 +121,46 @@ def test_precision_is_that_of_plain_pytorch(dtype: torch.dtype, background: bool
     assert (our <= 2 * their).all(), our / their
 
 
-def rotate_units(coordinates: Tensor, frequencies: Tensor) -> Tensor:
+def rotate_units(coordinates: Tensor, frequencies: Tensor, dtype: torch.dtype) -> Tensor:
     """Cosines and sines ``[n, d / 2, 2]`` of coordinates ``[n, C]`` @ frequencies ``[C, d / 2]``,
-    from unit vectors that the kernel rotates in float32.
+    from unit vectors that the kernel rotates.
     """
-    units = torch.tensor([1.0, 0.0]).expand(len(coordinates), frequencies.shape[1], 2)
+    units = torch.tensor([1, 0], dtype=dtype).expand(len(coordinates), frequencies.shape[1], 2)
     x = units.flatten(1)[:, None].contiguous()
     backend = choose_backend("cpu", x.device, x.dtype)
-    rotated: Tensor = backend.rotate(x, coordinates, frequencies[:, None])[:, 0].unflatten(
-        -1, (-1, 2)
-    )
-    return rotated
+    rotated = backend.rotate(x, coordinates, frequencies[:, None])[:, 0].double()
+    pairs: Tensor = rotated.unflatten(-1, (-1, 2))
+    return pairs
 
 
-@pytest.mark.parametrize("far", [1.0, 1e3, 1e6])
-def test_cosines_and_sines_are_correctly_rounded_but_for_the_last_bit(far: float) -> None:
-    """In float32, an angle of up to a turn would already be off by 2e-7 itself."""
+def cosines_and_sines(angles: Tensor) -> Tensor:
+    return torch.stack((angles.cos(), angles.sin()), -1)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-7), (torch.float64, 5e-16)])
+@pytest.mark.parametrize("far", [1.0, 1e3, 1e6, 1e9, 1e10])
+def test_cosines_and_sines(far: float, dtype: torch.dtype, bound: float) -> None:
+    """Of angles that float64 holds, their errors are those of rounding the result. An angle of a
+    turn in float32 would be off by twice as much.
+    """
     generator = torch.Generator().manual_seed(0)
     coordinates = (torch.randn(5000, 3, generator=generator, dtype=torch.float64) * far).round()
-    frequencies = torch.rand(3, 13, generator=generator, dtype=torch.float64)
-    angles = coordinates @ frequencies
-    exact = torch.stack((angles.cos(), angles.sin()), -1)
-    assert_close(rotate_units(coordinates, frequencies).double(), exact, 1e-7)
+    frequencies = (torch.rand(3, 13, generator=generator, dtype=torch.float64) * 256).round() / 256
+    rotated = rotate_units(coordinates, frequencies, dtype)
+    assert_close(rotated, cosines_and_sines(coordinates @ frequencies), bound)
 
 
-def test_an_angle_out_of_range_changes_no_other() -> None:
-    """The C library takes whole rows over: those beside them have the same bits as alone."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_angles_that_the_c_library_takes(dtype: torch.dtype) -> None:
     far = [2.0**33, -(2.0**36), 1e300, torch.inf, torch.nan]
-    coordinates = torch.tensor([[x, 1.0] for x in (0.3, *far, -7.0)], dtype=torch.float64)
-    frequencies = torch.tensor([[1.0, -0.5, 0.25], [0.7, 0.1, 0.0]], dtype=torch.float64)
-    rotated = rotate_units(coordinates, frequencies)
-    alone = torch.cat([rotate_units(row[None], frequencies) for row in coordinates])
-    assert torch.equal(rotated.isnan(), alone.isnan())
-    assert torch.equal(rotated.nan_to_num(9), alone.nan_to_num(9))
+    coordinates = torch.tensor([[x, 1.0] for x in (0.25, *far, -7.0)], dtype=torch.float64)
+    frequencies = torch.tensor([[1.0, -0.5, 0.25], [0.75, 0.125, 0.0]], dtype=torch.float64)
+    rotated = rotate_units(coordinates, frequencies, dtype)
     assert rotated[4:6].isnan().all()
-    angles = coordinates @ frequencies
-    exact = torch.stack((angles.cos(), angles.sin()), -1)
-    finite = [0, 1, 2, 3, 6]
-    assert_close(rotated[finite].double(), exact[finite], 1e-5)
+    finite = coordinates.isfinite().all(1)
+    assert_close(rotated[finite], cosines_and_sines(coordinates @ frequencies)[finite], 1e-7)
+    one_by_one = [rotate_units(row[None], frequencies, dtype) for row in coordinates]
+    assert torch.equal(rotated.nan_to_num(9), torch.cat(one_by_one).nan_to_num(9))
 
 
 # ----------------------------------------------------------------------------- ops of torch

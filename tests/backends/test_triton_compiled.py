@@ -16,8 +16,8 @@ import json, sys
 from benchmarks.kernels import BLOCK_LOOPS, CASES, launches, usages
 
 architecture, everything = sys.argv[1:]
-# For one GPU all kernels: those without options, and those of balls with a bias. The loops over
-# blocks, whose products and shared memory differ, with the widest heads and for other GPUs too.
+# All kernels for one GPU: those without options, and those of balls with a bias. For other GPUs,
+# and with the widest heads, only the loops over blocks, whose products and shared memory differ.
 plain, *others = CASES
 balls = next(x for x in others if x.balls)
 widest = next(x for x in others if x.width == 256 and x.dtype.itemsize == 4)

@@ -13,14 +13,14 @@ struct AnglesAs {
                                        aligned(sizeof(Number)), may_alias));
 };
 
-// The largest angle that reduce_to_quadrant takes with an error below rounding errors.
-template <typename Real>
-constexpr double kMaxAngle = std::is_same_v<Real, double> ? 8388608.0 : 17179869184.0;
+// The largest angle that reduce_to_quadrant takes, 2^34.
+constexpr double kMaxAngle = 17179869184.0;
 
-// Returns angle - n * pi / 2, at most pi / 4. The low bits of `quadrant` are those of n. Cody-Waite
-// reduction: the parts of pi / 2 have few bits, but for the last.
+// Returns angle - n * pi / 2, at most pi / 4 in magnitude. The low bits of `quadrant` are those of n.
+// Cody-Waite reduction: the first two parts of pi / 2 have 19 bits, so their products with n, of up to
+// 34 bits, are exact even where products are rounded before they are subtracted.
 VICINAL_INLINE inline Angles reduce_to_quadrant(Angles angle, Words<double>& quadrant) {
-  constexpr double kHalfPi[] = {1.570796325802803, 9.920935774287987e-10, 2.2517417741562176e-18};
+  constexpr double kHalfPi[] = {1.5707931518554688, 3.1749368645250797e-06, 2.563344151594519e-12};
   constexpr double kRound = Simd<double>::round_magic;
   const Angles shifted = angle * 0.63661977236758134308 + kRound;
   for (double part : kHalfPi) angle -= (shifted - kRound) * part;
@@ -89,14 +89,14 @@ class RotaryKernel {
   }
 
  private:
-  // Computes cosines_ and sines_ of coordinates[row] @ frequencies. The C library does if an angle
-  // may be too large for the reduction, or is NaN.
+  // Computes cosines_ and sines_ of coordinates[row] @ frequencies. The C library does where angles
+  // may be too large for the reduction, or a coordinate is NaN.
   void compute_angles(int64_t row) {
     const double* coordinates = p_.coordinates + row * p_.n_coordinates;
     double bound = 0;
     for (int64_t c = 0; c < p_.n_coordinates; ++c)
       bound += std::abs(coordinates[c]) * largest_frequencies_[c];
-    if (!(bound < kMaxAngle<Real>)) return compute_large_angles(coordinates);
+    if (!(bound < kMaxAngle)) return compute_large_angles(coordinates);
     Real* const angles = reinterpret_cast<Real*>(angles_.get());
     Word* const quadrants = reinterpret_cast<Word*>(quadrants_.get());
     for (int64_t i = 0; i < n_lanes_; i += n_lanes<double>) {
