@@ -116,7 +116,7 @@ bench-compare: .venv/ready
 
 # torch comes first: building the kernel needs its headers, and any other package that asks for
 # torch would fetch the build with CUDA.
-.venv/ready: pyproject.toml setup.py constraints.txt $(wildcard build_backend/*.py src/vicinal/backends/cpu/csrc/* src/vicinal/backends/cpu/csrc/kernels/*)
+.venv/ready: pyproject.toml setup.py constraints.txt $(wildcard build_backend/*.py src/vicinal/backends/cpu/csrc/* src/vicinal/backends/cpu/csrc/kernels/* src/vicinal/backends/cpu/csrc/kernels/attention/*)
 	@echo "Setting up .venv: a virtual environment with torch, the tools and vicinal itself"
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch setuptools

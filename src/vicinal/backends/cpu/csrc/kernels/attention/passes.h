@@ -12,72 +12,14 @@
 
 namespace vicinal::VICINAL_ISA {
 
-constexpr int kQueryBlock = 8;  // queries processed together, so that keys or values stay in L1
-
-// A packed tile buffer, for one group of heads: [slots, vectors_per_row]. Row 0 is padding, zero.
-template <typename L>
-class PackedTile {
-  using V = Vector<typename L::Real>;
-
- public:
-  explicit PackedTile(int64_t width) : vectors_per_row_(L::vectors_per_row(width)) {}
-
-  // Makes room for `n_slots` rows. Row 0 is zero, other rows are uninitialized.
-  void resize(int64_t n_slots) {
-    rows_.reserve(n_slots * vectors_per_row_);
-    std::fill_n(rows_.get(), vectors_per_row_, V{});
-  }
-  void resize_zeros(int64_t n_slots) {
-    rows_.reserve(n_slots * vectors_per_row_);
-    std::fill_n(rows_.get(), n_slots * vectors_per_row_, V{});
-  }
-
-  PackedRows<L> rows() { return {rows_.get(), vectors_per_row_}; }
-  V* row(int64_t slot) { return rows().row(slot); }
-
- private:
-  const int64_t vectors_per_row_;
-  Buffer<V> rows_;  // [slots, vectors_per_row]
-};
-
-// A block of at most kBlockKeys keys of a slot list, and their cells, needed with a bias.
-struct KeyBlock {
-  const int32_t* slots = nullptr;  // [count], and padding or the keys of the next block
-  const int32_t* cells = nullptr;  // [count], as `WindowCells` numbers them
-  int64_t count = 0;
-  int64_t n_own = 0;  // keys before those that also end the current block of the query's partner
-};
-
-// The state of one query, for one group of heads.
-template <typename L>
-struct QueryState {
-  using V = Vector<typename L::Real>;
-
-  void allocate(const AttentionParams& p) {
-    softmax.set_dropout(p.dropout);
-    key_vectors = L::vectors_per_row(p.q.width);
-    value_vectors = L::vectors_per_row(p.v.width);
-    for (Buffer<V>* channels : {&q, &grad_q}) channels->reserve(key_vectors);
-    for (Buffer<V>* channels : {&grad_out, &acc}) channels->reserve(value_vectors);
-  }
-
-  int64_t key_vectors = 0, value_vectors = 0;  // vectors per row of d and of dv channels
-  int tile_index = 0;                          // index within the tile
-  int64_t id = 0;                              // row of q
-  KeyBlock block;                              // the current block of keys
-  OnlineSoftmax<L> softmax;
-  Buffer<V> q, grad_q;  // [key_vectors]; q is times the scale, grad_q is not
-  Buffer<V> grad_out;   // [value_vectors]
-  Buffer<V> acc;        // [value_vectors], accumulator of the output; backward: the output
-};
-
 template <typename L>
 class AttentionKernel {
   using Real = typename L::Real;
   using V = Vector<Real>;
 
  public:
-  explicit AttentionKernel(const AttentionParams& params)
+  // `queries` are the tensors of queries that the pass reads or writes, to be prefetched.
+  AttentionKernel(const AttentionParams& params, std::array<const Rows*, 4> queries)
       : p_(params),
         background_(params.background),
         n_background_levels_(params.background.active ? params.windows.n_levels : 0),
@@ -86,6 +28,7 @@ class AttentionKernel {
         neighbors_(params.slices, params.tile_queries),
         empty_cells_(params.slices, params.windows, params.background, params.tile_queries),
         window_cells_(params.slices, params.windows, params.tile_queries),
+        prefetches_(params, neighbors_, queries),
         kv_buffers_{{PackedTile<L>(params.q.width), PackedTile<L>(params.v.width)},
                     {PackedTile<L>(params.q.width), PackedTile<L>(params.v.width)}},
         cell_keys_(params.q.width),
@@ -100,14 +43,13 @@ class AttentionKernel {
 
   void forward(int64_t tile) {
     load(tile);
-    prefetches_.queries = {&p_.q, &p_.out};
     for (int64_t head = 0; head < p_.n_heads; head += L::kHeads) {
       begin_heads(head);
       for (int first = 0; first < p_.tile_queries; first += kQueryBlock) {
-        begin_prefetches(first, head, {}, 3 * kQueryBlock);
+        prefetches_.begin(first, head, {}, 3 * kQueryBlock);
         forward_block(first, head);
-        finish_prefetches();
-        pack_points(slot_range(first, head + L::kHeads));
+        prefetches_.finish();
+        pack_points(prefetches_.slot_range(first, head + L::kHeads));
       }
     }
   }
@@ -116,7 +58,6 @@ class AttentionKernel {
   // chunk of the tile, with its own partial sums of the background's gradients.
   void backward(int64_t tile, int64_t chunk, BackwardSchedule::Ticket& ticket, bool last_of_chunk) {
     load(tile);
-    prefetches_.queries = {&p_.q, &p_.out, &p_.grad_out, &p_.grad_q};
     for (int64_t head = 0; head < p_.n_heads; head += L::kHeads) {
       begin_heads(head);
       grad_keys_.resize_zeros(neighbors_.n_slots);
@@ -124,10 +65,10 @@ class AttentionKernel {
       if (background_.active) grad_cell_keys_.resize_zeros(1 + n_background_cells_);
       if (p_.bias.active) grad_bias_.resize_zeros(1 + n_bias_cells_);
       for (int first = 0; first < p_.tile_queries; first += kQueryBlock) {
-        begin_prefetches(first, head, slot_range(first, head), 6 * kQueryBlock);
+        prefetches_.begin(first, head, prefetches_.slot_range(first, head), 6 * kQueryBlock);
         backward_block(first, head, chunk);
-        finish_prefetches();
-        pack_points(slot_range(first, head + L::kHeads));
+        prefetches_.finish();
+        pack_points(prefetches_.slot_range(first, head + L::kHeads));
       }
       ticket.wait(head);
       scatter_add_gradients(head, chunk);
@@ -136,22 +77,9 @@ class AttentionKernel {
   }
 
  private:
-  // The heads from `head` on of the points in slots [first, stop).
-  struct SlotRange {
-    int64_t head, first, stop;
-  };
-  // Divides the tile's slots evenly among its query blocks: the range of the block of queries from
-  // `first` on. Empty past the last head.
-  SlotRange slot_range(int first, int64_t head) const {
-    const int64_t n_blocks = (p_.tile_queries + kQueryBlock - 1) / kQueryBlock;
-    const int64_t block = first / kQueryBlock;
-    const int64_t points = head < p_.n_heads ? neighbors_.n_slots - 1 : 0;
-    return {head, 1 + block * points / n_blocks, 1 + (block + 1) * points / n_blocks};
-  }
-
   void load(int64_t tile) {
     neighbors_.load_points(tile, p_.query_mask);
-    prefetch_points({0, 1, neighbors_.n_slots});
+    prefetches_.make({0, 1, neighbors_.n_slots});
     neighbors_.write_lists();
     if (background_.active) empty_cells_.load(neighbors_);
     if (p_.bias.active) window_cells_.load(neighbors_);
@@ -160,7 +88,7 @@ class AttentionKernel {
       buffer.values.resize(neighbors_.n_slots);
     }
     pack_points({0, 1, neighbors_.n_slots});
-    prefetch_points(slot_range(0, L::kHeads));
+    prefetches_.make(prefetches_.slot_range(0, L::kHeads));
   }
 
   // Swaps the double buffer: the heads packed last become the current ones.
@@ -172,65 +100,6 @@ class AttentionKernel {
     bias_.resize(1 + n_bias_cells_);
     for (int64_t cell = 0; cell < n_bias_cells_; ++cell)
       pack_row<L>(p_.bias.bias, cell, head, 1, bias_.row(1 + cell));
-  }
-
-  // The prefetches that belong to a query block, for the block after it. They are made a few rows
-  // at a time, between the loops over keys: processors wait with, or drop, those beyond the number
-  // of cache misses that they can have at once.
-  struct Prefetches {
-    std::array<const Rows*, 4> queries{};  // tensors, null past the last
-    int64_t query = 0, stop = 0;           // indices of queries
-    int64_t head = 0;                      // of the queries
-    SlotRange points{}, grads{};           // of k and v; of their gradients, in this block
-    int64_t rows_per_step = 0;
-  };
-
-  // Begins with the prefetches for the query block after that from `first` on, which may be the
-  // first of the next heads. They are made in n_steps steps.
-  void begin_prefetches(int first, int64_t head, const SlotRange& grads, int64_t n_steps) {
-    first += kQueryBlock;
-    if (first >= p_.tile_queries) first = 0, head += L::kHeads;
-    Prefetches& p = prefetches_;
-    p.query = first;
-    p.stop = head < p_.n_heads ? std::min<int64_t>(first + kQueryBlock, p_.tile_queries) : first;
-    p.head = head;
-    p.points = slot_range(first, head + L::kHeads);
-    p.grads = grads;
-    const int64_t n_rows =
-        p.points.stop - p.points.first + p.grads.stop - p.grads.first + p.stop - p.query;
-    p.rows_per_step = (n_rows + n_steps - 1) / n_steps;
-  }
-  void finish_prefetches() {
-    while (prefetch_row()) {}
-  }
-  void prefetch_step() {
-    for (int64_t i = 0; i < prefetches_.rows_per_step; ++i) prefetch_row();
-  }
-
-  // Makes the prefetches for one point or query. Returns false if none is left.
-  bool prefetch_row() {
-    Prefetches& p = prefetches_;
-    if (p.points.first < p.points.stop) {
-      prefetch_point(p.points.first++, p.points.head, p_.k, p_.v);
-    } else if (p.grads.first < p.grads.stop) {
-      prefetch_point(p.grads.first++, p.grads.head, p_.grad_k, p_.grad_v);
-    } else if (p.query < p.stop) {
-      const int64_t id = neighbors_.query_ids[p.query++];
-      for (const Rows* rows : p.queries)
-        if (rows && id >= 0) prefetch<L>(*rows, id, p.head);
-    } else {
-      return false;
-    }
-    return true;
-  }
-  VICINAL_INLINE void prefetch_point(int64_t slot, int64_t head, const Rows& keys,
-                                     const Rows& values) {
-    prefetch<L>(keys, neighbors_.point_ids[slot], head);
-    prefetch<L>(values, neighbors_.point_ids[slot], head);
-  }
-  VICINAL_INLINE void prefetch_points(const SlotRange& range) {
-    for (int64_t slot = range.first; slot < range.stop; ++slot)
-      prefetch_point(slot, range.head, p_.k, p_.v);
   }
 
   // Packs keys and values into the next buffer.
@@ -271,18 +140,6 @@ class AttentionKernel {
     }
   }
 
-  // The block of a list that ends `blocks` full blocks before its end, so that lists with a common
-  // end have common blocks. Only the first block of a list may have fewer keys than kBlockKeys.
-  static KeyBlock block_from_end(const SlotList& list, const int32_t* cells, int64_t blocks) {
-    static_assert(kListPadding % kKeyUnroll<L> == 0 && kBlockKeys % kKeyUnroll<L> == 0);
-    const int64_t stop = std::max<int64_t>(list.count - blocks * kBlockKeys, 0);
-    const int64_t begin = std::max<int64_t>(stop - kBlockKeys, 0);
-    return {list.slots + begin, cells + begin, stop - begin, stop - begin};
-  }
-  static int64_t count_blocks(const SlotList& list) {
-    return (list.count + kBlockKeys - 1) / kBlockKeys;
-  }
-
   // Calls body(x, y) for pairs of queries of the block from `first` on.
   template <typename Body>
   void for_pairs(int first, const Body& body) {
@@ -303,28 +160,20 @@ class AttentionKernel {
       for_queries(first, [&](auto& x) {
         const SlotList list = neighbors_.list(x.tile_index);
         const int32_t* cells = p_.bias.active ? window_cells_.list(x.tile_index) : list.slots;
-        x.block = block_from_end(list, cells, block);
+        x.block = block_from_end<L>(list, cells, block);
       });
-      for_pairs(first, [&](auto& x, auto& y) { find_shared(x, y, block); });
+      for_pairs(first, [&](auto& x, auto& y) {
+        share_keys<L>(x.block, y.block, neighbors_.shared_count(y.tile_index) - block * kBlockKeys);
+      });
       stages();
     }
-  }
-
-  // Finds the keys at the end of the current blocks of both queries.
-  void find_shared(QueryState<L>& x, QueryState<L>& y, int64_t block) {
-    const int64_t most = std::min(x.block.count, y.block.count);
-    if (most == 0) return;
-    int64_t n_shared = neighbors_.shared_count(y.tile_index) - block * kBlockKeys;
-    n_shared = n_shared < kKeyUnroll<L> ? 0 : std::min(n_shared, most);
-    x.block.n_own = x.block.count - n_shared;
-    y.block.n_own = y.block.count - n_shared;
   }
 
   // Calls stage(query) for each query that has a current block of keys.
   template <typename Stage>
   void for_blocks(int first, const Stage& stage) {
     for_queries(first, [&](auto& x) {
-      prefetch_step();
+      prefetches_.step();
       if (x.block.count > 0) stage(x);
     });
   }
@@ -346,7 +195,7 @@ class AttentionKernel {
   template <typename Product>
   void for_keys(int first, const Product& product) {
     for_queries(first, [&](auto& x) {
-      prefetch_step();
+      prefetches_.step();
       for_own_keys(x, product);
     });
     for_pairs(first, [&](auto& x, auto& y) {
@@ -546,7 +395,7 @@ class AttentionKernel {
   void for_cell_blocks(QueryState<L>& x, int64_t level, const Body& body) {
     const SlotList cells = empty_cells_.list(x.tile_index, level);
     for (int64_t block = count_blocks(cells) - 1; block >= 0; --block) {
-      x.block = block_from_end(cells, cells.slots, block);
+      x.block = block_from_end<L>(cells, cells.slots, block);
       body();
     }
   }
@@ -558,11 +407,11 @@ class AttentionKernel {
   TileNeighbors neighbors_;
   EmptyCells empty_cells_;
   WindowCells window_cells_;
+  TilePrefetches<L> prefetches_;
   struct KeyValueBuffer {
     PackedTile<L> keys, values;  // [n_slots, key_vectors], [n_slots, value_vectors]
   };
   KeyValueBuffer kv_buffers_[2];
-  Prefetches prefetches_;
   KeyValueBuffer *current_kv_ = kv_buffers_, *next_kv_ = kv_buffers_ + 1;
   PackedTile<L> cell_keys_;       // [1 + K, key_vectors]
   PackedTile<L> grad_keys_;       // [n_slots, key_vectors]
@@ -575,14 +424,14 @@ class AttentionKernel {
 
 template <typename L>
 void attention_forward_with(const AttentionParams& params, WorkQueue& queue) {
-  AttentionKernel<L> kernel(params);
+  AttentionKernel<L> kernel(params, {&params.q, &params.out});
   for (int64_t chunk = queue.take(); chunk < queue.n_chunks; chunk = queue.take())
     for (int64_t tile = queue.begin(chunk); tile < queue.end(chunk); ++tile) kernel.forward(tile);
 }
 
 template <typename L>
 void attention_backward_with(const AttentionParams& params, BackwardSchedule& schedule) {
-  AttentionKernel<L> kernel(params);
+  AttentionKernel<L> kernel(params, {&params.q, &params.out, &params.grad_out, &params.grad_q});
   for (int64_t i = schedule.take(); i < schedule.n_chunks; i = schedule.take()) {
     const int64_t chunk = schedule.chunk_of(i);
     BackwardSchedule::Ticket ticket(schedule, i);
