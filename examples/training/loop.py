@@ -62,6 +62,7 @@ class Config:
         learning_rate: the maximum, reached by linear warm-up and followed by cosine decay to 0.
         warm_up: fraction of the steps with linear warm-up.
         weight_decay: of matrices; biases, norms and frequencies have no weight decay.
+        betas: decay rates of AdamW's running means of gradients and of their squares.
         max_gradient: the gradient is clipped to this norm.
         precision: ``"full"``, the precision of the parameters, or ``"bfloat16"`` or ``"float16"``
             for mixed precision (autocast).
@@ -73,6 +74,7 @@ class Config:
     learning_rate: float = 2e-3
     warm_up: float = 0.1
     weight_decay: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
     max_gradient: float = 1.0
     precision: str = "full"
 
@@ -196,10 +198,10 @@ class _Run:
         self, model: nn.Module, config: Config, folder: Path, metadata: dict[str, str]
     ) -> None:
         self.model, self.config, self.folder, self.metadata = model, config, folder, metadata
-        parameters = list(model.parameters())
-        self.device, self.dtype = parameters[0].device, parameters[0].dtype
-        matrices = [p for p in parameters if p.ndim == 2]
-        others = [p for p in parameters if p.ndim != 2]
+        self.parameters = list(model.parameters())
+        self.device, self.dtype = self.parameters[0].device, self.parameters[0].dtype
+        matrices = [p for p in self.parameters if p.ndim == 2]
+        others = [p for p in self.parameters if p.ndim != 2]
         groups: list[dict[str, Any]] = [
             {"params": matrices},
             {"params": others, "weight_decay": 0.0},
@@ -207,6 +209,7 @@ class _Run:
         self.optimizer = torch.optim.AdamW(
             groups,
             weight_decay=config.weight_decay,
+            betas=config.betas,
             fused=True,
         )
         self.autocast = PRECISIONS[config.precision]
@@ -254,7 +257,7 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, step)
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_gradient)
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.max_gradient)
         # With a scaler, a gradient that is not finite means that the scale is too large.
         if not norm.isfinite() and not self.scaler.is_enabled():
             raise self._diverged(step, "a gradient is not finite", losses)

@@ -7,7 +7,7 @@ and in the pyramid's order of axes.
 import functools
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -428,17 +428,19 @@ def _iou_and_coverage(a: Any, b: Any, period: Period | None) -> tuple[Tensor, Te
     b_low, b_high = -b_size / 2, b_size / 2
     enclosing = torch.maximum(a_high, b_high) - torch.minimum(a_low, b_low)
     shared = (torch.minimum(a_high, b_high) - torch.maximum(a_low, b_low)).clamp(min=0)
-    one = torch.ones((), dtype=a.dtype, device=a.device)
+    lengths = shared, a_high - a_low, b_high - b_low
     intersection, a_volume, b_volume = (
-        functools.reduce(operator.mul, _safe_ratio(length, enclosing, one).unbind(-1))
-        for length in (shared, a_high - a_low, b_high - b_low)
+        functools.reduce(operator.mul, ratio.unbind(-1))
+        for ratio in _safe_ratios(lengths, enclosing, 1)
     )
     # In this order rounding never makes the union smaller than the intersection.
     union = (a_volume - intersection) + b_volume
-    return _safe_ratio(intersection, union, torch.zeros_like(one)), union
+    (ratio,) = _safe_ratios([intersection], union, 0)
+    return ratio, union
 
 
-def _safe_ratio(part: Tensor, whole: Tensor, fallback: Tensor) -> Tensor:
-    """``part / whole``, or ``fallback`` with zero gradient where ``whole`` is about zero."""
+def _safe_ratios(parts: Iterable[Tensor], whole: Tensor, fallback: float) -> Iterator[Tensor]:
+    """Each part over ``whole``, or ``fallback`` with zero gradient where that is about zero."""
     is_valid = whole > torch.finfo(whole.dtype).tiny
-    return torch.where(is_valid, part / torch.where(is_valid, whole, 1), fallback)
+    divisor = torch.where(is_valid, whole, 1)
+    return (torch.where(is_valid, part / divisor, fallback) for part in parts)
