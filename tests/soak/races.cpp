@@ -108,7 +108,11 @@ class Problem {
     p.grad_q = result.grad_q.rows();
     p.grad_k = result.grad_k.rows(), p.grad_v = result.grad_v.rows();
     p.heads_written = heads_written.data();
-    BackwardSchedule schedule(p.slices, p.tile_queries, 1, n_threads);
+    BackwardSchedule schedule(p.slices, p.tile_queries, 1);
+    if (n_threads > 1) {
+      on_threads(n_threads, [&] { schedule.list_groups(); });
+      schedule.find_predecessors();
+    }
     on_threads(n_threads, [&] { baseline::attention_backward(p, schedule); });
     return result;
   }

@@ -72,8 +72,7 @@ class AttentionArguments {
   // of threads, because the order of summation depends on it.
   BackwardSchedule schedule(int64_t max_chunks) const {
     const int64_t tiles_per_chunk = std::max<int64_t>(1, (n_tiles() + max_chunks - 1) / max_chunks);
-    return BackwardSchedule(params.slices, params.tile_queries, tiles_per_chunk,
-                            torch::stable::get_num_threads());
+    return BackwardSchedule(params.slices, params.tile_queries, tiles_per_chunk);
   }
 
   AttentionParams params;

@@ -130,6 +130,10 @@ std::tuple<Tensors, Tensor> run_backward(AttentionArguments& arguments) {
     bias_parts = new_parts(arguments.bias, schedule.n_chunks);
     bias.grad_parts = cell_rows(bias_parts);
   }
+  if (torch::stable::get_num_threads() > 1) {
+    run_on_threads(schedule.n_chunks, [&] { schedule.list_groups(); });
+    schedule.find_predecessors();
+  }
   run_on_threads(schedule.n_chunks,
                  [&] { kernels().attention_backward(arguments.params, schedule); });
   for (size_t i = 0; i < parts.size(); ++i)

@@ -41,15 +41,42 @@ class WorkQueue {
 // number of threads. Adjacent chunks share points, so consecutive tickets map to distant chunks.
 class BackwardSchedule {
  public:
-  BackwardSchedule(const NeighborSlices& slices, int64_t tile_queries, int64_t tiles_per_chunk,
-                   int64_t n_threads)
+  // `slices` must outlive the schedule. With several threads, list_groups() and find_predecessors()
+  // come before the first ticket.
+  BackwardSchedule(const NeighborSlices& slices, int64_t tile_queries, int64_t tiles_per_chunk)
       : n_tiles((slices.n_queries + tile_queries - 1) / tile_queries),
         tiles_per_chunk(tiles_per_chunk),
         n_chunks((n_tiles + tiles_per_chunk - 1) / tiles_per_chunk),
+        slices_(slices),
+        queries_per_chunk_(tile_queries * tiles_per_chunk),
         stride_(coprime_stride(n_chunks)),
+        runs_(n_chunks),
         predecessors_(n_chunks),
-        finished_heads_(n_chunks, 0) {
-    if (n_threads > 1) find_predecessors(slices, tile_queries * tiles_per_chunk);
+        finished_heads_(n_chunks, 0) {}
+
+  // Lists the groups of positions that each chunk accesses. Every thread calls it.
+  void list_groups() {
+    std::vector<int32_t> last_ticket(n_groups(), -1);  // by group, the latest that listed it
+    for (int64_t ticket = take(); ticket < n_chunks; ticket = take()) {
+      const int64_t begin = chunk_of(ticket) * queries_per_chunk_;
+      const int64_t end = std::min(begin + queries_per_chunk_, slices_.n_queries);
+      for (int64_t i = begin; i < end; ++i) add_query(slices_.traversal[i], ticket, last_ticket);
+    }
+  }
+
+  // Finds the predecessors of each chunk. One thread calls it, when all have listed groups.
+  void find_predecessors() {
+    std::vector<int32_t> last_ticket(n_groups(), -1);   // by group, the latest that accesses it
+    std::vector<int32_t> last_successor(n_chunks, -1);  // the latest ticket that waits for each
+    for (int64_t ticket = 0; ticket < n_chunks; ++ticket)
+      for (const GroupRun& run : runs_[ticket])
+        for (int32_t group = run.first; group < run.stop; ++group) {
+          const int32_t predecessor = std::exchange(last_ticket[group], ticket);
+          if (predecessor >= 0 && std::exchange(last_successor[predecessor], ticket) != ticket)
+            predecessors_[ticket].push_back(predecessor);
+        }
+    runs_ = {};  // free the memory: only this function needs it
+    next_ = 0;
   }
 
   // Returns n_chunks or more when no ticket is left.
@@ -91,6 +118,9 @@ class BackwardSchedule {
   // Dependencies are tracked per group of this many positions of the sorted order. Coarse groups
   // only add waits.
   static constexpr int64_t kPositionsPerGroup = 8;
+  struct GroupRun {
+    int32_t first, stop;
+  };
 
   // The golden section of the number of chunks (0.382), which spreads consecutive tickets evenly.
   static int64_t coprime_stride(int64_t n_chunks) {
@@ -99,42 +129,31 @@ class BackwardSchedule {
     return stride;
   }
 
-  void find_predecessors(const NeighborSlices& slices, int64_t queries_per_chunk) {
-    last_ticket_.assign(slices.n_points / kPositionsPerGroup + 1, -1);
-    last_successor_.assign(n_chunks, -1);
-    for (int64_t ticket = 0; ticket < n_chunks; ++ticket) {
-      const int64_t begin = chunk_of(ticket) * queries_per_chunk;
-      const int64_t end = std::min(begin + queries_per_chunk, slices.n_queries);
-      for (int64_t i = begin; i < end; ++i) add_query(slices, slices.traversal[i], ticket);
-    }
-    last_ticket_ = {}, last_successor_ = {};  // free the memory: only this function needs it
-  }
+  int64_t n_groups() const { return slices_.n_points / kPositionsPerGroup + 1; }
 
-  void add_query(const NeighborSlices& slices, int64_t query, int32_t ticket) {
-    if (query < 0 || query >= slices.n_queries) return;
-    for (int64_t slice = 0; slice < slices.n_slices; ++slice) {
-      const int64_t index = query * slices.n_slices + slice;
-      const int64_t start = slices.start(index), stop = slices.stop(index);
-      if (start < stop)
-        add_groups(start / kPositionsPerGroup, (stop - 1) / kPositionsPerGroup, ticket);
+  void add_query(int64_t query, int32_t ticket, std::vector<int32_t>& last_ticket) {
+    if (query < 0 || query >= slices_.n_queries) return;
+    for (int64_t slice = 0; slice < slices_.n_slices; ++slice) {
+      const int64_t index = query * slices_.n_slices + slice;
+      const int64_t start = slices_.start(index), stop = slices_.stop(index);
+      if (start >= stop) continue;
+      const int32_t last = (stop - 1) / kPositionsPerGroup;
+      for (int32_t group = start / kPositionsPerGroup; group <= last; ++group)
+        if (std::exchange(last_ticket[group], ticket) != ticket) add_group(runs_[ticket], group);
     }
   }
 
-  void add_groups(int64_t first, int64_t last, int32_t ticket) {
-    for (int64_t group = first; group <= last; ++group) {
-      const int32_t predecessor = std::exchange(last_ticket_[group], ticket);
-      if (predecessor < 0 || predecessor == ticket) continue;
-      if (std::exchange(last_successor_[predecessor], ticket) == ticket) continue;
-      predecessors_[ticket].push_back(predecessor);
-    }
+  static void add_group(std::vector<GroupRun>& runs, int32_t group) {
+    if (!runs.empty() && runs.back().stop == group) ++runs.back().stop;
+    else runs.push_back({group, group + 1});
   }
 
-  const int64_t stride_;
+  const NeighborSlices& slices_;
+  const int64_t queries_per_chunk_, stride_;
   int64_t next_ = 0;
+  std::vector<std::vector<GroupRun>> runs_;         // [n_chunks], by ticket, until predecessors
   std::vector<std::vector<int32_t>> predecessors_;  // [n_chunks], tickets by ticket
   std::vector<int32_t> finished_heads_;             // [n_chunks], by ticket
-  std::vector<int32_t> last_ticket_;     // [groups], latest ticket that accesses each group
-  std::vector<int32_t> last_successor_;  // [n_chunks], latest ticket that waits for each ticket
 };
 
 }  // namespace vicinal
