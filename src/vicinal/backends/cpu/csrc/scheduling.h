@@ -56,11 +56,15 @@ class BackwardSchedule {
 
   // Lists the groups of positions that each chunk accesses. Every thread calls it.
   void list_groups() {
-    std::vector<int32_t> last_ticket(n_groups(), -1);  // by group, the latest that listed it
-    for (int64_t ticket = take(); ticket < n_chunks; ticket = take()) {
+    int64_t ticket = take();
+    if (ticket >= n_chunks) return;
+    GroupList list{{}, std::vector<int32_t>(n_groups(), -1)};
+    for (; ticket < n_chunks; ticket = take()) {
       const int64_t begin = chunk_of(ticket) * queries_per_chunk_;
       const int64_t end = std::min(begin + queries_per_chunk_, slices_.n_queries);
-      for (int64_t i = begin; i < end; ++i) add_query(slices_.traversal[i], ticket, last_ticket);
+      list.runs.clear();
+      for (int64_t i = begin; i < end; ++i) add_query(slices_.traversal[i], ticket, list);
+      runs_[ticket].assign(list.runs.begin(), list.runs.end());
     }
   }
 
@@ -75,7 +79,7 @@ class BackwardSchedule {
           if (predecessor >= 0 && std::exchange(last_successor[predecessor], ticket) != ticket)
             predecessors_[ticket].push_back(predecessor);
         }
-    runs_ = {};  // free the memory: only this function needs it
+    std::vector<std::vector<GroupRun>>().swap(runs_);  // frees the memory
     next_ = 0;
   }
 
@@ -121,6 +125,11 @@ class BackwardSchedule {
   struct GroupRun {
     int32_t first, stop;
   };
+  // Of one thread, since lists of several threads would share cache lines.
+  struct GroupList {
+    std::vector<GroupRun> runs;        // of the current ticket
+    std::vector<int32_t> last_ticket;  // by group, the latest that listed it
+  };
 
   // The golden section of the number of chunks (0.382), which spreads consecutive tickets evenly.
   static int64_t coprime_stride(int64_t n_chunks) {
@@ -131,7 +140,7 @@ class BackwardSchedule {
 
   int64_t n_groups() const { return slices_.n_points / kPositionsPerGroup + 1; }
 
-  void add_query(int64_t query, int32_t ticket, std::vector<int32_t>& last_ticket) {
+  void add_query(int64_t query, int32_t ticket, GroupList& list) const {
     if (query < 0 || query >= slices_.n_queries) return;
     for (int64_t slice = 0; slice < slices_.n_slices; ++slice) {
       const int64_t index = query * slices_.n_slices + slice;
@@ -139,7 +148,7 @@ class BackwardSchedule {
       if (start >= stop) continue;
       const int32_t last = (stop - 1) / kPositionsPerGroup;
       for (int32_t group = start / kPositionsPerGroup; group <= last; ++group)
-        if (std::exchange(last_ticket[group], ticket) != ticket) add_group(runs_[ticket], group);
+        if (std::exchange(list.last_ticket[group], ticket) != ticket) add_group(list.runs, group);
     }
   }
 

@@ -79,7 +79,7 @@ class AttentionKernel {
  private:
   void load(int64_t tile) {
     neighbors_.load_points(tile, p_.query_mask);
-    prefetches_.make({0, 1, neighbors_.n_slots});
+    prefetches_.prefetch_points({0, 1, neighbors_.n_slots});
     neighbors_.write_lists();
     if (background_.active) empty_cells_.load(neighbors_);
     if (p_.bias.active) window_cells_.load(neighbors_);
@@ -88,7 +88,7 @@ class AttentionKernel {
       buffer.values.resize(neighbors_.n_slots);
     }
     pack_points({0, 1, neighbors_.n_slots});
-    prefetches_.make(prefetches_.slot_range(0, L::kHeads));
+    prefetches_.prefetch_points(prefetches_.slot_range(0, L::kHeads));
   }
 
   // Swaps the double buffer: the heads packed last become the current ones.

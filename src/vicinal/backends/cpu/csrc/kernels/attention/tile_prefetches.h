@@ -15,13 +15,13 @@ struct SlotRange {
 template <typename L>
 class TilePrefetches {
  public:
-  // `queries` are the tensors of queries that the tile reads or writes.
+  // `queries` are the tensors of queries that the pass reads or writes.
   TilePrefetches(const AttentionParams& params, const TileNeighbors& neighbors,
                  std::array<const Rows*, 4> queries)
       : p_(params), neighbors_(neighbors), queries_(queries) {}
 
-  // Divides the tile's slots evenly among its query blocks: the range of the block of queries from
-  // `first` on. Empty past the last head.
+  // Divides the tile's slots evenly among its query blocks, also for packing: the range of the block
+  // of queries from `first` on. Empty past the last head.
   SlotRange slot_range(int first, int64_t head) const {
     const int64_t n_blocks = (p_.tile_queries + kQueryBlock - 1) / kQueryBlock;
     const int64_t block = first / kQueryBlock;
@@ -29,8 +29,8 @@ class TilePrefetches {
     return {head, 1 + block * points / n_blocks, 1 + (block + 1) * points / n_blocks};
   }
 
-  // Makes those for keys and values at once.
-  VICINAL_INLINE void make(const SlotRange& range) {
+  // Prefetches the keys and values of a range now, not in steps.
+  VICINAL_INLINE void prefetch_points(const SlotRange& range) {
     for (int64_t slot = range.first; slot < range.stop; ++slot)
       prefetch_point(slot, range.head, p_.k, p_.v);
   }
