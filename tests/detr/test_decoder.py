@@ -29,7 +29,9 @@ from vicinal.detr import (
     ObjectQueries,
     Predictions,
     QuerySelfAttention,
+    apply_deltas,
 )
+from vicinal.detr.decoder import _with_gradient_of
 
 QUERIES, POINTS = (4, 0, 6), (30, 12, 0)
 
@@ -117,20 +119,52 @@ def test_causal_windows_end_with_the_own_cells_of_the_queries() -> None:
         assert_close(ours.boxes, theirs.boxes, 1e-9)
 
 
-def test_gradients_pass_between_layers_through_embeddings_and_not_through_boxes() -> None:
-    decoder = perturbed(make_decoder(2))
+@pytest.mark.parametrize("twice", [True, False])
+def test_gradients_of_boxes_reach_the_head_before_alone(twice: bool) -> None:
+    decoder = perturbed(make_decoder(3))
+    decoder.look_forward_twice = twice
     predictions, given = decoder(make_queries(QUERIES), make_pyramid(POINTS))
-    assert not given[1].boxes.requires_grad
-    last = predictions[1].boxes.sum() + predictions[1].logits.sum()
-    first_head: Any = decoder.heads[0]
+    assert not any(queries.boxes.requires_grad for queries in given[1:])
+    last = predictions[2].boxes.sum() + predictions[2].logits.sum()
+    for index, head in enumerate(decoder.heads):
+        box: Any = head.box
+        grads = torch.autograd.grad(
+            last, list(box.parameters()), retain_graph=True, allow_unused=True
+        )
+        reached = index == 2 or (twice and index == 1)
+        assert all((grad is not None and bool(grad.any())) == reached for grad in grads)
     first_layer: Any = decoder.layers[0]
-    through_boxes = torch.autograd.grad(
-        last, list(first_head.parameters()), retain_graph=True, allow_unused=True
-    )
-    assert all(grad is None for grad in through_boxes)
     for grad in torch.autograd.grad(last, list(first_layer.parameters())):
         assert grad.isfinite().all()
         assert grad.any()
+
+
+def test_looking_forward_twice_changes_no_bit_of_the_predictions() -> None:
+    decoder = perturbed(make_decoder(3))
+    queries, pyramid = make_queries(QUERIES), make_pyramid(POINTS)
+    twice, _ = decoder(queries, pyramid)
+    decoder.look_forward_twice = False
+    for ours, theirs in zip(twice, decoder(queries, pyramid)[0], strict=True):
+        assert torch.equal(ours.boxes, theirs.boxes)
+        assert torch.equal(ours.logits, theirs.logits)
+
+
+@pytest.mark.parametrize("turns", [0.0, 40.0])
+def test_boxes_have_the_gradient_by_the_boxes_that_they_refine(turns: float) -> None:
+    """As if the head had got these with their gradient; wrapping them adds a constant."""
+    refined = make_queries((30,)).boxes.detach().requires_grad_()
+    deltas = torch.randn(30, 4, dtype=torch.float64, requires_grad=True)
+    shift = torch.tensor([turns, 0, 0, 0], dtype=torch.float64)
+    start = (refined + shift).detach()
+    boxes = _with_gradient_of(refined, start, apply_deltas(start, deltas))
+    expected = apply_deltas(refined + shift, deltas)
+    assert torch.equal(boxes, expected)
+    weights = torch.randn(30, 4, dtype=torch.float64)
+    ours, theirs = (
+        torch.autograd.grad((x * weights).sum(), (refined, deltas)) for x in (boxes, expected)
+    )
+    for grad, expected_grad in zip(ours, theirs, strict=True):
+        assert_close(grad, expected_grad, 1e-12)
 
 
 def test_checkpointing_gives_the_same_bits_and_stores_less() -> None:

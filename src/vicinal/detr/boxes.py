@@ -7,7 +7,7 @@ and in the pyramid's order of axes.
 import functools
 import math
 import operator
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -439,8 +439,8 @@ def _iou_and_coverage(a: Any, b: Any, period: Period | None) -> tuple[Tensor, Te
     return ratio, union
 
 
-def _safe_ratios(parts: Iterable[Tensor], whole: Tensor, fallback: float) -> Iterator[Tensor]:
+def _safe_ratios(parts: Sequence[Tensor], whole: Tensor, fallback: float) -> list[Tensor]:
     """Each part over ``whole``, or ``fallback`` with zero gradient where that is about zero."""
     is_valid = whole > torch.finfo(whole.dtype).tiny
     divisor = torch.where(is_valid, whole, 1)
-    return (torch.where(is_valid, part / divisor, fallback) for part in parts)
+    return [torch.where(is_valid, part / divisor, fallback) for part in parts]

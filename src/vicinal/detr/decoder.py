@@ -155,11 +155,14 @@ class Decoder(Module):
     """A stack of decoder layers with iterative box refinement.
 
     As in Deformable DETR (Zhu et al., "Deformable DETR", 2021), each layer's head refines the
-    boxes, the next layer attends around the refined boxes, and no gradient flows through the boxes
-    from one layer to the next. Windows follow the centers of the boxes, so each layer makes a plan
-    of its own. An embedding of the size of its box is added to each query before every layer. Along
-    periodic axes of the map, centers are wrapped into it before every layer, so boxes may pass the
-    seam; the self-attention measures distances within the map, not around the axis.
+    boxes, and the next layer attends around the refined boxes, without gradient. The gradient of a
+    layer's predicted boxes reaches the head before, whose boxes it refined, and no further: "look
+    forward twice" (Zhang et al., "DINO", 2022).
+
+    Windows follow the centers of the boxes, so each layer makes a plan of its own. An embedding of
+    the size of its box is added to each query before every layer. Along periodic axes of the map,
+    centers are wrapped into it before every layer, so boxes may pass the seam; the self-attention
+    measures distances within the map, not around the axis.
 
     Args:
         layers: at least one `DecoderLayer`.
@@ -168,6 +171,8 @@ class Decoder(Module):
         position_dim: number of spatial dimensions, P; default 2.
         checkpoint: recompute activations in the backward pass instead of storing them; default
             False.
+        look_forward_twice: the gradient of predicted boxes reaches the head of the layer before as
+            well; default True. The predictions are the same.
 
     Raises:
         ValueError: ``layers`` is empty or has no modules, or a size is below 1.
@@ -207,6 +212,7 @@ class Decoder(Module):
         position_dim: int = 2,
         *,
         checkpoint: bool = False,
+        look_forward_twice: bool = True,
     ) -> None:
         super().__init__()
         layers = as_layers(layers)
@@ -222,7 +228,7 @@ class Decoder(Module):
         self.heads = nn.ModuleList(
             DetectionHead(embed_dim, n_classes, position_dim) for _ in layers
         )
-        self.checkpoint = checkpoint
+        self.checkpoint, self.look_forward_twice = checkpoint, look_forward_twice
 
     def forward(
         self, queries: ObjectQueries, pyramid: FeaturePyramid
@@ -249,6 +255,7 @@ class Decoder(Module):
             refuse("pyramid", f"{self.position_dim} spatial dimensions", repr(pyramid))
         check_boxes_on_map("queries.boxes", queries.boxes, pyramid)
         predictions, layer_queries = [], []
+        refined: Tensor | None = None  # the boxes of the layer before, with their gradient
         for layer, norm, head in zip(self.layers, self.norms, self.heads, strict=True):
             queries = _wrap_centers(queries, pyramid)
             # The rotary encoding covers positions only; the box's size enters by an embedding.
@@ -259,9 +266,24 @@ class Decoder(Module):
             plan = make_plan(queries, pyramid)
             embeddings = run_layer(layer, queries, pyramid, plan, checkpoint=self.checkpoint)
             logits, boxes = head(call_norm(norm, embeddings), queries.boxes)
-            predictions.append(Predictions(logits, boxes, queries.offsets))
+            predicted = boxes
+            if self.look_forward_twice and refined is not None and refined.requires_grad:
+                predicted = _with_gradient_of(refined, queries.boxes, boxes)
+            predictions.append(Predictions(logits, predicted, queries.offsets))
+            refined = boxes
             queries = queries._replace(embeddings=embeddings, boxes=boxes.detach())
         return predictions, layer_queries
+
+
+def _with_gradient_of(refined: Tensor, start: Tensor, boxes: Tensor) -> Tensor:
+    """``boxes``, which a head made of ``start``, with the gradient that they would have by
+    ``refined`` if the head had got it: ``start`` has its values, but for whole turns, and no
+    gradient.
+    """
+    shift, growth = (refined - refined.detach()).chunk(2, -1)  # zeros, with the gradient
+    (center, size), (old_center, old_size) = boxes.chunk(2, -1), start.chunk(2, -1)
+    moved, ratio = (center - old_center) / old_size, size / old_size  # what the head predicted
+    return torch.cat((center + shift + moved * growth, size + ratio * growth), -1)
 
 
 def _wrap_centers(queries: ObjectQueries, pyramid: FeaturePyramid) -> ObjectQueries:
