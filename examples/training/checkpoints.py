@@ -85,7 +85,7 @@ def save_state(
     state: Mapping[str, Any],
     before_replacing: Callable[[], object] | None = None,
 ) -> None:
-    """Writes ``training_state.pt``: tensors, numbers, strings, and lists and dicts of them.
+    """Writes ``training_state.pt``: tensors, numbers, strings, and lists, tuples and dicts.
 
     Args:
         folder: for the file.

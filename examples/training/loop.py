@@ -317,7 +317,9 @@ class _Run:
     def resume(self) -> None:
         """Loads the checkpoint."""
         state = load_state(self.folder, self.device)
-        mine, saved = dataclasses.asdict(self.config), state["config"]
+        # A state from before a setting was added was trained with its default.
+        defaults = dataclasses.asdict(Config(steps=0, batch=0))
+        mine, saved = dataclasses.asdict(self.config), {**defaults, **state["config"]}
         differing = [f"{name} {saved.get(name)}" for name in mine if saved.get(name) != mine[name]]
         if differing:
             raise ConfigError(

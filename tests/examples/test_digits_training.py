@@ -173,6 +173,18 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path: Path) -> None:
     assert again.points_per_second == 0
 
 
+def test_resumes_a_run_from_before_a_setting_was_added(tmp_path: Path) -> None:
+    with pytest.raises(InterruptionError):
+        train(Counter(), signalling(1, signal.SIGINT), CONFIG, tmp_path)
+    state = load_state(tmp_path, CPU)
+    del state["config"]["betas"]
+    save_state(tmp_path, state)
+    other = dataclasses.replace(CONFIG, betas=(0.9, 0.98))
+    with pytest.raises(ConfigError, match=r"betas \(0.9, 0.999\)"):
+        train(Counter(), canvases(), other, tmp_path, resume=True)
+    assert run(tmp_path, resume=True).losses == run(tmp_path / "whole").losses
+
+
 @pytest.mark.parametrize("how", ["loss", "gradient", "error"])
 def test_a_run_that_diverges_keeps_its_last_good_checkpoint(tmp_path: Path, how: str) -> None:
     good = Counter()
