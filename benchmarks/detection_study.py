@@ -12,8 +12,9 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 from benchmarks.report import table
 from examples.canvas import load_digits
-from examples.detect_digits import TEST_CANVASES, TEST_SEED
+from examples.detect_digits import BETAS, TEST_CANVASES, TEST_SEED
 from examples.digits import model as demo
 from examples.digits.evaluation import average_precision
 from examples.digits.model import DigitDetector
@@ -50,11 +51,39 @@ class Variant:
         change: of the new model.
         constants: other values of constants of `examples.digits.model`, by name.
         batch: canvases of a step.
+        betas: of AdamW.
+        rate: returns the parameters with another learning rate, and its ratio to the others'.
     """
 
     change: Callable[[DigitDetector], None] = lambda model: None
     constants: dict[str, Any] = field(default_factory=dict)
     batch: int = 2
+    betas: tuple[float, float] = BETAS
+    rate: Callable[[DigitDetector], tuple[Iterable[nn.Parameter], float]] = lambda model: ((), 1.0)
+
+
+class TwoRateAdamW(torch.optim.AdamW):
+    """AdamW with another learning rate of some parameters, ``ratio`` times that of the others."""
+
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        ratio: float,
+        groups: Iterable[dict[str, Any]],
+        **options: Any,
+    ) -> None:
+        own = set(parameters)
+        parts = [
+            {**group, "params": [p for p in group["params"] if (p in own) == inside], "ratio": part}
+            for group in groups
+            for inside, part in ((True, ratio), (False, 1.0))
+        ]
+        super().__init__(parts, **options)
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:  # the loop sets the rate of all groups before every step
+            group["lr"] *= group["ratio"]
+        return super().step(closure)
 
 
 class Result(NamedTuple):
@@ -118,6 +147,27 @@ def at_centers(model: DigitDetector) -> None:
         layer.reference_points = None
 
 
+def with_activation(activation: type[nn.Module], model: DigitDetector) -> None:
+    """Replaces every GELU."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.GELU):
+                setattr(module, name, activation())
+
+
+def looking_forward_once(model: DigitDetector) -> None:
+    model.detector.decoder.look_forward_twice = False
+
+
+def slow_encoder(model: DigitDetector) -> tuple[Iterable[nn.Parameter], float]:
+    return (*model.stem.parameters(), *model.detector.encoder.parameters()), 0.5
+
+
+def slow_frequencies(model: DigitDetector) -> tuple[Iterable[nn.Parameter], float]:
+    """Deformable DETR trains its sampling offsets so."""
+    return (p for block in blocks(model) for p in block.pos_encoding.parameters()), 0.1
+
+
 VARIANTS: dict[str, Variant] = {
     "the demo": Variant(),
     "4 canvases a step": Variant(batch=4),
@@ -136,9 +186,14 @@ VARIANTS: dict[str, Variant] = {
     "deformable encoder": Variant(lambda model: replace(model, encoder=deformable)),
     "deformable": Variant(lambda model: replace(model, encoder=deformable, decoder=deformable)),
     "IoU as the target score": Variant(with_quality),
-    "2 encoder layers, 3 decoder layers": Variant(
-        constants={"ENCODER_LAYERS": 2, "DECODER_LAYERS": 3}
-    ),
+    "3 encoder layers": Variant(constants={"ENCODER_LAYERS": 3}),
+    "3 decoder layers": Variant(constants={"DECODER_LAYERS": 3}),
+    "AdamW with betas of 0.9 and 0.999": Variant(betas=(0.9, 0.999)),
+    "looking forward once": Variant(looking_forward_once),
+    "half the learning rate in stem and encoder": Variant(rate=slow_encoder),
+    "a tenth of the learning rate of rotary frequencies": Variant(rate=slow_frequencies),
+    "ReLU": Variant(partial(with_activation, nn.ReLU)),
+    "SiLU": Variant(partial(with_activation, nn.SiLU)),
 }
 
 
@@ -149,9 +204,13 @@ def run(variant: Variant, canvases: int, tests: int, seed: int) -> Result:
     with mock.patch.dict(vars(demo), variant.constants):
         model = DigitDetector()
     variant.change(model)
-    config = Config(canvases // variant.batch, variant.batch, seed)
+    config = Config(canvases // variant.batch, variant.batch, seed, betas=variant.betas)
+    optimizer = partial(TwoRateAdamW, *variant.rate(model))
     start = time.process_time()
-    with tempfile.TemporaryDirectory() as folder:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch.object(torch.optim, "AdamW", optimizer),
+    ):
         losses = train(
             model.train(), Scenes(for_training, seed).batch, config, Path(folder), save_every=10**9
         ).losses

@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from examples.digits.model import DigitDetector
 
 TEST_CANVASES, TEST_SEED = 100, 2**62  # test canvases are the same in all runs
+BETAS = 0.9, 0.98  # of AdamW: training is short, so squared gradients are averaged over 50 steps
 N_DRAWN = 4  # number of canvases in the picture
 SCORE_THRESHOLD = 0.35  # minimum score of detections that are drawn and listed
 MODULE = "examples.detect_digits"
@@ -122,7 +123,13 @@ def run(arguments: argparse.Namespace, device: torch.device) -> None:
 
 
 def _train(model: DigitDetector, digits: Digits, arguments: argparse.Namespace) -> History:
-    config = Config(arguments.steps, arguments.batch, arguments.seed, precision=arguments.precision)
+    config = Config(
+        arguments.steps,
+        arguments.batch,
+        arguments.seed,
+        betas=BETAS,
+        precision=arguments.precision,
+    )
     batches: Callable[[range], Batch] = Scenes(digits, arguments.seed).batch
     trained = model
     if arguments.space > 1:

@@ -7,14 +7,15 @@ import pytest
 import torch
 
 from benchmarks import detection_study
-from benchmarks.detection_study import VARIANTS, best_overlaps, run
+from benchmarks.detection_study import VARIANTS, TwoRateAdamW, best_overlaps, run
+from examples.digits.model import DigitDetector
 from examples.digits.scenes import Batch
 from vicinal.detr import Detections
 
 
 @pytest.mark.parametrize(
     ("name", "n_stages"),
-    [("values not rotated", 3), ("2 encoder layers, 3 decoder layers", 4)],
+    [("half the learning rate in stem and encoder", 3), ("3 decoder layers", 4)],
 )
 def test_a_variant_is_trained_and_tested(name: str, n_stages: int) -> None:
     result = run(VARIANTS[name], canvases=2, tests=1, seed=0)
@@ -22,6 +23,33 @@ def test_a_variant_is_trained_and_tested(name: str, n_stages: int) -> None:
     assert result.seconds > 0
     assert math.isfinite(result.loss)
     assert 0 <= result.ap <= result.ap50 <= 1
+
+
+def test_some_parameters_have_a_rate_of_their_own() -> None:
+    slow, fast, bias = (torch.nn.Parameter(torch.zeros(2)) for _ in range(3))
+    optimizer = TwoRateAdamW(
+        (x for x in (slow, bias)),
+        0.25,
+        [{"params": [slow, fast]}, {"params": [bias]}],
+        eps=0.0,
+        weight_decay=0.0,
+    )
+    for _ in range(2):  # as the loop does
+        for group in optimizer.param_groups:
+            group["lr"] = 0.1
+        for parameter in (slow, fast, bias):
+            parameter.grad = torch.ones(2)
+        optimizer.step()
+    for parameter, rate in ((slow, 0.025), (fast, 0.1), (bias, 0.025)):
+        torch.testing.assert_close(parameter.detach(), torch.full((2,), -2 * rate))
+
+
+def test_every_activation_is_replaced() -> None:
+    model = DigitDetector()
+    n_before = sum(isinstance(x, torch.nn.GELU) for x in model.modules())
+    VARIANTS["ReLU"].change(model)
+    assert not any(isinstance(x, torch.nn.GELU) for x in model.modules())
+    assert sum(isinstance(x, torch.nn.ReLU) for x in model.modules()) == n_before > 0
 
 
 def test_the_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
