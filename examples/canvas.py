@@ -49,17 +49,12 @@ def draw(digits: Digits, n_digits: int, size: int, generator: torch.Generator) -
     if n_digits > len(digits.images):
         raise ValueError(f"{n_digits} digits asked for, only {len(digits.images)} to draw from")
     chosen = torch.randperm(len(digits.images), generator=generator)[:n_digits]
+    strokes = [_cropped(image) for image in digits.images[chosen]]
+    extents = torch.tensor([piece.shape for piece in strokes]).view(-1, 2)
     ink = torch.zeros(size, size)
-    boxes = torch.empty(n_digits, 2, 2)  # the first corner of each digit, and one past its last
-    for number, image in enumerate(digits.images[chosen]):
-        strokes = _cropped(image)
-        extent = torch.tensor(strokes.shape)
-        corner = find_free_position(extent, boxes[:number], size, generator)
-        if corner is None:
-            raise ValueError(f"no free position on the canvas after {number} digits")
-        boxes[number] = torch.stack((corner, corner + extent))
-        (top, left), (bottom, right) = boxes[number].long().tolist()
-        ink[top:bottom, left:right] = strokes
+    for piece, box in zip(strokes, place_boxes(extents, size, generator), strict=True):
+        (top, left), (bottom, right) = box.long().tolist()
+        ink[top:bottom, left:right] = piece
     return ink
 
 
@@ -70,28 +65,39 @@ def _cropped(image: Tensor) -> Tensor:
     return image[top : bottom + 1, left : right + 1]
 
 
-def find_free_position(
-    extent: Tensor, boxes: Tensor, size: int, generator: torch.Generator
-) -> Tensor | None:
-    """Finds a random position for a box at a distance of at least `GAP` cells from other boxes.
+def place_boxes(extents: Tensor, size: int, generator: torch.Generator) -> Tensor:
+    """Places boxes at random, one after another, at least `GAP` cells from each other.
 
     Args:
-        extent: ``[2]``, the size of the box in cells.
-        boxes: ``[m, 2, 2]``, the lower and the upper (exclusive) corners of the other boxes.
+        extents: integer ``[m, 2]``, the sizes of the boxes in cells.
         size: width and height of the canvas.
         generator: of the random numbers.
 
     Returns:
-        ``[2]``, the lower corner of the box; None if no free position was found.
+        ``[m, 2, 2]``, the lower and the upper (exclusive) corner of each box.
+
+    Raises:
+        ValueError: no free position was found for a box.
     """
     # Plain numbers: one of the first tries mostly succeeds, and tensor ops are slow for so few.
-    taken, reach = boxes.tolist(), extent.tolist()
+    taken: list[list[list[float]]] = []
+    for extent, span in zip(extents.tolist(), (size - extents + 1).unbind(), strict=True):
+        corner = _find_free_corner(extent, span, taken, generator)
+        if corner is None:
+            raise ValueError(f"no free position on the canvas after {len(taken)} boxes")
+        taken.append([corner, [low + width for low, width in zip(corner, extent, strict=True)]])
+    return torch.tensor(taken).view(-1, 2, 2)
+
+
+def _find_free_corner(
+    extent: list[float], span: Tensor, taken: list[list[list[float]]], generator: torch.Generator
+) -> list[float] | None:
+    """The lower corner, below ``span``, of a box that is clear of those ``taken``."""
     for _ in range(TRIES // TRIES_AT_ONCE):
-        corners = torch.rand(TRIES_AT_ONCE, 2, generator=generator) * (size - extent + 1)
-        corners = corners.floor()
-        for row, corner in enumerate(corners.tolist()):
-            if all(_is_clear(corner, reach, box) for box in taken):
-                return corners[row]
+        corners = torch.rand(TRIES_AT_ONCE, 2, generator=generator) * span
+        for corner in corners.floor().tolist():
+            if all(_is_clear(corner, extent, box) for box in taken):
+                return list(corner)
     return None
 
 

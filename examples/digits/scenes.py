@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from examples.canvas import Digits, find_free_position
+from examples.canvas import Digits, place_boxes
 from examples.training.seeds import derive_seed
 
 SIZE = 512  # width and height of a canvas in cells
@@ -138,13 +138,7 @@ def compose(digits: Digits, generator: torch.Generator) -> Scene:
     chosen = digits.take(torch.randperm(len(digits.images), generator=generator)[:n_digits])
     pieces = (_enlarged(chosen.images, generator), _fragments(digits.images, generator))
     extents = torch.cat([piece.extents for piece in pieces])
-    corners = torch.stack((torch.zeros_like(extents), extents), 1).float()
-    for i, extent in enumerate(extents):
-        corner = find_free_position(extent, corners[:i], SIZE, generator)
-        if corner is None:
-            raise ValueError(f"no free position on the canvas after {i} pieces")
-        corners[i] += corner
-    first, last = corners[:, 0], corners[:, 1]
+    first, last = place_boxes(extents, SIZE, generator).unbind(1)
     number = torch.cat((pieces[0].number, pieces[1].number + len(chosen.labels)))
     cells = torch.cat([piece.cells for piece in pieces]) + first.long()[number]
     boxes = torch.cat(((first + last) / 2, last - first), 1)[: len(chosen.labels)]
