@@ -77,8 +77,10 @@ def place_boxes(extents: Tensor, size: int, generator: torch.Generator) -> Tenso
         ``[m, 2, 2]``, the lower and the upper (exclusive) corner of each box.
 
     Raises:
-        ValueError: no free position was found for a box.
+        ValueError: a box is larger than the canvas, or no free position was found for it.
     """
+    if bool((extents > size).any()):
+        raise ValueError(f"extents: expected at most {size} cells, got {int(extents.max())}")
     # Plain numbers: one of the first tries mostly succeeds, and tensor ops are slow for so few.
     taken: list[list[list[float]]] = []
     for extent, span in zip(extents.tolist(), (size - extents + 1).unbind(), strict=True):

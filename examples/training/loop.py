@@ -318,7 +318,8 @@ class _Run:
         """Loads the checkpoint."""
         state = load_state(self.folder, self.device)
         # A state from before a setting was added was trained with its default.
-        defaults = dataclasses.asdict(Config(steps=0, batch=0))
+        fields = dataclasses.fields(Config)
+        defaults = {x.name: x.default for x in fields if x.default is not dataclasses.MISSING}
         mine, saved = dataclasses.asdict(self.config), {**defaults, **state["config"]}
         differing = [f"{name} {saved.get(name)}" for name in mine if saved.get(name) != mine[name]]
         if differing:

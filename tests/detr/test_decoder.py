@@ -20,6 +20,7 @@ from detr_scenes import (
 )
 from problems import assert_close
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from vicinal import SparseNeighborhoodAttentionBlock, Window
 from vicinal.detr import (
@@ -137,6 +138,45 @@ def test_gradients_of_boxes_reach_the_head_before_alone(twice: bool) -> None:
     for grad in torch.autograd.grad(last, list(first_layer.parameters())):
         assert grad.isfinite().all()
         assert grad.any()
+
+
+def test_forward_mode_has_the_derivative_of_reverse_mode() -> None:
+    decoder = perturbed(make_decoder(2))
+    queries, pyramid = make_queries(QUERIES), make_pyramid(POINTS)
+    queries = queries._replace(embeddings=queries.embeddings.detach(), boxes=queries.boxes.detach())
+    name = "heads.0.box.4.weight"  # no compiled kernel comes after it
+    weight = decoder.get_parameter(name)
+
+    def boxes(value: Tensor) -> Tensor:
+        out = torch.func.functional_call(decoder, {name: value}, (queries, pyramid))
+        total: Tensor = out[0][1].boxes.square().sum()
+        return total
+
+    tangent = torch.randn_like(weight)
+    (grad,) = torch.autograd.grad(boxes(weight), weight)
+    ours: Tensor = torch.func.jvp(boxes, (weight.detach(),), (tangent,))[1]
+    assert ours != 0
+    assert_close(ours, (grad * tangent).sum(), 1e-9)
+    with torch.no_grad(), forward_ad.dual_level():
+        dual = boxes(forward_ad.make_dual(weight.detach(), tangent))
+        assert_close(forward_ad.unpack_dual(dual).tangent, ours, 1e-9)
+
+
+class Sigmoid(torch.nn.Module):
+    """A head that refines boxes in another way."""
+
+    def forward(self, embeddings: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
+        return embeddings[:, :CLASSES], 20 * (boxes + embeddings[:, :4]).sigmoid()
+
+
+def test_other_heads_get_no_gradient_from_the_layer_after() -> None:
+    decoder = perturbed(make_decoder(2))
+    decoder.heads[1] = Sigmoid()
+    predictions, _ = decoder(make_queries(QUERIES), make_pyramid(POINTS))
+    box: Any = decoder.heads[0].box
+    parameters = list(box.parameters())
+    grads = torch.autograd.grad(predictions[1].boxes.sum(), parameters, allow_unused=True)
+    assert all(grad is None for grad in grads)
 
 
 def test_looking_forward_twice_changes_no_bit_of_the_predictions() -> None:

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from examples.canvas import Digits
+from examples.canvas import GAP, Digits, place_boxes
 from examples.digits import scenes as module
 from examples.digits.scenes import (
     DIGIT_SIDES,
@@ -167,3 +167,21 @@ def test_a_full_canvas_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SIZE", 60)
     with pytest.raises(ValueError, match="canvas"):
         Scenes(strokes(), 0).scene(0)
+
+
+def test_boxes_lie_on_the_canvas_apart_from_each_other() -> None:
+    extents = torch.tensor([[40, 3], [1, 20], [7, 7], [9, 1], [64, 2]])
+    first, last = place_boxes(extents, 64, torch.Generator().manual_seed(0)).unbind(1)
+    assert torch.equal(last - first, extents.float())
+    assert first.min() >= 0
+    assert last.max() <= 64
+    for i in range(5):
+        for j in range(i):
+            assert ((first[i] >= last[j] + GAP) | (first[j] >= last[i] + GAP)).any()
+
+
+def test_boxes_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"^extents: expected at most 10 cells, got 11"):
+        place_boxes(torch.tensor([[11, 3]]), 10, torch.Generator())
+    with pytest.raises(ValueError, match=r"no free position on the canvas after 1 boxes"):
+        place_boxes(torch.tensor([[10, 10], [3, 3]]), 10, torch.Generator())

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .._utils.checks import check_counts, check_type, refuse
 from .._utils.modules import Module
+from ..backends.ops import has_tangent
 from ..nn.projections import call_norm
 from ..placement import QueryPlacement
 from ..pyramid import FeaturePyramid
@@ -157,7 +158,8 @@ class Decoder(Module):
     As in Deformable DETR (Zhu et al., "Deformable DETR", 2021), each layer's head refines the
     boxes, and the next layer attends around the refined boxes, without gradient. The gradient of a
     layer's predicted boxes reaches the head before, whose boxes it refined, and no further: "look
-    forward twice" (Zhang et al., "DINO", 2022).
+    forward twice" (Zhang et al., "DINO", 2022). Boxes that are given with a gradient get those of
+    the first two layers.
 
     Windows follow the centers of the boxes, so each layer makes a plan of its own. An embedding of
     the size of its box is added to each query before every layer. Along periodic axes of the map,
@@ -172,7 +174,9 @@ class Decoder(Module):
         checkpoint: recompute activations in the backward pass instead of storing them; default
             False.
         look_forward_twice: the gradient of predicted boxes reaches the head of the layer before as
-            well; default True. The predictions are the same.
+            well, where the heads are `DetectionHead`; default True. The predictions are the same.
+            The gradient by a size is as exact as centers, to their rounding over the size: boxes
+            should be in float32 at least.
 
     Raises:
         ValueError: ``layers`` is empty or has no modules, or a size is below 1.
@@ -267,17 +271,22 @@ class Decoder(Module):
             embeddings = run_layer(layer, queries, pyramid, plan, checkpoint=self.checkpoint)
             logits, boxes = head(call_norm(norm, embeddings), queries.boxes)
             predicted = boxes
-            if self.look_forward_twice and refined is not None and refined.requires_grad:
+            if refined is not None and self._looks_forward(head, refined):
                 predicted = _with_gradient_of(refined, queries.boxes, boxes)
             predictions.append(Predictions(logits, predicted, queries.offsets))
             refined = boxes
             queries = queries._replace(embeddings=embeddings, boxes=boxes.detach())
         return predictions, layer_queries
 
+    def _looks_forward(self, head: nn.Module, refined: Tensor) -> bool:
+        """Whether boxes of ``head`` get the gradient by ``refined``, if there may be one."""
+        differentiates = torch.is_grad_enabled() or has_tangent(refined)
+        return self.look_forward_twice and isinstance(head, DetectionHead) and differentiates
+
 
 def _with_gradient_of(refined: Tensor, start: Tensor, boxes: Tensor) -> Tensor:
-    """``boxes``, which a head made of ``start``, with the gradient that they would have by
-    ``refined`` if the head had got it: ``start`` has its values, but for whole turns, and no
+    """``boxes``, which `apply_deltas` made of ``start``, with the gradient that they would have by
+    ``refined`` if that had been given: ``start`` has its values, but for whole turns, and no
     gradient.
     """
     shift, growth = (refined - refined.detach()).chunk(2, -1)  # zeros, with the gradient
