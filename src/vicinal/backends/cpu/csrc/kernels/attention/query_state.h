@@ -2,6 +2,8 @@
 
 namespace vicinal::VICINAL_ISA {
 
+constexpr int kQueryBlock = 8;  // queries processed together, so that keys or values stay in L1
+
 // A block of at most kBlockKeys keys of a slot list, and their cells, needed with a bias.
 struct KeyBlock {
   const int32_t* slots = nullptr;  // [count], and padding or the keys of the next block

@@ -2,8 +2,6 @@
 
 namespace vicinal::VICINAL_ISA {
 
-constexpr int kQueryBlock = 8;  // queries processed together, so that keys or values stay in L1
-
 // The heads from `head` on of the points in slots [first, stop).
 struct SlotRange {
   int64_t head, first, stop;
