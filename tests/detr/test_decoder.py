@@ -22,7 +22,7 @@ from problems import assert_close
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from vicinal import SparseNeighborhoodAttentionBlock, Window
+from vicinal import FeaturePyramid, SparseNeighborhoodAttentionBlock, Window
 from vicinal.detr import (
     Decoder,
     DecoderLayer,
@@ -30,9 +30,7 @@ from vicinal.detr import (
     ObjectQueries,
     Predictions,
     QuerySelfAttention,
-    apply_deltas,
 )
-from vicinal.detr.decoder import _with_gradient_of
 
 QUERIES, POINTS = (4, 0, 6), (30, 12, 0)
 
@@ -169,14 +167,39 @@ class Sigmoid(torch.nn.Module):
         return embeddings[:, :CLASSES], 20 * (boxes + embeddings[:, :4]).sigmoid()
 
 
-def test_other_heads_get_no_gradient_from_the_layer_after() -> None:
-    decoder = perturbed(make_decoder(2))
-    decoder.heads[1] = Sigmoid()
-    predictions, _ = decoder(make_queries(QUERIES), make_pyramid(POINTS))
-    box: Any = decoder.heads[0].box
-    parameters = list(box.parameters())
-    grads = torch.autograd.grad(predictions[1].boxes.sum(), parameters, allow_unused=True)
-    assert all(grad is None for grad in grads)
+@pytest.mark.parametrize("make_head", [None, Sigmoid])
+@pytest.mark.parametrize("periodic_axes", [(), (1,)])
+def test_gradients_are_as_if_a_head_had_got_boxes_with_their_gradient(
+    make_head: type[Sigmoid] | None, periodic_axes: tuple[int, ...]
+) -> None:
+    """The chain rule, one link after another, for any head; wrapping adds a constant."""
+    decoder = perturbed(make_decoder(3))
+    if make_head is not None:
+        decoder.heads[2] = make_head()
+    inputs: list[Tensor] = []
+    for head in decoder.heads:
+        head.register_forward_hook(lambda module, arguments, out: inputs.append(arguments[0]))
+    queries, flat = make_queries(QUERIES), make_pyramid(POINTS)
+    pyramid = FeaturePyramid(
+        flat.values, flat.coordinates, flat.level_shapes, len(POINTS), periodic_axes=periodic_axes
+    )
+    turned = queries.boxes + torch.tensor([0.0, 40.0 if periodic_axes else 0.0, 0.0, 0.0])
+    predictions, given = decoder(queries._replace(boxes=turned), pyramid)
+    weights = torch.randn_like(turned)
+    parameters = list(decoder.heads[1].parameters())
+    last = (predictions[2].boxes * weights).sum()
+    ours = torch.autograd.grad(last, parameters, allow_unused=True)
+
+    start = given[2].boxes.clone().requires_grad_()
+    _, boxes = decoder.heads[2](inputs[-1].detach(), start)
+    (by_start,) = torch.autograd.grad((boxes * weights).sum(), start)
+    _, refined = decoder.heads[1](inputs[1].detach(), given[1].boxes)
+    expected = torch.autograd.grad(refined, parameters, by_start, allow_unused=True)
+    assert any(grad is not None and grad.any() for grad in expected)
+    for grad, expected_grad in zip(ours, expected, strict=True):
+        assert (grad is None) == (expected_grad is None)
+        if grad is not None and expected_grad is not None:
+            assert_close(grad, expected_grad, 1e-12)
 
 
 def test_looking_forward_twice_changes_no_bit_of_the_predictions() -> None:
@@ -187,24 +210,6 @@ def test_looking_forward_twice_changes_no_bit_of_the_predictions() -> None:
     for ours, theirs in zip(twice, decoder(queries, pyramid)[0], strict=True):
         assert torch.equal(ours.boxes, theirs.boxes)
         assert torch.equal(ours.logits, theirs.logits)
-
-
-@pytest.mark.parametrize("turns", [0.0, 40.0])
-def test_boxes_have_the_gradient_by_the_boxes_that_they_refine(turns: float) -> None:
-    """As if the head had got these with their gradient; wrapping them adds a constant."""
-    refined = make_queries((30,)).boxes.detach().requires_grad_()
-    deltas = torch.randn(30, 4, dtype=torch.float64, requires_grad=True)
-    shift = torch.tensor([turns, 0, 0, 0], dtype=torch.float64)
-    start = (refined + shift).detach()
-    boxes = _with_gradient_of(refined, start, apply_deltas(start, deltas))
-    expected = apply_deltas(refined + shift, deltas)
-    assert torch.equal(boxes, expected)
-    weights = torch.randn(30, 4, dtype=torch.float64)
-    ours, theirs = (
-        torch.autograd.grad((x * weights).sum(), (refined, deltas)) for x in (boxes, expected)
-    )
-    for grad, expected_grad in zip(ours, theirs, strict=True):
-        assert_close(grad, expected_grad, 1e-12)
 
 
 def test_checkpointing_gives_the_same_bits_and_stores_less() -> None:

@@ -174,9 +174,8 @@ class Decoder(Module):
         checkpoint: recompute activations in the backward pass instead of storing them; default
             False.
         look_forward_twice: the gradient of predicted boxes reaches the head of the layer before as
-            well, where the heads are `DetectionHead`; default True. The predictions are the same.
-            The gradient by a size is as exact as centers, to their rounding over the size: boxes
-            should be in float32 at least.
+            well; default True. The predictions are the same. Where gradients are computed, heads
+            between the first and the last are called twice then.
 
     Raises:
         ValueError: ``layers`` is empty or has no modules, or a size is below 1.
@@ -259,8 +258,9 @@ class Decoder(Module):
             refuse("pyramid", f"{self.position_dim} spatial dimensions", repr(pyramid))
         check_boxes_on_map("queries.boxes", queries.boxes, pyramid)
         predictions, layer_queries = [], []
-        refined: Tensor | None = None  # the boxes of the layer before, with their gradient
-        for layer, norm, head in zip(self.layers, self.norms, self.heads, strict=True):
+        refined: Tensor | None = None  # boxes of the layer before, with the gradient by its head
+        layers = zip(self.layers, self.norms, self.heads, strict=True)
+        for index, (layer, norm, head) in enumerate(layers):
             queries = _wrap_centers(queries, pyramid)
             # The rotary encoding covers positions only; the box's size enters by an embedding.
             size = queries.boxes[:, self.position_dim :].log2().to(queries.embeddings.dtype)
@@ -269,30 +269,24 @@ class Decoder(Module):
             make_plan: Any = layer.make_plan
             plan = make_plan(queries, pyramid)
             embeddings = run_layer(layer, queries, pyramid, plan, checkpoint=self.checkpoint)
-            logits, boxes = head(call_norm(norm, embeddings), queries.boxes)
-            predicted = boxes
-            if refined is not None and self._looks_forward(head, refined):
-                predicted = _with_gradient_of(refined, queries.boxes, boxes)
-            predictions.append(Predictions(logits, predicted, queries.offsets))
-            refined = boxes
+            x, start = call_norm(norm, embeddings), queries.boxes
+            logits, boxes = head(x, start if refined is None else _with_gradient_of(refined, start))
+            predictions.append(Predictions(logits, boxes, queries.offsets))
+            if not self._looks_forward(boxes) or index + 1 == len(self.layers):
+                refined = None
+            else:
+                refined = boxes if refined is None else head(x, start)[1]
             queries = queries._replace(embeddings=embeddings, boxes=boxes.detach())
         return predictions, layer_queries
 
-    def _looks_forward(self, head: nn.Module, refined: Tensor) -> bool:
-        """Whether boxes of ``head`` get the gradient by ``refined``, if there may be one."""
-        differentiates = torch.is_grad_enabled() or has_tangent(refined)
-        return self.look_forward_twice and isinstance(head, DetectionHead) and differentiates
+    def _looks_forward(self, boxes: Tensor) -> bool:
+        """Whether the next head's boxes shall have a gradient by ``boxes``."""
+        return self.look_forward_twice and (torch.is_grad_enabled() or has_tangent(boxes))
 
 
-def _with_gradient_of(refined: Tensor, start: Tensor, boxes: Tensor) -> Tensor:
-    """``boxes``, which `apply_deltas` made of ``start``, with the gradient that they would have by
-    ``refined`` if that had been given: ``start`` has its values, but for whole turns, and no
-    gradient.
-    """
-    shift, growth = (refined - refined.detach()).chunk(2, -1)  # zeros, with the gradient
-    (center, size), (old_center, old_size) = boxes.chunk(2, -1), start.chunk(2, -1)
-    moved, ratio = (center - old_center) / old_size, size / old_size  # what the head predicted
-    return torch.cat((center + shift + moved * growth, size + ratio * growth), -1)
+def _with_gradient_of(refined: Tensor, start: Tensor) -> Tensor:
+    """``start`` with the gradient of ``refined``, from which it differs by whole turns."""
+    return start + (refined - refined.detach())
 
 
 def _wrap_centers(queries: ObjectQueries, pyramid: FeaturePyramid) -> ObjectQueries:
