@@ -22,6 +22,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
+from benchmarks.baselines.box_relative import BoxRelativeAttention
 from benchmarks.report import table
 from examples.canvas import load_digits
 from examples.detect_digits import BETAS, TEST_CANVASES, TEST_SEED
@@ -41,6 +42,7 @@ from vicinal.detr import (
 )
 
 MIN_SCORE, MIN_IOU = 0.3, 0.5  # of the detection of a digit that is found
+MEAN_SIZE = 20.0  # of a digit's box, in cells of the finest level
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,12 @@ def replace(
             layer.cross_attention = decoder()
 
 
+def box_relative(model: DigitDetector) -> None:
+    for layer in model.detector.decoder.layers:
+        assert isinstance(layer, DecoderLayer)
+        layer.cross_attention = BoxRelativeAttention(layer, MEAN_SIZE)
+
+
 def with_quality(model: DigitDetector) -> None:
     model.loss = SetCriterion(loss=DetectionLoss(quality=True), candidate_loss=DetectionLoss())
 
@@ -178,6 +186,10 @@ VARIANTS: dict[str, Variant] = {
     ),
     "windows of 5 x 5 in the decoder": Variant(constants={"DECODER_WINDOWS": (5, 5, 5, 5)}),
     "windows up to 25 x 25 in the decoder": Variant(constants={"DECODER_WINDOWS": (25, 13, 7, 5)}),
+    "windows of 9, 7, 7, 5 cells in the encoder": Variant(
+        constants={"ENCODER_WINDOWS": (9, 7, 7, 5)}
+    ),
+    "frequencies in the decoder relative to boxes": Variant(box_relative),
     "values not rotated": Variant(without_rotated_values),
     "relative bias zero at first": Variant(without_ramps),
     "frequencies in random directions": Variant(random_directions),
