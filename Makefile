@@ -11,7 +11,7 @@ help:
 	@echo "make test   runs the tests"
 	@echo "make soak   runs the C++ kernel under sanitizers, and again and again, for half an hour;"
 	@echo "            a quick part of it: make soak SIZE=quick"
-	@echo "make lint   runs ruff and mypy, also on the code of all pages"
+	@echo "make lint   runs ruff and mypy, and mypy and pyright on the code of all pages"
 	@echo "make docs   builds the documentation site, strictly, in out/site"
 	@echo "make docs-serve  shows it at http://localhost:8000 and follows changes"
 	@echo "make bench  runs all CPU measurements: floors, baselines, scaling; figures in benchmarks/results/"

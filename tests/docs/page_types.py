@@ -1,19 +1,22 @@
-"""The code on the README and on all pages has types that a strict checker accepts.
+"""The code on the README and on all pages has types that strict checkers accept: mypy and pyright.
 
-A part of `make lint`, since the checker reads the types of torch, which takes long.
+A part of `make lint`, since checkers read the types of torch, which takes long.
 """
 
 import importlib.util
+import json
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from docs.test_docs_code import CODE_OF_PAGES
 
 pytest.importorskip("mypy")
+pytest.importorskip("basedpyright")
 
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src"
@@ -27,7 +30,7 @@ SKIPPED = (
 USED = "torch._inductor,torch._inductor.codecache,torch._dynamo,torch._dynamo.config"  # by pages
 # Errors of the pages alone; packages whose types are missing or partial where they are installed;
 # parts of torch carry no types.
-SETTINGS = f"""[mypy]
+MYPY = f"""[mypy]
 strict = true
 ignore_missing_imports = true
 disallow_subclassing_any = false
@@ -43,22 +46,48 @@ follow_imports = normal
 """
 
 
-def check(folder: Path) -> str:
-    """What mypy prints of the files in a folder."""
-    (folder / "mypy.ini").write_text(SETTINGS, encoding="utf-8")
+# The same for pyright: torch leaves parts of its types unknown, such as that of `Tensor.backward`,
+# and a page imports in each of its blocks.
+PYRIGHT = {
+    "typeCheckingMode": "strict",
+    "extraPaths": [str(SOURCE)],
+    "useLibraryCodeForTypes": False,
+    **dict.fromkeys(
+        [
+            *("reportMissingImports", "reportMissingTypeStubs", "reportMissingModuleSource"),
+            *("reportUnknownMemberType", "reportUnknownVariableType", "reportUnknownArgumentType"),
+            *("reportUnknownParameterType", "reportPrivateImportUsage", "reportDuplicateImport"),
+        ],
+        "none",
+    ),
+}
+
+
+def run_mypy(folder: Path) -> tuple[list[tuple[str, int]], int, str]:
+    """The errors' files and lines, the number of files, and all that mypy prints."""
+    (folder / "mypy.ini").write_text(MYPY, encoding="utf-8")
     environment = {**os.environ, "MYPYPATH": str(SOURCE)}
-    command = [
-        sys.executable,
-        "-m",
-        "mypy",
-        "--config-file",
-        "mypy.ini",
-        "--cache-dir",
-        str(CACHE),
-        ".",
-    ]
+    options = "--config-file", "mypy.ini", "--cache-dir", str(CACHE), "."
+    command = [sys.executable, "-m", "mypy", *options]
     run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    return run.stdout + run.stderr
+    errors = re.findall(r"^(.*\.py):(\d+): error: ", run.stdout, re.MULTILINE)
+    files = re.search(r"checked (\d+) source files", run.stdout)
+    n_files = int(files[1]) if files else 0
+    return [(file, int(line)) for file, line in errors], n_files, run.stdout + run.stderr
+
+
+def run_pyright(folder: Path) -> tuple[list[tuple[str, int]], int, str]:
+    """The same of pyright, from a package that brings its JavaScript engine."""
+    (folder / "pyrightconfig.json").write_text(json.dumps(PYRIGHT), encoding="utf-8")
+    options = "--outputjson", "--pythonpath", sys.executable
+    command = [sys.executable, "-m", "basedpyright", *options]
+    run = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    report = json.loads(run.stdout)
+    errors = [
+        (Path(found["file"]).name, found["range"]["start"]["line"] + 1)
+        for found in report["generalDiagnostics"]
+    ]
+    return errors, report["summary"]["filesAnalyzed"], run.stdout + run.stderr
 
 
 def is_installed(code: str) -> bool:
@@ -91,14 +120,13 @@ FeaturePyramid.from_points(torch.ones(3, 3).long(), torch.ones(3, 8), (8, 8), 1,
 """
 
 
-def test_pages_pass_a_strict_checker_and_wrong_calls_do_not(tmp_path: Path) -> None:
+@pytest.mark.parametrize("check", [run_mypy, run_pyright])
+def test_pages_pass_strict_checkers_and_wrong_calls_do_not(
+    check: Callable[[Path], tuple[list[tuple[str, int]], int, str]], tmp_path: Path
+) -> None:
     """In one run, which reads the types of torch once."""
     write_pages(tmp_path)
     (tmp_path / "wrong.py").write_text(WRONG, encoding="utf-8")
-    printed = check(tmp_path)
-    *lines, summary = printed.splitlines()
-    errors = [line for line in lines if ": note: " not in line]
-    found = [re.match(r"wrong\.py:(\d+): error: ", line) for line in errors]
-    assert all(found), printed
-    assert [int(line[1]) for line in found if line] == [6, 7, 8, 9, 10], printed
-    assert f"checked {1 + len(CODE_OF_PAGES)} source files" in summary, printed
+    errors, n_files, printed = check(tmp_path)
+    assert sorted(set(errors)) == [("wrong.py", line) for line in range(6, 11)], printed
+    assert n_files == 1 + len(CODE_OF_PAGES), printed
