@@ -6,6 +6,7 @@ from torch import Tensor
 
 from .._index.cell_keys import CellKeys, KeyLayout
 from .._utils.constants import constant
+from .._utils.ragged import take_rows
 from ..backends.types import PlanTensors, slot_order
 from ..window_shapes import Windows
 from .keyed_cells import KeyedCells
@@ -43,19 +44,14 @@ def values_in_windows(
     own_places = places[: order.shape[0]]
     line = line.index_copy(0, own_places, values.index_select(0, order))
     # From the first cell of each row to the first point from there on, [N, R].
-    distance = F.pad(point_keys, (0, 1), value=_BEYOND)[starts]
+    (n_queries, n_rows), width, starts = starts.shape, values.shape[1], starts.flatten()
+    distance = take_rows(F.pad(point_keys, (0, 1), value=_BEYOND), starts).view(n_queries, n_rows)
     distance -= cells.query_keys.long()[level].t() + first
-    row_places = places[starts] - distance.clamp_(max=longest)
-    (n_queries, n_rows), width = row_places.shape, values.shape[1]
-    rows = _rows(line.flatten().unfold(0, longest * width, width), row_places.flatten())
+    row_places = take_rows(places, starts).view(n_queries, n_rows) - distance.clamp_(max=longest)
+    rows = take_rows(line.flatten().unfold(0, longest * width, width), row_places.flatten())
     windows = rows.view(n_queries, n_rows * longest, width)
     in_windows = _cells_in_windows(keys.layout, plan.windows, values.device)
     return windows if in_windows is None else windows.index_select(1, in_windows)
-
-
-def _rows(x: Tensor, index: Tensor) -> Tensor:
-    """``x[index]``, with the one of two gradients that is summed in the same order every time."""
-    return x.index_select(0, index) if x.device.type == "cpu" else x[index]
 
 
 def _cells_in_windows(layout: KeyLayout, windows: Windows, device: torch.device) -> Tensor | None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .._utils.checks import as_integer, refuse
+from .._utils.ragged import take_rows
 from .data import PyramidData
 from .raw_points import images_of_points, in_range
 
@@ -41,7 +42,7 @@ def select_images(pyramid: PyramidT, images: int | slice) -> PyramidT:
         point_rows = new_row[in_range(point_rows[points], len(pyramid))]
     return dataclasses.replace(
         pyramid,
-        values=pyramid.values[rows],
+        values=take_rows(pyramid.values, rows),
         coordinates=coordinates,
         batch_size=len(chosen),
         point_rows=point_rows,

@@ -16,6 +16,7 @@ from .._utils.checks import (
     reads_contents,
     refuse,
 )
+from .._utils.ragged import take_rows
 from .._utils.strides import as_strides, least_strides, shapes_from_strides
 from .._utils.types import Pooling, StridesLike
 from ..pooling import PooledLevel, check_pooling, pool_levels
@@ -95,7 +96,7 @@ def from_levels(
         for index, level in enumerate(maps)
     ]
     coordinates, order = _sort_by_image(torch.cat(cells))
-    values = torch.cat([level.values() for level in maps])[order]
+    values = take_rows(torch.cat([level.values() for level in maps]), order)
     return cls(
         values,
         coordinates,
@@ -146,7 +147,7 @@ def from_points(
     ]
     sorted_cells, order = _sort_by_image(torch.cat(cells))
     return cls(
-        torch.cat([level.values for level in levels])[order],
+        take_rows(torch.cat([level.values for level in levels]), order),
         sorted_cells,
         level_shapes,
         grid.batch_size,
@@ -173,4 +174,4 @@ def _rows_of_points(levels: Sequence[PooledLevel], order: Tensor) -> Tensor:
 def _sort_by_image(coordinates: Tensor) -> tuple[Tensor, Tensor]:
     """``coordinates`` sorted by image, and their order before that."""
     order = torch.argsort(coordinates[:, 0], stable=True)
-    return coordinates[order], order
+    return take_rows(coordinates, order), order

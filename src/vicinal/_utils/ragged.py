@@ -5,6 +5,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def take_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """``x[rows]`` for the numbers of rows ``[n]``, none of them negative, with the one of two
+    gradients that is summed in the same order every time. On a CPU it is also several times as
+    fast.
+    """
+    return x.index_select(0, rows) if x.device.type == "cpu" else x[rows]
+
+
 def batch_ids(offsets: Tensor, n: int) -> Tensor:
     """int64 ``[n]``: the image of every row; image ``b`` has rows ``offsets[b]:offsets[b + 1]``.
 

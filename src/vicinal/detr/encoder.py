@@ -16,7 +16,7 @@ from .._utils.checks import (
     refuse,
 )
 from .._utils.modules import Module
-from .._utils.ragged import offsets_from_ids
+from .._utils.ragged import offsets_from_ids, take_rows
 from ..nn._base import check_points_are_queries
 from ..nn.projections import call_norm
 from ..placement import QueryPlacement
@@ -216,13 +216,13 @@ class Encoder(Module):
         order = torch.argsort(pyramid.batch, stable=True)
         sorted_points = dataclasses.replace(
             pyramid,
-            values=pyramid.values[order],
-            coordinates=pyramid.coordinates[order],
+            values=take_rows(pyramid.values, order),
+            coordinates=take_rows(pyramid.coordinates, order),
             point_rows=None,
             point_batch=None,
             check_contents=False,
         )
-        return pyramid.with_values(self._encode(sorted_points)[torch.argsort(order)])
+        return pyramid.with_values(take_rows(self._encode(sorted_points), torch.argsort(order)))
 
     def _encode(self, pyramid: FeaturePyramid) -> Tensor:
         """The new values of points that are sorted by image."""

@@ -136,7 +136,7 @@ class DetectionLoss(LossWeights):
     ) -> Tensor:
         """``[N]``, the loss of every prediction's logits; ``overlap`` is the quality of matches."""
         labels = torch.full(logits.shape[:1], -1, device=logits.device)
-        labels[matches.prediction] = target_labels[matches.target]
+        labels.index_copy_(0, matches.prediction, target_labels[matches.target])
         if overlap is None:
             return sigmoid_focal_loss(logits, labels, self.alpha, self.gamma)
         quality = overlap.new_zeros(len(logits)).index_copy(0, matches.prediction, overlap)

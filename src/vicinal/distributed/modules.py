@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .._utils.caching import cached
 from .._utils.checks import check_type, describe, refuse
+from .._utils.ragged import take_rows
 from ..attention import Background, draw_seed
 from ..detr import (
     Decoder,
@@ -104,7 +105,7 @@ class ShardedBlock(SparseNeighborhoodAttentionBlock):
         received = exchange.finish()[plan.n_own_points :]
         rows = boundary.points[: boundary.n_own]
         halo = self._heads(received, self.kv_proj, 2)
-        seen = [torch.cat((x[rows], y)) for x, y in zip(own, halo, strict=True)]
+        seen = [torch.cat((take_rows(x, rows), y)) for x, y in zip(own, halo, strict=True)]
         rest = self._attend_part(inputs, plan, boundary, projected, seen, seed)
         order = torch.cat((interior.queries, boundary.queries)).argsort()
         return torch.cat((first, rest)).index_select(0, order)

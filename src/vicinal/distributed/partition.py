@@ -21,7 +21,7 @@ from .._utils.checks import (
     refuse,
 )
 from .._utils.constants import constant, widest_dtype
-from .._utils.ragged import batch_ids, offsets_from_ids
+from .._utils.ragged import batch_ids, offsets_from_ids, take_rows
 from .._utils.strides import least_strides
 from ..placement import QueryPlacement, check_placement
 from ..pyramid import FeaturePyramid
@@ -272,7 +272,7 @@ class SpacePartition:
         values: Tensor = AllRows.apply(pyramid.values, counts, self.group)
         everything = with_points(pyramid, coordinates, values)
         order = torch.argsort(order_of_points(everything), stable=True)
-        return with_points(pyramid, coordinates[order], values[order])
+        return with_points(pyramid, coordinates[order], take_rows(values, order))
 
     def _route(self, owners: Tensor) -> Route:
         n_ranks = ranks_of(self.group)[1]

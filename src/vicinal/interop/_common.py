@@ -19,7 +19,7 @@ from .._utils.checks import (
     has_contents,
     refuse,
 )
-from .._utils.ragged import offsets_from_counts
+from .._utils.ragged import offsets_from_counts, take_rows
 from .._utils.types import BoundsLike, Pooling, StridesLike
 from ..pooling import check_pooling, pool_points
 from ..pyramid import FeaturePyramid
@@ -85,7 +85,7 @@ def points_of_level(
     coordinates = pyramid.coordinates[rows, :-1]
     if spatial_shape is not None:
         shape = _shape_that_holds(coordinates[:, 1:], spatial_shape)
-    return LevelPoints(coordinates, pyramid.values[rows], shape, pyramid.batch_size)
+    return LevelPoints(coordinates, take_rows(pyramid.values, rows), shape, pyramid.batch_size)
 
 
 def check_level(pyramid: Any, level: int) -> int:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .._utils.checks import as_integer, as_integers, check_counts, check_dropout, refuse
 from .._utils.modules import Module
+from .._utils.ragged import take_rows
 from .._utils.strides import Strides
 from .._utils.types import StridesLike
 from ..detr.encoder import EncoderLayer
@@ -195,9 +196,9 @@ class PointUNet(Module):
             skipped.append(self._run(self.encoder[index], x, level, plans[index]))
         x = skipped[-1]
         for index in reversed(range(len(self.up))):
-            x = skipped[index] + self.up[index](x)[levels[index].parents]
+            x = skipped[index] + take_rows(self.up[index](x), levels[index].parents)
             x = self._run(self.decoder[index], x, levels[index], plans[index])
-        logits: Tensor = self.head(x)[levels[0].cells]
+        logits: Tensor = take_rows(self.head(x), levels[0].cells)
         return logits
 
     def _run(self, stage: Any, x: Tensor, level: "_Level", plan: Any) -> Tensor:
@@ -252,7 +253,7 @@ def _split_levels(pyramid: FeaturePyramid) -> list[_Level]:
         on_level = pyramid.levels == index
         rows = on_level.nonzero().flatten()
         points = FeaturePyramid(
-            pyramid.values[rows],
+            take_rows(pyramid.values, rows),
             nn.functional.pad(pyramid.coordinates[rows, :-1], (0, 1)),
             (shape,),
             pyramid.batch_size,

@@ -20,6 +20,7 @@ from .._utils.checks import (
     refuse,
 )
 from .._utils.modules import Module
+from .._utils.ragged import take_rows
 from ..attention import NeighborhoodWeights, autocasts
 from ..placement import QueryPlacement, check_placement
 from ..pyramid import FeaturePyramid
@@ -251,13 +252,13 @@ class SparseAttention(Module, Generic[PlanT]):
         self._check_level_shapes("pyramid.level_shapes", pyramid.level_shapes)
         self._check_embeddings("pyramid.values", pyramid.values)
         out = self(
-            pyramid.values[order],
+            take_rows(pyramid.values, order),
             **placement.arguments(),
             stacked_feature_maps=pyramid,
             background_embedding=background_embedding,
             plan=plan,
         )
-        return pyramid.with_values(out.index_select(0, order.argsort()))
+        return pyramid.with_values(take_rows(out, order.argsort()))
 
     def make_encoder_plan(self, pyramid: FeaturePyramid) -> PlanT:
         """Makes the ``plan`` of `encode`, where every point is a query, the points in any order.
