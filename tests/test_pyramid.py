@@ -559,6 +559,18 @@ def test_sums_and_means_of_integers() -> None:
     assert made["mean"][0].item() == 3.5
 
 
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.float8_e4m3fn])
+def test_points_of_the_rarer_dtypes(dtype: torch.dtype) -> None:
+    cells = torch.tensor([[0, 1], [0, 1], [0, 2]])
+    values = torch.tensor([[1.0], [2.0], [4.0]]).to(dtype)
+    pyramid = FeaturePyramid.from_points(cells, values, (4,), 1, strides=1, pooling="sum")
+    assert pyramid.values.float().tolist() == [[3], [4]]
+    if not dtype.is_floating_point:
+        size = (1, 4, 1)
+        coo = torch.sparse_coo_tensor(cells.t(), values, size, check_invariants=True)
+        assert FeaturePyramid.from_levels([coo]).values.tolist() == [[3], [4]]
+
+
 def test_strides_that_do_not_belong_to_the_level_shapes_are_refused() -> None:
     wrong: Any
     for wrong in [(1, 3), (1,), (1, 2, 4), (0, 1)]:

@@ -606,3 +606,9 @@ def test_voxels_of_other_grids_do_not_make_one_batch(other: dict[str, Any], name
 def test_cat_of_what_are_no_voxels_is_refused(parts: Any) -> None:
     with pytest.raises(ValueError, match="parts"):
         Voxels.cat(parts)
+
+
+def test_points_beyond_float32_have_infinite_positions() -> None:
+    pyramid = voxelize(torch.rand(3, 2), cell_size=0.1).pyramid(torch.ones(3, 1))
+    far = torch.tensor([[1e300, 0.05]], dtype=torch.float64)
+    assert pyramid.positions_from_raw(far)[0, 0] == torch.inf

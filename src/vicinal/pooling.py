@@ -1,5 +1,6 @@
 """Pooling: from the points of one grid to the points of coarser ones."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ._utils.checks import refuse
-from ._utils.constants import constant
+from ._utils.constants import constant, widest_dtype
 from ._utils.types import Pooling
 from .windows import coordinate_dtype
 
@@ -99,13 +100,22 @@ def _pool(
     """``points`` in cells of ``stride``, with ``row`` by these points."""
     cells = points.cells
     coarse = cells.div(constant([1, *stride], cells.device), rounding_mode="floor")
-    key = coarse[:, 0]
+    pooled_cells, row = _distinct(coarse, shape)
+    return PooledLevel(pool.reduce(points.values, row, len(pooled_cells)), pooled_cells, row)
+
+
+def _distinct(cells: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The distinct rows of ``cells`` ``[n, P + 1]``, sorted, and the row of each, int64 ``[n]``."""
+    n_cells = math.prod(shape)
+    if n_cells >= 2**31 and len(cells) and n_cells * (int(cells[:, 0].max()) + 1) >= 2**63:
+        distinct, row = torch.unique(cells, dim=0, return_inverse=True)  # slower
+        return distinct, row
+    key = cells[:, 0]
     for axis, size in enumerate(shape):
-        key = key * size + coarse[:, axis + 1]
+        key = key * size + cells[:, axis + 1]
     unique, row = torch.unique(key, return_inverse=True)
     # All points of a cell write the same row, so their order does not matter.
-    pooled_cells = coarse.new_empty(len(unique), coarse.shape[1]).index_copy_(0, row, coarse)
-    return PooledLevel(pool.reduce(points.values, row, len(unique)), pooled_cells, row)
+    return cells.new_empty(len(unique), cells.shape[1]).index_copy_(0, row, cells), row
 
 
 def pool_rows(values: Tensor, row: Tensor, n_rows: int, pool: Pool) -> Tensor:
@@ -116,7 +126,9 @@ def pool_rows(values: Tensor, row: Tensor, n_rows: int, pool: Pool) -> Tensor:
 
 def _widen(values: Tensor, dtype: torch.dtype) -> Tensor:
     """``values`` in the dtype that results of ``dtype`` are computed in."""
-    return values.to(coordinate_dtype(dtype) if dtype.is_floating_point else dtype)
+    if values.dtype.is_floating_point:
+        return values.to(coordinate_dtype(dtype))
+    return values.to(widest_dtype(values.device) if dtype.is_floating_point else dtype)
 
 
 def _finish(values: Tensor, row: Tensor, pool: Pool, dtype: torch.dtype) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ._pyramid import sources
 from ._pyramid.concatenation import cat_pyramids
-from ._pyramid.coo import coalesce
+from ._pyramid.coo import check_map_size, coalesce
 from ._pyramid.data import TENSOR_FIELDS, PyramidData
 from ._pyramid.images import select_images
 from ._pyramid.raw_points import values_of_points
@@ -367,6 +367,7 @@ class FeaturePyramid(PyramidData):
         precisions are accumulated in float32 and rounded once.
         """
         size = (self.batch_size, *full_shape(self.level_shapes), self.n_levels, self.embed_dim)
+        check_map_size(size)
         coo = torch.sparse_coo_tensor(
             self.coordinates.t(), self.values, size, check_invariants=False
         )
@@ -500,9 +501,12 @@ class FeaturePyramid(PyramidData):
             strides: the size of each level's cells, in cells of the grid: one int or P ints per
                 level; one int is one level. Default: 1, 2, 4, 8.
             pooling: ``"mean"`` (default), ``"sum"`` or ``"max"`` over all points in the cell. The
-                mean of integers is floating, their sum int64. Sums and means of half precisions are
-                accumulated in float32 and rounded once. A sum beyond the range of the dtype
-                overflows: from 65,520 on to infinity in float16. Counts stay exact as integers.
+                mean of integers has PyTorch's default dtype, in which float32 rounds those above
+                2^24; their sum is int64. Sums and means of half precisions are accumulated in
+                float32, means of integers in float64, and rounded once. A sum beyond the range of
+                the dtype overflows: from 65,520 on to infinity in float16. Counts stay exact as
+                integers. Where a cell has many thousands of points, give float64 values: the error
+                of a float32 sum grows with their number.
             periodic_axes: axes along which the grid repeats, such as an azimuth. They are not
                 padded. Default: none.
             origin: raw coordinates of the grid's lower corner, ``[P]``. None (default): not known.

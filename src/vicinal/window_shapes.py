@@ -215,13 +215,15 @@ def check_windows_fit(
     level_shapes: LevelShapes,
     periodic_axes: Sequence[int],
     argument: str = "neighborhood_sizes",
+    first_level: int = 0,
 ) -> None:
-    """Raises ValueError for windows that a map cannot have.
+    """Raises ValueError for windows that a map cannot have; the message counts levels from
+    ``first_level``.
 
     Around a periodic axis, a window must not have a cell twice and cannot be causal. Along a causal
     axis, cells of coarse levels must pool whole cells of finer ones.
     """
-    for level, (window, shape) in enumerate(zip(windows, level_shapes, strict=True)):
+    for level, (window, shape) in enumerate(zip(windows, level_shapes, strict=True), first_level):
         for axis in periodic_axes:
             size, dilation = window.sizes[axis], window.dilations[axis]
             place = f"at level {level} along periodic axis {axis}"

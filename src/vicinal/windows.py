@@ -51,7 +51,7 @@ def finest_level(level_shapes: LevelShapes) -> int:
 
 def coordinate_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype for coordinates, float32 or wider: bfloat16 cannot tell cell 300 from 301."""
-    return torch.promote_types(dtype, torch.float32)
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def position_dtype(level_shapes: LevelShapes, dtype: torch.dtype) -> torch.dtype:

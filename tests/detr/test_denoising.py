@@ -16,6 +16,7 @@ from detr_scenes import (
     gradients,
     make_detector,
     make_pyramid,
+    make_queries,
     make_targets,
     perturbed,
     random_images,
@@ -218,6 +219,18 @@ def test_denoising_queries_match_their_objects_and_do_not_affect_others(
     for predictions in layers:
         assert torch.equal(predictions.offsets, 2 * targets.offsets)
     assert given.offsets.tolist() == (plain.layers[0].offsets + 2 * targets.offsets).tolist()
+
+
+def test_groups_of_the_queries_stay_apart() -> None:
+    """From those of the denoising queries, too."""
+    pyramid, targets = make_pyramid(POINTS), make_targets(OBJECTS)
+    own = torch.tensor([3, 0, 3, 1, 0])
+    queries = make_queries((2, 1, 0, 2))._replace(groups=own)
+    joined = DenoisingQueryGenerator(EMBED, CLASSES, 2).double()(queries, targets, pyramid)
+    groups = joined.queries.groups
+    assert groups is not None
+    assert torch.equal(groups[joined.detection_rows], own)
+    assert sorted(set(groups[joined.denoising_rows].tolist())) == [4, 5]
 
 
 def test_targets_of_another_dimension_are_refused_by_the_denoiser() -> None:

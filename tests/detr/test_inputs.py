@@ -276,7 +276,17 @@ REFUSED: list[tuple[Callable[..., Any], str, list[Any]]] = [
     (lambda x: _encoder_layer(feed_forward=x), "feed_forward", [None, "x"]),
     (lambda x: _encoder_layer()(*[torch.ones(1)] * 4), "pyramid", [None]),
     (lambda x: Encoder(x, 8), "layers", [None, [], 3, "x", [3]]),
-    (lambda x: Decoder(x, 8, 3), "layers", [None, [], 3, "x", [3]]),
+    (lambda x: Decoder(x, 8, 3), "layers", [None, [], 3, "x", [3], [_encoder_layer()]]),
+    (
+        lambda x: perturbed(make_decoder(1))(make_queries((2,), dtype=x), make_pyramid((3,))),
+        "queries.embeddings",
+        [torch.float32],
+    ),
+    (
+        lambda x: QuerySelection(EMBED, 3, 2)(make_pyramid((3,), dtype=x)),
+        "pyramid.values",
+        [torch.float64, torch.float16],
+    ),
     (lambda x: _decoder_layer(self_attention=x), "self_attention", [None, 3]),
     (lambda x: _decoder_layer(cross_attention=x), "cross_attention", [None, 3]),
     (lambda x: _decoder_layer()(x, make_pyramid((3,))), "queries", [None, (1, 2)]),

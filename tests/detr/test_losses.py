@@ -270,6 +270,8 @@ def test_refused_targets(targets: Any, argument: str, came: str) -> None:
         (Matches(torch.tensor([0]), torch.tensor([-1])), "matches.target", "-1"),
         (Matches(torch.tensor([0]), torch.tensor([1, 2])), "matches.target", "[2]"),
         (Matches(torch.tensor([0.0]), torch.tensor([1])), "matches.prediction", "float32"),
+        (Matches(torch.tensor([0, 0]), torch.tensor([0, 0])), "matches.prediction", "twice"),
+        (Matches(torch.tensor([0]), TARGETS.offsets[-1:] - 1), "matches", "two images"),
     ],
 )
 def test_refused_matches(matches: Any, argument: str, came: str) -> None:

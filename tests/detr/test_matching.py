@@ -140,6 +140,15 @@ def test_matches_have_no_gradient() -> None:
     assert not matches.prediction.requires_grad
 
 
+def test_matches_are_the_same_in_a_transform() -> None:
+    def loss(logits: Tensor) -> tuple[Tensor, Matches]:
+        matches = HungarianMatcher()(PREDICTIONS._replace(logits=logits), TARGETS)
+        return logits[matches.prediction].sum(), matches
+
+    _, found = torch.func.grad(loss, has_aux=True)(PREDICTIONS.logits)
+    assert pairs(found) == pairs(HungarianMatcher()(PREDICTIONS, TARGETS))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_logits_of_any_precision_and_offsets_of_any_integer_type(dtype: torch.dtype) -> None:
     predictions, targets = random_images([(6, 3), (4, 5)])

@@ -75,6 +75,22 @@ def test_whole_turns_change_nothing(turns: int) -> None:
         assert_close(compare(a, b + shift, period=PERIOD), compare(a, b), 1e-12)
 
 
+@pytest.mark.parametrize("widths", [(12, 12), (15, 15), (10, 4), (16, 6), (16, 16), (20, 9)])
+def test_wide_boxes_meet_on_both_sides_of_an_axis(widths: tuple[int, int]) -> None:
+    """Against the cells that both cover, half a cell wide."""
+    places = (torch.arange(32) + 0.5) / 2
+    for shift in range(16):
+        boxes = torch.tensor([[2.0, 1.0, widths[0], 2.0], [2.0 + shift, 1.0, widths[1], 2.0]])
+        distances = (places - boxes[:, :1] + 8) % 16 - 8
+        a, b = distances.abs() < boxes[:, 2:3] / 2
+        expected = (a & b).sum() / (a | b).sum()
+        assert_close(iou(boxes[0], boxes[1], period=PERIOD), expected, 1e-6)
+        generalized = generalized_iou(boxes[0], boxes[1], period=PERIOD)
+        assert expected - 1 <= generalized <= expected + 1e-6
+        if (a | b).all():  # they enclose no more than the axis
+            assert_close(generalized, expected, 1e-6)
+
+
 def test_distances_and_deltas_take_the_short_way() -> None:
     a, b = torch.tensor([[15.0, 4, 2, 2]]), torch.tensor([[1.0, 4, 2, 4]])
     assert relative_l1(a, b, period=PERIOD).item() == (2 / 2 + 2 / 4) / 4

@@ -367,6 +367,7 @@ def test_windows_that_periodic_axes_cannot_have_are_refused(window: Any) -> None
     [
         ("values", {"values": torch.zeros(4, CHANNELS + 1, dtype=torch.float64)}),
         ("values", {"values": torch.zeros(4, CHANNELS, dtype=torch.int64)}),
+        ("values", {"values": torch.zeros(4, CHANNELS)}),
         ("coordinates", {"coordinates": torch.zeros(4, 4, dtype=torch.int64)}),
         ("coordinates", {"coordinates": torch.zeros(3, 3, dtype=torch.int64)}),
         ("coordinates", {"coordinates": torch.zeros(4, 3)}),

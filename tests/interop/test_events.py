@@ -41,6 +41,20 @@ def test_values_of_points_have_the_order_of_the_events() -> None:
     assert on.tolist() == [1.0] * 100
 
 
+@pytest.mark.parametrize("number", [np.float32, np.array, torch.tensor])
+def test_one_number_is_the_length_of_a_cell(number: Any) -> None:
+    events = {"x": [3, 40], "y": [5, 6], "t": [100, 5000], "p": [1, 0]}
+    pyramid = from_events(events, cell_size=number(1000), strides=1)
+    assert pyramid.cell_size == (1, 1, 1000)
+    assert pyramid.cells.tolist() == [[0, 0, 0], [1, 37, 4]]
+
+
+def test_recordings_may_differ_in_the_dtypes_of_integers() -> None:
+    first = {"x": np.int32([1]), "y": np.int32([2]), "t": np.int32([3]), "p": [1]}
+    second = {**first, "t": np.int64([4])}
+    assert from_events([first, second], cell_size=1, strides=1).cells[:, 2].tolist() == [0, 1]
+
+
 @pytest.mark.parametrize("signs", [[True, False], [1, 0], [1, -1], [1.0, -1.0]])
 def test_polarities_of_all_kinds(signs: list[float]) -> None:
     events = {"x": [0, 0], "y": [0, 0], "t": [0, 0], "p": np.array(signs)}

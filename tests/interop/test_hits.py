@@ -84,6 +84,8 @@ def test_other_arrays_are_refused() -> None:
         from_awkward(ak.Array({"x": [[1.0], None]}), "x", cell_size=1)
     with pytest.raises(ValueError, match="fields"):
         from_awkward(ak.Array({"x": [["a"]]}), "x", cell_size=1)
+    with pytest.raises(ValueError, match="fields"):
+        from_awkward(ak.Array({"x": [["a", 1.0]]}), "x", cell_size=1)
     other = ak.Array({"x": [[1.0], [2.0, 3.0]], "y": [[1.0, 2.0], [3.0]]})
     with pytest.raises(ValueError, match="'y'"):
         from_awkward(other, ("x", "y"), cell_size=1)
@@ -192,6 +194,12 @@ def test_a_compound_data_set(tmp_path: Path) -> None:
     assert pyramid.coordinates[:, :3].tolist() == [[0, 0, 1], [0, 0, 2]] + [
         [1, 0, time] for time in (0, 3, 4)
     ]
+
+
+def test_integers_beside_half_precisions_become_float32() -> None:
+    table = {"x": [1, 2], "adc": np.uint16([65535, 3000]), "w": np.float16([1, 2])}
+    pyramid = from_hdf5(table, "x", ("adc", "w"), cell_size=1, strides=1, pooling="max")
+    assert pyramid.values.tolist() == [[65535, 1], [3000, 2]]
 
 
 def test_gradients_reach_columns_of_tensors() -> None:

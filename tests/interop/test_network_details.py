@@ -7,6 +7,7 @@ from typing import Any
 
 import fvdb
 import MinkowskiEngine
+import numpy as np
 import pytest
 import torch
 import torchsparse
@@ -208,6 +209,35 @@ def test_torchsparse_before_2_1(monkeypatch: pytest.MonkeyPatch) -> None:
     coarse = to_torchsparse(pyramid, 1)
     assert coarse.coords.tolist() == [[0, 4, -8, 0], [12, 0, 8, 1]]
     assert coarse.stride == (4, 4, 4)
+
+
+@pytest.mark.parametrize("convert", [to_minkowski, to_torchsparse])
+def test_corners_beyond_int32_are_refused(convert: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torchsparse, "SparseTensor", OldSparseTensor)
+    points = torch.tensor([[10, 0, 0], [5_000_000_000, 20, 3]])  # time in microseconds, row, column
+    bounds = [(0, 6_000_000_000), (0, 32), (0, 32)]
+    voxels = voxelize(points, cell_size=(1000, 1, 1), bounds=bounds)
+    with pytest.raises(ValueError, match="pyramid: expected cells that int32 holds"):
+        convert(voxels.pyramid(torch.ones(2, 1), strides=(1, 2)))
+    voxels = voxelize(points, cell_size=(3_000_000_000, 1, 1), bounds=bounds)
+    with pytest.raises(ValueError, match="pyramid: expected cells of a size that int32 holds"):
+        convert(voxels.pyramid(torch.ones(2, 1), strides=(1, 2)))
+
+
+def test_strides_beyond_the_dtype_of_the_cells() -> None:
+    coords = torch.tensor([[0, 1, 1, 3], [0, 5, 7, 1]], dtype=torch.int8)
+    tensor = torchsparse.SparseTensor(torch.ones(2, 1), coords, 256)
+    assert from_torchsparse(tensor, strides=1).cells.tolist() == coords[:, 1:].tolist()
+    large = torchsparse.SparseTensor(torch.ones(2, 1), coords.int(), 2**31)
+    assert from_torchsparse(large, strides=1).cell_size == (2.0**31,) * 3
+
+
+@pytest.mark.parametrize("convert", [to_pointcept, to_warpconvnet_points, to_minkowski])
+def test_a_level_may_be_an_array(convert: Any) -> None:
+    pyramid = FeaturePyramid.from_points(
+        torch.tensor([[0, 2, 3, 1]]), torch.ones(1, 2), (8, 8, 8), 1, strides=(1, 2)
+    )
+    convert(pyramid, np.array(1))
 
 
 def flat() -> FeaturePyramid:

@@ -88,6 +88,25 @@ def test_integers_and_booleans_are_exact() -> None:
     assert mask.values.tolist() == [[1]]
 
 
+def test_means_of_integers_are_rounded_once() -> None:
+    """To PyTorch's default dtype, float32."""
+    given = sparse.coo_array((np.array([2**24 + 1]), ([1], [1])), shape=(2, 2))
+    assert from_scipy(given, strides=1).values.item() == 2**24
+    cells, values = torch.zeros(20_000, 2, dtype=torch.int64), torch.full((20_000, 1), 65_535)
+    pooled = FeaturePyramid.from_points(cells, values, (1,), 1, strides=1)
+    assert pooled.values.item() == 65_535
+
+
+def test_cells_of_the_largest_grids_stay_apart() -> None:
+    """There a number for each cell would not be an int64."""
+    rows, columns = np.array([5, 5 + 2**24, 7]), np.array([3, 3, 9])
+    entries = np.array([1.0, 2.0, 4.0]), (rows, columns)
+    given = sparse.coo_array(entries, shape=(2**40, 2**40))
+    pyramid = from_scipy(given, strides=(2**22,), pooling="sum")
+    assert pyramid.cells.tolist() == [[0, 0], [4, 0]]
+    assert pyramid.values_of_points(0).tolist() == [[5], [2], [5]]
+
+
 def test_arrays_that_share_memory_with_others() -> None:
     data = np.arange(12.0)[::2]
     data.flags.writeable = False

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from vicinal import FeaturePyramid
 from vicinal.interop import (
     from_events,
     from_hdf5,
@@ -17,6 +18,7 @@ from vicinal.interop import (
     from_spconv,
     from_torch_csr,
     to_scipy,
+    to_torch_coo,
 )
 
 COLUMNS = {name: np.arange(6.0) for name in "xyz"}
@@ -105,6 +107,20 @@ def test_half_precision_becomes_float32_in_scipy() -> None:
     )
     (found,) = to_scipy(from_torch_csr(matrix, strides=1, pooling="sum"))
     assert found.toarray().tolist() == [[50, 0], [0, 100]]
+
+
+def test_lists_of_unequal_lengths_are_refused() -> None:
+    with pytest.raises(ValueError, match="fields 'x': expected a column of numbers, got list"):
+        from_events({"x": [[1], [1, 2]], "y": [1, 2], "t": [1, 2], "p": [1, 0]}, cell_size=1)
+
+
+def test_maps_that_pytorch_cannot_have_are_refused() -> None:
+    shape = (2**20,) * 3
+    cells = torch.zeros(1, 4, dtype=torch.int64)
+    pyramid = FeaturePyramid.from_points(cells, torch.ones(1, 64), shape, 1, strides=1)
+    for convert in (FeaturePyramid.to_coo, to_torch_coo):
+        with pytest.raises(ValueError, match="pyramid: expected a map of fewer than"):
+            convert(pyramid)
 
 
 def test_a_size_of_cells_may_be_an_array() -> None:

@@ -231,7 +231,7 @@ def test_another_attention_takes_the_place_of_the_block() -> None:
     assert sorted(made) == [0, 0, 1, 1, 1, 1, 2]
     coordinates, values = random_points(SHAPES[2])
     assert net(coordinates, values, SHAPES[2], 3).isfinite().all()
-    with refused("attention"):
+    with refused("make_attention"):
         make_net(make_attention=lambda level: None)
 
 
@@ -273,7 +273,7 @@ def test_names_of_parameters_stay() -> None:
         ("embed_dims", {"embed_dims": ()}),
         ("embed_dims", {"embed_dims": (8, 8)}),
         ("embed_dims", {"embed_dims": "8"}),
-        ("embed_dim", {"n_heads": 3}),
+        ("embed_dims", {"n_heads": 3}),
         ("n_heads", {"n_heads": (2, 2)}),
         ("depths", {"depths": (1, -1, 1)}),
         ("depths", {"depths": 1.5}),
@@ -282,7 +282,11 @@ def test_names_of_parameters_stay() -> None:
         ("strides", {"strides": (1, 0, 2)}),
         ("neighborhood_sizes", {"neighborhood_sizes": (3, 3)}),
         ("neighborhood_sizes", {"neighborhood_sizes": (3, 0, 3)}),
-        ("window_sizes", {"stem_window_sizes": (4, 4)}),
+        ("stem_window_sizes", {"stem_window_sizes": (4, 4)}),
+        ("stem_window_sizes", {"stem_window_sizes": (3,), "stem_window_strides": (1, 2)}),
+        ("stem_window_strides", {"stem_window_strides": (2, 4)}),
+        ("make_attention", {"make_attention": 5}),
+        ("make_attention", {"make_attention": lambda level: nn.Linear(8, 8)}),
         ("dropout", {"dropout": 1.0}),
         ("position_dim", {"position_dim": 0}),
     ],
@@ -290,6 +294,13 @@ def test_names_of_parameters_stay() -> None:
 def test_refuses_wrong_sizes(argument: str, options: dict[str, Any]) -> None:
     with refused(argument):
         PointUNet(CHANNELS, CLASSES, **{**OPTIONS, **options})
+
+
+def test_refused_windows_are_named_by_their_level() -> None:
+    net = make_net(neighborhood_sizes=(3, 5, 7))
+    coordinates, values = random_points((16, 32))
+    with pytest.raises(ValueError, match=r"neighborhood_sizes: expected .* at level 2 along"):
+        net(coordinates, values, (16, 32), 3, periodic_axes=(0,))  # of 4 cells at level 2
 
 
 def test_refuses_wrong_counts_and_inputs() -> None:
@@ -301,6 +312,8 @@ def test_refuses_wrong_counts_and_inputs() -> None:
     coordinates, values = random_points(SHAPES[2])
     with refused("values"):
         net(coordinates, values[:, :1], SHAPES[2], 3)
+    with refused("values", "float32"):
+        net(coordinates, values.float(), SHAPES[2], 3)
     with refused("coordinates"):
         net(coordinates[:, :2], values, SHAPES[2], 3)
     with refused("spatial_shape"):

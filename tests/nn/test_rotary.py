@@ -399,6 +399,7 @@ def test_repr() -> None:
         ({"freq_group_pattern": "triple"}, "freq_group_pattern: expected .* got .*triple"),
         ({"backend": "gpu"}, "backend: expected .* got .*gpu"),
         ({"axis_scales": (1.0,)}, r"axis_scales: expected .* got .*\(1.0,\)"),
+        ({"axis_scales": torch.tensor(2.0)}, r"axis_scales: expected .* got .*shape \[\]"),
         ({"axis_scales": (1.0, 0.0)}, "axis_scales: expected .* got .*0.0"),
     ],
 )

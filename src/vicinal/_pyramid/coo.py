@@ -1,5 +1,6 @@
 """Sparse COO maps: their check, and the sums of values that share a cell."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,13 @@ def coalesce(coo: Tensor) -> Tensor:
     if coo.is_coalesced() or not dtype.is_floating_point or coordinate_dtype(dtype) == dtype:
         return coo.coalesce()
     return coo.to(coordinate_dtype(dtype)).coalesce().to(dtype)
+
+
+def check_map_size(size: Sequence[int]) -> None:
+    """Raises ValueError for a map that PyTorch cannot have, even one that stores nothing."""
+    if math.prod(size) >= 2**63:
+        expected = "a map of fewer than 2^63 numbers, zeros included"
+        refuse("pyramid", expected, f"one of size {list(size)}")
 
 
 def dim_of_coo(value: Any) -> int:

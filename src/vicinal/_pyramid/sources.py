@@ -11,6 +11,7 @@ from torch import Tensor
 from .._utils.checks import (
     as_level_shapes,
     as_numbers,
+    as_signed,
     as_spatial_shape,
     check_tensor,
     reads_contents,
@@ -44,7 +45,7 @@ def from_coo(
     dim = dim_of_coo(stacked_feature_maps) if shapes is None else len(shapes[0])
     check_coo(name, stacked_feature_maps, ["B", *[f"S{axis}" for axis in range(dim)], "L", "E"])
     axes = as_periodic_axes(periodic_axes, dim)
-    coo = coalesce(stacked_feature_maps)
+    coo = coalesce(as_signed(name, stacked_feature_maps))
     # Copies: graphs of torch.compile do not take views of a sparse tensor.
     values = coo.values().clone()
     coordinates = coo.indices().t().contiguous()
@@ -90,7 +91,7 @@ def from_levels(
         strides = as_strides(strides, len(shapes[0]), len(levels))
         extent = extent_of_levels("levels", shapes, strides, axes)
         shapes = shapes_from_strides(extent, strides, axes, "levels")
-    maps = [coalesce(level) for level in levels]
+    maps = [coalesce(as_signed(f"levels[{index}]", level)) for index, level in enumerate(levels)]
     cells = [
         torch.nn.functional.pad(level.indices().t(), (0, 1), value=index)
         for index, level in enumerate(maps)
@@ -139,7 +140,8 @@ def from_points(
         check_contents,
     )
     if math.prod(map(max, zip(*level_shapes, strict=True))) * grid.batch_size >= 2**62:
-        refuse("spatial_shape", "fewer than 2^62 cells in all images", spatial_shape)
+        came = f"{tuple(spatial_shape)} in {grid.batch_size} images"
+        refuse("spatial_shape", "fewer than 2^62 cells in all images", came)
     levels = pool_levels(grid.values, grid.coordinates[:, :-1], strides, level_shapes, pool)
     cells = [
         torch.nn.functional.pad(level.cells, (0, 1), value=index)

@@ -127,6 +127,6 @@ def keep_cells(exact: Tensor, dtype: torch.dtype) -> Tensor:
     """
     rounded = exact.to(dtype)
     nearest = rounded.detach()
-    raised = nearest.double().floor() > exact.detach().floor()
+    raised = (nearest.double().floor() > exact.detach().floor()) & nearest.isfinite()
     below = torch.nextafter(nearest, torch.full_like(nearest, -math.inf))
     return rounded + torch.where(raised, below - nearest, 0)

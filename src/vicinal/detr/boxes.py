@@ -424,10 +424,17 @@ def _iou_and_coverage(a: Any, b: Any, period: Period | None) -> tuple[Tensor, Te
     (a_center, a_size), (b_center, b_size) = a.chunk(2, -1), b.chunk(2, -1)
     # Corners relative to the center of b: those of far boxes would be rounded.
     offset = center_offsets(a_center, b_center, period)
+    periods = None
+    if period is not None:  # a longer box covers the axis once
+        periods = offset.new_tensor(as_period(period, offset.shape[-1]))
+        a_size, b_size = a_size.minimum(periods), b_size.minimum(periods)
     a_low, a_high = offset - a_size / 2, offset + a_size / 2
     b_low, b_high = -b_size / 2, b_size / 2
     enclosing = torch.maximum(a_high, b_high) - torch.minimum(a_low, b_low)
     shared = (torch.minimum(a_high, b_high) - torch.maximum(a_low, b_low)).clamp(min=0)
+    if periods is not None:  # they may meet again on the other side
+        shared = shared + ((a_size + b_size) / 2 - (periods - offset.abs())).clamp(min=0)
+        enclosing = enclosing.minimum(periods)
     lengths = shared, a_high - a_low, b_high - b_low
     intersection, a_volume, b_volume = (
         functools.reduce(operator.mul, ratio.unbind(-1))

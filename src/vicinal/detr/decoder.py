@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from .._utils.checks import check_counts, check_type, refuse
 from .._utils.modules import Module
 from ..backends.ops import has_tangent
-from ..nn.projections import call_norm
+from ..nn.projections import call_norm, check_dtype
 from ..placement import QueryPlacement
 from ..pyramid import FeaturePyramid
 from ..windows import wrap_positions
@@ -174,8 +174,8 @@ class Decoder(Module):
         checkpoint: recompute activations in the backward pass instead of storing them; default
             False.
         look_forward_twice: the gradient of predicted boxes reaches the head of the layer before as
-            well; default True. The predictions are the same. Where gradients are computed, heads
-            between the first and the last are called twice then.
+            well; default True. Where gradients are computed, heads between the first and the last
+            are called twice then. The predictions are the same, unless heads have dropout.
 
     Raises:
         ValueError: ``layers`` is empty or has no modules, or a size is below 1.
@@ -219,6 +219,10 @@ class Decoder(Module):
     ) -> None:
         super().__init__()
         layers = as_layers(layers)
+        for layer in layers:
+            if not hasattr(layer, "make_plan"):
+                expected = "DecoderLayers, or modules with their call signature and make_plan"
+                refuse("layers", expected, type(layer).__name__)
         check_counts(embed_dim=embed_dim, n_classes=n_classes, position_dim=position_dim)
         self.embed_dim, self.position_dim = int(embed_dim), int(position_dim)
         self.layers = nn.ModuleList(layers)
@@ -249,10 +253,12 @@ class Decoder(Module):
             passed to each layer.
 
         Raises:
-            ValueError: queries or pyramid do not fit, or boxes have a dtype in which centers of the
-                map's cells do not lie in their own cells.
+            ValueError: queries or pyramid do not fit, embeddings have another dtype than the
+                module, or boxes one in which centers of the map's cells do not lie in their own
+                cells.
         """
         queries = check_object_queries(queries, self.embed_dim, self.position_dim)
+        check_dtype("queries.embeddings", queries.embeddings, next(self.sizes.parameters()).dtype)
         check_type("pyramid", pyramid, FeaturePyramid)
         if pyramid.position_dim != self.position_dim:
             refuse("pyramid", f"{self.position_dim} spatial dimensions", repr(pyramid))

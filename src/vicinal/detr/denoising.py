@@ -74,7 +74,8 @@ class QueriesWithDenoising(NamedTuple):
     """Object queries of a detector together with denoising queries.
 
     Attributes:
-        queries: all queries, ordered by image; those of the detector are in group 0.
+        queries: all queries, ordered by image; those of the detector keep their groups, or are in
+            group 0, and denoising queries have groups after these.
         detection_rows: int64 ``[N]``, the rows of the detector's queries, in their order.
         detection_offsets: int64 ``[B + 1]``, the offsets of the detector's queries.
         denoising_rows: int64 ``[D]``, the rows of the denoising queries, in their order.
@@ -213,7 +214,10 @@ class DenoisingQueryGenerator(Module):
             (batch_ids(own_offsets, n_own), batch_ids(noisy.offsets, len(noisy.boxes)))
         )
         order = torch.argsort(image, stable=True)
-        groups = torch.cat((noisy.group.new_zeros(n_own), noisy.group + 1))
+        own_groups = noisy.group.new_zeros(n_own) if queries.groups is None else queries.groups
+        # Their groups come after those of the detector's queries; without any, from 1 on.
+        last = torch.cat((own_groups, own_groups.new_zeros(1))).max()
+        groups = torch.cat((own_groups, noisy.group + last + 1))
         joined = ObjectQueries(
             torch.cat((queries.embeddings, embeddings))[order],
             torch.cat((queries.boxes, noisy.boxes.to(queries.boxes)))[order],

@@ -11,6 +11,7 @@ from torch import distributed as dist
 
 from .._utils.checks import check_counts, check_range, check_tensor, is_real, reads_contents, refuse
 from .._utils.modules import Module
+from .._utils.ragged import batch_ids
 from .boxes import Period, box_period, generalized_iou, iou, relative_l1
 from .detector import DetectorOutput
 from .focal import LossWeights, sigmoid_focal_loss, varifocal_loss
@@ -352,4 +353,9 @@ def _check_matches(matches: Any, predictions: Predictions, targets: Targets) -> 
     if reads_contents(None, device):
         check_range("matches.prediction", prediction, len(predictions.logits))
         check_range("matches.target", target, len(targets.labels))
+        if prediction.numel() and int(prediction.bincount().max()) > 1:
+            refuse("matches.prediction", "each prediction at most once", "one of them twice")
+        images = batch_ids(predictions.offsets, len(predictions.logits))[prediction]
+        if (images != batch_ids(targets.offsets, len(targets.labels))[target]).any():
+            refuse("matches", "pairs within an image", "a pair of two images")
     return Matches(prediction, target)

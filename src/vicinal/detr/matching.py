@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .._utils.checks import check_finite, check_offsets, check_tensor, reads_contents, refuse
 from .._utils.ragged import expand_ranges
+from ..backends.transforms import transforms_active
 from ..windows import coordinate_dtype
 from .boxes import Period, boxes_to_corners, center_offsets, generalized_iou, relative_l1
 from .focal import LossWeights, focal_terms
@@ -87,12 +88,14 @@ class HungarianMatcher(LossWeights):
             check_predictions(predictions, check_contents=True)
             refuse("predictions", "boxes near enough for finite costs", "costs that overflow")
 
-        flat_costs, first = costs.double().numpy(), 0
+        first = 0
         pairs = [torch.empty(2, 0, dtype=torch.int64)]
         for rows, columns in _slices_per_image(*offsets):
             shape = (rows.stop - rows.start, columns.stop - columns.start)
             last = first + shape[0] * shape[1]
-            row, column = solve(flat_costs[first:last].reshape(shape))
+            own = costs[first:last].double().view(shape)
+            # A tensor of `torch.func` does not become an array.
+            row, column = solve(own.tolist() if transforms_active() else own.numpy())
             pairs.append(
                 torch.stack(
                     (torch.as_tensor(row) + rows.start, torch.as_tensor(column) + columns.start)

@@ -15,7 +15,7 @@ from .._utils.checks import (
 )
 from .._utils.modules import Module
 from .._utils.ragged import offsets_from_ids
-from ..nn.projections import call_norm
+from ..nn.projections import call_norm, check_dtype
 from ..pyramid import FeaturePyramid
 from ..windows import level_scales
 from .layers import DetectionHead, as_levels, check_has_levels, points_of_levels
@@ -123,8 +123,8 @@ class QuerySelection(Module):
             the queries, whose boxes carry no gradient, and the candidates.
 
         Raises:
-            ValueError: the pyramid has another width or number of dimensions, or lacks one of
-                ``levels``.
+            ValueError: the pyramid has another width, dtype or number of dimensions, or lacks one
+                of ``levels``.
         """
         self._check(pyramid)
         points = self._candidate_points(pyramid)
@@ -164,7 +164,8 @@ class QuerySelection(Module):
     def _check(self, pyramid: FeaturePyramid) -> None:
         check_type("pyramid", pyramid, FeaturePyramid)
         width = self.head.embed_dim
-        check_tensor("pyramid.values", pyramid.values, ("nnz", width), kind="floating")
+        values = check_tensor("pyramid.values", pyramid.values, ("nnz", width), kind="floating")
+        check_dtype("pyramid.values", values, next(self.head.parameters()).dtype)
         if pyramid.position_dim != self.head.position_dim:
             refuse("pyramid", f"{self.head.position_dim} spatial dimensions", repr(pyramid))
         check_has_levels(pyramid, self.levels)

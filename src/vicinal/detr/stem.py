@@ -19,11 +19,12 @@ from .._utils.modules import Module
 from .._utils.ragged import offsets_from_ids
 from .._utils.strides import Strides, as_strides, shapes_from_strides
 from .._utils.types import StridesLike
-from ..nn.projections import call_norm
+from ..nn.projections import call_norm, check_dtype
 from ..placement import QueryPlacement
 from ..plan import NeighborhoodPlan, plan_neighborhoods
 from ..pyramid import FeaturePyramid
 from ..window_shapes import (
+    Window,
     Windows,
     WindowsLike,
     as_windows,
@@ -89,11 +90,10 @@ class PointStem(Module):
         in_channels, embed_dim = int(in_channels), int(embed_dim)
         self.in_channels, self.position_dim = in_channels, int(position_dim)
         self.strides = as_strides(strides, self.position_dim)
-        self.window_strides = _as_window_strides(window_strides, self.position_dim)
-        geometry = len(self.window_strides), self.position_dim
-        self.window_sizes = as_windows(window_sizes, *geometry, argument="window_sizes")
+        self.window_strides, self.window_sizes = as_stem_windows(
+            window_strides, window_sizes, self.position_dim
+        )
         windows = windows_on_axes(self.window_sizes, self.position_dim)
-        _check_causal_strides(self.window_strides, windows)
         n_cells = sum(map(count_cells, windows))
         # Each cell has its values and a flag for whether it is stored.
         n_features = n_cells * (in_channels + 1) + self.position_dim * len(self.strides)
@@ -123,7 +123,8 @@ class PointStem(Module):
         Args:
             coordinates: integer ``[n, P + 1]``: image, then the cell along each axis of the grid.
                 Values of points that share a cell are averaged.
-            values: floating ``[n, in_channels]``.
+            values: ``[n, in_channels]``, in the dtype of the module; autocast takes other floating
+                dtypes than float64 as well.
             spatial_shape: P sizes of the grid. The result does not depend on how far they exceed
                 the points.
             batch_size: number of images.
@@ -187,6 +188,7 @@ class PointStem(Module):
         values = check_tensor(
             "values", values, ("n", self.in_channels), kind="floating", device=device
         )
+        check_dtype("values", values, next(self.layers.parameters()).dtype)
         shape = (values.shape[0], self.position_dim + 1)
         coordinates = check_tensor("coordinates", coordinates, shape, kind="integer", device=device)
         spatial_shape = as_spatial_shape(spatial_shape, self.position_dim)
@@ -255,20 +257,30 @@ def _with_rows_of_given_points(
     )
 
 
-def _as_window_strides(window_strides: StridesLike, position_dim: int) -> Strides:
+def as_stem_windows(
+    window_strides: StridesLike, window_sizes: WindowsLike, position_dim: int, prefix: str = ""
+) -> tuple[Strides, tuple[int | tuple[int, ...] | Window, ...]]:
+    """The strides and sizes of the windows of a `PointStem`, each in one form.
+
+    Raises:
+        ValueError: they are not as described there; ``prefix`` comes before the arguments' names.
+    """
+    argument = f"{prefix}window_strides"
     try:
         strides = as_strides(window_strides, position_dim)
     except ValueError:
-        refuse("window_strides", "integers of at least 1, one or P per window", window_strides)
+        refuse(argument, "integers of at least 1, one or P per window", window_strides)
     if max(strides[0]) != 1:
-        refuse("window_strides", "strides that begin with 1", str(list(strides)))
-    return strides
+        refuse(argument, "strides that begin with 1", str(list(strides)))
+    sizes = as_windows(window_sizes, len(strides), position_dim, f"{prefix}window_sizes")
+    _check_causal_strides(argument, strides, windows_on_axes(sizes, position_dim))
+    return strides, sizes
 
 
-def _check_causal_strides(window_strides: Strides, windows: Windows) -> None:
+def _check_causal_strides(argument: str, window_strides: Strides, windows: Windows) -> None:
     """Raises ValueError unless the cells of coarse windows pool whole cells of finer ones."""
     for axis in causal_axes(windows):
         steps = [stride[axis] for stride in window_strides]
         if any(max(pair) % min(pair) for pair in itertools.combinations(steps, 2)):
             expected = f"strides that divide each other along causal axis {axis}"
-            refuse("window_strides", expected, str(list(window_strides)))
+            refuse(argument, expected, str(list(window_strides)))

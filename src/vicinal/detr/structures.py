@@ -443,5 +443,5 @@ def top_k_per_image(
     order = by_score[torch.argsort(image[by_score], stable=True)]
     starts = offsets_from_ids(image, batch_size)
     rank = rank_in_image(image[order], starts)
-    chosen = order[rank < top_k]
+    chosen = order[rank < min(top_k, len(order))]
     return chosen, offsets_from_ids(image[chosen], batch_size)

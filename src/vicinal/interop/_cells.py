@@ -25,7 +25,7 @@ from ..pooling import check_pooling, pool_points
 from ..pyramid import FeaturePyramid
 from ..voxels import voxelize
 from ..windows import as_periodic_axes, centers_of_cells
-from ._common import LevelPoints, points_of_level, pyramid_of_points
+from ._common import LevelPoints, check_level, points_of_level, pyramid_of_points
 
 _NEARLY_WHOLE = 1e-6  # of a cell: what rounding leaves of a whole number of cells
 
@@ -46,6 +46,15 @@ class StridedCells(NamedTuple):
     stride: tuple[int, ...]
     spatial_shape: tuple[int, ...]
     batch_size: int
+
+    def corners(self) -> Tensor:
+        """int32 ``[m, P]``, the lower corners of the cells: multiples of the stride.
+
+        Raises:
+            ValueError: one is out of range.
+        """
+        cells = self.coordinates[:, 1:].long()
+        return as_int32(cells * cells.new_tensor(self.stride))
 
 
 def attributes(argument: str, container: Any, kind: str, *names: str) -> list[Any]:
@@ -116,6 +125,7 @@ def pyramid_of_strided_cells(
     if not dim:
         refuse(argument, "at least one column beside that of the images", raw)
     _check_contents(argument, raw)
+    raw = raw.long()
     if (raw % raw.new_tensor(stride) != 0).any():
         refuse(argument, f"multiples of the stride {stride}", "others")
     multiples = [
@@ -209,17 +219,21 @@ def distinct_points_of_level(
     Points that are so already are not copied.
     """
     points = points_of_level(pyramid, level, spatial_shape)
-    images, *axes = points.coordinates.unbind(1)
-    key = images
-    for cells, size in zip(axes, pyramid.level_shapes[level], strict=True):
-        key = key * size + cells
-    if (key[1:] > key[:-1]).all():
+    if _ascend(points.coordinates):
         return points
-    ones, shape = [1] * len(axes), pyramid.level_shapes[level]
+    finest, shape = [1] * pyramid.position_dim, pyramid.level_shapes[check_level(pyramid, level)]
     values, coordinates, _ = pool_points(
-        points.values, points.coordinates, ones, shape, check_pooling("sum")
+        points.values, points.coordinates, finest, shape, check_pooling("sum")
     )
     return points._replace(values=values, coordinates=coordinates)
+
+
+def _ascend(coordinates: Tensor) -> bool:
+    """Whether each row of ``[m, P + 1]`` comes after the one before, and none twice."""
+    above = torch.zeros_like(coordinates[1:, 0], dtype=torch.bool)
+    for step in reversed(coordinates.diff(dim=0).unbind(1)):
+        above = (step > 0) | (above & (step == 0))
+    return bool(above.all())
 
 
 def strided_cells_of_level(pyramid: Any, level: int) -> StridedCells:
@@ -241,6 +255,8 @@ def strided_cells_of_level(pyramid: Any, level: int) -> StridedCells:
         refuse("pyramid", expected, f"the origin {list(pyramid.origin)}")
     whole = all(float(size).is_integer() for size in pyramid.cell_size or ())
     stride = tuple(map(int, sizes)) if whole else pyramid.strides[level]
+    if max(stride) >= 2**31:
+        refuse("pyramid", "cells of a size that int32 holds", f"a stride of {max(stride)}")
     coordinates = points.coordinates + points.coordinates.new_tensor([0, *shift])
     shape = tuple(cells + first for cells, first in zip(points.spatial_shape, shift, strict=True))
     return StridedCells(as_int32(coordinates), points.values, stride, shape, points.batch_size)
@@ -284,6 +300,6 @@ def centers_of_points(
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         refuse("dtype", "a floating dtype", dtype)
     cells = points.coordinates[:, 1:]
-    levels = torch.full_like(cells[:, 0], level)
+    levels = torch.full_like(cells[:, 0], check_level(pyramid, level))
     centers = centers_of_cells(cells, levels, pyramid.level_shapes, torch.float64)
     return pyramid.raw_from_positions(centers).to(dtype)

@@ -1,5 +1,6 @@
 """What all conversions share: cells or raw points in, the points of one level out."""
 
+import functools
 import importlib
 from collections.abc import Sequence
 from dataclasses import replace
@@ -186,9 +187,12 @@ def read_columns(argument: str, table: Any, names: str | Sequence[str]) -> list[
             column = table[name]
         except (LookupError, ValueError, TypeError, AttributeError):
             refuse(argument, f"the name of a column of the {type(table).__name__}", name)
-        if not isinstance(column, Tensor):
-            column = numpy.asanyarray(column)  # as_tensor refuses masked entries
         label = f"{argument} {name!r}"
+        if not isinstance(column, Tensor):
+            try:
+                column = numpy.asanyarray(column)  # as_tensor refuses masked entries
+            except ValueError:  # lists of lists that differ in length
+                refuse(label, "a column of numbers", column)
         column = as_tensor(label, column)
         if isinstance(column, Tensor) and column.dtype == torch.bool:
             column = column.to(torch.uint8)
@@ -198,8 +202,8 @@ def read_columns(argument: str, table: Any, names: str | Sequence[str]) -> list[
 
 
 def stack_positions(argument: str, columns: Sequence[Tensor]) -> Tensor:
-    """Raw coordinates ``[n, P]`` of columns ``[n]``, none of them rounded: where their dtypes
-    differ, integers become int64, and all become float64 where one is floating.
+    """Raw coordinates ``[n, P]`` of columns ``[n]``, none of them rounded: integers become int64,
+    and where dtypes differ and one is floating, all become float64.
 
     Raises:
         ValueError: there is no column, a number is not finite, or an integer beside floating
@@ -210,10 +214,10 @@ def stack_positions(argument: str, columns: Sequence[Tensor]) -> Tensor:
     for axis, column in enumerate(columns):
         if column.is_floating_point() and has_contents(column):
             check_finite(f"{argument}[{axis}]", column[:, None])
-    if len({column.dtype for column in columns}) == 1:
-        return torch.stack(list(columns), 1)
     if not any(column.is_floating_point() for column in columns):
         return torch.stack([column.long() for column in columns], 1)
+    if len({column.dtype for column in columns}) == 1:
+        return torch.stack(list(columns), 1)
     for axis, column in enumerate(columns):
         if not column.is_floating_point() and (column.double().abs() >= 2**53).any():
             expected = "integers below 2^53 beside floating columns; subtract their first one"
@@ -222,12 +226,15 @@ def stack_positions(argument: str, columns: Sequence[Tensor]) -> Tensor:
 
 
 def stack_features(columns: Sequence[Tensor]) -> Tensor | None:
-    """Features ``[n, E]`` of columns ``[n]``, in their common dtype; None for no column."""
+    """Features ``[n, E]`` of columns ``[n]``, in the dtype that PyTorch promotes them to, but of
+    integers beside half precisions float32; None for no column.
+    """
     if not columns:
         return None
-    dtype = columns[0].dtype
-    for column in columns:
-        dtype = torch.promote_types(dtype, column.dtype)
+    dtypes = {column.dtype for column in columns}
+    if len({dtype.is_floating_point for dtype in dtypes}) > 1:
+        dtypes.add(torch.float32)
+    dtype = functools.reduce(torch.promote_types, dtypes)
     return torch.stack([column.to(dtype) for column in columns], 1)
 
 

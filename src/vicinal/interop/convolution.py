@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from .._utils.checks import check_tensor
 from .._utils.types import BoundsLike, Pooling, StridesLike
 from ..pyramid import FeaturePyramid
@@ -217,7 +219,7 @@ def to_minkowski(pyramid: FeaturePyramid, level: int = 0, *, coordinate_manager:
         ```
     """
     cells = strided_cells_of_level(pyramid, level)
-    coordinates = cells.coordinates * cells.coordinates.new_tensor([1, *cells.stride])
+    coordinates = torch.cat((cells.coordinates[:, :1], cells.corners()), 1)
     return import_library("MinkowskiEngine").SparseTensor(
         cells.values,
         coordinates,

@@ -86,7 +86,9 @@ def from_events(
             refuse("polarity", "a name, or None", polarity)
         signs = [read_columns("polarity", table, polarity)[0] for table in tables]
         features = torch.cat([_off_and_on(*each) for each in zip(signs, points, strict=True)])
-    cell_sizes: Any = (1, 1, cell_size) if is_real(cell_size) else cell_size
+    cell_sizes: Any = as_list("cell_size", cell_size, "a finite number, or one for each of 3 axes")
+    if is_real(cell_sizes):
+        cell_sizes = (1, 1, cell_sizes)
     return pyramid_of_points(
         rows,
         features,

@@ -224,11 +224,12 @@ def from_warpconvnet(
     n, device = len(features), features.device
     name = "voxels.coordinate_tensor"
     cells = check_tensor(name, cells, (n, "P"), kind="integer", device=device)
+    cells = cells.long()
     steps = as_stride("voxels.tensor_stride", 1 if stride is None else stride, cells.shape[1])
     images = images_of_offsets("voxels.offsets", offsets, n, device)
     return pyramid_of_strided_cells(
         name,
-        cells.long() * cells.new_tensor(steps),
+        cells * cells.new_tensor(steps),
         images,
         features,
         stride=steps,

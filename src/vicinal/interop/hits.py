@@ -49,7 +49,8 @@ def from_awkward(
         periodic_axes: axes along which space repeats, such as an azimuth. Default: none.
 
     Returns:
-        a pyramid, whose values have the dtype that PyTorch promotes the features to.
+        a pyramid, whose values have the dtype that PyTorch promotes the features to: float32 for
+        integers beside half precisions, and PyTorch's default dtype for the mean of integers.
         ``values_of_points`` of it has the order of the hits, one event after another.
 
     Raises:
@@ -111,7 +112,7 @@ def _column_of_awkward(argument: str, events: Any, name: str) -> tuple[Tensor, T
     try:
         flat = awkward.to_numpy(awkward.flatten(column, axis=1), allow_missing=False)
         counts = awkward.to_numpy(awkward.num(column, axis=1), allow_missing=False)
-    except ValueError:
+    except (ValueError, TypeError):  # a missing number, or numbers among others
         refuse(argument, expected, str(column.type))
     values = read_columns(argument, {name: flat}, name)[0]
     return values, check_tensor(argument, counts, ("B",), kind="integer").long()
@@ -183,7 +184,8 @@ def from_hdf5(
         periodic_axes: axes along which space repeats, such as an azimuth. Default: none.
 
     Returns:
-        a pyramid, whose values have the dtype that PyTorch promotes the features to.
+        a pyramid, whose values have the dtype that PyTorch promotes the features to: float32 for
+        integers beside half precisions, and PyTorch's default dtype for the mean of integers.
         ``values_of_points`` of it has the order of the hits in the file.
 
     Raises:
@@ -255,7 +257,8 @@ def from_zarr(
         periodic_axes: axes along which space repeats, such as an azimuth. Default: none.
 
     Returns:
-        a pyramid, whose values have the dtype that PyTorch promotes the features to.
+        a pyramid, whose values have the dtype that PyTorch promotes the features to: float32 for
+        integers beside half precisions, and PyTorch's default dtype for the mean of integers.
         ``values_of_points`` of it has the order of the hits in the group.
 
     Raises:

@@ -37,8 +37,8 @@ def from_pointcept(
             each one, without a leading zero, or else ``batch`` ``[n]``, the image of each point;
             and ``grid_coord`` integer ``[n, P]``, or else ``coord`` ``[n, P]``.
         cell_size: size of a cell in the unit of ``coord``, one number or one per axis. None
-            (default): the cells are ``grid_coord``; without it, cells of ``coord`` have the size
-            ``grid_size``.
+            (default): the cells are ``grid_coord``, and the pyramid's raw units are these cells;
+            without it, cells of ``coord`` have the size ``grid_size``.
         bounds: ``(low, high)`` for each axis, in cells if the cells are ``grid_coord``, otherwise
             in the unit of ``coord``; points outside have no row. None (default), or None for an
             axis: those of the points; of cells, from 0 on.

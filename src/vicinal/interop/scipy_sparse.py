@@ -39,10 +39,11 @@ def from_scipy(
         periodic_axes: axes along which the grid repeats. Default: none.
 
     Returns:
-        a pyramid with values ``[n, 1]`` of the arrays' dtype, integers as int64. A stored zero is a
-        point, and entries of one cell are added, as SciPy does. ``values_of_points`` of it has the
-        order of ``array.tocoo().data``, which is that of ``data`` for COO, CSR and CSC, one array
-        after another.
+        a pyramid with values ``[n, 1]`` of the arrays' dtype, integers as int64; but the mean of
+        integers has PyTorch's default dtype, also that of one number. A stored zero is a point, and
+        entries of one cell are added, as SciPy does. ``values_of_points`` of it has the order of
+        ``array.tocoo().data``, which is that of ``data`` for COO, CSR and CSC, one array after
+        another.
 
     Raises:
         ValueError: an array is not as described, they differ in dtype or number of dimensions, or

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._pyramid.coo import coalesce
+from .._pyramid.coo import check_map_size, coalesce
 from .._utils.checks import as_signed, has_contents, refuse
 from .._utils.ragged import offsets_from_counts
 from .._utils.types import BoundsLike, Pooling, StridesLike
@@ -123,6 +123,7 @@ def to_torch_coo(
     """
     points = points_of_level(pyramid, level, spatial_shape)
     size = (points.batch_size, *points.spatial_shape, points.values.shape[1])
+    check_map_size(size)
     indices = points.coordinates.t()
     return coalesce(torch.sparse_coo_tensor(indices, points.values, size, check_invariants=False))
 

@@ -74,7 +74,8 @@ def from_torchsparse(
     stride = as_stride("tensor.stride", stride, 3)
     spatial_range = getattr(tensor, "spatial_range", None)
     if _is_image_first(tensor):
-        images, raw = coords[:, 0], coords[:, 1:].long() * coords.new_tensor(stride)
+        cells = coords[:, 1:].long()
+        images, raw = coords[:, 0], cells * cells.new_tensor(stride)
     else:
         images, raw = coords[:, 3], coords[:, :3]
     if spatial_range is not None:
@@ -135,8 +136,7 @@ def to_torchsparse(pyramid: FeaturePyramid, level: int = 0) -> Any:
         cells.values, cells.coordinates, cells.stride
     )
     if not _is_image_first(tensor):
-        multiples = cells.coordinates[:, 1:] * cells.coordinates.new_tensor(cells.stride)
-        tensor.coords = torch.cat((multiples, cells.coordinates[:, :1]), 1)
+        tensor.coords = torch.cat((cells.corners(), cells.coordinates[:, :1]), 1)
     elif not (cells.coordinates < 0).any():
         tensor.spatial_range = (cells.batch_size, *cells.spatial_shape)
     return tensor

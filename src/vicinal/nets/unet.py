@@ -8,20 +8,33 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .._utils.checks import as_integer, as_integers, check_counts, check_dropout, refuse
+from .._utils.checks import (
+    as_integer,
+    as_integers,
+    check_counts,
+    check_dropout,
+    describe,
+    refuse,
+)
 from .._utils.modules import Module
 from .._utils.ragged import take_rows
 from .._utils.strides import Strides
 from .._utils.types import StridesLike
 from ..detr.encoder import EncoderLayer
 from ..detr.layers import FeedForward, run_layer
-from ..detr.stem import PointStem
+from ..detr.stem import PointStem, as_stem_windows
 from ..nn.block import SparseNeighborhoodAttentionBlock
 from ..nn.projections import call_norm
 from ..placement import QueryPlacement
 from ..pooling import check_pooling, pool_rows
 from ..pyramid import FeaturePyramid
-from ..window_shapes import WindowsLike, as_windows
+from ..window_shapes import (
+    Windows,
+    WindowsLike,
+    as_windows,
+    check_windows_fit,
+    windows_on_axes,
+)
 
 
 class PointUNet(Module):
@@ -109,6 +122,7 @@ class PointUNet(Module):
         check_counts(n_classes=n_classes, position_dim=position_dim)
         check_dropout("dropout", dropout)
         width = _finest_width(embed_dims)
+        as_stem_windows(stem_window_strides, stem_window_sizes, position_dim, "stem_")
         self.stem = PointStem(
             in_channels, width, strides, stem_window_sizes, stem_window_strides, position_dim
         )
@@ -118,8 +132,11 @@ class PointUNet(Module):
         self.embed_dims = dims = _per_level("embed_dims", embed_dims, n_levels)
         self.n_heads = _per_level("n_heads", n_heads, n_levels)
         self.depths = _per_level("depths", depths, n_levels, least=0)
+        self._windows: Windows = ()
         if make_attention is None:
+            _check_heads(dims, self.n_heads)
             windows = as_windows(neighborhood_sizes, n_levels, self.position_dim)
+            self._windows = windows_on_axes(windows, self.position_dim)
             make_attention = functools.partial(self._make_block, windows)
         self.dropout, self.checkpoint = dropout, checkpoint
 
@@ -133,9 +150,10 @@ class PointUNet(Module):
 
     def _make_stage(self, make_attention: Callable[[int], nn.Module], level: int) -> nn.ModuleList:
         width = self.embed_dims[level]
+        attentions = [_made_by(make_attention, level) for _ in range(self.depths[level])]
         return nn.ModuleList(
-            EncoderLayer(make_attention(level), FeedForward(width, 2 * width, self.dropout))
-            for _ in range(self.depths[level])
+            EncoderLayer(attention, FeedForward(width, 2 * width, self.dropout))
+            for attention in attentions
         )
 
     def _make_block(self, windows: Sequence[Any], level: int) -> nn.Module:
@@ -164,7 +182,8 @@ class PointUNet(Module):
         Args:
             coordinates: integer ``[n, P + 1]``: image, then the cell along each axis of the grid,
                 in any order. Points that share a cell of the finest level have the same logits.
-            values: floating ``[n, in_channels]``.
+            values: ``[n, in_channels]``, in the dtype of the module; autocast takes other floating
+                dtypes than float64 as well.
             spatial_shape: P sizes of the grid.
             batch_size: number of images.
             periodic_axes: axes along which the grid repeats, such as an azimuth. Default: none.
@@ -185,6 +204,9 @@ class PointUNet(Module):
             periodic_axes=periodic_axes,
             keep_point_rows=True,
         )
+        for index, window in enumerate(self._windows):
+            shapes = pyramid.level_shapes[index : index + 1]
+            check_windows_fit((window,), shapes, pyramid.periodic_axes, first_level=index)
         levels = _split_levels(pyramid)
         plans = list(map(_make_plan, self.encoder, levels))
         skipped: list[Tensor] = []
@@ -278,6 +300,23 @@ def _make_plan(stage: Any, level: _Level) -> Any:
 
 
 _MEAN = check_pooling("mean")
+
+
+def _made_by(make_attention: Any, level: int) -> nn.Module:
+    expected = "a function of the level that returns a module with make_plan"
+    if not callable(make_attention):
+        refuse("make_attention", expected, make_attention)
+    attention = make_attention(level)
+    if not isinstance(attention, nn.Module) or not hasattr(attention, "make_plan"):
+        refuse("make_attention", expected, f"one that returns {describe(attention)}")
+    return attention
+
+
+def _check_heads(embed_dims: Sequence[int], n_heads: Sequence[int]) -> None:
+    for level, (width, heads) in enumerate(zip(embed_dims, n_heads, strict=True)):
+        if width % heads:
+            expected = f"a multiple of n_heads ({heads}) at level {level}"
+            refuse("embed_dims", expected, f"{list(embed_dims)}")
 
 
 def _finest_width(embed_dims: Any) -> int:

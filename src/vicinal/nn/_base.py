@@ -21,7 +21,7 @@ from .._utils.checks import (
 )
 from .._utils.modules import Module
 from .._utils.ragged import take_rows
-from ..attention import NeighborhoodWeights, autocasts
+from ..attention import NeighborhoodWeights
 from ..placement import QueryPlacement, check_placement
 from ..pyramid import FeaturePyramid
 from ..windows import (
@@ -30,7 +30,7 @@ from ..windows import (
     finest_level,
     wrap_positions,
 )
-from .projections import call_norm
+from .projections import call_norm, check_dtype
 
 PlanT = TypeVar("PlanT")
 
@@ -427,9 +427,7 @@ class SparseAttention(Module, Generic[PlanT]):
         return value
 
     def _check_dtype(self, argument: str, value: Tensor) -> None:
-        dtype: torch.dtype = self._reference.dtype
-        if value.dtype != dtype and not autocasts(value.device):
-            refuse(argument, f"the dtype of the module, {dtype}", value)
+        check_dtype(argument, value, self._reference.dtype)
 
 
 def _nonfinite_masked_rows(inputs: Inputs) -> Tensor | None:

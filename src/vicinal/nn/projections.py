@@ -8,8 +8,10 @@ private names are missing, the modules are called.
 import importlib
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
+from .._utils.checks import refuse
 from ..attention import autocasts
 from ..backends.layer_norm import layer_norm
 from ..backends.types import Backend
@@ -21,6 +23,13 @@ try:
     _has_any_global_hook = importlib.import_module("torch.nn.modules.module")._has_any_global_hook
 except (ImportError, AttributeError):
     _has_any_global_hook = None
+
+
+def check_dtype(argument: str, value: Tensor, dtype: torch.dtype) -> None:
+    """Raises ValueError unless ``value`` has the dtype of a module, or autocast casts both."""
+    casts = autocasts(value.device) and torch.float64 not in (value.dtype, dtype)
+    if value.dtype != dtype and not casts:
+        refuse(argument, f"the dtype of the module, {dtype}", value)
 
 
 def project(

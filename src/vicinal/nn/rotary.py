@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .._utils.checks import (
+    as_list,
     as_numbers,
     check_base,
     check_counts,
@@ -266,7 +267,7 @@ def as_axis_scales(argument: str, scales: Any, position_dim: int) -> tuple[float
     if scales is None:
         return None
     expected = f"a finite number above 0 for each of {position_dim} axes"
-    if is_real(scales):
+    if is_real(as_list(argument, scales, expected)):
         refuse(argument, expected, scales)
     numbers = as_numbers(argument, scales, position_dim, expected)
     if min(numbers) <= 0:
