@@ -41,6 +41,13 @@ def require(parser: argparse.ArgumentParser, *modules: str, extras: str = "demo"
         parser.exit(1, f"The demo needs {', '.join(missing)}: pip install vicinal[{extras}]\n")
 
 
+def output_folder(text: str) -> Path:
+    """Parses the name of a folder, which must not be empty."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"expected a folder, got {text!r}; . is the current one")
+    return Path(text)
+
+
 def require_folder(parser: argparse.ArgumentParser, folder: Path) -> None:
     """Creates the output folder of ``--out``; exits if it is not writable."""
     try:

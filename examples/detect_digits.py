@@ -83,9 +83,9 @@ def parse_arguments() -> argparse.Namespace:
     )
     arguments = parser.parse_args()
     require(parser, "matplotlib", "mlxtend", "pycocotools", "safetensors", "scipy", "tqdm")
-    require_folder(parser, arguments.out)
     if arguments.resume:
         check_resumable(parser, arguments.out, attention=arguments.attention)
+    require_folder(parser, arguments.out)
     return arguments
 
 

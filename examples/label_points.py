@@ -26,10 +26,12 @@ import math
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from examples.arguments import above_0, at_least_1, require, require_folder
+from examples.formats.raw import FormatError
 from examples.labels.evaluation import Quality, confusion, quality
 from examples.labels.model import ATTENTIONS, PointLabeler, count_parameters
 from examples.labels.scenes import Batches, LabeledPoints
@@ -57,11 +59,11 @@ def main() -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    kind = argparse.ArgumentParser(add_help=False)
+    kind = argparse.ArgumentParser(prog=f"python -m {MODULE}", add_help=False)
     kind.add_argument("--data", choices=TASKS, default="digits", help="what is labeled")
     data = kind.parse_known_args()[0].data  # other defaults depend on it
     parser = argparse.ArgumentParser(
-        prog=f"python -m {MODULE}",
+        prog=kind.prog,
         description="Trains and tests a network that labels points.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         parents=[kind],
@@ -73,14 +75,12 @@ def parse_arguments() -> argparse.Namespace:
         help="what connects points; of the others, 'pooling' is a U-Net without attention, and "
         "'stem' has no levels either",
     )
-    parser.add_argument(
-        "--hits",
-        type=at_least_1,
-        default=60_000,
-        help="with --data hits: hits of the largest event",
-    )
     task = TASKS[data]
-    parser.set_defaults(folder=None, cell_size=None)
+    parser.set_defaults(hits=None, folder=None, cell_size=None)
+    if data == "hits":
+        parser.add_argument(
+            "--hits", type=at_least_1, default=60_000, help="hits of the largest event"
+        )
     if task.cell_size is not None:
         parser.add_argument("folder", type=Path, metavar="FOLDER", help="with the files")
         parser.add_argument(
@@ -91,25 +91,37 @@ def parse_arguments() -> argparse.Namespace:
     extras = "demo,interop" if data in NEEDED else "demo"
     needed = NEEDED.get(data, ())
     require(parser, "matplotlib", "mlxtend", "safetensors", "tqdm", *needed, extras=extras)
-    require_folder(parser, arguments.out)
     if arguments.resume:
         check_resumable(parser, arguments.out, **_metadata(arguments))
+    require_folder(parser, arguments.out)
     return arguments
 
 
-def _metadata(arguments: argparse.Namespace) -> dict[str, str]:
-    """What a checkpoint says of its network and data."""
-    metadata = {"data": arguments.data, "attention": arguments.attention}
+def _given(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The network and the data, by the names of arguments."""
+    given = {"data": arguments.data, "attention": arguments.attention}
+    if arguments.hits is not None:
+        given["hits"] = arguments.hits
     if arguments.folder is not None:
-        metadata["cell_size"] = str(arguments.cell_size)
-        metadata["FOLDER"] = str(arguments.folder.absolute())
-    return metadata
+        given |= {"cell_size": arguments.cell_size, "FOLDER": str(arguments.folder.absolute())}
+    return given
+
+
+def _metadata(arguments: argparse.Namespace, task: Task | None = None) -> dict[str, str]:
+    """What a checkpoint says of its network and data; with ``task``, of the split of files too."""
+    metadata = {name: str(value) for name, value in _given(arguments).items()}
+    files = task and task.files
+    return metadata | (files.describe(arguments.folder) if files else {})
 
 
 def run(arguments: argparse.Namespace, device: torch.device) -> None:
-    names = arguments.seed, arguments.hits, arguments.folder, arguments.cell_size
     template = TASKS[arguments.data]
-    task, for_training, for_test = template.open(template, Options(*names))
+    data = {"n_hits": arguments.hits, "folder": arguments.folder, "cell_size": arguments.cell_size}
+    given = {name: value for name, value in data.items() if value is not None}
+    task, for_training, for_test = template.open(template, Options(arguments.seed, **given))
+    if task.files is not None:
+        n_training, n_test = map(len, task.files)
+        print_once(f"Files: {n_training:,} for training, {n_test:,} for the test.")
     torch.manual_seed(arguments.seed)
     model = PointLabeler(task, arguments.attention).to(device)
     print_once(
@@ -125,7 +137,7 @@ def run(arguments: argparse.Namespace, device: torch.device) -> None:
         Config(**options, learning_rate=task.learning_rate),
         arguments.out,
         resume=arguments.resume,
-        metadata=_metadata(arguments),
+        metadata=_metadata(arguments, task),
     )
     if rank_and_world_size()[0] != 0:
         return
@@ -133,7 +145,7 @@ def run(arguments: argparse.Namespace, device: torch.device) -> None:
     result = _test(model, for_test, arguments)
     last = [step["labels"] for step in history.losses[-20:]]
     figures = {
-        **{name: getattr(arguments, name) for name in ("data", "attention", "hits")},
+        **{name.lower(): value for name, value in _given(arguments).items()},
         **options,
         **result._asdict(),
         "loss": sum(last) / len(last),
@@ -150,8 +162,12 @@ def _test(model: PointLabeler, for_test: Batches, arguments: argparse.Namespace)
     counts = torch.zeros(n_classes, n_classes, dtype=torch.int64)
     for first in range(0, task.n_tests, arguments.batch):
         batch = for_test(range(first, min(first + arguments.batch, task.n_tests))).to(device)
-        with torch.autocast(device.type, precision, enabled=precision is not None):
-            predicted = model.predict(batch)
+        try:
+            with torch.autocast(device.type, precision, enabled=precision is not None):
+                predicted = model.predict(batch)
+        except ValueError as problem:
+            where = f"test {task.scenes} {first + 1} to {first + batch.batch_size}"
+            raise FormatError(f"{where}: {problem}") from problem
         counts += confusion(batch.labels, predicted, n_classes).cpu()
     result = quality(counts)
     if not counts.any():

@@ -5,8 +5,8 @@ polarity (1 is on) and 23 of the time in microseconds, the highest first. A row 
 but says that 2^13 microseconds have passed that later times do not count. See Orchard et al.,
 "Converting Static Image Datasets to Spiking Neuromorphic Datasets Using Saccades", 2015.
 
-tonic has structured arrays with the fields x, y, t and p, which ``numpy.save`` writes. In both, all
-events of a recording have one label, the digit that their folder is named by.
+tonic has structured arrays with the fields x, y, t (microseconds) and p, which ``numpy.save``
+writes. In both, all events of a recording have one label, the digit that their folder is named by.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 
 from examples.formats.raw import (
     RawScene,
+    find_files,
     naming,
     read_records,
     reading,
@@ -31,6 +32,8 @@ CLASSES = tuple(map(str, range(10)))
 OVERFLOW_ROW, OVERFLOW = 240, 2**13
 SENSOR = (34, 34)  # width and height of N-MNIST
 FIELDS = ("x", "y", "t", "p")
+SUFFIXES = (".bin", ".npy")
+PARTS = ("Train", "Test")
 
 
 def read_nmnist(
@@ -57,13 +60,18 @@ def read_nmnist(
     columns = {"x": x, "y": y, "t": time, "p": high >> 7}
     columns = {name: column[~overflows] for name, column in columns.items()}
     width, height = sensor_size
-    if (columns["x"] >= width).any() or (columns["y"] >= height).any():
-        refuse(path, f"events on {width} x {height} pixels", "others")
+    outside = ((columns["x"] >= width) | (columns["y"] >= height)).nonzero()
+    if len(outside):
+        column, row = (int(columns[name][outside[0]]) for name in "xy")
+        refuse(path, f"events on {width} x {height} pixels", f"one at column {column}, row {row}")
     return _scene(path, columns, cell_size)
 
 
 def read_tonic(path: Path, cell_size: float = 10.0) -> RawScene:
-    """Reads a ``.npy`` file with a structured array; else as `read_nmnist`, without a sensor."""
+    """Reads a ``.npy`` file with a structured array, whose field ``t`` is in microseconds.
+
+    Arguments, result and errors are those of `read_nmnist`, without a sensor.
+    """
     import numpy as np
 
     expected = f"a structured array with the fields {', '.join(FIELDS)} in a .npy file"
@@ -91,7 +99,7 @@ def _scene(path: Path, columns: Any, cell_size: float) -> RawScene:
 
 def read_events(path: Path, cell_size: float = 10.0) -> RawScene:
     """Reads a file of either kind, which the end of its name tells."""
-    return (read_tonic if path.suffix == ".npy" else read_nmnist)(path, cell_size)
+    return (read_tonic if path.suffix.lower() == ".npy" else read_nmnist)(path, cell_size)
 
 
 def find_events(folder: Path) -> list[tuple[Path, ...]]:
@@ -100,12 +108,17 @@ def find_events(folder: Path) -> list[tuple[Path, ...]]:
     Raises:
         FormatError: there are none.
     """
-    found = [path for end in ("bin", "npy") for path in folder.rglob(f"[0-9]/*.{end}")]
-    if not found:
-        refuse(folder, "recordings *.bin or *.npy in folders named by digits", "none")
-    return [(path,) for path in sorted(found)]
+    expected = "recordings *.bin or *.npy in folders named by digits"
+    return [(path,) for path in find_files(folder, expected, _is_recording)]
 
 
-def part_of(path: Path) -> str:
-    """``"Train"`` or ``"Test"``, the folders of N-MNIST; elsewhere the name of the file."""
-    return next((name for name in path.parts[-3:-2] if name in ("Train", "Test")), path.name)
+def _is_recording(path: Path) -> bool:
+    return path.parent.name in CLASSES and path.suffix.lower() in SUFFIXES
+
+
+def part_of(path: Path, folder: Path) -> str:
+    """``"Train"`` or ``"Test"``, the folders of N-MNIST, below ``folder``, in any case of letters;
+    elsewhere the name of the file, without its suffix.
+    """
+    names = (name.capitalize() for name in reversed(path.relative_to(folder).parts[:-1]))
+    return next((name for name in names if name in PARTS), path.stem)

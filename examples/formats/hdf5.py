@@ -18,6 +18,7 @@ from examples.formats.raw import (
     IGNORED,
     RawScene,
     classes_of,
+    find_files,
     naming,
     reading,
     refuse,
@@ -26,6 +27,7 @@ from examples.formats.raw import (
 from vicinal.interop import from_hdf5
 
 GROUP, EVENT, LABEL = "hits", "event", "label"
+SUFFIXES = (".h5", ".hdf5")
 
 
 def read_hits(
@@ -49,7 +51,10 @@ def read_hits(
     columns, names = _read_columns(path)
     features = sorted(columns.keys() - {EVENT, LABEL, *fields})
     numbers = {number: number for number in range(len(names))} | {IGNORED: IGNORED}
-    labels = classes_of(path, torch.from_numpy(columns[LABEL].astype("int64")), numbers)
+    label = columns[LABEL]
+    if label.size and int(label.max()) >= 2**63:  # as int64 it would be another label
+        refuse(path, f"labels from {IGNORED} to {len(names) - 1}", int(label.max()))
+    labels = classes_of(path, torch.from_numpy(label.astype("int64")), numbers)
     with naming(path):
         options: dict[str, Any] = {"event": EVENT, "cell_size": cell_size, "strides": (1,)}
         pyramid = from_hdf5(columns, tuple(fields), tuple(features), **options)
@@ -108,7 +113,6 @@ def find_hits(folder: Path) -> list[tuple[Path, ...]]:
     Raises:
         FormatError: there are none.
     """
-    files = [path for path in sorted(folder.rglob("*")) if path.suffix in (".h5", ".hdf5")]
-    if not files:
-        refuse(folder, "hits in *.h5 or *.hdf5", "none")
+    expected = "hits in *.h5 or *.hdf5"
+    files = find_files(folder, expected, lambda path: path.suffix.lower() in SUFFIXES)
     return [(path,) for path in files]

@@ -23,7 +23,9 @@ from examples.formats.raw import (
     RawScene,
     check_scene,
     classes_of,
+    find_files,
     read_records,
+    reading,
     refuse,
 )
 
@@ -86,13 +88,27 @@ def find_kitti(folder: Path) -> list[tuple[Path, ...]]:
     """The scans in and below a folder and their labels, without sequences that have no labels.
 
     Raises:
-        FormatError: there are none.
+        FormatError: there are none, or the labels of a scan are missing in a sequence that has
+            some.
     """
-    pairs = [
-        (scan, scan.parents[1] / "labels" / f"{scan.stem}.label")
-        for scan in sorted(folder.rglob("velodyne/*.bin"))
-    ]
-    pairs = [(scan, labels) for scan, labels in pairs if labels.parent.is_dir()]
-    if not pairs:
-        refuse(folder, "scans velodyne/*.bin beside a folder labels", "none")
-    return [*pairs]
+    expected = "scans velodyne/*.bin beside a folder labels"
+    scans = find_files(folder, expected, _is_labeled_scan)
+    sequences = {scan.parents[1] for scan in scans}
+    labels = {sequence: _labels_in(sequence / "labels") for sequence in sequences}
+    for scan in scans:
+        if scan.stem not in labels[scan.parents[1]]:
+            missing = scan.parents[1] / "labels" / f"{scan.stem}.label"
+            refuse(missing, f"the labels of {scan}", "no such file")
+    return [(scan, labels[scan.parents[1]][scan.stem]) for scan in scans]
+
+
+def _is_labeled_scan(path: Path) -> bool:
+    is_scan = path.parent.name == "velodyne" and path.suffix.lower() == ".bin"
+    return is_scan and (path.parents[1] / "labels").is_dir()
+
+
+def _labels_in(folder: Path) -> dict[str, Path]:
+    """The files of labels in a folder, by the names of their scans."""
+    with reading(folder, "labels *.label"):
+        files = sorted(folder.iterdir())
+    return {file.stem: file for file in files if file.suffix.lower() == ".label"}

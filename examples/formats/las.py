@@ -18,6 +18,7 @@ from examples.formats.raw import (
     IGNORED,
     RawScene,
     classes_of,
+    find_files,
     naming,
     reading,
     refuse,
@@ -35,6 +36,7 @@ CLASSES_OF_CODES = dict.fromkeys((0, 1, 8, 12, 20, 21, 22), IGNORED) | {
     code: number for number, codes in enumerate(CODES.values()) for code in codes
 }
 INTENSITIES, MOST_RETURNS = 65_535, 5  # returns: of the older point formats
+SUFFIXES = (".las", ".laz")
 FEATURES = ("z", "intensity", "return_number", "number_of_returns")
 
 
@@ -81,7 +83,6 @@ def find_las(folder: Path) -> list[tuple[Path, ...]]:
     Raises:
         FormatError: there are none.
     """
-    clouds = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in (".las", ".laz")]
-    if not clouds:
-        refuse(folder, "clouds *.las or *.laz", "none")
+    expected = "clouds *.las or *.laz"
+    clouds = find_files(folder, expected, lambda path: path.suffix.lower() in SUFFIXES)
     return [(path,) for path in clouds]

@@ -21,7 +21,7 @@ from xml.etree import ElementTree
 import torch
 from torch import Tensor
 
-from examples.formats.raw import IGNORED, RawScene, check_scene, reading, refuse
+from examples.formats.raw import IGNORED, RawScene, check_scene, find_files, reading, refuse
 
 # The first class fits one of whose patterns matches the whole name, in lower case without marks.
 PATTERNS = {
@@ -39,6 +39,8 @@ PATTERNS = {
     "other symbol": ".*",
 }
 CLASSES = tuple(PATTERNS)
+NAMES = re.compile(r"CVC-MUSCIMA_W-.*_N-.*\.xml", re.IGNORECASE)
+COUNT = r"\d{1,18}"  # digits of a number that int64 holds
 LARGEST = 20_000  # pixels: pages of the data set have 3,500 along their longer side
 LEFT_OUT = "staff|staffspace|staffgrouping|keysignature|timesignature|measureseparator"
 
@@ -65,7 +67,7 @@ def read_nodes(path: Path) -> list[Node]:
         FormatError: the file is missing or not XML, a node lacks an element, or the runs of a mask
             are not those of its box.
     """
-    with reading(path, "annotations in XML", ElementTree.ParseError):
+    with reading(path, "annotations in XML", Exception):  # such as an unknown encoding
         root = ElementTree.parse(path).getroot()
     return [_node(path, node) for tag in ("Node", "CropObject") for node in root.iter(tag)]
 
@@ -73,14 +75,14 @@ def read_nodes(path: Path) -> list[Node]:
 def _node(path: Path, node: ElementTree.Element) -> Node:
     name = node.findtext("ClassName") or node.findtext("MLClassName")
     sizes = [node.findtext(tag) or "" for tag in ("Top", "Left", "Width", "Height")]
-    if not name or not all(size.strip().isdecimal() for size in sizes):
-        came = ElementTree.tostring(node, "unicode")[:80]
+    if not name or not all(re.fullmatch(COUNT, size.strip()) for size in sizes):
+        came = f"a {node.tag} with {name!r} and {[size[:20] for size in sizes]}"
         refuse(path, "nodes with ClassName, Top, Left, Width and Height", came)
     top, left, width, height = map(int, sizes)
     if max(top + height, left + width) > LARGEST:
         refuse(path, f"a page of at most {LARGEST} x {LARGEST} pixels", f"{name!r} at {sizes}")
     text = (node.findtext("Mask") or f"1:{width * height}").strip()
-    if not re.fullmatch(r"[01]:\d+(\s+[01]:\d+)*", text):
+    if not re.fullmatch(rf"[01]:{COUNT}(\s+[01]:{COUNT})*", text):
         refuse(path, "a mask of runs such as 0:3 1:5", text[:80])
     bits, lengths = zip(*(map(int, run.split(":")) for run in text.split()), strict=True)
     if sum(lengths) != width * height:
@@ -133,12 +135,11 @@ def find_muscima(folder: Path) -> list[tuple[Path, ...]]:
     Raises:
         FormatError: there are none.
     """
-    pages = sorted(folder.rglob("CVC-MUSCIMA_W-*_N-*.xml"))
-    if not pages:
-        refuse(folder, "annotations CVC-MUSCIMA_W-*_N-*.xml", "none")
+    expected = "annotations CVC-MUSCIMA_W-*_N-*.xml"
+    pages = find_files(folder, expected, lambda path: bool(NAMES.fullmatch(path.name)))
     return [(page,) for page in pages]
 
 
 def writer_of(page: Path) -> str:
     """Who wrote a page, such as ``"W-01"``."""
-    return page.name.split("_")[1]
+    return page.name.split("_")[1].upper()

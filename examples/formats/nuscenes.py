@@ -92,7 +92,7 @@ def find_nuscenes(folder: Path) -> list[tuple[Path, ...]]:
 def _columns(table: Path, key: str, value: str) -> dict[str, str]:
     """Two columns of a table, which is a list of rows."""
     expected = f"a list of objects with {key} and {value} in JSON"
-    with reading(table, expected, ValueError, TypeError, KeyError):
+    with reading(table, expected, ValueError, TypeError, KeyError, RecursionError):
         rows: list[dict[str, Any]] = json.loads(table.read_bytes())
         return {str(row[key]): str(row[value]) for row in rows}
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -61,13 +62,60 @@ def reading(path: Path, expected: str, *errors: type[Exception]) -> Iterator[Non
         refuse(path, expected, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
 
 
+OF_CELLS = ("cell_size: ", "spatial_shape: ")  # how errors begin that larger cells may avoid
+
+
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
     """Adds the name of the file to a ValueError that says what was expected and what came."""
     try:
         yield
+    except FormatError:
+        raise
     except ValueError as error:
-        raise FormatError(f"{path}: {error}") from error
+        hint = "; --cell-size sets the size of a cell" if str(error).startswith(OF_CELLS) else ""
+        raise FormatError(f"{path}: {error}{hint}") from error
+
+
+def find_files(folder: Path, expected: str, fits: Callable[[Path], bool]) -> list[Path]:
+    """The files in and below a folder that ``fits`` accepts, sorted.
+
+    Links are followed. A file that has several paths is found once, by the first of them.
+
+    Args:
+        folder: where to look.
+        expected: what the folder should have, for the error.
+        fits: whether a path is that of a wanted file.
+
+    Raises:
+        FormatError: there is no such file, or a folder cannot be read.
+    """
+    with reading(folder, expected):
+        found = sorted((path, real) for path, real in _files_below(folder) if fits(path))
+    if not found:
+        refuse(folder, expected, "none")
+    paths: dict[str, Path] = {}
+    for path, real in found:
+        paths.setdefault(real, path)
+    return [*paths.values()]
+
+
+def _files_below(folder: Path, above: tuple[str, ...] = ()) -> Iterator[tuple[Path, str]]:
+    """The files in and below a folder with their real paths; ``above`` has those of the folders
+    that it was reached through, which a link must not lead back to.
+    """
+    real = os.path.realpath(folder)
+    if real in above:
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            path = folder / entry.name
+            if os.path.isdir(path) if entry.is_symlink() else entry.is_dir():
+                yield from _files_below(path, (*above, real))
+            elif entry.is_symlink():
+                yield path, os.path.realpath(path)
+            else:
+                yield path, os.path.join(real, entry.name)
 
 
 def read_records(path: Path, dtype: torch.dtype, width: int) -> Tensor:
@@ -77,7 +125,7 @@ def read_records(path: Path, dtype: torch.dtype, width: int) -> Tensor:
         FormatError: there is no such file, or it does not hold whole rows.
     """
     size = width * dtype.itemsize
-    with reading(path, f"a file of {size} bytes per point"):
+    with reading(path, f"a file of {size} bytes per point", ValueError):
         content = path.read_bytes()
     if not content or len(content) % size:
         name = str(dtype).removeprefix("torch.")
@@ -111,8 +159,12 @@ def check_scene(path: Path, scene: RawScene, labels: Path | None = None) -> RawS
         refuse(path, "at least one point", "none")
     if len(scene.labels) != n:
         refuse(labels or path, f"{n} labels, as many as points", len(scene.labels))
-    if not (scene.points.isfinite().all() and scene.values.isfinite().all()):
-        refuse(path, "finite coordinates and values", "others")
+    for name, numbers in (("coordinates", scene.points), ("values", scene.values)):
+        wrong = (~numbers.isfinite()).nonzero()
+        if len(wrong):
+            row, column = wrong[0].tolist()
+            came = f"{numbers[row, column].item()} in column {column} of point {row}"
+            refuse(path, f"finite {name}", came)
     return scene
 
 

@@ -19,6 +19,7 @@ from examples.labels.files import (
     Format,
     HeldOutFiles,
     Reader,
+    Split,
     TrainingFiles,
     split_sources,
 )
@@ -61,6 +62,7 @@ class Task(NamedTuple):
         draw: what the picture shows of a scene.
         cell_size: of files, unless the command says otherwise; None where scenes are generated.
         unit: of ``cell_size``.
+        files: which are for training and for the test; None where scenes are generated.
     """
 
     scenes: str
@@ -79,13 +81,15 @@ class Task(NamedTuple):
     draw: Callable[[LabeledPoints, Tensor, int], Panel]
     cell_size: float | None = None
     unit: str = "meters"
+    files: Split | None = None
 
 
 class Data(NamedTuple):
     """Scenes of a task.
 
     Attributes:
-        task: with what only the files say: the classes, channels, and number of test scenes.
+        task: with what only the files say: the classes, channels, number of test scenes, and which
+            files are for the test.
         for_training, for_test: generate or read the scenes with given numbers.
     """
 
@@ -115,16 +119,17 @@ def _files(of: Format) -> Callable[[Task, Options], Data]:
         assert options.folder is not None
         assert options.cell_size is not None
         sources = of.find(options.folder)
-        for_training, for_test = split_sources(sources, of)
+        split = split_sources(sources, of, options.folder)
         # Training and test each remember files of their own.
-        held_out = HeldOutFiles.of(for_test, Reader(of, options.cell_size), task.n_tests)
-        files = TrainingFiles(for_training, Reader(of, options.cell_size), options.seed)
+        held_out = HeldOutFiles.of(split.test, Reader(of, options.cell_size), task.n_tests)
+        files = TrainingFiles(split.training, Reader(of, options.cell_size), options.seed)
         n_tests = len(held_out.places)
         task = task._replace(
             classes=task.classes or hdf5.classes_of_files([path for path, *_ in sources]),
             channels=files.batch([0]).values.shape[1],
             n_tests=n_tests,
             n_drawn=min(task.n_drawn, n_tests),
+            files=split,
         )
         return Data(task, files.batch, held_out.batch)
 
@@ -168,6 +173,11 @@ CLOUDS: dict[str, Any] = {
     **{"strides": (1, 2, 4, 8), "neighborhood_sizes": (3, 5, 5, 5), "position_dim": 3},
     **{"stem_window_sizes": (3, 3), "stem_window_strides": (1, 2)},
 }
+
+
+def _own_group(path: Path, folder: Path) -> str:
+    """The group of a file that belongs to no other: two suffixes are two forms of one content."""
+    return str(path.with_suffix(""))
 
 
 def _of_files(
@@ -231,7 +241,7 @@ TASKS = {
         Format(
             kitti.find_kitti,
             lambda source, _: [kitti.read_kitti(*source)],
-            group=lambda scan: scan.parents[1].name,
+            group=lambda scan, _: scan.parents[1].name,
             test_groups=(kitti.VALIDATION,),
         ),
         cell_size=0.2,
@@ -242,21 +252,21 @@ TASKS = {
         Format(
             nuscenes.find_nuscenes,
             lambda source, _: [nuscenes.read_nuscenes(*source)],
-            group=nuscenes.log_of,
+            group=lambda sweep, _: nuscenes.log_of(sweep),
         ),
         cell_size=0.2,
     ),
     "las": _of_files(
         "pieces",
         las.CLASSES,
-        Format(las.find_las, lambda source, size: [las.read_las(source[0], size)], group=str),
+        Format(las.find_las, lambda source, size: [las.read_las(source[0], size)], _own_group),
         cell_size=0.5,
         unit="the unit of the files",
     ),
     "hdf5": _of_files(
         "events",
         (),  # the files name them
-        Format(hdf5.find_hits, lambda source, size: hdf5.read_hits(source[0], size), group=str),
+        Format(hdf5.find_hits, lambda source, size: hdf5.read_hits(source[0], size), _own_group),
         cell_size=10.0,
         unit="the unit of the files",
     ),
@@ -267,7 +277,7 @@ TASKS = {
             events.find_events,
             lambda source, size: [events.read_events(source[0], size)],
             group=events.part_of,
-            test_groups=("Test",),
+            test_groups=events.PARTS[1:],
         ),
         cell_size=10.0,
         unit="milliseconds",
@@ -280,7 +290,7 @@ TASKS = {
         Format(
             muscima.find_muscima,
             lambda source, _: [muscima.read_muscima(*source)],
-            group=muscima.writer_of,
+            group=lambda page, _: muscima.writer_of(page),
             most_points=50_000,
         ),
         cell_size=1.0,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shlex
 import sys
 import time
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 
-from examples.arguments import at_least_1, seed
+from examples.arguments import at_least_1, output_folder, seed
 from examples.formats.raw import FormatError
 from examples.training.checkpoints import STATE, CheckpointError, load_state
 from examples.training.folder import LockError, WriteError, lock_for_run, write_file
@@ -47,7 +48,7 @@ def add_options(
         "--precision", choices=PRECISIONS, default="full", help="precision of matrix products"
     )
     parser.add_argument("--resume", action="store_true", help="resume from the checkpoint in --out")
-    parser.add_argument("--out", type=Path, default=Path(out), help="output folder")
+    parser.add_argument("--out", type=output_folder, default=Path(out), help="output folder")
 
 
 def check_resumable(parser: argparse.ArgumentParser, folder: Path, **options: str) -> None:
@@ -138,10 +139,10 @@ def print_times(history: History) -> None:
 
 
 def report_run(
-    folder: Path, device: torch.device, start: float, history: History, **figures: Any
+    folder: Path, device: torch.device, start: float, history: History, /, **figures: Any
 ) -> None:
     """Prints time and memory of the run that began at ``start``, and writes them to a file, with
-    what else is known of it.
+    what else is known of it. JSON has no number that is not finite: the file has null there.
     """
     seconds, memory = time.perf_counter() - start, peak_memory(device)
     peak = "" if memory is None else f", peak memory {memory / 2**30:.2f} GiB"
@@ -151,7 +152,17 @@ def report_run(
         "seconds_of_a_step": history.seconds,
         "peak_memory": memory,
     }
-    write_file(folder / FIGURES, (json.dumps(figures, indent=2) + "\n").encode())
+    text = json.dumps(_finite(figures), indent=2, allow_nan=False)
+    write_file(folder / FIGURES, f"{text}\n".encode())
+
+
+def _finite(value: Any) -> Any:
+    """``value`` with None for each number in it, however nested, that is not finite."""
+    if isinstance(value, dict):
+        return {name: _finite(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def print_once(text: str, every_process: bool = False) -> None:

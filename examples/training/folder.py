@@ -45,7 +45,7 @@ def explain_write_errors(path: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):
             free = shutil.disk_usage(path.parent).free / 2**20
             reason += f"; {free:,.1f} MiB are free there"
-        kept = ", and the file before is kept" if path.exists() else ""
+        kept = ", and the file before is kept" if path.is_file() else ""
         raise WriteError(f"cannot write {path}: {reason}{kept}") from error
 
 

@@ -35,6 +35,7 @@ from examples.training.processes import (
 from examples.training.seeds import derive_seed
 
 PRECISIONS = {"full": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+OPTIONS = ("steps", "batch", "seed", "precision")  # of the command line, as in `Config`
 SMOOTHED = 20  # steps that the loss in the progress bar is averaged over
 
 Losses = dict[str, float]
@@ -152,7 +153,7 @@ def train(
 
     Raises:
         ConfigError: a batch has fewer scenes than there are processes, or groups of processes
-            that share them, or the checkpoint was written with another configuration.
+            that share them, or the checkpoint was written with another configuration or metadata.
         FileNotFoundError: there is no checkpoint to resume from.
         CheckpointError: the checkpoint to resume from is damaged, or of another version or model.
         WriteError: a checkpoint cannot be written; the one before is kept.
@@ -163,7 +164,7 @@ def train(
     rank, n_processes = rank_and_world_size()
     number, n_shares = rank // space, n_processes // space
     if config.batch < n_shares:
-        raise ConfigError(f"batch: expected at least {n_shares} scenes, got {config.batch}")
+        raise ConfigError(f"--batch: expected at least {n_shares} scenes, got {config.batch}")
     run = _Run(model, config, folder, metadata or {})
     if resume:
         run.resume()
@@ -320,12 +321,8 @@ class _Run:
         # A state from before a setting was added was trained with its default.
         fields = dataclasses.fields(Config)
         defaults = {x.name: x.default for x in fields if x.default is not dataclasses.MISSING}
-        mine, saved = dataclasses.asdict(self.config), {**defaults, **state["config"]}
-        differing = [f"{name} {saved.get(name)}" for name in mine if saved.get(name) != mine[name]]
-        if differing:
-            raise ConfigError(
-                f"config: expected that of the run in {self.folder}: {', '.join(differing)}"
-            )
+        self._check_same(dataclasses.asdict(self.config), {**defaults, **state["config"]})
+        self._check_same(self.metadata, state["metadata"])
         try:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
@@ -335,6 +332,16 @@ class _Run:
             raise CheckpointError(f"{path}: expected a state of this model: {error}") from error
         self.losses = state["losses"]
         self.saved = True
+
+    def _check_same(self, mine: dict[str, Any], saved: dict[str, Any]) -> None:
+        run = f"as the run in {self.folder}"
+        differing = [
+            f"{_argument(name)}: expected {saved.get(name)}, {run}, got {given}"
+            for name, given in mine.items()
+            if saved.get(name) != given
+        ]
+        if differing:
+            raise ConfigError("; ".join(differing))
 
     def progress(self) -> Any:
         """A progress bar, shown by the first process."""
@@ -353,6 +360,11 @@ class _Run:
         recent = [sum(losses.values()) for losses in self.losses[-SMOOTHED:]]
         loss = sum(recent) / len(recent)
         return f"loss {loss:.2f}, {self.watch.points_per_second:,.0f} points/s"
+
+
+def _argument(name: str) -> str:
+    """What the command line calls a setting, where it has an option for it."""
+    return f"--{name}" if name in OPTIONS else name
 
 
 class _Stopwatch:

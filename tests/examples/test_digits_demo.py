@@ -72,9 +72,11 @@ def test_invalid_arguments_are_refused_by_name(
         ("--seed", ("--seed", 2**63)),
         ("--attention", ("--attention", "dense")),
         ("--out", ("--out", tmp_path / "file")),
-        ("--resume", ("--out", tmp_path, "--resume")),
+        ("--out", ("--out", "")),
+        ("--resume", ("--out", tmp_path / "typo", "--resume")),
     ):
         assert f"argument {argument}: " in refused(monkeypatch, capsys, detect_digits, *options)
+    assert not (tmp_path / "typo").exists()
 
 
 @pytest.mark.parametrize(

@@ -180,7 +180,7 @@ def test_resumes_a_run_from_before_a_setting_was_added(tmp_path: Path) -> None:
     del state["config"]["betas"]
     save_state(tmp_path, state)
     other = dataclasses.replace(CONFIG, betas=(0.9, 0.98))
-    with pytest.raises(ConfigError, match=r"betas \(0.9, 0.999\)"):
+    with pytest.raises(ConfigError, match=r"^betas: expected \(0.9, 0.999\).* got \(0.9, 0.98\)$"):
         train(Counter(), canvases(), other, tmp_path, resume=True)
     assert run(tmp_path, resume=True).losses == run(tmp_path / "whole").losses
 
@@ -302,8 +302,11 @@ def test_refuses_to_resume_a_missing_or_another_run(tmp_path: Path) -> None:
         run(tmp_path, resume=True)
     run(tmp_path)
     other = dataclasses.replace(CONFIG, batch=3, seed=5)
-    with pytest.raises(ConfigError, match=r"^config: .*batch 2, seed 1$"):
+    expected = r"^--batch: expected 2, as the run in .*, got 3; --seed: expected 1, .* got 5$"
+    with pytest.raises(ConfigError, match=expected):
         train(Counter(), canvases(), other, tmp_path, resume=True)
+    with pytest.raises(ConfigError, match=r"^data: expected None, .* got mine$"):
+        train(Counter(), canvases(), CONFIG, tmp_path, resume=True, metadata={"data": "mine"})
 
 
 @pytest.fixture(scope="module")

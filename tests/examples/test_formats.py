@@ -1,5 +1,6 @@
 """Readers of published formats, on small files in them, and what they say of wrong files."""
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -80,7 +81,13 @@ def test_kitti_refusals(tmp_path: Path) -> None:
     unknown = write(tmp_path / "unknown.label", np.array([40] * 5 + [77], "<u4").tobytes())
     assert "[77]" in refused(unknown, lambda: read(scan, unknown))
     infinite = write(tmp_path / "inf.bin", np.full((6, 4), np.inf, "<f4").tobytes())
-    assert "finite" in refused(infinite, lambda: read(infinite, labels))
+    message = "finite coordinates, got inf in column 0 of point 0"
+    assert message in refused(infinite, lambda: read(infinite, labels))
+    records = scan_of(6)[0]
+    records[4, 3] = np.nan
+    no_remission = write(tmp_path / "nan.bin", records.tobytes())
+    message = "finite values, got nan in column 2 of point 4"
+    assert message in refused(no_remission, lambda: read(no_remission, labels))
 
 
 def test_kitti_folder(tmp_path: Path) -> None:
@@ -91,6 +98,8 @@ def test_kitti_folder(tmp_path: Path) -> None:
     assert kitti.find_kitti(tmp_path / "sequences/00") == [first]
     nothing = tmp_path / "nothing"
     refused(nothing, lambda: kitti.find_kitti(nothing))
+    first[1].unlink()
+    assert "no such file" in refused(first[1], lambda: kitti.find_kitti(tmp_path))
 
 
 # nuScenes
@@ -127,13 +136,19 @@ def test_nuscenes_refusals(tmp_path: Path) -> None:
     longer = write(tmp_path / "longer.bin", bytes(16))
     assert "4 labels, as many as points, got 16" in refused(longer, lambda: read(sweep, longer))
     table = tmp_path / "v1.0-mini/sample_data.json"
-    for wrong in (b"[", b'[{"token": "0"}]', b"7", b"[7]"):
+    for wrong in (b"[", b'[{"token": "0"}]', b"7", b"[7]", b"[" * 100_000):
         write(table, wrong)
         refused(table, lambda: nuscenes.find_nuscenes(tmp_path))
     write(table, b"[]")
     lidarseg = table.with_name("lidarseg.json")
     assert "unknown one 0" in refused(lidarseg, lambda: nuscenes.find_nuscenes(tmp_path))
     refused(sweep, lambda: nuscenes.find_nuscenes(sweep))
+    rows = json.dumps([{"token": "0", "filename": "a\0b"}])
+    write(table, rows.encode())
+    rows = json.dumps([{"sample_data_token": "0", "filename": "b"}])
+    write(lidarseg, rows.encode())
+    [(no_name, _)] = nuscenes.find_nuscenes(tmp_path)
+    refused(no_name, lambda: read(no_name))
 
 
 # Event cameras
@@ -170,7 +185,7 @@ def test_tonic_recording_is_the_same(tmp_path: Path) -> None:
 def test_event_refusals(tmp_path: Path) -> None:
     read = events.read_events
     outside = write_nmnist(tmp_path / "1/outside.bin", [(40, 5, 0, 100)])
-    assert "34 x 34 pixels" in refused(outside, lambda: read(outside))
+    assert "34 x 34 pixels, got one at column 40, row 5" in refused(outside, lambda: read(outside))
     assert events.read_nmnist(outside, sensor_size=(64, 64)).labels.tolist() == [1]
     short = write(tmp_path / "1/short.bin", bytes(7))
     assert "7 bytes" in refused(short, lambda: read(short))
@@ -196,9 +211,13 @@ def test_event_refusals(tmp_path: Path) -> None:
 
 
 def test_parts_of_nmnist() -> None:
-    assert events.part_of(Path("N-MNIST/Train/3/00001.bin")) == "Train"
-    assert events.part_of(Path("N-MNIST/Test/3/00001.bin")) == "Test"
-    assert events.part_of(Path("mine/3/00001.bin")) == "00001.bin"
+    for folder, part in (
+        *[("Train/3", "Train"), ("Test/3", "Test"), ("TEST/3", "Test"), ("train/day/3", "Train")],
+        *[("test/mine/train/3", "Train"), ("mine/3", "00001"), ("testing/3", "00001")],
+    ):
+        path = Path("N-MNIST", folder, "00001.bin")
+        assert events.part_of(path, Path("N-MNIST")) == part
+    assert events.part_of(Path("test/mine/3/00001.bin"), Path("test/mine")) == "00001"
 
 
 # MUSCIMA++
@@ -260,6 +279,8 @@ def test_muscima_refusals(tmp_path: Path) -> None:
         ([HEAD | {"Mask": "0:1 1:4"}], "3 x 2 pixels of 'noteheadFull', got runs of 5 pixels"),
         ([HEAD | {"Mask": "0:1 2:5"}], "runs such as"),
         ([HEAD | {"Top": "1.5"}], "ClassName, Top"),
+        ([HEAD | {"Top": 5000 * "1"}], "ClassName, Top"),
+        ([HEAD | {"Mask": f"0:{5000 * '1'}"}], "runs such as"),
         ([HEAD | {"Left": 10**9}], "a page of at most"),
         ([HEAD | {"Height": 10**9}], "a page of at most"),
         ([{"Top": 1, "Left": 1, "Width": 1, "Height": 1}], "ClassName, Top"),
@@ -268,6 +289,11 @@ def test_muscima_refusals(tmp_path: Path) -> None:
         assert message in refused(path, lambda: read(path))
     write(path, path.read_bytes()[:-9])
     assert "XML" in refused(path, lambda: read(path))
+    for encoding in ("foo", "utf-7"):
+        write(path, f'<?xml version="1.0" encoding="{encoding}"?><Nodes/>'.encode())
+        assert "XML" in refused(path, lambda: read(path))
+    write(path, b"<Node>" * 20_000 + b"</Node>" * 20_000)
+    assert "ClassName" in refused(path, lambda: read(path))
     refused(tmp_path, lambda: muscima.find_muscima(tmp_path))
 
 
@@ -384,6 +410,8 @@ def test_hits_refusals(tmp_path: Path) -> None:
     assert "4" in message(y=np.arange(3.0))
     assert "3" in message(label=np.array([0, 1, 1]))
     assert "[2, 5]" in message(label=np.array([0, 1, 2, 5]))
+    largest = np.array([0, 1, 1, 2**64 - 1], np.uint64)
+    assert f"labels from -1 to 1, got {2**64 - 1}" in message(label=largest)
     assert "float64" in message(label=np.zeros(4))
     assert "[4, 1]" in message(label=np.zeros((4, 1), np.int64))
     assert "[]" in message(label=np.array(1))

@@ -33,13 +33,16 @@ def test_trains_tests_draws_and_saves_a_checkpoint(
     data: str,
     attention: str,
 ) -> None:
-    options = ("--data", data, "--attention", attention, "--hits", 500, "--out", tmp_path)
+    of_data = {"hits": 500} if data == "hits" else {}
+    options: tuple[object, ...] = ("--data", data, "--attention", attention, "--out", tmp_path)
+    options += ("--hits", 500) if of_data else ()
     assert call(monkeypatch, label_points, *options, "--steps", 2, "--batch", 2) == 0
     names = {label_points.PICTURE, FIGURES, WEIGHTS, STATE}
     assert {path.name for path in tmp_path.iterdir()} == names
     assert (tmp_path / label_points.PICTURE).read_bytes().startswith(b"\x89PNG")
     figures = json.loads((tmp_path / FIGURES).read_text())
     assert (figures["data"], figures["attention"], figures["steps"]) == (data, attention, 2)
+    assert figures.get("hits") == of_data.get("hits")
     assert 0 <= figures["miou"] <= 1
     assert 0 <= figures["accuracy"] <= 1
     assert len(figures["ious"]) == len(TASKS[data].classes)
@@ -48,7 +51,9 @@ def test_trains_tests_draws_and_saves_a_checkpoint(
     assert "2/2" in progress
 
     metadata = read_metadata(tmp_path)
-    assert metadata == {"data": data, "attention": attention}
+    assert metadata == {"data": data, "attention": attention} | {
+        name: str(value) for name, value in of_data.items()
+    }
     model = PointLabeler(TASKS[data], attention)
     load_weights(tmp_path, model)
     state = load_state(tmp_path, torch.device("cpu"))
@@ -61,6 +66,12 @@ def test_trains_tests_draws_and_saves_a_checkpoint(
     assert json.loads((tmp_path / FIGURES).read_text())["miou"] == figures["miou"]
     message = refused(monkeypatch, capsys, label_points, *options, *again, "--attention", "pooling")
     assert "argument --attention: " in message
+    if of_data:
+        message = refused(monkeypatch, capsys, label_points, *options, *again, "--hits", 600)
+        assert "argument --hits: expected 500" in message
+    assert call(monkeypatch, label_points, *options, *again, "--seed", 3) == 1
+    expected = f"Stopped: --seed: expected 0, as the run in {tmp_path}, got 3."
+    assert expected in capsys.readouterr().out
 
 
 def test_invalid_arguments_are_refused_by_name(
@@ -68,11 +79,18 @@ def test_invalid_arguments_are_refused_by_name(
 ) -> None:
     for argument, options in (
         ("--data", ("--data", "clouds")),
-        ("--hits", ("--hits", 0)),
+        ("--hits", ("--data", "hits", "--hits", 0)),
+        ("--out", ("--out", "")),
         ("--attention", ("--attention", "dense")),
         ("--resume", ("--out", tmp_path, "--resume")),
     ):
-        assert f"argument {argument}: " in refused(monkeypatch, capsys, label_points, *options)
+        message = refused(monkeypatch, capsys, label_points, *options)
+        assert f"argument {argument}: " in message
+        assert message.startswith("usage: python -m examples.label_points")
+    assert "unrecognized" in refused(monkeypatch, capsys, label_points, "--hits", 9)
+    typo = tmp_path / "typo"
+    refused(monkeypatch, capsys, label_points, "--out", typo, "--resume")
+    assert not typo.exists()
 
 
 def test_help_tells_the_defaults_of_the_data(

@@ -50,8 +50,8 @@ def test_one_number_is_the_length_of_a_cell(number: Any) -> None:
 
 
 def test_recordings_may_differ_in_the_dtypes_of_integers() -> None:
-    first = {"x": np.int32([1]), "y": np.int32([2]), "t": np.int32([3]), "p": [1]}
-    second = {**first, "t": np.int64([4])}
+    first = {name: np.array([3], np.int32) for name in "xytp"}
+    second = {**first, "t": np.array([4])}
     assert from_events([first, second], cell_size=1, strides=1).cells[:, 2].tolist() == [0, 1]
 
 

@@ -197,7 +197,8 @@ def test_a_compound_data_set(tmp_path: Path) -> None:
 
 
 def test_integers_beside_half_precisions_become_float32() -> None:
-    table = {"x": [1, 2], "adc": np.uint16([65535, 3000]), "w": np.float16([1, 2])}
+    adc, weight = np.array([65535, 3000], np.uint16), np.array([1, 2], np.float16)
+    table = {"x": [1, 2], "adc": adc, "w": weight}
     pyramid = from_hdf5(table, "x", ("adc", "w"), cell_size=1, strides=1, pooling="max")
     assert pyramid.values.tolist() == [[65535, 1], [3000, 2]]
 
