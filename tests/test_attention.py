@@ -23,9 +23,14 @@ from problems import (
     scene_2d,
     scenes,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
-from vicinal import FeaturePyramid, neighborhood_attention, plan_neighborhoods
+from vicinal import (
+    FeaturePyramid,
+    neighborhood_attention,
+    neighborhood_attention_weights,
+    plan_neighborhoods,
+)
 from vicinal._utils.types import BackendName
 
 EXACT = 1e-11
@@ -388,3 +393,15 @@ def test_numpy_arrays_serve_as_tensors() -> None:
     where: list[Any] = [scene.positions.numpy(), scene.offsets.numpy(), np.array(scene.sizes)]
     from_arrays = plan_neighborhoods(where[0], where[1], scene.pyramid, where[2])
     assert torch.equal(from_arrays.pairs(), plan.pairs())
+
+
+@pytest.mark.parametrize("scale", [nn.Parameter(torch.tensor(0.5)), torch.ones(2), "x", math.nan])
+def test_a_scale_is_a_finite_number(scale: Any) -> None:
+    """A tensor would get no gradient."""
+    pyramid = FeaturePyramid(torch.ones(1, 2), torch.tensor([[0, 1, 1, 0]]), ((4, 4),), 1)
+    plan = plan_neighborhoods(pyramid.positions(), pyramid.batch_offsets(), pyramid, [3])
+    x = torch.ones(1, 1, 2)
+    with pytest.raises(ValueError, match="scale: expected a finite number"):
+        neighborhood_attention(x, x, x, plan, scale=scale)
+    with pytest.raises(ValueError, match="scale: expected a finite number"):
+        neighborhood_attention_weights(x, x, plan, scale=scale)

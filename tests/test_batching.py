@@ -716,3 +716,13 @@ def test_pyramids_of_coo_maps_are_saved() -> None:
     coo = sparse_coo(torch.tensor([[0], [1], [2], [0]]), torch.ones(1, 3), (1, 4, 4, 1, 3))
     pyramid = FeaturePyramid.from_coo(coo, [(4, 4)])
     assert_same(through_a_file(pyramid), pyramid)
+
+
+def test_plans_are_not_joined() -> None:
+    """They are made of a batch."""
+    cells = torch.tensor([[0, 1, 1, 0]])
+    pyramid = FeaturePyramid(torch.ones(1, 2), cells, ((4, 4),), 1)
+    plan = plan_neighborhoods(pyramid.positions(), pyramid.batch_offsets(), pyramid, [3])
+    for sample in (plan, (pyramid, plan), {"plan": plan}):
+        with pytest.raises(ValueError, match=r"samples\[0\].*: expected .*, got .*Plan"):
+            collate_pyramids([sample, sample])

@@ -294,3 +294,15 @@ def test_a_compiled_block_takes_values_of_a_sparse_map() -> None:
     compiled = torch.compile(block, backend="aot_eager")
     for query in (pyramid.values, maps.values().clone()):
         assert_close(compiled(query, *rest), block(query, *rest), 1e-13)
+
+
+def test_a_block_on_periodic_maps() -> None:
+    block = SparseNeighborhoodAttentionBlock(EMBED, 2, 1, (3,)).double()
+    torch.compiler.reset()
+    compiled = torch.compile(block, fullgraph=True, dynamic=True, backend="eager")
+    for n_points, axes in ((20, (0,)), (30, (0,)), (30, (1,))):
+        cells = torch.nn.functional.pad(torch.randint(0, 32, (n_points, 2)), (1, 1))
+        values = torch.randn(n_points, EMBED, dtype=torch.float64)
+        pyramid = FeaturePyramid(values, cells, ((32, 32),), 1, periodic_axes=axes)
+        call = values, pyramid.positions(), pyramid.batch_offsets(), pyramid
+        assert_close(compiled(*call), block(*call), 1e-12)

@@ -709,3 +709,54 @@ def test_levels_that_are_no_sequence_are_refused(levels: Any) -> None:
 def test_positions_of_no_floating_dtype_are_refused(dtype: Any) -> None:
     with pytest.raises(ValueError, match="dtype"):
         scene_2d().pyramid.positions(dtype)
+
+
+@pytest.mark.parametrize("rows", [(0, 1), (1, 0)])
+def test_unchecked_points_outside_the_grid_affect_no_other(rows: tuple[int, int]) -> None:
+    """As on a GPU by default."""
+    coordinates, values = torch.tensor([[0, 16, 1], [1, 0, 1]]), torch.tensor([[100.0], [1.0]])
+    pyramid = FeaturePyramid.from_points(
+        coordinates[list(rows)], values[list(rows)], (16, 16), 2, strides=(1, 2),
+        keep_point_rows=True, check_contents=False,
+    )  # fmt: skip
+    assert pyramid.coordinates.tolist() == [[1, 0, 1, 0], [1, 0, 0, 1]]
+    assert pyramid.values.tolist() == [[1], [1]]
+    assert pyramid.point_rows is not None
+    assert pyramid.point_rows[rows.index(0)].tolist() == [-1, -1]
+    assert pyramid.point_rows[rows.index(1)].tolist() == [0, 1]
+    assert pyramid.values_of_points(0).flatten().tolist() == [[0, 1], [1, 0]][rows[0]]
+
+
+def test_unchecked_points_outside_the_map_are_left_out_of_it() -> None:
+    coordinates = torch.tensor([[0, 4, 0, 0], [1, 0, 0, 0], [0, 4_000_000, 0, 0]])
+    values = torch.tensor([[100.0], [1.0], [10.0]])
+    pyramid = FeaturePyramid(values, coordinates, ((4, 4),), 2, check_contents=False)
+    coo = pyramid.to_coo()
+    assert coo.indices().t().tolist() == [[1, 0, 0, 0]]
+    assert coo.values().tolist() == [[1]]
+    assert coo.to_dense().sum() == 1
+
+
+def test_misplaced_points_stay_misplaced_in_a_batch() -> None:
+    row = torch.tensor([[0, 1, 1, 0]])
+    good = FeaturePyramid(torch.ones(1, 2), row, ((8, 8),), 1, strides=((1, 1),))
+    rows = torch.tensor([[0, 1, 1, 0], [1, 1, 2, 0], [0, 5, 5, 0]])
+    bad = FeaturePyramid(torch.ones(3, 2), rows, ((4, 4),), 1, False, strides=((1, 1),))
+    joined = FeaturePyramid.cat([bad, good])
+    assert joined.misplaced().tolist() == [False, True, True, False]
+
+
+def test_batch_offsets_leave_out_images_that_are_none() -> None:
+    rows = torch.tensor([[-1, 0, 0], [0, 1, 0], [0, 2, 0], [9, 3, 0]])
+    pyramid = FeaturePyramid(torch.ones(4, 2), rows, ((4,),), 2, check_contents=False)
+    assert pyramid.batch_offsets().tolist() == [1, 3, 3]
+
+
+def test_a_number_to_fill_that_the_values_do_not_hold() -> None:
+    cells = torch.zeros(1, 2, dtype=torch.int64)
+    values = torch.ones(1, 1, dtype=torch.uint8)
+    pyramid = FeaturePyramid.from_points(
+        cells, values, (4,), 1, strides=1, pooling="max", keep_point_rows=True
+    )
+    with pytest.raises(ValueError, match=r"fill: expected a number that torch.uint8 holds, got"):
+        pyramid.values_of_points(fill=300)

@@ -1,11 +1,12 @@
 """The functional op: validates its arguments and calls a back end."""
 
-from typing import Literal, NamedTuple, overload
+import math
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
-from ._utils.checks import check_dropout, check_tensor, check_type, refuse
+from ._utils.checks import check_dropout, check_tensor, check_type, is_real, refuse
 from ._utils.ragged import offsets_from_counts
 from ._utils.types import BackendName
 from .backends import choose_backend, reference
@@ -191,6 +192,7 @@ def attend(
     ``seed`` is that of the dropout, from `draw_seed`. None (default): it is drawn here.
     """
     check_dropout("dropout_p", dropout_p)
+    check_scale(scale)
     operands, query_mask = _operands(plan, background, query_mask, q=q, k=k, v=v, bias=bias)
     bias = operands.pop("bias", None)
     q, k, v, *cells = operands.values()
@@ -204,6 +206,14 @@ def attend(
         q, k, v, tensors, tuple(cells), bias, query_mask, seed, scale, dropout_p
     )
     return found
+
+
+def check_scale(scale: Any) -> None:
+    """Raises ValueError unless ``scale`` is None or a finite number."""
+    if scale is None or (torch.compiler.is_compiling() and not isinstance(scale, Tensor)):
+        return
+    if not is_real(scale) or not math.isfinite(scale):
+        refuse("scale", "a finite number; multiply q by a tensor", scale)
 
 
 def draw_seed(dropout_p: float, device: torch.device) -> Tensor | None:
@@ -250,6 +260,7 @@ def neighborhood_attention_weights(
     if cells:
         cells[2] = cells[2][..., :0]  # values do not affect the weights
     queries = plan._check_queries(queries)
+    check_scale(scale)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     tensors = plan._tensors
     row, column, logits, _ = reference.score_pairs(

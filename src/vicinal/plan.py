@@ -27,8 +27,10 @@ from ._utils.checks import (
     as_tensor,
     check_ids,
     check_rows,
+    has_contents,
     refuse,
 )
+from ._utils.collation import of_a_batch
 from ._utils.constants import execution_mode, trainable_tensors
 from ._utils.profiling import stage
 from .backends import choose_backend
@@ -59,6 +61,7 @@ _INT32_MAX = 2**31 - 1
 T = TypeVar("T")
 
 
+@of_a_batch
 @dataclass(frozen=True, repr=False, eq=False)
 class NeighborhoodPlan:
     """The neighborhoods of N queries among nnz points. `plan_neighborhoods` makes it.
@@ -188,7 +191,12 @@ class NeighborhoodPlan:
         return torch.cat((values, values.index_select(0, self.copies.points)))
 
     def points_of_keys(self, keys: Tensor) -> Tensor:
-        """Returns the points, int64 ``[m]``, that the rows ``keys`` of the keys belong to."""
+        """Returns the points, int64 ``[m]``, that the rows ``keys`` of the keys belong to.
+
+        Raises:
+            ValueError: ``keys`` are not integers ``[m]`` in ``[0, n_keys)``.
+        """
+        keys = check_rows("keys", keys, self.n_keys, self.device)
         if not self.periodic_axes:
             return keys
         points = torch.arange(self.n_points, device=keys.device)
@@ -283,6 +291,9 @@ class NeighborhoodPlan:
         vars(self).update(state, _created_in=mode)
 
     def __repr__(self) -> str:
+        if not has_contents(self._tensors.query_batch):
+            sizes = f"queries={self.n_queries}, points={self.n_points}"
+            return f"NeighborhoodPlan({sizes}, device={self.device})"
         counts = count_neighbors(self._tensors)
         by_level, of_queries = summarize(counts), counts.sum(0)
         largest = int(of_queries.max()) if len(of_queries) else 0

@@ -11,12 +11,12 @@ from torch import Tensor
 from ._pyramid import sources
 from ._pyramid.concatenation import cat_pyramids
 from ._pyramid.coo import check_map_size, coalesce
-from ._pyramid.data import TENSOR_FIELDS, PyramidData
+from ._pyramid.data import TENSOR_FIELDS, PyramidData, rows_on_map
 from ._pyramid.images import select_images
 from ._pyramid.raw_points import values_of_points
 from ._utils.checks import check_tensor, describe, refuse
 from ._utils.collation import batched_by_cat
-from ._utils.ragged import offsets_from_ids
+from ._utils.ragged import offsets_from_ids, take_rows
 from ._utils.raw_grid import RawGrid, keep_cells
 from ._utils.strides import least_strides
 from ._utils.types import Pooling, StridesLike
@@ -364,13 +364,17 @@ class FeaturePyramid(PyramidData):
         """Returns the coalesced sparse COO map ``[B, *full_shape, L, E]`` with one dense dimension.
 
         Points that share a cell become one point with the sum of their embeddings. Sums of half
-        precisions are accumulated in float32 and rounded once.
+        precisions are accumulated in float32 and rounded once. Misplaced points are left out.
+
+        Raises:
+            ValueError: the map would have 2^63 numbers or more, zeros included.
         """
         size = (self.batch_size, *full_shape(self.level_shapes), self.n_levels, self.embed_dim)
         check_map_size(size)
-        coo = torch.sparse_coo_tensor(
-            self.coordinates.t(), self.values, size, check_invariants=False
-        )
+        coordinates, values, on_map = self.coordinates, self.values, rows_on_map(self)
+        if on_map is not None:
+            coordinates, values = coordinates[on_map], take_rows(values, on_map)
+        coo = torch.sparse_coo_tensor(coordinates.t(), values, size, check_invariants=False)
         return coalesce(coo)
 
     @classmethod

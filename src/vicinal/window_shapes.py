@@ -226,12 +226,16 @@ def check_windows_fit(
     for level, (window, shape) in enumerate(zip(windows, level_shapes, strict=True), first_level):
         for axis in periodic_axes:
             size, dilation = window.sizes[axis], window.dilations[axis]
-            place = f"at level {level} along periodic axis {axis}"
+            # Compilers do not make text of an axis that varies, so it is made for errors alone.
             if dilation * (size - 1) + 1 > shape[axis]:
-                expected = f"a window of at most {shape[axis]} cells, dilation counted, {place}"
+                expected = f"a window of at most {shape[axis]} cells, dilation counted, "
+                expected += f"at level {level} along periodic axis {axis}"
                 refuse(argument, expected, f"size {size} and dilation {dilation}")
             if window.causal[axis] and size:
-                refuse(argument, f"a window that is not causal {place}", "a causal one")
+                expected = (
+                    f"a window that is not causal at level {level} along periodic axis {axis}"
+                )
+                refuse(argument, expected, "a causal one")
     for axis in causal_axes(windows):
         for one, other in itertools.combinations(range(len(level_shapes)), 2):
             sizes = level_shapes[one][axis], level_shapes[other][axis]

@@ -572,3 +572,15 @@ def test_initial_values_do_not_depend_on_the_default_device(dim: int, heads: int
         module = module.to_empty(device="cpu")
         module.reset_parameters()
     assert torch.equal(module.offset_proj.bias, make().offset_proj.bias)
+
+
+def test_contents_are_unchecked_on_request() -> None:
+    cells = torch.tensor([[0, 1, 1, 0]])
+    pyramid = FeaturePyramid(torch.ones(1, 8), cells, ((4, 4),), 1)
+    attention = SparseDeformableAttention(8, 2, 1, 2)
+    positions, offsets = torch.full((1, 2), torch.nan), torch.tensor([0, 1])
+    attention.make_plan(positions, offsets, pyramid, check_contents=False)
+    with pytest.raises(ValueError, match="query_spatial_positions"):
+        attention.make_plan(positions, offsets, pyramid)
+    with pytest.raises(ValueError, match="query_level_indices"):
+        attention.make_plan(pyramid.positions(), offsets, pyramid, torch.tensor([3]))

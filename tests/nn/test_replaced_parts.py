@@ -9,6 +9,11 @@ from block_scenes import EXACT, make_arguments, make_block
 from problems import assert_close, scene_2d
 from torch import Tensor, nn
 
+from vicinal import (
+    FeaturePyramid,
+    SparseDeformableAttention,
+    SparseNeighborhoodAttentionBlock,
+)
 from vicinal._utils.types import BackendName
 
 
@@ -120,3 +125,13 @@ def test_hooks_are_called(
     out = module(**call)
     if part != "norm":
         assert torch.equal(out, call["query"])
+
+
+def test_a_projection_without_parameters() -> None:
+    pyramid = FeaturePyramid(torch.ones(1, 8), torch.tensor([[0, 1, 1, 0]]), ((4, 4),), 1)
+    for attention in (
+        SparseNeighborhoodAttentionBlock(8, 2, 1, (3,)),
+        SparseDeformableAttention(8, 2, 1, 2),
+    ):
+        attention.out_proj = nn.Identity()  # type: ignore[assignment]
+        assert attention.encode(pyramid).values.isfinite().all()

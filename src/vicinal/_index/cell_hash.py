@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._utils.checks import LevelShapes, check_ids, check_type, has_contents, refuse
+from .._utils.collation import of_a_batch
 from .._utils.constants import constant, trainable_tensors
 from .._utils.ragged import expand_ranges, starts_from_counts
 from ..pyramid import FeaturePyramid
@@ -24,6 +25,7 @@ _FARTHEST = 2**62  # cells from the map's first one
 _WINDOW = 3  # cells of a `CellKeys` window, enough for a cell and the next one, also at the edge
 
 
+@of_a_batch
 @dataclass(frozen=True, repr=False, eq=False)
 class CellIndex:
     """The M occupied cells of a pyramid: the plan of `SparseDeformableAttention`.

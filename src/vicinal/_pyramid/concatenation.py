@@ -22,7 +22,9 @@ def cat_pyramids(cls: type[PyramidT], pyramids: Sequence[PyramidT]) -> PyramidT:
     first = pyramids[0]
     n_images = list(itertools.accumulate((p.batch_size for p in pyramids), initial=0))
     n_rows = list(itertools.accumulate(map(len, pyramids), initial=0))
-    batch = torch.cat([p.batch + before for p, before in zip(pyramids, n_images, strict=False)])
+    # Misplaced points would be points of other images, or lie on the larger map of all.
+    batches = [p.batch.masked_fill(p.misplaced(), -1) for p in pyramids]
+    batch = torch.cat([_shifted(*part) for part in zip(batches, n_images, strict=False)])
     others = torch.cat([p.coordinates[:, 1:] for p in pyramids])
     return dataclasses.replace(
         first,
@@ -39,11 +41,16 @@ def cat_pyramids(cls: type[PyramidT], pyramids: Sequence[PyramidT]) -> PyramidT:
 def _cat_shifted(parts: Sequence[Tensor | None], shifts: Sequence[int]) -> Tensor | None:
     """The indices of all ``parts``, each raised by its shift where it is not -1; None for none."""
     shifted = [
-        torch.where(part < 0, -1, part + shift)
+        _shifted(part, shift)
         for part, shift in zip(parts, shifts, strict=False)
         if part is not None
     ]
     return torch.cat(shifted) if shifted else None
+
+
+def _shifted(indices: Tensor, shift: int) -> Tensor:
+    """``indices`` raised by ``shift`` where they are not -1."""
+    return torch.where(indices < 0, -1, indices + shift)
 
 
 def _point_batches(pyramids: Sequence[PyramidData]) -> list[Tensor | None]:

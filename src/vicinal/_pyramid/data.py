@@ -3,6 +3,7 @@
 from dataclasses import KW_ONLY, InitVar, dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .._utils.checks import (
@@ -13,6 +14,7 @@ from .._utils.checks import (
     check_range,
     check_tensor,
     describe,
+    has_contents,
     reads_contents,
     refuse,
 )
@@ -126,6 +128,16 @@ class PyramidData:
         no_image = (self.batch < 0) | (self.batch >= self.batch_size)
         no_cell = ((self.cells < 0) | (self.cells >= shapes[levels])).any(1)
         return no_level | no_image | no_cell
+
+
+def rows_on_map(pyramid: PyramidData) -> Tensor | None:
+    """int64 ``[m]``: the rows of the points that are not misplaced; None for all of them, and where
+    contents are not known.
+    """
+    if torch.compiler.is_compiling() or not has_contents(pyramid.coordinates):
+        return None
+    misplaced = pyramid.misplaced()
+    return misplaced.logical_not().nonzero().flatten() if misplaced.any() else None
 
 
 def check_points(argument: str, pyramid: PyramidData) -> None:

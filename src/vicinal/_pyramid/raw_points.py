@@ -23,7 +23,11 @@ def values_of_points(pyramid: PyramidData, level: int | None, fill: float) -> Te
     if not (pyramid.values.is_floating_point() or fill_value.is_integer()):
         refuse("fill", "a whole number for values that are integers", fill)
     width = pyramid.embed_dim
-    padded = torch.cat((pyramid.values, pyramid.values.new_full((1, width), fill_value)))
+    try:
+        last = pyramid.values.new_full((1, width), fill_value)
+    except RuntimeError:
+        refuse("fill", f"a number that {pyramid.values.dtype} holds", fill)
+    padded = torch.cat((pyramid.values, last))
     rows = in_range(rows, pyramid.values.shape[0])
     return padded.index_select(0, rows.flatten()).view(*rows.shape, width)
 

@@ -23,7 +23,7 @@ from .._utils.types import Pooling, StridesLike
 from ..pooling import PooledLevel, check_pooling, pool_levels
 from ..windows import as_periodic_axes
 from .coo import check_coo, coalesce, dim_of_coo
-from .data import PyramidData, check_points
+from .data import PyramidData, check_points, rows_on_map
 from .extents import extent_of_levels, extent_of_points
 
 PyramidT = TypeVar("PyramidT", bound=PyramidData)
@@ -142,7 +142,11 @@ def from_points(
     if math.prod(map(max, zip(*level_shapes, strict=True))) * grid.batch_size >= 2**62:
         came = f"{tuple(spatial_shape)} in {grid.batch_size} images"
         refuse("spatial_shape", "fewer than 2^62 cells in all images", came)
-    levels = pool_levels(grid.values, grid.coordinates[:, :-1], strides, level_shapes, pool)
+    on_map = None if reads_contents(check_contents, values.device) else rows_on_map(grid)
+    values, points = grid.values, grid.coordinates[:, :-1]
+    if on_map is not None:  # others would be added to points in other cells
+        values, points = take_rows(values, on_map), take_rows(points, on_map)
+    levels = pool_levels(values, points, strides, level_shapes, pool)
     cells = [
         torch.nn.functional.pad(level.cells, (0, 1), value=index)
         for index, level in enumerate(levels)
@@ -158,9 +162,19 @@ def from_points(
         periodic_axes=axes,
         origin=None if origin is None else as_numbers("origin", origin, len(shape)),
         cell_size=None if cell_size is None else as_numbers("cell_size", cell_size, len(shape)),
-        point_rows=_rows_of_points(levels, order) if keep_point_rows else None,
-        point_batch=grid.batch if keep_point_rows else None,
+        **(_of_points(grid, on_map, _rows_of_points(levels, order)) if keep_point_rows else {}),
     )
+
+
+def _of_points(grid: PyramidData, on_map: Tensor | None, rows: Tensor) -> dict[str, Tensor]:
+    """What a pyramid keeps of the points of a grid, whose points ``on_map`` have these rows."""
+    if on_map is None:
+        return {"point_rows": rows, "point_batch": grid.batch}
+    none = torch.full((len(grid), rows.shape[1]), -1, device=rows.device)
+    return {
+        "point_rows": none.index_copy(0, on_map, rows),
+        "point_batch": none[:, 0].index_copy(0, on_map, grid.batch[on_map]),
+    }
 
 
 def _rows_of_points(levels: Sequence[PooledLevel], order: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from .checks import describe, refuse
 T = TypeVar("T", bound=type)
 
 _BATCHED_BY_CAT: list[type] = []
+_OF_A_BATCH: list[type] = []
 
 
 def batched_by_cat(kind: T) -> T:
@@ -21,6 +22,18 @@ def batched_by_cat(kind: T) -> T:
     """
     _BATCHED_BY_CAT.append(kind)
     return kind
+
+
+def of_a_batch(kind: T) -> T:
+    """Registers a class, as a decorator, whose instances `collate_pyramids` does not join: they are
+    made of a batch.
+    """
+    _OF_A_BATCH.append(kind)
+    return kind
+
+
+def _is_of_a_batch(value: Any) -> bool:
+    return isinstance(value, tuple(_OF_A_BATCH))
 
 
 def cat_of(value: Any) -> Callable[[Sequence[Any]], Any] | None:
@@ -43,6 +56,10 @@ def collate(samples: list[Any], field: str = "") -> Any:
             where = f"field {field} of the samples: " if field else ""
             raise ValueError(f"{where}{error}") from error
     for index, sample in enumerate(samples):
+        if _is_of_a_batch(sample):
+            expected = "what batches are made of"
+            came = f"a {type(sample).__name__}, which is to be made of the batch"
+            refuse(f"samples[{index}]{field}", expected, came)
         if (sample is None) != (first is None):
             expected = "None, as in the first sample" if first is None else "a value, not None"
             refuse(f"samples[{index}]{field}", expected, sample)
@@ -71,8 +88,8 @@ def _has_names(value: Any) -> bool:
 
 
 def _holds_ours(value: Any) -> bool:
-    """Whether ``value`` is, or holds at any depth, None or what is batched by its ``cat``."""
-    if value is None or cat_of(value) is not None:
+    """Whether ``value`` is, or holds at any depth, None or an instance of a registered class."""
+    if value is None or _is_of_a_batch(value) or cat_of(value) is not None:
         return True
     return any(map(_holds_ours, _parts(value).values()))
 

@@ -33,8 +33,13 @@ def starts_from_counts(counts: Tensor) -> Tensor:
 
 
 def offsets_from_ids(image: Tensor, batch_size: int) -> Tensor:
-    """int64 ``[B + 1]``: the offsets of rows that are sorted by ``image`` ``[n]``."""
-    return offsets_from_counts(torch.bincount(image, minlength=batch_size))
+    """int64 ``[B + 1]``: the offsets of rows that are sorted by ``image`` ``[n]``.
+
+    Rows of an image below 0 come before the first offset, those of an image from B on after the
+    last.
+    """
+    counts = torch.bincount(image.clamp(-1, batch_size) + 1, minlength=batch_size + 2)
+    return counts[: batch_size + 1].cumsum(0)
 
 
 def rank_in_image(image: Tensor, offsets: Tensor) -> Tensor:

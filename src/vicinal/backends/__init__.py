@@ -44,7 +44,7 @@ def prepare_backends() -> None:
 
 def check_backend(backend: BackendName | None) -> None:
     """Raises ValueError for an unknown name."""
-    if backend is not None and backend not in _BACKENDS:
+    if backend is not None and (not isinstance(backend, str) or backend not in _BACKENDS):
         refuse("backend", f"None or one of {list(_BACKENDS)}", backend)
 
 

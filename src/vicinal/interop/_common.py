@@ -82,7 +82,7 @@ def points_of_level(
     """
     index = check_level(pyramid, level)
     shape = pyramid.level_shapes[index]
-    rows = (pyramid.levels == index).nonzero()[:, 0]
+    rows = ((pyramid.levels == index) & ~pyramid.misplaced()).nonzero()[:, 0]
     coordinates = pyramid.coordinates[rows, :-1]
     if spatial_shape is not None:
         shape = _shape_that_holds(coordinates[:, 1:], spatial_shape)

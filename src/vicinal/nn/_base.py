@@ -1,6 +1,7 @@
 """The call form that the attention modules share: arguments, their validation, the plan."""
 
 import inspect
+import itertools
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -416,8 +417,12 @@ class SparseAttention(Module, Generic[PlanT]):
         Not one of the norm, which may have another dtype or no parameters.
         """
         weight = getattr(self.out_proj, "weight", None)
-        # A module that replaces the projection may wrap it.
-        return weight if isinstance(weight, Tensor) else next(self.out_proj.parameters())
+        return weight if isinstance(weight, Tensor) else self._any_parameter()
+
+    def _any_parameter(self) -> Tensor:
+        """For a module that replaces the projection, and may wrap it or have no parameters."""
+        parameters = self.out_proj.parameters(), self.parameters(), self.buffers()
+        return next(itertools.chain(*parameters), torch.empty(()))
 
     def _check_embeddings(self, argument: str, value: Tensor) -> Tensor:
         """The embeddings of queries as a tensor; raises ValueError for wrong ones."""

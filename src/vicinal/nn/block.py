@@ -175,6 +175,9 @@ class SparseNeighborhoodAttentionBlock(SparseAttention[NeighborhoodPlan]):
             refuse("embed_dim", expected, f"{embed_dim} ({width})")
         check_counts(point_dim=embed_dim if point_dim is None else point_dim)
         point_dim = embed_dim if point_dim is None else int(point_dim)
+        check_type("bias", bias, bool)
+        check_type("norm_first", norm_first, bool)
+        check_type("rope_share_heads", rope_share_heads, bool)
         check_type("rotary", rotary, bool)
         check_type("relative_bias", relative_bias, bool)
         check_type("rotary_values", rotary_values, bool)
@@ -184,6 +187,7 @@ class SparseNeighborhoodAttentionBlock(SparseAttention[NeighborhoodPlan]):
         if rotary and rope_enforce_freq_groups_equal:
             check_equal_groups("embed_dim", width, pattern)
         axis_scales = as_axis_scales("rope_axis_scales", rope_axis_scales, position_dim)
+        check_dropout("dropout", dropout)
         attention_dropout = dropout if attention_dropout is None else attention_dropout
         check_dropout("attention_dropout", attention_dropout)
         super().__init__(embed_dim, n_heads, n_levels, position_dim, dropout, norm_first, point_dim)

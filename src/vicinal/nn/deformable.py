@@ -15,7 +15,7 @@ from .._utils.ragged import offsets_from_counts
 from ..attention import NeighborhoodWeights
 from ..placement import check_placement, query_images
 from ..pyramid import FeaturePyramid
-from ..windows import level_scales
+from ..windows import as_query_levels, level_scales
 from ._base import Inputs, SparseAttention, check_sizes
 from .initialized import BiasedLinear, XavierLinear, reset_children
 from .projections import call_dropout, call_norm
@@ -149,7 +149,10 @@ class SparseDeformableAttention(SparseAttention[CellIndex]):
             ValueError: an argument has the wrong shape, dtype or device.
         """
         check_type("pyramid", pyramid, FeaturePyramid)
-        check_placement(query_spatial_positions, query_batch_offsets, pyramid)
+        positions, _, _ = check_placement(
+            query_spatial_positions, query_batch_offsets, pyramid, check_contents
+        )
+        as_query_levels(query_level_indices, positions, pyramid.n_levels, check_contents)
         with stage("index_cells"):
             return index_cells(pyramid)
 

@@ -96,8 +96,9 @@ class View:
 
     def __post_init__(self) -> None:
         check_text("title", self.title)
-        if not self.records:
-            refuse("records", "at least one AttentionRecord", "none")
+        if not isinstance(self.records, Sequence) or not self.records:
+            came = self.records if self.records else "none"
+            refuse("records", "a sequence of at least one AttentionRecord", came)
         for record in self.records:
             check_record(record, self.pyramid)
         images = sorted({record.batch_index for record in self.records})
