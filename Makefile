@@ -27,7 +27,7 @@ help:
 	@echo "make bench-compare   times this commit and the last release alternately, and warns of what is"
 	@echo "            slower; of others: A=commit B=commit"
 	@echo "make clean  removes the environment and everything built"
-	@echo "All of them first create .venv, with the versions pinned in constraints.txt."
+	@echo "make creates .venv first, with the versions pinned in constraints.txt, where a target uses it."
 
 demo: .venv/ready
 	$(BIN)/python -m examples.detect_digits

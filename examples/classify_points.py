@@ -4,6 +4,8 @@ The pixels with ink are the points of an image, so images have different numbers
 empty pixels cost nothing. Training takes about a minute on two CPU cores.
 """
 
+import argparse
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -77,6 +79,8 @@ def accuracy(model: nn.Module, digits: Digits, batch_size: int = 200) -> float:
 
 
 def main() -> None:
+    name = "python -m examples.classify_points"
+    argparse.ArgumentParser(prog=name, description=__doc__).parse_args()
     digits = load_digits()
     order = torch.randperm(len(digits.labels), generator=torch.Generator().manual_seed(0))
     model = train(digits.take(order[1000:]))

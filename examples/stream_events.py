@@ -7,6 +7,7 @@ and each layer's inputs, as language models keep keys and values. So the cost of
 grow with the past. Takes a few seconds on two CPU cores.
 """
 
+import argparse
 import time
 from typing import Any
 
@@ -160,6 +161,8 @@ def compare(stem: PointStem, encoder: Encoder, events: Tensor, polarities: Tenso
 
 
 def main() -> None:
+    name = "python -m examples.stream_events"
+    argparse.ArgumentParser(prog=name, description=__doc__).parse_args()
     torch.set_num_threads(1)  # a slice is too small for more
     torch.manual_seed(0)
     events, polarities = moving_disks()

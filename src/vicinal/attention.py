@@ -52,7 +52,8 @@ class NeighborhoodWeights(NamedTuple):
 
     Attributes:
         offsets: int64 ``[n + 1]``: query ``i`` has the rows ``offsets[i]:offsets[i + 1]``.
-        points: int64 ``[M]``, the points attended to, as rows of the pyramid.
+        points: int64 ``[M]``, the points attended to, as rows of the pyramid; of a sharded module,
+            as rows of `ShardedPlan.coordinates`, its own points and those of its neighbors.
         weights: ``[M, H]``, their softmax weights.
         background: ``[n, L, H]``, the sum over each level's empty cells, or None.
 

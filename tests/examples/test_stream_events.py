@@ -1,10 +1,14 @@
 """Slices of a stream give what the whole gives at once, and the stream keeps what it needs."""
 
+import sys
+from types import ModuleType
+
 import pytest
 import torch
 from detr_scenes import stir
 from torch import Tensor
 
+from examples import classify_points, stream_events
 from examples.stream_events import (
     SENSOR,
     STEPS,
@@ -95,3 +99,13 @@ def test_what_is_kept_does_not_grow(model: tuple[PointStem, Encoder]) -> None:
         kept.append((len(stream.events), len(stream.points), [len(x) for x in stream.inputs]))
     assert kept[2:] == kept[1:-1]
     assert 0 < kept[-1][0] <= rows.sum() * stream.reach // 8
+
+
+@pytest.mark.parametrize("example", [stream_events, classify_points])
+def test_the_commands_of_examples_show_their_help(
+    example: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [example.__name__, "--help"])
+    with pytest.raises(SystemExit, match=r"^0$"):
+        example.main()
+    assert f"usage: python -m {example.__name__}" in capsys.readouterr().out

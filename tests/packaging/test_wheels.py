@@ -1,6 +1,7 @@
 """Wheels with and without a kernel, built with a compiler that copies the kernel or fails."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -124,7 +125,8 @@ def test_a_wheel_with_a_kernel_serves_all_pythons_of_a_platform(
 def test_wheels_hold_what_runs_and_no_sources_of_the_kernel(
     sources: Path, compiler: Path, tmp_path: Path
 ) -> None:
-    names = set(names_of(build(sources, tmp_path, str(compiler))[0]))
+    wheel, _ = build(sources, tmp_path, str(compiler))
+    names = set(names_of(wheel))
     assert not {name for name in names if name.endswith((".h", ".cpp"))}
     assert not {name for name in names if not name.startswith("vicinal")}
     needed = {
@@ -133,6 +135,12 @@ def test_wheels_hold_what_runs_and_no_sources_of_the_kernel(
         if path.suffix in (".py", ".js", ".css", ".html", ".typed") or path.name == "py.typed"
     }
     assert needed <= names
+    with zipfile.ZipFile(wheel) as archive:
+        (metadata,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
+        description = archive.read(metadata).decode()
+    links = re.findall(r"\]\(([^)]*)\)", description)
+    assert len(links) > 10
+    assert all(link.startswith("https://") for link in links)  # it is shown apart from its files
 
 
 @pytest.mark.parametrize("broken", ["false", "a-compiler-that-is-not-there"])

@@ -88,7 +88,7 @@ def unsupported_reasons() -> dict[BackendName, str | None]:
 @functools.cache
 def _warn_once(name: str, error: str) -> None:
     warn_user(
-        f"vicinal: backend {name!r} is not available, {error}; attention falls back to the slower "
+        f"vicinal: backend {name!r} is not available: {error}. Attention falls back to the slower "
         "backend 'reference'. vicinal.show_config() tells what can run.",
         RuntimeWarning,
     )

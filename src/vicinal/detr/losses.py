@@ -154,7 +154,8 @@ class SetCriterion(Module):
 
     Losses of layers are divided by the number of objects, those of candidates by the number of
     candidates inside boxes, those of denoising queries by their number; each is averaged over the
-    processes of ``torch.distributed`` (`mean_object_count`).
+    processes of ``torch.distributed`` (`mean_object_count`). Where that is initialized, all
+    processes must call it.
 
     Args:
         matcher: matches predictions of decoder layers to objects; None (default):
