@@ -8,19 +8,19 @@ from setuptools import setup
 
 sys.path.insert(0, str(Path(__file__).parent / "build_backend"))
 from kernel_commands import BuildKernel, PureWithoutKernel, cpu_kernel, report_missing_kernel
-from readme import with_absolute_links
+from readme import DescribeByReadme
 
 # Builds of Python without the GIL have no stable ABI before 3.15.
 ABI3 = {} if sysconfig.get_config_var("Py_GIL_DISABLED") else {"py_limited_api": "cp310"}
 
-README = Path(__file__).with_name("README.md").read_text(encoding="utf-8")
-
 report_missing_kernel(
     setup(
-        long_description=with_absolute_links(README),
-        long_description_content_type="text/markdown",
         ext_modules=[cpu_kernel()],
-        cmdclass={"build_ext": BuildKernel, "bdist_wheel": PureWithoutKernel},
+        cmdclass={
+            "build_ext": BuildKernel,
+            "bdist_wheel": PureWithoutKernel,
+            "egg_info": DescribeByReadme,
+        },
         options={"bdist_wheel": ABI3},
     )
 )

@@ -2,8 +2,19 @@
 
 import re
 
+from setuptools.command.egg_info import egg_info
+
 SITE = "https://github.com/vicinal/vicinal/blob/main/"
 IMAGES = "https://raw.githubusercontent.com/vicinal/vicinal/main/"
+
+
+class DescribeByReadme(egg_info):  # type: ignore[misc]
+    """Writes the metadata of a distribution, whose description has links to the repository."""
+
+    def run(self) -> None:
+        metadata = self.distribution.metadata
+        metadata.long_description = with_absolute_links(metadata.long_description)
+        super().run()
 
 
 def with_absolute_links(text: str) -> str:

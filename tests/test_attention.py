@@ -395,13 +395,13 @@ def test_numpy_arrays_serve_as_tensors() -> None:
     assert torch.equal(from_arrays.pairs(), plan.pairs())
 
 
-@pytest.mark.parametrize("scale", [nn.Parameter(torch.tensor(0.5)), torch.ones(2), "x", math.nan])
-def test_a_scale_is_a_finite_number(scale: Any) -> None:
+@pytest.mark.parametrize("scale", [nn.Parameter(torch.tensor(0.5)), torch.ones(2), "x"])
+def test_a_scale_is_a_number(scale: Any) -> None:
     """A tensor would get no gradient."""
     pyramid = FeaturePyramid(torch.ones(1, 2), torch.tensor([[0, 1, 1, 0]]), ((4, 4),), 1)
     plan = plan_neighborhoods(pyramid.positions(), pyramid.batch_offsets(), pyramid, [3])
     x = torch.ones(1, 1, 2)
-    with pytest.raises(ValueError, match="scale: expected a finite number"):
+    with pytest.raises(ValueError, match="scale: expected a number"):
         neighborhood_attention(x, x, x, plan, scale=scale)
-    with pytest.raises(ValueError, match="scale: expected a finite number"):
+    with pytest.raises(ValueError, match="scale: expected a number"):
         neighborhood_attention_weights(x, x, plan, scale=scale)

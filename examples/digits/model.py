@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
 from examples.digits.scenes import CLASSES, SIZE, Batch
+from examples.directions import ring
 from vicinal import SparseDeformableAttention, SparseNeighborhoodAttentionBlock
 from vicinal.detr import (
     Decoder,
@@ -51,8 +50,7 @@ def make_neighborhood_attention(windows: tuple[int, ...]) -> SparseNeighborhoodA
     block = SparseNeighborhoodAttentionBlock(
         EMBED_DIM, HEADS, len(STRIDES), windows, bias=True, relative_bias=True, rotary_values=True
     )
-    angles = torch.arange(HEADS) * (2 * math.pi / HEADS)
-    directions = torch.stack((angles.sin(), angles.cos()), 1)
+    directions = ring(HEADS)
     axes = [torch.linspace(-1, 1, width) for width in windows]
     cells = torch.cat([torch.cartesian_prod(axis, axis) for axis in axes])
     with torch.no_grad():

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from examples.directions import ring
 from examples.formats.raw import IGNORED
 from examples.labels.scenes import LabeledPoints
 from examples.labels.tasks import Task
-from vicinal import SparseDeformableAttention
+from vicinal import SparseDeformableAttention, SparseNeighborhoodAttentionBlock
 from vicinal.detr import FeedForward, PointStem, mean_object_count
 from vicinal.nets import PointUNet
 
@@ -73,7 +74,12 @@ def _make_net(task: Task, attention: str) -> nn.Module:
             return SparseDeformableAttention(width, heads, 1, SAMPLES, position_dim)
 
         return PointUNet(*sizes, **net, make_attention=make_attention)
-    return PointUNet(*sizes, **net)
+    unet = PointUNet(*sizes, **net)
+    if task.directions:
+        for module in unet.modules():
+            if isinstance(module, SparseNeighborhoodAttentionBlock):
+                module.pos_encoding.set_directions(ring(module.n_heads))
+    return unet
 
 
 class NoAttention(nn.Module):

@@ -60,6 +60,8 @@ class Task(NamedTuple):
         n_drawn: number of scenes in the picture.
         open: from the task and the options to what generates or reads scenes.
         draw: what the picture shows of a scene.
+        directions: whether heads of neighborhood attention measure positions along directions of
+            their own, one around the circle each.
         cell_size: of files, unless the command says otherwise; None where scenes are generated.
         unit: of ``cell_size``.
         files: which are for training and for the test; None where scenes are generated.
@@ -79,6 +81,7 @@ class Task(NamedTuple):
     n_drawn: int
     open: Callable[[Task, Options], Data]
     draw: Callable[[LabeledPoints, Tensor, int], Panel]
+    directions: bool = False
     cell_size: float | None = None
     unit: str = "meters"
     files: Split | None = None
@@ -163,11 +166,11 @@ def _event_panel(batch: LabeledPoints, predicted: Tensor, scene: int) -> Panel:
 
 
 STROKES: dict[str, Any] = {
-    **{"embed_dims": (64, 96, 128, 128), "n_heads": (4, 6, 8, 8), "depths": (1, 2, 2, 1)},
+    # The finest level has most points, so it has no layers.
+    **{"embed_dims": (64, 96, 128, 128), "n_heads": (4, 6, 8, 8), "depths": (0, 2, 2, 1)},
     # Pieces of handwriting are so far apart that no cell of stride 2 holds two.
     **{"strides": (2, 4, 8, 16), "neighborhood_sizes": (5, 7, 7, 7)},
 }
-# The finest level has most points, so it has no layers.
 CLOUDS: dict[str, Any] = {
     **{"embed_dims": (32, 64, 96, 128), "n_heads": (2, 4, 6, 8), "depths": (0, 1, 2, 1)},
     **{"strides": (1, 2, 4, 8), "neighborhood_sizes": (3, 5, 5, 5), "position_dim": 3},
@@ -206,6 +209,7 @@ TASKS = {
         spatial_shape=(SIZE, SIZE),
         periodic_axes=(),
         net=STROKES,
+        directions=True,
         steps=500,
         batch=4,
         learning_rate=1e-3,
@@ -297,6 +301,7 @@ TASKS = {
         unit="pixels",
         other=muscima.CLASSES.index("other symbol"),
         net=STROKES,
+        directions=True,
         draw=partial(_panel, "piece", True),
     ),
 }

@@ -1,6 +1,5 @@
 """The functional op: validates its arguments and calls a back end."""
 
-import math
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
@@ -210,11 +209,11 @@ def attend(
 
 
 def check_scale(scale: Any) -> None:
-    """Raises ValueError unless ``scale`` is None or a finite number."""
+    """Raises ValueError unless ``scale`` is None or a number."""
     if scale is None or (torch.compiler.is_compiling() and not isinstance(scale, Tensor)):
         return
-    if not is_real(scale) or not math.isfinite(scale):
-        refuse("scale", "a finite number; multiply q by a tensor", scale)
+    if not is_real(scale):
+        refuse("scale", "a number; multiply q by a tensor", scale)
 
 
 def draw_seed(dropout_p: float, device: torch.device) -> Tensor | None:
