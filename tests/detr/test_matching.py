@@ -141,12 +141,14 @@ def test_matches_have_no_gradient() -> None:
 
 
 def test_matches_are_the_same_in_a_transform() -> None:
+    predictions, targets = random_images([(0, 2), (4, 2), (3, 0)])
+
     def loss(logits: Tensor) -> tuple[Tensor, Matches]:
-        matches = HungarianMatcher()(PREDICTIONS._replace(logits=logits), TARGETS)
+        matches = HungarianMatcher()(predictions._replace(logits=logits), targets)
         return logits[matches.prediction].sum(), matches
 
-    _, found = torch.func.grad(loss, has_aux=True)(PREDICTIONS.logits)
-    assert pairs(found) == pairs(HungarianMatcher()(PREDICTIONS, TARGETS))
+    _, found = torch.func.grad(loss, has_aux=True)(predictions.logits)
+    assert pairs(found) == pairs(HungarianMatcher()(predictions, targets))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

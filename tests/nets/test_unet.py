@@ -10,6 +10,7 @@ from problems import assert_close
 from torch import Tensor, nn
 
 from vicinal import FeaturePyramid, SparseDeformableAttention, Window
+from vicinal._pyramid import data, sources
 from vicinal.nets import PointUNet
 
 CHANNELS, CLASSES = 2, 3
@@ -336,3 +337,28 @@ def test_compiled_layers_of_a_level_share_a_graph() -> None:
             layer.register_forward_pre_hook(note_kind)
     net(*random_points(SHAPES[2]), SHAPES[2], 3)
     assert kinds == {(False, False, True)}
+
+
+def test_levels_without_layers_need_no_heads_and_windows() -> None:
+    net = make_net(embed_dims=(9, 12, 16), neighborhood_sizes=(33, 5, 3), depths=(0, 1, 1))
+    coordinates, values = random_points((16, 32))
+    assert net(coordinates, values, (16, 32), 3, periodic_axes=(0,)).isfinite().all()
+
+
+@pytest.mark.parametrize("n_outside", [1, 80])
+def test_unchecked_points_outside_affect_no_other(
+    n_outside: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where contents are not validated."""
+    net = make_net().eval()
+    coordinates, values = random_points(SHAPES[2])
+    expected = net(coordinates[n_outside:], values[n_outside:], SHAPES[2], 3)
+    coordinates[:n_outside, 1] = SHAPES[2][0]
+    for module in (data, sources):
+        monkeypatch.setattr(module, "reads_contents", lambda *_: False)
+    pyramid = net.stem(coordinates, values, SHAPES[2], 3, keep_point_rows=True)
+    assert pyramid.point_rows is not None
+    assert (pyramid.point_rows[:n_outside] == -1).all()
+    logits = net(coordinates, values, SHAPES[2], 3)
+    assert not logits[:n_outside].any()
+    assert_close(logits[n_outside:], expected, EXACT)

@@ -1,5 +1,7 @@
 """Raw points, which a pyramid was pooled from: their images, and the values of their cells."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -23,11 +25,11 @@ def values_of_points(pyramid: PyramidData, level: int | None, fill: float) -> Te
     if not (pyramid.values.is_floating_point() or fill_value.is_integer()):
         refuse("fill", "a whole number for values that are integers", fill)
     width = pyramid.embed_dim
-    try:
-        last = pyramid.values.new_full((1, width), fill_value)
-    except RuntimeError:
-        refuse("fill", f"a number that {pyramid.values.dtype} holds", fill)
-    padded = torch.cat((pyramid.values, last))
+    dtype = pyramid.values.dtype
+    limits = torch.finfo(dtype) if dtype.is_floating_point else torch.iinfo(dtype)
+    if math.isfinite(fill_value) and not limits.min <= fill_value <= limits.max:
+        refuse("fill", f"a number that {dtype} holds", fill)
+    padded = torch.cat((pyramid.values, pyramid.values.new_full((1, width), fill_value)))
     rows = in_range(rows, pyramid.values.shape[0])
     return padded.index_select(0, rows.flatten()).view(*rows.shape, width)
 

@@ -57,9 +57,8 @@ def collate(samples: list[Any], field: str = "") -> Any:
             raise ValueError(f"{where}{error}") from error
     for index, sample in enumerate(samples):
         if _is_of_a_batch(sample):
-            expected = "what batches are made of"
-            came = f"a {type(sample).__name__}, which is to be made of the batch"
-            refuse(f"samples[{index}]{field}", expected, came)
+            expected = "parts that can be joined; make plans from the batch"
+            refuse(f"samples[{index}]{field}", expected, f"a {type(sample).__name__}")
         if (sample is None) != (first is None):
             expected = "None, as in the first sample" if first is None else "a value, not None"
             refuse(f"samples[{index}]{field}", expected, sample)

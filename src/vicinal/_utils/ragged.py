@@ -6,9 +6,8 @@ from torch import Tensor
 
 
 def take_rows(x: Tensor, rows: Tensor) -> Tensor:
-    """``x[rows]`` for the numbers of rows ``[n]``, none of them negative, with the one of two
-    gradients that is summed in the same order every time. On a CPU it is also several times as
-    fast.
+    """``x[rows]`` for the numbers of rows ``[n]``, none of them negative, by the op whose gradient
+    is summed in the same order every time on the device. On a CPU it is also several times as fast.
     """
     return x.index_select(0, rows) if x.device.type == "cpu" else x[rows]
 

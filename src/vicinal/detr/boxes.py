@@ -424,17 +424,18 @@ def _iou_and_coverage(a: Any, b: Any, period: Period | None) -> tuple[Tensor, Te
     (a_center, a_size), (b_center, b_size) = a.chunk(2, -1), b.chunk(2, -1)
     # Corners relative to the center of b: those of far boxes would be rounded.
     offset = center_offsets(a_center, b_center, period)
-    periods = None
-    if period is not None:  # a longer box covers the axis once
-        periods = offset.new_tensor(as_period(period, offset.shape[-1]))
-        a_size, b_size = a_size.minimum(periods), b_size.minimum(periods)
+    sizes = () if period is None else as_period(period, offset.shape[-1])
+    if sizes:  # a longer box covers the axis once
+        a_size, b_size = _at_most(a_size, sizes), _at_most(b_size, sizes)
     a_low, a_high = offset - a_size / 2, offset + a_size / 2
     b_low, b_high = -b_size / 2, b_size / 2
     enclosing = torch.maximum(a_high, b_high) - torch.minimum(a_low, b_low)
     shared = (torch.minimum(a_high, b_high) - torch.maximum(a_low, b_low)).clamp(min=0)
-    if periods is not None:  # they may meet again on the other side
-        shared = shared + ((a_size + b_size) / 2 - (periods - offset.abs())).clamp(min=0)
-        enclosing = enclosing.minimum(periods)
+    if sizes:  # they may meet again on the other side
+        reach = ((a_size + b_size) / 2 + offset.abs()).unbind(-1)
+        again = [(far - size).clamp(min=0) for far, size in zip(reach, sizes, strict=True)]
+        shared = shared + torch.stack(again, -1)
+        enclosing = _at_most(enclosing, sizes)
     lengths = shared, a_high - a_low, b_high - b_low
     intersection, a_volume, b_volume = (
         functools.reduce(operator.mul, ratio.unbind(-1))
@@ -444,6 +445,12 @@ def _iou_and_coverage(a: Any, b: Any, period: Period | None) -> tuple[Tensor, Te
     union = (a_volume - intersection) + b_volume
     (ratio,) = _safe_ratios([intersection], union, 0)
     return ratio, union
+
+
+def _at_most(lengths: Tensor, sizes: Sequence[float]) -> Tensor:
+    """``lengths`` ``[..., P]``, each at most the size of its axis, without a copy from the host."""
+    columns = zip(lengths.unbind(-1), sizes, strict=True)
+    return torch.stack([column.clamp(max=size) for column, size in columns], -1)
 
 
 def _safe_ratios(parts: Sequence[Tensor], whole: Tensor, fallback: float) -> list[Tensor]:

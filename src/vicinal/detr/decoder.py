@@ -175,7 +175,8 @@ class Decoder(Module):
             False.
         look_forward_twice: the gradient of predicted boxes reaches the head of the layer before as
             well; default True. Where gradients are computed, heads between the first and the last
-            are called twice then. The predictions are the same, unless heads have dropout.
+            are called twice then, which heads with dropout or running statistics notice; otherwise
+            the predictions are the same.
 
     Raises:
         ValueError: ``layers`` is empty or has no modules, or a size is below 1.
@@ -258,7 +259,7 @@ class Decoder(Module):
                 cells.
         """
         queries = check_object_queries(queries, self.embed_dim, self.position_dim)
-        check_dtype("queries.embeddings", queries.embeddings, next(self.sizes.parameters()).dtype)
+        check_dtype("queries.embeddings", queries.embeddings, self.sizes)
         check_type("pyramid", pyramid, FeaturePyramid)
         if pyramid.position_dim != self.position_dim:
             refuse("pyramid", f"{self.position_dim} spatial dimensions", repr(pyramid))
@@ -287,7 +288,7 @@ class Decoder(Module):
 
     def _looks_forward(self, boxes: Tensor) -> bool:
         """Whether the next head's boxes shall have a gradient by ``boxes``."""
-        return self.look_forward_twice and (torch.is_grad_enabled() or has_tangent(boxes))
+        return self.look_forward_twice and (boxes.requires_grad or has_tangent(boxes))
 
 
 def _with_gradient_of(refined: Tensor, start: Tensor) -> Tensor:

@@ -155,7 +155,7 @@ class SetCriterion(Module):
     Losses of layers are divided by the number of objects, those of candidates by the number of
     candidates inside boxes, those of denoising queries by their number; each is averaged over the
     processes of ``torch.distributed`` (`mean_object_count`). Where that is initialized, all
-    processes must call it.
+    processes must call the criterion.
 
     Args:
         matcher: matches predictions of decoder layers to objects; None (default):

@@ -92,6 +92,8 @@ class HungarianMatcher(LossWeights):
         pairs = [torch.empty(2, 0, dtype=torch.int64)]
         for rows, columns in _slices_per_image(*offsets):
             shape = (rows.stop - rows.start, columns.stop - columns.start)
+            if 0 in shape:
+                continue
             last = first + shape[0] * shape[1]
             own = costs[first:last].double().view(shape)
             # A tensor of `torch.func` does not become an array.

@@ -165,7 +165,7 @@ class QuerySelection(Module):
         check_type("pyramid", pyramid, FeaturePyramid)
         width = self.head.embed_dim
         values = check_tensor("pyramid.values", pyramid.values, ("nnz", width), kind="floating")
-        check_dtype("pyramid.values", values, next(self.head.parameters()).dtype)
+        check_dtype("pyramid.values", values, self.head)
         if pyramid.position_dim != self.head.position_dim:
             refuse("pyramid", f"{self.head.position_dim} spatial dimensions", repr(pyramid))
         check_has_levels(pyramid, self.levels)

@@ -188,7 +188,7 @@ class PointStem(Module):
         values = check_tensor(
             "values", values, ("n", self.in_channels), kind="floating", device=device
         )
-        check_dtype("values", values, next(self.layers.parameters()).dtype)
+        check_dtype("values", values, self.layers)
         shape = (values.shape[0], self.position_dim + 1)
         coordinates = check_tensor("coordinates", coordinates, shape, kind="integer", device=device)
         spatial_shape = as_spatial_shape(spatial_shape, self.position_dim)
@@ -248,10 +248,11 @@ def _with_rows_of_given_points(
     """
     if raw.point_rows is None or pyramid.point_rows is None:
         return pyramid
-    rank = torch.searchsorted(points, raw.point_rows[:, 0].contiguous())
+    rows = raw.point_rows[:, 0].contiguous()
+    rank = torch.where(rows < 0, len(points), torch.searchsorted(points, rows))
     return dataclasses.replace(
         pyramid,
-        point_rows=pyramid.point_rows[rank],
+        point_rows=torch.nn.functional.pad(pyramid.point_rows, (0, 0, 0, 1), value=-1)[rank],
         point_batch=raw.point_batch,
         check_contents=False,
     )

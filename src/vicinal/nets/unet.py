@@ -134,7 +134,7 @@ class PointUNet(Module):
         self.depths = _per_level("depths", depths, n_levels, least=0)
         self._windows: Windows = ()
         if make_attention is None:
-            _check_heads(dims, self.n_heads)
+            _check_heads(dims, self.n_heads, self.depths)
             windows = as_windows(neighborhood_sizes, n_levels, self.position_dim)
             self._windows = windows_on_axes(windows, self.position_dim)
             make_attention = functools.partial(self._make_block, windows)
@@ -190,6 +190,7 @@ class PointUNet(Module):
 
         Returns:
             logits ``[n, C]``, a row per given point, in the parameters' dtype, or autocast's.
+            Points outside the grid have zeros where contents are not validated, as on a GPU.
 
         Raises:
             ValueError: shapes, dtypes or devices do not match, points lie outside the grid, the
@@ -205,8 +206,9 @@ class PointUNet(Module):
             keep_point_rows=True,
         )
         for index, window in enumerate(self._windows):
-            shapes = pyramid.level_shapes[index : index + 1]
-            check_windows_fit((window,), shapes, pyramid.periodic_axes, first_level=index)
+            if self.depths[index]:
+                shapes = pyramid.level_shapes[index : index + 1]
+                check_windows_fit((window,), shapes, pyramid.periodic_axes, first_level=index)
         levels = _split_levels(pyramid)
         plans = list(map(_make_plan, self.encoder, levels))
         skipped: list[Tensor] = []
@@ -220,8 +222,8 @@ class PointUNet(Module):
         for index in reversed(range(len(self.up))):
             x = skipped[index] + take_rows(self.up[index](x), levels[index].parents)
             x = self._run(self.decoder[index], x, levels[index], plans[index])
-        logits: Tensor = take_rows(self.head(x), levels[0].cells)
-        return logits
+        logits: Tensor = self.head(x)
+        return take_rows(nn.functional.pad(logits, (0, 0, 0, 1)), levels[0].cells)
 
     def _run(self, stage: Any, x: Tensor, level: "_Level", plan: Any) -> Tensor:
         """The values of a level's points ``[n, E]`` after the layers of a stage."""
@@ -283,10 +285,14 @@ def _split_levels(pyramid: FeaturePyramid) -> list[_Level]:
             periodic_axes=pyramid.periodic_axes,
         )
         positions, offsets, _ = QueryPlacement.of_points(points)
-        cells = (on_level.cumsum(0) - 1)[pyramid.point_rows[:, index]]
+        # Of raw points without rows, -1, it is the one after the last.
+        rank = nn.functional.pad(on_level.cumsum(0) - 1, (0, 1), value=len(rows))
+        cells = rank[pyramid.point_rows[:, index]]
         if levels:
+            parents = cells.new_empty(len(levels[-1].positions) + 1)
             # All raw points of a cell write the same parent, so their order does not matter.
-            levels[-1].parents.index_copy_(0, levels[-1].cells, cells)
+            parents.index_copy_(0, levels[-1].cells, cells)
+            levels[-1] = levels[-1]._replace(parents=parents[:-1])
         levels.append(_Level(points, positions, offsets, cells, torch.empty_like(rows)))
     return levels
 
@@ -312,9 +318,9 @@ def _made_by(make_attention: Any, level: int) -> nn.Module:
     return attention
 
 
-def _check_heads(embed_dims: Sequence[int], n_heads: Sequence[int]) -> None:
+def _check_heads(embed_dims: Sequence[int], n_heads: Sequence[int], depths: Sequence[int]) -> None:
     for level, (width, heads) in enumerate(zip(embed_dims, n_heads, strict=True)):
-        if width % heads:
+        if depths[level] and width % heads:
             expected = f"a multiple of n_heads ({heads}) at level {level}"
             refuse("embed_dims", expected, f"{list(embed_dims)}")
 

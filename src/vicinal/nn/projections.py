@@ -25,8 +25,13 @@ except (ImportError, AttributeError):
     _has_any_global_hook = None
 
 
-def check_dtype(argument: str, value: Tensor, dtype: torch.dtype) -> None:
-    """Raises ValueError unless ``value`` has the dtype of a module, or autocast casts both."""
+def check_dtype(argument: str, value: Tensor, of: nn.Module | torch.dtype) -> None:
+    """Raises ValueError unless ``value`` has the dtype ``of`` a module's first parameter, if it has
+    one, or autocast casts both.
+    """
+    if isinstance(of, nn.Module):
+        of = next((parameter.dtype for parameter in of.parameters()), value.dtype)
+    dtype = of
     casts = autocasts(value.device) and torch.float64 not in (value.dtype, dtype)
     if value.dtype != dtype and not casts:
         refuse(argument, f"the dtype of the module, {dtype}", value)
